@@ -1,0 +1,1 @@
+"""Pure tensors -> bytes -> tensors. Imports torch and numpy, never vLLM."""

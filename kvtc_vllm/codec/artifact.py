@@ -1,0 +1,135 @@
+"""In-memory form of one calibration artifact, for one tensor-parallel rank.
+
+These are plain values: what `ChunkCodec` needs and nothing else. Reading and
+writing them is `kvtc_vllm.calibration.artifact_io`; fitting them is
+`kvtc_vllm.calibration.fit`.
+
+A *row* is one token position: K (or V) of all KV heads of the layers of one
+layer group on one rank, flattened in C order [layer, head, dim]; its length
+is p. K rows are pre-RoPE.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from kvtc_vllm.codec.rope import Rope
+
+Kind = Literal["k", "v"]
+KINDS: tuple[Kind, Kind] = ("k", "v")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Shape of the KV cache on one rank.
+
+    `layer_groups` are half-open (first, end) ranges of consecutive layers
+    that together cover 0..num_layers.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_size: int
+    head_size_v: int
+    layer_groups: tuple[tuple[int, int], ...]
+
+    def __post_init__(self) -> None:
+        expected = 0
+        for first, end in self.layer_groups:
+            if first != expected or end <= first:
+                raise ValueError(
+                    f"layer_groups {self.layer_groups} must be consecutive, non-empty "
+                    f"and cover layers 0..{self.num_layers}"
+                )
+            expected = end
+        if expected != self.num_layers:
+            raise ValueError(
+                f"layer_groups {self.layer_groups} cover {expected} layers, not {self.num_layers}"
+            )
+
+    def row_size(self, group: int, kind: Kind) -> int:
+        """Length p of a row of this layer group."""
+        first, end = self.layer_groups[group]
+        dim = self.head_size if kind == "k" else self.head_size_v
+        return (end - first) * self.num_kv_heads * dim
+
+    def token_elements(self) -> int:
+        """Number of K and V elements of one token over all layers."""
+        return self.num_layers * self.num_kv_heads * (self.head_size + self.head_size_v)
+
+
+@dataclass(frozen=True)
+class CoefficientGroup:
+    """`size` consecutive coefficients that share one shift and scale a token.
+
+    `type` is a key of `kvtc_vllm.codec.quantizers.REGISTRY`.
+    """
+
+    start: int
+    size: int
+    type: str
+
+
+@dataclass(frozen=True)
+class BitPlan:
+    """Output of the allocation for one target ratio.
+
+    `groups` holds only groups that are stored (type other than "none"), in
+    ascending order of `start`; coefficients in no group are zero.
+    `predicted_error` is the relative squared error sum||x-x'||^2 / sum||x-mean||^2
+    that the allocation computed on its own rows.
+    """
+
+    ratio: float
+    groups: tuple[CoefficientGroup, ...]
+    predicted_error: float
+
+    @property
+    def rank(self) -> int:
+        """Number of leading basis columns that the plan reads."""
+        return max((g.start + g.size for g in self.groups), default=0)
+
+
+@dataclass(frozen=True)
+class SectionBasis:
+    """Everything fitted for K or V of one layer group.
+
+    mean: float32 [p]. basis: float16 [p, r], columns in order of falling
+    variance. plans: target ratio -> plan. heldout_error: target ratio ->
+    relative squared error measured on rows that the fit did not see.
+    """
+
+    mean: torch.Tensor
+    basis: torch.Tensor
+    plans: dict[float, BitPlan]
+    heldout_error: dict[float, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RankArtifact:
+    """All sections of one rank.
+
+    `ropes` are the distinct rotary embeddings of the model and
+    `layer_rope[i]` is the index of layer i's into it, or None for a layer
+    whose keys are not rotated. `fingerprint` is 16 bytes that change whenever
+    any number that influences encoded bytes changes (but not with the RoPE
+    tables: those are part of the run-time identity).
+    """
+
+    geometry: Geometry
+    sections: dict[tuple[int, Kind], SectionBasis]
+    ropes: tuple[Rope, ...]
+    layer_rope: tuple[int | None, ...]
+    fingerprint: bytes
+    sink_tokens: int = 4
+
+    def ratios(self) -> tuple[float, ...]:
+        """Target ratios for which every section has a plan, ascending."""
+        common: set[float] | None = None
+        for section in self.sections.values():
+            keys = set(section.plans)
+            common = keys if common is None else common & keys
+        return tuple(sorted(common or ()))

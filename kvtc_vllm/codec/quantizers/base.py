@@ -1,0 +1,54 @@
+"""The quantiser interface: one coefficient group of one token at a time, vectorised.
+
+Integer codes are a contract: every kernel must reproduce them bit for bit from
+the same float32 coefficients, so each step (subtract, divide, round half to
+even) is a single IEEE float32 operation.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+FP16_MAX = 65504.0
+SHIFT_SCALE_BITS = 32
+"""Side information a group and token: float16 shift + float16 scale (paper, section 3.2)."""
+
+
+class Quantizer(Protocol):
+    """A type of the allocation's alphabet.
+
+    name: key in the registry and in stored plans. type_id: its number in the
+    file format, never reused. bits: payload bits an element.
+    """
+
+    name: str
+    type_id: int
+    bits: int
+
+    def quantize(
+        self, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Quantise groups along the last dimension.
+
+        x: float32 [..., size]. Returns (codes uint8 [..., size] below
+        2**bits, shift float16 [...], scale float16 [...]).
+        """
+        ...
+
+    def dequantize(
+        self, codes: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor
+    ) -> torch.Tensor:
+        """Inverse of `quantize`: float32 [..., size]."""
+        ...
+
+
+def group_cost_bits(bits: int, size: int) -> int:
+    """Bits that one stored group costs a token: payload + shift + scale."""
+    return bits * size + SHIFT_SCALE_BITS
+
+
+def to_fp16(x: torch.Tensor) -> torch.Tensor:
+    """Round to float16, saturating instead of overflowing to infinity."""
+    return x.clamp(-FP16_MAX, FP16_MAX).to(torch.float16)
