@@ -1,0 +1,21 @@
+"""The vLLM side: a KV connector that keeps offloaded blocks KVTC-encoded.
+
+`register` is the `vllm.general_plugins` entry point. vLLM runs it in the API
+server, the engine core and every worker, so it must be cheap and idempotent.
+"""
+
+from __future__ import annotations
+
+CONNECTORS = {
+    "KVTCConnector": "kvtc_vllm.connector.connector",
+    "KVTCCaptureConnector": "kvtc_vllm.connector.capture",
+}
+
+
+def register() -> None:
+    """Make the connectors known to vLLM by name."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    for name, module in CONNECTORS.items():
+        if name not in KVConnectorFactory._registry:
+            KVConnectorFactory.register_connector(name, module, name)

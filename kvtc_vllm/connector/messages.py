@@ -1,0 +1,85 @@
+"""What scheduler and workers tell each other, once a step. Pickled by vLLM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+from kvtc_vllm.tiers.policies import ChunkKey
+
+
+@dataclass
+class StoreItem:
+    """Encode these blocks after this step's forward.
+
+    start: token position of the chunk's first token.
+    """
+
+    key: ChunkKey
+    start: int
+    block_ids: list[int]
+
+
+@dataclass
+class LoadItem:
+    """Decode one chunk into some of its blocks.
+
+    The chunk's blocks first_block .. first_block + len(block_ids) (counted inside
+    the chunk) go to block_ids; its other blocks are not wanted.
+    """
+
+    key: ChunkKey
+    start: int
+    first_block: int
+    block_ids: list[int]
+
+
+@dataclass
+class LoadJob:
+    """All chunks that one request waits for."""
+
+    request_id: str
+    items: list[LoadItem]
+
+
+@dataclass
+class StepMetadata(KVConnectorMetadata):
+    """Scheduler -> workers. Applied in this order: reset, evict, loads, stores.
+
+    epoch: number of `reset_cache` calls so far; work of older epochs is dropped.
+    idle: nothing else is scheduled, so the worker may wait a little for its threads.
+    """
+
+    epoch: int = 0
+    evict: list[ChunkKey] = field(default_factory=list)
+    loads: list[LoadJob] = field(default_factory=list)
+    stores: list[StoreItem] = field(default_factory=list)
+    idle: bool = False
+
+
+@dataclass
+class WorkerReport(KVConnectorWorkerMetadata):
+    """Workers -> scheduler, summed over ranks by `aggregate`.
+
+    stored: (key, rank, bytes). dropped: (key, rank), store given up.
+    bad: chunks whose blob could not be decoded.
+    """
+
+    epoch: int
+    stored: list[tuple[ChunkKey, int, int]] = field(default_factory=list)
+    dropped: list[tuple[ChunkKey, int]] = field(default_factory=list)
+    bad: list[ChunkKey] = field(default_factory=list)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        """Join the reports of two ranks of the same step."""
+        assert isinstance(other, WorkerReport)
+        if other.epoch != self.epoch:
+            return self if self.epoch > other.epoch else other
+        self.stored += other.stored
+        self.dropped += other.dropped
+        self.bad += other.bad
+        return self

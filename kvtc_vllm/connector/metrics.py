@@ -1,0 +1,148 @@
+"""Counters and gauges under `vllm:kvtc_*`.
+
+Every ratio is published as its numerator and its denominator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+)
+
+COUNTERS: dict[str, str] = {
+    "lookup_tokens": "Prompt tokens beyond the GPU prefix cache that were looked up",
+    "hit_tokens": "Tokens of these that were found in the tier and offered as a load",
+    "window_tokens": "Tokens found but recomputed to keep the recent window exact",
+    "stored_chunks": "Chunks encoded and kept, all ranks",
+    "stored_raw_bytes": "Uncompressed KV bytes of stored chunks, all ranks",
+    "stored_bytes": "Real bytes of stored chunks, all ranks",
+    "loaded_chunks": "Chunks decoded into the paged cache, all ranks",
+    "loaded_tokens": "Tokens written into the paged cache, all ranks",
+    "loaded_raw_bytes": "Uncompressed KV bytes written into the paged cache, all ranks",
+    "loaded_bytes": "Real bytes read from the tier to do so, all ranks",
+    "encode_seconds": "Time spent encoding, all ranks",
+    "decode_seconds": "Time spent decoding and scattering, all ranks",
+    "gather_seconds": "Time that stores added to engine steps, all ranks",
+    "evicted_chunks": "Chunks evicted from the tier",
+    "evicted_bytes": "Real bytes of evicted chunks",
+}
+STORE_DROP_REASONS = ("staging_full", "tier_full", "non_finite", "error")
+LOAD_FAILURE_REASONS = (
+    "missing",
+    "truncated",
+    "magic",
+    "version",
+    "checksum",
+    "geometry",
+    "fingerprint",
+    "bounds",
+    "entropy",
+    "error",
+)
+LABELLED: dict[str, tuple[str, tuple[str, ...]]] = {
+    "dropped_stores": ("Stores given up, by reason, all ranks", STORE_DROP_REASONS),
+    "failed_loads": ("Chunks that could not be loaded, by reason", LOAD_FAILURE_REASONS),
+}
+GAUGES: dict[str, str] = {
+    "tier_used_bytes": "Real bytes of chunks that are ready in the memory tier, all ranks",
+    "tier_reserved_bytes": "Bytes of the budget in use, reservations of running stores included",
+    "tier_capacity_bytes": "Byte budget of the memory tier, all ranks",
+    "tier_chunks": "Chunks in the memory tier",
+}
+
+
+def _key(name: str, label: str) -> str:
+    return f"{name}/{label}"
+
+
+@dataclass
+class KVTCStats(KVConnectorStats):
+    """Increments since the last report, and the latest gauges."""
+
+    def add(self, name: str, amount: float = 1, label: str | None = None) -> None:
+        """Count."""
+        key = name if label is None else _key(name, label)
+        self.data[key] = self.data.get(key, 0) + amount
+
+    def set(self, name: str, value: float) -> None:
+        """Set a gauge."""
+        self.data[name] = value
+
+    def reset(self) -> None:
+        """Forget all increments."""
+        self.data = {}
+
+    def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
+        """Add another rank's or step's increments; the newer gauge wins."""
+        for key, value in other.data.items():
+            self.data[key] = value if key in GAUGES else self.data.get(key, 0) + value
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        """Values for vLLM's periodic log line."""
+        values = {
+            k: round(v, 3) if isinstance(v, float) else v for k, v in sorted(self.data.items())
+        }
+        stored = self.data.get("stored_bytes", 0)
+        if stored:
+            values["ratio"] = round(self.data.get("stored_raw_bytes", 0) / stored, 2)
+        return values
+
+    def is_empty(self) -> bool:
+        """True if there is nothing to report."""
+        return not self.data
+
+
+class KVTCPromMetrics(KVConnectorPromMetrics):
+    """Publishes `KVTCStats` through vLLM's own Prometheus registry."""
+
+    def __init__(
+        self,
+        vllm_config: Any,
+        metric_types: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        self._children: dict[str, dict[int, Any]] = {}
+        for name, text in COUNTERS.items():
+            metric = self._counter_cls(
+                name=f"vllm:kvtc_{name}", documentation=text, labelnames=labelnames
+            )
+            self._children[name] = self._per_engine(metric)
+        for name, text in GAUGES.items():
+            metric = self._gauge_cls(
+                name=f"vllm:kvtc_{name}",
+                documentation=text,
+                labelnames=labelnames,
+                multiprocess_mode="mostrecent",
+            )
+            self._children[name] = self._per_engine(metric)
+        for name, (text, reasons) in LABELLED.items():
+            metric = self._counter_cls(
+                name=f"vllm:kvtc_{name}", documentation=text, labelnames=[*labelnames, "reason"]
+            )
+            for reason in reasons:
+                self._children[_key(name, reason)] = self._per_engine(metric, (reason,))
+
+    def _per_engine(self, metric: Any, extra: Iterable[object] = ()) -> dict[int, Any]:
+        return {
+            index: metric.labels(*values, *extra)
+            for index, values in self.per_engine_labelvalues.items()
+        }
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        """Called in the front-end process with one report."""
+        for key, value in transfer_stats_data.items():
+            child = self._children.get(key)
+            if child is None:
+                continue
+            if key in GAUGES:
+                child[engine_idx].set(value)
+            elif value:
+                child[engine_idx].inc(value)

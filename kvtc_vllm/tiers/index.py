@@ -1,0 +1,198 @@
+"""The scheduler's index of a tier: what is resident, how big it is, what goes next.
+
+The scheduler is the only authority. A chunk is *pending* from the moment its
+store is issued until every rank has reported the real size of its part, then
+*ready*. Room for a store is reserved at an upper bound before it is issued, so
+real bytes never exceed the budget; the reservation shrinks to the real size
+when the rank reports. Evicted keys are handed down to the workers in the order
+of the decisions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from kvtc_vllm.tiers.policies import ChunkKey, EvictionPolicy
+
+
+@dataclass
+class _Entry:
+    """One chunk. `sizes[rank]` is real once `reported[rank]`, else the reservation."""
+
+    sizes: list[int]
+    reported: list[bool]
+    pins: int = 0
+    doomed: bool = False
+    counted: int = 0
+    """What this chunk adds to the index's `ready_bytes`."""
+
+    @property
+    def complete(self) -> bool:
+        return all(self.reported)
+
+
+class TierIndex:
+    """Index of one tier over all ranks. Single-threaded (the scheduler's thread).
+
+    capacity: bytes over all ranks; each rank gets an equal share.
+    """
+
+    def __init__(self, capacity: int, ranks: int, policy: EvictionPolicy) -> None:
+        self.capacity = capacity
+        self.ranks = ranks
+        self.rank_capacity = capacity // ranks
+        self._policy = policy
+        self._entries: dict[ChunkKey, _Entry] = {}
+        self._used = [0] * ranks
+        self._pending = 0
+        self._ready_bytes = 0
+        self._evicted: list[ChunkKey] = []
+        self.evictions = 0
+        self.evicted_bytes = 0
+
+    def reserve(self, key: ChunkKey, bound: int) -> bool:
+        """Make room for a chunk of at most `bound` bytes a rank and mark it pending.
+
+        Evicts as needed. False if it's already known or no room can be made.
+        """
+        if key in self._entries:
+            return False
+        while max(self._used) + bound > self.rank_capacity:
+            if not self._evict_one():
+                return False
+        self._entries[key] = _Entry([bound] * self.ranks, [False] * self.ranks)
+        for rank in range(self.ranks):
+            self._used[rank] += bound
+        self._pending += 1
+        return True
+
+    def commit(self, key: ChunkKey, rank: int, size: int) -> None:
+        """A rank stored its part. The chunk becomes ready when all have."""
+        entry = self._entries.get(key)
+        if entry is None or entry.reported[rank]:
+            return
+        self._used[rank] += size - entry.sizes[rank]
+        entry.sizes[rank] = size
+        self._report(key, entry, rank)
+
+    def abandon(self, key: ChunkKey, rank: int) -> None:
+        """A rank could not store its part: the chunk goes once all have reported."""
+        entry = self._entries.get(key)
+        if entry is None or entry.reported[rank]:
+            return
+        self._used[rank] -= entry.sizes[rank]
+        entry.sizes[rank] = 0
+        entry.doomed = True
+        self._report(key, entry, rank)
+
+    def discard(self, key: ChunkKey) -> None:
+        """Drop a ready chunk that turned out to be bad; pinned ones go when unpinned."""
+        entry = self._entries.get(key)
+        if entry is None or not entry.complete:
+            return
+        entry.doomed = True
+        self._policy.remove(key)
+        self._collect(key, entry)
+
+    def is_ready(self, key: ChunkKey) -> bool:
+        """True if every rank holds the chunk."""
+        entry = self._entries.get(key)
+        return entry is not None and entry.complete and not entry.doomed
+
+    def is_known(self, key: ChunkKey) -> bool:
+        """True if the chunk is ready or pending."""
+        return key in self._entries
+
+    def pin(self, keys: Iterable[ChunkKey]) -> None:
+        """Count one use of ready chunks and protect them from eviction."""
+        for key in keys:
+            self._entries[key].pins += 1
+
+    def unpin(self, keys: Iterable[ChunkKey]) -> None:
+        """Undo one `pin`."""
+        for key in keys:
+            entry = self._entries.get(key)
+            if entry is not None and entry.pins:
+                entry.pins -= 1
+                self._collect(key, entry)
+
+    def hit(self, prefix: Iterable[ChunkKey]) -> None:
+        """A prefix (first chunk first) was asked for.
+
+        Its first chunk ends up the most recent: a tail without its head is useless,
+        so tails are to be evicted first.
+        """
+        for key in reversed(list(prefix)):
+            self._policy.hit(key)
+
+    def refresh(self, prefix: Iterable[ChunkKey]) -> None:
+        """Like `hit` without counting a use."""
+        for key in reversed(list(prefix)):
+            self._policy.refresh(key)
+
+    def take_evicted(self) -> list[ChunkKey]:
+        """Keys that the workers must forget, since the last call."""
+        evicted, self._evicted = self._evicted, []
+        return evicted
+
+    def clear(self) -> None:
+        """Forget everything, pending stores included (late reports are ignored)."""
+        self._entries.clear()
+        self._policy.clear()
+        self._evicted.clear()
+        self._used = [0] * self.ranks
+        self._pending = 0
+        self._ready_bytes = 0
+
+    @property
+    def pending(self) -> int:
+        """Stores that not every rank has reported."""
+        return self._pending
+
+    @property
+    def used(self) -> int:
+        """Bytes of all ranks, reservations included."""
+        return sum(self._used)
+
+    @property
+    def ready_bytes(self) -> int:
+        """Real bytes of ready chunks over all ranks."""
+        return self._ready_bytes
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _report(self, key: ChunkKey, entry: _Entry, rank: int) -> None:
+        entry.reported[rank] = True
+        if not entry.complete:
+            return
+        self._pending -= 1
+        if entry.doomed:
+            self._collect(key, entry)
+        else:
+            entry.counted = sum(entry.sizes)
+            self._ready_bytes += entry.counted
+            self._policy.insert(key, entry.counted)
+
+    def _collect(self, key: ChunkKey, entry: _Entry) -> None:
+        """Remove a doomed chunk that nobody reads any more."""
+        if entry.doomed and entry.pins == 0:
+            self._remove(key, entry)
+
+    def _evict_one(self) -> bool:
+        victim = self._policy.evict(lambda key: self._entries[key].pins == 0)
+        if victim is None:
+            return False
+        entry = self._entries[victim]
+        self.evictions += 1
+        self.evicted_bytes += sum(entry.sizes)
+        self._remove(victim, entry)
+        return True
+
+    def _remove(self, key: ChunkKey, entry: _Entry) -> None:
+        for rank, size in enumerate(entry.sizes):
+            self._used[rank] -= size
+        self._ready_bytes -= entry.counted
+        del self._entries[key]
+        self._evicted.append(key)
