@@ -1,0 +1,55 @@
+# Two commands are enough: `make test` and `make demo`. Both make their own environment first.
+
+VENV ?= .venv
+VENV_OLD ?= .venv-old
+# The newest and the oldest CPU build of vLLM that the supported range and a CPU torch allow:
+# 0.26 pins torch 2.11, 0.27 to 0.32 pin 2.13.
+VLLM ?= 0.32.0
+VLLM_OLD ?= 0.27.0
+
+# The first Python that can make the environment. `command -v` is not enough: a version
+# manager's shim may exist for a version that it then refuses to run.
+ifndef PYTHON
+PYTHON := $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	if $$python -c 'import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+	>/dev/null 2>&1; then echo $$python; break; fi; done)
+endif
+
+RUN := $(VENV)/bin/python -m
+CONTRACT := tests/connector/test_contract.py
+
+.PHONY: help setup setup-old test test-old check demo clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+
+setup: have-python  ## .venv with vLLM (CPU build) and this project; instant the second time
+	@$(PYTHON) tests/setup_env.py --venv $(VENV) --vllm $(VLLM)
+
+setup-old: have-python  ## .venv-old, the same with the oldest vLLM that CI runs
+	@$(PYTHON) tests/setup_env.py --venv $(VENV_OLD) --vllm $(VLLM_OLD)
+
+test: setup test-old  ## every test, and the connector's contract on the old vLLM before
+	$(RUN) pytest
+
+test-old: setup-old  ## the connector's contract on the old vLLM
+	@if [ -e $(CONTRACT) ]; then set -x; $(VENV_OLD)/bin/python -m pytest -m vllm $(CONTRACT); \
+	else echo "$(CONTRACT) does not exist yet"; fi
+
+check: setup  ## lint, format, types and the fast tests
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+	$(RUN) pytest -q -m "not vllm and not slow"
+
+demo: setup  ## from nothing to a compressed and reloaded KV cache, with figures
+	$(RUN) benchmarks.demo
+
+clean:  ## removes environments, caches and builds
+	rm -rf $(VENV) $(VENV_OLD) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: have-python
+have-python:
+	@test -n "$(PYTHON)" || { echo "no Python 3.11, 3.12 or 3.13 with ensurepip found;" \
+	"name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }

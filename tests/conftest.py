@@ -1,0 +1,57 @@
+"""What every test gets: a quiet, offline vLLM on the CPU, and the reference model."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+# Before anything imports vLLM, which reads some of these once. A value from outside wins.
+for _name, _value in {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+REFERENCE_MODEL = Path(__file__).parent / "reference_model" / "model"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips tests marked `gpu` on a machine without CUDA."""
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not on_gpu:
+        return
+    import torch  # here, because it takes seconds and most selections hold no such test
+
+    if not torch.cuda.is_available():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure() -> None:
+    """Keeps pytest's closing line the last one.
+
+    Triton's and vLLM's native libraries write reports of leaked objects while the interpreter
+    ends. A crash in that phase still shows, as the exit status.
+    """
+    if "vllm" in sys.modules:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+@pytest.fixture(scope="session")
+def reference_model() -> Path:
+    """Directory of the small Llama-architecture model that this project trained itself."""
+    missing = [n for n in ("config.json", "tokenizer.json") if not (REFERENCE_MODEL / n).is_file()]
+    if missing or not list(REFERENCE_MODEL.glob("*.safetensors")):
+        pytest.fail(
+            f"the reference model in {REFERENCE_MODEL} is missing or incomplete; it is committed, "
+            "so restore it with `git checkout -- tests/reference_model`"
+        )
+    return REFERENCE_MODEL
