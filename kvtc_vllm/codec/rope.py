@@ -42,7 +42,7 @@ class Rope:
         h = xxhash.xxh3_128()
         h.update(b"neox" if self.neox else b"gptj")
         h.update(str((self.cos_sin.dtype, tuple(self.cos_sin.shape))).encode())
-        h.update(self.cos_sin.detach().cpu().contiguous().view(torch.uint8).numpy())
+        h.update(self.cos_sin.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return h.digest()
 
     def apply(self, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,8 @@ from kvtc_vllm.codec.quantizers.base import (
 from kvtc_vllm.codec.quantizers.fp8 import FP8
 from kvtc_vllm.codec.quantizers.uniform import INT2, INT4
 
-REGISTRY: dict[str, Quantizer] = {q.name: q for q in (INT2, INT4, FP8)}
+_QUANTIZERS: tuple[Quantizer, ...] = (INT2, INT4, FP8)
+REGISTRY: dict[str, Quantizer] = {q.name: q for q in _QUANTIZERS}
 BY_TYPE_ID: dict[int, Quantizer] = {q.type_id: q for q in REGISTRY.values()}
 
 __all__ = ["BY_TYPE_ID", "REGISTRY", "SHIFT_SCALE_BITS", "Quantizer", "group_cost_bits"]

@@ -23,9 +23,14 @@ class Quantizer(Protocol):
     file format, never reused. bits: payload bits an element.
     """
 
-    name: str
-    type_id: int
-    bits: int
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def type_id(self) -> int: ...
+
+    @property
+    def bits(self) -> int: ...
 
     def quantize(
         self, x: torch.Tensor

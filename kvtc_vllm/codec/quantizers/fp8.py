@@ -32,7 +32,8 @@ class Fp8Quantizer:
         shift = to_fp16(low * 0.5 + high * 0.5)
         centre = shift.float()
         reach = torch.maximum(high - centre, centre - low)
-        scale = to_fp16(reach / E4M3_MAX)
+        # As for the integer types, a constant group is its shift and nothing else.
+        scale = to_fp16(torch.where(high > low, reach / E4M3_MAX, torch.zeros_like(reach)))
         step = scale.float().unsqueeze(-1)
         safe = torch.where(step > 0, step, torch.ones_like(step))
         y = ((x - centre.unsqueeze(-1)) / safe).clamp_(-E4M3_MAX, E4M3_MAX)

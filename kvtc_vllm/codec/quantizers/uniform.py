@@ -29,7 +29,10 @@ class UniformQuantizer:
         top = float(2**self.bits - 1)
         low, high = torch.aminmax(x, dim=-1)
         shift = to_fp16(low)
-        scale = to_fp16(((high - shift.float()) / top).clamp_min(0.0))
+        reach = ((high - shift.float()) / top).clamp_min(0.0)
+        # A constant group (every group of one element) is its shift: spending a scale on the
+        # rounding error of the shift would cost DEFLATE 16 bits of noise a token.
+        scale = to_fp16(torch.where(high > low, reach, torch.zeros_like(reach)))
         step = scale.float().unsqueeze(-1)
         # A zero scale (constant group, or a range below float16) leaves every code 0.
         safe = torch.where(step > 0, step, torch.ones_like(step))

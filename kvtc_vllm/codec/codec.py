@@ -1,0 +1,209 @@
+"""The codec interface: one chunk of K and V <-> one blob.
+
+Implementations are pure functions of their constructor arguments and of the
+tensors: no state, no clock, no randomness. They may be called from several
+threads at once.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from kvtc_vllm.codec.artifact import Geometry
+from kvtc_vllm.codec.container import (
+    DTYPE_CODES,
+    FINGERPRINT_BYTES,
+    MAX_TOKENS,
+    NO_FINGERPRINT,
+    ContainerInfo,
+    Header,
+    Section,
+    SectionKind,
+    parse,
+)
+from kvtc_vllm.codec.entropy import BY_CODER_ID
+from kvtc_vllm.codec.errors import ContainerError
+
+Blob = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True)
+class DecodedChunk:
+    """k: [T, L, H, D] post-RoPE, v: [T, L, H, Dv], cache dtype; start: first position."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    start: int
+
+
+@dataclass(frozen=True)
+class DecodedGroup:
+    """Layers first_layer .. end_layer - 1 of a chunk: k [T, l, H, D], v [T, l, H, Dv]."""
+
+    first_layer: int
+    end_layer: int
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ExpectedSection:
+    """What a reader requires of one entry of the section table."""
+
+    kind: SectionKind
+    group: int
+    raw_length: int
+
+
+class ChunkCodec(ABC):
+    """Encodes chunks of one model on one rank.
+
+    geometry: shape of the cache. dtype: cache dtype (bfloat16, float16 or
+    float32). identity: 16 bytes that name the model set-up, or zeros; a blob
+    written under another identity is refused. device: where decoded tensors
+    live and where the arithmetic runs.
+    """
+
+    codec_id: ClassVar[int]
+    """Number in the container header, never reused."""
+    name: ClassVar[str]
+    """Key in `kvtc_vllm.codec.registry.CODECS`."""
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        dtype: torch.dtype,
+        identity: bytes = NO_FINGERPRINT,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if dtype not in DTYPE_CODES:
+            raise ValueError(f"cache dtype {dtype} is not supported, only {list(DTYPE_CODES)}")
+        if len(identity) != FINGERPRINT_BYTES:
+            raise ValueError(f"identity must be {FINGERPRINT_BYTES} bytes, not {len(identity)}")
+        self.geometry = geometry
+        self.dtype = dtype
+        self.identity = identity
+        self.device = torch.device(device)
+
+    @abstractmethod
+    def encode(self, k: torch.Tensor, v: torch.Tensor, start: int) -> bytes:
+        """Encode positions start .. start + T - 1.
+
+        k: [T, L, H, D] post-RoPE, v: [T, L, H, Dv], cache dtype, any device
+        and strides. Raises CodecError if the chunk cannot be coded (the
+        caller then drops that store), ValueError for tensors of the wrong
+        shape or dtype.
+        """
+
+    def decode_groups(
+        self, blob: Blob, expect_start: int | None = None, expect_tokens: int | None = None
+    ) -> Iterator[DecodedGroup]:
+        """Verify a blob, then decode it one layer group at a time, in layer order.
+
+        Everything but the entropy-coded bytes themselves is verified before
+        this returns. Raises ContainerError if the blob is corrupt or not what
+        is expected; iterating may raise it too, with reason "entropy" or
+        "bounds".
+        """
+        return self._groups(self._verified(blob, expect_start, expect_tokens), memoryview(blob))
+
+    def decode(
+        self, blob: Blob, expect_start: int | None = None, expect_tokens: int | None = None
+    ) -> DecodedChunk:
+        """Decode a whole blob. Raises ContainerError as `decode_groups` does."""
+        info = self._verified(blob, expect_start, expect_tokens)
+        groups = list(self._groups(info, memoryview(blob)))
+        if len(groups) == 1:
+            return DecodedChunk(groups[0].k, groups[0].v, info.header.start)
+        k = torch.cat([group.k for group in groups], dim=1)
+        v = torch.cat([group.v for group in groups], dim=1)
+        return DecodedChunk(k, v, info.header.start)
+
+    @abstractmethod
+    def _check_header(self, header: Header) -> None:
+        """Raise ContainerError if the codec's own fields are not what it expects."""
+
+    @abstractmethod
+    def _expected_sections(self, header: Header) -> list[ExpectedSection]:
+        """The section table that a blob with this (checked) header must have."""
+
+    @abstractmethod
+    def _groups(self, info: ContainerInfo, blob: memoryview) -> Iterator[DecodedGroup]:
+        """Decode a verified blob group by group."""
+
+    def _new_header(
+        self, tokens: int, start: int, sinks: int, ratio: float, artifact: bytes
+    ) -> Header:
+        geometry = self.geometry
+        return Header(
+            codec_id=self.codec_id,
+            dtype_code=DTYPE_CODES[self.dtype],
+            sinks=sinks,
+            num_layers=geometry.num_layers,
+            num_kv_heads=geometry.num_kv_heads,
+            head_size=geometry.head_size,
+            head_size_v=geometry.head_size_v,
+            num_layer_groups=len(geometry.layer_groups),
+            tokens=tokens,
+            start=start,
+            ratio=ratio,
+            artifact=artifact,
+            identity=self.identity,
+        )
+
+    def _check_tensors(self, k: torch.Tensor, v: torch.Tensor, start: int) -> None:
+        geometry = self.geometry
+        layers, heads = geometry.num_layers, geometry.num_kv_heads
+        tokens = k.shape[0]
+        for name, x, size in (("k", k, geometry.head_size), ("v", v, geometry.head_size_v)):
+            if tuple(x.shape) != (tokens, layers, heads, size) or x.dtype != self.dtype:
+                raise ValueError(
+                    f"{name} is {x.dtype} {tuple(x.shape)}, expected {self.dtype} "
+                    f"{(tokens, layers, heads, size)}"
+                )
+        if not 1 <= tokens <= MAX_TOKENS or start < 0:
+            raise ValueError(f"{tokens} tokens from position {start} cannot be a chunk")
+
+    def _verified(
+        self, blob: Blob, expect_start: int | None, expect_tokens: int | None
+    ) -> ContainerInfo:
+        """Parse a blob and compare it with what this codec would have written."""
+        info = parse(blob)
+        header = info.header
+        if header.codec_id != self.codec_id:
+            raise ContainerError(
+                "version", f"codec {header.codec_id}, this is {self.codec_id} ({self.name})"
+            )
+        own = self._new_header(
+            header.tokens, header.start, header.sinks, header.ratio, header.artifact
+        )
+        if header.identity != own.identity:
+            raise ContainerError("fingerprint", "written for another model set-up")
+        if header != own:
+            raise ContainerError("geometry", f"{header} does not fit {own}")
+        if expect_start is not None and header.start != expect_start:
+            raise ContainerError(
+                "geometry", f"starts at position {header.start}, not {expect_start}"
+            )
+        if expect_tokens is not None and header.tokens != expect_tokens:
+            raise ContainerError("geometry", f"holds {header.tokens} tokens, not {expect_tokens}")
+        self._check_header(header)
+        expected = self._expected_sections(header)
+        found = [(s.kind, s.group, s.raw_length) for s in info.sections]
+        if found != [(int(e.kind), e.group, e.raw_length) for e in expected]:
+            raise ContainerError("geometry", f"sections {found} are not {expected}")
+        for section in info.sections:
+            if section.coder_id not in BY_CODER_ID:
+                raise ContainerError("version", f"unknown entropy coder {section.coder_id}")
+        return info
+
+
+def read_section(section: Section, blob: memoryview) -> bytearray:
+    """Entropy-decode one verified section. Raises ContainerError("entropy")."""
+    body = blob[section.offset : section.offset + section.stored_length]
+    return BY_CODER_ID[section.coder_id].decode(section.units, body, section.raw_length)

@@ -1,0 +1,212 @@
+"""The container: header, section table, unit table, bodies, checksum. See FORMAT.md.
+
+Reading checks in this order: minimum length, magic, version, checksum over
+the whole blob, bounds of every length against the size of the blob. Nothing is
+allocated from a length that has not been checked; section bodies are views.
+Whether the contents fit an artifact is the codec's business.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+import xxhash
+
+from kvtc_vllm.codec.entropy import EncodedSection, Unit, aligned
+from kvtc_vllm.codec.errors import CodecError, ContainerError
+
+MAGIC = b"KVTC"
+FORMAT_VERSION = 1
+FINGERPRINT_BYTES = 16
+NO_FINGERPRINT = bytes(FINGERPRINT_BYTES)
+CHECKSUM_BYTES = 16
+MAX_TOKENS = 65536
+ALL_LAYERS = 0xFFFF
+"""Layer-group number of a section that spans all layers."""
+
+# magic, version, codec id, flags, dtype code, sink tokens, layers, kv heads, head size K,
+# head size V, layer groups, sections, tokens, first position, ratio, artifact, identity
+_HEADER = struct.Struct("<4sHHHBBHHHHHHIQd16s16s")
+# kind, entropy coder id, layer group, units, raw length, stored length
+_SECTION = struct.Struct("<BBHIII")
+# raw length - 1, stored length - 1
+_UNIT = struct.Struct("<HH")
+HEADER_BYTES = _HEADER.size
+MIN_BLOB_BYTES = HEADER_BYTES + CHECKSUM_BYTES
+
+DTYPE_CODES: dict[torch.dtype, int] = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+"""Cache dtypes. Codes 4 (float8_e4m3fn) and 5 (float8_e5m2) are reserved."""
+
+
+class SectionKind(IntEnum):
+    """What a section holds."""
+
+    CODED_K = 0
+    CODED_V = 1
+    SINKS = 2
+    EXACT_K = 3
+    EXACT_V = 4
+
+
+@dataclass(frozen=True)
+class Header:
+    """Fixed-size part of a container. Counts and sizes are of elements, not bytes.
+
+    codec_id: 0 raw, 1 kvtc v1. dtype_code: value of `DTYPE_CODES`. sinks: how
+    many leading tokens are stored exactly. start: position of the first token.
+    ratio: target ratio of the bit plan, 0 for raw. artifact, identity: 16
+    bytes each, zero if there is none.
+    """
+
+    codec_id: int
+    dtype_code: int
+    sinks: int
+    num_layers: int
+    num_kv_heads: int
+    head_size: int
+    head_size_v: int
+    num_layer_groups: int
+    tokens: int
+    start: int
+    ratio: float
+    artifact: bytes
+    identity: bytes
+
+
+@dataclass(frozen=True)
+class Section:
+    """One entry of the section table and where its body lies in the blob."""
+
+    kind: int
+    coder_id: int
+    group: int
+    raw_length: int
+    offset: int
+    stored_length: int
+    units: tuple[Unit, ...]
+
+
+@dataclass(frozen=True)
+class ContainerInfo:
+    """A parsed container: what `kvtc inspect` prints and what codecs read bodies by."""
+
+    header: Header
+    sections: tuple[Section, ...]
+    blob_length: int
+
+
+@dataclass(frozen=True)
+class NewSection:
+    """A section to be written."""
+
+    kind: SectionKind
+    coder_id: int
+    group: int
+    raw_length: int
+    encoded: EncodedSection
+
+
+def build(header: Header, sections: Sequence[NewSection]) -> bytes:
+    """Serialise a container. Raises CodecError if a length does not fit its field."""
+    table = bytearray()
+    unit_table = bytearray()
+    bodies: list[bytes] = []
+    try:
+        for section in sections:
+            encoded = section.encoded
+            table += _SECTION.pack(
+                section.kind,
+                section.coder_id,
+                section.group,
+                len(encoded.units),
+                section.raw_length,
+                len(encoded.body),
+            )
+            for unit in encoded.units:
+                unit_table += _UNIT.pack(unit.raw_length - 1, unit.stored_length - 1)
+            bodies.append(encoded.body)
+            bodies.append(bytes(aligned(len(encoded.body)) - len(encoded.body)))
+        head = _HEADER.pack(
+            MAGIC,
+            FORMAT_VERSION,
+            header.codec_id,
+            0,
+            header.dtype_code,
+            header.sinks,
+            header.num_layers,
+            header.num_kv_heads,
+            header.head_size,
+            header.head_size_v,
+            header.num_layer_groups,
+            len(sections),
+            header.tokens,
+            header.start,
+            header.ratio,
+            header.artifact,
+            header.identity,
+        )
+    except struct.error as error:
+        raise CodecError(f"chunk does not fit the container format: {error}") from error
+    content = b"".join((head, table, unit_table, *bodies))
+    return content + checksum(content)
+
+
+def checksum(content: bytes | memoryview) -> bytes:
+    """xxh3-128 of everything before the checksum, big-endian canonical form (16 bytes)."""
+    return xxhash.xxh3_128_digest(content)
+
+
+def parse(blob: bytes | bytearray | memoryview) -> ContainerInfo:
+    """Verify and read a container.
+
+    Raises ContainerError with reason "truncated", "magic", "version",
+    "checksum" or "bounds".
+    """
+    view = memoryview(blob)
+    if len(view) < MIN_BLOB_BYTES:
+        raise ContainerError("truncated", f"{len(view)} bytes, at least {MIN_BLOB_BYTES} expected")
+    fields = _HEADER.unpack_from(view)
+    magic, version, flags, num_sections = fields[0], fields[1], fields[3], fields[11]
+    if magic != MAGIC:
+        raise ContainerError("magic", f"starts with {magic!r}")
+    if version != FORMAT_VERSION:
+        raise ContainerError("version", f"format {version}, this build reads {FORMAT_VERSION}")
+    end = len(view) - CHECKSUM_BYTES
+    if checksum(view[:end]) != bytes(view[end:]):
+        raise ContainerError("checksum", f"the {len(view)} bytes were altered after writing")
+    if flags:
+        raise ContainerError("version", f"unknown flags {flags:#x}")
+    header = Header(fields[2], *fields[4:11], *fields[12:])
+    if not 1 <= header.tokens <= MAX_TOKENS:
+        raise ContainerError("bounds", f"{header.tokens} tokens are outside 1..{MAX_TOKENS}")
+    return ContainerInfo(header, _sections(view[:end], num_sections), len(view))
+
+
+def _sections(content: memoryview, count: int) -> tuple[Section, ...]:
+    """Read section and unit tables; bodies must tile the rest of `content` exactly."""
+    units_at = HEADER_BYTES + count * _SECTION.size
+    if units_at > len(content):
+        raise ContainerError("bounds", f"{count} sections do not fit {len(content)} bytes")
+    rows = list(_SECTION.iter_unpack(content[HEADER_BYTES:units_at]))
+    body_at = units_at + sum(row[3] for row in rows) * _UNIT.size
+    if body_at + sum(aligned(row[5]) for row in rows) != len(content):
+        raise ContainerError("bounds", "sections do not add up to the size of the blob")
+    sections: list[Section] = []
+    for kind, coder_id, group, num_units, raw_length, stored_length in rows:
+        units_end = units_at + num_units * _UNIT.size
+        units = tuple(
+            Unit(raw + 1, stored + 1)
+            for raw, stored in _UNIT.iter_unpack(content[units_at:units_end])
+        )
+        body_end = body_at + stored_length
+        if any(content[body_end : body_at + aligned(stored_length)]):
+            raise ContainerError("bounds", "padding after a section is not zero")
+        sections.append(
+            Section(kind, coder_id, group, raw_length, body_at, stored_length, units)
+        )
+        units_at, body_at = units_end, body_at + aligned(stored_length)
+    return tuple(sections)

@@ -1,0 +1,31 @@
+"""Entropy coders by name and by number. One file a coder, one row here."""
+
+from __future__ import annotations
+
+from kvtc_vllm.codec.entropy.base import (
+    MAX_UNIT_BYTES,
+    EncodedSection,
+    EntropyCoder,
+    Unit,
+    aligned,
+)
+from kvtc_vllm.codec.entropy.deflate_cpu import DEFLATE, DeflateCoder
+from kvtc_vllm.codec.entropy.raw import RAW, RawCoder
+
+_CODERS: tuple[EntropyCoder, ...] = (RAW, DEFLATE)
+REGISTRY: dict[str, EntropyCoder] = {coder.name: coder for coder in _CODERS}
+BY_CODER_ID: dict[int, EntropyCoder] = {coder.coder_id: coder for coder in _CODERS}
+
+__all__ = [
+    "BY_CODER_ID",
+    "DEFLATE",
+    "MAX_UNIT_BYTES",
+    "RAW",
+    "REGISTRY",
+    "DeflateCoder",
+    "EncodedSection",
+    "EntropyCoder",
+    "RawCoder",
+    "Unit",
+    "aligned",
+]

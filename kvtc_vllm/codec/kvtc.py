@@ -1,0 +1,229 @@
+"""kvtc v1: PCA coefficients, planned quantisation, DEFLATE; sinks kept exactly.
+
+Source: KVTC, arXiv 2511.01815, sections 3.1 and 3.2. What this project adds or
+decides where the paper is silent is in FORMAT.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+
+from kvtc_vllm.codec.artifact import KINDS, BitPlan, Kind, RankArtifact, SectionBasis
+from kvtc_vllm.codec.codec import (
+    ChunkCodec,
+    DecodedGroup,
+    ExpectedSection,
+    read_section,
+)
+from kvtc_vllm.codec.container import (
+    ALL_LAYERS,
+    FINGERPRINT_BYTES,
+    NO_FINGERPRINT,
+    ContainerInfo,
+    Header,
+    NewSection,
+    SectionKind,
+    build,
+)
+from kvtc_vllm.codec.entropy import DeflateCoder
+from kvtc_vllm.codec.errors import ArtifactError, CodecError, ContainerError
+from kvtc_vllm.codec.payload import (
+    decode_payload,
+    encode_payload,
+    is_finite,
+    payload_length,
+)
+from kvtc_vllm.codec.planes import join_planes, split_planes
+from kvtc_vllm.codec.quantizers.base import FP16_MAX
+from kvtc_vllm.codec.transform import (
+    chunk_rows,
+    from_coefficients,
+    rows_to_cache,
+    to_coefficients,
+)
+
+_SECTION_KIND: dict[Kind, SectionKind] = {
+    "k": SectionKind.CODED_K,
+    "v": SectionKind.CODED_V,
+}
+
+
+class KvtcCodec(ChunkCodec):
+    """Codes chunks with one artifact at one of its target ratios.
+
+    Blobs written at any other ratio of the same artifact decode as well.
+    deflate_level: 0..3, see `DeflateCoder`. Raises ArtifactError if the
+    artifact has no plan for `ratio` or its parts do not fit together.
+    """
+
+    codec_id: ClassVar[int] = 1
+    name: ClassVar[str] = "kvtc"
+
+    def __init__(
+        self,
+        artifact: RankArtifact,
+        ratio: float,
+        dtype: torch.dtype,
+        identity: bytes = NO_FINGERPRINT,
+        deflate_level: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(artifact.geometry, dtype, identity, device)
+        _check_artifact(artifact)
+        if ratio not in artifact.ratios():
+            raise ArtifactError(f"no plan for ratio {ratio}, only {artifact.ratios()}")
+        self.artifact = artifact
+        self.ratio = float(ratio)
+        self._coder = DeflateCoder(level=deflate_level)
+        self._ratios = frozenset(artifact.ratios())
+        self._max_position = min(
+            (rope.max_positions for rope in artifact.ropes), default=2**63
+        )
+        self._sections = {key: self._resident(s) for key, s in artifact.sections.items()}
+
+    def encode(self, k: torch.Tensor, v: torch.Tensor, start: int) -> bytes:
+        self._check_tensors(k, v, start)
+        k, v = k.to(self.device), v.to(self.device)
+        if not (is_finite(k) and is_finite(v)):
+            raise CodecError("non-finite: the chunk holds NaN or infinity")
+        tokens = k.shape[0]
+        if start + tokens > self._max_position:
+            raise CodecError(
+                f"positions up to {start + tokens - 1} are outside the RoPE table "
+                f"of {self._max_position}"
+            )
+        sinks = self._sinks(start, tokens)
+        sections: list[NewSection] = []
+        if sinks:
+            streams = split_planes(k[:sinks]) + split_planes(v[:sinks])
+            sections.append(self._new_section(SectionKind.SINKS, ALL_LAYERS, streams))
+        if sinks < tokens:
+            positions = self._positions(start + sinks, start + tokens)
+            for group, kind in self._section_keys():
+                rows = chunk_rows(k[sinks:], v[sinks:], group, kind, self.artifact, positions)
+                streams = self._encode_rows(rows, group, kind)
+                sections.append(self._new_section(_SECTION_KIND[kind], group, streams))
+        header = self._new_header(
+            tokens, start, sinks, self.ratio, self.artifact.fingerprint
+        )
+        return build(header, sections)
+
+    def _encode_rows(self, rows: torch.Tensor, group: int, kind: Kind) -> list[bytes]:
+        section = self._sections[group, kind]
+        plan = section.plans[self.ratio]
+        coefficients = to_coefficients(rows, section, plan.rank)
+        if coefficients.numel() and not float(coefficients.abs().max()) <= FP16_MAX:
+            raise CodecError(f"a coefficient of {kind} is outside the float16 range")
+        return encode_payload(coefficients, plan)
+
+    def _new_section(self, kind: SectionKind, group: int, streams: list[bytes]) -> NewSection:
+        raw_length = sum(map(len, streams))
+        encoded = self._coder.encode(streams)
+        return NewSection(kind, self._coder.coder_id, group, raw_length, encoded)
+
+    def _check_header(self, header: Header) -> None:
+        if header.artifact != self.artifact.fingerprint:
+            raise ContainerError("fingerprint", "written with another artifact")
+        if header.ratio not in self._ratios:
+            raise ContainerError("geometry", f"the artifact has no plan for ratio {header.ratio}")
+        if header.sinks != self._sinks(header.start, header.tokens):
+            raise ContainerError("geometry", f"{header.sinks} sinks at position {header.start}")
+        if header.start + header.tokens > self._max_position:
+            raise ContainerError(
+                "geometry",
+                f"{header.tokens} tokens from position {header.start} pass the RoPE table's "
+                f"{self._max_position}",
+            )
+
+    def _expected_sections(self, header: Header) -> list[ExpectedSection]:
+        expected: list[ExpectedSection] = []
+        if header.sinks:
+            length = header.sinks * self.geometry.token_elements() * self.dtype.itemsize
+            expected.append(ExpectedSection(SectionKind.SINKS, ALL_LAYERS, length))
+        coded = header.tokens - header.sinks
+        if coded:
+            for group, kind in self._section_keys():
+                length = payload_length(self._plan(group, kind, header.ratio), coded)
+                expected.append(ExpectedSection(_SECTION_KIND[kind], group, length))
+        return expected
+
+    def _groups(self, info: ContainerInfo, blob: memoryview) -> Iterator[DecodedGroup]:
+        header = info.header
+        sections = iter(info.sections)
+        sink_k, sink_v = (
+            self._decode_sinks(read_section(next(sections), blob), header.sinks)
+            if header.sinks
+            else (None, None)
+        )
+        coded = header.tokens - header.sinks
+        positions = self._positions(header.start + header.sinks, header.start + header.tokens)
+        for group, (first, end) in enumerate(self.geometry.layer_groups):
+            parts: dict[Kind, list[torch.Tensor]] = {"k": [], "v": []}
+            if sink_k is not None and sink_v is not None:
+                parts["k"].append(sink_k[:, first:end])
+                parts["v"].append(sink_v[:, first:end])
+            if coded:
+                for kind in KINDS:
+                    payload = read_section(next(sections), blob)
+                    plan = self._plan(group, kind, header.ratio)
+                    coefficients = decode_payload(payload, plan, coded, self.device)
+                    rows = from_coefficients(coefficients, self._sections[group, kind])
+                    parts[kind].append(
+                        rows_to_cache(rows, group, kind, self.artifact, positions, self.dtype)
+                    )
+            k, v = (p[0] if len(p) == 1 else torch.cat(p) for p in parts.values())
+            yield DecodedGroup(first, end, k, v)
+
+    def _decode_sinks(self, payload: bytearray, sinks: int) -> tuple[torch.Tensor, torch.Tensor]:
+        geometry = self.geometry
+        shape = (sinks, geometry.num_layers, geometry.num_kv_heads)
+        k_shape, v_shape = (*shape, geometry.head_size), (*shape, geometry.head_size_v)
+        data = torch.frombuffer(payload, dtype=torch.uint8).to(self.device)
+        v_bytes = sinks * geometry.num_layers * geometry.num_kv_heads * geometry.head_size_v
+        v_bytes *= self.dtype.itemsize
+        return (
+            join_planes(data[:-v_bytes], self.dtype).view(k_shape),
+            join_planes(data[-v_bytes:], self.dtype).view(v_shape),
+        )
+
+    def _sinks(self, start: int, tokens: int) -> int:
+        return min(max(self.artifact.sink_tokens - start, 0), tokens)
+
+    def _positions(self, first: int, end: int) -> torch.Tensor:
+        return torch.arange(first, end, device=self.device)
+
+    def _plan(self, group: int, kind: Kind, ratio: float) -> BitPlan:
+        return self._sections[group, kind].plans[ratio]
+
+    def _section_keys(self) -> list[tuple[int, Kind]]:
+        return [(g, kind) for g in range(len(self.geometry.layer_groups)) for kind in KINDS]
+
+    def _resident(self, section: SectionBasis) -> SectionBasis:
+        """The section with its tensors in float32 on the codec's device, converted once."""
+        return SectionBasis(
+            mean=section.mean.to(self.device, torch.float32),
+            basis=section.basis.to(self.device, torch.float32),
+            plans=section.plans,
+        )
+
+
+def _check_artifact(artifact: RankArtifact) -> None:
+    """Raise ArtifactError unless sections, shapes, ropes and fingerprint fit together."""
+    geometry = artifact.geometry
+    if len(artifact.fingerprint) != FINGERPRINT_BYTES:
+        raise ArtifactError(f"fingerprint of {len(artifact.fingerprint)} bytes")
+    if len(artifact.layer_rope) != geometry.num_layers:
+        raise ArtifactError(f"layer_rope has {len(artifact.layer_rope)} entries")
+    wanted = {(g, kind) for g in range(len(geometry.layer_groups)) for kind in KINDS}
+    if set(artifact.sections) != wanted:
+        raise ArtifactError(f"sections {sorted(artifact.sections)} are not {sorted(wanted)}")
+    for (group, kind), section in artifact.sections.items():
+        p = geometry.row_size(group, kind)
+        if tuple(section.mean.shape) != (p,) or section.basis.shape[:1] != (p,):
+            raise ArtifactError(f"mean or basis of section {group}{kind} is not for rows of {p}")
+        rank = max((plan.rank for plan in section.plans.values()), default=0)
+        if rank > section.basis.shape[1]:
+            raise ArtifactError(f"a plan of section {group}{kind} needs rank {rank}")

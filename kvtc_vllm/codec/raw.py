@@ -1,0 +1,72 @@
+"""raw: K and V as they are, inside the same container. The yardstick and the fallback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+
+from kvtc_vllm.codec.codec import (
+    ChunkCodec,
+    DecodedGroup,
+    ExpectedSection,
+    read_section,
+)
+from kvtc_vllm.codec.container import (
+    ALL_LAYERS,
+    NO_FINGERPRINT,
+    ContainerInfo,
+    Header,
+    NewSection,
+    SectionKind,
+    build,
+)
+from kvtc_vllm.codec.entropy import RAW
+from kvtc_vllm.codec.errors import ContainerError
+from kvtc_vllm.codec.planes import to_bytes
+
+
+class RawCodec(ChunkCodec):
+    """Bit-exact storage: one section with K [T, L, H, D], one with V [T, L, H, Dv].
+
+    NaN and infinities are kept. Layer groups are the geometry's.
+    """
+
+    codec_id: ClassVar[int] = 0
+    name: ClassVar[str] = "raw"
+
+    def encode(self, k: torch.Tensor, v: torch.Tensor, start: int) -> bytes:
+        self._check_tensors(k, v, start)
+        header = self._new_header(k.shape[0], start, sinks=0, ratio=0.0, artifact=NO_FINGERPRINT)
+        sections = [
+            NewSection(kind, RAW.coder_id, ALL_LAYERS, len(data), RAW.encode([data]))
+            for kind, data in (
+                (SectionKind.EXACT_K, to_bytes(k)),
+                (SectionKind.EXACT_V, to_bytes(v)),
+            )
+        ]
+        return build(header, sections)
+
+    def _check_header(self, header: Header) -> None:
+        if header.artifact != NO_FINGERPRINT:
+            raise ContainerError("fingerprint", "a raw blob names no artifact")
+        if header.sinks or header.ratio != 0.0:
+            raise ContainerError("geometry", "a raw blob has no sinks and no ratio")
+
+    def _expected_sections(self, header: Header) -> list[ExpectedSection]:
+        elements = header.tokens * header.num_layers * header.num_kv_heads * self.dtype.itemsize
+        return [
+            ExpectedSection(SectionKind.EXACT_K, ALL_LAYERS, elements * header.head_size),
+            ExpectedSection(SectionKind.EXACT_V, ALL_LAYERS, elements * header.head_size_v),
+        ]
+
+    def _groups(self, info: ContainerInfo, blob: memoryview) -> Iterator[DecodedGroup]:
+        k, v = (self._tensor(info, i, blob) for i in range(2))
+        for first, end in self.geometry.layer_groups:
+            yield DecodedGroup(first, end, k[:, first:end], v[:, first:end])
+
+    def _tensor(self, info: ContainerInfo, index: int, blob: memoryview) -> torch.Tensor:
+        data = torch.frombuffer(read_section(info.sections[index], blob), dtype=self.dtype)
+        shape = (info.header.tokens, self.geometry.num_layers, self.geometry.num_kv_heads, -1)
+        return data.view(shape).to(self.device)

@@ -1,0 +1,121 @@
+"""Rows <-> coefficients: un-rotate keys, subtract the mean, project on the basis.
+
+A row is one token position of one layer group (see `kvtc_vllm.codec.artifact`).
+Everything between the cache dtype and the coefficients is float32
+(reference: KVTC, arXiv 2511.01815, section 3.1: D = (X - mean) V, X = D V^T + mean).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+import torch
+
+from kvtc_vllm.codec.artifact import Kind, RankArtifact, SectionBasis
+from kvtc_vllm.codec.rope import Rope
+
+
+def layer_ropes(artifact: RankArtifact, group: int) -> tuple[Rope | None, ...]:
+    """Rotary embedding of each layer of a layer group, None where keys are not rotated."""
+    first, end = artifact.geometry.layer_groups[group]
+    return tuple(
+        None if index is None else artifact.ropes[index]
+        for index in artifact.layer_rope[first:end]
+    )
+
+
+def _runs(ropes: Sequence[Rope | None]) -> Iterator[tuple[int, int, Rope | None]]:
+    """Maximal runs (first, end, rope) of neighbouring layers that share a rotation."""
+    first = 0
+    for _, members in groupby(ropes, key=id):
+        run = list(members)
+        yield first, first + len(run), run[0]
+        first += len(run)
+
+
+def rows_from_keys(
+    keys: torch.Tensor, ropes: Sequence[Rope | None], positions: torch.Tensor
+) -> torch.Tensor:
+    """Post-RoPE keys [T, l, H, D] of one layer group -> pre-RoPE rows float32 [T, l*H*D].
+
+    ropes: one entry a layer. positions: int64 [T], ascending. Raises
+    ValueError for a position outside a RoPE table.
+    """
+    parts = [
+        keys[:, first:end].float()
+        if rope is None
+        else rope.invert(keys[:, first:end], positions)
+        for first, end, rope in _runs(ropes)
+    ]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).flatten(1)
+
+
+def keys_from_rows(
+    rows: torch.Tensor,
+    ropes: Sequence[Rope | None],
+    positions: torch.Tensor,
+    num_kv_heads: int,
+) -> torch.Tensor:
+    """Inverse of `rows_from_keys`: float32 rows [T, l*H*D] -> post-RoPE float32 [T, l, H, D]."""
+    keys = rows.view(len(rows), len(ropes), num_kv_heads, -1)
+    parts = [
+        keys[:, first:end] if rope is None else rope.apply(keys[:, first:end], positions)
+        for first, end, rope in _runs(ropes)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def chunk_rows(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    group: int,
+    kind: Kind,
+    artifact: RankArtifact,
+    positions: torch.Tensor,
+) -> torch.Tensor:
+    """Rows of one section of a chunk: float32 [T, p].
+
+    k: [T, L, H, D] post-RoPE, v: [T, L, H, Dv], any float dtype, all layers.
+    positions: int64 [T], ascending.
+    """
+    first, end = artifact.geometry.layer_groups[group]
+    if kind == "v":
+        return v[:, first:end].float().flatten(1)
+    return rows_from_keys(k[:, first:end], layer_ropes(artifact, group), positions)
+
+
+def rows_to_cache(
+    rows: torch.Tensor,
+    group: int,
+    kind: Kind,
+    artifact: RankArtifact,
+    positions: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Inverse of `chunk_rows` for one section: [T, l, H, D or Dv] in the cache dtype."""
+    geometry = artifact.geometry
+    first, end = geometry.layer_groups[group]
+    if kind == "v":
+        cache = rows.view(len(rows), end - first, geometry.num_kv_heads, -1)
+    else:
+        ropes = layer_ropes(artifact, group)
+        cache = keys_from_rows(rows, ropes, positions, geometry.num_kv_heads)
+    if dtype == torch.float16:
+        # Reconstruction error may push a value past the largest float16.
+        limit = torch.finfo(torch.float16).max
+        cache = cache.clamp(-limit, limit)
+    return cache.to(dtype)
+
+
+def to_coefficients(rows: torch.Tensor, section: SectionBasis, rank: int) -> torch.Tensor:
+    """(rows - mean) @ basis[:, :rank]: float32 [T, p] -> float32 [T, rank]."""
+    basis = section.basis[:, :rank].to(rows.device, torch.float32)
+    return (rows - section.mean.to(rows.device)) @ basis
+
+
+def from_coefficients(coefficients: torch.Tensor, section: SectionBasis) -> torch.Tensor:
+    """coefficients @ basis[:, :rank]^T + mean: float32 [T, rank] -> float32 [T, p]."""
+    rank = coefficients.shape[1]
+    basis = section.basis[:, :rank].to(coefficients.device, torch.float32)
+    return torch.addmm(section.mean.to(coefficients.device), coefficients, basis.T)
