@@ -1,0 +1,217 @@
+"""`KVTCConnector`: vLLM's connector interface, delegating to our two sides.
+
+vLLM builds one instance in the engine core (role SCHEDULER) and one in each
+worker (role WORKER, after the model was loaded). Methods only translate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+    SupportsHMA,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+)
+from vllm.logger import init_logger
+
+from kvtc_vllm.config import load_config
+from kvtc_vllm.connector.compat import check_version, source_of_hits, vllm_version
+from kvtc_vllm.connector.geometry import check_chunk_tokens, read_geometry
+from kvtc_vllm.connector.messages import StepMetadata, WorkerReport
+from kvtc_vllm.connector.metrics import KVTCPromMetrics, KVTCStats
+from kvtc_vllm.connector.scheduler import KVTCScheduler
+from kvtc_vllm.connector.startup import build_worker
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    from kvtc_vllm.connector.worker import KVTCWorker
+
+logger = init_logger("vllm.kvtc")
+
+
+class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
+    """Keeps offloaded KV blocks KVTC-encoded in host memory."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        role: KVConnectorRole,
+        kv_cache_config: KVCacheConfig,
+    ) -> None:
+        check_version(vllm_version())
+        super().__init__(vllm_config, role, kv_cache_config)
+        transfer = self._kv_transfer_config
+        self._config = load_config(transfer.kv_connector_extra_config)
+        self._geometry = read_geometry(vllm_config, kv_cache_config)
+        check_chunk_tokens(self._config, self._geometry.block_size)
+        self._scheduler: KVTCScheduler | None = None
+        self._worker: KVTCWorker | None = None
+        source = source_of_hits()
+        if source is not None:
+            self._cache_hit_source = source
+        if role == KVConnectorRole.SCHEDULER:
+            self._scheduler = KVTCScheduler(
+                self._config,
+                self._geometry,
+                ranks=vllm_config.parallel_config.world_size,
+                prompt_only=not self._config.store_decode
+                or vllm_config.speculative_config is not None,
+            )
+            if transfer.kv_load_failure_policy != "recompute":
+                # Read by vLLM's scheduler after it has made its connector.
+                transfer.kv_load_failure_policy = "recompute"
+                logger.info(
+                    "kvtc: kv_load_failure_policy set to 'recompute': a chunk that can't be "
+                    "read costs its prefill, never the request"
+                )
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A dropped store is a later miss, nothing more."""
+        return False
+
+    # ------------------------------------------------------------------ worker
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Start-up of a worker: artifact, codec, self-test."""
+        self._worker = build_worker(self._vllm_config, self._config, self._geometry, kv_caches)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Start this step's asynchronous loads."""
+        self._live_worker.begin_step(self._step)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing: loads complete before their request is scheduled."""
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
+    ) -> None:
+        """Nothing: chunks span layers and are gathered after the forward."""
+
+    def wait_for_save(self) -> None:
+        """Stage the blocks that this step completed."""
+        self._live_worker.store(self._step)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """Requests whose loads ended since the last step."""
+        finished = self._live_worker.poll(self._step.idle)
+        return None, finished or None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Blocks to recompute."""
+        return self._live_worker.take_bad_blocks()
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        """Sizes and failures for the scheduler."""
+        return self._live_worker.take_report()
+
+    def shutdown(self) -> None:
+        """Stop the worker's threads."""
+        if self._worker is not None:
+            self._worker.shutdown()
+
+    # --------------------------------------------------------------- scheduler
+
+    def get_num_new_matched_tokens(
+        self, request: Any, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        """Tokens that the tier can add to the GPU prefix cache's, always asynchronously."""
+        tokens = self._live_scheduler.match(request, num_computed_tokens)
+        return tokens, tokens > 0
+
+    def update_state_after_alloc(
+        self, request: Any, blocks: Any, num_external_tokens: int
+    ) -> None:
+        """Plan the load of the blocks that were allocated for it."""
+        self._live_scheduler.plan_load(request, blocks.get_block_ids()[0], num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
+        """The workers' orders for this step."""
+        return self._live_scheduler.plan_step(scheduler_output)
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        """The workers' results of a step."""
+        report = connector_output.kv_connector_worker_meta
+        assert report is None or isinstance(report, WorkerReport)
+        self._live_scheduler.apply_report(report, connector_output.finished_recving)
+
+    def request_finished(
+        self, request: Any, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Blocks are free at once: what is to be kept was staged in time."""
+        self._live_scheduler.finish(request)
+        return False, None
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """As `request_finished`; there is only one group."""
+        return self.request_finished(request, block_ids[0] if block_ids else [])
+
+    def has_pending_push_work(self) -> bool:
+        """Keeps an idle engine stepping until running stores have been reported."""
+        return self._live_scheduler.has_pending_work()
+
+    def reset_cache(self) -> bool | None:
+        """Forget every chunk."""
+        self._live_scheduler.reset()
+        return True
+
+    def take_events(self) -> Iterable[Any]:
+        """No KV events."""
+        return ()
+
+    # ----------------------------------------------------------------- metrics
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        """Counters of this side since the last call."""
+        if self._scheduler is not None:
+            return self._scheduler.take_stats()
+        return self._live_worker.take_stats()
+
+    @classmethod
+    def build_kv_connector_stats(
+        cls, data: dict[str, Any] | None = None
+    ) -> KVConnectorStats | None:
+        """Rebuild statistics in the front-end process."""
+        return KVTCStats(data=data) if data is not None else KVTCStats()
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics:
+        """Register `vllm:kvtc_*`."""
+        return KVTCPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    # ----------------------------------------------------------------- private
+
+    @property
+    def _live_worker(self) -> KVTCWorker:
+        assert self._worker is not None, "register_kv_caches was not called"
+        return self._worker
+
+    @property
+    def _live_scheduler(self) -> KVTCScheduler:
+        assert self._scheduler is not None, "scheduler method called on a worker"
+        return self._scheduler
+
+    @property
+    def _step(self) -> StepMetadata:
+        metadata = self._get_connector_metadata()
+        assert isinstance(metadata, StepMetadata)
+        return metadata

@@ -1,0 +1,106 @@
+"""What the engine's KV cache looks like, checked against what we can serve."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvtc_vllm.config import ConfigError, KVTCConfig
+from kvtc_vllm.connector.compat import UnsupportedError
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+CONTAINER_ALLOWANCE = 4096
+"""Bytes a blob may exceed its payload by: header, section table, stored units."""
+
+
+@dataclass(frozen=True)
+class CacheGeometry:
+    """KV cache of one rank, as both sides of the connector see it.
+
+    layer_names: attention layers in model order. block_size: tokens a block.
+    dtype: element type of the paged cache.
+    """
+
+    layer_names: tuple[str, ...]
+    block_size: int
+    num_kv_heads: int
+    head_size: int
+    head_size_v: int
+    dtype: torch.dtype
+    tp_size: int
+
+    @property
+    def token_bytes(self) -> int:
+        """Uncompressed KV bytes of one token on one rank."""
+        elements = self.num_kv_heads * (self.head_size + self.head_size_v)
+        return len(self.layer_names) * elements * self.dtype.itemsize
+
+    def blob_bound(self, config: KVTCConfig, sink_tokens: int) -> int:
+        """Upper bound in bytes of one encoded chunk on one rank."""
+        raw = config.chunk_tokens * self.token_bytes
+        if config.codec == "raw":
+            return raw + CONTAINER_ALLOWANCE
+        # The plan's budget counts 16-bit elements whatever the cache dtype is.
+        coded = raw * 2 / self.dtype.itemsize / config.target_ratio
+        # Codes of one group and section are padded to whole bytes a chunk.
+        return int(coded * 1.02) + sink_tokens * self.token_bytes + CONTAINER_ALLOWANCE
+
+
+def read_geometry(vllm_config: Any, kv_cache_config: Any) -> CacheGeometry:
+    """Describe the cache, or raise UnsupportedError with one clear sentence."""
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        kinds = ", ".join(type(g.kv_cache_spec).__name__ for g in groups)
+        raise UnsupportedError(
+            f"the model has {len(groups)} KV cache groups ({kinds}); KVTC serves models whose "
+            "layers all use full attention in one group"
+        )
+    spec = groups[0].kv_cache_spec
+    if type(spec).__name__ != "FullAttentionSpec":
+        raise UnsupportedError(
+            f"the KV cache is a {type(spec).__name__}; KVTC serves FullAttentionSpec only"
+        )
+    parallel = vllm_config.parallel_config
+    for name in (
+        "pipeline_parallel_size",
+        "decode_context_parallel_size",
+        "prefill_context_parallel_size",
+    ):
+        size = getattr(parallel, name, 1)
+        if size != 1:
+            raise UnsupportedError(f"{name}={size} is not supported; use 1")
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    if spec.dtype not in DTYPES:
+        raise UnsupportedError(
+            f"kv_cache_dtype={cache_dtype!r} is refused; KVTC reads 16- and 32-bit caches: "
+            "use auto, bfloat16 or float16"
+        )
+    return CacheGeometry(
+        layer_names=tuple(sorted(groups[0].layer_names, key=layer_number)),
+        block_size=spec.block_size,
+        num_kv_heads=spec.num_kv_heads,
+        head_size=spec.head_size,
+        head_size_v=spec.head_size_v,
+        dtype=spec.dtype,
+        tp_size=parallel.tensor_parallel_size,
+    )
+
+
+def layer_number(name: str) -> int:
+    """Index of a layer from its name: "model.layers.7.self_attn.attn" -> 7."""
+    numbers = [int(part) for part in name.split(".") if part.isdigit()]
+    if not numbers:
+        raise UnsupportedError(f"layer name {name!r} has no number to order layers by")
+    return numbers[0]
+
+
+def check_chunk_tokens(config: KVTCConfig, block_size: int) -> int:
+    """Blocks a chunk. Raises ConfigError if chunks aren't whole blocks."""
+    if config.chunk_tokens % block_size:
+        raise ConfigError(
+            f"chunk_tokens={config.chunk_tokens} must be a multiple of vLLM's block size, "
+            f"{block_size}"
+        )
+    return config.chunk_tokens // block_size

@@ -1,0 +1,191 @@
+"""Paged KV tensors <-> chunk tensors.
+
+Since 0.26 vLLM registers one tensor a layer with the logical shape
+[blocks, heads, tokens, K|V], whatever its strides. On GPU the last dimension
+holds K then V. The CPU backend keeps the shape but orders each head's page by
+its own kernels' needs (K transposed, say), so that order is learnt at start-up
+by writing an index pattern through vLLM's own operator and reading it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from kvtc_vllm.connector.compat import UnsupportedError
+from kvtc_vllm.connector.geometry import CacheGeometry
+
+
+class _PageOrder(Protocol):
+    """Converts pages [n, H, N, D + Dv] to and from K [n, H, N, D], V [n, H, N, Dv]."""
+
+    def split(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def join(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor: ...
+
+
+class _PackedOrder:
+    """K in the first head_size elements of the last dimension, V in the rest."""
+
+    def __init__(self, head_size: int) -> None:
+        self._head_size = head_size
+
+    def split(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return pages[..., : self._head_size], pages[..., self._head_size :]
+
+    def join(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.cat((k, v), dim=-1)
+
+
+class _PermutedOrder:
+    """A head's page is K in one order of its elements, then V in another.
+
+    k_source[f] = token * head_size + dim of the element at place f of the K half.
+    """
+
+    def __init__(self, tokens: int, head_size: int, k_source: torch.Tensor, v_source: torch.Tensor):
+        self._tokens, self._head_size = tokens, head_size
+        self._sources = (k_source, v_source)
+        self._places = (torch.argsort(k_source), torch.argsort(v_source))
+
+    def split(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        n, heads = pages.shape[:2]
+        halves = pages.reshape(n, heads, 2, self._tokens * self._head_size)
+        shape = (n, heads, self._tokens, self._head_size)
+        k, v = (halves[:, :, i].index_select(2, self._places[i]).view(shape) for i in (0, 1))
+        return k, v
+
+    def join(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        n, heads = k.shape[:2]
+        halves = [
+            x.reshape(n, heads, -1).index_select(2, source)
+            for x, source in zip((k, v), self._sources, strict=True)
+        ]
+        return torch.stack(halves, dim=2).view(n, heads, self._tokens, 2 * self._head_size)
+
+
+class PagedLayout:
+    """Reads and writes chunks in the paged cache of one rank.
+
+    caches: layer name -> registered tensor. Gathering runs on the calling
+    thread and, on GPU, on its current stream.
+    """
+
+    def __init__(self, caches: dict[str, torch.Tensor], geometry: CacheGeometry) -> None:
+        missing = [name for name in geometry.layer_names if name not in caches]
+        extra = [name for name in caches if name not in geometry.layer_names]
+        if missing or extra:
+            raise UnsupportedError(
+                f"registered KV caches do not match the cache group: missing {missing[:3]}, "
+                f"unexpected {extra[:3]}"
+            )
+        self._tensors = [caches[name] for name in geometry.layer_names]
+        self._geometry = geometry
+        first = self._tensors[0]
+        width = geometry.head_size + geometry.head_size_v
+        for name, tensor in zip(geometry.layer_names, self._tensors, strict=True):
+            if (
+                tensor.dim() != 4
+                or tensor.shape[1] != geometry.num_kv_heads
+                or tensor.shape[3] != width
+                or geometry.block_size % tensor.shape[2]
+                or tensor.dtype != geometry.dtype
+            ):
+                raise UnsupportedError(
+                    f"layer {name}: KV cache {tuple(tensor.shape)} {tensor.dtype} is not "
+                    f"[blocks, {geometry.num_kv_heads}, tokens, {width}] {geometry.dtype}"
+                )
+        # A backend may split one scheduler block into several kernel blocks.
+        self._kernel_tokens = int(first.shape[2])
+        self._split = geometry.block_size // self._kernel_tokens
+        self._order: _PageOrder
+        if first.device.type == "cpu":
+            self._order = _cpu_page_order(self._kernel_tokens, geometry)
+        else:
+            self._order = _PackedOrder(geometry.head_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the paged cache lives."""
+        return self._tensors[0].device
+
+    def gather(self, block_ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copy blocks out: K [T, L, H, D] and V [T, L, H, Dv], T = blocks * block_size."""
+        pages = self._pages(block_ids)
+        keys, values = [], []
+        for tensor in self._tensors:
+            k, v = self._order.split(tensor[pages])
+            keys.append(k.transpose(1, 2).flatten(0, 1))
+            values.append(v.transpose(1, 2).flatten(0, 1))
+        return torch.stack(keys, dim=1), torch.stack(values, dim=1)
+
+    def scatter(
+        self, block_ids: Sequence[int], k: torch.Tensor, v: torch.Tensor, first_layer: int = 0
+    ) -> None:
+        """Write K [T, l, H, D] and V [T, l, H, Dv] of layers first_layer.. into blocks."""
+        pages = self._pages(block_ids)
+        k, v = k.to(self.device), v.to(self.device)
+        for i in range(k.shape[1]):
+            self._tensors[first_layer + i][pages] = self._order.join(
+                self._paged(k[:, i]), self._paged(v[:, i])
+            )
+
+    def zero(self, block_ids: Sequence[int]) -> None:
+        """Clear blocks."""
+        pages = self._pages(block_ids)
+        for tensor in self._tensors:
+            tensor[pages] = 0
+
+    def _paged(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, H, D] -> [pages, H, tokens, D]."""
+        return x.unflatten(0, (-1, self._kernel_tokens)).transpose(1, 2)
+
+    def _pages(self, block_ids: Sequence[int]) -> torch.Tensor:
+        ids = torch.tensor(list(block_ids), dtype=torch.long, device=self.device)
+        if self._split == 1:
+            return ids
+        offsets = torch.arange(self._split, device=self.device)
+        return (ids[:, None] * self._split + offsets).flatten()
+
+
+def _cpu_page_order(tokens: int, geometry: CacheGeometry) -> _PermutedOrder:
+    """Learn the CPU backend's order of one head's page.
+
+    Element (token, dim) carries the bits of the integer token * head_size + dim;
+    the operator only copies them, so reading integers back gives the order.
+    """
+    from vllm import _custom_ops as ops
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    size, dtype = geometry.head_size, geometry.dtype
+    if geometry.head_size_v != size:
+        raise UnsupportedError(
+            f"head_size_v={geometry.head_size_v} differs from head_size={size} on the CPU backend"
+        )
+    if dtype.itemsize == 2 and tokens * size > 1 << 15:
+        raise UnsupportedError(
+            f"a page of {tokens} tokens x {size} is too large to probe; use a smaller block size"
+        )
+    as_int = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    pattern = torch.arange(tokens * size, dtype=as_int).view(tokens, 1, size)
+    page = torch.zeros(2, 1, tokens, 2 * size, dtype=dtype)
+    k_half, v_half = page.view(2, 1, 2 * tokens, size).chunk(2, dim=2)
+    ops.cpu_attn_reshape_and_cache(
+        pattern.view(dtype),
+        pattern.view(dtype),
+        k_half,
+        v_half,
+        torch.arange(tokens) + tokens,
+        _get_attn_isa(dtype, tokens, size),
+        k_scale=1.0,
+        v_scale=1.0,
+        kv_cache_dtype="auto",
+    )
+    halves = page[1, 0].reshape(2, tokens * size).view(as_int).long()
+    everything = torch.arange(tokens * size)
+    for half in halves:
+        if not torch.equal(half.sort().values, everything):
+            raise UnsupportedError("the CPU backend's page order is not a permutation")
+    return _PermutedOrder(tokens, size, halves[0], halves[1])

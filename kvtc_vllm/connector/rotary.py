@@ -1,0 +1,76 @@
+"""Finds the rotary embedding of every attention layer in the live model.
+
+Attention modules are known by layer name; the rotary module is a sibling
+inside their parent (`LlamaAttention.rotary_emb`), so one scan over live modules
+finds all parents. Wrong knowledge here costs compression, never correctness:
+encoding and decoding use the same map.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from kvtc_vllm.codec.rope import Rope
+
+
+def find_ropes(
+    vllm_config: Any, layer_names: Sequence[str]
+) -> tuple[tuple[Rope, ...], tuple[int | None, ...]]:
+    """Distinct rotary embeddings and, for each layer, its index into them or None.
+
+    Called in a worker after the model was loaded; takes about a second.
+    """
+    context = vllm_config.compilation_config.static_forward_context
+    attention = {id(context[name]): name for name in layer_names if name in context}
+    parents: dict[str, nn.Module] = {}
+    for candidate in gc.get_objects():
+        if type(candidate).__module__ != "builtins" and isinstance(candidate, nn.Module):
+            for child in candidate._modules.values():
+                if id(child) in attention:
+                    parents[attention[id(child)]] = candidate
+    modules: list[nn.Module] = []
+    layer_rope: list[int | None] = []
+    for name in layer_names:
+        module = _rotary_child(parents.get(name))
+        if module is None:
+            layer_rope.append(None)
+            continue
+        known = next((i for i, m in enumerate(modules) if m is module), None)
+        if known is None:
+            known = len(modules)
+            modules.append(module)
+        layer_rope.append(known)
+    return tuple(_as_rope(module) for module in modules), tuple(layer_rope)
+
+
+def _rotary_child(parent: nn.Module | None) -> nn.Module | None:
+    if parent is None:
+        return None
+    for child in parent._modules.values():
+        if child is not None and _table(child) is not None:
+            return child
+    return None
+
+
+def _table(module: nn.Module) -> torch.Tensor | None:
+    table = getattr(module, "cos_sin_cache", None)
+    if table is None:
+        # Phi-3 LongRoPE keeps the short and the long table in one buffer and
+        # uses one of them for every position.
+        both = getattr(module, "long_short_cos_sin_cache", None)
+        if both is None:
+            return None
+        short = module.original_max_position_embeddings
+        table = both[short:] if getattr(module, "use_long_rope", False) else both[:short]
+    return table if isinstance(table, torch.Tensor) and table.dim() == 2 else None
+
+
+def _as_rope(module: nn.Module) -> Rope:
+    table = _table(module)
+    assert table is not None
+    return Rope(cos_sin=table.detach(), neox=bool(getattr(module, "is_neox_style", True)))

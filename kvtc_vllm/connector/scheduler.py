@@ -1,0 +1,227 @@
+"""Scheduler side: decides what is stored, loaded and evicted.
+
+Runs in the engine core's thread only. It never sees a byte of KV.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from kvtc_vllm.config import ConfigError, KVTCConfig
+from kvtc_vllm.connector.blocks import BlockTables
+from kvtc_vllm.connector.geometry import CacheGeometry, check_chunk_tokens
+from kvtc_vllm.connector.messages import (
+    LoadItem,
+    LoadJob,
+    StepMetadata,
+    StoreItem,
+    WorkerReport,
+)
+from kvtc_vllm.connector.metrics import KVTCStats
+from kvtc_vllm.tiers import policies
+from kvtc_vllm.tiers.index import TierIndex
+from kvtc_vllm.tiers.policies import ChunkKey
+
+SINK_TOKENS = 4
+"""Most sink tokens that any artifact protects; used for the size bound only."""
+
+
+@dataclass
+class _RequestState:
+    """What we remember of one request between its steps."""
+
+    request: Any
+    next_chunk: int = 0
+    looked_up: int = 0
+    withheld: int = 0
+
+
+class KVTCScheduler:
+    """Tier index, lookups and the plan of each step.
+
+    ranks: workers of this engine (tensor-parallel size).
+    prompt_only: never store blocks filled while generating.
+    """
+
+    def __init__(
+        self, config: KVTCConfig, geometry: CacheGeometry, ranks: int, prompt_only: bool
+    ) -> None:
+        self._config = config
+        self._block_size = geometry.block_size
+        self._chunk_tokens = config.chunk_tokens
+        self._blocks_per_chunk = check_chunk_tokens(config, geometry.block_size)
+        self._prompt_only = prompt_only
+        self._bound = geometry.blob_bound(config, SINK_TOKENS)
+        capacity = config.memory_capacity
+        if self._bound > capacity // ranks:
+            raise ConfigError(
+                f"memory_bytes={config.memory_bytes} is too small for one chunk: "
+                f"{ranks} rank(s) need {self._bound * ranks} bytes for {config.chunk_tokens} "
+                f"tokens; give at least {self._bound * ranks * 4}"
+            )
+        self.index = TierIndex(capacity, ranks, policies.REGISTRY[config.eviction](capacity))
+        self._states: dict[str, _RequestState] = {}
+        self._tables = BlockTables()
+        self._loading: dict[str, list[ChunkKey]] = {}
+        self._new_loads: list[LoadJob] = []
+        self._epoch = 0
+        self._counted_evictions = (0, 0)
+        self._stats = KVTCStats()
+        self._last_gauges: tuple[int, int, int] | None = None
+
+    def match(self, request: Any, num_computed_tokens: int) -> int:
+        """Tokens after `num_computed_tokens` that the tier can supply.
+
+        Idempotent: vLLM may ask many times. Never reaches into the recent window.
+        """
+        keys = self._chunk_keys(request)
+        first = num_computed_tokens // self._chunk_tokens
+        found = first
+        while found < len(keys) and self.index.is_ready(keys[found]):
+            found += 1
+        # At least one token must be left to compute, for its logits.
+        limit = request.num_tokens - max(1, self._config.window)
+        limit -= limit % self._block_size
+        available = found * self._chunk_tokens
+        tokens = max(0, min(available, limit) - num_computed_tokens)
+        state = self._states.setdefault(request.request_id, _RequestState(request))
+        state.request = request
+        state.looked_up = num_computed_tokens
+        state.withheld = max(0, available - num_computed_tokens) - tokens
+        return tokens
+
+    def plan_load(self, request: Any, block_ids: list[int], tokens: int) -> None:
+        """Blocks were allocated; `tokens` of them are to come from the tier (0: none)."""
+        state = self._states.setdefault(request.request_id, _RequestState(request))
+        if request.request_id in self._loading or request.num_computed_tokens:
+            return  # scheduled again after its load: nothing new was looked up
+        keys = self._chunk_keys(request)
+        start = state.looked_up
+        self._stats.add("lookup_tokens", request.num_tokens - start)
+        self._stats.add("window_tokens", state.withheld)
+        if not tokens:
+            return
+        self._stats.add("hit_tokens", tokens)
+        end = start + tokens
+        items = []
+        for chunk in range(start // self._chunk_tokens, -(-end // self._chunk_tokens)):
+            chunk_start = chunk * self._chunk_tokens
+            first = max(start, chunk_start) // self._block_size
+            last = min(end, chunk_start + self._chunk_tokens) // self._block_size
+            items.append(
+                LoadItem(
+                    key=keys[chunk],
+                    start=chunk_start,
+                    first_block=first - chunk_start // self._block_size,
+                    block_ids=list(block_ids[first:last]),
+                )
+            )
+        needed = [item.key for item in items]
+        self.index.pin(needed)
+        self.index.hit(keys[: -(-end // self._chunk_tokens)])
+        self._loading[request.request_id] = needed
+        self._new_loads.append(LoadJob(request.request_id, items))
+
+    def plan_step(self, scheduler_output: Any) -> StepMetadata:
+        """Everything the workers have to do in this step."""
+        stores: list[StoreItem] = []
+        for request_id, progress in self._tables.update(scheduler_output).items():
+            state = self._states.get(request_id)
+            if state is None:
+                continue
+            if progress.resumed:
+                state.next_chunk = 0
+            stores += self._new_stores(state, progress.computed + progress.scheduled)
+        for request_id in scheduler_output.finished_req_ids:
+            self._states.pop(request_id, None)
+            self._tables.forget(request_id)
+        evicted = self.index.take_evicted()
+        loads, self._new_loads = self._new_loads, []
+        return StepMetadata(
+            epoch=self._epoch,
+            evict=evicted,
+            loads=loads,
+            stores=stores,
+            idle=not scheduler_output.num_scheduled_tokens and self.has_pending_work(),
+        )
+
+    def apply_report(self, report: WorkerReport | None, finished_loads: set[str] | None) -> None:
+        """Results of a step: sizes, failures, finished loads."""
+        if report is not None and report.epoch == self._epoch:
+            for key, rank, size in report.stored:
+                self.index.commit(key, rank, size)
+            for key, rank in report.dropped:
+                self.index.abandon(key, rank)
+            for key in report.bad:
+                self.index.discard(key)
+        for request_id in finished_loads or ():
+            self.index.unpin(self._loading.pop(request_id, ()))
+
+    def finish(self, request: Any) -> None:
+        """The request ended; its prefix becomes the most recent, head last."""
+        if request.request_id in self._states:
+            self.index.refresh(self._chunk_keys(request))
+
+    def reset(self) -> None:
+        """Forget every chunk; blobs and running work of older epochs go with them."""
+        self.index.clear()
+        self._epoch += 1
+
+    def has_pending_work(self) -> bool:
+        """True while workers have something to report although no request runs."""
+        return self.index.pending > 0 or bool(self._loading)
+
+    def take_stats(self) -> KVTCStats | None:
+        """Counters since the last call, with gauges when they moved."""
+        index = self.index
+        before, self._counted_evictions = (
+            self._counted_evictions,
+            (index.evictions, index.evicted_bytes),
+        )
+        if index.evictions > before[0]:
+            self._stats.add("evicted_chunks", index.evictions - before[0])
+            self._stats.add("evicted_bytes", index.evicted_bytes - before[1])
+        gauges = (index.ready_bytes, index.used, len(index))
+        if gauges != self._last_gauges:
+            self._last_gauges = gauges
+            self._stats.set("tier_used_bytes", gauges[0])
+            self._stats.set("tier_reserved_bytes", gauges[1])
+            self._stats.set("tier_chunks", gauges[2])
+            self._stats.set("tier_capacity_bytes", index.capacity)
+        if self._stats.is_empty():
+            return None
+        stats, self._stats = self._stats, KVTCStats()
+        return stats
+
+    def _chunk_keys(self, request: Any) -> list[ChunkKey]:
+        """Keys of all complete chunks of the request, first to last."""
+        hashes = request.block_hashes
+        step = self._blocks_per_chunk
+        return [bytes(hashes[i]) for i in range(step - 1, len(hashes), step)]
+
+    def _new_stores(self, state: _RequestState, computed_tokens: int) -> list[StoreItem]:
+        """Chunks that this step completes and the tier does not have."""
+        request = state.request
+        block_ids = self._tables.ids[request.request_id]
+        if self._prompt_only:
+            computed_tokens = min(computed_tokens, request.num_prompt_tokens)
+        # Hashes exist for confirmed tokens only, so speculative ones never count.
+        blocks = min(
+            computed_tokens // self._block_size, len(request.block_hashes), len(block_ids)
+        )
+        complete = blocks // self._blocks_per_chunk
+        stores = []
+        for chunk in range(state.next_chunk, complete):
+            first = chunk * self._blocks_per_chunk
+            key = bytes(request.block_hashes[first + self._blocks_per_chunk - 1])
+            if self.index.reserve(key, self._bound):
+                stores.append(
+                    StoreItem(
+                        key=key,
+                        start=chunk * self._chunk_tokens,
+                        block_ids=block_ids[first : first + self._blocks_per_chunk],
+                    )
+                )
+        state.next_chunk = max(state.next_chunk, complete)
+        return stores

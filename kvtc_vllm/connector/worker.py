@@ -1,0 +1,266 @@
+"""Worker side: gathers, encodes, keeps, decodes and scatters the chunks of one rank.
+
+The engine's thread calls `begin_step`, `store`, `poll` and the `take_*` methods;
+encoding and loading run on thread pools and publish their results into a
+mailbox that the engine's thread empties once a step. Nothing here blocks a step
+longer than the gather of the blocks to store.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+from vllm.logger import init_logger
+
+from kvtc_vllm.codec.codec import ChunkCodec
+from kvtc_vllm.codec.errors import CodecError, ContainerError
+from kvtc_vllm.config import KVTCConfig
+from kvtc_vllm.connector.geometry import CacheGeometry
+from kvtc_vllm.connector.layout import PagedLayout
+from kvtc_vllm.connector.messages import LoadItem, LoadJob, StepMetadata, StoreItem, WorkerReport
+from kvtc_vllm.connector.metrics import KVTCStats
+from kvtc_vllm.connector.streams import SideStream
+from kvtc_vllm.tiers.memory import MemoryArena
+from kvtc_vllm.tiers.policies import ChunkKey
+
+logger = init_logger("vllm.kvtc")
+
+IDLE_WAIT_SECONDS = 0.005
+"""How long an otherwise empty step waits for a thread, instead of spinning."""
+
+
+@dataclass
+class _Mailbox:
+    """Results of the threads, until the engine's thread takes them."""
+
+    stored: list[tuple[ChunkKey, int, int]] = field(default_factory=list)
+    dropped: list[tuple[ChunkKey, int]] = field(default_factory=list)
+    bad: list[ChunkKey] = field(default_factory=list)
+    finished_loads: set[str] = field(default_factory=set)
+    bad_blocks: set[int] = field(default_factory=set)
+    stats: KVTCStats = field(default_factory=KVTCStats)
+
+
+class KVTCWorker:
+    """One rank's part of the tier.
+
+    rank: this worker's number among the engine's workers, 0-based.
+    """
+
+    def __init__(
+        self,
+        config: KVTCConfig,
+        geometry: CacheGeometry,
+        layout: PagedLayout,
+        codec: ChunkCodec,
+        rank: int,
+    ) -> None:
+        self._config = config
+        self._geometry = geometry
+        self._layout = layout
+        self._codec = codec
+        self._rank = rank
+        self.arena = MemoryArena(config.memory_capacity // geometry.tp_size)
+        self._epoch = 0
+        self._staged = 0
+        self._lock = threading.Lock()
+        self._news = threading.Event()
+        self._mail = _Mailbox()
+        self._encode_stream = SideStream(layout.device)
+        self._load_stream = SideStream(layout.device)
+        self._encoders = _thread_pool("kvtc-encode", config.encode_threads, layout.device)
+        self._loaders = _thread_pool("kvtc-load", config.load_threads, layout.device)
+
+    def begin_step(self, step: StepMetadata) -> None:
+        """Apply reset and evictions, and start this step's loads."""
+        if step.epoch != self._epoch:
+            with self._lock:
+                self._epoch = step.epoch
+                self._mail.stored.clear()
+                self._mail.dropped.clear()
+                self._mail.bad.clear()
+            self.arena.clear()
+        self.arena.remove(step.evict)
+        for job in step.loads:
+            self._loaders.submit(self._load, job, self._load_stream.mark())
+
+    def store(self, step: StepMetadata) -> None:
+        """Copy finished blocks to staging and hand them to the encoders."""
+        if not step.stores:
+            return
+        started = time.perf_counter()
+        for item in step.stores:
+            self._stage(item)
+        self._count("gather_seconds", time.perf_counter() - started)
+
+    def poll(self, idle: bool) -> set[str]:
+        """Requests whose loads ended, well or not, since the last call."""
+        if idle:
+            self._news.wait(IDLE_WAIT_SECONDS)
+        self._news.clear()
+        with self._lock:
+            finished, self._mail.finished_loads = self._mail.finished_loads, set()
+        return finished
+
+    def take_bad_blocks(self) -> set[int]:
+        """Blocks that were promised but could not be filled."""
+        with self._lock:
+            bad, self._mail.bad_blocks = self._mail.bad_blocks, set()
+        return bad
+
+    def take_report(self) -> WorkerReport | None:
+        """What the scheduler has to know about chunks."""
+        with self._lock:
+            mail = self._mail
+            if not (mail.stored or mail.dropped or mail.bad):
+                return None
+            report = WorkerReport(self._epoch, mail.stored, mail.dropped, mail.bad)
+            mail.stored, mail.dropped, mail.bad = [], [], []
+        return report
+
+    def take_stats(self) -> KVTCStats | None:
+        """Counters since the last call."""
+        with self._lock:
+            if self._mail.stats.is_empty():
+                return None
+            stats, self._mail.stats = self._mail.stats, KVTCStats()
+        return stats
+
+    def shutdown(self) -> None:
+        """Stop the threads; running work is finished, waiting work is dropped."""
+        for pool in (self._encoders, self._loaders):
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _stage(self, item: StoreItem) -> None:
+        size = len(item.block_ids) * self._geometry.block_size * self._geometry.token_bytes
+        with self._lock:
+            room = self._staged + size <= self._config.staging_capacity
+            if room:
+                self._staged += size
+        if not room:
+            self._drop(item, self._epoch, "staging_full")
+            return
+        k, v = self._layout.gather(item.block_ids)
+        self._encoders.submit(self._encode, item, k, v, self._epoch, self._encode_stream.mark())
+
+    def _encode(
+        self,
+        item: StoreItem,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        epoch: int,
+        point: torch.cuda.Event | None,
+    ) -> None:
+        raw = k.nbytes + v.nbytes
+        started = time.perf_counter()
+        try:
+            with self._encode_stream.after(point):
+                self._encode_stream.adopt(k, v)
+                blob = self._codec.encode(k, v, item.start)
+            with self._lock:  # against a reset between the check and the put
+                kept = epoch == self._epoch and self.arena.put(item.key, blob)
+        except CodecError as error:
+            reason = "non_finite" if "non-finite" in str(error) else "error"
+            logger.warning("kvtc: chunk at token %d not stored: %s", item.start, error)
+            self._drop(item, epoch, reason)
+        except Exception:
+            logger.exception("kvtc: chunk at token %d not stored", item.start)
+            self._drop(item, epoch, "error")
+        else:
+            if kept:
+                self._publish_store(item, len(blob), raw, epoch)
+            else:
+                self._drop(item, epoch, "tier_full")
+        finally:
+            with self._lock:
+                self._staged -= raw
+                self._mail.stats.add("encode_seconds", time.perf_counter() - started)
+            self._news.set()
+
+    def _publish_store(self, item: StoreItem, size: int, raw: int, epoch: int) -> None:
+        with self._lock:
+            if epoch == self._epoch:
+                self._mail.stored.append((item.key, self._rank, size))
+            self._mail.stats.add("stored_chunks")
+            self._mail.stats.add("stored_raw_bytes", raw)
+            self._mail.stats.add("stored_bytes", size)
+
+    def _drop(self, item: StoreItem, epoch: int, reason: str) -> None:
+        with self._lock:
+            if epoch == self._epoch:
+                self._mail.dropped.append((item.key, self._rank))
+            self._mail.stats.add("dropped_stores", label=reason)
+        self._news.set()
+
+    def _load(self, job: LoadJob, point: torch.cuda.Event | None) -> None:
+        """Fill the blocks of one request; stops at the first chunk that fails."""
+        started = time.perf_counter()
+        failed: LoadItem | None = None
+        reason = ""
+        for item in job.items:
+            try:
+                self._load_chunk(item, point)
+            except ContainerError as error:
+                failed, reason = item, error.reason
+                logger.warning(
+                    "kvtc: chunk at token %d of request %s is unusable, recomputing: %s",
+                    item.start,
+                    job.request_id,
+                    error,
+                )
+                break
+            except Exception:
+                failed, reason = item, "error"
+                logger.exception(
+                    "kvtc: loading the chunk at token %d of request %s failed, recomputing",
+                    item.start,
+                    job.request_id,
+                )
+                break
+        with self._lock:
+            if failed is not None:
+                self._mail.bad.append(failed.key)
+                self._mail.bad_blocks.update(failed.block_ids)
+                self._mail.stats.add("failed_loads", label=reason)
+            self._mail.finished_loads.add(job.request_id)
+            self._mail.stats.add("decode_seconds", time.perf_counter() - started)
+        self._news.set()
+
+    def _load_chunk(self, item: LoadItem, point: torch.cuda.Event | None) -> None:
+        blob = self.arena.get(item.key)
+        if blob is None:
+            raise ContainerError("missing", "the chunk is not in the tier")
+        size = self._geometry.block_size
+        wanted = slice(item.first_block * size, (item.first_block + len(item.block_ids)) * size)
+        with self._load_stream.after(point):
+            chunk = self._codec.decode(
+                blob, expect_start=item.start, expect_tokens=self._config.chunk_tokens
+            )
+            k, v = chunk.k[wanted], chunk.v[wanted]
+            self._layout.scatter(item.block_ids, k, v)
+        with self._lock:
+            self._mail.stats.add("loaded_chunks")
+            self._mail.stats.add("loaded_tokens", k.shape[0])
+            self._mail.stats.add("loaded_raw_bytes", k.nbytes + v.nbytes)
+            self._mail.stats.add("loaded_bytes", len(blob))
+
+    def _count(self, name: str, amount: float) -> None:
+        with self._lock:
+            self._mail.stats.add(name, amount)
+
+
+def _thread_pool(name: str, threads: int, device: torch.device) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(
+        threads, thread_name_prefix=name, initializer=_unbind, initargs=(device,)
+    )
+
+
+def _unbind(device: torch.device) -> None:
+    """On CPU, vLLM pins its main thread to one core; ours may use any."""
+    if device.type == "cpu" and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
