@@ -133,7 +133,7 @@ def allocate(
     costs = {
         (size, name): group_cost_bits(quantizers[name].bits, size) for size, name in gains
     }
-    unit = math.gcd(*costs.values())
+    unit = math.gcd(*costs.values()) or 1
     candidates = [
         _Candidate(size, name, costs[size, name] // unit, gain)
         for (size, name), gain in gains.items()

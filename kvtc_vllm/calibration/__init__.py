@@ -1,0 +1,1 @@
+"""Fitting artifacts: spooled rows -> PCA -> bit plans -> files, and finding them again."""

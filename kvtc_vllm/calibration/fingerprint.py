@@ -1,0 +1,50 @@
+"""The fingerprint of a rank artifact: every number that influences encoded bytes."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+
+import torch
+import xxhash
+
+from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind, SectionBasis
+from kvtc_vllm.codec.quantizers import REGISTRY
+
+
+def artifact_fingerprint(
+    geometry: Geometry, sections: Mapping[tuple[int, Kind], SectionBasis], sink_tokens: int
+) -> bytes:
+    """16 bytes: xxh3-128 over geometry, sink tokens, means, bases and plans.
+
+    Predicted and held-out errors describe the artifact without changing its
+    output and are left out; RoPE tables belong to the run-time identity.
+    """
+    digest = xxhash.xxh3_128()
+    header = {
+        "num_layers": geometry.num_layers,
+        "num_kv_heads": geometry.num_kv_heads,
+        "head_size": geometry.head_size,
+        "head_size_v": geometry.head_size_v,
+        "layer_groups": [list(group) for group in geometry.layer_groups],
+        "sink_tokens": sink_tokens,
+    }
+    digest.update(json.dumps(header, sort_keys=True).encode())
+    for group in range(len(geometry.layer_groups)):
+        for kind in KINDS:
+            section = sections[group, kind]
+            digest.update(f"{group}{kind}{tuple(section.basis.shape)}".encode())
+            digest.update(_tensor_bytes(section.mean, torch.float32))
+            digest.update(_tensor_bytes(section.basis, torch.float16))
+            for ratio in sorted(section.plans):
+                groups = section.plans[ratio].groups
+                digest.update(struct.pack("<dI", ratio, len(groups)))
+                for g in groups:
+                    digest.update(struct.pack("<IIB", g.start, g.size, REGISTRY[g.type].type_id))
+    return digest.digest()
+
+
+def _tensor_bytes(tensor: torch.Tensor, dtype: torch.dtype) -> memoryview:
+    flat = tensor.detach().cpu().to(dtype).contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
