@@ -205,8 +205,6 @@ def _sections(content: memoryview, count: int) -> tuple[Section, ...]:
         body_end = body_at + stored_length
         if any(content[body_end : body_at + aligned(stored_length)]):
             raise ContainerError("bounds", "padding after a section is not zero")
-        sections.append(
-            Section(kind, coder_id, group, raw_length, body_at, stored_length, units)
-        )
+        sections.append(Section(kind, coder_id, group, raw_length, body_at, stored_length, units))
         units_at, body_at = units_end, body_at + aligned(stored_length)
     return tuple(sections)

@@ -6,6 +6,7 @@ decides where the paper is silent is in FORMAT.md.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -33,7 +34,7 @@ from kvtc_vllm.codec.errors import ArtifactError, CodecError, ContainerError
 from kvtc_vllm.codec.payload import (
     decode_payload,
     encode_payload,
-    is_finite,
+    magnitude,
     payload_length,
 )
 from kvtc_vllm.codec.planes import join_planes, split_planes
@@ -79,15 +80,13 @@ class KvtcCodec(ChunkCodec):
         self.ratio = float(ratio)
         self._coder = DeflateCoder(level=deflate_level)
         self._ratios = frozenset(artifact.ratios())
-        self._max_position = min(
-            (rope.max_positions for rope in artifact.ropes), default=2**63
-        )
+        self._max_position = min((rope.max_positions for rope in artifact.ropes), default=2**63)
         self._sections = {key: self._resident(s) for key, s in artifact.sections.items()}
 
     def encode(self, k: torch.Tensor, v: torch.Tensor, start: int) -> bytes:
         self._check_tensors(k, v, start)
         k, v = k.to(self.device), v.to(self.device)
-        if not (is_finite(k) and is_finite(v)):
+        if not (magnitude(k) < math.inf and magnitude(v) < math.inf):
             raise CodecError("non-finite: the chunk holds NaN or infinity")
         tokens = k.shape[0]
         if start + tokens > self._max_position:
@@ -106,16 +105,14 @@ class KvtcCodec(ChunkCodec):
                 rows = chunk_rows(k[sinks:], v[sinks:], group, kind, self.artifact, positions)
                 streams = self._encode_rows(rows, group, kind)
                 sections.append(self._new_section(_SECTION_KIND[kind], group, streams))
-        header = self._new_header(
-            tokens, start, sinks, self.ratio, self.artifact.fingerprint
-        )
+        header = self._new_header(tokens, start, sinks, self.ratio, self.artifact.fingerprint)
         return build(header, sections)
 
     def _encode_rows(self, rows: torch.Tensor, group: int, kind: Kind) -> list[bytes]:
         section = self._sections[group, kind]
         plan = section.plans[self.ratio]
         coefficients = to_coefficients(rows, section, plan.rank)
-        if coefficients.numel() and not float(coefficients.abs().max()) <= FP16_MAX:
+        if not magnitude(coefficients) <= FP16_MAX:
             raise CodecError(f"a coefficient of {kind} is outside the float16 range")
         return encode_payload(coefficients, plan)
 

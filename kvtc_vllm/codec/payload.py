@@ -23,6 +23,7 @@ smaller on Gaussian ones; token-major is the friendlier order for a decoder.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import groupby
@@ -139,14 +140,14 @@ def decode_payload(
         shift, scale = side[:, batch.first : batch.first + batch.count]
         x = batch.quantizer.dequantize(codes.view(batch.count, tokens, batch.size), shift, scale)
         coefficients[:, batch.columns] = x.transpose(0, 1).flatten(1)
-    if not is_finite(coefficients):
+    if not magnitude(coefficients) < math.inf:
         raise ContainerError("bounds", "a decoded coefficient is not finite")
     return coefficients
 
 
-def is_finite(x: torch.Tensor) -> bool:
-    """True if no element is NaN or infinite; several times faster than torch.isfinite."""
+def magnitude(x: torch.Tensor) -> float:
+    """Largest absolute value of x; NaN if there is one. Much faster than torch.isfinite."""
     if x.numel() == 0:
-        return True
+        return 0.0
     low, high = torch.aminmax(x)
-    return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
+    return float(torch.maximum(-low, high))

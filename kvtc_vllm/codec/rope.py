@@ -81,9 +81,7 @@ class Rope:
             return first, second
         return rotated[..., 0::2], rotated[..., 1::2]
 
-    def _join(
-        self, first: torch.Tensor, second: torch.Tensor, keys: torch.Tensor
-    ) -> torch.Tensor:
+    def _join(self, first: torch.Tensor, second: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         if self.neox:
             rotated = torch.cat((first, second), dim=-1)
         else:

@@ -20,8 +20,7 @@ def layer_ropes(artifact: RankArtifact, group: int) -> tuple[Rope | None, ...]:
     """Rotary embedding of each layer of a layer group, None where keys are not rotated."""
     first, end = artifact.geometry.layer_groups[group]
     return tuple(
-        None if index is None else artifact.ropes[index]
-        for index in artifact.layer_rope[first:end]
+        None if index is None else artifact.ropes[index] for index in artifact.layer_rope[first:end]
     )
 
 
@@ -43,9 +42,7 @@ def rows_from_keys(
     ValueError for a position outside a RoPE table.
     """
     parts = [
-        keys[:, first:end].float()
-        if rope is None
-        else rope.invert(keys[:, first:end], positions)
+        keys[:, first:end].float() if rope is None else rope.invert(keys[:, first:end], positions)
         for first, end, rope in _runs(ropes)
     ]
     return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).flatten(1)

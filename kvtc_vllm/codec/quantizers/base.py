@@ -32,9 +32,7 @@ class Quantizer(Protocol):
     @property
     def bits(self) -> int: ...
 
-    def quantize(
-        self, x: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Quantise groups along the last dimension.
 
         x: float32 [..., size]. Returns (codes uint8 [..., size] below
@@ -57,3 +55,22 @@ def group_cost_bits(bits: int, size: int) -> int:
 def to_fp16(x: torch.Tensor) -> torch.Tensor:
     """Round to float16, saturating instead of overflowing to infinity."""
     return x.clamp(-FP16_MAX, FP16_MAX).to(torch.float16)
+
+
+def group_scale(step: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """The stored scale of groups with the given step and range: float16, shape of `step`.
+
+    Zero for a constant group, hence for every group of one element: it is its
+    shift. Spending a scale on the rounding error of the shift would cost
+    DEFLATE 16 bits of noise a token.
+    """
+    return to_fp16(step * (high > low))
+
+
+def divisor(scale: torch.Tensor) -> torch.Tensor:
+    """What to divide by for a stored scale: float32 [..., 1], infinite where scale is zero.
+
+    Dividing by infinity gives code 0 for every element of such a group.
+    """
+    step = scale.float()
+    return step.masked_fill_(step == 0, torch.inf).unsqueeze(-1)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvtc_vllm.codec.quantizers.base import to_fp16
+from kvtc_vllm.codec.quantizers.base import divisor, group_scale, to_fp16
 
 
 @dataclass(frozen=True)
@@ -23,27 +23,19 @@ class UniformQuantizer:
     type_id: int
     bits: int
 
-    def quantize(
-        self, x: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         top = float(2**self.bits - 1)
-        low, high = torch.aminmax(x, dim=-1)
+        low, high = x.amin(dim=-1), x.amax(dim=-1)
         shift = to_fp16(low)
-        reach = ((high - shift.float()) / top).clamp_min(0.0)
-        # A constant group (every group of one element) is its shift: spending a scale on the
-        # rounding error of the shift would cost DEFLATE 16 bits of noise a token.
-        scale = to_fp16(torch.where(high > low, reach, torch.zeros_like(reach)))
-        step = scale.float().unsqueeze(-1)
-        # A zero scale (constant group, or a range below float16) leaves every code 0.
-        safe = torch.where(step > 0, step, torch.ones_like(step))
-        codes = torch.round((x - shift.float().unsqueeze(-1)) / safe).clamp_(0.0, top)
-        codes = torch.where(step > 0, codes, torch.zeros_like(codes))
-        return codes.to(torch.uint8), shift, scale
+        centred_high = (high - shift.float()).clamp_min_(0.0)
+        scale = group_scale(centred_high / top, low, high)
+        codes = (x - shift.float().unsqueeze(-1)).div_(divisor(scale))
+        return codes.round_().clamp_(0.0, top).to(torch.uint8), shift, scale
 
     def dequantize(
         self, codes: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor
     ) -> torch.Tensor:
-        return codes.float() * scale.float().unsqueeze(-1) + shift.float().unsqueeze(-1)
+        return codes.float().mul_(scale.float().unsqueeze(-1)).add_(shift.float().unsqueeze(-1))
 
 
 INT2 = UniformQuantizer(name="int2", type_id=1, bits=2)
