@@ -29,7 +29,8 @@ def find_ropes(
     attention = {id(context[name]): name for name in layer_names if name in context}
     parents: dict[str, nn.Module] = {}
     for candidate in gc.get_objects():
-        if type(candidate).__module__ != "builtins" and isinstance(candidate, nn.Module):
+        # The type, not isinstance: the latter asks lazy proxies for their __class__.
+        if issubclass(type(candidate), nn.Module):
             for child in candidate._modules.values():
                 if id(child) in attention:
                     parents[attention[id(child)]] = candidate

@@ -1,0 +1,149 @@
+"""Runs a model in vLLM and leaves its sampled KV rows in a spool.
+
+Only this module of the package imports vLLM, and only when called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from kvtc_vllm.calibration.documents import Document, Text, make_documents, read_texts
+
+PREFILL_FACTOR = 2
+"""Tokens run through the model for each one kept: spreads the sample over more text."""
+
+
+@dataclass(frozen=True)
+class CaptureSettings:
+    """What to run.
+
+    tokens: rows to sample for the fit, sinks left out; held-out rows come on
+    top. max_len: longest document in tokens. engine: further arguments of
+    `vllm.LLM`.
+    """
+
+    model: str
+    data: tuple[str, ...]
+    tokens: int = 160_000
+    max_len: int = 8192
+    tp: int = 1
+    layers_per_group: int | None = None
+    sink_tokens: int = 4
+    heldout_fraction: float = 0.1
+    seed: int = 0
+    engine: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CaptureResult:
+    """What was run. documents, tokens: through the model; dtype: of the paged cache."""
+
+    documents: int
+    heldout_documents: int
+    tokens: int
+    model_path: str
+    revision: str | None
+    dtype: str
+    vllm_version: str
+
+
+def capture_rows(settings: CaptureSettings, spool: Path) -> CaptureResult:
+    """Run the calibration text and fill SPOOL/rank0 .. rank{tp-1}.
+
+    Raises DataError for unreadable data before any document runs.
+    """
+    texts = read_texts(settings.data, PREFILL_FACTOR * settings.tokens)
+    from vllm import LLM, SamplingParams
+    from vllm import __version__ as vllm_version
+    from vllm.config import KVTransferConfig
+
+    from kvtc_vllm.connector import register
+
+    register()
+    llm = LLM(
+        model=settings.model,
+        tensor_parallel_size=settings.tp,
+        enable_prefix_caching=False,
+        kv_transfer_config=KVTransferConfig(
+            kv_connector="KVTCCaptureConnector",
+            kv_role="kv_both",
+            kv_connector_extra_config={
+                "spool": str(spool.resolve()),
+                "seed": settings.seed,
+                "sink_tokens": settings.sink_tokens,
+                "layers_per_group": settings.layers_per_group,
+            },
+        ),
+        **{"enforce_eager": True, "seed": settings.seed, **settings.engine},
+    )
+    tokenizer = llm.get_tokenizer()
+
+    def render(text: Text) -> str:
+        if isinstance(text, str):
+            return text
+        return str(tokenizer.apply_chat_template(text, tokenize=False))
+
+    config = llm.llm_engine.model_config
+    documents = make_documents(
+        map(render, texts),
+        tokenizer.encode,
+        max_tokens=min(settings.max_len, config.max_model_len - 1),
+        total_tokens=PREFILL_FACTOR * settings.tokens,
+        heldout_fraction=settings.heldout_fraction,
+        seed=settings.seed,
+    )
+    _run(llm, SamplingParams, documents, settings)
+    return CaptureResult(
+        documents=len(documents),
+        heldout_documents=sum(d.heldout for d in documents),
+        tokens=sum(len(d.token_ids) for d in documents),
+        model_path=config.model,
+        revision=config.revision,
+        dtype=str(config.dtype).removeprefix("torch."),
+        vllm_version=vllm_version,
+    )
+
+
+def _run(
+    llm: Any, sampling: Any, documents: Sequence[Document], settings: CaptureSettings
+) -> None:
+    """Prefill every document, in batches so that a progress bar moves."""
+    usable = sum(
+        max(0, len(d.token_ids) - settings.sink_tokens) for d in documents if not d.heldout
+    )
+    keep = min(1.0, settings.tokens / max(1, usable))
+    progress = tqdm(total=sum(len(d.token_ids) for d in documents), unit="tok", desc="capture")
+    batch: list[Document] = []
+    for document in documents:
+        batch.append(document)
+        if sum(len(d.token_ids) for d in batch) >= settings.max_len or document is documents[-1]:
+            llm.generate(
+                [{"prompt_token_ids": d.token_ids} for d in batch],
+                [
+                    _one_token(
+                        sampling, kvtc_doc=d.doc, kvtc_heldout=d.heldout, kvtc_keep=keep
+                    )
+                    for d in batch
+                ],
+                use_tqdm=False,
+            )
+            progress.update(sum(len(d.token_ids) for d in batch))
+            batch = []
+    progress.close()
+    llm.generate(
+        [{"prompt_token_ids": documents[0].token_ids[:1]}],
+        [_one_token(sampling, kvtc_close=True)],
+        use_tqdm=False,
+    )
+
+
+def _one_token(sampling: Any, **params: Any) -> Any:
+    return sampling(
+        temperature=0.0, max_tokens=1, extra_args={"kv_transfer_params": params}
+    )
+

@@ -1,0 +1,195 @@
+"""`KVTCCaptureConnector`: copies sampled tokens out of the paged cache for calibration.
+
+It reads pages and finds RoPE with the code that serves later, so what is
+calibrated is what will be coded, for any model and tensor-parallel size that
+vLLM runs. Requests steer it through `kv_transfer_params`:
+
+    {"kvtc_doc": int, "kvtc_heldout": bool, "kvtc_keep": float}   sample this prompt
+    {"kvtc_close": true}                                          finish the spool
+
+`kv_connector_extra_config`: {"spool": DIR, "seed": int, "sink_tokens": int,
+"layers_per_group": int or null}. Rank r writes to DIR/rank{r}.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    SupportsHMA,
+)
+
+from kvtc_vllm.calibration.spool import DTYPES, SpoolHeader, SpoolWriter
+from kvtc_vllm.connector.blocks import BlockTables
+from kvtc_vllm.connector.compat import check_version, vllm_version
+from kvtc_vllm.connector.geometry import CacheGeometry, read_geometry
+from kvtc_vllm.connector.layout import PagedLayout
+from kvtc_vllm.connector.rotary import find_ropes
+
+
+@dataclass
+class CaptureItem:
+    """Tokens first .. end - 1 of one prompt lie in block_ids, from token `start` on."""
+
+    doc: int
+    heldout: bool
+    keep: float
+    start: int
+    first: int
+    end: int
+    block_ids: list[int]
+
+
+@dataclass
+class CaptureMetadata(KVConnectorMetadata):
+    """Scheduler -> workers: what this step computed."""
+
+    items: list[CaptureItem] = field(default_factory=list)
+    close: bool = False
+
+
+class KVTCCaptureConnector(KVConnectorBase_V1, SupportsHMA):
+    """Stores nothing and loads nothing; see the module's docstring."""
+
+    def __init__(
+        self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any
+    ) -> None:
+        check_version(vllm_version())
+        super().__init__(vllm_config, role, kv_cache_config)
+        extra = self._kv_transfer_config.kv_connector_extra_config
+        self._directory = Path(extra["spool"])
+        self._seed = int(extra.get("seed", 0))
+        self._sinks = int(extra.get("sink_tokens", 4))
+        self._layers_per_group: int | None = extra.get("layers_per_group")
+        self._geometry = read_geometry(vllm_config, kv_cache_config)
+        self._tables = BlockTables()
+        self._requests: dict[str, Any] = {}
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """Nothing is delivered."""
+        return False
+
+    # ------------------------------------------------------------------ worker
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Open the spool of this rank."""
+        geometry = self._geometry
+        self._layout = PagedLayout(kv_caches, geometry)
+        ropes, layer_rope = find_ropes(self._vllm_config, geometry.layer_names)
+        rank = get_tensor_model_parallel_rank()
+        header = SpoolHeader(
+            num_layers=len(geometry.layer_names),
+            num_kv_heads=geometry.num_kv_heads,
+            head_size=geometry.head_size,
+            head_size_v=geometry.head_size_v,
+            layer_groups=layer_groups(geometry, self._layers_per_group),
+            dtype=next(name for name, dtype in DTYPES.items() if dtype == geometry.dtype),
+            layer_names=geometry.layer_names,
+            layer_rope=layer_rope,
+            rope_neox=tuple(rope.neox for rope in ropes),
+            rank=rank,
+            tp_size=geometry.tp_size,
+        )
+        self._writer = SpoolWriter(self._directory / f"rank{rank}", header, ropes)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Nothing to load."""
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing to load."""
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
+    ) -> None:
+        """Rows span layers: captured after the forward."""
+
+    def wait_for_save(self) -> None:
+        """Copy the sampled tokens of this step into the spool."""
+        metadata = self._get_connector_metadata()
+        assert isinstance(metadata, CaptureMetadata)
+        for item in metadata.items:
+            positions = self._sample(item)
+            if positions.numel():
+                k, v = self._layout.gather(item.block_ids)
+                rows = (positions - item.start).to(k.device)
+                self._writer.append(k[rows], v[rows], positions, item.doc, item.heldout)
+        if metadata.close:
+            self._writer.close()
+
+    def _sample(self, item: CaptureItem) -> torch.Tensor:
+        """Positions to keep: the same on every rank, none of them a sink."""
+        positions = torch.arange(max(item.first, self._sinks), item.end)
+        seed = (self._seed * 1_000_003 + item.doc) * 1_000_003 + item.first
+        generator = torch.Generator().manual_seed(seed % (1 << 63))
+        return positions[torch.rand(len(positions), generator=generator) < item.keep]
+
+    # --------------------------------------------------------------- scheduler
+
+    def get_num_new_matched_tokens(
+        self, request: Any, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        """Nothing is cached; remembers the request for its parameters."""
+        self._requests[request.request_id] = request
+        return 0, False
+
+    def update_state_after_alloc(
+        self, request: Any, blocks: Any, num_external_tokens: int
+    ) -> None:
+        """Nothing to load."""
+
+    def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
+        """The prompt tokens that this step computes."""
+        metadata = CaptureMetadata()
+        size = self._geometry.block_size
+        for request_id, progress in self._tables.update(scheduler_output).items():
+            request = self._requests[request_id]
+            params = request.kv_transfer_params or {}
+            metadata.close |= bool(params.get("kvtc_close"))
+            end = min(progress.computed + progress.scheduled, request.num_prompt_tokens)
+            if "kvtc_doc" not in params or end <= progress.computed:
+                continue
+            first_block, end_block = progress.computed // size, -(-end // size)
+            metadata.items.append(
+                CaptureItem(
+                    doc=int(params["kvtc_doc"]),
+                    heldout=bool(params["kvtc_heldout"]),
+                    keep=float(params["kvtc_keep"]),
+                    start=first_block * size,
+                    first=progress.computed,
+                    end=end,
+                    block_ids=self._tables.ids[request_id][first_block:end_block],
+                )
+            )
+        for request_id in scheduler_output.finished_req_ids:
+            self._tables.forget(request_id)
+            self._requests.pop(request_id, None)
+        return metadata
+
+    def request_finished(
+        self, request: Any, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Blocks are free at once."""
+        return False, None
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Blocks are free at once."""
+        return False, None
+
+
+def layer_groups(
+    geometry: CacheGeometry, layers_per_group: int | None
+) -> tuple[tuple[int, int], ...]:
+    """Consecutive groups of `layers_per_group` layers (the last may be smaller); None: one."""
+    layers = len(geometry.layer_names)
+    step = layers_per_group or layers
+    return tuple((first, min(first + step, layers)) for first in range(0, layers, step))
