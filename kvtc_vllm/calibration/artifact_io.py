@@ -1,0 +1,217 @@
+"""Artifact directories: writing one atomically, loading one rank of one.
+
+    ROOT/<model-slug>/<artifact-name>/
+        card.json                  `kvtc_vllm.calibration.card`
+        rank{r}of{n}.safetensors   `kvtc_vllm.calibration.rank_file`
+        report.md  report.png      `kvtc_vllm.calibration.report`
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import xxhash
+
+from kvtc_vllm.calibration.card import (
+    ArtifactCard,
+    DataCard,
+    ErrorCard,
+    GeometryCard,
+    SectionCard,
+    load_card,
+    save_card,
+)
+from kvtc_vllm.calibration.fit import RankFit
+from kvtc_vllm.calibration.gate import check_artifact
+from kvtc_vllm.calibration.identity import ModelIdentity
+from kvtc_vllm.calibration.probe import Probe
+from kvtc_vllm.calibration.rank_file import rank_file_name, read_rank_file, write_rank_file
+from kvtc_vllm.calibration.report import write_report
+from kvtc_vllm.codec.artifact import RankArtifact
+from kvtc_vllm.codec.errors import ArtifactError
+
+_RECORDED_PACKAGES = ("kvtc-vllm", "vllm", "torch")
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the fit cannot know about itself; see `ArtifactCard` for the fields."""
+
+    model_name: str
+    identity: ModelIdentity
+    kv_dtype: str
+    data: DataCard
+
+
+def model_slug(model_name: str) -> str:
+    """Directory name of a model: "meta-llama/Llama-3.1-8B" -> "meta-llama--Llama-3.1-8B"."""
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", model_name.replace("/", "--")).strip(".-")
+    return slug or "model"
+
+
+def artifact_name(card: ArtifactCard) -> str:
+    """Default directory name: model identity, parallel size, contents."""
+    model = xxhash.xxh3_64_hexdigest(card.identity.encode())[:8]
+    contents = xxhash.xxh3_64_hexdigest("".join(card.fingerprints).encode())[:8]
+    return f"{model}-tp{card.tp_size}-{contents}"
+
+
+def write_artifact(
+    root: Path,
+    description: Description,
+    fits: Sequence[RankFit],
+    probes: Sequence[Probe],
+    *,
+    name: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write all ranks of an artifact; returns its directory.
+
+    fits, probes: one a rank, in order. The directory appears complete or not
+    at all: files are written beside it and renamed. Raises ArtifactError if
+    the reconstruction gate refuses a rank, if the ranks do not fit together,
+    or if the directory exists and `overwrite` is not set.
+    """
+    if not fits or len(fits) != len(probes):
+        raise ArtifactError(f"{len(fits)} fitted ranks and {len(probes)} probes; one each is right")
+    for rank, fit in enumerate(fits):
+        check_artifact(fit.artifact, rank)
+        if fit.artifact.geometry != fits[0].artifact.geometry:
+            raise ArtifactError(f"rank {rank}: geometry differs from that of rank 0")
+        if fit.artifact.ratios() != fits[0].artifact.ratios():
+            raise ArtifactError(f"rank {rank}: ratios differ from those of rank 0")
+    parent = Path(root) / model_slug(description.model_name)
+    parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=parent))
+    try:
+        sizes = {}
+        for rank, (fit, probe) in enumerate(zip(fits, probes, strict=True)):
+            path = temporary / rank_file_name(rank, len(fits))
+            write_rank_file(path, fit.artifact, probe, rank, len(fits))
+            sizes[path.name] = path.stat().st_size
+        card = _card(description, fits, sizes)
+        write_report(temporary, card, fits)
+        save_card(temporary, card)
+        _share(temporary, parent)
+        final = parent / (name or artifact_name(card))
+        _publish(temporary, final, overwrite)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final
+
+
+def load_rank_artifact(directory: Path, rank: int) -> tuple[RankArtifact, ArtifactCard, Probe]:
+    """Load one tensor-parallel rank of an artifact.
+
+    Raises ArtifactError, one clear line naming file and field, for anything
+    missing, malformed or contradictory.
+    """
+    directory = Path(directory)
+    card = load_card(directory)
+    if not 0 <= rank < card.tp_size:
+        raise ArtifactError(f"{directory}: has ranks 0..{card.tp_size - 1}, not {rank}")
+    path = directory / rank_file_name(rank, card.tp_size)
+    artifact, probe = read_rank_file(path, rank, card.tp_size)
+    for field, in_card, in_file in (
+        ("fingerprints", card.fingerprints[rank], artifact.fingerprint.hex()),
+        ("geometry", card.geometry.geometry(), artifact.geometry),
+        ("sink_tokens", card.sink_tokens, artifact.sink_tokens),
+        ("ratios", card.ratios, artifact.ratios()),
+        ("rope_fingerprints", card.rope_fingerprints, _rope_fingerprints(artifact)),
+    ):
+        if in_card != in_file:
+            raise ArtifactError(f"{path}: {field} is {in_file}, card.json says {in_card}")
+    return artifact, card, probe
+
+
+def _share(directory: Path, parent: Path) -> None:
+    """Give the permissions of `parent`: mkdtemp and safetensors make private files."""
+    mode = parent.stat().st_mode & 0o777
+    directory.chmod(mode)
+    for path in directory.iterdir():
+        path.chmod(mode & 0o666)
+
+
+def _publish(temporary: Path, final: Path, overwrite: bool) -> None:
+    if final.exists():
+        if not overwrite:
+            raise ArtifactError(f"{final}: exists already; give another name or allow overwriting")
+        # A directory cannot be renamed over one with files in it.
+        old = Path(tempfile.mkdtemp(prefix=".replaced-", dir=final.parent))
+        final.rename(old / final.name)
+        temporary.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+        return
+    temporary.rename(final)
+
+
+def _rope_fingerprints(artifact: RankArtifact) -> tuple[str, ...]:
+    return tuple(rope.fingerprint().hex() for rope in artifact.ropes)
+
+
+def _card(
+    description: Description, fits: Sequence[RankFit], sizes: dict[str, int]
+) -> ArtifactCard:
+    first = fits[0].artifact
+    methods = {detail.method for fit in fits for detail in fit.sections.values()}
+    return ArtifactCard(
+        model_name=description.model_name,
+        identity=description.identity.identity,
+        config_fingerprint=description.identity.config,
+        weights_fingerprint=description.identity.weights,
+        tp_size=len(fits),
+        fingerprints=tuple(fit.artifact.fingerprint.hex() for fit in fits),
+        rope_fingerprints=_rope_fingerprints(first),
+        kv_dtype=description.kv_dtype,
+        geometry=GeometryCard.of(first.geometry),
+        sink_tokens=first.sink_tokens,
+        data=description.data,
+        ratios=first.ratios(),
+        sections=tuple(
+            card for rank, fit in enumerate(fits) for card in _section_cards(rank, fit.artifact)
+        ),
+        size_bytes=sizes,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=_versions(),
+        method="+".join(sorted(methods)),
+        seconds=round(sum(fit.seconds for fit in fits), 3),
+    )
+
+
+def _section_cards(rank: int, artifact: RankArtifact) -> list[SectionCard]:
+    return [
+        SectionCard(
+            rank=rank,
+            group=group,
+            kind=kind,
+            row_size=section.basis.shape[0],
+            basis_rank=section.basis.shape[1],
+            errors=tuple(
+                ErrorCard(
+                    ratio=ratio,
+                    predicted=section.plans[ratio].predicted_error,
+                    heldout=section.heldout_error[ratio],
+                )
+                for ratio in sorted(section.plans)
+            ),
+        )
+        for (group, kind), section in artifact.sections.items()
+    ]
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _RECORDED_PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

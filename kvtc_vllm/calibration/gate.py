@@ -1,0 +1,74 @@
+"""The reconstruction gate: an artifact that cannot hold its own promise is not written."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from kvtc_vllm.calibration.fit import orthonormality_defect
+from kvtc_vllm.codec.artifact import Kind, RankArtifact, SectionBasis
+from kvtc_vllm.codec.bitplan import budget_bits, plan_bits
+from kvtc_vllm.codec.errors import ArtifactError
+
+HELDOUT_FACTOR = 1.5
+HELDOUT_SLACK = 0.005
+"""Held-out error may be this much, absolute, above HELDOUT_FACTOR x predicted.
+
+A plan that predicts 0.1 % may measure 0.65 %: at the lowest ratios the error is
+mostly variance outside a basis fitted on few rows, which is small but not predicted.
+"""
+
+MAX_ORTHONORMALITY_DEFECT = 2e-3
+"""Rounding a basis to float16 moves V^T V by 1e-4 or less; more means a broken solver."""
+
+MAX_LOWEST_RATIO_ERROR = 0.25
+"""At its lowest ratio an artifact must keep three quarters of the variance it has not seen."""
+
+
+def check_artifact(artifact: RankArtifact, rank: int = 0) -> None:
+    """Raise ArtifactError, one clear line, unless every section keeps its promise."""
+    for (group, kind), section in artifact.sections.items():
+        _check_section(section, group, kind, f"rank {rank} section {kind}{group}")
+
+
+def _check_section(section: SectionBasis, group: int, kind: Kind, name: str) -> None:
+    for field, tensor in (("mean", section.mean), ("basis", section.basis)):
+        if not bool(torch.isfinite(tensor).all()):
+            raise ArtifactError(f"{name}: {field} holds NaN or infinity; the fit failed")
+    defect = orthonormality_defect(section.basis)
+    if defect > MAX_ORTHONORMALITY_DEFECT:
+        raise ArtifactError(
+            f"{name}: basis columns are not orthonormal (largest defect {defect:.2g}, "
+            f"allowed {MAX_ORTHONORMALITY_DEFECT:g}); the fit failed"
+        )
+    row_size = section.basis.shape[0]
+    for ratio, plan in section.plans.items():
+        where = f"{name} ratio {ratio:g}"
+        if plan_bits(plan) > budget_bits(row_size, ratio):
+            raise ArtifactError(
+                f"{where}: plan takes {plan_bits(plan)} bits a row, "
+                f"the budget is {budget_bits(row_size, ratio)}"
+            )
+        _check_error(plan.predicted_error, section.heldout_error.get(ratio), where)
+    if not section.plans:
+        raise ArtifactError(f"{name}: has no plans")
+    lowest = min(section.plans)
+    if section.heldout_error[lowest] > MAX_LOWEST_RATIO_ERROR:
+        raise ArtifactError(
+            f"{name} ratio {lowest:g}: held-out error {section.heldout_error[lowest]:.3f} is above "
+            f"{MAX_LOWEST_RATIO_ERROR:g} at the lowest ratio; these rows cannot be coded this way"
+        )
+
+
+def _check_error(predicted: float, measured: float | None, name: str) -> None:
+    if measured is None:
+        raise ArtifactError(f"{name}: held-out error was not measured")
+    if not (math.isfinite(predicted) and math.isfinite(measured)):
+        raise ArtifactError(f"{name}: predicted error {predicted}, held-out {measured}; not finite")
+    limit = HELDOUT_FACTOR * predicted + HELDOUT_SLACK
+    if measured > limit:
+        raise ArtifactError(
+            f"{name}: held-out error {measured:.4f} is above {limit:.4f} (predicted "
+            f"{predicted:.4f}); calibrate on more tokens, or on text like what will be served"
+        )

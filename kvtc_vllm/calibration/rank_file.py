@@ -1,0 +1,281 @@
+"""One rank of an artifact as a safetensors file.
+
+Tensors, for every layer group g and kind k or v:
+
+    {kind}{g}.mean     float32 [p]
+    {kind}{g}.basis    float16 [p, r]
+    {kind}{g}.errors   float64 [R, 3]: target ratio, predicted and held-out error
+    {kind}{g}.plan{j}  int32 [n, 3]: start, size, type id of each stored group; j < R
+    rope{i}            the model's cos/sin table in its own dtype
+    probe.k, probe.v   float16 [n, L, H, D]; probe.positions int32 [n]
+
+and a `RankHeader` as JSON under the metadata key "kvtc". Nothing read here is
+trusted: shapes are compared with the geometry before a tensor is loaded, and
+the fingerprint is computed again.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from kvtc_vllm.calibration.card import FORMAT_VERSION, GeometryCard
+from kvtc_vllm.calibration.fingerprint import artifact_fingerprint
+from kvtc_vllm.calibration.probe import PROBE_TOKENS, Probe
+from kvtc_vllm.codec.artifact import (
+    KINDS,
+    BitPlan,
+    CoefficientGroup,
+    Geometry,
+    Kind,
+    RankArtifact,
+    SectionBasis,
+)
+from kvtc_vllm.codec.bitplan import budget_bits, plan_bits
+from kvtc_vllm.codec.errors import ArtifactError
+from kvtc_vllm.codec.quantizers import BY_TYPE_ID, REGISTRY
+from kvtc_vllm.codec.rope import Rope
+
+_METADATA_KEY = "kvtc"
+_ROPE_DTYPES = ("F32", "BF16", "F16")
+
+
+class RankHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The part of a rank file that is not tensors."""
+
+    rank: int
+    ranks: int
+    fingerprint: str
+    geometry: GeometryCard
+    sink_tokens: int
+    layer_rope: tuple[int | None, ...]
+    rope_neox: tuple[bool, ...]
+    format_version: int = FORMAT_VERSION
+
+
+def rank_file_name(rank: int, ranks: int) -> str:
+    """Such as "rank0of2.safetensors"."""
+    return f"rank{rank}of{ranks}.safetensors"
+
+
+def write_rank_file(
+    path: Path, artifact: RankArtifact, probe: Probe, rank: int, ranks: int
+) -> None:
+    """Write one rank. Held-out errors must be there for every plan."""
+    tensors: dict[str, torch.Tensor] = {
+        "probe.k": probe.k,
+        "probe.v": probe.v,
+        "probe.positions": probe.positions,
+    }
+    for i, rope in enumerate(artifact.ropes):
+        tensors[f"rope{i}"] = rope.cos_sin
+    for (group, kind), section in artifact.sections.items():
+        name = f"{kind}{group}"
+        tensors[f"{name}.mean"] = section.mean
+        tensors[f"{name}.basis"] = section.basis
+        ratios = sorted(section.plans)
+        tensors[f"{name}.errors"] = torch.tensor(
+            [[r, section.plans[r].predicted_error, section.heldout_error[r]] for r in ratios],
+            dtype=torch.float64,
+        )
+        for j, ratio in enumerate(ratios):
+            rows = [
+                [g.start, g.size, REGISTRY[g.type].type_id] for g in section.plans[ratio].groups
+            ]
+            tensors[f"{name}.plan{j}"] = torch.tensor(rows, dtype=torch.int32).reshape(-1, 3)
+    header = RankHeader(
+        rank=rank,
+        ranks=ranks,
+        fingerprint=artifact.fingerprint.hex(),
+        geometry=GeometryCard.of(artifact.geometry),
+        sink_tokens=artifact.sink_tokens,
+        layer_rope=artifact.layer_rope,
+        rope_neox=tuple(rope.neox for rope in artifact.ropes),
+    )
+    # safetensors refuses views and tensors that share memory.
+    owned = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    save_file(owned, path, metadata={_METADATA_KEY: msgspec.json.encode(header).decode()})
+
+
+def read_rank_file(path: Path, rank: int, ranks: int) -> tuple[RankArtifact, Probe]:
+    """Read and check one rank.
+
+    Raises ArtifactError, naming the file and the field, for anything missing,
+    malformed, out of bounds, or not matching the stored fingerprint.
+    """
+    if not path.is_file():
+        raise ArtifactError(f"{path}: missing; the artifact has no rank {rank} of {ranks}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _RankReader(path, file).read(rank, ranks)
+    except (OSError, SafetensorError, msgspec.MsgspecError, ValueError) as error:
+        raise ArtifactError(f"{path}: {error}") from error
+
+
+class _RankReader:
+    """Reads one open file; every problem is an ArtifactError naming file and field."""
+
+    def __init__(self, path: Path, file: Any) -> None:
+        self._path = path
+        self._file = file
+        self._left = set(file.keys())
+
+    def read(self, rank: int, ranks: int) -> tuple[RankArtifact, Probe]:
+        metadata = self._file.metadata() or {}
+        if _METADATA_KEY not in metadata:
+            raise self._error("metadata", f'has no "{_METADATA_KEY}"; this is not a rank file')
+        header = msgspec.json.decode(metadata[_METADATA_KEY], type=RankHeader)
+        if header.format_version != FORMAT_VERSION:
+            raise self._error(
+                "format_version", f"is {header.format_version}, this program reads {FORMAT_VERSION}"
+            )
+        if (header.rank, header.ranks) != (rank, ranks):
+            raise self._error(
+                "rank", f"is {header.rank} of {header.ranks}, expected {rank} of {ranks}"
+            )
+        if header.sink_tokens < 0:
+            raise self._error("sink_tokens", f"is {header.sink_tokens}, must not be negative")
+        geometry = header.geometry.geometry()
+        ropes = self._ropes(header, geometry)
+        sections: dict[tuple[int, Kind], SectionBasis] = {
+            (group, kind): self._section(geometry, group, kind)
+            for group in range(len(geometry.layer_groups))
+            for kind in KINDS
+        }
+        probe = self._probe(geometry, ropes)
+        if self._left:
+            raise self._error(min(self._left), "is not a tensor of this format")
+        fingerprint = artifact_fingerprint(geometry, sections, header.sink_tokens)
+        if fingerprint.hex() != header.fingerprint:
+            raise self._error(
+                "fingerprint",
+                f"is {header.fingerprint}, the contents have {fingerprint.hex()}; "
+                "the file is damaged or was edited",
+            )
+        artifact = RankArtifact(
+            geometry=geometry,
+            sections=sections,
+            ropes=ropes,
+            layer_rope=header.layer_rope,
+            fingerprint=fingerprint,
+            sink_tokens=header.sink_tokens,
+        )
+        return artifact, probe
+
+    def _error(self, field: str, problem: str) -> ArtifactError:
+        return ArtifactError(f"{self._path}: {field} {problem}")
+
+    def _load(
+        self, name: str, dtypes: tuple[str, ...], shape: tuple[int | None, ...]
+    ) -> torch.Tensor:
+        """Load a finite tensor of the given dtype and shape; None is any length."""
+        if name not in self._left:
+            raise self._error(name, "is missing")
+        self._left.discard(name)
+        entry = self._file.get_slice(name)
+        found = tuple(entry.get_shape())
+        fits = len(found) == len(shape) and all(
+            want is None or have == want for have, want in zip(found, shape, strict=True)
+        )
+        if entry.get_dtype() not in dtypes or not fits:
+            wanted = ", ".join("any" if n is None else str(n) for n in shape)
+            raise self._error(
+                name, f"is {entry.get_dtype()} {found}, expected {dtypes[0]} ({wanted})"
+            )
+        tensor: torch.Tensor = self._file.get_tensor(name)
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise self._error(name, "holds NaN or infinity")
+        return tensor
+
+    def _ropes(self, header: RankHeader, geometry: Geometry) -> tuple[Rope, ...]:
+        ropes = []
+        for i, neox in enumerate(header.rope_neox):
+            table = self._load(f"rope{i}", _ROPE_DTYPES, (None, None))
+            width = table.shape[1]
+            if table.shape[0] < 1 or width % 2 or not 2 <= width <= geometry.head_size:
+                raise self._error(
+                    f"rope{i}",
+                    f"has shape {tuple(table.shape)}; rows must be there and the width even "
+                    f"and at most the head size {geometry.head_size}",
+                )
+            ropes.append(Rope(table, neox))
+        if len(header.layer_rope) != geometry.num_layers:
+            raise self._error(
+                "layer_rope",
+                f"has {len(header.layer_rope)} entries for {geometry.num_layers} layers",
+            )
+        for index in header.layer_rope:
+            if index is not None and not 0 <= index < len(ropes):
+                raise self._error(
+                    "layer_rope", f"names table {index}, but there are {len(ropes)} tables"
+                )
+        return tuple(ropes)
+
+    def _section(self, geometry: Geometry, group: int, kind: Kind) -> SectionBasis:
+        name = f"{kind}{group}"
+        p = geometry.row_size(group, kind)
+        mean = self._load(f"{name}.mean", ("F32",), (p,))
+        basis = self._load(f"{name}.basis", ("F16",), (p, None))
+        if not 1 <= basis.shape[1] <= p:
+            raise self._error(f"{name}.basis", f"has {basis.shape[1]} columns, 1 to {p} are right")
+        errors = self._load(f"{name}.errors", ("F64",), (None, 3))
+        ratios = errors[:, 0].tolist()
+        if not ratios or any(r < 1 for r in ratios) or any(a >= b for a, b in pairwise(ratios)):
+            raise self._error(f"{name}.errors", f"has ratios {ratios}; rising ones >= 1 are right")
+        if float(errors.min()) < 0:
+            raise self._error(f"{name}.errors", "has a negative error")
+        plans: dict[float, BitPlan] = {}
+        heldout: dict[float, float] = {}
+        for j, (ratio, predicted, measured) in enumerate(errors.tolist()):
+            groups = self._groups(f"{name}.plan{j}", basis.shape[1])
+            plan = BitPlan(ratio=ratio, groups=groups, predicted_error=predicted)
+            if plan_bits(plan) > budget_bits(p, ratio):
+                raise self._error(
+                    f"{name}.plan{j}",
+                    f"takes {plan_bits(plan)} bits, {budget_bits(p, ratio)} are allowed at "
+                    f"ratio {ratio:g}",
+                )
+            plans[ratio] = plan
+            heldout[ratio] = measured
+        return SectionBasis(mean=mean, basis=basis, plans=plans, heldout_error=heldout)
+
+    def _groups(self, name: str, rank: int) -> tuple[CoefficientGroup, ...]:
+        groups = []
+        free_from = 0
+        for start, size, type_id in self._load(name, ("I32",), (None, 3)).tolist():
+            if type_id not in BY_TYPE_ID:
+                raise self._error(name, f"has type {type_id}, known are {sorted(BY_TYPE_ID)}")
+            if start < free_from or size < 1 or start + size > rank:
+                raise self._error(
+                    name,
+                    f"has a group {start}..{start + size} that overlaps, is out of order, "
+                    f"or passes the {rank} columns of the basis",
+                )
+            free_from = start + size
+            groups.append(CoefficientGroup(start, size, BY_TYPE_ID[type_id].name))
+        return tuple(groups)
+
+    def _probe(self, geometry: Geometry, ropes: tuple[Rope, ...]) -> Probe:
+        positions = self._load("probe.positions", ("I32",), (None,))
+        count = len(positions)
+        limit = min((rope.max_positions for rope in ropes), default=math.inf)
+        rising = all(a < b for a, b in pairwise(positions.tolist()))
+        if not 1 <= count <= PROBE_TOKENS or not rising:
+            raise self._error(
+                "probe.positions", f"must be 1 to {PROBE_TOKENS} rising positions, has {count}"
+            )
+        if int(positions[0]) < 0 or int(positions[-1]) >= limit:
+            raise self._error("probe.positions", f"leave the RoPE table of {limit} positions")
+        lead = (count, geometry.num_layers, geometry.num_kv_heads)
+        return Probe(
+            k=self._load("probe.k", ("F16",), (*lead, geometry.head_size)),
+            v=self._load("probe.v", ("F16",), (*lead, geometry.head_size_v)),
+            positions=positions,
+        )

@@ -1,0 +1,139 @@
+"""The report of an artifact: report.md and one page of plots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvtc_vllm.calibration.card import ArtifactCard
+from kvtc_vllm.calibration.fit import RankFit
+from kvtc_vllm.codec.artifact import KINDS, BitPlan, Kind
+from kvtc_vllm.codec.bitplan import plan_bits
+from kvtc_vllm.codec.quantizers import REGISTRY, group_cost_bits
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_STYLE: dict[Kind, str] = {"k": "-", "v": "--"}
+
+
+def write_report(directory: Path, card: ArtifactCard, fits: Sequence[RankFit]) -> None:
+    """Write report.md (all ranks) and report.png (rank 0) into a directory."""
+    (directory / "report.md").write_text(_markdown(card, fits), encoding="utf-8")
+    _plot(directory / "report.png", card, fits[0])
+
+
+def bits_per_coefficient(plan: BitPlan, rank: int) -> torch.Tensor:
+    """Bits that each coefficient costs, its share of shift and scale included: float64 [rank]."""
+    bits = torch.zeros(rank, dtype=torch.float64)
+    for g in plan.groups:
+        bits[g.start : g.start + g.size] = group_cost_bits(REGISTRY[g.type].bits, g.size) / g.size
+    return bits
+
+
+def _markdown(card: ArtifactCard, fits: Sequence[RankFit]) -> str:
+    geometry = card.geometry
+    lines = [
+        f"# KVTC artifact for {card.model_name}",
+        "",
+        f"- identity: `{card.identity}`",
+        f"- created: {card.created}, "
+        + ", ".join(f"{name} {number}" for name, number in card.versions.items()),
+        f"- tensor-parallel ranks: {card.tp_size}; a rank has {geometry.num_layers} layers, "
+        f"{geometry.num_kv_heads} KV heads, head size {geometry.head_size} (K) and "
+        f"{geometry.head_size_v} (V), layer groups "
+        + ", ".join(f"{first}-{end - 1}" for first, end in geometry.layer_groups),
+        f"- cache dtype: {card.kv_dtype}; first {card.sink_tokens} positions stored exactly",
+        f"- data: {', '.join(card.data.files) or 'not named'}; {card.data.tokens} tokens run, "
+        f"{card.data.train_tokens} fitted, {card.data.heldout_tokens} held out, "
+        f"seed {card.data.seed}",
+        f"- fit: {card.method}, {card.seconds:.0f} s; "
+        f"{sum(card.size_bytes.values()) / 2**20:.1f} MiB on disk",
+        "",
+        "Errors are relative and squared, of rows after mean removal (keys before RoPE): "
+        "predicted on the rows the plan was made for / measured on held-out rows. "
+        "Ratios are targets before DEFLATE.",
+        "",
+        "| rank | section | row | basis | " + " | ".join(f"{r:g}x" for r in card.ratios) + " |",
+        "|" + "---|" * (4 + len(card.ratios)),
+    ]
+    for section in card.sections:
+        errors = {e.ratio: f"{e.predicted:.4f} / {e.heldout:.4f}" for e in section.errors}
+        cells = " | ".join(errors.get(ratio, "") for ratio in card.ratios)
+        lines.append(
+            f"| {section.rank} | {section.kind.upper()} group {section.group} "
+            f"| {section.row_size} | {section.basis_rank} | {cells} |"
+        )
+    lines += ["", "Bits a row of rank 0, and stored groups:", ""]
+    for (group, kind), basis in fits[0].artifact.sections.items():
+        plans = ", ".join(
+            f"{ratio:g}x {plan_bits(plan)} bits in {len(plan.groups)} groups"
+            for ratio, plan in sorted(basis.plans.items())
+        )
+        lines.append(f"- {kind.upper()} group {group}: {plans}")
+    lines += ["", "![variance, allocation, error](report.png)", ""]
+    return "\n".join(lines)
+
+
+def _plot(path: Path, card: ArtifactCard, fit: RankFit) -> None:
+    # Imported here: matplotlib takes a second, and only writing a report needs it. The figure
+    # is made without pyplot, which would pick a backend and keep global state.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(f"{card.model_name}, rank 0 of {card.tp_size}")
+    axes = figure.subplots(2, 2)
+    _plot_variance(axes[0, 0], fit)
+    _plot_error(axes[0, 1], fit)
+    for column, kind in enumerate(KINDS):
+        _plot_allocation(axes[1, column], fit, kind)
+    figure.savefig(path, dpi=110)
+
+
+def _plot_variance(axes: Axes, fit: RankFit) -> None:
+    for (group, kind), detail in fit.sections.items():
+        if detail.total_variance > 0:
+            left = 1 - detail.variance.cumsum(0) / detail.total_variance
+            label = f"{kind.upper()} group {group}"
+            axes.plot(left.clamp_min(1e-9).numpy(), _STYLE[kind], color=f"C{group}", label=label)
+    axes.set(
+        title="variance left out", xlabel="directions kept", ylabel="fraction", yscale="log"
+    )
+    axes.legend(fontsize="small")
+
+
+def _plot_error(axes: Axes, fit: RankFit) -> None:
+    for (group, kind), section in fit.artifact.sections.items():
+        ratios = sorted(section.plans)
+        measured = [section.heldout_error[ratio] for ratio in ratios]
+        predicted = [section.plans[ratio].predicted_error for ratio in ratios]
+        label = f"{kind.upper()} group {group}"
+        axes.plot(ratios, measured, _STYLE[kind] + "o", color=f"C{group}", label=label)
+        axes.plot(ratios, predicted, "x", color=f"C{group}")
+    axes.set(
+        title="relative squared error: o held out, x predicted",
+        xlabel="target ratio",
+        xscale="log",
+        yscale="log",
+    )
+    axes.legend(fontsize="small")
+
+
+def _plot_allocation(axes: Axes, fit: RankFit, kind: Kind) -> None:
+    """First layer group: one line a ratio."""
+    section = fit.artifact.sections[0, kind]
+    for ratio, plan in sorted(section.plans.items()):
+        bits = bits_per_coefficient(plan, section.basis.shape[1])
+        axes.step(range(1, len(bits) + 1), bits.numpy(), where="mid", label=f"{ratio:g}x")
+    axes.set(
+        title=f"{kind.upper()} group 0: bits a coefficient, scales included",
+        xlabel="coefficient",
+        xscale="log",
+        ylim=(0, None),
+    )
+    axes.legend(fontsize="small")
