@@ -121,6 +121,9 @@ def _plot_error(axes: Axes, fit: RankFit) -> None:
         xscale="log",
         yscale="log",
     )
+    ticks = fit.artifact.ratios()
+    axes.set_xticks(ticks, labels=[f"{ratio:g}x" for ratio in ticks])
+    axes.minorticks_off()
     axes.legend(fontsize="small")
 
 

@@ -1,0 +1,183 @@
+"""Finding the artifact of a model.
+
+A registry is a directory of <model-slug>/<artifact-name>/card.json. Searched,
+in this order, until one holds a match: the configured directories; those in
+the environment variable KVTC_REGISTRY; the user's; the ones shipped with this
+package. Within one registry the newest match wins.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import kvtc_vllm
+from kvtc_vllm.calibration.card import CARD_NAME, ArtifactCard, load_card
+from kvtc_vllm.calibration.identity import ModelIdentity
+from kvtc_vllm.codec.errors import ArtifactError
+
+logger = logging.getLogger(__name__)
+
+ENVIRONMENT_VARIABLE = "KVTC_REGISTRY"
+_LISTED = 20
+"""At most this many artifacts are named in the message of a failed search."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What an artifact must fit. model_name is only used in messages."""
+
+    identity: ModelIdentity
+    tp_size: int
+    ratio: float
+    model_name: str
+
+
+def user_registry() -> Path:
+    """Where `kvtc calibrate` puts artifacts unless told otherwise."""
+    home = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+    return Path(home) / "kvtc" / "calibrations"
+
+
+def shipped_registry() -> Path:
+    """Artifacts that come with this package: inside a wheel, or in the source tree."""
+    package = Path(kvtc_vllm.__file__).parent
+    inside = package / "_calibrations"
+    return inside if inside.is_dir() else package.parent / "calibrations"
+
+
+def search_path(configured: Sequence[str | Path] = ()) -> list[Path]:
+    """Registry directories in search order, each once, whether they exist or not."""
+    environment = os.environ.get(ENVIRONMENT_VARIABLE, "").split(os.pathsep)
+    named = [*configured, *(part for part in environment if part)]
+    directories = [Path(part).expanduser() for part in named]
+    return list(dict.fromkeys([*directories, user_registry(), shipped_registry()]))
+
+
+def find(
+    identity: ModelIdentity,
+    tp_size: int,
+    ratio: float,
+    *,
+    model_name: str,
+    artifact: str | Path | None = None,
+    registries: Sequence[str | Path] = (),
+) -> Path:
+    """Directory of the artifact to use.
+
+    artifact: use this directory and search nowhere. It must fit like a found
+    one, except that other weights are only warned about: whoever names an
+    artifact may know that it serves a fine-tuned model as well.
+    registries: directories to search first. model_name: as the user names the
+    model, for messages.
+
+    Raises ArtifactError that says what was found, why it does not fit, where
+    the search went, and the command that makes what is missing.
+    """
+    wanted = Wanted(identity, tp_size, ratio, model_name)
+    if artifact is not None:
+        return _explicit(Path(artifact), wanted)
+    directories = search_path(registries)
+    rejected: list[tuple[Path, ArtifactCard, list[str]]] = []
+    for registry in directories:
+        matches: list[tuple[str, Path]] = []
+        for directory, card in scan(registry):
+            reasons = mismatches(card, wanted)
+            if reasons:
+                rejected.append((directory, card, reasons))
+            else:
+                matches.append((card.created, directory))
+        if matches:
+            return max(matches)[1]
+    raise ArtifactError(_not_found(wanted, rejected, directories))
+
+
+def scan(registry: Path) -> Iterator[tuple[Path, ArtifactCard]]:
+    """Artifacts of one registry, by path. Broken ones are logged and left out."""
+    for path in sorted(registry.glob(f"*/*/{CARD_NAME}")):
+        # Directories being written or replaced have names that start with a dot.
+        if path.parent.name.startswith("."):
+            continue
+        try:
+            yield path.parent, load_card(path.parent)
+        except ArtifactError as error:
+            logger.warning("artifact ignored: %s", error)
+
+
+def mismatches(card: ArtifactCard, wanted: Wanted) -> list[str]:
+    """Why an artifact does not fit; empty if it does."""
+    reasons = []
+    same_config = card.config_fingerprint == wanted.identity.config
+    same_weights = card.weights_fingerprint == wanted.identity.weights
+    if not same_config and not same_weights:
+        reasons.append("another model")
+    elif not same_weights:
+        reasons.append("same configuration, other weights")
+    elif not same_config:
+        reasons.append("same weights, other configuration")
+    if card.tp_size != wanted.tp_size:
+        reasons.append(f"calibrated for TP {card.tp_size}, this is TP {wanted.tp_size}")
+    if wanted.ratio not in card.ratios:
+        reasons.append(f"no plan for {wanted.ratio:g}x, only {_ratios(card.ratios)}")
+    return reasons
+
+
+def calibrate_command(wanted: Wanted) -> str:
+    """The command that would make the artifact."""
+    return f"kvtc calibrate {wanted.model_name} --data TEXT_FILES --tp {wanted.tp_size}"
+
+
+def _explicit(directory: Path, wanted: Wanted) -> Path:
+    card = load_card(directory)
+    reasons = mismatches(card, wanted)
+    other_weights = "same configuration, other weights"
+    if other_weights in reasons:
+        reasons.remove(other_weights)
+        logger.warning(
+            "artifact %s was calibrated on other weights of the same architecture (%s); "
+            "its promised error may not hold",
+            directory,
+            card.model_name,
+        )
+    if reasons:
+        raise ArtifactError(
+            f"artifact {directory} ({card.model_name}) does not fit {wanted.model_name}: "
+            f"{'; '.join(reasons)}. To make one that does: {calibrate_command(wanted)}"
+        )
+    return directory
+
+
+def _not_found(
+    wanted: Wanted,
+    rejected: Sequence[tuple[Path, ArtifactCard, list[str]]],
+    directories: Sequence[Path],
+) -> str:
+    lines = [
+        f"no KVTC artifact fits {wanted.model_name} (identity {wanted.identity.identity}, "
+        f"TP {wanted.tp_size}, ratio {wanted.ratio:g}x)"
+    ]
+    # Nearest first: the fewest reasons, then those that are the same model.
+    nearest = sorted(rejected, key=lambda entry: (len(entry[2]), "another model" in entry[2]))
+    for directory, card, reasons in nearest[:_LISTED]:
+        lines.append(
+            f"  found {card.model_name} (identity {card.identity}, TP {card.tp_size}, "
+            f"{_ratios(card.ratios)}) in {directory}: {'; '.join(reasons)}"
+        )
+    if len(nearest) > _LISTED:
+        lines.append(f"  and {len(nearest) - _LISTED} more that fit less")
+    if not nearest:
+        lines.append("  found no artifact at all")
+    lines += [f"  searched {directory}{_absent(directory)}" for directory in directories]
+    lines.append(f"  to make one: {calibrate_command(wanted)}")
+    return "\n".join(lines)
+
+
+def _absent(directory: Path) -> str:
+    return "" if directory.is_dir() else " (does not exist)"
+
+
+def _ratios(ratios: Sequence[float]) -> str:
+    return ", ".join(f"{ratio:g}x" for ratio in ratios)
