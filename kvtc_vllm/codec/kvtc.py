@@ -214,6 +214,8 @@ def _check_artifact(artifact: RankArtifact) -> None:
         raise ArtifactError(f"fingerprint of {len(artifact.fingerprint)} bytes")
     if len(artifact.layer_rope) != geometry.num_layers:
         raise ArtifactError(f"layer_rope has {len(artifact.layer_rope)} entries")
+    if any(i is not None and not 0 <= i < len(artifact.ropes) for i in artifact.layer_rope):
+        raise ArtifactError(f"layer_rope {artifact.layer_rope} names a rope that is not there")
     wanted = {(g, kind) for g in range(len(geometry.layer_groups)) for kind in KINDS}
     if set(artifact.sections) != wanted:
         raise ArtifactError(f"sections {sorted(artifact.sections)} are not {sorted(wanted)}")
