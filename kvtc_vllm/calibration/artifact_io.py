@@ -57,10 +57,11 @@ def model_slug(model_name: str) -> str:
 
 
 def artifact_name(card: ArtifactCard) -> str:
-    """Default directory name: model identity, parallel size, contents."""
-    model = xxhash.xxh3_64_hexdigest(card.identity.encode())[:8]
+    """Default directory name: tp{N}-{layers per group}-{contents}, such as "tp1-all-2a70df41"."""
+    groups = card.geometry.layer_groups
+    layers = "all" if len(groups) == 1 else str(groups[0][1])
     contents = xxhash.xxh3_64_hexdigest("".join(card.fingerprints).encode())[:8]
-    return f"{model}-tp{card.tp_size}-{contents}"
+    return f"tp{card.tp_size}-{layers}-{contents}"
 
 
 def write_artifact(

@@ -37,7 +37,7 @@ class Wanted:
 
 
 def user_registry() -> Path:
-    """Where `kvtc calibrate` puts artifacts unless told otherwise."""
+    """The user's own registry, under XDG_DATA_HOME."""
     home = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
     return Path(home) / "kvtc" / "calibrations"
 

@@ -1,0 +1,310 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from kvtc_vllm.calibration.artifact_io import (
+    Description,
+    load_rank_artifact,
+    model_slug,
+    write_artifact,
+)
+from kvtc_vllm.calibration.card import load_card
+from kvtc_vllm.calibration.fingerprint import artifact_fingerprint
+from kvtc_vllm.calibration.fit import RankFit
+from kvtc_vllm.calibration.spool import SpoolReader
+from kvtc_vllm.codec.artifact import CoefficientGroup
+from kvtc_vllm.codec.errors import ArtifactError
+from tests.calibration.toy import DATA, IDENTITY, RATIOS, SIZE
+
+DESCRIPTION = Description("org/toy", IDENTITY, "bfloat16", DATA)
+RANK_FILE = "rank0of1.safetensors"
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture
+def copy(written: Path, tmp_path: Path) -> Path:
+    target = tmp_path / "artifact"
+    shutil.copytree(written, target)
+    return target
+
+
+def edit(directory: Path, change: Callable[[Tensors, dict[str, Any]], None]) -> None:
+    """Rewrite the rank file after `change` has altered its tensors or its header."""
+    path = directory / RANK_FILE
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["kvtc"])
+    tensors = load_file(path)
+    change(tensors, header)
+    save_file(tensors, path, metadata={"kvtc": json.dumps(header)})
+
+
+def edit_card(directory: Path, **changes: Any) -> None:
+    path = directory / "card.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_round_trip(written: Path, fit: RankFit, reader: SpoolReader) -> None:
+    artifact, card, probe = load_rank_artifact(written, 0)
+    original = fit.artifact
+    assert artifact.fingerprint == original.fingerprint
+    assert artifact.geometry == original.geometry
+    assert artifact.layer_rope == original.layer_rope
+    assert artifact.sink_tokens == 4
+    for key, section in original.sections.items():
+        loaded = artifact.sections[key]
+        assert torch.equal(loaded.mean, section.mean)
+        assert torch.equal(loaded.basis, section.basis)
+        assert loaded.plans == section.plans
+        assert loaded.heldout_error == section.heldout_error
+    assert [r.fingerprint() for r in artifact.ropes] == [r.fingerprint() for r in original.ropes]
+    expected = reader.probe()
+    assert torch.equal(probe.k, expected.k)
+    assert torch.equal(probe.v, expected.v)
+    assert torch.equal(probe.positions, expected.positions)
+    assert card.identity == IDENTITY.identity
+    assert card.ratios == RATIOS
+    assert card.data == DATA
+    assert card.size_bytes == {RANK_FILE: (written / RANK_FILE).stat().st_size}
+    assert len(card.sections) == 4
+
+
+def test_directory_layout(written: Path) -> None:
+    assert written.parent.name == "org--toy"
+    assert written.name.startswith("tp1-2-")
+    names = sorted(path.name for path in written.iterdir())
+    assert names == ["card.json", RANK_FILE, "report.md", "report.png"]
+    assert [path.name for path in written.parent.iterdir()] == [written.name]
+    report = (written / "report.md").read_text()
+    assert "| 0 | K group 1 | 32 |" in report
+    assert (written / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert len({path.stat().st_mode & 0o444 for path in written.iterdir()}) == 1
+
+
+def test_two_ranks(fit: RankFit, reader: SpoolReader, tmp_path: Path) -> None:
+    directory = write_artifact(
+        tmp_path, DESCRIPTION, [fit, fit], [reader.probe(), reader.probe(5)], name="mine"
+    )
+    assert directory == tmp_path / "org--toy" / "mine"
+    assert load_card(directory).tp_size == 2
+    assert len(load_rank_artifact(directory, 1)[2].positions) == 5
+    with pytest.raises(ArtifactError, match=r"ranks 0\.\.1, not 2"):
+        load_rank_artifact(directory, 2)
+
+
+def test_existing_directory(fit: RankFit, reader: SpoolReader, tmp_path: Path) -> None:
+    arguments: tuple[Any, ...] = (tmp_path, DESCRIPTION, [fit], [reader.probe()])
+    directory = write_artifact(*arguments)
+    with pytest.raises(ArtifactError, match="exists already"):
+        write_artifact(*arguments)
+    (directory / "old").touch()
+    assert write_artifact(*arguments, overwrite=True) == directory
+    assert not (directory / "old").exists()
+    assert [path.name for path in directory.parent.iterdir()] == [directory.name]
+
+
+def test_refused_artifact_leaves_nothing(
+    fit: RankFit, reader: SpoolReader, tmp_path: Path
+) -> None:
+    sections = dict(fit.artifact.sections)
+    sections[0, "v"] = dataclasses.replace(sections[0, "v"], heldout_error={})
+    bad = dataclasses.replace(fit, artifact=dataclasses.replace(fit.artifact, sections=sections))
+    with pytest.raises(ArtifactError, match="v0"):
+        write_artifact(tmp_path, DESCRIPTION, [bad], [reader.probe()])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failed_write_leaves_nothing(
+    fit: RankFit, reader: SpoolReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("kvtc_vllm.calibration.artifact_io.write_report", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        write_artifact(tmp_path, DESCRIPTION, [fit], [reader.probe()])
+    assert list((tmp_path / "org--toy").iterdir()) == []
+
+
+def test_slug_is_one_path_component() -> None:
+    assert model_slug("meta-llama/Llama-3.1-8B") == "meta-llama--Llama-3.1-8B"
+    assert model_slug("../../etc") == "etc"
+    assert model_slug("///") == "model"
+
+
+def set_tensor(name: str, value: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    def change(tensors: Tensors, header: dict[str, Any]) -> None:
+        tensors[name] = value(tensors[name]).contiguous()
+
+    return change
+
+
+def set_header(**changes: Any) -> Any:
+    return lambda tensors, header: header.update(changes)
+
+
+def drop(name: str) -> Any:
+    return lambda tensors, header: tensors.pop(name)
+
+
+def fill(index: Any, value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def filled(tensor: torch.Tensor) -> torch.Tensor:
+        tensor[index] = value
+        return tensor
+
+    return filled
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop("k0.mean"), r"k0\.mean is missing"),
+        (drop("v1.plan2"), r"v1\.plan2 is missing"),
+        (drop("rope0"), "rope0 is missing"),
+        (drop("probe.positions"), r"probe\.positions is missing"),
+        (lambda tensors, _: tensors.update(extra=torch.zeros(1)), "extra is not a tensor"),
+        (set_tensor("k0.mean", lambda t: t[:-1]), r"k0\.mean is F32 \(31,\), expected F32 \(32\)"),
+        (set_tensor("k0.mean", lambda t: t.double()), r"k0\.mean is F64"),
+        (set_tensor("k0.mean", fill(0, float("nan"))), r"k0\.mean holds NaN"),
+        (set_tensor("k0.mean", fill(0, 7.5)), "fingerprint is"),
+        (set_tensor("v0.basis", fill((0, 0), 0.25)), "fingerprint is"),
+        (set_tensor("v0.basis", lambda t: t[:, :0]), r"v0\.basis has 0 columns"),
+        (set_tensor("v0.errors", fill((0, 0), 0.5)), "rising ones"),
+        (set_tensor("v0.errors", fill((0, 0), 9.0)), "rising ones"),
+        (set_tensor("v0.errors", fill((0, 1), -1.0)), "negative"),
+        (set_tensor("v0.errors", lambda t: t[:0]), "rising ones"),
+        (set_tensor("k1.plan0", fill((0, 2), 77)), r"k1\.plan0 has type 77"),
+        (set_tensor("k1.plan0", fill((0, 1), 10**6)), "overlaps"),
+        (set_tensor("k1.plan0", fill((0, 0), -1)), "overlaps"),
+        (set_tensor("k1.plan0", fill((0, 1), 0)), "overlaps"),
+        (set_tensor("k1.plan0", lambda t: t.flip(0).repeat(2, 1)), "overlaps"),
+        (
+            set_tensor(
+                "k1.plan2", lambda t: torch.tensor([[i, 1, 3] for i in range(8)], dtype=torch.int32)
+            ),
+            r"k1\.plan2 takes 320 bits, 64 are allowed at ratio 8",
+        ),
+        (set_tensor("rope0", lambda t: t[:, :7]), "rope0 has shape"),
+        (set_tensor("rope0", lambda t: torch.cat((t, t), dim=1)), "rope0 has shape"),
+        (set_tensor("rope0", lambda t: t[:50]), r"probe\.positions leave the RoPE table of 50"),
+        (set_tensor("rope0", lambda t: t * 0.5), "rope_fingerprints"),
+        (set_tensor("probe.k", lambda t: t[:5]), r"probe\.k is"),
+        (set_tensor("probe.positions", lambda t: t.flip(0)), "rising positions"),
+        (set_tensor("probe.positions", lambda t: t[:0]), "rising positions"),
+        (set_header(format_version=99), "format_version is 99"),
+        (set_header(rank=1), "rank is 1 of 1, expected 0 of 1"),
+        (set_header(sink_tokens=-1), "sink_tokens"),
+        (set_header(sink_tokens=5), "fingerprint is"),
+        (set_header(layer_rope=[0]), "layer_rope has 1 entries"),
+        (set_header(layer_rope=[0, 0, 0, 4]), "layer_rope names table 4"),
+        (set_header(surprise=1), "surprise"),
+        (set_header(geometry={"num_layers": 4}), "num_kv_heads"),
+    ],
+)
+def test_damaged_rank_file(copy: Path, change: Any, message: str) -> None:
+    edit(copy, change)
+    with pytest.raises(ArtifactError, match=message) as caught:
+        load_rank_artifact(copy, 0)
+    assert RANK_FILE in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        {"num_layers": 0, "layer_groups": []},
+        {"num_layers": 4, "layer_groups": [[0, 4], [4, 2]]},
+        {"num_layers": 2**60, "layer_groups": [[0, 2**60]]},
+        {"head_size": -8},
+    ],
+)
+def test_hostile_geometry(copy: Path, geometry: dict[str, Any]) -> None:
+    edit(copy, lambda tensors, header: header["geometry"].update(geometry))
+    with pytest.raises(ArtifactError):
+        load_rank_artifact(copy, 0)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, 5000])
+def test_truncated_rank_file(copy: Path, keep: int) -> None:
+    path = copy / RANK_FILE
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ArtifactError, match=RANK_FILE):
+        load_rank_artifact(copy, 0)
+
+
+def test_every_bit_of_mean_basis_and_plans_counts(copy: Path, fit: RankFit) -> None:
+    """A sample of single flipped bits in the tensors that decide encoded bytes."""
+    for name in ("k0.mean", "v1.basis", "k1.plan1"):
+        for bit in (0, 77, 200):
+            edit(copy, set_tensor(name, lambda t, bit=bit: flip_bit(t, bit)))
+            with pytest.raises(ArtifactError):
+                load_rank_artifact(copy, 0)
+            edit(copy, set_tensor(name, lambda t, bit=bit: flip_bit(t, bit)))
+    assert load_rank_artifact(copy, 0)[0].fingerprint == fit.artifact.fingerprint
+
+
+def flip_bit(tensor: torch.Tensor, bit: int) -> torch.Tensor:
+    raw = tensor.contiguous().reshape(-1).view(torch.uint8).clone()
+    raw[bit // 8 % len(raw)] ^= 1 << bit % 8
+    return raw.view(tensor.dtype).reshape(tensor.shape)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 2}, "format_version is 2"),
+        ({"tp_size": 2}, "tp_size is 2"),
+        ({"fingerprints": ["00"]}, "fingerprints is"),
+        ({"ratios": [2.0]}, "ratios is"),
+        ({"sink_tokens": 3}, "sink_tokens is"),
+        ({"unknown": 1}, "unknown"),
+        ({"created": 5}, "created"),
+    ],
+)
+def test_damaged_card(copy: Path, changes: dict[str, Any], message: str) -> None:
+    edit_card(copy, **changes)
+    with pytest.raises(ArtifactError, match=message):
+        load_rank_artifact(copy, 0)
+
+
+def test_missing_files(copy: Path) -> None:
+    (copy / RANK_FILE).unlink()
+    with pytest.raises(ArtifactError, match="no rank 0 of 1"):
+        load_rank_artifact(copy, 0)
+    (copy / "card.json").unlink()
+    with pytest.raises(ArtifactError, match="not an artifact"):
+        load_rank_artifact(copy, 0)
+
+
+def test_fingerprint_covers_what_influences_bytes(fit: RankFit) -> None:
+    artifact = fit.artifact
+    base = artifact.fingerprint
+    assert artifact_fingerprint(artifact.geometry, artifact.sections, 4) == base
+    assert artifact_fingerprint(artifact.geometry, artifact.sections, 5) != base
+    other_groups = dataclasses.replace(artifact.geometry, head_size_v=5)
+    assert artifact_fingerprint(other_groups, artifact.sections, 4) != base
+    section = artifact.sections[0, "k"]
+
+    def with_section(**changes: Any) -> bytes:
+        sections = artifact.sections | {(0, "k"): dataclasses.replace(section, **changes)}
+        return artifact_fingerprint(artifact.geometry, sections, 4)
+
+    assert with_section(mean=section.mean + 1) != base
+    assert with_section(basis=-section.basis) != base
+    assert with_section(heldout_error={}) == base
+    plan = section.plans[2.0]
+    groups = (CoefficientGroup(0, 1, "int2"), *plan.groups[1:])
+    changed = section.plans | {2.0: dataclasses.replace(plan, groups=groups)}
+    assert with_section(plans=changed) != base
+    predicted = section.plans | {2.0: dataclasses.replace(plan, predicted_error=0.5)}
+    assert with_section(plans=predicted) == base
+    assert artifact.geometry.head_size == SIZE

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvtc_vllm.calibration.fit import (
+    FitSettings,
+    RankFit,
+    estimate_bytes,
+    fit_rank,
+    fit_rank_artifact,
+    heldout_error,
+)
+from kvtc_vllm.calibration.spool import SpoolReader
+from kvtc_vllm.codec.artifact import KINDS
+from kvtc_vllm.codec.bitplan import budget_bits, plan_bits
+from kvtc_vllm.codec.errors import ArtifactError
+from kvtc_vllm.codec.kvtc import KvtcCodec
+from tests.calibration.toy import DOCS, RATIOS, SIZE, SIZE_V, toy_rows
+
+
+def test_every_section_has_every_plan(fit: RankFit) -> None:
+    artifact = fit.artifact
+    assert artifact.ratios() == RATIOS
+    assert set(artifact.sections) == {(g, kind) for g in (0, 1) for kind in KINDS}
+    for (group, kind), section in artifact.sections.items():
+        p = artifact.geometry.row_size(group, kind)
+        assert section.mean.shape == (p,)
+        assert section.mean.dtype == torch.float32
+        assert section.basis.dtype == torch.float16
+        # Trimmed to what the plans read.
+        assert section.basis.shape == (p, max(plan.rank for plan in section.plans.values()))
+        for ratio, plan in section.plans.items():
+            assert plan_bits(plan) <= budget_bits(p, ratio)
+
+
+def test_heldout_error_follows_the_prediction(fit: RankFit) -> None:
+    for section in fit.artifact.sections.values():
+        errors = [section.heldout_error[ratio] for ratio in RATIOS]
+        assert errors == sorted(errors)
+        for ratio in RATIOS:
+            assert section.heldout_error[ratio] == pytest.approx(
+                section.plans[ratio].predicted_error, rel=0.35
+            )
+
+
+def test_heldout_error_is_what_the_codec_does(fit: RankFit, reader: SpoolReader) -> None:
+    """The promised error is that of real blobs."""
+    artifact = fit.artifact
+    rows = reader.rows(0, "v", heldout=True)
+    values = toy_rows(SIZE_V, 2)[DOCS - 1].bfloat16()
+    keys = toy_rows(SIZE, 1)[DOCS - 1].bfloat16()
+    codec = KvtcCodec(artifact, 4.0, torch.bfloat16)
+    decoded = codec.decode(codec.encode(keys, values, 4))
+    section = artifact.sections[0, "v"]
+    error = (decoded.v[:, :2].float().flatten(1) - rows).square().sum()
+    relative = float(error / (rows - section.mean).square().sum())
+    assert relative == pytest.approx(section.heldout_error[4.0], rel=0.05)
+
+
+def test_same_seed_same_artifact(fit: RankFit, reader: SpoolReader) -> None:
+    again = fit_rank_artifact(
+        reader,
+        reader.geometry,
+        reader.ropes,
+        reader.layer_rope,
+        RATIOS,
+        settings=FitSettings(simulation_rows=512),
+    )
+    assert again.fingerprint == fit.artifact.fingerprint
+
+
+def test_fewer_rows_and_progress(reader: SpoolReader, fit: RankFit) -> None:
+    stages = set()
+    small = fit_rank(
+        reader,
+        reader.geometry,
+        reader.ropes,
+        reader.layer_rope,
+        (4.0,),
+        settings=FitSettings(train_rows=100, heldout_rows=50, method="rsvd"),
+        progress=lambda section, stage, done, total: stages.add((section, stage)),
+    )
+    detail = small.sections[1, "k"]
+    assert (detail.train_rows, detail.heldout_rows, detail.method) == (100, 50, "rsvd")
+    assert ("v1", "allocate") in stages
+    assert small.artifact.fingerprint != fit.artifact.fingerprint
+
+
+def test_heldout_error_of_constant_rows(fit: RankFit) -> None:
+    section = fit.artifact.sections[0, "k"]
+    assert heldout_error(section, section.plans[2.0], section.mean.expand(3, -1)) == 0.0
+
+
+def test_missing_rows_are_refused(reader: SpoolReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "count", lambda heldout: 0 if heldout else 10)
+    with pytest.raises(ArtifactError, match="0 held-out"):
+        fit_rank(reader, reader.geometry, reader.ropes, reader.layer_rope, RATIOS)
+
+
+def test_estimate_covers_the_rows(reader: SpoolReader) -> None:
+    rows = 1000
+    estimate = estimate_bytes(reader.geometry, rows, RATIOS, FitSettings())
+    assert estimate > rows * reader.geometry.row_size(0, "k") * 4

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from kvtc_vllm.calibration.fit import RankFit
+from kvtc_vllm.calibration.gate import check_artifact
+from kvtc_vllm.codec.artifact import CoefficientGroup, RankArtifact
+from kvtc_vllm.codec.errors import ArtifactError
+
+SECTION = (1, "k")
+
+
+def changed(fit: RankFit, **changes: Any) -> RankArtifact:
+    """The artifact with fields of one section replaced."""
+    sections = dict(fit.artifact.sections)
+    sections[SECTION] = dataclasses.replace(sections[SECTION], **changes)
+    return dataclasses.replace(fit.artifact, sections=sections)
+
+
+def test_good_artifact_passes(fit: RankFit) -> None:
+    check_artifact(fit.artifact)
+
+
+def test_heldout_above_promise(fit: RankFit) -> None:
+    errors = dict(fit.artifact.sections[SECTION].heldout_error)
+    errors[8.0] = 0.95
+    with pytest.raises(ArtifactError, match=r"rank 3 section k1 ratio 8: held-out error 0\.95"):
+        check_artifact(changed(fit, heldout_error=errors), rank=3)
+
+
+def test_heldout_not_measured(fit: RankFit) -> None:
+    with pytest.raises(ArtifactError, match="not measured"):
+        check_artifact(changed(fit, heldout_error={}))
+
+
+def test_not_finite(fit: RankFit) -> None:
+    section = fit.artifact.sections[SECTION]
+    mean = section.mean.clone()
+    mean[0] = float("inf")
+    with pytest.raises(ArtifactError, match="mean holds NaN"):
+        check_artifact(changed(fit, mean=mean))
+    errors = section.heldout_error | {4.0: float("nan")}
+    with pytest.raises(ArtifactError, match="not finite"):
+        check_artifact(changed(fit, heldout_error=errors))
+
+
+def test_basis_not_orthonormal(fit: RankFit) -> None:
+    basis = fit.artifact.sections[SECTION].basis * 1.01
+    with pytest.raises(ArtifactError, match="orthonormal"):
+        check_artifact(changed(fit, basis=basis))
+
+
+def test_budget_exceeded(fit: RankFit) -> None:
+    plans = dict(fit.artifact.sections[SECTION].plans)
+    groups = tuple(CoefficientGroup(i, 1, "fp8") for i in range(20))
+    plans[8.0] = dataclasses.replace(plans[8.0], groups=groups)
+    with pytest.raises(ArtifactError, match="plan takes 800 bits a row, the budget is 64"):
+        check_artifact(changed(fit, plans=plans))
+
+
+def test_lowest_ratio_must_be_good(fit: RankFit) -> None:
+    section = fit.artifact.sections[SECTION]
+    plans = {2.0: dataclasses.replace(section.plans[2.0], predicted_error=0.3)}
+    with pytest.raises(ArtifactError, match="lowest ratio"):
+        check_artifact(changed(fit, plans=plans, heldout_error={2.0: 0.3}))
+
+
+def test_no_plans(fit: RankFit) -> None:
+    with pytest.raises(ArtifactError, match="no plans"):
+        check_artifact(changed(fit, plans={}, basis=torch.eye(32, 4).half()))
