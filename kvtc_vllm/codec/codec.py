@@ -18,6 +18,7 @@ from kvtc_vllm.codec.artifact import Geometry
 from kvtc_vllm.codec.container import (
     DTYPE_CODES,
     FINGERPRINT_BYTES,
+    MAX_POSITION,
     MAX_TOKENS,
     NO_FINGERPRINT,
     ContainerInfo,
@@ -166,7 +167,7 @@ class ChunkCodec(ABC):
                     f"{name} is {x.dtype} {tuple(x.shape)}, expected {self.dtype} "
                     f"{(tokens, layers, heads, size)}"
                 )
-        if not 1 <= tokens <= MAX_TOKENS or start < 0:
+        if not 1 <= tokens <= MAX_TOKENS or not 0 <= start <= MAX_POSITION - tokens:
             raise ValueError(f"{tokens} tokens from position {start} cannot be a chunk")
 
     def _verified(

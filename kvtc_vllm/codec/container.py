@@ -25,6 +25,7 @@ FINGERPRINT_BYTES = 16
 NO_FINGERPRINT = bytes(FINGERPRINT_BYTES)
 CHECKSUM_BYTES = 16
 MAX_TOKENS = 65536
+MAX_POSITION = 2**63 - 1
 ALL_LAYERS = 0xFFFF
 """Layer-group number of a section that spans all layers."""
 
@@ -183,6 +184,8 @@ def parse(blob: bytes | bytearray | memoryview) -> ContainerInfo:
     header = Header(fields[2], *fields[4:11], *fields[12:])
     if not 1 <= header.tokens <= MAX_TOKENS:
         raise ContainerError("bounds", f"{header.tokens} tokens are outside 1..{MAX_TOKENS}")
+    if header.start + header.tokens > MAX_POSITION:
+        raise ContainerError("bounds", f"first position {header.start} is too large")
     return ContainerInfo(header, _sections(view[:end], num_sections), len(view))
 
 

@@ -22,6 +22,7 @@ from kvtc_vllm.codec.codec import (
 from kvtc_vllm.codec.container import (
     ALL_LAYERS,
     FINGERPRINT_BYTES,
+    MAX_POSITION,
     NO_FINGERPRINT,
     ContainerInfo,
     Header,
@@ -80,7 +81,7 @@ class KvtcCodec(ChunkCodec):
         self.ratio = float(ratio)
         self._coder = DeflateCoder(level=deflate_level)
         self._ratios = frozenset(artifact.ratios())
-        self._max_position = min((rope.max_positions for rope in artifact.ropes), default=2**63)
+        self._max_position = min((rope.max_positions for rope in artifact.ropes), default=MAX_POSITION)
         self._sections = {key: self._resident(s) for key, s in artifact.sections.items()}
 
     def encode(self, k: torch.Tensor, v: torch.Tensor, start: int) -> bytes:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 
@@ -106,19 +107,17 @@ class SyntheticModel:
     def rows(self, count: int, group: int, kind: Kind, seed: int) -> torch.Tensor:
         """Pre-RoPE rows float32 [count, p]."""
         p = self.geometry.row_size(group, kind)
-        fixed = torch.Generator().manual_seed(1000 * group + KINDS.index(kind))
-        basis, _ = torch.linalg.qr(torch.randn(p, p, generator=fixed))
-        mean = torch.randn(p, generator=fixed)
+        basis, mean = _true_basis_and_mean(p, 1000 * group + KINDS.index(kind))
         deviation = torch.arange(1, p + 1) ** (-self.spectrum / 2)
         deviation = deviation / deviation.square().mean().sqrt()
-        drawn = torch.Generator().manual_seed(seed * 7919 + 1000 * group + KINDS.index(kind))
+        drawn = torch.Generator().manual_seed(7919 * (seed + 1) + 1000 * group + KINDS.index(kind))
         uniform = torch.rand(count, p, generator=drawn).clamp(1e-6, 1 - 1e-6) - 0.5
         laplace = -uniform.sign() * torch.log1p(-2 * uniform.abs()) / 2**0.5
         energy = (0.4 * torch.randn(count, 1, generator=drawn)).exp()
         return (laplace * deviation * energy) @ basis.T + mean
 
     def artifact(
-        self, ratios: tuple[float, ...] = (4.0, 8.0, 16.0), fit_rows: int = 1024
+        self, ratios: tuple[float, ...] = (4.0, 8.0, 16.0), fit_rows: int = 4096
     ) -> RankArtifact:
         """Fit mean and basis by eigh, plans by `simple_plan`."""
         ropes = (Rope(rope_table(self.head_size, self.max_positions)),) if self.rotated else ()
@@ -174,6 +173,13 @@ class SyntheticModel:
             error = plan_error(rows - mean, basis.float(), plan)
             plans[ratio] = BitPlan(plan.ratio, plan.groups, error)
         return SectionBasis(mean, basis, plans)
+
+
+@lru_cache(maxsize=64)
+def _true_basis_and_mean(p: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    basis, _ = torch.linalg.qr(torch.randn(p, p, generator=generator))
+    return basis, torch.randn(p, generator=generator)
 
 
 def plan_error(centred: torch.Tensor, basis: torch.Tensor, plan: BitPlan) -> float:

@@ -1,0 +1,98 @@
+"""Committed blobs of every released format keep decoding, and encoding keeps its codes.
+
+What is pinned: the values that the blobs decode to (within rounding), the
+payload of every section bit for bit, and the whole blob for the raw codec.
+What is not pinned: the DEFLATE bytes, which belong to the isal version.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kvtc_vllm.codec.artifact import KINDS
+from kvtc_vllm.codec.codec import read_section
+from kvtc_vllm.codec.container import parse
+from tests.golden.formula import GEOMETRY, GOLDEN, IDENTITY, Golden, artifact
+from tests.golden.plain_reader import PlainRope, PlainSection, read_blob
+
+FOLDER = Path(__file__).parents[1] / "golden"
+EACH = pytest.mark.parametrize("golden", [pytest.param(g, id=g.name) for g in GOLDEN])
+# One unit in the last place, where a BLAS may round the other way.
+RELATIVE = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+
+
+def read(golden: Golden) -> bytes:
+    return (FOLDER / f"{golden.name}.kvtc").read_bytes()
+
+
+def contents(golden: Golden):
+    return np.load(FOLDER / f"{golden.name}.npz")
+
+
+def payloads(blob: bytes) -> list[bytes]:
+    return [bytes(read_section(s, memoryview(blob))) for s in parse(blob).sections]
+
+
+@EACH
+def test_decodes_to_the_committed_values(golden):
+    decoded = golden.make_codec().decode(read(golden), golden.start, golden.tokens)
+    for name in ("k", "v"):
+        values = getattr(decoded, name)
+        assert values.dtype == golden.dtype
+        np.testing.assert_allclose(
+            values.float().numpy(), contents(golden)[name], rtol=RELATIVE[golden.dtype], atol=1e-5
+        )
+
+
+@EACH
+def test_payloads_are_the_committed_bytes(golden):
+    expected = contents(golden)
+    found = payloads(read(golden))
+    assert len(found) == len([name for name in expected.files if name.startswith("payload")])
+    for i, payload in enumerate(found):
+        assert payload == expected[f"payload{i}"].tobytes()
+
+
+@EACH
+def test_encoding_gives_the_committed_codes(golden):
+    blob = golden.make_codec().encode(*golden.make_chunk(), golden.start)
+    assert payloads(blob) == payloads(read(golden))
+    assert parse(blob).header == parse(read(golden)).header
+    assert parse(blob).header.identity == IDENTITY
+    if golden.codec == "raw":
+        assert blob == read(golden)
+
+
+@EACH
+def test_the_written_specification_reads_the_same(golden):
+    fitted = artifact()
+    sections = {
+        (group, KINDS.index(kind)): PlainSection(
+            section.mean.numpy(),
+            section.basis.float().numpy(),
+            [(g.start, g.size, g.type) for g in section.plans[golden.ratio].groups],
+        )
+        for (group, kind), section in fitted.sections.items()
+        if golden.codec == "kvtc"
+    }
+    ropes = [
+        None
+        if index is None
+        else PlainRope(
+            fitted.ropes[index].cos_sin[:, :2].numpy(),
+            fitted.ropes[index].cos_sin[:, 2:].numpy(),
+            fitted.ropes[index].neox,
+        )
+        for index in fitted.layer_rope
+    ]
+    k, v, plain_payloads = read_blob(read(golden), GEOMETRY.layer_groups, sections, ropes)
+    assert plain_payloads == payloads(read(golden))
+    decoded = golden.make_codec().decode(read(golden))
+    for plain, values in ((k, decoded.k), (v, decoded.v)):
+        np.testing.assert_allclose(
+            values.float().numpy(), plain, rtol=RELATIVE[golden.dtype], atol=1e-5
+        )

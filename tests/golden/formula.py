@@ -1,0 +1,122 @@
+"""An artifact and chunks made by formula: no random state, and exact arithmetic.
+
+The basis is a permutation, the rotary table turns by quarters, means and
+values are small multiples of powers of two. Every product and sum of the
+forward transform is then exact in float32 in any order, so the codes of a
+chunk do not depend on the BLAS, its threads or its version, and a golden file
+pins them bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kvtc_vllm.codec.artifact import (
+    KINDS,
+    BitPlan,
+    CoefficientGroup,
+    Geometry,
+    Kind,
+    RankArtifact,
+    SectionBasis,
+)
+from kvtc_vllm.codec.codec import ChunkCodec
+from kvtc_vllm.codec.kvtc import KvtcCodec
+from kvtc_vllm.codec.raw import RawCodec
+from kvtc_vllm.codec.rope import Rope
+
+GEOMETRY = Geometry(
+    num_layers=3, num_kv_heads=1, head_size=8, head_size_v=4, layer_groups=((0, 2), (2, 3))
+)
+FINGERPRINT = bytes(range(0x10, 0x20))
+IDENTITY = bytes(range(0x20, 0x30))
+MAX_POSITIONS = 256
+ROTARY_DIM = 4
+
+# Every type and several sizes, gaps, groups out of stored order, one empty plan.
+PLANS: dict[tuple[int, Kind], dict[float, tuple[tuple[int, int, str], ...]]] = {
+    (0, "k"): {
+        4.0: ((0, 1, "int2"), (1, 1, "fp8"), (2, 4, "int4"), (7, 4, "int2"), (11, 4, "int4")),
+        16.0: ((0, 3, "int2"),),
+    },
+    (0, "v"): {4.0: ((0, 2, "int4"), (4, 3, "int2")), 16.0: ((1, 1, "int4"),)},
+    (1, "k"): {4.0: ((0, 1, "int4"), (1, 5, "fp8")), 16.0: ((2, 2, "fp8"),)},
+    (1, "v"): {4.0: ((0, 4, "fp8"),), 16.0: ()},
+}
+
+
+def quarter_turns() -> torch.Tensor:
+    """cat(cos, sin) of position * (pair + 1) quarter turns: [256, 4], entries -1, 0, 1."""
+    turns = torch.arange(MAX_POSITIONS)[:, None] * torch.arange(1, ROTARY_DIM // 2 + 1) % 4
+    cos = torch.tensor([1.0, 0.0, -1.0, 0.0])[turns]
+    sin = torch.tensor([0.0, 1.0, 0.0, -1.0])[turns]
+    return torch.cat((cos, sin), dim=-1)
+
+
+def section(group: int, kind: Kind) -> SectionBasis:
+    p = GEOMETRY.row_size(group, kind)
+    order = torch.arange(p) * 5 % p  # a permutation: 5 divides no row size
+    plans = {
+        ratio: BitPlan(ratio, tuple(CoefficientGroup(*g) for g in groups), 0.0)
+        for ratio, groups in PLANS[group, kind].items()
+    }
+    return SectionBasis(
+        mean=torch.arange(p) % 7 / 4 - 0.75,
+        basis=torch.eye(p)[:, order].to(torch.float16),
+        plans=plans,
+    )
+
+
+def artifact() -> RankArtifact:
+    return RankArtifact(
+        geometry=GEOMETRY,
+        sections={(group, kind): section(group, kind) for group in (0, 1) for kind in KINDS},
+        ropes=(Rope(quarter_turns()), Rope(quarter_turns(), neox=False)),
+        layer_rope=(0, 1, None),
+        fingerprint=FINGERPRINT,
+    )
+
+
+def chunk(tokens: int, start: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V with values n / 8, |n| < 100: exact in bfloat16."""
+
+    def values(size: int, factor: int) -> torch.Tensor:
+        shape = (tokens, GEOMETRY.num_layers, GEOMETRY.num_kv_heads, size)
+        index = torch.arange(start * 96, start * 96 + tokens * 3 * size).view(shape)
+        spread = index * factor % 97 * (index * 29 % 11) // 10 - 30
+        return (spread / 8).to(dtype)
+
+    return values(GEOMETRY.head_size, 53), values(GEOMETRY.head_size_v, 61)
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One committed blob: `<name>.kvtc`, with its contents in `<name>.npz`."""
+
+    name: str
+    codec: str
+    dtype: torch.dtype
+    ratio: float
+    start: int
+    tokens: int
+
+    def make_codec(self) -> ChunkCodec:
+        if self.codec == "raw":
+            return RawCodec(GEOMETRY, self.dtype, IDENTITY)
+        return KvtcCodec(artifact(), self.ratio, self.dtype, IDENTITY)
+
+    def make_chunk(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return chunk(self.tokens, self.start, self.dtype)
+
+
+GOLDEN = (
+    Golden("v1-raw-bf16", "raw", torch.bfloat16, 0.0, 7, 3),
+    Golden("v1-kvtc-fp32-with-sinks", "kvtc", torch.float32, 4.0, 0, 12),
+    Golden("v1-kvtc-bf16-two-sinks", "kvtc", torch.bfloat16, 4.0, 2, 5),
+    Golden("v1-kvtc-bf16-only-sinks", "kvtc", torch.bfloat16, 4.0, 1, 2),
+    Golden("v1-kvtc-fp16-one-token", "kvtc", torch.float16, 4.0, 40, 1),
+    Golden("v1-kvtc-fp16-empty-plan", "kvtc", torch.float16, 16.0, 64, 9),
+    Golden("v1-kvtc-bf16-long", "kvtc", torch.bfloat16, 4.0, 128, 100),
+)
