@@ -1,9 +1,14 @@
-"""Starting weights: the usual noise, and two heads that begin by looking back.
+"""Starting weights: the usual noise, and a copying circuit in the first two layers.
 
-Copying in context needs a head that brings each token its predecessor before
-another head can learn to match on it. Finding the first by gradient takes most
-of a small token budget, so two heads of the first layer start as "one back" and
-"two back". Everything stays trainable, and the architecture is plain Llama.
+Recall in context rests on "induction": a head of one layer brings each token its
+predecessor, and a head of the next finds where the present token was the
+predecessor and copies what came there. To find the pair by gradient takes more
+tokens than a small run sees, so a run starts from a rough hand-made one and
+improves it. All of it stays trainable, and the architecture is plain Llama.
+
+The circuit uses directions of the hidden state that are orthogonal to each other:
+one common to all tokens, some that carry the predecessor, some that are compared
+with it, and some that are copied.
 """
 
 from __future__ import annotations
@@ -13,42 +18,71 @@ import math
 import torch
 from transformers import LlamaForCausalLM
 
-#: Rotation pairs used: the fastest ones, as slow ones cannot tell neighbours apart.
-_PAIRS = 10
-#: Attention logit that one pair contributes at the distance looked for.
-_SHARPNESS = 4.0
+#: Fast rotation pairs tell neighbours apart; slow ones compare far tokens.
+_FAST_PAIRS = 10
+_SLOWEST_ANGLE = 0.003
+#: Attention logit that each fast pair gives the distance looked for.
+_NEIGHBOUR_LOGIT = 4.0
+#: Attention logit of a match, about.
+_MATCH_LOGIT = 24.0
+#: Size of the predecessor's trace, relative to the token's own part of the state.
+_TRACE = 2.0
+_COPY_GAIN = 0.25
 
 
 @torch.no_grad()
 def prepare(model: LlamaForCausalLM) -> None:
     """Set the starting weights of a freshly constructed model in place."""
     config = model.config
-    for name, parameter in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight")) and ".layers.0." not in name:
-            parameter.mul_(1.0 / math.sqrt(2 * config.num_hidden_layers))
-    _look_back(model)
-
-
-def _look_back(model: LlamaForCausalLM) -> None:
-    config = model.config
     hidden, head = config.hidden_size, config.head_dim
-    # A direction common to all tokens, as long as their own part, is what makes
-    # queries and keys of these heads the same everywhere. Tied logits ignore it:
-    # it adds the same amount to every token's.
-    embedding = model.model.embed_tokens.weight
-    common = torch.randn(hidden)
-    common /= common.norm()
-    embedding += common * embedding.std() * math.sqrt(hidden)
-    seen = math.sqrt(hidden / 2)  # projection of a normalised state on `common`
-    gain = math.sqrt(_SHARPNESS * math.sqrt(head)) / seen
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            parameter.mul_(1.0 / math.sqrt(2 * config.num_hidden_layers))
 
+    frequencies = model.model.rotary_emb.inv_freq
+    slow = [pair for pair, f in enumerate(frequencies.tolist()) if f < _SLOWEST_ANGLE]
+    compared_dims = [*slow, *(pair + head // 2 for pair in slow)]
+    count = len(compared_dims)
+    directions = torch.linalg.qr(torch.randn(hidden, hidden)).Q.T
+    common, rest = directions[0], directions[1:]
+    trace, compared, copied = rest[:count], rest[count : 2 * count], rest[2 * count :]
+
+    embedding = model.model.embed_tokens.weight
+    size = embedding.std().item()
+    embedding -= embedding @ trace.T @ trace  # the channel belongs to predecessors
+    # Common to all tokens and as long as their own part; tied logits ignore it.
+    embedding += common * size * math.sqrt(hidden)
+    unit = math.sqrt(0.5)  # of one direction in a normalised state, on average
+
+    _look_back(model, common, frequencies.tolist()[:_FAST_PAIRS])
+    first = model.model.layers[0].self_attn
+    first.v_proj.weight[:count] = compared
+    first.o_proj.weight[:, :count] = trace.T * (_TRACE * size / unit)
+
+    second = model.model.layers[1].self_attn
+    match = _MATCH_LOGIT * math.sqrt(head) / (count * unit * unit * _TRACE)
+    queries_a_key = config.num_attention_heads // config.num_key_value_heads
+    for key_head in range(min(2, config.num_key_value_heads)):
+        key_row, query_row = key_head * head, key_head * queries_a_key * head
+        rows = torch.tensor(compared_dims)
+        second.q_proj.weight[query_row + rows] = compared * math.sqrt(match)
+        second.k_proj.weight[key_row + rows] = trace * math.sqrt(match)
+        moved = copied[key_head * head : (key_head + 1) * head]
+        second.v_proj.weight[key_row : key_row + len(moved)] = moved
+        second.o_proj.weight[:, query_row : query_row + len(moved)] = moved.T * _COPY_GAIN
+
+
+def _look_back(model: LlamaForCausalLM, common: torch.Tensor, frequencies: list[float]) -> None:
+    """Make the first head of the first layer attend one token back, the second two."""
+    config = model.config
+    head = config.head_dim
+    seen = math.sqrt(config.hidden_size / 2)  # of `common` in a normalised state
+    gain = math.sqrt(_NEIGHBOUR_LOGIT * math.sqrt(head)) / seen
     attention = model.model.layers[0].self_attn
-    frequencies = model.model.rotary_emb.inv_freq[:_PAIRS]
-    heads_per_key = config.num_attention_heads // config.num_key_value_heads
-    for pair, frequency in enumerate(frequencies.tolist()):
+    for pair, frequency in enumerate(frequencies):
         attention.k_proj.weight[pair] += gain * common
-        for distance in range(1, min(2, heads_per_key) + 1):
-            first = (distance - 1) * head
+        for distance in range(1, min(2, config.num_attention_heads) + 1):
+            row = (distance - 1) * head + pair
             angle = -distance * frequency
-            attention.q_proj.weight[first + pair] += gain * math.cos(angle) * common
-            attention.q_proj.weight[first + pair + head // 2] += gain * math.sin(angle) * common
+            attention.q_proj.weight[row] += gain * math.cos(angle) * common
+            attention.q_proj.weight[row + head // 2] += gain * math.sin(angle) * common
