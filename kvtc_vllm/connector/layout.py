@@ -111,6 +111,11 @@ class PagedLayout:
         """Where the paged cache lives."""
         return self._tensors[0].device
 
+    @property
+    def block_size(self) -> int:
+        """Tokens a scheduler block."""
+        return self._geometry.block_size
+
     def gather(self, block_ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Copy blocks out: K [T, L, H, D] and V [T, L, H, Dv], T = blocks * block_size."""
         pages = self._pages(block_ids)

@@ -17,6 +17,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 COUNTERS: dict[str, str] = {
     "lookup_tokens": "Prompt tokens beyond the GPU prefix cache that were looked up",
     "hit_tokens": "Tokens of these that were found in the tier and offered as a load",
+    "resumed_lookup_tokens": "As lookup_tokens, for requests that come back from preemption",
+    "resumed_hit_tokens": "As hit_tokens, for requests that come back from preemption",
     "window_tokens": "Tokens found but recomputed to keep the recent window exact",
     "stored_chunks": "Chunks encoded and kept, all ranks",
     "stored_raw_bytes": "Uncompressed KV bytes of stored chunks, all ranks",

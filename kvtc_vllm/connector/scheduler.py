@@ -98,11 +98,13 @@ class KVTCScheduler:
             return  # scheduled again after its load: nothing new was looked up
         keys = self._chunk_keys(request)
         start = state.looked_up
-        self._stats.add("lookup_tokens", request.num_tokens - start)
+        # vLLM leaves a preempted request's second lookup out of its own hit rate; so do we.
+        resumed = "resumed_" if request.num_preemptions else ""
+        self._stats.add(f"{resumed}lookup_tokens", request.num_tokens - start)
         self._stats.add("window_tokens", state.withheld)
         if not tokens:
             return
-        self._stats.add("hit_tokens", tokens)
+        self._stats.add(f"{resumed}hit_tokens", tokens)
         end = start + tokens
         items = []
         for chunk in range(start // self._chunk_tokens, -(-end // self._chunk_tokens)):

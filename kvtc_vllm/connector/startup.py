@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,15 +11,41 @@ import xxhash
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
-from kvtc_vllm.codec.artifact import Geometry
+from kvtc_vllm.calibration import registry
+from kvtc_vllm.calibration.artifact_io import load_rank_artifact
+from kvtc_vllm.calibration.identity import model_identity
+from kvtc_vllm.calibration.probe import Probe
+from kvtc_vllm.codec.artifact import Geometry, RankArtifact
 from kvtc_vllm.codec.codec import ChunkCodec
+from kvtc_vllm.codec.container import FORMAT_VERSION
+from kvtc_vllm.codec.errors import ArtifactError
+from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.raw import RawCodec
+from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.connector.geometry import CacheGeometry
 from kvtc_vllm.connector.layout import PagedLayout
+from kvtc_vllm.connector.rotary import find_ropes
+from kvtc_vllm.connector.selftest import run_self_test
 from kvtc_vllm.connector.worker import KVTCWorker
 
 logger = init_logger("vllm.kvtc")
+
+ROPE_TOLERANCE = 0.02
+"""Largest difference of a live cos/sin table from the calibrated one.
+
+Tables are rounded to the model's dtype (bf16: 2^-9 of values up to about 1.4), and a
+model may be calibrated in one dtype and served in another; another RoPE differs by
+far more.
+"""
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """This worker among its engine's."""
+
+    rank: int
+    size: int
 
 
 def build_worker(
@@ -26,16 +54,164 @@ def build_worker(
     geometry: CacheGeometry,
     kv_caches: dict[str, torch.Tensor],
 ) -> KVTCWorker:
-    """Everything a rank needs before its first step."""
-    rank = get_tensor_model_parallel_rank()
+    """Everything a rank needs before its first step.
+
+    Raises ArtifactError or UnsupportedError, one clear line, if it can't serve.
+    """
+    place = _Rank(get_tensor_model_parallel_rank(), geometry.tp_size)
     layout = PagedLayout(kv_caches, geometry)
     codec: ChunkCodec
-    plain = Geometry(
+    if config.codec == "raw":
+        layers = len(geometry.layer_names)
+        plain = codec_geometry(geometry, ((0, layers),))
+        codec = RawCodec(plain, geometry.dtype, _identity(vllm_config, config, place, b""))
+        logger.info(
+            "kvtc: rank %d/%d codec raw, %d tokens a chunk, memory tier %.1f MiB",
+            place.rank,
+            place.size,
+            config.chunk_tokens,
+            config.memory_capacity / 2**20,
+        )
+    else:
+        codec, probe, source = _load_codec(vllm_config, config, geometry, layout, place)
+        _log_start(codec, config, place, source)
+        if config.self_test:
+            run_self_test(codec, probe, layout, config.chunk_tokens)
+    return KVTCWorker(config, geometry, layout, codec, place.rank)
+
+
+def codec_geometry(
+    geometry: CacheGeometry, layer_groups: tuple[tuple[int, int], ...]
+) -> Geometry:
+    """The codec's view of the cache."""
+    return Geometry(
         num_layers=len(geometry.layer_names),
         num_kv_heads=geometry.num_kv_heads,
         head_size=geometry.head_size,
         head_size_v=geometry.head_size_v,
-        layer_groups=((0, len(geometry.layer_names)),),
+        layer_groups=layer_groups,
     )
-    codec = RawCodec(plain, geometry.dtype, device=layout.device)
-    return KVTCWorker(config, geometry, layout, codec, rank)
+
+
+def _load_codec(
+    vllm_config: Any,
+    config: KVTCConfig,
+    geometry: CacheGeometry,
+    layout: PagedLayout,
+    place: _Rank,
+) -> tuple[KvtcCodec, Probe, Path]:
+    model = vllm_config.model_config
+    identity = model_identity(model.model, model.revision)
+    directory = registry.find(
+        identity,
+        tp_size=place.size,
+        ratio=config.target_ratio,
+        model_name=model.model,
+        artifact=config.artifact,
+        registries=config.registry,
+    )
+    artifact, _, probe = load_rank_artifact(directory, place.rank)
+    expected = codec_geometry(geometry, artifact.geometry.layer_groups)
+    if artifact.geometry != expected:
+        raise ArtifactError(
+            f"{directory}: calibrated for {artifact.geometry}, the engine's cache is {expected}"
+        )
+    ropes, layer_rope = find_ropes(vllm_config, geometry.layer_names)
+    check_ropes(artifact, ropes, layer_rope, directory)
+    # The live tables may be longer or of another dtype; they are what the cache was made with.
+    artifact = replace(artifact, ropes=ropes, layer_rope=layer_rope)
+    codec = KvtcCodec(
+        artifact,
+        config.target_ratio,
+        geometry.dtype,
+        _identity(vllm_config, config, place, artifact.fingerprint, artifact.ropes),
+        deflate_level=config.deflate_level,
+        device=layout.device,
+    )
+    return codec, probe, directory
+
+
+def check_ropes(
+    artifact: RankArtifact,
+    ropes: tuple[Rope, ...],
+    layer_rope: tuple[int | None, ...],
+    directory: Path,
+) -> None:
+    """Raise ArtifactError unless the live model rotates keys as the calibrated one did."""
+    for layer, (ours, theirs) in enumerate(zip(layer_rope, artifact.layer_rope, strict=True)):
+        if (ours is None) != (theirs is None):
+            raise ArtifactError(
+                f"{directory}: layer {layer} was calibrated "
+                f"{'without' if theirs is None else 'with'} RoPE, the engine has it otherwise"
+            )
+        if ours is None or theirs is None:
+            continue
+        live, stored = ropes[ours], artifact.ropes[theirs]
+        common = min(live.max_positions, stored.max_positions)
+        same_shape = live.rotary_dim == stored.rotary_dim and live.neox == stored.neox
+        if not same_shape or _difference(live, stored, common) > ROPE_TOLERANCE:
+            raise ArtifactError(
+                f"{directory}: RoPE of layer {layer} differs from the calibrated one (rope "
+                "settings of the engine, such as rope_scaling or max_model_len); calibrate with "
+                "these settings"
+            )
+
+
+def _difference(live: Rope, stored: Rope, positions: int) -> float:
+    a = live.cos_sin[:positions].float().cpu()
+    return float((a - stored.cos_sin[:positions].float().cpu()).abs().max())
+
+
+def _identity(
+    vllm_config: Any,
+    config: KVTCConfig,
+    place: _Rank,
+    artifact: bytes,
+    ropes: tuple[Rope, ...] = (),
+) -> bytes:
+    """16 bytes over everything that makes a blob of this rank unusable elsewhere."""
+    model = vllm_config.model_config
+    digest = xxhash.xxh3_128()
+    facts = (
+        FORMAT_VERSION,
+        config.codec,
+        _model_fingerprint(model, required=config.codec != "raw"),
+        str(model.dtype),
+        str(vllm_config.cache_config.cache_dtype),
+        str(model.quantization),
+        place.rank,
+        place.size,
+    )
+    digest.update(repr(facts).encode())
+    digest.update(artifact)
+    for rope in ropes:
+        digest.update(rope.fingerprint())
+    return digest.digest()
+
+
+def _model_fingerprint(model: Any, required: bool) -> str:
+    """Identity of the model; the raw codec, which needs no artifact, does without files too."""
+    try:
+        return model_identity(model.model, model.revision).identity
+    except ArtifactError:
+        if required:
+            raise
+        return str(model.model)
+
+
+def _log_start(codec: KvtcCodec, config: KVTCConfig, place: _Rank, source: Path) -> None:
+    sections = codec.artifact.sections.values()
+    resident = sum(s.basis.nbytes + s.mean.nbytes for s in sections)
+    logger.info(
+        "kvtc: rank %d/%d codec kvtc %gx, artifact %s, %d layer group(s), bases %.1f MiB on %s, "
+        "%d tokens a chunk, memory tier %.1f MiB",
+        place.rank,
+        place.size,
+        codec.ratio,
+        source.name,
+        len(codec.artifact.geometry.layer_groups),
+        resident / 2**20,
+        codec.device,
+        config.chunk_tokens,
+        config.memory_capacity / 2**20,
+    )

@@ -1,0 +1,38 @@
+"""The `kvtc` command. One file a sub-command, one row in `COMMANDS`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from kvtc_vllm import __version__
+from kvtc_vllm.calibration.documents import DataError
+from kvtc_vllm.cli import calibrate, config, doctor, inspect
+from kvtc_vllm.codec.errors import CodecError
+from kvtc_vllm.config import ConfigError
+
+COMMANDS = {
+    "calibrate": calibrate,
+    "config": config,
+    "doctor": doctor,
+    "inspect": inspect,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one sub-command; returns the exit status. Expected errors print one line."""
+    parser = argparse.ArgumentParser(prog="kvtc", description=__doc__.splitlines()[0])
+    parser.add_argument("--version", action="version", version=f"kvtc-vllm {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        summary = (module.__doc__ or "").splitlines()[0]
+        sub = commands.add_parser(name, help=summary, description=module.__doc__,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+        module.add_arguments(sub)
+    args = parser.parse_args(argv)
+    try:
+        return int(COMMANDS[args.command].run(args))
+    except (CodecError, ConfigError, DataError) as error:
+        print(f"kvtc {args.command}: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,7 @@
+"""`python -m kvtc_vllm.cli`."""
+
+import sys
+
+from kvtc_vllm.cli import main
+
+sys.exit(main())

@@ -1,0 +1,124 @@
+"""Show what an artifact directory or a stored blob is.
+
+    kvtc inspect calibrations/my-model/artifact
+    kvtc inspect chunk.kvtc
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from kvtc_vllm.codec.errors import ArtifactError, ContainerError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("path", help="artifact directory or blob file")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Verify and describe; a broken blob or artifact is an error."""
+    path = Path(args.path)
+    if path.is_dir():
+        described = describe_artifact(path)
+    elif path.is_file():
+        described = describe_blob(path)
+    else:
+        raise ArtifactError(f"{path}: no such file or directory")
+    if args.json:
+        print(json.dumps(described, indent=1))
+    else:
+        _print(described)
+    return 0
+
+
+def describe_artifact(directory: Path) -> dict[str, Any]:
+    """The card, with every rank file loaded and checked against it. Raises ArtifactError."""
+    from kvtc_vllm.calibration.artifact_io import load_rank_artifact
+    from kvtc_vllm.calibration.card import load_card
+
+    card = load_card(directory)
+    for rank in range(card.tp_size):
+        load_rank_artifact(directory, rank)
+    described: dict[str, Any] = msgspec.to_builtins(card)
+    described["sections"] = [
+        {
+            "section": f"rank {s.rank} group {s.group} {s.kind.upper()}",
+            "row": s.row_size,
+            "basis": s.basis_rank,
+            "heldout error": {f"{e.ratio:g}x": round(e.heldout, 5) for e in s.errors},
+        }
+        for s in card.sections
+    ]
+    return described
+
+
+def describe_blob(path: Path) -> dict[str, Any]:
+    """Header and sections of a container. Raises ContainerError if it is damaged."""
+    from kvtc_vllm.codec.container import DTYPE_CODES, SectionKind, parse
+    from kvtc_vllm.codec.entropy import BY_CODER_ID
+    from kvtc_vllm.codec.registry import BY_CODEC_ID
+
+    try:
+        info = parse(path.read_bytes())
+    except ContainerError as error:
+        raise ContainerError(error.reason, f"{path}: {error}") from error
+    header = info.header
+    dtypes = {code: dtype for dtype, code in DTYPE_CODES.items()}
+    dtype = dtypes.get(header.dtype_code)
+    width = header.head_size + header.head_size_v
+    raw = header.tokens * header.num_layers * header.num_kv_heads * width
+    raw *= dtype.itemsize if dtype is not None else 0
+    codec = BY_CODEC_ID.get(header.codec_id)
+    return {
+        "codec": codec.name if codec else f"unknown ({header.codec_id})",
+        "target_ratio": header.ratio,
+        "tokens": f"{header.start}..{header.start + header.tokens - 1}",
+        "sink_tokens": header.sinks,
+        "layers": header.num_layers,
+        "kv_heads": header.num_kv_heads,
+        "head_size": f"{header.head_size} (K), {header.head_size_v} (V)",
+        "layer_groups": header.num_layer_groups,
+        "cache_dtype": str(dtype).removeprefix("torch."),
+        "artifact": header.artifact.hex(),
+        "identity": header.identity.hex(),
+        "raw_bytes": raw,
+        "stored_bytes": info.blob_length,
+        "ratio": round(raw / info.blob_length, 2),
+        "sections": [
+            {
+                "section": f"{_name(SectionKind, s.kind)} group {s.group}",
+                "coder": BY_CODER_ID[s.coder_id].name if s.coder_id in BY_CODER_ID else s.coder_id,
+                "units": len(s.units),
+                "planned_bytes": s.raw_length,
+                "stored_bytes": s.stored_length,
+            }
+            for s in info.sections
+        ],
+    }
+
+
+def _name(kinds: Any, value: int) -> str:
+    try:
+        return str(kinds(value).name).lower()
+    except ValueError:
+        return f"kind {value}"
+
+
+def _print(described: dict[str, Any], indent: str = "") -> None:
+    for key, value in described.items():
+        if isinstance(value, dict):
+            print(f"{indent}{key}:")
+            _print(value, indent + "  ")
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            print(f"{indent}{key}:")
+            for row in value:
+                print(indent + "  " + ", ".join(f"{k} {v}" for k, v in row.items()))
+        else:
+            print(f"{indent}{key}: {value}")
