@@ -81,7 +81,9 @@ class KvtcCodec(ChunkCodec):
         self.ratio = float(ratio)
         self._coder = DeflateCoder(level=deflate_level)
         self._ratios = frozenset(artifact.ratios())
-        self._max_position = min((rope.max_positions for rope in artifact.ropes), default=MAX_POSITION)
+        self._max_position = min(
+            (rope.max_positions for rope in artifact.ropes), default=MAX_POSITION
+        )
         self._sections = {key: self._resident(s) for key, s in artifact.sections.items()}
 
     def encode(self, k: torch.Tensor, v: torch.Tensor, start: int) -> bytes:
@@ -200,10 +202,11 @@ class KvtcCodec(ChunkCodec):
         return [(g, kind) for g in range(len(self.geometry.layer_groups)) for kind in KINDS]
 
     def _resident(self, section: SectionBasis) -> SectionBasis:
-        """The section with its tensors in float32 on the codec's device, converted once."""
+        """The section on the codec's device in float32, with the columns that a plan reads."""
+        rank = max(plan.rank for plan in section.plans.values())
         return SectionBasis(
             mean=section.mean.to(self.device, torch.float32),
-            basis=section.basis.to(self.device, torch.float32),
+            basis=section.basis[:, :rank].to(self.device, torch.float32),
             plans=section.plans,
         )
 
@@ -224,6 +227,6 @@ def _check_artifact(artifact: RankArtifact) -> None:
         p = geometry.row_size(group, kind)
         if tuple(section.mean.shape) != (p,) or section.basis.shape[:1] != (p,):
             raise ArtifactError(f"mean or basis of section {group}{kind} is not for rows of {p}")
-        rank = max((plan.rank for plan in section.plans.values()), default=0)
-        if rank > section.basis.shape[1]:
-            raise ArtifactError(f"a plan of section {group}{kind} needs rank {rank}")
+        for plan in section.plans.values():
+            if plan.rank > section.basis.shape[1]:
+                raise ArtifactError(f"a plan of section {group}{kind} needs rank {plan.rank}")

@@ -13,12 +13,9 @@ Streams, in order; n groups, T tokens:
    T * size codes, token-major: the code of coefficient c of token t is
    element t * size + c of the run.
 
-Chosen by measurement (128-token chunks, correlated Laplace rows with per-token
-energy, 16x plan, isal level 1; KiB of a K section): one interleaved stream
-14.3; planes of high and low bytes in the same stream 14.3; each of the four
-streams above in its own units 13.2. Huffman tables fitted to a mixture are
-what costs. Component-major codes are 0.7 % larger on Laplace rows, 0.3 %
-smaller on Gaussian ones; token-major is the friendlier order for a decoder.
+Each stream is a unit of its own: one Huffman table for a mixture costs 6 to 8 %.
+FORMAT.md has the measurements. Token-major and component-major runs come within
+1.3 % of each other; token-major is the friendlier order for a decoder.
 """
 
 from __future__ import annotations

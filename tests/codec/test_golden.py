@@ -7,6 +7,7 @@ What is not pinned: the DEFLATE bytes, which belong to the isal version.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -96,3 +97,14 @@ def test_the_written_specification_reads_the_same(golden):
         np.testing.assert_allclose(
             values.float().numpy(), plain, rtol=RELATIVE[golden.dtype], atol=1e-5
         )
+
+
+def test_the_example_in_the_specification_is_the_file():
+    text = (FOLDER.parents[1] / "FORMAT.md").read_text().partition("## 8. Example")[2]
+    dump = bytearray()
+    for offset, line in re.findall(r"^([0-9a-f]{3})  ([0-9a-f].*)$", text, re.MULTILINE):
+        assert int(offset, 16) == len(dump)
+        shown = re.match(r"(?:[0-9a-f]{2}(?:\s+|$))+", line)
+        assert shown is not None
+        dump += bytes.fromhex(shown[0])
+    assert dump == (FOLDER / "v1-kvtc-fp16-one-token.kvtc").read_bytes()
