@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from pathlib import Path
@@ -32,17 +33,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_unconfigure() -> None:
+def _silence_stderr() -> None:
     """Keeps pytest's closing line the last one.
 
     Triton's and vLLM's native libraries write reports of leaked objects while the interpreter
     ends. A crash in that phase still shows, as the exit status.
     """
     if "vllm" in sys.modules:
-        sys.stdout.flush()
         sys.stderr.flush()
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+# Not a pytest hook: pytest puts the real stderr back after its last one.
+atexit.register(_silence_stderr)
 
 
 @pytest.fixture(scope="session")
