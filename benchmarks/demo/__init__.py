@@ -1,0 +1,1 @@
+"""`make demo`: conversations evicted from vLLM's cache and reloaded through KVTC."""

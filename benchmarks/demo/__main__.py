@@ -1,0 +1,103 @@
+"""The project's main job, for real, on any machine.
+
+Serves the reference model four times with a paged cache too small for more than
+one conversation, and holds a dozen conversations round-robin, so that each
+returns to find its blocks evicted: without offload, with uncompressed offload
+and with KVTC at 8x and 16x, all under the same byte budget. Writes
+build/demo/report.json and build/demo/report.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import msgspec
+
+from benchmarks.demo.conversations import Answers, RunReport, hold, summarise
+from benchmarks.demo.report import plot, table
+from benchmarks.demo.server import serve
+from kvtc_vllm.config import kv_transfer_config, load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = ROOT / "tests" / "reference_model" / "model"
+BLOCK_SIZE = 32
+MAX_MODEL_LEN = 2048
+GPU_BLOCKS = MAX_MODEL_LEN // BLOCK_SIZE + 4
+"""One conversation of the longest length, and little more."""
+
+RUNS = {"none": None, "raw": "raw", "kvtc-8x": "kvtc-8x", "kvtc-16x": "kvtc-16x"}
+
+
+def main() -> int:
+    """Run the demo; exit status 0 if every run's counters agree."""
+    parser = argparse.ArgumentParser(prog="benchmarks.demo", description=__doc__)
+    parser.add_argument("--chats", type=int, default=12)
+    parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--budget", default="12MiB", help="byte budget of every run's tier")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "demo")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    chats = _chats(args.chats, args.turns)
+    reports: dict[str, RunReport] = {}
+    reference: Answers | None = None
+    for name, preset in RUNS.items():
+        extra = {"preset": preset or "raw", "memory_bytes": args.budget}
+        config = load_config(extra)
+        print(f"[{name}] starting vllm serve ...", flush=True)
+        with serve(MODEL, _arguments(extra if preset else None), args.out / f"{name}.log") as server:
+            run = hold(server, chats, reference, name)
+        reference = reference or run.answers
+        reports[name] = summarise(
+            run, reference, args.chats, config.window, config.chunk_tokens, config.memory_capacity
+        )
+    seconds = time.monotonic() - started
+    print("\n" + table(reports, args.chats))
+    _write(args.out, reports, seconds)
+    print(f"\n{args.out / 'report.json'}\n{args.out / 'report.png'}\n{seconds:.0f} s")
+    return 0
+
+
+def _chats(count: int, turns: int) -> list[list[str]]:
+    # The data builder is a folder of scripts beside the model, not a package.
+    sys.path.insert(0, str(MODEL.parent))
+    from data import conversations
+
+    return conversations(seed=11, n=count, turns=turns)
+
+
+def _arguments(extra: dict[str, object] | None) -> list[str]:
+    arguments = [
+        *("--dtype", "bfloat16"),
+        *("--block-size", str(BLOCK_SIZE)),
+        *("--max-model-len", str(MAX_MODEL_LEN)),
+        *("--num-gpu-blocks-override", str(GPU_BLOCKS)),
+        *("--max-num-seqs", "4"),
+        "--enforce-eager",
+    ]
+    if extra is not None:
+        arguments += ["--kv-transfer-config", json.dumps(kv_transfer_config(extra))]
+    return arguments
+
+
+def _write(out: Path, reports: dict[str, RunReport], seconds: float) -> None:
+    content = {
+        "runs": msgspec.to_builtins(reports),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("kvtc-vllm", "vllm", "torch")},
+        },
+        "seconds": round(seconds, 1),
+    }
+    (out / "report.json").write_text(json.dumps(content, indent=1) + "\n")
+    plot(reports, out / "report.png")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""Holds the conversations against one server and counts where their prompts came from."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field
+
+import msgspec
+from tqdm import tqdm
+
+from benchmarks.demo.server import Server
+
+MAX_ANSWER_TOKENS = 40
+RESIDENT_SHARE = 0.9
+"""A conversation counts as resident if its last return found this share of what it could."""
+
+Chats = list[list[str]]
+Answers = list[list[str]]
+
+
+@dataclass
+class Turn:
+    """One request. reloaded, cached: prompt tokens from our tier and from vLLM's own cache."""
+
+    chat: int
+    prompt_tokens: int
+    reloaded: int
+    cached: int
+    ttft: float
+
+
+class RunReport(msgspec.Struct, kw_only=True):
+    """One row of the report.
+
+    computed_tokens: of the prompts, by prefill. reloaded_tokens: from the tier.
+    raw_bytes, stored_bytes: all KV that was stored, before and after encoding,
+    every header and sink counted; ratio is their quotient. tier_bytes: held at
+    the end; budget_bytes: allowed. conversations_resident: see RESIDENT_SHARE.
+    first_turns are left out of the TTFT figures: nothing can be reloaded there.
+    """
+
+    prompt_tokens: int
+    computed_tokens: int
+    reloaded_tokens: int
+    raw_bytes: int
+    stored_bytes: int
+    ratio: float
+    tier_bytes: int
+    budget_bytes: int
+    conversations_resident: int
+    ttft_mean_s: float
+    ttft_p95_s: float
+    answers_equal_fraction: float
+
+
+@dataclass
+class Run:
+    """Everything observed with one configuration."""
+
+    turns: list[Turn] = field(default_factory=list)
+    answers: Answers = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def hold(server: Server, chats: Chats, history: Answers | None, label: str) -> Run:
+    """Ask all conversations turn by turn, round-robin.
+
+    history: answers to put into the prompts instead of this run's own, so that every
+    run sees the same prompts.
+    """
+    run = Run(answers=[[] for _ in chats])
+    before = server.metrics()
+    turns = len(chats[0])
+    with tqdm(total=turns * len(chats), desc=label) as bar:
+        for turn in range(turns):
+            for number, chat in enumerate(chats):
+                past = (history or run.answers)[number]
+                answer = server.ask(_messages(chat, past, turn), MAX_ANSWER_TOKENS)
+                after = server.metrics()
+                run.answers[number].append(answer.text)
+                run.turns.append(
+                    Turn(
+                        number,
+                        answer.prompt_tokens,
+                        _grown(before, after, "vllm:external_prefix_cache_hits"),
+                        _grown(before, after, "vllm:prefix_cache_hits"),
+                        answer.ttft,
+                    )
+                )
+                before = after
+                bar.update()
+    run.metrics = before
+    return run
+
+
+def summarise(
+    run: Run, reference: Answers, chats: int, window: int, chunk_tokens: int, budget: int
+) -> RunReport:
+    """Figures of one run, checked against our own counters.
+
+    Raises RuntimeError if vLLM and the connector disagree on what was reloaded, or if
+    the tier outgrew its budget.
+    """
+    prompt = sum(turn.prompt_tokens for turn in run.turns)
+    reloaded = sum(turn.reloaded for turn in run.turns)
+    cached = sum(turn.cached for turn in run.turns)
+    ours = round(run.metrics.get("vllm:kvtc_hit_tokens", 0))
+    loaded = round(run.metrics.get("vllm:kvtc_loaded_tokens", 0))
+    if not reloaded == ours == loaded:
+        raise RuntimeError(
+            f"vLLM counted {reloaded} reloaded tokens, the connector {ours} offered "
+            f"and {loaded} loaded"
+        )
+    held = round(run.metrics.get("vllm:kvtc_tier_used_bytes", 0))
+    if held > budget:
+        raise RuntimeError(f"the tier holds {held} bytes, its budget is {budget}")
+    raw = round(run.metrics.get("vllm:kvtc_stored_raw_bytes", 0))
+    stored = round(run.metrics.get("vllm:kvtc_stored_bytes", 0))
+    later = sorted(turn.ttft for turn in run.turns[chats:])
+    equal = [
+        ours == theirs
+        for mine, other in zip(run.answers, reference, strict=True)
+        for ours, theirs in zip(mine, other, strict=True)
+    ]
+    return RunReport(
+        prompt_tokens=prompt,
+        computed_tokens=prompt - reloaded - cached,
+        reloaded_tokens=reloaded,
+        raw_bytes=raw,
+        stored_bytes=stored,
+        ratio=raw / stored if stored else 0.0,
+        tier_bytes=held,
+        budget_bytes=budget,
+        conversations_resident=_resident(run.turns[-chats:], window, chunk_tokens),
+        ttft_mean_s=statistics.fmean(later),
+        ttft_p95_s=later[min(len(later) - 1, int(0.95 * len(later)))],
+        answers_equal_fraction=sum(equal) / len(equal),
+    )
+
+
+def _resident(last: list[Turn], window: int, chunk_tokens: int) -> int:
+    """How many of the last returns found their prefix in the tier.
+
+    What a return can find at most: whole chunks of the previous turn outside the recent
+    window. The previous turn's length is not known here, so one chunk is allowed for it.
+    """
+    found = 0
+    for turn in last:
+        possible = turn.prompt_tokens - window - 2 * chunk_tokens
+        found += turn.reloaded >= RESIDENT_SHARE * max(1, possible)
+    return found
+
+
+def _grown(before: dict[str, float], after: dict[str, float], name: str) -> int:
+    return round(after.get(name, 0.0) - before.get(name, 0.0))
+
+
+def _messages(chat: list[str], answers: list[str], turn: int) -> list[dict[str, str]]:
+    messages = []
+    for i in range(turn):
+        messages.append({"role": "user", "content": chat[i]})
+        messages.append({"role": "assistant", "content": answers[i]})
+    messages.append({"role": "user", "content": chat[turn]})
+    return messages

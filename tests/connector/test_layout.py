@@ -1,0 +1,124 @@
+"""Paged tensors <-> chunks, for both content layouts and any strides."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from kvtc_vllm.connector.compat import UnsupportedError, check_version
+from kvtc_vllm.connector.geometry import CacheGeometry, layer_number
+from kvtc_vllm.connector.layout import PagedLayout, _PackedOrder
+
+GEOMETRY = CacheGeometry(
+    layer_names=("layers.0", "layers.1", "layers.2"),
+    block_size=32,
+    num_kv_heads=2,
+    head_size=64,
+    head_size_v=64,
+    dtype=torch.bfloat16,
+    tp_size=1,
+)
+
+
+def packed(caches: dict[str, torch.Tensor], geometry: CacheGeometry = GEOMETRY) -> PagedLayout:
+    """A layout that reads pages as on GPU, on CPU tensors."""
+    layout = PagedLayout(caches, geometry)
+    layout._order = _PackedOrder(geometry.head_size)
+    return layout
+
+
+def random_caches(blocks: int = 6, tokens: int = 32) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.randn(blocks, 2, tokens, 128).to(torch.bfloat16)
+        for name in GEOMETRY.layer_names
+    }
+
+
+def test_gpu_order_is_k_then_v_whatever_the_strides() -> None:
+    caches = random_caches()
+    # NHD: physically [blocks, tokens, heads, K|V], logically the same shape.
+    strided = {n: t.transpose(1, 2).contiguous().transpose(1, 2) for n, t in caches.items()}
+    assert strided["layers.0"].stride() != caches["layers.0"].stride()
+    for chosen in (caches, strided):
+        k, v = packed(chosen).gather([4, 1])
+        assert k.shape == v.shape == (64, 3, 2, 64)
+        for layer, tensor in enumerate(caches.values()):
+            for i, block in enumerate((4, 1)):
+                page = tensor[block].transpose(0, 1)
+                rows = slice(32 * i, 32 * i + 32)
+                assert torch.equal(k[rows, layer], page[..., :64])
+                assert torch.equal(v[rows, layer], page[..., 64:])
+
+
+def test_kernel_blocks_smaller_than_scheduler_blocks() -> None:
+    caches = random_caches(blocks=12, tokens=16)
+    k, _ = packed(caches).gather([2])
+    expected = caches["layers.1"][4:6].transpose(1, 2).flatten(0, 1)[..., :64]
+    assert torch.equal(k[:, 1], expected)
+
+
+@pytest.mark.parametrize("order", ["cpu", "gpu"])
+def test_scatter_restores_exactly_and_touches_nothing_else(order: str) -> None:
+    caches = random_caches()
+    before = {n: t.clone() for n, t in caches.items()}
+    layout = packed(caches) if order == "gpu" else PagedLayout(caches, GEOMETRY)
+    k, v = layout.gather([3, 5])
+    layout.zero([3, 5])
+    assert all(not t[[3, 5]].any() for t in caches.values())
+    layout.scatter([3, 5], k, v)
+    assert all(torch.equal(caches[n], before[n]) for n in caches)
+    layout.zero([3])
+    layout.scatter([3], k[:32, 1:2], v[:32, 1:2], first_layer=1)
+    assert torch.equal(caches["layers.1"], before["layers.1"])
+    assert not caches["layers.0"][3].any()
+
+
+def test_cpu_order_is_what_the_operator_writes() -> None:
+    """Write keys and values with vLLM's own operator, read them with ours."""
+    from vllm import _custom_ops as ops
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    caches = {n: torch.zeros(4, 2, 32, 128, dtype=torch.bfloat16) for n in GEOMETRY.layer_names}
+    k = torch.randn(32, 2, 64).to(torch.bfloat16)
+    v = torch.randn(32, 2, 64).to(torch.bfloat16)
+    halves = caches["layers.1"].view(4, 2, 64, 64).chunk(2, dim=2)
+    slots = torch.arange(32) + 2 * 32
+    isa = _get_attn_isa(torch.bfloat16, 32, 64)
+    ops.cpu_attn_reshape_and_cache(
+        k, v, *halves, slots, isa, k_scale=1.0, v_scale=1.0, kv_cache_dtype="auto"
+    )
+    ours_k, ours_v = PagedLayout(caches, GEOMETRY).gather([2])
+    assert torch.equal(ours_k[:, 1], k)
+    assert torch.equal(ours_v[:, 1], v)
+
+
+def test_unexpected_caches_are_refused_by_name() -> None:
+    caches = random_caches()
+    with pytest.raises(UnsupportedError, match="missing"):
+        PagedLayout({"layers.0": caches["layers.0"]}, GEOMETRY)
+    wrong = dataclasses.replace(GEOMETRY, num_kv_heads=4)
+    with pytest.raises(UnsupportedError, match=r"layers\.0: KV cache \(6, 2, 32, 128\)"):
+        PagedLayout(caches, wrong)
+    half = {n: t.half() for n, t in caches.items()}
+    with pytest.raises(UnsupportedError, match="float16"):
+        PagedLayout(half, GEOMETRY)
+
+
+def test_layers_are_ordered_by_number() -> None:
+    names = [f"model.layers.{i}.self_attn.attn" for i in range(12)]
+    assert sorted(reversed(names), key=layer_number) == names
+    with pytest.raises(UnsupportedError, match="no number"):
+        layer_number("attn")
+
+
+@pytest.mark.parametrize("version", ["0.25.1", "0.34.0", "1.0.0", "dev"])
+def test_versions_outside_the_range_are_refused(version: str) -> None:
+    with pytest.raises(UnsupportedError, match=r"works with 0\.26 to 0\.33"):
+        check_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.26.0", "0.32.0+cpu", "0.33.1.dev3"])
+def test_versions_inside_the_range_pass(version: str) -> None:
+    check_version(version)

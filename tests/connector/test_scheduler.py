@@ -1,0 +1,203 @@
+"""The scheduler side alone: what is looked up, stored, loaded, evicted."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from fakes import (
+    BLOCK,
+    FakeOutput,
+    FakeRequest,
+    confirm,
+    fill,
+    scheduler,
+    start,
+    step,
+)
+
+from kvtc_vllm.config import ConfigError
+from kvtc_vllm.connector.messages import WorkerReport
+
+CHUNK = 128
+
+
+def test_stores_each_full_chunk_once_as_it_completes() -> None:
+    side = scheduler()
+    request = FakeRequest("r", 300)
+    blocks = list(range(10, 20))
+    first = start(side, request, blocks, 200)
+    assert [(s.start, s.block_ids) for s in first.stores] == [(0, [10, 11, 12, 13])]
+    second = step(side, request, 100)
+    assert [(s.key, s.start) for s in second.stores] == [(b"a:7", 128)]
+    assert second.stores[0].block_ids == [14, 15, 16, 17]
+    assert step(side, request, 1).stores == []
+
+
+def test_stores_decode_blocks_unless_told_not_to() -> None:
+    for prompt_only, expected in ((False, [128]), (True, [])):
+        side = scheduler(prompt_only=prompt_only)
+        request = FakeRequest("r", 200)
+        start(side, request, list(range(7)), 200)
+        request.grow(257)
+        stores = step(side, request, 57, new_blocks=([7, 8],)).stores
+        assert [s.start for s in stores] == expected
+
+
+def test_unconfirmed_tokens_are_never_stored() -> None:
+    """Asynchronous scheduling runs ahead of the hashes."""
+    side = scheduler()
+    request = FakeRequest("r", 100)
+    start(side, request, list(range(8)), 100)
+    assert step(side, request, 156).stores == []
+
+
+def test_a_known_or_pending_chunk_is_not_stored_again() -> None:
+    side = scheduler()
+    first, twin = FakeRequest("r", 256), FakeRequest("s", 256)
+    metadata = start(side, first, list(range(8)), 256)
+    assert len(metadata.stores) == 2
+    assert start(side, twin, list(range(8, 16)), 256).stores == []
+    confirm(side, metadata)
+    late = FakeRequest("t", 256)
+    assert start(side, late, list(range(16, 24)), 256).stores == []
+
+
+@pytest.mark.parametrize(
+    ("tokens", "local", "window", "expected"),
+    [
+        (1024, 0, 128, 896),  # all but the window
+        (1000, 0, 128, 864),  # the window's start rounded down to a block
+        (1024, 512, 128, 384),  # on top of vLLM's own hit
+        (1024, 544, 128, 352),  # which may end inside a chunk
+        (1024, 0, 0, 992),  # no window: one token must still be computed
+        (1025, 0, 0, 1024),
+        (200, 0, 128, 64),  # a chunk may be loaded in part
+        (150, 0, 128, 0),
+        (1024, 896, 128, 0),
+    ],
+)
+def test_match_leaves_the_recent_window(
+    tokens: int, local: int, window: int, expected: int
+) -> None:
+    side = scheduler(recent_window=window)
+    fill(side, FakeRequest("r", 1025))
+    request = FakeRequest("again", tokens)
+    assert side.match(request, local) == expected
+    assert side.match(request, local) == expected
+    assert expected % BLOCK == 0
+
+
+def test_match_stops_at_the_first_gap() -> None:
+    side = scheduler(recent_window=0)
+    request = FakeRequest("r", 512)
+    metadata = start(side, request, list(range(16)), 512)
+    kept = [s for s in metadata.stores if s.start != 256]
+    side.apply_report(WorkerReport(0, [(s.key, 0, 10) for s in kept], [(b"a:11", 0)]), None)
+    assert side.match(FakeRequest("s", 600), 0) == 256
+
+
+def test_load_plan_covers_exactly_the_missing_blocks() -> None:
+    side = scheduler()
+    fill(side, FakeRequest("r", 640))
+    request = FakeRequest("again", 640)
+    assert side.match(request, 160) == 352
+    blocks = list(range(100, 120))
+    side.plan_load(request, blocks, 352)
+    (job,) = side.plan_step(FakeOutput()).loads
+    assert [(i.start, i.first_block, i.block_ids) for i in job.items] == [
+        (128, 1, [105, 106, 107]),
+        (256, 0, [108, 109, 110, 111]),
+        (384, 0, [112, 113, 114, 115]),
+    ]
+    assert side.has_pending_work()
+    request.num_computed_tokens = 512
+    side.apply_report(None, {"again"})
+    assert not side.has_pending_work()
+    side.plan_load(request, blocks, 0)
+    assert side.plan_step(FakeOutput()).loads == []
+
+
+def test_chunks_being_loaded_are_not_evicted() -> None:
+    side = scheduler(memory_bytes=5 * 6000, recent_window=0)
+    fill(side, FakeRequest("r", 256))
+    request = FakeRequest("again", 257)
+    assert side.match(request, 0) == 256
+    side.plan_load(request, list(range(9)), 256)
+    other = FakeRequest("s", 4096, name="b")
+    metadata = start(side, other, list(range(128)), 4096)
+    assert metadata.stores
+    assert not {b"a:3", b"a:7"} & set(metadata.evict)
+
+
+def test_a_bad_chunk_is_forgotten_once_its_load_ended() -> None:
+    side = scheduler()
+    fill(side, FakeRequest("r", 640))
+    request = FakeRequest("again", 640)
+    side.plan_load(request, list(range(20)), side.match(request, 0))
+    side.plan_step(FakeOutput())
+    side.apply_report(WorkerReport(0, bad=[b"a:7"]), {"again"})
+    assert side.plan_step(FakeOutput()).evict == [b"a:7"]
+    assert side.match(FakeRequest("third", 640), 0) == 128
+
+
+def test_resumed_requests_get_a_new_table_and_retry_stores() -> None:
+    side = scheduler()
+    request = FakeRequest("r", 256)
+    metadata = start(side, request, list(range(8)), 128)
+    side.apply_report(WorkerReport(0, dropped=[(s.key, 0) for s in metadata.stores]), None)
+    request.num_computed_tokens = 0
+    again = step(side, request, 256, resumed=True, new_blocks=(list(range(50, 58)),))
+    assert [s.block_ids for s in again.stores] == [[50, 51, 52, 53], [54, 55, 56, 57]]
+
+
+def test_reset_forgets_everything_and_ignores_late_reports() -> None:
+    side = scheduler()
+    fill(side, FakeRequest("r", 640))
+    pending = start(side, FakeRequest("s", 256, name="b"), list(range(8)), 256)
+    side.reset()
+    confirm(side, pending)
+    assert len(side.index) == 0
+    assert not side.has_pending_work()
+    assert side.plan_step(FakeOutput()).epoch == 1
+
+
+def test_all_ranks_must_hold_a_chunk() -> None:
+    side = scheduler(ranks=2, recent_window=0)
+    request = FakeRequest("r", 257)
+    metadata = start(side, request, list(range(9)), 257)
+    confirm(side, metadata, rank=0)
+    assert side.match(FakeRequest("s", 257), 0) == 0
+    confirm(side, metadata, rank=1)
+    assert side.match(FakeRequest("s", 257), 0) == 256
+
+
+def test_hits_are_counted_once_and_resumed_ones_apart() -> None:
+    side = scheduler()
+    fill(side, FakeRequest("r", 640))
+    side.take_stats()
+    request = FakeRequest("again", 640)
+    tokens = side.match(request, 0)
+    side.match(request, 0)
+    side.plan_load(request, list(range(20)), tokens)
+    resumed = FakeRequest("back", 640, num_preemptions=1)
+    side.plan_load(resumed, list(range(20)), side.match(resumed, 0))
+    stats = side.take_stats()
+    assert stats is not None
+    assert stats.data["lookup_tokens"] == stats.data["resumed_lookup_tokens"] == 640
+    assert stats.data["hit_tokens"] == stats.data["resumed_hit_tokens"] == 512
+    assert side.take_stats() is None
+
+
+def test_budget_below_one_chunk_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"memory_bytes=2000 is too small for one chunk"):
+        scheduler(memory_bytes=2000)
+
+
+def test_chunks_must_be_whole_blocks() -> None:
+    with pytest.raises(ConfigError, match="chunk_tokens=100 must be a multiple of .* 32"):
+        scheduler(chunk_tokens=100)
