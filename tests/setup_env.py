@@ -116,14 +116,16 @@ class Environment:
         )
         if result.returncode != 0:
             tail = (result.stdout + result.stderr).strip().splitlines()[-25:]
-            raise SetupError("\n".join(["python " + " ".join(arguments[:6]), *tail]))
+            command = " ".join(a for a in arguments if "\n" not in a)
+            raise SetupError("\n".join([f"python {command}", *tail]))
         return result.stdout.strip()
 
     def pip(self, *arguments: str) -> None:
         """``pip install`` with whatever indexes this machine's pip is configured for."""
         # Compiling all of torch, transformers and vLLM to bytecode takes longer than unpacking
         # them, and most of it is never imported; what is, Python compiles then.
-        self.run("-m", "pip", "install", "--quiet", "--no-input", "--no-compile", *arguments)
+        quiet = ("--quiet", "--no-input", "--disable-pip-version-check")
+        self.run("-m", "pip", "install", *quiet, "--no-compile", *arguments)
 
     def site_packages(self) -> Path:
         """Where the environment keeps its packages."""
