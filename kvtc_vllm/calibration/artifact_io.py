@@ -38,6 +38,7 @@ from kvtc_vllm.codec.artifact import RankArtifact
 from kvtc_vllm.codec.errors import ArtifactError
 
 _RECORDED_PACKAGES = ("kvtc-vllm", "vllm", "torch")
+_READ_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,14 @@ def write_artifact(
     parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=parent))
     try:
-        sizes = {}
+        sizes: dict[str, int] = {}
+        checksums: dict[str, str] = {}
         for rank, (fit, probe) in enumerate(zip(fits, probes, strict=True)):
             path = temporary / rank_file_name(rank, len(fits))
             write_rank_file(path, fit.artifact, probe, rank, len(fits))
             sizes[path.name] = path.stat().st_size
-        card = _card(description, fits, sizes)
+            checksums[path.name] = _checksum(path)
+        card = _card(description, fits, sizes, checksums)
         write_report(temporary, card, fits)
         save_card(temporary, card)
         _share(temporary, parent)
@@ -120,6 +123,7 @@ def load_rank_artifact(directory: Path, rank: int) -> tuple[RankArtifact, Artifa
     if not 0 <= rank < card.tp_size:
         raise ArtifactError(f"{directory}: has ranks 0..{card.tp_size - 1}, not {rank}")
     path = directory / rank_file_name(rank, card.tp_size)
+    _check_file(path, card)
     artifact, probe = read_rank_file(path, rank, card.tp_size)
     for field, in_card, in_file in (
         ("fingerprints", card.fingerprints[rank], artifact.fingerprint.hex()),
@@ -154,12 +158,37 @@ def _publish(temporary: Path, final: Path, overwrite: bool) -> None:
     temporary.rename(final)
 
 
+def _check_file(path: Path, card: ArtifactCard) -> None:
+    if path.name not in card.checksums:
+        raise ArtifactError(f"{path.parent}: checksums in card.json do not name {path.name}")
+    try:
+        size, checksum = path.stat().st_size, _checksum(path)
+    except OSError as error:
+        raise ArtifactError(f"{path}: {error.strerror}; the artifact is incomplete") from error
+    if (size, checksum) != (card.size_bytes[path.name], card.checksums[path.name]):
+        raise ArtifactError(
+            f"{path}: damaged: {size} bytes with checksum {checksum}, card.json says "
+            f"{card.size_bytes[path.name]} with {card.checksums[path.name]}"
+        )
+
+
+def _checksum(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def _rope_fingerprints(artifact: RankArtifact) -> tuple[str, ...]:
     return tuple(rope.fingerprint().hex() for rope in artifact.ropes)
 
 
 def _card(
-    description: Description, fits: Sequence[RankFit], sizes: dict[str, int]
+    description: Description,
+    fits: Sequence[RankFit],
+    sizes: dict[str, int],
+    checksums: dict[str, str],
 ) -> ArtifactCard:
     first = fits[0].artifact
     methods = {detail.method for fit in fits for detail in fit.sections.values()}
@@ -180,6 +209,7 @@ def _card(
             card for rank, fit in enumerate(fits) for card in _section_cards(rank, fit.artifact)
         ),
         size_bytes=sizes,
+        checksums=checksums,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=_versions(),
         method="+".join(sorted(methods)),

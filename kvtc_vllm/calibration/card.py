@@ -82,8 +82,9 @@ class ArtifactCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     `kvtc_vllm.calibration.identity`. geometry: of one rank; all ranks have the
     same. fingerprints: hex, one a rank, see
     `kvtc_vllm.calibration.fingerprint`. rope_fingerprints: hex, one a table.
-    kv_dtype: cache dtype that was captured. size_bytes: rank file name ->
-    bytes. created: UTC, ISO 8601. seconds: of fitting all ranks.
+    kv_dtype: cache dtype that was captured. size_bytes, checksums: rank file
+    name -> bytes, and hex of xxh3-128 of the whole file. created: UTC, ISO
+    8601. seconds: of fitting all ranks.
     """
 
     model_name: str
@@ -100,6 +101,7 @@ class ArtifactCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ratios: tuple[float, ...]
     sections: tuple[SectionCard, ...]
     size_bytes: dict[str, int]
+    checksums: dict[str, str]
     created: str
     versions: dict[str, str]
     method: str
@@ -135,6 +137,8 @@ def load_card(directory: Path) -> ArtifactCard:
         card.geometry.geometry()
     except (msgspec.MsgspecError, ValueError) as error:
         raise ArtifactError(f"{path}: {error}") from error
+    if card.size_bytes.keys() != card.checksums.keys():
+        raise ArtifactError(f"{path}: size_bytes and checksums name different files")
     if card.tp_size < 1 or len(card.fingerprints) != card.tp_size:
         raise ArtifactError(
             f"{path}: tp_size is {card.tp_size} but fingerprints has {len(card.fingerprints)}"

@@ -45,8 +45,9 @@ CACHE_BITS = 16
 WINDOW_SAMPLES = 1 << 15
 """Default number of elements from which the error of one possible group is estimated.
 
-On a synthetic spectrum (rank 600, 2048 rows) the plans for 4x to 32x reached the
-same error to four digits as with all rows, in a fifth of the time.
+On keys of the reference model (p = 1024, 2048 rows) the plans for 4x to 64x had the
+same error to three digits as with all rows, predicted and held out, in a quarter of
+the time.
 """
 
 Progress = Callable[[str, int, int], None]

@@ -172,7 +172,21 @@ def test_bad_safetensors_header(model: Path) -> None:
         weights_fingerprint(model, SAMPLED)
 
 
-def test_unknown_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+def test_hub_id_is_looked_up_without_the_network(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {}
+
+    def local_snapshot(repo: str, **options: Any) -> str:
+        asked.update(options, repo=repo)
+        return str(model)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", local_snapshot)
+    assert model_identity("org/name", "v1") == model_identity(model)
+    assert asked == {"repo": "org/name", "revision": "v1", "local_files_only": True}
+
+
+@pytest.mark.parametrize("name", ["no-such-org/no-such-model", "/no/such/directory"])
+def test_unknown_model(name: str) -> None:
     with pytest.raises(ArtifactError, match="neither a directory nor in the local"):
-        model_identity("no-such-org/no-such-model")
+        model_identity(name)
