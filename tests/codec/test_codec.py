@@ -274,21 +274,6 @@ def test_layers_without_rotation(artifact):
     assert codec.decode(codec.encode(k, v, 64)).k.shape == k.shape
 
 
-def test_thread_count_changes_no_code_here(artifact):
-    """Not a promise of the format (GEMM summation order is the BLAS's), but a warning sign."""
-    codec = KvtcCodec(artifact, 8.0, torch.bfloat16)
-    k, v = MODEL.chunk(128, 128)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = codec.encode(k, v, 128)
-        torch.set_num_threads(2)
-        two = codec.encode(k, v, 128)
-    finally:
-        torch.set_num_threads(threads)
-    assert one == two
-
-
 def test_registry():
     assert {"raw": RawCodec, "kvtc": KvtcCodec} == CODECS
     assert {0: RawCodec, 1: KvtcCodec} == BY_CODEC_ID

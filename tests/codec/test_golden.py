@@ -99,6 +99,20 @@ def test_the_written_specification_reads_the_same(golden):
         )
 
 
+@EACH
+def test_threads_change_nothing_where_arithmetic_is_exact(golden):
+    """In general a BLAS may sum in another order; everything after it must not care."""
+    codec, (k, v), threads = golden.make_codec(), golden.make_chunk(), torch.get_num_threads()
+    blobs = set()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            blobs.add(codec.encode(k, v, golden.start))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(blobs) == 1
+
+
 def test_the_example_in_the_specification_is_the_file():
     text = (FOLDER.parents[1] / "FORMAT.md").read_text().partition("## 8. Example")[2]
     dump = bytearray()
