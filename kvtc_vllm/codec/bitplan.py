@@ -21,7 +21,7 @@ cost is even) and one byte of back-pointer a cell. Measured on one shared CPU
 core at p = 32768 with rank 2000 and scaled to rank 10000: 12 s for 8x and up,
 22 s for 4x and up, 0.6 and 1.1 GiB (`table_bytes`). Simulation at that size is
 about 1.7e9 elements, each through every quantiser, at 2e7 a second and core:
-about 80 s of CPU. At p = rank = 1024 both together take 3 to 10 s.
+about 90 s of CPU. At p = rank = 1024 both together take 3 to 10 s.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from kvtc_vllm.codec.artifact import KINDS
 from kvtc_vllm.codec.bitplan import budget_bits, plan_bits
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.kvtc import KvtcCodec
+from kvtc_vllm.codec.transform import to_coefficients
 from tests.calibration.toy import DOCS, RATIOS, SIZE, SIZE_V, toy_rows
 
 
@@ -32,6 +33,16 @@ def test_every_section_has_every_plan(fit: RankFit) -> None:
         assert section.basis.shape == (p, max(plan.rank for plan in section.plans.values()))
         for ratio, plan in section.plans.items():
             assert plan_bits(plan) <= budget_bits(p, ratio)
+
+
+def test_columns_stand_in_order_of_variance(fit: RankFit, reader: SpoolReader) -> None:
+    for (group, kind), section in fit.artifact.sections.items():
+        rows = reader.rows(group, kind, heldout=False)
+        coefficients = to_coefficients(rows, section, section.basis.shape[1])
+        variance = coefficients.double().square().mean(dim=0)
+        assert bool((variance[1:] <= 1.001 * variance[:-1]).all())
+        expected = fit.sections[group, kind].variance[: len(variance)]
+        torch.testing.assert_close(variance, expected, rtol=1e-2, atol=0)
 
 
 def test_heldout_error_follows_the_prediction(fit: RankFit) -> None:
