@@ -2,10 +2,10 @@
 
 VENV ?= .venv
 VENV_OLD ?= .venv-old
-# The newest and the oldest CPU build of vLLM that the supported range and a CPU torch allow:
-# 0.26 pins torch 2.11, 0.27 to 0.32 pin 2.13.
+# The newest CPU build of vLLM, and an old one inside the supported range whose CPU torch can be
+# had everywhere: 0.26 pins torch 2.11, 0.27 to 0.32 pin 2.13.
 VLLM ?= 0.32.0
-VLLM_OLD ?= 0.27.0
+VLLM_OLD ?= 0.28.0
 
 # The first Python that can make the environment. `command -v` is not enough: a version
 # manager's shim may exist for a version that it then refuses to run.

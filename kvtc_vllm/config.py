@@ -96,9 +96,7 @@ def parse_bytes(field: str, value: int | str) -> int:
         return value
     match = _SIZE.match(value)
     if match is None:
-        raise ConfigError(
-            f"{field}={value!r} is not a size; give bytes or a string such as \"8GiB\""
-        )
+        raise ConfigError(f'{field}={value!r} is not a size; give bytes or a string such as "8GiB"')
     unit = (match.group(2) or "").lower()
     factor = _BINARY_UNITS.get(unit) or _UNITS[unit]
     return int(float(match.group(1)) * factor)

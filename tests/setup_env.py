@@ -1,7 +1,7 @@
 """Makes a virtual environment in which vLLM runs on the CPU and this project is installed.
 
     python3 tests/setup_env.py                                      # .venv, newest CPU build
-    python3 tests/setup_env.py --vllm 0.27.0 --venv .venv-old       # an older one beside it
+    python3 tests/setup_env.py --vllm 0.28.0 --venv .venv-old       # an older one beside it
     python3 tests/setup_env.py --check                              # only say whether it is good
 
 Standard library only, any Python from 3.11 to 3.13. A second run ends at once; a run that was

@@ -10,6 +10,7 @@ build/demo/report.json and build/demo/report.png.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import platform
 import sys
@@ -51,7 +52,9 @@ def main() -> int:
         extra = {"preset": preset or "raw", "memory_bytes": args.budget}
         config = load_config(extra)
         print(f"[{name}] starting vllm serve ...", flush=True)
-        with serve(MODEL, _arguments(extra if preset else None), args.out / f"{name}.log") as server:
+        with serve(
+            MODEL, _arguments(extra if preset else None), args.out / f"{name}.log"
+        ) as server:
             run = hold(server, chats, reference, name)
         reference = reference or run.answers
         reports[name] = summarise(
@@ -67,9 +70,8 @@ def main() -> int:
 def _chats(count: int, turns: int) -> list[list[str]]:
     # The data builder is a folder of scripts beside the model, not a package.
     sys.path.insert(0, str(MODEL.parent))
-    from data import conversations
-
-    return conversations(seed=11, n=count, turns=turns)
+    data = importlib.import_module("data")
+    return list(data.conversations(seed=11, n=count, turns=turns))
 
 
 def _arguments(extra: dict[str, object] | None) -> list[str]:

@@ -1,9 +1,9 @@
 """Artifact directories: writing one atomically, loading one rank of one.
 
-    ROOT/<model-slug>/<artifact-name>/
-        card.json                  `kvtc_vllm.calibration.card`
-        rank{r}of{n}.safetensors   `kvtc_vllm.calibration.rank_file`
-        report.md  report.png      `kvtc_vllm.calibration.report`
+ROOT/<model-slug>/<artifact-name>/
+    card.json                  `kvtc_vllm.calibration.card`
+    rank{r}of{n}.safetensors   `kvtc_vllm.calibration.rank_file`
+    report.md  report.png      `kvtc_vllm.calibration.report`
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import gc
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -81,12 +82,12 @@ class _Progress:
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
-        self._bar: tqdm[None] | None = None
+        self._bar: Any = None
         self._shown = ""
 
     def __call__(self, section: str, stage: str, done: int, total: int) -> None:
         label = f"rank {self._rank} {section.upper()} {stage}"
-        if self._bar is None or label != self._shown:
+        if label != self._shown:
             self.close()
             self._bar, self._shown = tqdm(desc=label, total=total, mininterval=1.0), label
         self._bar.update(done - self._bar.n)
@@ -97,17 +98,14 @@ class _Progress:
             self._bar.close()
 
 
-def _describe(
-    capture: CaptureSettings, result: CaptureResult, reader: SpoolReader
-) -> Description:
+def _describe(capture: CaptureSettings, result: CaptureResult, reader: SpoolReader) -> Description:
     return Description(
         model_name=public_model_name(capture.model),
         identity=model_identity(result.model_path, result.revision),
         kv_dtype=reader.header.dtype,
         data=DataCard(
             files=tuple(
-                source if source.startswith("hf:") else Path(source).name
-                for source in capture.data
+                source if source.startswith("hf:") else Path(source).name for source in capture.data
             ),
             tokens=result.tokens,
             train_tokens=reader.count(heldout=False),

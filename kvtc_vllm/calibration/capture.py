@@ -109,9 +109,7 @@ def capture_rows(settings: CaptureSettings, spool: Path) -> CaptureResult:
     )
 
 
-def _run(
-    llm: Any, sampling: Any, documents: Sequence[Document], settings: CaptureSettings
-) -> None:
+def _run(llm: Any, sampling: Any, documents: Sequence[Document], settings: CaptureSettings) -> None:
     """Prefill every document, in batches so that a progress bar moves."""
     usable = sum(
         max(0, len(d.token_ids) - settings.sink_tokens) for d in documents if not d.heldout
@@ -125,9 +123,7 @@ def _run(
             llm.generate(
                 [{"prompt_token_ids": d.token_ids} for d in batch],
                 [
-                    _one_token(
-                        sampling, kvtc_doc=d.doc, kvtc_heldout=d.heldout, kvtc_keep=keep
-                    )
+                    _one_token(sampling, kvtc_doc=d.doc, kvtc_heldout=d.heldout, kvtc_keep=keep)
                     for d in batch
                 ],
                 use_tqdm=False,
@@ -143,7 +139,4 @@ def _run(
 
 
 def _one_token(sampling: Any, **params: Any) -> Any:
-    return sampling(
-        temperature=0.0, max_tokens=1, extra_args={"kv_transfer_params": params}
-    )
-
+    return sampling(temperature=0.0, max_tokens=1, extra_args={"kv_transfer_params": params})

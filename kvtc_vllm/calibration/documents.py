@@ -114,13 +114,17 @@ def make_documents(
 def _piece_length(rng: random.Random, max_tokens: int) -> int:
     """Half short, half long, as the paper: up to a quarter of the limit, or up to all of it."""
     quarter = max(MIN_PIECE, max_tokens // 4)
-    low, high = (min(MIN_PIECE, max_tokens), quarter) if rng.random() < 0.5 else (quarter, max_tokens)
+    low, high = (
+        (min(MIN_PIECE, max_tokens), quarter) if rng.random() < 0.5 else (quarter, max_tokens)
+    )
     return rng.randint(min(low, high, max_tokens), min(max(low, high), max_tokens))
 
 
 def _hidden(path: Path, root: Path) -> bool:
     """Version control, caches and the like inside a data directory."""
-    return any(p.startswith((".", "__")) and p != "__init__.py" for p in path.relative_to(root).parts)
+    return any(
+        p.startswith((".", "__")) and p != "__init__.py" for p in path.relative_to(root).parts
+    )
 
 
 def _read_file(path: Path) -> Iterator[Text]:

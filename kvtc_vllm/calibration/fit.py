@@ -228,9 +228,7 @@ def _fit_section(
 
     generator = torch.Generator().manual_seed(settings.seed)
     report("read", 0, 1)
-    rows = source.rows(
-        group, kind, heldout=False, limit=settings.train_rows, generator=generator
-    )
+    rows = source.rows(group, kind, heldout=False, limit=settings.train_rows, generator=generator)
     report("pca", 0, 1)
     principal = fit_basis(
         rows,

@@ -101,9 +101,7 @@ def _plot_variance(axes: Axes, fit: RankFit) -> None:
             left = 1 - detail.variance.cumsum(0) / detail.total_variance
             label = f"{kind.upper()} group {group}"
             axes.plot(left.clamp_min(1e-9).numpy(), _STYLE[kind], color=f"C{group}", label=label)
-    axes.set(
-        title="variance left out", xlabel="directions kept", ylabel="fraction", yscale="log"
-    )
+    axes.set(title="variance left out", xlabel="directions kept", ylabel="fraction", yscale="log")
     axes.legend(fontsize="small")
 
 

@@ -131,8 +131,7 @@ class SpoolWriter:
             tables = {f"rope{i}": r.cos_sin.detach().cpu().clone() for i, r in enumerate(ropes)}
             save_file(tables, self._directory / "ropes.safetensors")
         self._files: dict[str, BinaryIO] = {
-            name: (self._directory / f"{name}.bin").open("wb")
-            for name in ("k", "v", *_SIDE_FILES)
+            name: (self._directory / f"{name}.bin").open("wb") for name in ("k", "v", *_SIDE_FILES)
         }
 
     def append(
@@ -217,8 +216,7 @@ class SpoolReader:
         self.geometry = self.header.geometry()
         self.layer_rope = self.header.layer_rope
         self._data: dict[str, np.ndarray] = {
-            kind: self._open(kind, np.dtype("u1"), self.header.token_bytes(kind))
-            for kind in KINDS
+            kind: self._open(kind, np.dtype("u1"), self.header.token_bytes(kind)) for kind in KINDS
         }
         side = {name: self._open(name, dtype, 1)[:, 0] for name, dtype in _SIDE_FILES.items()}
         self.positions = torch.from_numpy(side["positions"].astype(np.int64))

@@ -18,8 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add = parser.add_argument
     add("model")
-    add("--data", nargs="+", required=True, metavar="PATH",
-        help="text or .jsonl files, directories, hf:NAME[:CONFIG]:SPLIT:COLUMN")
+    add(
+        "--data",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="text or .jsonl files, directories, hf:NAME[:CONFIG]:SPLIT:COLUMN",
+    )
     add("--out", default="calibrations", help="registry directory to write into")
     add("--name", help="artifact name; default: tp{N}-{layers per group}-{fingerprint}")
     add("--tokens", type=int, default=160_000, help="rows to fit on (default 160000)")
@@ -34,8 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", help="where to fit; default: cuda if there is one")
     add("--seed", type=int, default=0)
     add("--spool", help="directory for captured rows, kept; default: temporary")
-    add("--engine", default="{}", metavar="JSON",
-        help='further vllm.LLM arguments, such as {"max_model_len": 8192}')
+    add(
+        "--engine",
+        default="{}",
+        metavar="JSON",
+        help='further vllm.LLM arguments, such as {"max_model_len": 8192}',
+    )
 
 
 def run(args: argparse.Namespace) -> int:

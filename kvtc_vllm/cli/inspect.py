@@ -1,7 +1,7 @@
 """Show what an artifact directory or a stored blob is.
 
-    kvtc inspect calibrations/my-model/artifact
-    kvtc inspect chunk.kvtc
+kvtc inspect calibrations/my-model/artifact
+kvtc inspect chunk.kvtc
 """
 
 from __future__ import annotations

@@ -131,9 +131,7 @@ def allocate(
         sample, energy, sizes, quantizers, window_samples, torch.device(device), progress
     )
 
-    costs = {
-        (size, name): group_cost_bits(quantizers[name].bits, size) for size, name in gains
-    }
+    costs = {(size, name): group_cost_bits(quantizers[name].bits, size) for size, name in gains}
     unit = math.gcd(*costs.values()) or 1
     candidates = [
         _Candidate(size, name, costs[size, name] // unit, gain)
@@ -241,9 +239,7 @@ def _simulate_gains(
     return gains
 
 
-def _blocks(
-    size: int, rows: int, count: int, elements: int
-) -> Iterator[tuple[int, slice, slice]]:
+def _blocks(size: int, rows: int, count: int, elements: int) -> Iterator[tuple[int, slice, slice]]:
     """Cut rows x windows into blocks of at most about `elements` elements."""
     row_step = max(1, min(rows, elements // size))
     window_step = max(1, elements // (size * row_step))

@@ -58,9 +58,7 @@ class CaptureMetadata(KVConnectorMetadata):
 class KVTCCaptureConnector(KVConnectorBase_V1, SupportsHMA):
     """Stores nothing and loads nothing; see the module's docstring."""
 
-    def __init__(
-        self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any
-    ) -> None:
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         check_version(vllm_version())
         super().__init__(vllm_config, role, kv_cache_config)
         extra = self._kv_transfer_config.kv_connector_extra_config
@@ -140,9 +138,7 @@ class KVTCCaptureConnector(KVConnectorBase_V1, SupportsHMA):
         self._requests[request.request_id] = request
         return 0, False
 
-    def update_state_after_alloc(
-        self, request: Any, blocks: Any, num_external_tokens: int
-    ) -> None:
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Nothing to load."""
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:

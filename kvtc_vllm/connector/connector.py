@@ -130,9 +130,7 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
         tokens = self._live_scheduler.match(request, num_computed_tokens)
         return tokens, tokens > 0
 
-    def update_state_after_alloc(
-        self, request: Any, blocks: Any, num_external_tokens: int
-    ) -> None:
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Plan the load of the blocks that were allocated for it."""
         self._live_scheduler.plan_load(request, blocks.get_block_ids()[0], num_external_tokens)
 

@@ -77,7 +77,7 @@ class KVTCStats(KVConnectorStats):
 
     def reset(self) -> None:
         """Forget all increments."""
-        self.data = {}
+        self.data: dict[str, Any] = {}
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         """Add another rank's or step's increments; the newer gauge wins."""

@@ -209,9 +209,7 @@ class KVTCScheduler:
         if self._prompt_only:
             computed_tokens = min(computed_tokens, request.num_prompt_tokens)
         # Hashes exist for confirmed tokens only, so speculative ones never count.
-        blocks = min(
-            computed_tokens // self._block_size, len(request.block_hashes), len(block_ids)
-        )
+        blocks = min(computed_tokens // self._block_size, len(request.block_hashes), len(block_ids))
         complete = blocks // self._blocks_per_chunk
         stores = []
         for chunk in range(state.next_chunk, complete):

@@ -80,9 +80,7 @@ def build_worker(
     return KVTCWorker(config, geometry, layout, codec, place.rank)
 
 
-def codec_geometry(
-    geometry: CacheGeometry, layer_groups: tuple[tuple[int, int], ...]
-) -> Geometry:
+def codec_geometry(geometry: CacheGeometry, layer_groups: tuple[tuple[int, int], ...]) -> Geometry:
     """The codec's view of the cache."""
     return Geometry(
         num_layers=len(geometry.layer_names),

@@ -199,5 +199,5 @@ def test_budget_below_one_chunk_is_refused() -> None:
 
 
 def test_chunks_must_be_whole_blocks() -> None:
-    with pytest.raises(ConfigError, match="chunk_tokens=100 must be a multiple of .* 32"):
+    with pytest.raises(ConfigError, match=r"chunk_tokens=100 must be a multiple of .* 32"):
         scheduler(chunk_tokens=100)

@@ -1,0 +1,97 @@
+"""vLLM engines in the test process, small enough that caches overflow."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kvtc_vllm.config import kv_transfer_config
+
+# One process: start-up takes seconds instead of half a minute, and the worker is reachable.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+
+BLOCK_SIZE = 32
+
+
+@contextlib.contextmanager
+def engine(model: Path, extra: dict[str, Any] | None, **options: Any) -> Iterator[Any]:
+    """A `vllm.LLM` with our connector (`extra`: its configuration) or none."""
+    from vllm import LLM
+    from vllm.config import KVTransferConfig
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    settings: dict[str, Any] = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 2048,
+        "block_size": BLOCK_SIZE,
+        "num_gpu_blocks_override": 128,
+        "max_num_batched_tokens": 2048,
+        "max_num_seqs": 8,
+        "seed": 0,
+        "disable_log_stats": False,
+        **options,
+    }
+    if extra is not None:
+        transfer = kv_transfer_config(extra)
+        # The policy is left at vLLM's default, "fail": the connector has to change it itself.
+        del transfer["kv_load_failure_policy"]
+        settings["kv_transfer_config"] = KVTransferConfig(**transfer)
+    llm = LLM(model=str(model), **settings)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def greedy(llm: Any, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    """Continuations of token-id prompts."""
+    from vllm import SamplingParams
+
+    outputs = llm.generate(
+        [{"prompt_token_ids": ids} for ids in prompts],
+        SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True),
+        use_tqdm=False,
+    )
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def metrics(llm: Any) -> dict[str, float]:
+    """Counters and gauges by name, "name/reason" for those with a reason."""
+    values: dict[str, float] = {}
+    for metric in llm.get_metrics():
+        if hasattr(metric, "value"):
+            reason = metric.labels.get("reason")
+            name = metric.name.removeprefix("vllm:")
+            name = f"{name}/{reason}" if name.startswith("kvtc_") and reason else name
+            values[name] = values.get(name, 0.0) + metric.value
+    return values
+
+
+def worker_arena() -> Any:
+    """The memory arena of the worker in this process."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    return get_kv_transfer_group()._worker.arena
+
+
+def texts(model: Path, count: int, tokens: int, seed: int = 0) -> list[list[int]]:
+    """Prompts of exactly `tokens` tokens from the evaluation split of the reference data."""
+    from transformers import AutoTokenizer
+
+    sys.path.insert(0, str(model.parent))
+    import data
+
+    tokenizer = AutoTokenizer.from_pretrained(str(model))
+    pieces = data.texts("eval", "mix", characters=12 * count * tokens, seed=seed)
+    stream = tokenizer.encode("\n\n".join(pieces))
+    assert len(stream) >= count * tokens, "not enough evaluation text"
+    return [stream[i * tokens : (i + 1) * tokens] for i in range(count)]
