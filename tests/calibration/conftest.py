@@ -58,9 +58,7 @@ def fit(reader: SpoolReader) -> RankFit:
 
 
 @pytest.fixture(scope="session")
-def written(
-    fit: RankFit, reader: SpoolReader, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def written(fit: RankFit, reader: SpoolReader, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished artifact; tests that change it work on a copy."""
     return write_artifact(
         tmp_path_factory.mktemp("registry"),

@@ -136,9 +136,7 @@ def test_existing_directory(fit: RankFit, reader: SpoolReader, tmp_path: Path) -
     assert [path.name for path in directory.parent.iterdir()] == [directory.name]
 
 
-def test_refused_artifact_leaves_nothing(
-    fit: RankFit, reader: SpoolReader, tmp_path: Path
-) -> None:
+def test_refused_artifact_leaves_nothing(fit: RankFit, reader: SpoolReader, tmp_path: Path) -> None:
     sections = dict(fit.artifact.sections)
     sections[0, "v"] = dataclasses.replace(sections[0, "v"], heldout_error={})
     bad = dataclasses.replace(fit, artifact=dataclasses.replace(fit.artifact, sections=sections))

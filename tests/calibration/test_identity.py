@@ -41,9 +41,9 @@ def model(tmp_path: Path) -> Path:
     save_config(directory)
     generator = torch.Generator().manual_seed(0)
     for shard in range(2):
-        tensors = {
-            f"w{shard}.{i}": torch.randn(3000, generator=generator) for i in range(3)
-        } | {f"tiny{shard}": torch.ones(2)}
+        tensors = {f"w{shard}.{i}": torch.randn(3000, generator=generator) for i in range(3)} | {
+            f"tiny{shard}": torch.ones(2)
+        }
         save_file(tensors, directory / f"model-{shard}.safetensors")
     return directory
 

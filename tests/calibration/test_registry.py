@@ -136,9 +136,7 @@ def test_unfinished_directories_are_not_seen(written: Path, tmp_path: Path) -> N
     assert "found no artifact at all" in refusal()
 
 
-def test_explicit_artifact(
-    written: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_explicit_artifact(written: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert look(artifact=written) == written
     copy = tmp_path / "copy"
     shutil.copytree(written, copy)

@@ -40,9 +40,7 @@ def test_limit_draws_without_replacement(reader: SpoolReader) -> None:
     everything = reader.rows(0, "v", heldout=False)
     generator = torch.Generator().manual_seed(5)
     some = reader.rows(0, "v", heldout=False, limit=50, generator=generator)
-    again = reader.rows(
-        0, "v", heldout=False, limit=50, generator=torch.Generator().manual_seed(5)
-    )
+    again = reader.rows(0, "v", heldout=False, limit=50, generator=torch.Generator().manual_seed(5))
     assert torch.equal(some, again)
     found = (some[:, None] == everything[None]).all(dim=2)
     assert found.any(dim=1).all()
