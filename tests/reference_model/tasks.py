@@ -80,12 +80,12 @@ def kv_retrieval(rng: random.Random, split: Split, pairs: int, questions: int = 
     """A table of names and numbers, then look-ups in it (after "Lost in the Middle")."""
     names = _names(rng, pairs)
     values = [_digits(rng, 4) for _ in names]
-    table = "".join(f"{name}: {value}\n" for name, value in zip(names, values, strict=True))
+    table = "".join(f"- {name}: {value}\n" for name, value in zip(names, values, strict=True))
     task = Task(f"Here is a table of names and numbers.\n{table}")
     asked = rng.sample(range(pairs), min(questions or pairs, pairs))
     for i in asked:
         task.answers.append(
-            (f"What is the number of {names[i]}?\nAnswer:", f" {names[i]}: {values[i]}\n")
+            (f"What is the number of {names[i]}?\n- {names[i]}:", f" {values[i]}\n")
         )
     return task
 
@@ -94,9 +94,7 @@ def variable_tracking(
     rng: random.Random, split: Split, chains: int, hops: int, questions: int = 0
 ) -> Task:
     """Chains of assignments; the answer spells the chain down to its number (after RULER)."""
-    variables = rng.sample(
-        [f"{a}{b}" for a in "ABCDEFGHKLMNPQRSTUVWXYZ" for b in "0123456789"], chains * (hops + 1)
-    )
+    variables = rng.sample(words.NOUNS, chains * (hops + 1))
     lines: list[list[str]] = []
     chain_texts: list[str] = []
     for c in range(chains):

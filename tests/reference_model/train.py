@@ -23,15 +23,19 @@ import torch.nn.functional as functional
 from batches import Batch, BatchMaker
 from parallel import Group
 from presets import PRESETS, Preset
-from start import prepare
+from start import gentle, prepare
 from tokenizer import train_tokenizer
 from tqdm import tqdm
 from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WARMUP_STEPS = 40
+WARMUP_STEPS = 20
+#: Share of the rows of a batch that are packs of tasks.
+TASK_SHARE = 0.5
 #: Share of the run after which the learning rate decays, linearly, to nothing.
 DECAY_FROM = 0.6
-EXPORT_EVERY_SECONDS = 150.0
+#: Learning rate of what `start` made by hand, relative to that of the rest.
+GENTLE_SCALE = 0.1
+EXPORT_EVERY_SECONDS = 100.0
 
 
 @dataclass
@@ -77,11 +81,18 @@ def weighted_loss(
 
 
 def make_optimizer(model: LlamaForCausalLM) -> torch.optim.AdamW:
-    """AdamW; decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    """AdamW; decay on matrices only, and slow steps for the copying circuit."""
+    slow = gentle(model)
+    groups = []
+    for decay in (0.1, 0.0):
+        for scale in (GENTLE_SCALE, 1.0):
+            chosen = [
+                p
+                for p in model.parameters()
+                if (p.dim() > 1) == (decay > 0) and (id(p) in slow) == (scale < 1.0)
+            ]
+            groups.append({"params": chosen, "weight_decay": decay, "scale": scale})
+    return torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95), fused=True)
 
 
 def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -145,9 +156,9 @@ def train(group: Group, preset: Preset, minutes: float, out: Path, seed: int, re
         while (share := progress.seconds / (minutes * 60)) < 1.0:
             length = sequence_length(preset, share)
             rows = max(1, preset.tokens_per_step // length // group.size)
-            batch = maker.draw(rows, length, difficulty(share), 0.75 - 0.25 * share)
+            batch = maker.draw(rows, length, difficulty(share), TASK_SHARE)
             for parameters in optimizer.param_groups:
-                parameters["lr"] = learning_rate(preset, progress, share)
+                parameters["lr"] = parameters["scale"] * learning_rate(preset, progress, share)
             loss, full = weighted_loss(model, batch, preset)
             loss.backward()
             elapsed = before + time.monotonic() - began
