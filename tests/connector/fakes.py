@@ -62,13 +62,13 @@ class FakeOutput:
     finished_req_ids: set[str] = field(default_factory=set)
 
 
-def geometry(tp_size: int = 1) -> CacheGeometry:
+def geometry(tp_size: int = 1, head_size: int = 8) -> CacheGeometry:
     return CacheGeometry(
         layer_names=("layers.0", "layers.1"),
         block_size=BLOCK,
         num_kv_heads=2,
-        head_size=8,
-        head_size_v=8,
+        head_size=head_size,
+        head_size_v=head_size,
         dtype=torch.bfloat16,
         tp_size=tp_size,
     )

@@ -1,0 +1,69 @@
+"""`kvtc inspect` and `kvtc doctor`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kvtc_vllm.calibration.identity import model_identity
+from kvtc_vllm.calibration.registry import find
+from kvtc_vllm.cli import main
+
+GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.kvtc"))
+
+
+@pytest.mark.parametrize("blob", GOLDEN, ids=lambda p: p.stem)
+def test_inspect_describes_every_golden_blob(
+    blob: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(blob), "--json"]) == 0
+    described = json.loads(capsys.readouterr().out)
+    assert described["codec"] in ("raw", "kvtc")
+    assert described["stored_bytes"] == blob.stat().st_size
+    assert described["ratio"] == round(described["raw_bytes"] / described["stored_bytes"], 2)
+    assert main(["inspect", str(blob)]) == 0
+    assert "sections:" in capsys.readouterr().out
+
+
+def test_inspect_refuses_a_damaged_blob(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = bytearray(GOLDEN[0].read_bytes())
+    content[-1] ^= 1
+    path = tmp_path / "bad.kvtc"
+    path.write_bytes(content)
+    assert main(["inspect", str(path)]) == 2
+    assert "checksum" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "gone")]) == 2
+    assert "no such file" in capsys.readouterr().err
+
+
+def test_inspect_describes_the_shipped_artifact(
+    reference_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = find(model_identity(reference_model), 1, 16.0, model_name="reference")
+    assert main(["inspect", str(directory)]) == 0
+    printed = capsys.readouterr().out
+    assert "heldout error" in printed
+    assert "group 0 K" in printed
+
+
+def test_doctor_finds_the_model_s_artifact_and_measures(
+    reference_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", str(reference_model)]) == 0
+    printed = capsys.readouterr().out
+    for words in ("ok   match", "ok   round trip", "MB/s", "ok   plugin", "supported range"):
+        assert words in printed
+
+
+def test_doctor_says_what_is_missing(
+    reference_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", str(reference_model), "--tp", "3"]) == 1
+    printed = capsys.readouterr().out
+    assert "BAD  match" in printed
+    assert "kvtc calibrate" in printed
+    assert "--tp 3" in printed
