@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,8 +36,6 @@ def calibrate(
     """
     with _spool_directory(spool) as directory:
         result = capture_rows(capture, directory)
-        # The engine's memory is given back before the fit asks for its own.
-        gc.collect()
         fits: list[RankFit] = []
         probes: list[Probe] = []
         readers = [SpoolReader(directory / f"rank{rank}") for rank in range(capture.tp)]

@@ -61,6 +61,7 @@ def capture_rows(settings: CaptureSettings, spool: Path) -> CaptureResult:
     from vllm import LLM, SamplingParams
     from vllm import __version__ as vllm_version
     from vllm.config import KVTransferConfig
+    from vllm.distributed import cleanup_dist_env_and_memory
 
     from kvtc_vllm.connector import register
 
@@ -98,6 +99,10 @@ def capture_rows(settings: CaptureSettings, spool: Path) -> CaptureResult:
         seed=settings.seed,
     )
     _run(llm, SamplingParams, documents, settings)
+    # The engine's memory is given back before the fit asks for its own.
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    cleanup_dist_env_and_memory()
     return CaptureResult(
         documents=len(documents),
         heldout_documents=sum(d.heldout for d in documents),

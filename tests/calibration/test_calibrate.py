@@ -1,0 +1,70 @@
+"""`kvtc calibrate` from end to end: a model in vLLM, its rows, an artifact, a server with it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "connector"))
+
+from engine import engine, greedy, metrics, texts
+
+from kvtc_vllm.calibration.artifact_io import load_rank_artifact
+from kvtc_vllm.calibration.identity import model_identity
+from kvtc_vllm.calibration.registry import find
+from kvtc_vllm.calibration.spool import SpoolReader
+from kvtc_vllm.cli import main
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+ENGINE = (
+    '{"block_size": 32, "max_model_len": 1024, "num_gpu_blocks_override": 128, '
+    '"max_num_batched_tokens": 512, "dtype": "float32"}'
+)
+
+
+def test_calibrate_in_layer_groups_then_serve(reference_model: Path, tmp_path: Path) -> None:
+    sys.path.insert(0, str(reference_model.parent))
+    import data
+
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(data.texts("train", "mix", characters=60_000)))
+    out, spool = tmp_path / "registry", tmp_path / "spool"
+    arguments = ["calibrate", str(reference_model), "--data", str(text), "--out", str(out)]
+    arguments += ["--tokens", "5000", "--max-len", "900", "--layers-per-group", "4"]
+    arguments += ["--ratios", "4,8", "--spool", str(spool), "--engine", ENGINE]
+    assert main(arguments) == 0
+
+    reader = SpoolReader(spool / "rank0")
+    assert int(reader.positions.min()) >= 4, "sinks must be left out"
+    assert 4000 <= reader.count(heldout=False) <= 6000
+    assert not set(reader.docs[reader.heldout].tolist()) & set(
+        reader.docs[~reader.heldout].tolist()
+    )
+
+    directory = find(
+        model_identity(reference_model), 1, 8.0, model_name="reference", registries=[out]
+    )
+    assert directory.is_relative_to(out)
+    assert (directory / "report.png").stat().st_size > 10_000
+    artifact, card, _ = load_rank_artifact(directory, 0)
+    assert artifact.geometry.layer_groups == ((0, 4), (4, 8))
+    assert card.data.files == ("text.txt",)
+    for section in artifact.sections.values():
+        assert section.heldout_error[4.0] < section.heldout_error[8.0] < 0.2
+        columns = section.basis.float()
+        defect = (columns.T @ columns - torch.eye(columns.shape[1])).abs().max()
+        assert float(defect) < 2e-3
+
+    extra = {"codec": "kvtc", "ratio": 8, "registry": [str(out)], "memory_bytes": "64MiB"}
+    prompts = texts(reference_model, count=2, tokens=700)
+    with engine(reference_model, extra) as llm:
+        greedy(llm, prompts, 8)
+        assert llm.reset_prefix_cache()
+        greedy(llm, prompts, 8)
+        values = metrics(llm)
+    assert values["kvtc_loaded_tokens"] == values["external_prefix_cache_hits"] == 2 * 544
+    assert not any(v for k, v in values.items() if k.startswith("kvtc_failed_loads"))
