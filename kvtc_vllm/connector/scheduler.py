@@ -119,10 +119,9 @@ class KVTCScheduler:
                     block_ids=list(block_ids[first:last]),
                 )
             )
-        needed = [item.key for item in items]
-        self.index.pin(needed)
+        # vLLM may defer this call by a step; what was evicted since is reported as missing.
+        self._loading[request.request_id] = self.index.pin(item.key for item in items)
         self.index.hit(keys[: -(-end // self._chunk_tokens)])
-        self._loading[request.request_id] = needed
         self._new_loads.append(LoadJob(request.request_id, items))
 
     def plan_step(self, scheduler_output: Any) -> StepMetadata:

@@ -104,10 +104,12 @@ class TierIndex:
         """True if the chunk is ready or pending."""
         return key in self._entries
 
-    def pin(self, keys: Iterable[ChunkKey]) -> None:
-        """Count one use of ready chunks and protect them from eviction."""
-        for key in keys:
+    def pin(self, keys: Iterable[ChunkKey]) -> list[ChunkKey]:
+        """Protect ready chunks from eviction; returns those that were, to be unpinned."""
+        pinned = [key for key in keys if self.is_ready(key)]
+        for key in pinned:
             self._entries[key].pins += 1
+        return pinned
 
     def unpin(self, keys: Iterable[ChunkKey]) -> None:
         """Undo one `pin`."""

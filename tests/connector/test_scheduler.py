@@ -134,6 +134,19 @@ def test_chunks_being_loaded_are_not_evicted() -> None:
     assert not {b"a:3", b"a:7"} & set(metadata.evict)
 
 
+def test_a_load_deferred_past_an_eviction_is_planned_and_left_to_fail() -> None:
+    side = scheduler()
+    fill(side, FakeRequest("r", 640))
+    request = FakeRequest("again", 640)
+    tokens = side.match(request, 0)
+    side.reset()
+    side.plan_load(request, list(range(20)), tokens)
+    (job,) = side.plan_step(FakeOutput()).loads
+    assert len(job.items) == 4
+    side.apply_report(WorkerReport(1, bad=[job.items[0].key]), {"again"})
+    assert not side.has_pending_work()
+
+
 def test_a_bad_chunk_is_forgotten_once_its_load_ended() -> None:
     side = scheduler()
     fill(side, FakeRequest("r", 640))

@@ -55,6 +55,13 @@ def test_pinned_chunks_stay_and_a_full_tier_refuses() -> None:
     assert index.take_evicted() == [b"a"]
 
 
+def test_only_ready_chunks_can_be_pinned() -> None:
+    index = make_index()
+    put(index, b"a", 30)
+    assert index.reserve(b"b", 40)
+    assert index.pin([b"a", b"b", b"gone"]) == [b"a"]
+
+
 def test_a_rank_that_fails_dooms_the_chunk_on_all() -> None:
     index = make_index(ranks=2)
     assert index.reserve(b"a", 40)
