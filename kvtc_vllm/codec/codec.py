@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import xxhash
 
 from kvtc_vllm.codec.artifact import Geometry
 from kvtc_vllm.codec.container import (
@@ -92,17 +93,22 @@ class ChunkCodec(ABC):
         self.device = torch.device(device)
 
     @abstractmethod
-    def encode(self, k: torch.Tensor, v: torch.Tensor, start: int) -> bytes:
+    def encode(self, k: torch.Tensor, v: torch.Tensor, start: int, key: bytes = b"") -> bytes:
         """Encode positions start .. start + T - 1.
 
         k: [T, L, H, D] post-RoPE, v: [T, L, H, Dv], cache dtype, any device
-        and strides. Raises CodecError if the chunk cannot be coded (the
+        and strides. key: the name under which the blob will be kept; it
+        decodes under no other name. Raises CodecError if the chunk cannot be coded (the
         caller then drops that store), ValueError for tensors of the wrong
         shape or dtype.
         """
 
     def decode_groups(
-        self, blob: Blob, expect_start: int | None = None, expect_tokens: int | None = None
+        self,
+        blob: Blob,
+        expect_start: int | None = None,
+        expect_tokens: int | None = None,
+        key: bytes = b"",
     ) -> Iterator[DecodedGroup]:
         """Verify a blob, then decode it one layer group at a time, in layer order.
 
@@ -111,13 +117,18 @@ class ChunkCodec(ABC):
         is expected; iterating may raise it too, with reason "entropy" or
         "bounds".
         """
-        return self._groups(self._verified(blob, expect_start, expect_tokens), memoryview(blob))
+        info = self._verified(blob, expect_start, expect_tokens, key)
+        return self._groups(info, memoryview(blob))
 
     def decode(
-        self, blob: Blob, expect_start: int | None = None, expect_tokens: int | None = None
+        self,
+        blob: Blob,
+        expect_start: int | None = None,
+        expect_tokens: int | None = None,
+        key: bytes = b"",
     ) -> DecodedChunk:
         """Decode a whole blob. Raises ContainerError as `decode_groups` does."""
-        info = self._verified(blob, expect_start, expect_tokens)
+        info = self._verified(blob, expect_start, expect_tokens, key)
         groups = list(self._groups(info, memoryview(blob)))
         if len(groups) == 1:
             return DecodedChunk(groups[0].k, groups[0].v, info.header.start)
@@ -137,8 +148,12 @@ class ChunkCodec(ABC):
     def _groups(self, info: ContainerInfo, blob: memoryview) -> Iterator[DecodedGroup]:
         """Decode a verified blob group by group."""
 
+    def _bound_identity(self, key: bytes) -> bytes:
+        """Identity of a blob kept under `key`: a blob under a wrong name is then refused."""
+        return xxhash.xxh3_128_digest(self.identity + key) if key else self.identity
+
     def _new_header(
-        self, tokens: int, start: int, sinks: int, ratio: float, artifact: bytes
+        self, tokens: int, start: int, sinks: int, ratio: float, artifact: bytes, key: bytes
     ) -> Header:
         geometry = self.geometry
         return Header(
@@ -154,7 +169,7 @@ class ChunkCodec(ABC):
             start=start,
             ratio=ratio,
             artifact=artifact,
-            identity=self.identity,
+            identity=self._bound_identity(key),
         )
 
     def _check_tensors(self, k: torch.Tensor, v: torch.Tensor, start: int) -> None:
@@ -171,7 +186,7 @@ class ChunkCodec(ABC):
             raise ValueError(f"{tokens} tokens from position {start} cannot be a chunk")
 
     def _verified(
-        self, blob: Blob, expect_start: int | None, expect_tokens: int | None
+        self, blob: Blob, expect_start: int | None, expect_tokens: int | None, key: bytes
     ) -> ContainerInfo:
         """Parse a blob and compare it with what this codec would have written."""
         info = parse(blob)
@@ -181,10 +196,12 @@ class ChunkCodec(ABC):
                 "version", f"codec {header.codec_id}, this is {self.codec_id} ({self.name})"
             )
         own = self._new_header(
-            header.tokens, header.start, header.sinks, header.ratio, header.artifact
+            header.tokens, header.start, header.sinks, header.ratio, header.artifact, key
         )
         if header.identity != own.identity:
-            raise ContainerError("fingerprint", "written for another model set-up")
+            raise ContainerError(
+                "fingerprint", "written for another model set-up or under another name"
+            )
         if header != own:
             raise ContainerError("geometry", f"{header} does not fit {own}")
         if expect_start is not None and header.start != expect_start:

@@ -86,7 +86,7 @@ class KvtcCodec(ChunkCodec):
         )
         self._sections = {key: self._resident(s) for key, s in artifact.sections.items()}
 
-    def encode(self, k: torch.Tensor, v: torch.Tensor, start: int) -> bytes:
+    def encode(self, k: torch.Tensor, v: torch.Tensor, start: int, key: bytes = b"") -> bytes:
         self._check_tensors(k, v, start)
         k, v = k.to(self.device), v.to(self.device)
         if not (magnitude(k) < math.inf and magnitude(v) < math.inf):
@@ -108,7 +108,7 @@ class KvtcCodec(ChunkCodec):
                 rows = chunk_rows(k[sinks:], v[sinks:], group, kind, self.artifact, positions)
                 streams = self._encode_rows(rows, group, kind)
                 sections.append(self._new_section(_SECTION_KIND[kind], group, streams))
-        header = self._new_header(tokens, start, sinks, self.ratio, self.artifact.fingerprint)
+        header = self._new_header(tokens, start, sinks, self.ratio, self.artifact.fingerprint, key)
         return build(header, sections)
 
     def _encode_rows(self, rows: torch.Tensor, group: int, kind: Kind) -> list[bytes]:

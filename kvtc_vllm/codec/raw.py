@@ -36,9 +36,11 @@ class RawCodec(ChunkCodec):
     codec_id: ClassVar[int] = 0
     name: ClassVar[str] = "raw"
 
-    def encode(self, k: torch.Tensor, v: torch.Tensor, start: int) -> bytes:
+    def encode(self, k: torch.Tensor, v: torch.Tensor, start: int, key: bytes = b"") -> bytes:
         self._check_tensors(k, v, start)
-        header = self._new_header(k.shape[0], start, sinks=0, ratio=0.0, artifact=NO_FINGERPRINT)
+        header = self._new_header(
+            k.shape[0], start, sinks=0, ratio=0.0, artifact=NO_FINGERPRINT, key=key
+        )
         sections = [
             NewSection(kind, RAW.coder_id, ALL_LAYERS, len(data), RAW.encode([data]))
             for kind, data in (

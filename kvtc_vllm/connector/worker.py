@@ -161,7 +161,7 @@ class KVTCWorker:
         try:
             with self._encode_stream.after(point):
                 self._encode_stream.adopt(k, v)
-                blob = self._codec.encode(k, v, item.start)
+                blob = self._codec.encode(k, v, item.start, item.key)
             with self._lock:  # against a reset between the check and the put
                 kept = epoch == self._epoch and self.arena.put(item.key, blob)
         except CodecError as error:
@@ -239,7 +239,10 @@ class KVTCWorker:
         wanted = slice(item.first_block * size, (item.first_block + len(item.block_ids)) * size)
         with self._load_stream.after(point):
             chunk = self._codec.decode(
-                blob, expect_start=item.start, expect_tokens=self._config.chunk_tokens
+                blob,
+                expect_start=item.start,
+                expect_tokens=self._config.chunk_tokens,
+                key=item.key,
             )
             k, v = chunk.k[wanted], chunk.v[wanted]
             self._layout.scatter(item.block_ids, k, v)

@@ -277,3 +277,19 @@ def test_layers_without_rotation(artifact):
 def test_registry():
     assert {"raw": RawCodec, "kvtc": KvtcCodec} == CODECS
     assert {0: RawCodec, 1: KvtcCodec} == BY_CODEC_ID
+
+
+def test_a_blob_decodes_only_under_its_own_name() -> None:
+    model = SyntheticModel()
+    artifact = model.artifact((8.0,))
+    k, v = model.chunk(32)
+    for codec in (
+        RawCodec(artifact.geometry, torch.bfloat16, bytes(range(16))),
+        KvtcCodec(artifact, 8.0, torch.bfloat16, bytes(range(16))),
+    ):
+        blob = codec.encode(k, v, 128, key=b"mine")
+        assert codec.decode(blob, key=b"mine").start == 128
+        for other in (b"", b"yours", b"mine\0"):
+            with pytest.raises(ContainerError) as caught:
+                codec.decode(blob, key=other)
+            assert caught.value.reason == "fingerprint"

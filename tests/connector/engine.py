@@ -61,7 +61,16 @@ def greedy(llm: Any, prompts: list[list[int]], tokens: int) -> list[list[int]]:
         SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True),
         use_tqdm=False,
     )
+    _drain(llm)
     return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def _drain(llm: Any) -> None:
+    """Step an in-process engine until its stores are done, as a server's loop does by itself."""
+    core = getattr(llm.llm_engine.engine_core, "engine_core", None)
+    connector = core.scheduler.connector if core is not None else None
+    while connector is not None and connector.has_pending_push_work():
+        llm.llm_engine.step()
 
 
 def metrics(llm: Any) -> dict[str, float]:

@@ -135,6 +135,18 @@ def test_a_chunk_of_another_position_is_refused(rig: Rig) -> None:
     assert rig.counters()["failed_loads/geometry"] == 1
 
 
+def test_a_chunk_of_another_prompt_is_refused(rig: Rig) -> None:
+    """A valid blob at the right position, under the wrong name."""
+    rig.store(b"a", [1, 2, 3, 4])
+    rig.report()
+    blob = rig.worker.arena.get(b"a")
+    assert blob is not None
+    rig.worker.arena.put(b"b", blob)
+    rig.load(b"b", [20, 21, 22, 23])
+    assert rig.finish_load() == {20, 21, 22, 23}
+    assert rig.counters()["failed_loads/fingerprint"] == 1
+
+
 def test_a_job_stops_at_its_first_bad_chunk(rig: Rig) -> None:
     rig.store(b"a", [1, 2, 3, 4], start=0)
     rig.report()
@@ -151,9 +163,9 @@ class SlowCodec(RawCodec):
         super().__init__(codec_geometry(SHAPE, ((0, 2),)), torch.bfloat16)
         self.go = threading.Event()
 
-    def encode(self, k: torch.Tensor, v: torch.Tensor, start: int) -> bytes:
+    def encode(self, k: torch.Tensor, v: torch.Tensor, start: int, key: bytes = b"") -> bytes:
         assert self.go.wait(20)
-        return super().encode(k, v, start)
+        return super().encode(k, v, start, key)
 
 
 def test_a_full_staging_pool_drops_stores_at_once() -> None:
@@ -205,7 +217,7 @@ def test_an_arena_at_its_cap_refuses() -> None:
 )
 def test_encoder_errors_drop_the_store(error: Exception, reason: str) -> None:
     class Failing(SlowCodec):
-        def encode(self, k: torch.Tensor, v: torch.Tensor, start: int) -> bytes:
+        def encode(self, k: torch.Tensor, v: torch.Tensor, start: int, key: bytes = b"") -> bytes:
             raise error
 
     rig = Rig(Failing())
