@@ -26,10 +26,12 @@ def calibrate(
     *,
     out: str,
     name: str | None = None,
+    model_name: str | None = None,
     spool: str | None = None,
 ) -> Path:
     """Fit an artifact and write it below the registry directory `out`.
 
+    model_name: what to call the model on the card, if not as it was given.
     spool: keep captured rows here instead of a temporary directory. Returns the
     artifact's directory. Raises DataError for unreadable data, ArtifactError when
     the reconstruction gate refuses the result; nothing is then written.
@@ -42,7 +44,7 @@ def calibrate(
         for rank, reader in enumerate(readers):
             fits.append(_fit(reader, rank, capture, fit, ratios))
             probes.append(reader.probe())
-        description = _describe(capture, result, readers[0])
+        description = _describe(capture, result, readers[0], model_name)
     return write_artifact(Path(out), description, fits, probes, name=name)
 
 
@@ -95,9 +97,11 @@ class _Progress:
             self._bar.close()
 
 
-def _describe(capture: CaptureSettings, result: CaptureResult, reader: SpoolReader) -> Description:
+def _describe(
+    capture: CaptureSettings, result: CaptureResult, reader: SpoolReader, model_name: str | None
+) -> Description:
     return Description(
-        model_name=public_model_name(capture.model),
+        model_name=model_name or public_model_name(capture.model),
         identity=model_identity(result.model_path, result.revision),
         kv_dtype=reader.header.dtype,
         data=DataCard(

@@ -26,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="text or .jsonl files, directories, hf:NAME[:CONFIG]:SPLIT:COLUMN",
     )
     add("--out", default="calibrations", help="registry directory to write into")
-    add("--name", help="artifact name; default: tp{N}-{layers per group}-{fingerprint}")
+    add("--name", help="directory of the artifact; default: tp{N}-{groups}-{contents}")
+    add("--model-name", help="what to call the model; default: MODEL, or its last directory")
     add("--tokens", type=int, default=160_000, help="rows to fit on (default 160000)")
     add("--ratios", default="4,8,16,32,64", help="target ratios (default 4,8,16,32,64)")
     add("--layers-per-group", default="all", help='layers coded together, or "all"')
@@ -72,7 +73,13 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     directory = calibrate(
-        capture, fit, _ratios(args.ratios), out=args.out, name=args.name, spool=args.spool
+        capture,
+        fit,
+        _ratios(args.ratios),
+        out=args.out,
+        name=args.name,
+        model_name=args.model_name,
+        spool=args.spool,
     )
     print(f"artifact: {directory}")
     return 0

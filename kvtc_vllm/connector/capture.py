@@ -123,11 +123,11 @@ class KVTCCaptureConnector(KVConnectorBase_V1, SupportsHMA):
             self._writer.close()
 
     def _sample(self, item: CaptureItem) -> torch.Tensor:
-        """Positions to keep: the same on every rank, none of them a sink."""
-        positions = torch.arange(max(item.first, self._sinks), item.end)
-        seed = (self._seed * 1_000_003 + item.doc) * 1_000_003 + item.first
-        generator = torch.Generator().manual_seed(seed % (1 << 63))
-        return positions[torch.rand(len(positions), generator=generator) < item.keep]
+        """Positions to keep: the same on every rank and however the prompt was cut into steps."""
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + item.doc)
+        chosen = torch.rand(item.end, generator=generator) < item.keep
+        chosen[: max(item.first, self._sinks)] = False
+        return chosen.nonzero().flatten()
 
     # --------------------------------------------------------------- scheduler
 

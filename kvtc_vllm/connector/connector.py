@@ -25,7 +25,7 @@ from vllm.logger import init_logger
 
 from kvtc_vllm.config import load_config
 from kvtc_vllm.connector.compat import check_version, source_of_hits, vllm_version
-from kvtc_vllm.connector.geometry import check_chunk_tokens, read_geometry
+from kvtc_vllm.connector.geometry import check_budget, check_chunk_tokens, read_geometry
 from kvtc_vllm.connector.messages import StepMetadata, WorkerReport
 from kvtc_vllm.connector.metrics import KVTCPromMetrics, KVTCStats
 from kvtc_vllm.connector.scheduler import KVTCScheduler
@@ -54,7 +54,9 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
         transfer = self._kv_transfer_config
         self._config = load_config(transfer.kv_connector_extra_config)
         self._geometry = read_geometry(vllm_config, kv_cache_config)
+        # Both sides check, so that the worker, made first, fails before it loads an artifact.
         check_chunk_tokens(self._config, self._geometry.block_size)
+        check_budget(self._config, self._geometry)
         self._scheduler: KVTCScheduler | None = None
         self._worker: KVTCWorker | None = None
         source = source_of_hits()
@@ -64,7 +66,6 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
             self._scheduler = KVTCScheduler(
                 self._config,
                 self._geometry,
-                ranks=vllm_config.parallel_config.world_size,
                 prompt_only=not self._config.store_decode
                 or vllm_config.speculative_config is not None,
             )

@@ -11,6 +11,9 @@ from kvtc_vllm.config import ConfigError, KVTCConfig
 from kvtc_vllm.connector.compat import UnsupportedError
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32")
+SINK_TOKENS = 4
+"""Most sink tokens that any artifact protects; used for the size bound only."""
 CONTAINER_ALLOWANCE = 4096
 """Bytes a blob may exceed its payload by: header, section table, stored units."""
 
@@ -37,7 +40,7 @@ class CacheGeometry:
         elements = self.num_kv_heads * (self.head_size + self.head_size_v)
         return len(self.layer_names) * elements * self.dtype.itemsize
 
-    def blob_bound(self, config: KVTCConfig, sink_tokens: int) -> int:
+    def blob_bound(self, config: KVTCConfig) -> int:
         """Upper bound in bytes of one encoded chunk on one rank."""
         raw = config.chunk_tokens * self.token_bytes
         if config.codec == "raw":
@@ -45,7 +48,7 @@ class CacheGeometry:
         # The plan's budget counts 16-bit elements whatever the cache dtype is.
         coded = raw * 2 / self.dtype.itemsize / config.target_ratio
         # Codes of one group and section are padded to whole bytes a chunk.
-        return int(coded * 1.02) + sink_tokens * self.token_bytes + CONTAINER_ALLOWANCE
+        return int(coded * 1.02) + SINK_TOKENS * self.token_bytes + CONTAINER_ALLOWANCE
 
 
 def read_geometry(vllm_config: Any, kv_cache_config: Any) -> CacheGeometry:
@@ -72,7 +75,7 @@ def read_geometry(vllm_config: Any, kv_cache_config: Any) -> CacheGeometry:
         if size != 1:
             raise UnsupportedError(f"{name}={size} is not supported; use 1")
     cache_dtype = vllm_config.cache_config.cache_dtype
-    if spec.dtype not in DTYPES:
+    if str(cache_dtype) not in CACHE_DTYPES or spec.dtype not in DTYPES:
         raise UnsupportedError(
             f"kv_cache_dtype={cache_dtype!r} is refused; KVTC reads 16- and 32-bit caches: "
             "use auto, bfloat16 or float16"
@@ -94,6 +97,19 @@ def layer_number(name: str) -> int:
     if not numbers:
         raise UnsupportedError(f"layer name {name!r} has no number to order layers by")
     return numbers[0]
+
+
+def check_budget(config: KVTCConfig, geometry: CacheGeometry) -> int:
+    """Upper bound of one chunk's bytes on a rank. Raises ConfigError if the tier can't hold it."""
+    bound = geometry.blob_bound(config)
+    ranks = geometry.tp_size
+    if bound > config.memory_capacity // ranks:
+        raise ConfigError(
+            f"memory_bytes={config.memory_bytes} is too small for one chunk: "
+            f"{ranks} rank(s) need {bound * ranks} bytes for {config.chunk_tokens} "
+            f"tokens; give at least {bound * ranks * 4}"
+        )
+    return bound
 
 
 def check_chunk_tokens(config: KVTCConfig, block_size: int) -> int:

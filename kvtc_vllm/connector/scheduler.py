@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from kvtc_vllm.config import ConfigError, KVTCConfig
+from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.connector.blocks import BlockTables
-from kvtc_vllm.connector.geometry import CacheGeometry, check_chunk_tokens
+from kvtc_vllm.connector.geometry import CacheGeometry, check_budget, check_chunk_tokens
 from kvtc_vllm.connector.messages import (
     LoadItem,
     LoadJob,
@@ -22,9 +22,6 @@ from kvtc_vllm.connector.metrics import KVTCStats
 from kvtc_vllm.tiers import policies
 from kvtc_vllm.tiers.index import TierIndex
 from kvtc_vllm.tiers.policies import ChunkKey
-
-SINK_TOKENS = 4
-"""Most sink tokens that any artifact protects; used for the size bound only."""
 
 
 @dataclass
@@ -40,26 +37,17 @@ class _RequestState:
 class KVTCScheduler:
     """Tier index, lookups and the plan of each step.
 
-    ranks: workers of this engine (tensor-parallel size).
     prompt_only: never store blocks filled while generating.
     """
 
-    def __init__(
-        self, config: KVTCConfig, geometry: CacheGeometry, ranks: int, prompt_only: bool
-    ) -> None:
+    def __init__(self, config: KVTCConfig, geometry: CacheGeometry, prompt_only: bool) -> None:
         self._config = config
         self._block_size = geometry.block_size
         self._chunk_tokens = config.chunk_tokens
         self._blocks_per_chunk = check_chunk_tokens(config, geometry.block_size)
         self._prompt_only = prompt_only
-        self._bound = geometry.blob_bound(config, SINK_TOKENS)
-        capacity = config.memory_capacity
-        if self._bound > capacity // ranks:
-            raise ConfigError(
-                f"memory_bytes={config.memory_bytes} is too small for one chunk: "
-                f"{ranks} rank(s) need {self._bound * ranks} bytes for {config.chunk_tokens} "
-                f"tokens; give at least {self._bound * ranks * 4}"
-            )
+        self._bound = check_budget(config, geometry)
+        capacity, ranks = config.memory_capacity, geometry.tp_size
         self.index = TierIndex(capacity, ranks, policies.REGISTRY[config.eviction](capacity))
         self._states: dict[str, _RequestState] = {}
         self._tables = BlockTables()

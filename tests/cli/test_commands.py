@@ -27,9 +27,7 @@ def test_inspect_describes_every_golden_blob(
     assert "sections:" in capsys.readouterr().out
 
 
-def test_inspect_refuses_a_damaged_blob(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_inspect_refuses_a_damaged_blob(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = bytearray(GOLDEN[0].read_bytes())
     content[-1] ^= 1
     path = tmp_path / "bad.kvtc"

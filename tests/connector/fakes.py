@@ -76,7 +76,7 @@ def geometry(tp_size: int = 1, head_size: int = 8) -> CacheGeometry:
 
 def scheduler(ranks: int = 1, prompt_only: bool = False, **extra: Any) -> KVTCScheduler:
     config = load_config({"codec": "kvtc", "memory_bytes": "1MiB", **extra})
-    return KVTCScheduler(config, geometry(ranks), ranks, prompt_only)
+    return KVTCScheduler(config, geometry(ranks), prompt_only)
 
 
 def step(side: KVTCScheduler, request: FakeRequest, tokens: int, **fields: Any) -> StepMetadata:
