@@ -39,7 +39,7 @@ def main() -> int:
     """Run the demo; exit status 0 if every run's counters agree."""
     parser = argparse.ArgumentParser(prog="benchmarks.demo", description=__doc__)
     parser.add_argument("--chats", type=int, default=12)
-    parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--budget", default="12MiB", help="byte budget of every run's tier")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "demo")
     args = parser.parse_args()

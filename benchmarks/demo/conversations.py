@@ -33,10 +33,12 @@ class RunReport(msgspec.Struct, kw_only=True):
     """One row of the report.
 
     computed_tokens: of the prompts, by prefill. reloaded_tokens: from the tier.
-    raw_bytes, stored_bytes: all KV that was stored, before and after encoding,
-    every header and sink counted; ratio is their quotient. tier_bytes: held at
-    the end; budget_bytes: allowed. conversations_resident: see RESIDENT_SHARE.
-    first_turns are left out of the TTFT figures: nothing can be reloaded there.
+    stored_bytes: held by the tier at the end, every header and sink counted;
+    raw_bytes: the same KV uncompressed; ratio is their quotient. budget_bytes:
+    what the tier may hold. conversations_resident: how many last turns found
+    their past in the tier (see RESIDENT_SHARE). conversations_fit: how many of
+    their mean size the budget holds at this ratio. TTFT is of returns: in a first
+    turn there is nothing to reload.
     """
 
     prompt_tokens: int
@@ -45,9 +47,9 @@ class RunReport(msgspec.Struct, kw_only=True):
     raw_bytes: int
     stored_bytes: int
     ratio: float
-    tier_bytes: int
     budget_bytes: int
     conversations_resident: int
+    conversations_fit: int
     ttft_mean_s: float
     ttft_p95_s: float
     answers_equal_fraction: float
@@ -69,6 +71,8 @@ def hold(server: Server, chats: Chats, history: Answers | None, label: str) -> R
     run sees the same prompts.
     """
     run = Run(answers=[[] for _ in chats])
+    # The first request pays for start-up work; too short to be stored.
+    server.ask([{"role": "user", "content": "Hello."}], MAX_ANSWER_TOKENS)
     before = server.metrics()
     turns = len(chats[0])
     with tqdm(total=turns * len(chats), desc=label) as bar:
@@ -114,8 +118,12 @@ def summarise(
     held = round(run.metrics.get("vllm:kvtc_tier_used_bytes", 0))
     if held > budget:
         raise RuntimeError(f"the tier holds {held} bytes, its budget is {budget}")
-    raw = round(run.metrics.get("vllm:kvtc_stored_raw_bytes", 0))
-    stored = round(run.metrics.get("vllm:kvtc_stored_bytes", 0))
+    chunks = run.metrics.get("vllm:kvtc_stored_chunks", 0)
+    chunk_bytes = run.metrics.get("vllm:kvtc_stored_raw_bytes", 0) / chunks if chunks else 0.0
+    raw = round(run.metrics.get("vllm:kvtc_tier_chunks", 0) * chunk_bytes)
+    ratio = raw / held if held else 0.0
+    final_tokens = statistics.fmean(turn.prompt_tokens for turn in run.turns[-chats:])
+    size = final_tokens * chunk_bytes / chunk_tokens / ratio if ratio else 0.0
     later = sorted(turn.ttft for turn in run.turns[chats:])
     equal = [
         ours == theirs
@@ -127,10 +135,10 @@ def summarise(
         computed_tokens=prompt - reloaded - cached,
         reloaded_tokens=reloaded,
         raw_bytes=raw,
-        stored_bytes=stored,
-        ratio=raw / stored if stored else 0.0,
-        tier_bytes=held,
-        budget_bytes=budget,
+        stored_bytes=held,
+        ratio=ratio,
+        budget_bytes=budget if chunks else 0,
+        conversations_fit=int(budget / size) if size else 0,
         conversations_resident=_resident(run.turns[-chats:], window, chunk_tokens),
         ttft_mean_s=statistics.fmean(later),
         ttft_p95_s=later[min(len(later) - 1, int(0.95 * len(later)))],

@@ -11,10 +11,10 @@ COLUMNS = (
     "prompt tok",
     "computed",
     "reloaded",
-    "MiB stored",
-    "ratio",
     "MiB held",
+    "ratio",
     "resident",
+    "budget fits",
     "TTFT mean",
     "TTFT p95",
     "equal answers",
@@ -33,8 +33,8 @@ def table(runs: dict[str, RunReport], chats: int) -> str:
                 str(r.reloaded_tokens),
                 f"{r.stored_bytes / 2**20:.2f}" if r.stored_bytes else "-",
                 f"{r.ratio:.1f}x" if r.ratio else "-",
-                f"{r.tier_bytes / 2**20:.2f}" if r.stored_bytes else "-",
                 f"{r.conversations_resident}/{chats}",
+                str(r.conversations_fit),
                 f"{r.ttft_mean_s * 1e3:.0f} ms",
                 f"{r.ttft_p95_s * 1e3:.0f} ms",
                 f"{r.answers_equal_fraction:.0%}",
@@ -60,11 +60,10 @@ def plot(runs: dict[str, RunReport], path: Path) -> None:
     tokens.bar(names, reloaded, bottom=computed, label="reloaded", color="#2a7f62")
     tokens.set_title("prompt tokens")
     tokens.legend()
-    size.bar(names, [r.stored_bytes / 2**20 for r in runs.values()], color="#3b6ea5")
+    bars = size.bar(names, [r.conversations_fit for r in runs.values()], color="#3b6ea5")
+    size.bar_label(bars)
     budget = max(r.budget_bytes for r in runs.values()) / 2**20
-    size.axhline(budget, color="#a03030", linestyle="--", label="budget")
-    size.set_title("MiB to keep all conversations")
-    size.legend()
+    size.set_title(f"conversations that {budget:.0f} MiB hold")
     places = range(len(names))
     mean = [r.ttft_mean_s * 1e3 for r in runs.values()]
     p95 = [r.ttft_p95_s * 1e3 for r in runs.values()]
