@@ -24,6 +24,7 @@ def engine(model: Path, extra: dict[str, Any] | None, **options: Any) -> Iterato
     from vllm import LLM
     from vllm.config import KVTransferConfig
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 
     settings: dict[str, Any] = {
         "dtype": "float32",
@@ -42,12 +43,16 @@ def engine(model: Path, extra: dict[str, Any] | None, **options: Any) -> Iterato
         # The policy is left at vLLM's default, "fail": the connector has to change it itself.
         del transfer["kv_load_failure_policy"]
         settings["kv_transfer_config"] = KVTransferConfig(**transfer)
-    llm = LLM(model=str(model), **settings)
+    llm = None
     try:
+        llm = LLM(model=str(model), **settings)
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+        # A worker that was refused leaves its connector in vLLM's process-wide state.
+        ensure_kv_transfer_shutdown()
         gc.collect()
         cleanup_dist_env_and_memory()
 
