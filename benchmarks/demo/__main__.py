@@ -32,7 +32,7 @@ MAX_MODEL_LEN = 2048
 GPU_BLOCKS = MAX_MODEL_LEN // BLOCK_SIZE + 4
 """One conversation of the longest length, and little more."""
 
-RUNS = {"none": None, "raw": "raw", "kvtc-8x": "kvtc-8x", "kvtc-16x": "kvtc-16x"}
+RUNS = ("none", "raw", "kvtc-8x", "kvtc-16x")
 
 
 def main() -> int:
@@ -41,6 +41,7 @@ def main() -> int:
     parser.add_argument("--chats", type=int, default=12)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--budget", default="12MiB", help="byte budget of every run's tier")
+    parser.add_argument("--runs", default=",".join(RUNS), help="none, or names of presets")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "demo")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -48,12 +49,13 @@ def main() -> int:
     chats = _chats(args.chats, args.turns)
     reports: dict[str, RunReport] = {}
     reference: Answers | None = None
-    for name, preset in RUNS.items():
-        extra = {"preset": preset or "raw", "memory_bytes": args.budget}
+    for name in args.runs.split(","):
+        offload = name != "none"
+        extra = {"preset": name if offload else "raw", "memory_bytes": args.budget}
         config = load_config(extra)
         print(f"[{name}] starting vllm serve ...", flush=True)
         with serve(
-            MODEL, _arguments(extra if preset else None), args.out / f"{name}.log"
+            MODEL, _arguments(extra if offload else None), args.out / f"{name}.log"
         ) as server:
             run = hold(server, chats, reference, name)
         reference = reference or run.answers

@@ -148,7 +148,10 @@ class PagedLayout:
         return x.unflatten(0, (-1, self._kernel_tokens)).transpose(1, 2)
 
     def _pages(self, block_ids: Sequence[int]) -> torch.Tensor:
-        ids = torch.tensor(list(block_ids), dtype=torch.long, device=self.device)
+        ids = torch.tensor(list(block_ids), dtype=torch.long)
+        if self.device.type != "cpu":
+            # From pageable memory the copy would wait for the whole step before it.
+            ids = ids.pin_memory().to(self.device, non_blocking=True)
         if self._split == 1:
             return ids
         offsets = torch.arange(self._split, device=self.device)

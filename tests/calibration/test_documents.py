@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,30 @@ def test_an_empty_directory_and_a_bad_data_set_name(tmp_path: Path) -> None:
         read_texts([str(tmp_path)], 10)
     with pytest.raises(DataError, match="hf:NAME"):
         read_texts(["hf:name"], 10)
+
+
+def test_hugging_face_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call and the errors; no data set can be downloaded here."""
+    calls = []
+
+    def load_dataset(name: str, config: str | None, *, split: str, streaming: bool) -> object:
+        calls.append((name, config, split, streaming))
+        return iter([{"text": "one"}, {"text": "two"}])
+
+    stub = types.ModuleType("datasets")
+    stub.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", stub)
+    assert read_texts(["hf:org/name:train:text"], 100) == ["one", "two"]
+    assert read_texts(["hf:org/name:subset:train:text"], 100) == ["one", "two"]
+    assert calls == [
+        ("org/name", None, "train", True),
+        ("org/name", "subset", "train", True),
+    ]
+    with pytest.raises(DataError, match=r"hf:org/name:train:body: .*'body'"):
+        read_texts(["hf:org/name:train:body"], 100)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match="pip install datasets"):
+        read_texts(["hf:org/name:train:text"], 100)
 
 
 def test_documents_are_cut_joined_and_held_out_whole() -> None:
