@@ -18,11 +18,16 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
+ENGINE_TEST_SECONDS = 1200
 REFERENCE_MODEL = Path(__file__).parent / "reference_model" / "model"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests marked `gpu` on a machine without CUDA."""
+    """Gives engine tests more time, and skips tests marked `gpu` on a machine without CUDA."""
+    for item in items:
+        if item.get_closest_marker("vllm"):
+            # Seconds on a quiet machine; a busy neighbour has made some ten times slower.
+            item.add_marker(pytest.mark.timeout(ENGINE_TEST_SECONDS))
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return

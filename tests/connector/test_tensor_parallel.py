@@ -48,7 +48,7 @@ def run(model: Path, extra: dict[str, Any] | None, directory: Path) -> dict[str,
         env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[1 % len(cores)]}"},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=560,
         check=False,
     )
     assert out.exists(), result.stdout[-3000:] + result.stderr[-3000:]
