@@ -71,6 +71,9 @@ def test_fp8_error_is_a_sixteenth_of_the_distance_to_the_middle(values):
     error = (REGISTRY["fp8"].dequantize(codes, shift, scale) - x).abs()
     distance = (x - shift.float()).abs()
     rounding = 2**-11 * (abs(float(shift)) + x.max() - x.min()) + 2**-20
+    if float(scale) < 2**-14:
+        # A subnormal scale is rounded by up to 2^-25 absolute, and the outermost code is 448 of it.
+        rounding += 448 * 2**-25
     assert bool((error <= distance / 16 + float(scale) * 2**-10 + rounding).all())
 
 
