@@ -104,9 +104,7 @@ def parse_bytes(field: str, value: int | str) -> int:
 
 def load_config(extra: Mapping[str, Any]) -> KVTCConfig:
     """Build the configuration from `kv_connector_extra_config`. Raises ConfigError."""
-    given = dict(extra)
-    preset = given.pop("preset", None)
-    merged = {**(load_preset(preset) if preset is not None else {}), **given}
+    merged = _expand(extra)
     allowed = [f.name for f in msgspec.structs.fields(KVTCConfig)]
     for key in merged:
         if key not in allowed:
@@ -120,6 +118,13 @@ def load_config(extra: Mapping[str, Any]) -> KVTCConfig:
         raise ConfigError(f"kv_connector_extra_config: {error}") from None
     _check(config)
     return config
+
+
+def _expand(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace `preset` by its keys; the other keys given win. Raises ConfigError."""
+    given = dict(extra)
+    preset = given.pop("preset", None)
+    return {**(load_preset(preset) if preset is not None else {}), **given}
 
 
 def _check(config: KVTCConfig) -> None:
@@ -168,9 +173,18 @@ def load_preset(name: object) -> dict[str, Any]:
     names = preset_names()
     if name not in names:
         raise ConfigError(f"preset={name!r} is not known; allowed: {', '.join(names)}")
-    content = yaml.safe_load((preset_directory() / f"{name}.yaml").read_text())
+    content = _read_preset(str(name))
     content.pop("description", None)
-    return dict(content)
+    return content
+
+
+def preset_description(name: str) -> str:
+    """What a shipped preset says of itself."""
+    return str(_read_preset(name).get("description", ""))
+
+
+def _read_preset(name: str) -> dict[str, Any]:
+    return dict(yaml.safe_load((preset_directory() / f"{name}.yaml").read_text()))
 
 
 def kv_transfer_config(extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,12 +193,9 @@ def kv_transfer_config(extra: Mapping[str, Any]) -> dict[str, Any]:
     Raises ConfigError when `extra` isn't valid.
     """
     load_config(extra)
-    given = dict(extra)
-    preset = given.pop("preset", None)
-    expanded = {**(load_preset(preset) if preset is not None else {}), **given}
     return {
         "kv_connector": CONNECTOR_NAME,
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": expanded,
+        "kv_connector_extra_config": _expand(extra),
     }

@@ -59,7 +59,7 @@ def _fit(
     peak = estimate_bytes(reader.geometry, rows, ratios, settings)
     print(
         f"rank {rank}: fitting {2 * len(reader.geometry.layer_groups)} sections on {rows} rows, "
-        f"peak memory about {peak / 2**30:.2f} GiB"
+        f"peak memory about {peak / 2**30:.2f} GiB on {settings.device} and host together"
     )
     progress = _Progress(rank)
     result = fit_rank(

@@ -41,15 +41,11 @@ class CaptureSettings:
 
 @dataclass(frozen=True)
 class CaptureResult:
-    """What was run. documents, tokens: through the model; dtype: of the paged cache."""
+    """What was run. tokens: through the model. model_path, revision: as vLLM resolved them."""
 
-    documents: int
-    heldout_documents: int
     tokens: int
     model_path: str
     revision: str | None
-    dtype: str
-    vllm_version: str
 
 
 def capture_rows(settings: CaptureSettings, spool: Path) -> CaptureResult:
@@ -59,7 +55,6 @@ def capture_rows(settings: CaptureSettings, spool: Path) -> CaptureResult:
     """
     texts = read_texts(settings.data, PREFILL_FACTOR * settings.tokens)
     from vllm import LLM, SamplingParams
-    from vllm import __version__ as vllm_version
     from vllm.config import KVTransferConfig
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -104,13 +99,9 @@ def capture_rows(settings: CaptureSettings, spool: Path) -> CaptureResult:
     del llm
     cleanup_dist_env_and_memory()
     return CaptureResult(
-        documents=len(documents),
-        heldout_documents=sum(d.heldout for d in documents),
         tokens=sum(len(d.token_ids) for d in documents),
         model_path=config.model,
         revision=config.revision,
-        dtype=str(config.dtype).removeprefix("torch."),
-        vllm_version=vllm_version,
     )
 
 

@@ -113,11 +113,10 @@ def make_documents(
 
 def _piece_length(rng: random.Random, max_tokens: int) -> int:
     """Half short, half long, as the paper: up to a quarter of the limit, or up to all of it."""
-    quarter = max(MIN_PIECE, max_tokens // 4)
-    low, high = (
-        (min(MIN_PIECE, max_tokens), quarter) if rng.random() < 0.5 else (quarter, max_tokens)
-    )
-    return rng.randint(min(low, high, max_tokens), min(max(low, high), max_tokens))
+    shortest = min(MIN_PIECE, max_tokens)
+    quarter = max(shortest, max_tokens // 4)
+    low, high = (shortest, quarter) if rng.random() < 0.5 else (quarter, max_tokens)
+    return rng.randint(low, high)
 
 
 def _hidden(path: Path, root: Path) -> bool:

@@ -6,7 +6,6 @@ sees a coefficient, so plans and errors are those of the artifact itself.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,8 +33,6 @@ from kvtc_vllm.codec.bitplan import (
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.codec.transform import from_coefficients, to_coefficients
-
-logger = logging.getLogger(__name__)
 
 SectionProgress = Callable[[str, str, int, int], None]
 """Called as (section such as "k0", stage, done, total); stages: read, pca, simulate, allocate."""
@@ -140,9 +137,9 @@ def fit_rank(
 ) -> RankFit:
     """Fit every section of one rank.
 
-    ratios: target ratios, one plan each for K and V. Logs the peak memory it
-    expects before it starts. Raises ArtifactError if training or held-out
-    rows are missing, ValueError for ratios or settings out of range.
+    ratios: target ratios, one plan each for K and V. `estimate_bytes` tells the
+    peak memory beforehand. Raises ArtifactError if training or held-out rows
+    are missing, ValueError for ratios or settings out of range.
     """
     settings = settings or FitSettings()
     started = time.monotonic()
@@ -153,13 +150,6 @@ def fit_rank(
             f"{available} training and {source.count(heldout=True)} held-out rows; "
             "a fit needs at least 2 and 1"
         )
-    logger.info(
-        "fitting %d sections from %d rows; peak memory about %.1f GiB on %s and host together",
-        2 * len(geometry.layer_groups),
-        train_rows,
-        estimate_bytes(geometry, train_rows, ratios, settings) / 2**30,
-        settings.device,
-    )
     sections: dict[tuple[int, Kind], SectionBasis] = {}
     details: dict[tuple[int, Kind], SectionFit] = {}
     for group in range(len(geometry.layer_groups)):
@@ -176,23 +166,6 @@ def fit_rank(
         sink_tokens=sink_tokens,
     )
     return RankFit(artifact, details, time.monotonic() - started)
-
-
-def fit_rank_artifact(
-    source: RowSource,
-    geometry: Geometry,
-    ropes: tuple[Rope, ...],
-    layer_rope: tuple[int | None, ...],
-    ratios: Sequence[float],
-    *,
-    sink_tokens: int = 4,
-    settings: FitSettings | None = None,
-) -> RankArtifact:
-    """`fit_rank` without the details."""
-    fit = fit_rank(
-        source, geometry, ropes, layer_rope, ratios, sink_tokens=sink_tokens, settings=settings
-    )
-    return fit.artifact
 
 
 def heldout_error(section: SectionBasis, plan: BitPlan, rows: torch.Tensor) -> float:

@@ -12,7 +12,7 @@ import json
 
 import yaml
 
-from kvtc_vllm.config import ConfigError, kv_transfer_config, preset_directory, preset_names
+from kvtc_vllm.config import ConfigError, kv_transfer_config, preset_description, preset_names
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,8 +25,7 @@ def run(args: argparse.Namespace) -> int:
     """Print JSON, or the list of presets."""
     if args.preset is None:
         for name in preset_names():
-            content = yaml.safe_load((preset_directory() / f"{name}.yaml").read_text())
-            print(f"{name:12} {content.get('description', '')}")
+            print(f"{name:12} {preset_description(name)}")
         return 0
     extra: dict[str, object] = {"preset": args.preset}
     for override in args.override:

@@ -95,7 +95,8 @@ class KVTCScheduler:
         self._stats.add(f"{resumed}hit_tokens", tokens)
         end = start + tokens
         items = []
-        for chunk in range(start // self._chunk_tokens, -(-end // self._chunk_tokens)):
+        end_chunk = -(-end // self._chunk_tokens)
+        for chunk in range(start // self._chunk_tokens, end_chunk):
             chunk_start = chunk * self._chunk_tokens
             first = max(start, chunk_start) // self._block_size
             last = min(end, chunk_start + self._chunk_tokens) // self._block_size
@@ -109,7 +110,7 @@ class KVTCScheduler:
             )
         # vLLM may defer this call by a step; what was evicted since is reported as missing.
         self._loading[request.request_id] = self.index.pin(item.key for item in items)
-        self.index.hit(keys[: -(-end // self._chunk_tokens)])
+        self.index.hit(keys[:end_chunk])
         self._new_loads.append(LoadJob(request.request_id, items))
 
     def plan_step(self, scheduler_output: Any) -> StepMetadata:
@@ -185,9 +186,12 @@ class KVTCScheduler:
 
     def _chunk_keys(self, request: Any) -> list[ChunkKey]:
         """Keys of all complete chunks of the request, first to last."""
-        hashes = request.block_hashes
-        step = self._blocks_per_chunk
-        return [bytes(hashes[i]) for i in range(step - 1, len(hashes), step)]
+        complete = len(request.block_hashes) // self._blocks_per_chunk
+        return [self._chunk_key(request, chunk) for chunk in range(complete)]
+
+    def _chunk_key(self, request: Any, chunk: int) -> ChunkKey:
+        """The hash of the chunk's last block."""
+        return bytes(request.block_hashes[(chunk + 1) * self._blocks_per_chunk - 1])
 
     def _new_stores(self, state: _RequestState, computed_tokens: int) -> list[StoreItem]:
         """Chunks that this step completes and the tier does not have."""
@@ -201,7 +205,7 @@ class KVTCScheduler:
         stores = []
         for chunk in range(state.next_chunk, complete):
             first = chunk * self._blocks_per_chunk
-            key = bytes(request.block_hashes[first + self._blocks_per_chunk - 1])
+            key = self._chunk_key(request, chunk)
             if self.index.reserve(key, self._bound):
                 stores.append(
                     StoreItem(

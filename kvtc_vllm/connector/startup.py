@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +40,6 @@ far more.
 """
 
 
-@dataclass(frozen=True)
-class _Rank:
-    """This worker among its engine's."""
-
-    rank: int
-    size: int
-
-
 def build_worker(
     vllm_config: Any,
     config: KVTCConfig,
@@ -58,26 +50,27 @@ def build_worker(
 
     Raises ArtifactError or UnsupportedError, one clear line, if it can't serve.
     """
-    place = _Rank(get_tensor_model_parallel_rank(), geometry.tp_size)
+    rank = get_tensor_model_parallel_rank()
     layout = PagedLayout(kv_caches, geometry)
     codec: ChunkCodec
     if config.codec == "raw":
         layers = len(geometry.layer_names)
         plain = codec_geometry(geometry, ((0, layers),))
-        codec = RawCodec(plain, geometry.dtype, _identity(vllm_config, config, place, b""))
+        model = _raw_model_fingerprint(vllm_config.model_config)
+        codec = RawCodec(plain, geometry.dtype, _identity(vllm_config, config, rank, model))
         logger.info(
             "kvtc: rank %d/%d codec raw, %d tokens a chunk, memory tier %.1f MiB",
-            place.rank,
-            place.size,
+            rank,
+            geometry.tp_size,
             config.chunk_tokens,
             config.memory_capacity / 2**20,
         )
     else:
-        codec, probe, source = _load_codec(vllm_config, config, geometry, layout, place)
-        _log_start(codec, config, place, source)
+        codec, probe, source = _load_codec(vllm_config, config, geometry, layout, rank)
+        _log_start(codec, config, rank, geometry.tp_size, source)
         if config.self_test:
             run_self_test(codec, probe, layout, config.chunk_tokens)
-    return KVTCWorker(config, geometry, layout, codec, place.rank)
+    return KVTCWorker(config, geometry, layout, codec, rank)
 
 
 def codec_geometry(geometry: CacheGeometry, layer_groups: tuple[tuple[int, int], ...]) -> Geometry:
@@ -96,19 +89,19 @@ def _load_codec(
     config: KVTCConfig,
     geometry: CacheGeometry,
     layout: PagedLayout,
-    place: _Rank,
+    rank: int,
 ) -> tuple[KvtcCodec, Probe, Path]:
     model = vllm_config.model_config
     identity = model_identity(model.model, model.revision)
     directory = registry.find(
         identity,
-        tp_size=place.size,
+        tp_size=geometry.tp_size,
         ratio=config.target_ratio,
         model_name=model.model,
         artifact=config.artifact,
         registries=config.registry,
     )
-    artifact, _, probe = load_rank_artifact(directory, place.rank)
+    artifact, _, probe = load_rank_artifact(directory, rank)
     expected = codec_geometry(geometry, artifact.geometry.layer_groups)
     if artifact.geometry != expected:
         raise ArtifactError(
@@ -122,7 +115,7 @@ def _load_codec(
         artifact,
         config.target_ratio,
         geometry.dtype,
-        _identity(vllm_config, config, place, artifact.fingerprint, artifact.ropes),
+        _identity(vllm_config, config, rank, identity.identity, artifact.fingerprint, ropes),
         deflate_level=config.deflate_level,
         device=layout.device,
     )
@@ -163,8 +156,9 @@ def _difference(live: Rope, stored: Rope, positions: int) -> float:
 def _identity(
     vllm_config: Any,
     config: KVTCConfig,
-    place: _Rank,
-    artifact: bytes,
+    rank: int,
+    model_fingerprint: str,
+    artifact: bytes = b"",
     ropes: tuple[Rope, ...] = (),
 ) -> bytes:
     """16 bytes over everything that makes a blob of this rank unusable elsewhere."""
@@ -173,12 +167,12 @@ def _identity(
     facts = (
         FORMAT_VERSION,
         config.codec,
-        _model_fingerprint(model, required=config.codec != "raw"),
+        model_fingerprint,
         str(model.dtype),
         str(vllm_config.cache_config.cache_dtype),
         str(model.quantization),
-        place.rank,
-        place.size,
+        rank,
+        vllm_config.parallel_config.tensor_parallel_size,
     )
     digest.update(repr(facts).encode())
     digest.update(artifact)
@@ -187,24 +181,22 @@ def _identity(
     return digest.digest()
 
 
-def _model_fingerprint(model: Any, required: bool) -> str:
+def _raw_model_fingerprint(model: Any) -> str:
     """Identity of the model; the raw codec, which needs no artifact, does without files too."""
     try:
         return model_identity(model.model, model.revision).identity
     except ArtifactError:
-        if required:
-            raise
         return str(model.model)
 
 
-def _log_start(codec: KvtcCodec, config: KVTCConfig, place: _Rank, source: Path) -> None:
+def _log_start(codec: KvtcCodec, config: KVTCConfig, rank: int, tp_size: int, source: Path) -> None:
     sections = codec.artifact.sections.values()
     resident = sum(s.basis.nbytes + s.mean.nbytes for s in sections)
     logger.info(
         "kvtc: rank %d/%d codec kvtc %gx, artifact %s, %d layer group(s), bases %.1f MiB on %s, "
         "%d tokens a chunk, memory tier %.1f MiB",
-        place.rank,
-        place.size,
+        rank,
+        tp_size,
         codec.ratio,
         source.name,
         len(codec.artifact.geometry.layer_groups),

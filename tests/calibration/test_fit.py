@@ -8,7 +8,6 @@ from kvtc_vllm.calibration.fit import (
     RankFit,
     estimate_bytes,
     fit_rank,
-    fit_rank_artifact,
     heldout_error,
 )
 from kvtc_vllm.calibration.spool import SpoolReader
@@ -70,14 +69,14 @@ def test_heldout_error_is_what_the_codec_does(fit: RankFit, reader: SpoolReader)
 
 
 def test_same_seed_same_artifact(fit: RankFit, reader: SpoolReader) -> None:
-    again = fit_rank_artifact(
+    again = fit_rank(
         reader,
         reader.geometry,
         reader.ropes,
         reader.layer_rope,
         RATIOS,
         settings=FitSettings(simulation_rows=512),
-    )
+    ).artifact
     assert again.fingerprint == fit.artifact.fingerprint
 
 
