@@ -17,6 +17,10 @@ PYTHON := $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	>/dev/null 2>&1; then echo $$python; break; fi; done)
 endif
 
+# Tests run in so many processes, a file each at a time; tests/conftest.py gives each a core.
+JOBS ?= 2
+PYTEST := pytest -n $(JOBS) --dist loadfile
+
 RUN := $(VENV)/bin/python -m
 OLD_TESTS := tests/connector/test_contract.py tests/connector/test_restart.py
 
@@ -37,10 +41,10 @@ setup-lmcache: have-python  ## .venv-lmcache, the same with LMCache and a Redis 
 test:  ## every test, and the connector's contract on the old vLLM before
 	@$(MAKE) --no-print-directory -j2 setup setup-old
 	@$(MAKE) --no-print-directory test-old
-	$(RUN) pytest
+	$(RUN) $(PYTEST)
 
 test-old: setup-old  ## the connector's contract and its restart on the old vLLM
-	$(VENV_OLD)/bin/python -m pytest -m vllm $(OLD_TESTS)
+	$(VENV_OLD)/bin/python -m $(PYTEST) -m vllm $(OLD_TESTS)
 
 test-lmcache: setup-lmcache  ## KVTC in LMCache: contract, storages, servers killed and shared
 	$(VENV_LMCACHE)/bin/python -m pytest tests/lmcache
@@ -49,7 +53,7 @@ check: setup  ## lint, format, types and the fast tests
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy
-	$(RUN) pytest -q -m "not vllm and not slow"
+	$(RUN) $(PYTEST) -q -m "not vllm and not slow"
 
 soak: setup  ## the long reliability tests, MINUTES=20; writes benchmarks/reliability/results.json
 	$(RUN) benchmarks.reliability.soak --minutes $(or $(MINUTES),20)

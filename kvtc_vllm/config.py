@@ -44,7 +44,9 @@ class KVTCConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         never served from the codec.
     staging_bytes: uncompressed KV that may wait for encoding on one rank;
         beyond it stores are dropped and counted.
-    encode_threads, load_threads: worker threads a rank.
+    encode_threads, load_threads: worker threads a rank, each on one CPU core.
+    encode_share: of the machine's CPU time that encoding may take while the engine
+        computes, 1 for no limit; an idle engine encodes at full speed. No limit on a GPU.
     deflate_level: 0 to 3, isal's scale.
     store_decode: also store blocks filled while generating.
     store_threshold: store a chunk once this many requests have contained it.
@@ -69,7 +71,8 @@ class KVTCConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     recent_window: int | None = None
     staging_bytes: int | str = "256MiB"
     encode_threads: int = 1
-    load_threads: int = 1
+    encode_share: float = 0.02
+    load_threads: int = 2
     deflate_level: int = 1
     store_decode: bool = True
     store_threshold: int = 1
@@ -172,6 +175,7 @@ def _check(config: KVTCConfig) -> None:
     _require_range("chunk_tokens", config.chunk_tokens, 1, 4096)
     _require_range("recent_window", config.window, 0, 1 << 20)
     _require_range("encode_threads", config.encode_threads, 1, 64)
+    _require_range("encode_share", config.encode_share, 0.001, 1)
     _require_range("load_threads", config.load_threads, 1, 64)
     _require_range("deflate_level", config.deflate_level, 0, 3)
     _require_range("store_threshold", config.store_threshold, 1, 1 << 16)

@@ -18,6 +18,20 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
+def _keep_to_one_core() -> None:
+    """Several test processes at once: a team of threads on every core would be in each other's way.
+
+    A value from outside, and a test that sets its own, win.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if worker.startswith("gw"):
+        core = int(worker.removeprefix("gw")) % (os.cpu_count() or 1)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(core))
+
+
+_keep_to_one_core()
+
 ENGINE_TEST_SECONDS = 1200
 REFERENCE_MODEL = Path(__file__).parent / "reference_model" / "model"
 

@@ -118,10 +118,22 @@ class PagedLayout:
 
     def gather(self, block_ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Copy blocks out: K [T, L, H, D] and V [T, L, H, Dv], T = blocks * block_size."""
+        return self.unpack(self.copy(block_ids))
+
+    def copy(self, block_ids: Sequence[int]) -> torch.Tensor:
+        """Blocks as they are: [L, pages, H, tokens, D + Dv]. Far cheaper than `unpack`."""
         pages = self._pages(block_ids)
+        first = self._tensors[0]
+        copied = first.new_empty((len(self._tensors), len(pages), *first.shape[1:]))
+        for tensor, out in zip(self._tensors, copied, strict=True):
+            torch.index_select(tensor, 0, pages, out=out)
+        return copied
+
+    def unpack(self, copied: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K [T, L, H, D] and V [T, L, H, Dv] of what `copy` returned; on any thread."""
         keys, values = [], []
-        for tensor in self._tensors:
-            k, v = self._order.split(tensor[pages])
+        for pages in copied:
+            k, v = self._order.split(pages)
             keys.append(k.transpose(1, 2).flatten(0, 1))
             values.append(v.transpose(1, 2).flatten(0, 1))
         return torch.stack(keys, dim=1), torch.stack(values, dim=1)

@@ -8,10 +8,8 @@ longer than the gather of the blocks to store.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -33,6 +31,7 @@ from kvtc_vllm.connector.messages import (
 )
 from kvtc_vllm.connector.metrics import KVTCStats
 from kvtc_vllm.connector.streams import SideStream
+from kvtc_vllm.connector.threads import CpuShare, share_of_thread, thread_pool
 from kvtc_vllm.tiers.memory import MemoryArena
 from kvtc_vllm.tiers.policies import ChunkKey
 
@@ -58,6 +57,22 @@ class _Mailbox:
     load_tokens: int = 0
     load_seconds: float = 0.0
     stats: KVTCStats = field(default_factory=KVTCStats)
+
+
+@dataclass
+class _Load:
+    """A request's load. left: chunks that no thread has ended yet. at_once: threads for it.
+
+    seconds: of all its chunks, without the time that they waited for a thread.
+    """
+
+    request_id: str
+    tokens: int
+    left: int
+    at_once: int
+    point: torch.cuda.Event | None
+    failed: bool = False
+    seconds: float = 0.0
 
 
 class KVTCWorker:
@@ -91,12 +106,18 @@ class KVTCWorker:
         self._mail = _Mailbox()
         self._encode_stream = SideStream(layout.device)
         self._load_stream = SideStream(layout.device)
-        self._encoders = _thread_pool("kvtc-encode", config.encode_threads, layout.device)
-        self._loaders = _thread_pool("kvtc-load", config.load_threads, layout.device)
+        self._encoders = thread_pool("kvtc-encode", config.encode_threads, layout.device)
+        self._encode_share = CpuShare(
+            share_of_thread(
+                config.encode_share, layout.device, config.encode_threads, geometry.tp_size
+            )
+        )
+        self._loaders = thread_pool("kvtc-load", config.load_threads, layout.device)
 
     def begin_step(self, step: StepMetadata) -> None:
         """Apply reset and evictions, start this step's promotions and loads."""
         self._step = step
+        self._encode_share.engine_computes(bool(step.tokens))
         if step.epoch != self._epoch:
             self._begin_epoch(step.epoch)
         if self._disk is not None:
@@ -109,7 +130,7 @@ class KVTCWorker:
             self._disk.read(step.promote)
         self.arena.remove(step.evict)
         for job in step.loads:
-            self._loaders.submit(self._load, job, self._load_stream.mark())
+            self._begin_load(job)
 
     def store(self, step: StepMetadata) -> None:
         """Copy finished blocks to staging and hand them to the encoders."""
@@ -170,6 +191,7 @@ class KVTCWorker:
 
     def shutdown(self) -> None:
         """Stop the threads; running work is finished, waiting work is dropped."""
+        self._encode_share.engine_computes(False)
         for pool in (self._encoders, self._loaders):
             pool.shutdown(wait=True, cancel_futures=True)
         if self._disk is not None:
@@ -225,22 +247,22 @@ class KVTCWorker:
         if not room:
             self._drop(item, self._epoch, "staging_full")
             return
-        k, v = self._layout.gather(item.block_ids)
-        self._encoders.submit(self._encode, item, k, v, self._epoch, self._encode_stream.mark())
+        pages = self._layout.copy(item.block_ids)
+        self._encoders.submit(self._encode, item, pages, self._epoch, self._encode_stream.mark())
 
     def _encode(
         self,
         item: StoreItem,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        pages: torch.Tensor,
         epoch: int,
         point: torch.cuda.Event | None,
     ) -> None:
-        raw = k.nbytes + v.nbytes
+        raw = pages.nbytes
         started = time.perf_counter()
         try:
             with self._encode_stream.after(point):
-                self._encode_stream.adopt(k, v)
+                self._encode_stream.adopt(pages)
+                k, v = self._layout.unpack(pages)
                 blob = self.codec.encode(k, v, item.start, item.key)
             with self._lock:  # against a reset between the check and the put
                 kept = epoch == self._epoch and self.arena.put(item.key, blob)
@@ -259,10 +281,12 @@ class KVTCWorker:
             else:
                 self._drop(item, epoch, "tier_full")
         finally:
+            seconds = time.perf_counter() - started
             with self._lock:
                 self._staged -= raw
-                self._mail.stats.add("encode_seconds", time.perf_counter() - started)
+                self._mail.stats.add("encode_seconds", seconds)
             self._news.set()
+            self._encode_share.pay(seconds)
 
     def _publish_store(self, item: StoreItem, size: int, raw: int, epoch: int) -> None:
         with self._lock:
@@ -279,47 +303,62 @@ class KVTCWorker:
             self._mail.stats.add("dropped_stores", label=reason)
         self._news.set()
 
-    def _load(self, job: LoadJob, point: torch.cuda.Event | None) -> None:
-        """Fill the blocks of one request; stops at the first chunk that fails."""
-        started = time.perf_counter()
-        failed: LoadItem | None = None
-        reason = ""
-        size = self._geometry.block_size
+    def _begin_load(self, job: LoadJob) -> None:
+        request = _Load(
+            request_id=job.request_id,
+            tokens=sum(len(item.block_ids) for item in job.items) * self._geometry.block_size,
+            left=len(job.items),
+            at_once=min(len(job.items), self._config.load_threads),
+            point=self._load_stream.mark(),
+        )
         for item in job.items:
-            try:
-                self._load_chunk(item, point)
-            except ContainerError as error:
-                failed, reason = item, error.reason
-                logger.warning(
-                    "kvtc: chunk at token %d of request %s is unusable, recomputing: %s",
-                    item.start,
-                    job.request_id,
-                    error,
-                )
-                break
-            except Exception:
-                failed, reason = item, "error"
-                logger.exception(
-                    "kvtc: loading the chunk at token %d of request %s failed, recomputing",
-                    item.start,
-                    job.request_id,
-                )
-                break
+            self._loaders.submit(self._load, item, request)
+
+    def _load(self, item: LoadItem, request: _Load) -> None:
+        """Fill the blocks of one chunk; the last of a request ends its load."""
+        started = time.perf_counter()
+        reason = self._try_load(item, request)
         with self._lock:
-            if failed is not None:
-                self._mail.bad.append(failed.key)
+            seconds = time.perf_counter() - started
+            request.seconds += seconds
+            self._mail.stats.add("decode_seconds", seconds)
+            if reason is not None:
+                request.failed = True
+                self._mail.bad.append(item.key)
                 if reason != "missing":
                     # What is on disk is the same blob: offered again, it would fail again.
-                    self._mail.disk_lost.append(failed.key)
-                self._mail.bad_blocks.update(failed.block_ids)
+                    self._mail.disk_lost.append(item.key)
+                self._mail.bad_blocks.update(item.block_ids)
                 self._mail.stats.add("failed_loads", label=reason)
-            seconds = time.perf_counter() - started
-            self._mail.finished_loads.add(job.request_id)
-            self._mail.stats.add("decode_seconds", seconds)
-            if failed is None:
-                self._mail.load_tokens += sum(len(i.block_ids) for i in job.items) * size
-                self._mail.load_seconds += seconds
+            request.left -= 1
+            if request.left:
+                return
+            self._mail.finished_loads.add(request.request_id)
+            if not request.failed:
+                self._mail.load_tokens += request.tokens
+                self._mail.load_seconds += request.seconds / request.at_once
         self._news.set()
+
+    def _try_load(self, item: LoadItem, request: _Load) -> str | None:
+        """The reason why it failed, if it did. Nothing of it may get past here."""
+        try:
+            self._load_chunk(item, request.point)
+        except ContainerError as error:
+            logger.warning(
+                "kvtc: chunk at token %d of request %s is unusable, recomputing: %s",
+                item.start,
+                request.request_id,
+                error,
+            )
+            return error.reason
+        except Exception:
+            logger.exception(
+                "kvtc: loading the chunk at token %d of request %s failed, recomputing",
+                item.start,
+                request.request_id,
+            )
+            return "error"
+        return None
 
     def _load_chunk(self, item: LoadItem, point: torch.cuda.Event | None) -> None:
         blob = self.arena.get(item.key)
@@ -345,15 +384,3 @@ class KVTCWorker:
     def _count(self, name: str, amount: float) -> None:
         with self._lock:
             self._mail.stats.add(name, amount)
-
-
-def _thread_pool(name: str, threads: int, device: torch.device) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(
-        threads, thread_name_prefix=name, initializer=_unbind, initargs=(device,)
-    )
-
-
-def _unbind(device: torch.device) -> None:
-    """On CPU, vLLM pins its main thread to one core; ours may use any."""
-    if device.type == "cpu" and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))

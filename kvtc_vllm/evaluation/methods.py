@@ -56,6 +56,7 @@ class Method:
             "store_decode": False,
             # Everything that can be reloaded must be, however slowly.
             "load_gate": False,
+            "encode_share": 1.0,
             "evaluation": self.substitute,
         }
         if self.codec == "kvtc":

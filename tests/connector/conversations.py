@@ -30,6 +30,7 @@ def extra(directory: str) -> dict[str, Any]:
         "disk_path": directory,
         "disk_min_free": 0,
         "load_gate": False,
+        "encode_share": 1.0,
         "load_deadline": 60,
     }
 

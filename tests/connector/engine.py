@@ -39,8 +39,9 @@ def engine(model: Path, extra: dict[str, Any] | None, **options: Any) -> Iterato
         **options,
     }
     if extra is not None:
-        # What can be loaded is: on a small model and a busy CPU recomputing may be faster.
-        transfer = kv_transfer_config({"load_gate": False, **extra})
+        # What can be loaded is, and stored at once: on a small model and a busy CPU recomputing
+        # may be faster, and encoding is a good part of the work.
+        transfer = kv_transfer_config({"load_gate": False, "encode_share": 1, **extra})
         # The policy is left at vLLM's default, "fail": the connector has to change it itself.
         del transfer["kv_load_failure_policy"]
         settings["kv_transfer_config"] = KVTransferConfig(**transfer)
@@ -67,11 +68,11 @@ def greedy(llm: Any, prompts: list[list[int]], tokens: int) -> list[list[int]]:
         SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True),
         use_tqdm=False,
     )
-    _drain(llm)
+    drain(llm)
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-def _drain(llm: Any) -> None:
+def drain(llm: Any) -> None:
     """Step an in-process engine until its stores are done, as a server's loop does by itself."""
     core = getattr(llm.llm_engine.engine_core, "engine_core", None)
     connector = core.scheduler.connector if core is not None else None

@@ -147,7 +147,7 @@ def test_a_chunk_of_another_prompt_is_refused(rig: Rig) -> None:
     assert rig.counters()["failed_loads/fingerprint"] == 1
 
 
-def test_a_job_stops_at_its_first_bad_chunk(rig: Rig) -> None:
+def test_only_the_bad_chunk_of_a_job_is_recomputed(rig: Rig) -> None:
     rig.store(b"a", [1, 2, 3, 4], start=0)
     rig.report()
     items = [LoadItem(b"a", 0, 0, [20, 21, 22, 23]), LoadItem(b"b", 128, 0, [24, 25, 26, 27])]
