@@ -18,6 +18,7 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
+
 def _keep_to_one_core() -> None:
     """Several test processes at once: a team of threads on every core would be in each other's way.
 

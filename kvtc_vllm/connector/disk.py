@@ -50,6 +50,9 @@ class DiskNews:
     written_bytes: int = 0
 
 
+NO_NEWS = DiskNews()
+
+
 def open_store(make: Callable[[], DiskStore]) -> DiskStore:
     """Open at the engine's start. Raises DiskError if the directory can't be used in time."""
     pool = IoPool(1, 0, "kvtc-disk-open")

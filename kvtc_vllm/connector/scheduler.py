@@ -338,6 +338,8 @@ class KVTCScheduler:
 
     def _new_stores(self, state: _RequestState, computed_tokens: int) -> list[StoreItem]:
         """Chunks that this step completes and the tier does not have."""
+        if computed_tokens < (state.next_chunk + 1) * self._chunk_tokens:
+            return []  # as in nearly every step that generates
         request = state.request
         if not allowed(request, STORE):
             return []

@@ -18,7 +18,7 @@ from vllm.logger import init_logger
 from kvtc_vllm.codec.codec import Coder
 from kvtc_vllm.codec.errors import CodecError, ContainerError
 from kvtc_vllm.config import KVTCConfig
-from kvtc_vllm.connector.disk import DiskSide
+from kvtc_vllm.connector.disk import NO_NEWS, DiskSide
 from kvtc_vllm.connector.geometry import CacheGeometry
 from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.connector.messages import (
@@ -218,6 +218,8 @@ class KVTCWorker:
 
     def _take_disk_news(self, disk: DiskSide) -> None:
         news = disk.take_news()
+        if news == NO_NEWS:
+            return
         kept = [(key, len(blob)) for key, blob in news.read if self.arena.put(key, blob)]
         held = {key for key, _ in kept}
         failed = [*news.failed, *(key for key, _ in news.read if key not in held)]
@@ -315,9 +317,12 @@ class KVTCWorker:
             self._loaders.submit(self._load, item, request)
 
     def _load(self, item: LoadItem, request: _Load) -> None:
-        """Fill the blocks of one chunk; the last of a request ends its load."""
+        """Fill the blocks of one chunk; the last of a request ends its load.
+
+        After a failure vLLM recomputes all that follows, so the rest isn't tried.
+        """
         started = time.perf_counter()
-        reason = self._try_load(item, request)
+        reason = None if request.failed else self._try_load(item, request)
         with self._lock:
             seconds = time.perf_counter() - started
             request.seconds += seconds
@@ -328,8 +333,9 @@ class KVTCWorker:
                 if reason != "missing":
                     # What is on disk is the same blob: offered again, it would fail again.
                     self._mail.disk_lost.append(item.key)
-                self._mail.bad_blocks.update(item.block_ids)
                 self._mail.stats.add("failed_loads", label=reason)
+            if request.failed:
+                self._mail.bad_blocks.update(item.block_ids)
             request.left -= 1
             if request.left:
                 return

@@ -12,7 +12,7 @@ from kvtc_vllm.config import ConfigError
 from kvtc_vllm.lmcache.counters import logger
 from kvtc_vllm.lmcache.spec import OUTER_KEYS
 
-PROVEN = ("fs", "fs_native", "mock", "resp")
+PROVEN = ("fs", "fs_native", "mock", "resp", "s3")
 """Adapters with which this one is tested."""
 REFUSED = {
     **dict.fromkeys(

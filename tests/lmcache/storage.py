@@ -7,7 +7,9 @@ import json
 import select
 import socket
 import subprocess
+import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from lmcache.v1.memory_management import MemoryFormat, MemoryObj, MemoryObjMetad
 from kvtc_vllm.lmcache.adapter import KvtcSizedL2Adapter
 from kvtc_vllm.lmcache.spec import adapter_spec
 
-STORAGES = ("fs", "fs_native", "resp")
+STORAGES = ("fs", "fs_native", "resp", "s3")
 CAPACITY = 1 << 20
 """Buffer that LMCache gives for any blob: a raw chunk of the reference model."""
 
@@ -49,6 +51,39 @@ def redis_server(folder: Path) -> Iterator[int]:
             assert time.monotonic() < deadline, "Redis did not start"
             time.sleep(0.05)
         yield port
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@contextlib.contextmanager
+def s3_server() -> Iterator[dict[str, Any]]:
+    """An S3-compatible server; gives the JSON of an adapter for its bucket."""
+    port = free_port()
+    script = str(Path(__file__).with_name("s3_server.py"))
+    server = subprocess.Popen([sys.executable, script, str(port)], stderr=subprocess.DEVNULL)
+    # moto tells services apart by the scope of the signature, which it does not check.
+    scope = "AWS4-HMAC-SHA256 Credential=x/20260101/us-east-1/s3/aws4_request"
+    make_bucket = urllib.request.Request(
+        f"http://127.0.0.1:{port}", method="PUT", headers={"Authorization": scope}
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(OSError), urllib.request.urlopen(make_bucket, timeout=5):
+                break
+            assert time.monotonic() < deadline, "the S3 server did not start"
+            time.sleep(0.1)
+        yield {
+            "type": "s3",
+            "s3_endpoint": f"127.0.0.1:{port}",
+            "s3_region": "us-east-1",
+            "s3_num_io_threads": 2,
+            "s3_prefer_http2": False,
+            "disable_tls": True,
+            "aws_access_key_id": "x",
+            "aws_secret_access_key": "x",
+        }
     finally:
         server.terminate()
         server.wait()

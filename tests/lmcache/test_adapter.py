@@ -17,7 +17,7 @@ pytest.importorskip("lmcache", reason="LMCache is tested by `make test-lmcache`"
 from chunks import SETTINGS, chunk, fused, kv
 from lmcache.lmcache_native import Bitmap
 from lmcache.v1.distributed.internal_api import L2AdapterListener
-from storage import STORAGES, Client, buffer, key, redis_server, sized
+from storage import STORAGES, Client, buffer, key, redis_server, s3_server, sized
 
 from kvtc_vllm.config import ConfigError
 from kvtc_vllm.lmcache import adapter as adapter_module
@@ -45,6 +45,10 @@ def inner(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dict[str, 
     if request.param == "resp":
         with redis_server(tmp_path) as port:
             yield {"type": "resp", "host": "127.0.0.1", "port": port, "num_workers": 2}
+        return
+    if request.param == "s3":
+        with s3_server() as values:
+            yield values
         return
     folder = tmp_path / "l2"
     folder.mkdir()
