@@ -14,7 +14,7 @@ from kvtc_vllm.lmcache.records import RECORD_BYTES, blob_key, pack_record, unpac
 from kvtc_vllm.lmcache.transcoder import Refused, Transcoder
 
 LOAD_ATTEMPTS = 2
-"""A blob that its record promises and that still can't be loaded is given up, and deleted."""
+"""A record, or a blob that its record promises, that can't be loaded then is deleted."""
 
 
 class SizedIO:
@@ -66,6 +66,12 @@ class SizedIO:
         wanted: LMCache's own key, under which the blob verifies, and the buffer, of each record.
         """
         lengths = self._lengths(records)
+        if gone := [
+            record for record, length in zip(records, lengths, strict=True) if length is None
+        ]:
+            # LMCache asked because a lookup found them. S3's client remembers what there was,
+            # whoever deleted it since, and would take it for stored until it is told.
+            self._delete(gone)
         fitting, bad = [], []
         for i, length in enumerate(lengths):
             if length is None:
@@ -123,7 +129,13 @@ class SizedIO:
         if not records:
             return []
         objects = [record_object(0) for _ in records]
-        (loaded,) = self._storage.load([(list(records), objects)])
+        loaded = [False] * len(records)
+        for _ in range(LOAD_ATTEMPTS):
+            left = [i for i, has in enumerate(loaded) if not has]
+            if left:
+                batch = [records[i] for i in left], [objects[i] for i in left]
+                for i, has in zip(left, self._storage.load([batch])[0], strict=True):
+                    loaded[i] = has
         return [
             (unpack_record(bytes(obj.byte_array)) or 0) if has else None
             for obj, has in zip(objects, loaded, strict=True)
