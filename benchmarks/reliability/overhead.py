@@ -120,8 +120,9 @@ def serve(model: Path, extra: dict[str, Any] | None) -> None:
 
 def one_round(llm: Any, workload: str, number: int) -> float:
     """Tokens a second over the batches of a round."""
-    from tests.connector.engine import drain
     from vllm import SamplingParams
+
+    from tests.connector.engine import drain
 
     settings = SamplingParams(temperature=0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
     seconds = 0.0

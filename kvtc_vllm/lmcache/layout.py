@@ -12,6 +12,7 @@ configures a CPU server says so with page_order "cpu".
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -141,14 +142,29 @@ class _Pages:
         self._layout.scatter(self._blocks, k, v)
 
 
-def _paged_layout(pages: torch.Tensor, geometry: Geometry, page_tokens: int) -> PagedLayout:
-    """pages: [L, blocks, H, tokens, D + Dv], any strides. Raises LayoutRefused."""
+def load_page_reader() -> None:
+    """Import what reads the CPU backend's pages: seconds, better at start than at the first chunk.
+
+    Raises LayoutRefused without vLLM.
+    """
     try:
-        from kvtc_vllm.connector.compat import UnsupportedError
-        from kvtc_vllm.connector.geometry import CacheGeometry
-        from kvtc_vllm.connector.layout import PagedLayout
+        for name in (
+            "kvtc_vllm.connector.layout",
+            "vllm._custom_ops",
+            "vllm.v1.attention.backends.cpu_attn",
+        ):
+            importlib.import_module(name)
     except ImportError as error:
         raise LayoutRefused(f'page_order "cpu" needs vLLM beside LMCache: {error}') from error
+
+
+def _paged_layout(pages: torch.Tensor, geometry: Geometry, page_tokens: int) -> PagedLayout:
+    """pages: [L, blocks, H, tokens, D + Dv], any strides. Raises LayoutRefused."""
+    load_page_reader()
+    from kvtc_vllm.connector.compat import UnsupportedError
+    from kvtc_vllm.connector.geometry import CacheGeometry
+    from kvtc_vllm.connector.layout import PagedLayout
+
     names = tuple(f"layers.{i}" for i in range(geometry.num_layers))
     cache = CacheGeometry(
         layer_names=names,

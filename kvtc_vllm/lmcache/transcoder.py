@@ -16,7 +16,7 @@ from kvtc_vllm.codec.container import DTYPE_CODES, parse
 from kvtc_vllm.codec.errors import ArtifactError, CodecError, ContainerError
 from kvtc_vllm.lmcache.codecs import CodecBook, RankCodecs
 from kvtc_vllm.lmcache.counters import Counters, logger
-from kvtc_vllm.lmcache.layout import LayoutRefused, check_chunk, view_chunk
+from kvtc_vllm.lmcache.layout import LayoutRefused, check_chunk, load_page_reader, view_chunk
 from kvtc_vllm.lmcache.positions import BOOK, PositionBook
 from kvtc_vllm.lmcache.settings import LMCacheSettings
 
@@ -51,10 +51,13 @@ class Refused(Exception):
 class Transcoder:
     """Codes the chunks of one model. Thread-safe.
 
-    Raises ArtifactError at construction if there is no such model.
+    Raises ArtifactError at construction if there is no such model, LayoutRefused if `page_order`
+    is "cpu" and there is no vLLM.
     """
 
     def __init__(self, settings: LMCacheSettings, positions: PositionBook = BOOK) -> None:
+        if settings.page_order == "cpu":
+            load_page_reader()
         self.settings = settings
         self.counters = Counters()
         self._codecs = CodecBook(settings)
