@@ -19,6 +19,7 @@ import yaml
 CONNECTOR_NAME = "KVTCConnector"
 DEFAULT_RATIO = 16.0
 DEFAULT_RECENT_WINDOW = 128
+AUTO = "auto"
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?\s*$", re.IGNORECASE)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -43,7 +44,10 @@ class KVTCConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     recent_window: tokens before the end of a prompt that are always computed,
         never served from the codec.
     staging_bytes: uncompressed KV that may wait for encoding on one rank;
-        beyond it stores are dropped and counted.
+        beyond it stores are dropped and counted. "auto": what two full steps of the engine
+        compute, at least 256 MiB, on a GPU at most a quarter of its free memory.
+    kernels: on a GPU, encode and decode in batches by Triton kernels and nvCOMP; else, and
+        where they fail at start-up, chunk by chunk by torch operations and isal.
     encode_threads, load_threads: worker threads a rank, each on one CPU core.
     encode_share: of the machine's CPU time that encoding may take while the engine
         computes, 1 for no limit; an idle engine encodes at full speed. No limit on a GPU.
@@ -69,7 +73,8 @@ class KVTCConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     eviction: Literal["lru", "arc"] = "lru"
     chunk_tokens: int = 128
     recent_window: int | None = None
-    staging_bytes: int | str = "256MiB"
+    staging_bytes: int | str = AUTO
+    kernels: bool = True
     encode_threads: int = 1
     encode_share: float = 0.02
     load_threads: int = 2
@@ -115,8 +120,10 @@ class KVTCConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return parse_bytes("disk_min_free", self.disk_min_free)
 
     @property
-    def staging_capacity(self) -> int:
-        """Staging pool of one rank in bytes."""
+    def staging_capacity(self) -> int | None:
+        """Staging pool of one rank in bytes; None for automatic."""
+        if self.staging_bytes == AUTO:
+            return None
         return parse_bytes("staging_bytes", self.staging_bytes)
 
 
@@ -184,7 +191,8 @@ def _check(config: KVTCConfig) -> None:
     _require_range("disk_threads", config.disk_threads, 1, 64)
     _require_range("load_deadline", config.load_deadline, 0.01, 600)
     _require_range("memory_bytes", config.memory_capacity, 1, 1 << 50)
-    _require_range("staging_bytes", config.staging_capacity, 1, 1 << 50)
+    if config.staging_capacity is not None:
+        _require_range("staging_bytes", config.staging_capacity, 1, 1 << 50)
 
 
 def _require_range(field: str, value: float, low: float, high: float) -> None:

@@ -1,6 +1,7 @@
 """The long versions of the reliability tests; writes results.json and results.md beside itself.
 
-    make soak [MINUTES=20]      or      python -m benchmarks.reliability.soak --minutes 20
+    make soak [MINUTES=20]      or
+    python -m benchmarks.reliability.soak --minutes 20 [--endurance-minutes 60]
 
 Aims at 2,000 kill cycles, 5 rounds over every kill point, 2,000,000 mutated containers and
 1,000,000 operations of 8 processes, in slices with a seed of their own each, and stops a driver
@@ -70,6 +71,7 @@ def main() -> int:
     """Run every driver for its share of the time; write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--endurance-minutes", type=float, help="instead of its share")
     parser.add_argument("--out", type=Path, default=HERE)
     args = parser.parse_args()
     seconds = args.minutes * 60
@@ -80,10 +82,11 @@ def main() -> int:
     for driver in DRIVERS:
         results.append(soak(driver, driver.share * seconds, seed))
         print(results[-1], flush=True)
-    results.append(endurance(ENDURANCE_SHARE * seconds, seed))
+    minutes = args.endurance_minutes or ENDURANCE_SHARE * args.minutes
+    results.append(endurance(minutes * 60, seed))
     print(results[-1], flush=True)
     report = {
-        "command": f"python -m benchmarks.reliability.soak --minutes {args.minutes:g}",
+        "command": " ".join(("python -m benchmarks.reliability.soak", *sys.argv[1:])),
         "date": time.strftime("%Y-%m-%d", time.gmtime(began)),
         "seed": seed,
         "minutes": round((time.time() - began) / 60, 1),

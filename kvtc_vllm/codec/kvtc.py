@@ -86,6 +86,11 @@ class KvtcCodec(ChunkCodec):
         )
         self._sections = {key: self._resident(s) for key, s in artifact.sections.items()}
 
+    @property
+    def resident_bytes(self) -> int:
+        """Memory that bases and means take on the device all the time."""
+        return sum(s.basis.nbytes + s.mean.nbytes for s in self._sections.values())
+
     def encode(self, k: torch.Tensor, v: torch.Tensor, start: int, key: bytes = b"") -> bytes:
         self._check_tensors(k, v, start)
         k, v = k.to(self.device), v.to(self.device)

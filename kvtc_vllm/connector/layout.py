@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 
+from kvtc_vllm.codec.kernels.paged import PagedCache, PagedSide
 from kvtc_vllm.connector.compat import UnsupportedError
 from kvtc_vllm.connector.geometry import CacheGeometry
 
@@ -24,6 +25,10 @@ class _PageOrder(Protocol):
     def split(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
 
     def join(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor: ...
+
+    def sides(self, tensors: Sequence[torch.Tensor]) -> PagedCache:
+        """Views of K and V. Raises UnsupportedError if strides can't express the order."""
+        ...
 
 
 class _PackedOrder:
@@ -37,6 +42,9 @@ class _PackedOrder:
 
     def join(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return torch.cat((k, v), dim=-1)
+
+    def sides(self, tensors: Sequence[torch.Tensor]) -> PagedCache:
+        return PagedCache.packed(tensors, self._head_size)
 
 
 class _PermutedOrder:
@@ -64,6 +72,27 @@ class _PermutedOrder:
             for x, source in zip((k, v), self._sources, strict=True)
         ]
         return torch.stack(halves, dim=2).view(n, heads, self._tokens, 2 * self._head_size)
+
+    def sides(self, tensors: Sequence[torch.Tensor]) -> PagedCache:
+        k_place, v_place = self._places
+        return PagedCache(
+            PagedSide.of([self._view(x, k_place, 0) for x in tensors]),
+            PagedSide.of([self._view(x, v_place, self._tokens * self._head_size) for x in tensors]),
+        )
+
+    def _view(self, pages: torch.Tensor, places: torch.Tensor, first: int) -> torch.Tensor:
+        """One half of every head's page as [n, H, N, D], without copying."""
+        place = places.view(self._tokens, self._head_size)
+        token, dim = int(place[1, 0]), int(place[0, 1])
+        strides = torch.arange(self._tokens)[:, None] * token + torch.arange(self._head_size) * dim
+        if not torch.equal(place, strides) or not pages[0, 0].is_contiguous():
+            raise UnsupportedError("the CPU backend's page order has no strides")
+        n, heads = pages.shape[:2]
+        return pages.as_strided(
+            (n, heads, self._tokens, self._head_size),
+            (*pages.stride()[:2], token, dim),
+            pages.storage_offset() + first,
+        )
 
 
 class PagedLayout:
@@ -112,9 +141,23 @@ class PagedLayout:
         return self._tensors[0].device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Element type of the paged cache."""
+        return self._geometry.dtype
+
+    @property
     def block_size(self) -> int:
         """Tokens a scheduler block."""
         return self._geometry.block_size
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one scheduler block, all layers."""
+        return self._geometry.block_size * self._geometry.token_bytes
+
+    def sides(self) -> PagedCache:
+        """The cache as kernels address it. Raises UnsupportedError if they can't."""
+        return self._order.sides(self._tensors)
 
     def gather(self, block_ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Copy blocks out: K [T, L, H, D] and V [T, L, H, Dv], T = blocks * block_size."""

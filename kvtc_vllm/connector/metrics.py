@@ -41,7 +41,7 @@ COUNTERS: dict[str, str] = {
     "evicted_chunks": "Chunks evicted from the tier",
     "evicted_bytes": "Real bytes of evicted chunks",
 }
-STORE_DROP_REASONS = ("staging_full", "tier_full", "non_finite", "error")
+STORE_DROP_REASONS = ("staging_full", "out_of_memory", "tier_full", "non_finite", "error")
 LOAD_FAILURE_REASONS = (
     "missing",
     "truncated",

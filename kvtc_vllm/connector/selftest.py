@@ -1,7 +1,7 @@
 """Start-up self-test: held-out rows of the artifact through the real path.
 
-The rows go into free blocks of the paged cache, are gathered, encoded, decoded
-and scattered back, and what then lies in the cache is compared with what the
+The rows go into free blocks of the paged cache, are staged, encoded, cleared and
+loaded again, and what then lies in the cache is compared with what the
 artifact promised. It catches a wrong layout, RoPE or artifact before the first
 request does.
 """
@@ -15,10 +15,12 @@ from vllm.logger import init_logger
 
 from kvtc_vllm.calibration.probe import Probe
 from kvtc_vllm.codec.artifact import KINDS, Kind
-from kvtc_vllm.codec.errors import ArtifactError
+from kvtc_vllm.codec.errors import ArtifactError, CodecError
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.transform import chunk_rows
 from kvtc_vllm.connector.layout import PagedLayout
+from kvtc_vllm.connector.messages import LoadItem, StoreItem
+from kvtc_vllm.connector.transfer import Transfer
 
 logger = init_logger("vllm.kvtc")
 
@@ -29,21 +31,25 @@ scatter around the average, a wrong layout or RoPE gives an error near 1."""
 
 
 def run_self_test(
-    codec: KvtcCodec, probe: Probe, layout: PagedLayout, chunk_tokens: int
+    codec: KvtcCodec, transfer: Transfer, probe: Probe, layout: PagedLayout, chunk_tokens: int
 ) -> dict[Kind, float]:
     """Round trip of the probe; logs one line and returns the relative squared errors.
 
     Runs before the engine uses any block; the blocks used are zeroed again.
-    Raises ArtifactError on a gross mismatch.
+    Raises ArtifactError on a gross mismatch, and whatever `transfer` fails with.
     """
     k, v, start = _chunk_of(codec, probe, chunk_tokens)
     blocks = list(range(1, 1 + chunk_tokens // layout.block_size))
     started = time.perf_counter()
     layout.scatter(blocks, k, v)
     before = layout.gather(blocks)
-    blob = codec.encode(*before, start)
-    chunk = codec.decode(blob, expect_start=start, expect_tokens=chunk_tokens)
-    layout.scatter(blocks, chunk.k, chunk.v)
+    (blob,) = transfer.encode(transfer.stage([StoreItem(b"", start, blocks)]))
+    if isinstance(blob, CodecError):
+        raise blob
+    layout.zero(blocks)
+    (error,) = transfer.load([(LoadItem(b"", start, 0, blocks), blob)])
+    if error is not None:
+        raise error
     after = layout.gather(blocks)
     layout.zero(blocks)
     seconds = time.perf_counter() - started

@@ -17,7 +17,6 @@ from vllm.logger import init_logger
 from kvtc_vllm.calibration import registry
 from kvtc_vllm.calibration.artifact_io import load_rank_artifact
 from kvtc_vllm.calibration.identity import model_identity, public_model_name
-from kvtc_vllm.calibration.probe import Probe
 from kvtc_vllm.codec.artifact import Geometry, RankArtifact
 from kvtc_vllm.codec.codec import ChunkCodec
 from kvtc_vllm.codec.container import FORMAT_VERSION
@@ -30,8 +29,10 @@ from kvtc_vllm.connector.compat import vllm_version
 from kvtc_vllm.connector.disk import DiskSide, open_store
 from kvtc_vllm.connector.geometry import CacheGeometry
 from kvtc_vllm.connector.layout import PagedLayout
+from kvtc_vllm.connector.opening import FoundArtifact, open_transfer
 from kvtc_vllm.connector.rotary import find_ropes
-from kvtc_vllm.connector.selftest import run_self_test
+from kvtc_vllm.connector.sizing import log_plan, plan_memory
+from kvtc_vllm.connector.transfer import TorchTransfer, Transfer
 from kvtc_vllm.connector.worker import KVTCWorker
 from kvtc_vllm.tiers.disk import DiskError, DiskStore, NamespaceRecord
 
@@ -58,13 +59,17 @@ def build_worker(
     """
     rank = get_tensor_model_parallel_rank()
     layout = PagedLayout(kv_caches, geometry)
+    step_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+    plan = plan_memory(config, geometry, layout.device, step_tokens)
     codec: ChunkCodec
+    transfer: Transfer
     if config.codec == "raw":
         layers = len(geometry.layer_names)
         plain = codec_geometry(geometry, ((0, layers),))
         model = _raw_model_fingerprint(vllm_config.model_config, config)
         identity = _identity(vllm_config, config, geometry, rank, model)
         codec = RawCodec(plain, geometry.dtype, identity)
+        transfer = TorchTransfer(layout, codec, config.chunk_tokens)
         logger.info(
             "kvtc: rank %d/%d codec raw, %d tokens a chunk, memory tier %.1f MiB",
             rank,
@@ -73,16 +78,22 @@ def build_worker(
             config.memory_capacity / 2**20,
         )
     else:
-        codec, probe, source = _load_codec(vllm_config, config, geometry, layout, rank)
-        _log_start(codec, config, rank, geometry.tp_size, source)
-        if config.self_test:
-            run_self_test(codec, probe, layout, config.chunk_tokens)
-    disk = _open_disk(vllm_config, config, geometry, codec, rank)
-    return KVTCWorker(config, geometry, layout, codec, rank, disk)
+        found = _load_artifact(vllm_config, config, geometry, rank)
+        codec, transfer = open_transfer(found, config, layout, plan.workspace)
+        _log_start(codec, config, rank, geometry.tp_size, found.directory)
+        if layout.device.type == "cuda":
+            log_plan(plan, geometry, codec.resident_bytes, step_tokens)
+    disk = _open_disk(vllm_config, config, geometry, codec, rank, plan.staging)
+    return KVTCWorker(config, geometry, transfer, layout.device, plan.staging, rank, disk)
 
 
 def _open_disk(
-    vllm_config: Any, config: KVTCConfig, geometry: CacheGeometry, codec: ChunkCodec, rank: int
+    vllm_config: Any,
+    config: KVTCConfig,
+    geometry: CacheGeometry,
+    codec: ChunkCodec,
+    rank: int,
+    queue_bytes: int,
 ) -> DiskSide | None:
     """This rank's part of the disk tier. Raises ConfigError if the directory can't be used."""
     if config.disk_path is None:
@@ -120,7 +131,7 @@ def _open_disk(
         config.disk_capacity / 2**30,
         config.disk_write,
     )
-    return DiskSide(store, config.disk_threads, config.load_deadline, config.staging_capacity)
+    return DiskSide(store, config.disk_threads, config.load_deadline, queue_bytes)
 
 
 def codec_geometry(geometry: CacheGeometry, layer_groups: tuple[tuple[int, int], ...]) -> Geometry:
@@ -134,13 +145,9 @@ def codec_geometry(geometry: CacheGeometry, layer_groups: tuple[tuple[int, int],
     )
 
 
-def _load_codec(
-    vllm_config: Any,
-    config: KVTCConfig,
-    geometry: CacheGeometry,
-    layout: PagedLayout,
-    rank: int,
-) -> tuple[KvtcCodec, Probe, Path]:
+def _load_artifact(
+    vllm_config: Any, config: KVTCConfig, geometry: CacheGeometry, rank: int
+) -> FoundArtifact:
     model = vllm_config.model_config
     identity = model_identity(model.model, model.revision)
     directory = registry.find(
@@ -161,17 +168,10 @@ def _load_codec(
     check_ropes(artifact, ropes, layer_rope, directory)
     # The live tables may be longer or of another dtype; they are what the cache was made with.
     artifact = replace(artifact, ropes=ropes, layer_rope=layer_rope)
-    codec = KvtcCodec(
-        artifact,
-        config.target_ratio,
-        geometry.dtype,
-        _identity(
-            vllm_config, config, geometry, rank, identity.identity, artifact.fingerprint, ropes
-        ),
-        deflate_level=config.deflate_level,
-        device=layout.device,
+    full = _identity(
+        vllm_config, config, geometry, rank, identity.identity, artifact.fingerprint, ropes
     )
-    return codec, probe, directory
+    return FoundArtifact(artifact, full, probe, directory)
 
 
 def check_ropes(
@@ -266,8 +266,6 @@ def _raw_model_fingerprint(model: Any, config: KVTCConfig) -> str:
 
 
 def _log_start(codec: KvtcCodec, config: KVTCConfig, rank: int, tp_size: int, source: Path) -> None:
-    sections = codec.artifact.sections.values()
-    resident = sum(s.basis.nbytes + s.mean.nbytes for s in sections)
     logger.info(
         "kvtc: rank %d/%d codec kvtc %gx, artifact %s, %d layer group(s), bases %.1f MiB on %s, "
         "%d tokens a chunk, memory tier %.1f MiB",
@@ -276,7 +274,7 @@ def _log_start(codec: KvtcCodec, config: KVTCConfig, rank: int, tp_size: int, so
         codec.ratio,
         source.name,
         len(codec.artifact.geometry.layer_groups),
-        resident / 2**20,
+        codec.resident_bytes / 2**20,
         codec.device,
         config.chunk_tokens,
         config.memory_capacity / 2**20,

@@ -10,10 +10,13 @@ import msgspec
 import torch
 
 from kvtc_vllm.calibration.rank_file import read_rank_file
+from kvtc_vllm.codec.codec import Coder
 from kvtc_vllm.config import KVTCConfig, load_config
 from kvtc_vllm.connector.connector import KVTCConnector
+from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.connector.rotary import find_ropes
 from kvtc_vllm.connector.startup import codec_geometry
+from kvtc_vllm.connector.transfer import TorchTransfer
 from kvtc_vllm.evaluation.baselines import BASELINES
 from kvtc_vllm.evaluation.blob import BaselineCodec
 from kvtc_vllm.evaluation.variants import VARIANTS, Base
@@ -55,11 +58,15 @@ class KVTCEvaluationConnector(KVTCConnector):
             baseline = BASELINES[wanted.baseline](
                 geometry, self._geometry.dtype, per_layer, **wanted.options
             )
-            worker.codec = BaselineCodec(baseline)
+            codec: Coder = BaselineCodec(baseline)
         elif wanted.variant is not None:
             assert wanted.artifact is not None
             assert wanted.ratio is not None
             artifact, _ = read_rank_file(Path(wanted.artifact), 0, 1)
             artifact = replace(artifact, ropes=ropes, layer_rope=layer_rope)
             base = Base(artifact, wanted.ratio, self._geometry.dtype, wanted.options)
-            worker.codec = VARIANTS[wanted.variant](base)
+            codec = VARIANTS[wanted.variant](base)
+        else:
+            return
+        layout = PagedLayout(kv_caches, self._geometry)
+        worker.exchange_transfer(TorchTransfer(layout, codec, self._config.chunk_tokens))

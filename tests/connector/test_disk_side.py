@@ -27,6 +27,7 @@ from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.connector.messages import LoadItem, LoadJob, StepMetadata, StoreItem
 from kvtc_vllm.connector.metrics import DISK_ERROR_REASONS
 from kvtc_vllm.connector.startup import codec_geometry
+from kvtc_vllm.connector.transfer import TorchTransfer
 from kvtc_vllm.connector.worker import KVTCWorker
 from kvtc_vllm.tiers import disk as tiers_disk
 from kvtc_vllm.tiers.disk import DiskError, DiskStore, FileSystem
@@ -463,7 +464,9 @@ def worker_over(root: Path, filesystem: FileSystem, capacity: int = 1 << 20) -> 
     )
     side = DiskSide(store, 1, 20.0, 1 << 20)
     config = load_config({"codec": "raw", "memory_bytes": "4MiB", "disk_path": str(root)})
-    worker = KVTCWorker(config, TINY, PagedLayout(caches, TINY), codec, 0, side)
+    layout = PagedLayout(caches, TINY)
+    transfer = TorchTransfer(layout, codec, config.chunk_tokens)
+    worker = KVTCWorker(config, TINY, transfer, layout.device, 1 << 24, 0, side)
     return worker, caches
 
 

@@ -28,7 +28,9 @@ from kvtc_vllm.connector.messages import (
     StoreItem,
     WorkerReport,
 )
+from kvtc_vllm.connector.sizing import divide
 from kvtc_vllm.connector.startup import codec_geometry
+from kvtc_vllm.connector.transfer import TorchTransfer
 from kvtc_vllm.connector.worker import KVTCWorker
 
 SHAPE = geometry(head_size=64)
@@ -45,7 +47,9 @@ class Rig:
         self.codec = codec or RawCodec(codec_geometry(SHAPE, ((0, 2),)), torch.bfloat16)
         config = load_config({"codec": "raw", "memory_bytes": "1MiB", **extra})
         layout = PagedLayout(self.caches, SHAPE)
-        self.worker = KVTCWorker(config, SHAPE, layout, self.codec, rank=0)
+        transfer = TorchTransfer(layout, self.codec, config.chunk_tokens)
+        plan = divide(config.staging_capacity, 0, None)
+        self.worker = KVTCWorker(config, SHAPE, transfer, layout.device, plan.staging, rank=0)
 
     def store(self, key: bytes, blocks: list[int], start: int = 0, epoch: int = 0) -> None:
         step = StepMetadata(epoch=epoch, stores=[StoreItem(key, start, blocks)])

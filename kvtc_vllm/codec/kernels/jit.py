@@ -7,6 +7,7 @@ those `tl` functions that are kernels themselves (`tl.max`, `tl.sum`, `tl.zeros`
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +28,22 @@ def jit(do_not_specialize: Sequence[str] = ()) -> Callable[[Callable[..., Any]],
     def decorate(function: Callable[..., Any]) -> Any:
         if torch.cuda.is_available():
             return triton.jit(function, do_not_specialize=list(do_not_specialize))
-        return InterpretedFunction(function)
+        return _Interpreted(function)
 
     return decorate
+
+
+_INTERPRETER = threading.Lock()
+
+
+class _Interpreted(InterpretedFunction):  # type: ignore[misc]
+    """The interpreter exchanges parts of `tl` while a kernel runs, so one may run at a time."""
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        launch = super().__getitem__(grid)
+
+        def launch_alone(*arguments: Any, **options: Any) -> None:
+            with _INTERPRETER:
+                launch(*arguments, **options)
+
+        return launch_alone

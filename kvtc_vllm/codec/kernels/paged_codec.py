@@ -98,6 +98,10 @@ class PagedKvtcCodec(KvtcCodec):
         self._inflating = Lane(self.device)
         self._unrotated = rotations([None] * geometry.num_layers, self.device)
 
+    @property
+    def resident_bytes(self) -> int:
+        return self.resident.nbytes
+
     def staging_bytes(self, tokens: int) -> int:
         """Device memory that `stage` takes for `tokens` tokens, sinks apart."""
         return tokens * self.geometry.token_elements() * self._operand.itemsize

@@ -1,0 +1,87 @@
+"""Artifact -> codec and transfer: by kernels where there is a GPU and they work, else by torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from vllm.logger import init_logger
+
+from kvtc_vllm.calibration.probe import Probe
+from kvtc_vllm.codec.artifact import RankArtifact
+from kvtc_vllm.codec.kernels.paged_codec import PagedKvtcCodec
+from kvtc_vllm.codec.kvtc import KvtcCodec
+from kvtc_vllm.config import KVTCConfig
+from kvtc_vllm.connector.layout import PagedLayout
+from kvtc_vllm.connector.selftest import run_self_test
+from kvtc_vllm.connector.transfer import KernelTransfer, TorchTransfer, Transfer
+
+logger = init_logger("vllm.kvtc")
+
+
+@dataclass(frozen=True)
+class FoundArtifact:
+    """What a rank serves with. identity: of its blobs. probe: rows for the self-test."""
+
+    artifact: RankArtifact
+    identity: bytes
+    probe: Probe
+    directory: Path
+
+
+def open_transfer(
+    found: FoundArtifact, config: KVTCConfig, layout: PagedLayout, workspace_bytes: int
+) -> tuple[KvtcCodec, Transfer]:
+    """The way to go, self-tested if the configuration says so.
+
+    Raises ArtifactError if the self-test fails by torch operations, too.
+    """
+    if config.kernels and has_kernels(layout.device):
+        try:
+            return _by_kernels(found, config, layout, workspace_bytes)
+        except Exception:
+            logger.exception(
+                "kvtc: the GPU kernels can't be used here; going on by torch operations, which "
+                "are slower (kernels=false avoids the attempt)"
+            )
+    return _by_torch(found, config, layout)
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether they are compiled for this device; on a CPU they would be interpreted."""
+    return device.type == "cuda"
+
+
+def _by_kernels(
+    found: FoundArtifact, config: KVTCConfig, layout: PagedLayout, workspace_bytes: int
+) -> tuple[KvtcCodec, Transfer]:
+    codec = PagedKvtcCodec(
+        found.artifact,
+        config.target_ratio,
+        layout.sides(),
+        layout.block_size,
+        found.identity,
+        workspace_bytes=workspace_bytes,
+    )
+    transfer = KernelTransfer(codec, config.chunk_tokens)
+    if config.self_test:
+        run_self_test(codec, transfer, found.probe, layout, config.chunk_tokens)
+    return codec, transfer
+
+
+def _by_torch(
+    found: FoundArtifact, config: KVTCConfig, layout: PagedLayout
+) -> tuple[KvtcCodec, Transfer]:
+    codec = KvtcCodec(
+        found.artifact,
+        config.target_ratio,
+        layout.dtype,
+        found.identity,
+        deflate_level=config.deflate_level,
+        device=layout.device,
+    )
+    transfer = TorchTransfer(layout, codec, config.chunk_tokens)
+    if config.self_test:
+        run_self_test(codec, transfer, found.probe, layout, config.chunk_tokens)
+    return codec, transfer

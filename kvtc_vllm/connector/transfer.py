@@ -1,0 +1,140 @@
+"""Chunks between the paged cache and blobs, in one of two ways.
+
+`TorchTransfer` takes any codec and any page layout, a chunk at a time, through torch operations:
+the reference, and what runs on a CPU. `KernelTransfer` takes whole batches through the kernels:
+what runs on a GPU. Blobs of one are read by the other.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from kvtc_vllm.codec.codec import Blob, Coder
+from kvtc_vllm.codec.errors import CodecError, ContainerError
+from kvtc_vllm.codec.kernels.chunks import LoadChunk, StoreChunk
+from kvtc_vllm.codec.kernels.paged_codec import PagedKvtcCodec
+from kvtc_vllm.connector.layout import PagedLayout
+from kvtc_vllm.connector.messages import LoadItem, StoreItem
+
+
+class Staged(Protocol):
+    """Chunks out of the paged cache, whose blocks may be overwritten."""
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """What the allocator must be told about when another stream encodes."""
+        ...
+
+
+class Transfer(Protocol):
+    """store_batch, load_batch: most chunks to be staged and encoded, or loaded, in one call."""
+
+    store_batch: int
+    load_batch: int
+
+    def staged_bytes(self, blocks: int) -> int:
+        """Memory that `stage` takes for a chunk of so many blocks."""
+        ...
+
+    def stage(self, items: Sequence[StoreItem]) -> Staged:
+        """Read chunks on the current stream, without waiting for it. On the engine's thread."""
+        ...
+
+    def encode(self, staged: Any) -> list[bytes | CodecError]:
+        """A blob for each chunk, or why there is none. On any thread; waits for the device."""
+        ...
+
+    def load(self, items: Sequence[tuple[LoadItem, Blob]]) -> list[ContainerError | None]:
+        """Verify and decode chunks into their blocks. On any thread; waits for the device.
+
+        Gives for every chunk None, or the error for which its blocks must be recomputed.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class _CopiedChunks:
+    items: Sequence[StoreItem]
+    tensors: list[torch.Tensor]
+
+
+class TorchTransfer:
+    """One chunk a call, so that several threads share the chunks of a request."""
+
+    store_batch = 1
+    load_batch = 1
+
+    def __init__(self, layout: PagedLayout, codec: Coder, chunk_tokens: int) -> None:
+        self._layout = layout
+        self._codec = codec
+        self._chunk_tokens = chunk_tokens
+
+    def staged_bytes(self, blocks: int) -> int:
+        return blocks * self._layout.block_bytes
+
+    def stage(self, items: Sequence[StoreItem]) -> Staged:
+        return _CopiedChunks(items, [self._layout.copy(item.block_ids) for item in items])
+
+    def encode(self, staged: _CopiedChunks) -> list[bytes | CodecError]:
+        return [
+            self._encode(item, pages)
+            for item, pages in zip(staged.items, staged.tensors, strict=True)
+        ]
+
+    def load(self, items: Sequence[tuple[LoadItem, Blob]]) -> list[ContainerError | None]:
+        return [self._load(item, blob) for item, blob in items]
+
+    def _encode(self, item: StoreItem, pages: torch.Tensor) -> bytes | CodecError:
+        try:
+            return self._codec.encode(*self._layout.unpack(pages), item.start, item.key)
+        except CodecError as error:
+            return error
+
+    def _load(self, item: LoadItem, blob: Blob) -> ContainerError | None:
+        try:
+            chunk = self._codec.decode(
+                blob, expect_start=item.start, expect_tokens=self._chunk_tokens, key=item.key
+            )
+        except ContainerError as error:
+            return error
+        size = self._layout.block_size
+        wanted = slice(item.first_block * size, (item.first_block + len(item.block_ids)) * size)
+        self._layout.scatter(item.block_ids, chunk.k[wanted], chunk.v[wanted])
+        return None
+
+
+class KernelTransfer:
+    """All chunks of a step, or of a request, in one batch."""
+
+    store_batch = sys.maxsize
+    load_batch = sys.maxsize
+
+    def __init__(self, codec: PagedKvtcCodec, chunk_tokens: int) -> None:
+        self._codec = codec
+        self._chunk_tokens = chunk_tokens
+
+    def staged_bytes(self, blocks: int) -> int:
+        return self._codec.staging_bytes(blocks * self._codec.block_size)
+
+    def stage(self, items: Sequence[StoreItem]) -> Staged:
+        return self._codec.stage(
+            [StoreChunk(item.block_ids, item.start, item.key) for item in items]
+        )
+
+    def encode(self, staged: Any) -> list[bytes | CodecError]:
+        return self._codec.encode_staged(staged)
+
+    def load(self, items: Sequence[tuple[LoadItem, Blob]]) -> list[ContainerError | None]:
+        return self._codec.load(
+            [
+                LoadChunk(
+                    blob, item.start, self._chunk_tokens, item.block_ids, item.first_block, item.key
+                )
+                for item, blob in items
+            ]
+        )

@@ -1,0 +1,65 @@
+"""The kernels in their place: inside a real vLLM, here in Triton's interpreter."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="kernels need Triton")
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from engine import drain, engine, greedy, metrics, texts
+
+from kvtc_vllm.connector import opening
+from kvtc_vllm.connector.transfer import KernelTransfer, TorchTransfer
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+EXTRA = {"preset": "kvtc-8x", "chunk_tokens": 32, "recent_window": 32, "memory_bytes": 64 << 20}
+FEW = {"num_gpu_blocks_override": 6, "max_num_seqs": 1, "max_model_len": 128}
+"""No room for the blocks of two requests."""
+
+
+def replies(model: Path, prompts: list[list[int]]) -> tuple[list[list[int]], dict[str, float], str]:
+    """What is said to prompts that were stored before, the counters, and the way it went."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    with engine(model, EXTRA, **FEW) as llm:
+        way = type(get_kv_transfer_group()._worker._stores.transfer).__name__
+        for prompt in prompts:
+            greedy(llm, [prompt], 8)
+            drain(llm)
+        found = [greedy(llm, [prompt], 8)[0] for prompt in prompts]
+        return found, metrics(llm), way
+
+
+def test_reloading_through_kernels_says_the_same(
+    reference_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = texts(reference_model, count=2, tokens=96)
+    by_torch, expected, way = replies(reference_model, prompts)
+    assert way == TorchTransfer.__name__
+    monkeypatch.setattr(opening, "has_kernels", lambda device: True)
+    by_kernels, values, way = replies(reference_model, prompts)
+    assert way == KernelTransfer.__name__
+    assert values["kvtc_loaded_tokens"] == values["kvtc_hit_tokens"] == expected["kvtc_hit_tokens"]
+    assert values["kvtc_hit_tokens"] >= 2 * 32
+    assert not any(count for name, count in values.items() if "failed" in name or "dropped" in name)
+    assert values["kvtc_stored_bytes"] == pytest.approx(expected["kvtc_stored_bytes"], rel=0.01)
+    assert by_kernels == by_torch
+
+
+def test_kernels_that_fail_leave_the_work_to_torch(
+    reference_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise RuntimeError("no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(opening, "has_kernels", lambda device: True)
+    monkeypatch.setattr(KernelTransfer, "stage", fail)
+    _, values, way = replies(reference_model, texts(reference_model, count=2, tokens=96))
+    assert way == TorchTransfer.__name__
+    assert values["kvtc_loaded_tokens"] > 0
