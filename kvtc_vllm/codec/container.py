@@ -16,7 +16,7 @@ from enum import IntEnum
 import torch
 import xxhash
 
-from kvtc_vllm.codec.entropy import EncodedSection, Unit, aligned
+from kvtc_vllm.codec.entropy import EncodedSection, Unit, UnitList, aligned
 from kvtc_vllm.codec.errors import CodecError, ContainerError
 
 MAGIC = b"KVTC"
@@ -88,7 +88,7 @@ class Section:
     raw_length: int
     offset: int
     stored_length: int
-    units: tuple[Unit, ...]
+    units: Sequence[Unit]
 
 
 @dataclass(frozen=True)
@@ -201,10 +201,7 @@ def _sections(content: memoryview, count: int) -> tuple[Section, ...]:
     sections: list[Section] = []
     for kind, coder_id, group, num_units, raw_length, stored_length in rows:
         units_end = units_at + num_units * _UNIT.size
-        units = tuple(
-            Unit(raw + 1, stored + 1)
-            for raw, stored in _UNIT.iter_unpack(content[units_at:units_end])
-        )
+        units = UnitList(content[units_at:units_end])
         body_end = body_at + stored_length
         if any(content[body_end : body_at + aligned(stored_length)]):
             raise ContainerError("bounds", "padding after a section is not zero")

@@ -7,6 +7,7 @@ from kvtc_vllm.codec.entropy.base import (
     EncodedSection,
     EntropyCoder,
     Unit,
+    UnitList,
     aligned,
 )
 from kvtc_vllm.codec.entropy.deflate_cpu import DEFLATE, DeflateCoder
@@ -31,5 +32,6 @@ __all__ = [
     "NvcompCoder",
     "RawCoder",
     "Unit",
+    "UnitList",
     "aligned",
 ]

@@ -9,9 +9,13 @@ once. Every unit starts on a multiple of `UNIT_ALIGNMENT` bytes of the body
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import Protocol, overload
+
+import numpy as np
+import numpy.typing as npt
 
 UNIT_ALIGNMENT = 4
 MAX_UNIT_BYTES = 65536
@@ -32,6 +36,53 @@ class Unit:
 
     raw_length: int
     stored_length: int
+
+
+class UnitList(Sequence[Unit]):
+    """The units of one section as they lie in a container, read when asked for.
+
+    table: little-endian 16-bit pairs (raw length - 1, stored length - 1). A large load has
+    thousands of units, too many to make an object of each.
+    """
+
+    def __init__(self, table: memoryview) -> None:
+        self._table = table
+
+    @cached_property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """int64 [n, 2]: raw and stored lengths in bytes."""
+        return np.frombuffer(self._table, "<u2").reshape(-1, 2).astype(np.int64) + 1
+
+    def __len__(self) -> int:
+        return len(self._table) // 4
+
+    @overload
+    def __getitem__(self, index: int) -> Unit: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Unit]: ...
+
+    def __getitem__(self, index: int | slice) -> Unit | Sequence[Unit]:
+        if isinstance(index, slice):
+            return [Unit(*pair) for pair in self.lengths[index].tolist()]
+        return Unit(*self.lengths[index].tolist())
+
+    def __iter__(self) -> Iterator[Unit]:
+        return (Unit(*pair) for pair in self.lengths.tolist())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+
+def unit_lengths(units: Sequence[Unit]) -> npt.NDArray[np.int64]:
+    """int64 [n, 2]: raw and stored lengths in bytes."""
+    if isinstance(units, UnitList):
+        return units.lengths
+    pairs = [(unit.raw_length, unit.stored_length) for unit in units]
+    return np.array(pairs, np.int64).reshape(-1, 2)
 
 
 @dataclass(frozen=True)

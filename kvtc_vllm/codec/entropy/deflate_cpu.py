@@ -58,6 +58,7 @@ class DeflateCoder:
         return EncodedSection(tuple(units), b"".join(pieces))
 
     def decode(self, units: Sequence[Unit], body: memoryview, raw_length: int) -> bytearray:
+        units = list(units)
         if sum(unit.raw_length for unit in units) != raw_length:
             raise ContainerError("entropy", f"units do not add up to {raw_length} bytes")
         if sum(aligned(unit.stored_length) for unit in units) != len(body):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 
-from kvtc_vllm.codec.entropy.base import UNIT_ALIGNMENT, Unit
+from kvtc_vllm.codec.entropy.base import UNIT_ALIGNMENT, Unit, unit_lengths
 from kvtc_vllm.codec.errors import ContainerError
 
 Lengths = npt.NDArray[np.int64]
@@ -49,9 +48,9 @@ def unit_table(
     none is larger stored than raw. data: the buffer that holds the sections.
     """
     counts = np.array([len(section.units) for section in sections], np.int64)
-    units = list(chain.from_iterable(section.units for section in sections))
-    raw = np.array([unit.raw_length for unit in units], np.int64)
-    stored = np.array([unit.stored_length for unit in units], np.int64)
+    none = np.empty((0, 2), np.int64)
+    lengths = np.concatenate([none, *(unit_lengths(section.units) for section in sections)])
+    raw, stored = lengths.T.copy()
     padded = -(-stored // UNIT_ALIGNMENT) * UNIT_ALIGNMENT
     last = counts.cumsum()
     owner = np.repeat(np.arange(len(sections)), counts)
