@@ -10,10 +10,12 @@ from vllm.logger import init_logger
 
 from kvtc_vllm.calibration.probe import Probe
 from kvtc_vllm.codec.artifact import RankArtifact
+from kvtc_vllm.codec.errors import CodecError
 from kvtc_vllm.codec.kernels.paged_codec import PagedKvtcCodec
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.connector.layout import PagedLayout
+from kvtc_vllm.connector.messages import LoadItem, StoreItem
 from kvtc_vllm.connector.selftest import run_self_test
 from kvtc_vllm.connector.transfer import KernelTransfer, TorchTransfer, Transfer
 
@@ -65,9 +67,21 @@ def _by_kernels(
         workspace_bytes=workspace_bytes,
     )
     transfer = KernelTransfer(codec, config.chunk_tokens)
+    _compile(transfer, layout, config.chunk_tokens)
     if config.self_test:
         run_self_test(codec, transfer, found.probe, layout, config.chunk_tokens)
     return codec, transfer
+
+
+def _compile(transfer: Transfer, layout: PagedLayout, chunk_tokens: int) -> None:
+    """Have every kernel compiled now, by a chunk with sinks and one without, not in a step."""
+    blocks = list(range(1, 1 + chunk_tokens // layout.block_size))
+    stores = [StoreItem(b"", start, blocks) for start in (0, chunk_tokens)]
+    loads = [LoadItem(b"", item.start, 0, blocks) for item in stores]
+    for blob, load in zip(transfer.encode(transfer.stage(stores)), loads, strict=True):
+        if not isinstance(blob, CodecError):  # the second where positions end before
+            transfer.load([(load, blob)])
+    layout.zero(blocks)
 
 
 def _by_torch(

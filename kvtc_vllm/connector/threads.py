@@ -30,6 +30,8 @@ def _settle(device: torch.device) -> None:
         torch._C.set_num_threads(1)
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    else:
+        torch.cuda.set_device(device)
 
 
 class CpuShare:
