@@ -27,12 +27,6 @@ class Load:
     returns: int
     vocabulary: int
 
-    @property
-    def longest(self) -> int:
-        """Tokens of a conversation at its end."""
-        turn = self.question_tokens + self.answer_tokens
-        return self.context_tokens + self.answer_tokens + self.returns * turn
-
 
 @dataclass
 class Turn:

@@ -1,6 +1,6 @@
 """Draws what the other scripts measured.
 
-    python -m benchmarks.gpu.plots [--results FILE] [--out DIR]
+    python -m benchmarks.gpu.plots [--results FILE [FILE ...]] [--out DIR]
 
 codec.png: encode and decode by stage, against the machine's floors and the paper's figures.
 load.png: time of a load against copying the raw KV and recomputing it. serving.png: time to first
@@ -47,10 +47,14 @@ def main() -> None:
     """Draw every plot there are rows for."""
     parser = argparse.ArgumentParser(prog="benchmarks.gpu.plots", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--out", type=Path, help="default: beside the results")
+    parser.add_argument(
+        "--results", type=Path, nargs="+", help="default: every .json of benchmarks/results/gpu"
+    )
+    parser.add_argument("--out", type=Path, help="default: beside the first of the results")
     args = parser.parse_args()
-    for path in draw(json.loads(args.results.read_text()), args.out or args.results.parent):
+    files = args.results or sorted(RESULTS.parent.glob("*.json"))
+    rows = [row for file in files for row in json.loads(file.read_text())]
+    for path in draw(rows, args.out or (files[0] if files else RESULTS).parent):
         print(path)
 
 
@@ -81,6 +85,8 @@ def _codec(rows: Sequence[Row]) -> Any:
         return None
     row = next((r for r in reversed(measured) if _is_headline(r)), measured[0])
     floors = _floors(rows, row)
+    copies = [r["gbps"] for r in _of(rows, "raw_copy")]
+    copy = {"decode": max(copies)} if copies else {}
     figure, axes = _figure(1, 2, (11, 4))
     for axis, whole, stages in zip(
         axes[0], ("encode", "decode"), (ENCODE_STAGES, DECODE_STAGES), strict=True
@@ -91,24 +97,27 @@ def _codec(rows: Sequence[Row]) -> Any:
         rates += [row["raw_bytes"] / timed[stage] / 1e6 for stage in names[1:]]
         places = range(len(names))
         colours = ["#2a7f62", *["#3b6ea5"] * (len(names) - 1)]
-        bars = axis.barh(list(places), rates, color=colours)
-        axis.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
+        axis.barh(list(places), rates, color=colours)
         for known, label, style in (
             (floors, "the machine's bound", "k|"),
+            (copy, "copy of the raw KV", "md"),
             (PAPER_GBPS, "paper, H100", "rx"),
             (GOALS_GBPS, "goal", "g^"),
         ):
             points = [(known[name], place) for place, name in enumerate(names) if name in known]
             if points:
                 axis.plot(*zip(*points, strict=True), style, ms=9, label=label)
-        axis.set_yticks(list(places), [name.replace("_", " ") for name in names])
+        labels = [
+            f"{n.replace('_', ' ')}  {rate:.0f}" for n, rate in zip(names, rates, strict=True)
+        ]
+        axis.set_yticks(list(places), labels)
         axis.invert_yaxis()
         axis.set_xscale("log")
-        axis.margins(x=0.2)
+        axis.margins(x=0.1)
         axis.set_xlabel("GB/s of raw KV")
         axis.set_title(whole)
-        axis.legend(fontsize=8)
-    figure.suptitle(_case_name(row), fontsize=10)
+    _legend(figure, axes)
+    figure.suptitle(f"{_case_name(row)}, {row['load_tokens']} tokens", fontsize=10)
     return figure
 
 
@@ -125,7 +134,6 @@ def _floors(rows: Sequence[Row], row: Row) -> dict[str, float]:
     if copies:
         rate = max(copy["gbps"] for copy in copies)
         found["upload_inflate"] = rate * raw / row["stored_bytes"]
-        found["decode"] = rate
     return found
 
 
@@ -156,7 +164,7 @@ def _load(rows: Sequence[Row]) -> Any:
     axis.set_ylabel("ms")
     axis.set_title(_case_name(headline) if headline else "", fontsize=9)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left")
     return figure
 
 
@@ -186,13 +194,14 @@ def _serving(rows: Sequence[Row]) -> Any:
         budget = own[-1]["budget_bytes"] / 2**30
         latency.set_title(f"{model}: TTFT of returns, s (dotted: p95)", fontsize=10)
         latency.set_yscale("log")
-        latency.legend(fontsize=8)
         rate.set_title(f"answers a second; {budget:.3g} GiB of host memory each", fontsize=10)
         source.set_title("% of prompt tokens computed anew", fontsize=10)
         for axis in line:
             axis.set_xlabel("conversations")
-            axis.set_ylim(bottom=0) if axis is not latency else None
             axis.grid(alpha=0.3)
+        for axis in (rate, source):
+            axis.set_ylim(bottom=0)
+    _legend(figure, axes)
     return figure
 
 
@@ -201,6 +210,16 @@ def _figure(lines: int, columns: int, size: tuple[float, float]) -> tuple[Any, A
 
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(lines, columns, squeeze=False)
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    """One legend for all panels, below them."""
+    known = [axis.get_legend_handles_labels() for axis in axes.flat]
+    entries = {label: handle for pair in known for handle, label in zip(*pair, strict=True)}
+    if entries:
+        figure.legend(
+            entries.values(), entries.keys(), loc="outside lower center", ncols=5, fontsize=8
+        )
 
 
 def _of(rows: Sequence[Row], bench: str) -> list[Row]:
@@ -220,7 +239,7 @@ def _is_headline(row: Row) -> bool:
 def _case_name(row: Row) -> str:
     return (
         f"{row['shape']}, plan {row['plan']:g}x, {row['layers_per_group']} layers a group, "
-        f"{row['chunk_tokens']} tokens a chunk, {row['load_tokens']} tokens, "
+        f"{row['chunk_tokens']} tokens a chunk, "
         f"{row.get('machine', {}).get('device', '')}"
     )
 

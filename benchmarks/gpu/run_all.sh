@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
-# One call of a borrowed GPU machine: setup | codec | model | vllm | serving [arguments of serving].
+# One call of a borrowed GPU machine: setup | codec | model | vllm | serving [its arguments].
 # Each ends by itself below ten minutes, goes on after a failure, and ends with status 1 if there
-# was one. Results: $OUT (default build/gpu). Unpacked packages stay in $TARGET (default
-# build/device-packages) for the next call; $SOURCES: archives and wheels to unpack, in folders.
+# was one. Rows: $OUT/CALL.json (default build/gpu). Unpacked packages stay in $TARGET (default
+# build/device-packages) for the next call; $SOURCES: folder of archives and wheels to unpack
+# before (default build/device/CALL, if it is there).
 set -u
 cd "$(dirname "$0")/../.."
+call=${1:?setup, codec, model, vllm or serving}
+shift
 OUT=${OUT:-build/gpu}
 TARGET=${TARGET:-build/device-packages}
-SOURCES=${SOURCES:-build/device}
+SOURCES=${SOURCES:-build/device/$call}
 PYTHON=${PYTHON:-python3}
-ROWS=$OUT/results.json
+ROWS=$OUT/$call.json
 export PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
 status=0
@@ -38,8 +41,6 @@ setup() {
   eval "$exports"
 }
 
-call=${1:?setup, codec, model, vllm or serving}
-shift
 setup
 case $call in
   setup) ;;
