@@ -14,8 +14,8 @@ The 8B model has random weights and a synthetic artifact (see dummy_model.py): s
 count, its words and its reconstruction error mean nothing. The reference model is real, shipped
 with its artifact, and tiny. One process a mode, with scheduler and worker in it as in a server's
 engine core; one row a number of conversations, written as it comes. A row says `from_tier` if
-vLLM and the connector agree on every reloaded token; if one does not, or a load or a mode failed,
-the exit status is 1.
+vLLM and the connector agree on every reloaded token. If one does not, if a load or a mode failed,
+or if kvtc reloaded nothing with many conversations, the exit status is 1.
 """
 
 from __future__ import annotations
@@ -106,11 +106,19 @@ def _run(case: Case, out: Path, device: torch.device, ends: float) -> bool:
     try:
         for row in rows_of("benchmarks.gpu.serving", arguments, out.with_name("serving.log"), left):
             append(out, [about | settings | row], device)
-            good &= row.get("from_tier", True) and "error" not in row
+            good &= "error" not in row and _reloaded(case, row)
     except RuntimeError as error:
         append(out, [about | {"error": str(error)}], device)
         return False
     return good
+
+
+def _reloaded(case: Case, row: dict[str, Any]) -> bool:
+    """Whether what was reloaded came from the tier; and that kvtc, which has room, reloaded."""
+    if not row.get("from_tier", True):
+        return False
+    evicted = case.mode.startswith("kvtc") and row["conversations"] > 2 * case.slots
+    return not evicted or row["reloaded_tokens"] + row["gated_tokens"] > 0
 
 
 def _not_here(case: Case) -> str | None:
