@@ -59,7 +59,7 @@ class Case:
     returns: int
     slots: int
     budget: int
-    staging: int
+    staging: str
     block_size: int
     batched_tokens: int
     load_gate: bool
@@ -246,7 +246,7 @@ def _arguments() -> argparse.Namespace:
     made.add_argument("--returns", type=int, help="turns after the first; default 2")
     made.add_argument("--slots", type=int, help="conversations in the GPU cache; default 4")
     made.add_argument("--budget", help="host memory of the tier; default 8GiB")
-    made.add_argument("--staging", default="4GiB", help="for KV that waits for encoding")
+    made.add_argument("--staging", default="auto", help="for KV that waits for encoding")
     made.add_argument("--batched-tokens", type=int, help="of one step; default 8192")
     made.add_argument("--backend", help="attention backend; default vLLM's choice")
     made.add_argument("--seconds", type=float, default=540, help="for everything")
@@ -263,7 +263,6 @@ def _arguments() -> argparse.Namespace:
     if isinstance(args.conversations, str):
         args.conversations = tuple(map(int, args.conversations.split(",")))
     args.budget = parse_bytes("budget", args.budget)
-    args.staging = parse_bytes("staging", args.staging)
     return args
 
 

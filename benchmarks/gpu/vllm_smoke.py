@@ -111,6 +111,10 @@ def _outcome(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"ok": False, "error": f"{type(error).__name__}: {error}"}
 
 
+_layouts: list[Any] = []
+"""Of the paged cache that was registered last."""
+
+
 @contextlib.contextmanager
 def _watched_registration() -> Iterator[None]:
     """Reports what vLLM registers, before the connector has a chance to refuse it.
@@ -119,13 +123,16 @@ def _watched_registration() -> Iterator[None]:
     collector's list once it has started.
     """
     from kvtc_vllm.connector import connector
+    from kvtc_vllm.connector.layout import PagedLayout
 
     build_worker = connector.build_worker
 
     def watched(vllm_config: Any, config: Any, geometry: Any, caches: Any) -> Any:
         outcome = _outcome(lambda: registered(vllm_config, geometry.layer_names, caches))
         report({"check": "registered", **outcome})
-        return build_worker(vllm_config, config, geometry, caches)
+        worker = build_worker(vllm_config, config, geometry, caches)
+        _layouts.append(PagedLayout(caches, geometry))
+        return worker
 
     vars(connector)["build_worker"] = watched
     try:
@@ -187,7 +194,10 @@ def reload(llm: Any, prompts: list[list[int]], codec: str) -> dict[str, Any]:
         assert found["words_equal_to_prefix_hit"] == 1, f"words differ: {found}"
     else:
         promised = _promised()
-        found["promised"] = promised
+        way = type(_worker_connector()._worker.transfer).__name__
+        found |= {"promised": promised, "transfer": way}
+        on_gpu = _layouts[-1].device.type == "cuda"
+        assert not on_gpu or way == "KernelTransfer", f"not by kernels: {found}"
         for kind in ("k", "v"):
             limit = ERROR_FACTOR * promised[kind] + ERROR_SLACK
             assert 0 < found[f"{kind}_error"] <= limit, f"{kind} is off: {found}"
@@ -225,7 +235,7 @@ def _ask(llm: Any, prompt: list[int]) -> tuple[list[int], tuple[torch.Tensor, to
 def _blocks_of_running(engine: Any) -> tuple[torch.Tensor, torch.Tensor]:
     scheduler = engine.engine_core.engine_core.scheduler
     (request_id,) = scheduler.requests
-    layout = _worker_connector()._worker._layout
+    layout = _layouts[-1]
     if layout.device.type == "cuda":
         torch.cuda.synchronize(layout.device)
     ids = scheduler.kv_cache_manager.get_block_ids(request_id)[0]
@@ -267,7 +277,7 @@ def _error(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
 
 def _promised() -> dict[str, float]:
     """Held-out error of the artifact in use, averaged over layer groups."""
-    codec = _worker_connector()._worker.codec
+    codec = _worker_connector()._worker.transfer.codec
     errors: dict[str, list[float]] = {"k": [], "v": []}
     for (_, kind), section in codec.artifact.sections.items():
         errors[kind].append(section.heldout_error[codec.ratio])

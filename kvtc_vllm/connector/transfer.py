@@ -71,7 +71,7 @@ class TorchTransfer:
 
     def __init__(self, layout: PagedLayout, codec: Coder, chunk_tokens: int) -> None:
         self._layout = layout
-        self._codec = codec
+        self.codec = codec
         self._chunk_tokens = chunk_tokens
 
     def staged_bytes(self, blocks: int) -> int:
@@ -91,13 +91,13 @@ class TorchTransfer:
 
     def _encode(self, item: StoreItem, pages: torch.Tensor) -> bytes | CodecError:
         try:
-            return self._codec.encode(*self._layout.unpack(pages), item.start, item.key)
+            return self.codec.encode(*self._layout.unpack(pages), item.start, item.key)
         except CodecError as error:
             return error
 
     def _load(self, item: LoadItem, blob: Blob) -> ContainerError | None:
         try:
-            chunk = self._codec.decode(
+            chunk = self.codec.decode(
                 blob, expect_start=item.start, expect_tokens=self._chunk_tokens, key=item.key
             )
         except ContainerError as error:
@@ -115,22 +115,22 @@ class KernelTransfer:
     load_batch = sys.maxsize
 
     def __init__(self, codec: PagedKvtcCodec, chunk_tokens: int) -> None:
-        self._codec = codec
+        self.codec = codec
         self._chunk_tokens = chunk_tokens
 
     def staged_bytes(self, blocks: int) -> int:
-        return self._codec.staging_bytes(blocks * self._codec.block_size)
+        return self.codec.staging_bytes(blocks * self.codec.block_size)
 
     def stage(self, items: Sequence[StoreItem]) -> Staged:
-        return self._codec.stage(
+        return self.codec.stage(
             [StoreChunk(item.block_ids, item.start, item.key) for item in items]
         )
 
     def encode(self, staged: Any) -> list[bytes | CodecError]:
-        return self._codec.encode_staged(staged)
+        return self.codec.encode_staged(staged)
 
     def load(self, items: Sequence[tuple[LoadItem, Blob]]) -> list[ContainerError | None]:
-        return self._codec.load(
+        return self.codec.load(
             [
                 LoadChunk(
                     blob, item.start, self._chunk_tokens, item.block_ids, item.first_block, item.key

@@ -64,6 +64,11 @@ class KVTCWorker:
         )
         self._loads = LoadPipeline(config, geometry, transfer, device, self.arena, self._mailbox)
 
+    @property
+    def transfer(self) -> Transfer:
+        """How chunks get from the paged cache to blobs and back."""
+        return self._stores.transfer
+
     def exchange_transfer(self, transfer: Transfer) -> None:
         """Use another one from now on; before the first step."""
         self._stores.transfer = self._loads.transfer = transfer

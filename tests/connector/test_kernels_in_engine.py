@@ -28,7 +28,7 @@ def replies(model: Path, prompts: list[list[int]]) -> tuple[list[list[int]], dic
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     with engine(model, EXTRA, **FEW) as llm:
-        way = type(get_kv_transfer_group()._worker._stores.transfer).__name__
+        way = type(get_kv_transfer_group()._worker.transfer).__name__
         for prompt in prompts:
             greedy(llm, [prompt], 8)
             drain(llm)
