@@ -16,7 +16,7 @@ from enum import IntEnum
 import torch
 import xxhash
 
-from kvtc_vllm.codec.entropy import EncodedSection, Unit, UnitList, aligned
+from kvtc_vllm.codec.entropy import EncodedSection, Unit, UnitList, aligned, unit_lengths
 from kvtc_vllm.codec.errors import CodecError, ContainerError
 
 MAGIC = b"KVTC"
@@ -34,8 +34,7 @@ ALL_LAYERS = 0xFFFF
 _HEADER = struct.Struct("<4sHHHBBHHHHHHIQd16s16s")
 # kind, entropy coder id, layer group, units, raw length, stored length
 _SECTION = struct.Struct("<BBHIII")
-# raw length - 1, stored length - 1
-_UNIT = struct.Struct("<HH")
+UNIT_BYTES = 4
 HEADER_BYTES = _HEADER.size
 MIN_BLOB_BYTES = HEADER_BYTES + CHECKSUM_BYTES
 
@@ -127,8 +126,9 @@ def build(header: Header, sections: Sequence[NewSection]) -> bytes:
                 section.raw_length,
                 len(encoded.body),
             )
-            for unit in encoded.units:
-                unit_table += _UNIT.pack(unit.raw_length - 1, unit.stored_length - 1)
+            units = encoded.units
+            listed = units if isinstance(units, UnitList) else UnitList.of(unit_lengths(units))
+            unit_table += listed.table
             bodies.append(encoded.body)
             bodies.append(bytes(aligned(len(encoded.body)) - len(encoded.body)))
         head = _HEADER.pack(
@@ -195,12 +195,12 @@ def _sections(content: memoryview, count: int) -> tuple[Section, ...]:
     if units_at > len(content):
         raise ContainerError("bounds", f"{count} sections do not fit {len(content)} bytes")
     rows = list(_SECTION.iter_unpack(content[HEADER_BYTES:units_at]))
-    body_at = units_at + sum(row[3] for row in rows) * _UNIT.size
+    body_at = units_at + sum(row[3] for row in rows) * UNIT_BYTES
     if body_at + sum(aligned(row[5]) for row in rows) != len(content):
         raise ContainerError("bounds", "sections do not add up to the size of the blob")
     sections: list[Section] = []
     for kind, coder_id, group, num_units, raw_length, stored_length in rows:
-        units_end = units_at + num_units * _UNIT.size
+        units_end = units_at + num_units * UNIT_BYTES
         units = UnitList(content[units_at:units_end])
         body_end = body_at + stored_length
         if any(content[body_end : body_at + aligned(stored_length)]):

@@ -9,6 +9,7 @@ from kvtc_vllm.codec.entropy.base import (
     Unit,
     UnitList,
     aligned,
+    unit_lengths,
 )
 from kvtc_vllm.codec.entropy.deflate_cpu import DEFLATE, DeflateCoder
 from kvtc_vllm.codec.entropy.deflate_nvcomp import NVCOMP, NvcompCoder
@@ -34,4 +35,5 @@ __all__ = [
     "Unit",
     "UnitList",
     "aligned",
+    "unit_lengths",
 ]

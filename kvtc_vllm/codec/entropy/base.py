@@ -17,6 +17,8 @@ from typing import Protocol, overload
 import numpy as np
 import numpy.typing as npt
 
+from kvtc_vllm.codec.errors import CodecError
+
 UNIT_ALIGNMENT = 4
 MAX_UNIT_BYTES = 65536
 """Largest raw unit: the limit of nvCOMP's DEFLATE and of the 16-bit unit table."""
@@ -41,20 +43,30 @@ class Unit:
 class UnitList(Sequence[Unit]):
     """The units of one section as they lie in a container, read when asked for.
 
-    table: little-endian 16-bit pairs (raw length - 1, stored length - 1). A large load has
+    table: little-endian 16-bit pairs (raw length - 1, stored length - 1). A large batch has
     thousands of units, too many to make an object of each.
     """
 
-    def __init__(self, table: memoryview) -> None:
-        self._table = table
+    def __init__(self, table: bytes | memoryview) -> None:
+        self.table = table
+
+    @classmethod
+    def of(cls, lengths: npt.NDArray[np.int64]) -> UnitList:
+        """From raw and stored lengths, int64 [n, 2]. Raises CodecError if one does not fit."""
+        if lengths.size and not 1 <= lengths.min() <= lengths.max() <= MAX_UNIT_BYTES:
+            raise CodecError(
+                f"a unit of {lengths.min()} or {lengths.max()} bytes does not fit, only 1 to "
+                f"{MAX_UNIT_BYTES} do"
+            )
+        return cls((lengths - 1).astype("<u2").tobytes())
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
         """int64 [n, 2]: raw and stored lengths in bytes."""
-        return np.frombuffer(self._table, "<u2").reshape(-1, 2).astype(np.int64) + 1
+        return np.frombuffer(self.table, "<u2").reshape(-1, 2).astype(np.int64) + 1
 
     def __len__(self) -> int:
-        return len(self._table) // 4
+        return len(self.table) // 4
 
     @overload
     def __getitem__(self, index: int) -> Unit: ...
@@ -89,7 +101,7 @@ def unit_lengths(units: Sequence[Unit]) -> npt.NDArray[np.int64]:
 class EncodedSection:
     """What a coder made of one section: its unit table and its body."""
 
-    units: tuple[Unit, ...]
+    units: Sequence[Unit]
     body: bytes
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from kvtc_vllm.codec.artifact import KINDS, Kind
-from kvtc_vllm.codec.entropy import EncodedSection, Unit, aligned
+from kvtc_vllm.codec.entropy import EncodedSection, UnitList
+from kvtc_vllm.codec.entropy.base import UNIT_ALIGNMENT
 from kvtc_vllm.codec.kernels.chunks import Run, StoreChunk
 from kvtc_vllm.codec.kernels.matmul import product
 from kvtc_vllm.codec.kernels.plan_tables import PlanTables
@@ -136,13 +138,16 @@ def _cut(
     body: memoryview,
 ) -> dict[int, list[EncodedSection]]:
     """Divide units and body among the chunks' sections."""
+    units = np.array((lengths, stored), np.int64).T
+    padded = -(-units[:, 1] // UNIT_ALIGNMENT) * UNIT_ALIGNMENT
+    ends = np.concatenate((np.zeros(1, np.int64), padded.cumsum()))
     cut: dict[int, list[EncodedSection]] = {}
-    unit = place = 0
+    first = 0
     for _, run, group, kind, _ in layout:
         count = len(resident.tables(group, kind, ratio, run.tokens).unit_lengths)
         for index in run.members:
-            units = tuple(map(Unit, lengths[unit : unit + count], stored[unit : unit + count]))
-            end = place + sum(aligned(each.stored_length) for each in units)
-            cut.setdefault(index, []).append(EncodedSection(units, bytes(body[place:end])))
-            unit, place = unit + count, end
+            last = first + count
+            part = bytes(body[ends[first] : ends[last]])
+            cut.setdefault(index, []).append(EncodedSection(UnitList.of(units[first:last]), part))
+            first = last
     return cut

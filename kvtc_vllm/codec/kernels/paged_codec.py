@@ -28,6 +28,7 @@ from kvtc_vllm.codec.container import (
     SectionKind,
     build,
 )
+from kvtc_vllm.codec.entropy import unit_lengths
 from kvtc_vllm.codec.entropy.deflate_nvcomp import host_threads
 from kvtc_vllm.codec.errors import CodecError, ContainerError
 from kvtc_vllm.codec.kernels.chunks import (
@@ -281,7 +282,7 @@ class PagedKvtcCodec(KvtcCodec):
                 raise CodecError("a coefficient is outside the float16 range")
             keys = ((g, SectionKind(kind)) for g in self.resident.groups for kind in _CODED)
             for (group, kind), encoded in zip(keys, coded.sections, strict=True):
-                raw_length = sum(unit.raw_length for unit in encoded.units)
+                raw_length = int(unit_lengths(encoded.units)[:, 0].sum())
                 sections.append(NewSection(kind, self._coder.coder_id, group, raw_length, encoded))
         header = self._new_header(
             staged.tokens[index],
