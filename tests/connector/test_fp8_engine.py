@@ -56,37 +56,47 @@ def test_raw_reload_is_exact(reference_model: Path, prompts: list[list[int]]) ->
         assert values["kvtc_stored_raw_bytes"] == values["kvtc_stored_chunks"] * 128 * 2048
 
 
-@pytest.mark.parametrize(("cache_dtype", "scale"), [("fp8", 0.11), ("fp8_e5m2", 1.0)])
+@pytest.mark.parametrize(
+    ("cache_dtype", "scales"), [("fp8", (0.11, 0.05)), ("fp8_e5m2", (1.0, 1.0))]
+)
 def test_kvtc_reloads_what_the_engine_stored(
     reference_model: Path,
     prompts: list[list[int]],
     monkeypatch: pytest.MonkeyPatch,
     cache_dtype: str,
-    scale: float,
+    scales: tuple[float, float],
 ) -> None:
-    """A scale that only the engine knew of would make noise of every reloaded key and value."""
-    _scale_caches(monkeypatch, scale)
+    _scale_caches(monkeypatch, *scales)
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
     extra = {"codec": "kvtc", "ratio": 16, "memory_bytes": "64MiB"}
     with engine(reference_model, extra, kv_cache_dtype=cache_dtype) as llm:
         cold = greedy(llm, prompts, 24)
         assert llm.reset_prefix_cache()
         warm = greedy(llm, prompts, 24)
         values = metrics(llm)
+        known = get_kv_transfer_group()._worker.codec.artifact.scales
+    if scales == (1, 1):
+        assert known is None
+    else:
+        assert {kind: x.tolist() for kind, x in known.items()} == {
+            kind: pytest.approx([x] * 8) for kind, x in zip("kv", scales, strict=True)
+        }
     assert values["kvtc_hit_tokens"] == values["kvtc_loaded_tokens"] == COUNT * 544
     assert not failures(values)
     assert 6.5 < values["kvtc_stored_raw_bytes"] / values["kvtc_stored_bytes"] < 10
     assert agree(warm, cold) > 0.5
 
 
-def _scale_caches(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
+def _scale_caches(monkeypatch: pytest.MonkeyPatch, of_k: float, of_v: float) -> None:
     """What a checkpoint with `k_scale` and `v_scale` does to the layers, before their first use."""
     find = startup.find_scales
 
     def scaled(vllm_config: Any, geometry: Any) -> Any:
         for layer in vllm_config.compilation_config.static_forward_context.values():
-            layer._k_scale.fill_(scale)
-            layer._v_scale.fill_(scale / 2)
-            layer._k_scale_float, layer._v_scale_float = scale, scale / 2
+            layer._k_scale.fill_(of_k)
+            layer._v_scale.fill_(of_v)
+            layer._k_scale_float, layer._v_scale_float = of_k, of_v
         return find(vllm_config, geometry)
 
     monkeypatch.setattr(startup, "find_scales", scaled)
