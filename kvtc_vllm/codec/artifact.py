@@ -11,6 +11,7 @@ is p. K rows are pre-RoPE.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -116,7 +117,9 @@ class RankArtifact:
     `layer_rope[i]` is the index of layer i's into it, or None for a layer
     whose keys are not rotated. `fingerprint` is 16 bytes that change whenever
     any number that influences encoded bytes changes (but not with the RoPE
-    tables: those are part of the run-time identity).
+    tables and scales: those are part of the run-time identity). `scales` are
+    those of an fp8 cache, float32 [L] each: an element of the cache times its
+    layer's scale is the model's value. None: 1 for every layer.
     """
 
     geometry: Geometry
@@ -125,6 +128,7 @@ class RankArtifact:
     layer_rope: tuple[int | None, ...]
     fingerprint: bytes
     sink_tokens: int = 4
+    scales: Mapping[Kind, torch.Tensor] | None = None
 
     def ratios(self) -> tuple[float, ...]:
         """Target ratios for which every section has a plan, ascending."""

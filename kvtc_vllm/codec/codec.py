@@ -83,8 +83,8 @@ class Coder(Protocol):
 class ChunkCodec(ABC):
     """Encodes chunks of one model on one rank.
 
-    geometry: shape of the cache. dtype: cache dtype (bfloat16, float16 or
-    float32). identity: 16 bytes that name the model set-up, or zeros; a blob
+    geometry: shape of the cache. dtype: cache dtype, a key of
+    `DTYPE_CODES`. identity: 16 bytes that name the model set-up, or zeros; a blob
     written under another identity is refused. device: where decoded tensors
     live and where the arithmetic runs.
     """

@@ -38,8 +38,14 @@ UNIT_BYTES = 4
 HEADER_BYTES = _HEADER.size
 MIN_BLOB_BYTES = HEADER_BYTES + CHECKSUM_BYTES
 
-DTYPE_CODES: dict[torch.dtype, int] = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
-"""Cache dtypes. Codes 4 (float8_e4m3fn) and 5 (float8_e5m2) are reserved."""
+DTYPE_CODES: dict[torch.dtype, int] = {
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.float32: 3,
+    torch.float8_e4m3fn: 4,
+    torch.float8_e5m2: 5,
+}
+"""Cache dtypes."""
 
 
 class SectionKind(IntEnum):

@@ -225,6 +225,12 @@ def _check_artifact(artifact: RankArtifact) -> None:
         raise ArtifactError(f"layer_rope has {len(artifact.layer_rope)} entries")
     if any(i is not None and not 0 <= i < len(artifact.ropes) for i in artifact.layer_rope):
         raise ArtifactError(f"layer_rope {artifact.layer_rope} names a rope that is not there")
+    for kind, scales in (artifact.scales or {}).items():
+        good = scales.shape == (geometry.num_layers,) and scales.dtype == torch.float32
+        if not good or not bool((scales.isfinite() & (scales > 0)).all()):
+            raise ArtifactError(f"scales of {kind} must be a positive float32 for every layer")
+    if artifact.scales is not None and set(artifact.scales) != set(KINDS):
+        raise ArtifactError(f"scales are of {sorted(artifact.scales)}, not of k and v")
     wanted = {(g, kind) for g in range(len(geometry.layer_groups)) for kind in KINDS}
     if set(artifact.sections) != wanted:
         raise ArtifactError(f"sections {sorted(artifact.sections)} are not {sorted(wanted)}")

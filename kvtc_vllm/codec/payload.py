@@ -146,5 +146,8 @@ def magnitude(x: torch.Tensor) -> float:
     """Largest absolute value of x; NaN if there is one. Much faster than torch.isfinite."""
     if x.numel() == 0:
         return 0.0
+    if x.dtype.itemsize == 1:
+        # Without their sign, fp8 codes are in the order of their values, infinity and NaN last.
+        return float((x.view(torch.uint8) & 0x7F).amax().view(x.dtype))
     low, high = torch.aminmax(x)
     return float(torch.maximum(-low, high))

@@ -15,6 +15,9 @@ import torch
 from kvtc_vllm.codec.artifact import Kind, RankArtifact, SectionBasis
 from kvtc_vllm.codec.rope import Rope
 
+SATURATING = (torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
+"""Cache dtypes in which a finite float32 may be out of range."""
+
 
 def layer_ropes(artifact: RankArtifact, group: int) -> tuple[Rope | None, ...]:
     """Rotary embedding of each layer of a layer group, None where keys are not rotated."""
@@ -22,6 +25,15 @@ def layer_ropes(artifact: RankArtifact, group: int) -> tuple[Rope | None, ...]:
     return tuple(
         None if index is None else artifact.ropes[index] for index in artifact.layer_rope[first:end]
     )
+
+
+def layer_scales(
+    artifact: RankArtifact, kind: Kind, first: int, end: int, device: torch.device
+) -> torch.Tensor | None:
+    """Scales of layers first .. end - 1, float32 [l, 1, 1]; None where all are 1."""
+    if artifact.scales is None:
+        return None
+    return artifact.scales[kind][first:end, None, None].to(device)
 
 
 def _runs(ropes: Sequence[Rope | None]) -> Iterator[tuple[int, int, Rope | None]]:
@@ -73,13 +85,17 @@ def chunk_rows(
 ) -> torch.Tensor:
     """Rows of one section of a chunk: float32 [T, p].
 
-    k: [T, L, H, D] post-RoPE, v: [T, L, H, Dv], any float dtype, all layers.
-    positions: int64 [T], ascending.
+    k: [T, L, H, D] post-RoPE, v: [T, L, H, Dv], any float dtype, all layers,
+    as in the cache. positions: int64 [T], ascending.
     """
     first, end = artifact.geometry.layer_groups[group]
+    values = (k if kind == "k" else v)[:, first:end].float()
+    scales = layer_scales(artifact, kind, first, end, values.device)
+    if scales is not None:
+        values = values * scales
     if kind == "v":
-        return v[:, first:end].float().flatten(1)
-    return rows_from_keys(k[:, first:end], layer_ropes(artifact, group), positions)
+        return values.flatten(1)
+    return rows_from_keys(values, layer_ropes(artifact, group), positions)
 
 
 def rows_to_cache(
@@ -98,11 +114,21 @@ def rows_to_cache(
     else:
         ropes = layer_ropes(artifact, group)
         cache = keys_from_rows(rows, ropes, positions, geometry.num_kv_heads)
-    if dtype == torch.float16:
-        # Reconstruction error may push a value past the largest float16.
-        limit = torch.finfo(torch.float16).max
-        cache = cache.clamp(-limit, limit)
-    return cache.to(dtype)
+    return to_cache(cache, layer_scales(artifact, kind, first, end, cache.device), dtype)
+
+
+def to_cache(values: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """The model's values float32 [T, l, H, D] as the cache holds them, to nearest even.
+
+    scales: of `layer_scales`.
+    """
+    if scales is not None:
+        values = values / scales
+    if dtype in SATURATING:
+        # Reconstruction error may push a value past the largest finite one.
+        limit = torch.finfo(dtype).max
+        values = values.clamp(-limit, limit)
+    return values.to(dtype)
 
 
 def to_coefficients(rows: torch.Tensor, section: SectionBasis, rank: int) -> torch.Tensor:

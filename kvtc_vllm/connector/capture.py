@@ -28,7 +28,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from kvtc_vllm.calibration.spool import DTYPES, SpoolHeader, SpoolWriter
 from kvtc_vllm.connector.blocks import BlockTables
-from kvtc_vllm.connector.compat import check_version, vllm_version
+from kvtc_vllm.connector.cache_dtype import is_fp8
+from kvtc_vllm.connector.compat import UnsupportedError, check_version, vllm_version
 from kvtc_vllm.connector.geometry import CacheGeometry, read_geometry
 from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.connector.rotary import find_ropes
@@ -67,6 +68,11 @@ class KVTCCaptureConnector(KVConnectorBase_V1, SupportsHMA):
         self._sinks = int(extra.get("sink_tokens", 4))
         self._layers_per_group: int | None = extra.get("layers_per_group")
         self._geometry = read_geometry(vllm_config, kv_cache_config)
+        if is_fp8(self._geometry.dtype):
+            raise UnsupportedError(
+                "calibrating on an fp8 KV cache is refused, because its rounding would be fitted "
+                "too; use kv_cache_dtype auto: the artifact serves fp8 caches as well"
+            )
         self._tables = BlockTables()
         self._requests: dict[str, Any] = {}
 

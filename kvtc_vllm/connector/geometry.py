@@ -8,10 +8,9 @@ from typing import Any
 import torch
 
 from kvtc_vllm.config import ConfigError, KVTCConfig
+from kvtc_vllm.connector.cache_dtype import cache_dtype
 from kvtc_vllm.connector.compat import UnsupportedError
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 SINK_TOKENS = 4
 """Most sink tokens that any artifact protects; used for the size bound only."""
 CONTAINER_ALLOWANCE = 4096
@@ -23,7 +22,8 @@ class CacheGeometry:
     """KV cache of one rank, as both sides of the connector see it.
 
     layer_names: attention layers in model order. block_size: tokens a block.
-    dtype: element type of the paged cache.
+    dtype: element type of the paged cache. model_dtype: of the keys and values
+    that the engine writes into it, the same unless told.
     """
 
     layer_names: tuple[str, ...]
@@ -33,6 +33,7 @@ class CacheGeometry:
     head_size_v: int
     dtype: torch.dtype
     tp_size: int
+    model_dtype: torch.dtype | None = None
 
     @property
     def token_bytes(self) -> int:
@@ -74,20 +75,15 @@ def read_geometry(vllm_config: Any, kv_cache_config: Any) -> CacheGeometry:
         size = getattr(parallel, name, 1)
         if size != 1:
             raise UnsupportedError(f"{name}={size} is not supported; use 1")
-    cache_dtype = vllm_config.cache_config.cache_dtype
-    if str(cache_dtype) not in CACHE_DTYPES or spec.dtype not in DTYPES:
-        raise UnsupportedError(
-            f"kv_cache_dtype={cache_dtype!r} is refused; KVTC reads 16- and 32-bit caches: "
-            "use auto, bfloat16 or float16"
-        )
     return CacheGeometry(
         layer_names=tuple(sorted(groups[0].layer_names, key=layer_number)),
         block_size=spec.block_size,
         num_kv_heads=spec.num_kv_heads,
         head_size=spec.head_size,
         head_size_v=spec.head_size_v,
-        dtype=spec.dtype,
+        dtype=cache_dtype(vllm_config, spec),
         tp_size=parallel.tensor_parallel_size,
+        model_dtype=vllm_config.model_config.dtype,
     )
 
 

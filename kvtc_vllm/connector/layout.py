@@ -5,6 +5,9 @@ Since 0.26 vLLM registers one tensor a layer with the logical shape
 holds K then V. The CPU backend keeps the shape but orders each head's page by
 its own kernels' needs (K transposed, say), so that order is learnt at start-up
 by writing an index pattern through vLLM's own operator and reading it back.
+
+An fp8 cache is registered as uint8. Its elements are moved as bytes, which
+every tensor operation can do on every device, and are fp8 outside.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import Protocol
 import torch
 
 from kvtc_vllm.codec.kernels.paged import PagedCache, PagedSide
+from kvtc_vllm.connector.cache_dtype import is_fp8
 from kvtc_vllm.connector.compat import UnsupportedError
 from kvtc_vllm.connector.geometry import CacheGeometry
 
@@ -110,11 +114,13 @@ class PagedLayout:
                 f"registered KV caches do not match the cache group: missing {missing[:3]}, "
                 f"unexpected {extra[:3]}"
             )
-        self._tensors = [caches[name] for name in geometry.layer_names]
         self._geometry = geometry
-        first = self._tensors[0]
+        self.tensors = tuple(
+            _elements(caches[name], geometry.dtype) for name in geometry.layer_names
+        )
+        """Registered tensors in model order, of the cache dtype."""
         width = geometry.head_size + geometry.head_size_v
-        for name, tensor in zip(geometry.layer_names, self._tensors, strict=True):
+        for name, tensor in zip(geometry.layer_names, self.tensors, strict=True):
             if (
                 tensor.dim() != 4
                 or tensor.shape[1] != geometry.num_kv_heads
@@ -126,6 +132,8 @@ class PagedLayout:
                     f"layer {name}: KV cache {tuple(tensor.shape)} {tensor.dtype} is not "
                     f"[blocks, {geometry.num_kv_heads}, tokens, {width}] {geometry.dtype}"
                 )
+        self._tensors = [_movable(tensor) for tensor in self.tensors]
+        first = self._tensors[0]
         # A backend may split one scheduler block into several kernel blocks.
         self._kernel_tokens = int(first.shape[2])
         self._split = geometry.block_size // self._kernel_tokens
@@ -157,14 +165,17 @@ class PagedLayout:
 
     def sides(self) -> PagedCache:
         """The cache as kernels address it. Raises UnsupportedError if they can't."""
-        return self._order.sides(self._tensors)
+        return self._order.sides(self.tensors)
 
     def gather(self, block_ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Copy blocks out: K [T, L, H, D] and V [T, L, H, Dv], T = blocks * block_size."""
         return self.unpack(self.copy(block_ids))
 
     def copy(self, block_ids: Sequence[int]) -> torch.Tensor:
-        """Blocks as they are: [L, pages, H, tokens, D + Dv]. Far cheaper than `unpack`."""
+        """Blocks as they are: [L, pages, H, tokens, D + Dv]. Far cheaper than `unpack`.
+
+        Only `unpack` knows the element type.
+        """
         pages = self._pages(block_ids)
         first = self._tensors[0]
         copied = first.new_empty((len(self._tensors), len(pages), *first.shape[1:]))
@@ -179,14 +190,15 @@ class PagedLayout:
             k, v = self._order.split(pages)
             keys.append(k.transpose(1, 2).flatten(0, 1))
             values.append(v.transpose(1, 2).flatten(0, 1))
-        return torch.stack(keys, dim=1), torch.stack(values, dim=1)
+        dtype = self._geometry.dtype
+        return torch.stack(keys, dim=1).view(dtype), torch.stack(values, dim=1).view(dtype)
 
     def scatter(
         self, block_ids: Sequence[int], k: torch.Tensor, v: torch.Tensor, first_layer: int = 0
     ) -> None:
         """Write K [T, l, H, D] and V [T, l, H, Dv] of layers first_layer.. into blocks."""
         pages = self._pages(block_ids)
-        k, v = k.to(self.device), v.to(self.device)
+        k, v = _movable(k.to(self.device)), _movable(v.to(self.device))
         for i in range(k.shape[1]):
             self._tensors[first_layer + i][pages] = self._order.join(
                 self._paged(k[:, i]), self._paged(v[:, i])
@@ -213,42 +225,77 @@ class PagedLayout:
         return (ids[:, None] * self._split + offsets).flatten()
 
 
+def _elements(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A registered tensor as the elements that it holds."""
+    return tensor.view(dtype) if tensor.dtype == torch.uint8 and is_fp8(dtype) else tensor
+
+
+def _movable(x: torch.Tensor) -> torch.Tensor:
+    """fp8 as bytes: few operations take it on every device."""
+    return x.view(torch.uint8) if is_fp8(x.dtype) else x
+
+
 def _cpu_page_order(tokens: int, geometry: CacheGeometry) -> _PermutedOrder:
     """Learn the CPU backend's order of one head's page.
 
-    Element (token, dim) carries the bits of the integer token * head_size + dim;
-    the operator only copies them, so reading integers back gives the order.
+    Element (token, dim) carries the integer token * head_size + dim, so reading
+    integers back gives the order. Where the operator only copies elements, they
+    carry its bits. Into an fp8 cache it converts them, and they carry one octal
+    digit after the other: both fp8 types hold 0 to 7 exactly.
     """
-    from vllm import _custom_ops as ops
-    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
-
     size, dtype = geometry.head_size, geometry.dtype
     if geometry.head_size_v != size:
         raise UnsupportedError(
             f"head_size_v={geometry.head_size_v} differs from head_size={size} on the CPU backend"
         )
-    if dtype.itemsize == 2 and tokens * size > 1 << 15:
-        raise UnsupportedError(
-            f"a page of {tokens} tokens x {size} is too large to probe; use a smaller block size"
-        )
-    as_int = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
-    pattern = torch.arange(tokens * size, dtype=as_int).view(tokens, 1, size)
-    page = torch.zeros(2, 1, tokens, 2 * size, dtype=dtype)
-    k_half, v_half = page.view(2, 1, 2 * tokens, size).chunk(2, dim=2)
-    ops.cpu_attn_reshape_and_cache(
-        pattern.view(dtype),
-        pattern.view(dtype),
-        k_half,
-        v_half,
-        torch.arange(tokens) + tokens,
-        _get_attn_isa(dtype, tokens, size),
-        k_scale=1.0,
-        v_scale=1.0,
-        kv_cache_dtype="auto",
-    )
-    halves = page[1, 0].reshape(2, tokens * size).view(as_int).long()
     everything = torch.arange(tokens * size)
+    if is_fp8(dtype):
+        halves = torch.zeros(2, tokens * size, dtype=torch.long)
+        for shift in range(0, len(everything).bit_length(), 3):
+            digits = (everything >> shift & 7).to(geometry.model_dtype or torch.float32)
+            halves += _written_by_cpu(digits, tokens, geometry).float().long() << shift
+    else:
+        if dtype.itemsize == 2 and tokens * size > 1 << 15:
+            raise UnsupportedError(
+                f"a page of {tokens} tokens x {size} is too large to probe; use a smaller block "
+                "size"
+            )
+        as_int = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+        pattern = everything.to(as_int).view(dtype)
+        halves = _written_by_cpu(pattern, tokens, geometry).view(as_int).long()
     for half in halves:
         if not torch.equal(half.sort().values, everything):
             raise UnsupportedError("the CPU backend's page order is not a permutation")
     return _PermutedOrder(tokens, size, halves[0], halves[1])
+
+
+def _written_by_cpu(values: torch.Tensor, tokens: int, geometry: CacheGeometry) -> torch.Tensor:
+    """One head's page after vLLM's operator wrote `values` [tokens * D] as K and as V.
+
+    Returns [2, tokens * D] of the cache dtype, in the order of memory.
+    """
+    from vllm import _custom_ops as ops
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    size, dtype = geometry.head_size, geometry.dtype
+    page = _movable(torch.zeros(2, 1, tokens, 2 * size, dtype=dtype))
+    # As `CPUAttentionBackendImpl.do_kv_cache_update` divides the registered tensor.
+    k_half, v_half = page.view(2, 1, 2 * tokens, size).chunk(2, dim=2)
+    pattern = values.view(tokens, 1, size)
+    name: str = "auto"
+    isa_options: tuple[str, ...] = ()
+    if is_fp8(dtype):
+        name = "fp8_e5m2" if dtype == torch.float8_e5m2 else "fp8_e4m3"
+        isa_options = (name,)
+    ops.cpu_attn_reshape_and_cache(
+        pattern,
+        pattern,
+        k_half,
+        v_half,
+        torch.arange(tokens) + tokens,
+        _get_attn_isa(values.dtype, tokens, size, *isa_options),
+        k_scale=1.0,
+        v_scale=1.0,
+        kv_cache_dtype=name,
+    )
+    return page[1, 0].reshape(2, tokens * size).view(dtype)

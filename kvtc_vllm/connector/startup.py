@@ -31,6 +31,7 @@ from kvtc_vllm.connector.geometry import CacheGeometry
 from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.connector.opening import FoundArtifact, open_transfer
 from kvtc_vllm.connector.rotary import find_ropes
+from kvtc_vllm.connector.scales import find_scales
 from kvtc_vllm.connector.sizing import log_plan, plan_memory
 from kvtc_vllm.connector.transfer import TorchTransfer, Transfer
 from kvtc_vllm.connector.worker import KVTCWorker
@@ -167,7 +168,8 @@ def _load_artifact(
     ropes, layer_rope = find_ropes(vllm_config, geometry.layer_names)
     check_ropes(artifact, ropes, layer_rope, directory)
     # The live tables may be longer or of another dtype; they are what the cache was made with.
-    artifact = replace(artifact, ropes=ropes, layer_rope=layer_rope)
+    scales = find_scales(vllm_config, geometry)
+    artifact = replace(artifact, ropes=ropes, layer_rope=layer_rope, scales=scales)
     full = _identity(
         vllm_config, config, geometry, rank, identity.identity, artifact.fingerprint, ropes
     )
@@ -239,6 +241,8 @@ def _identity(
     digest.update(artifact)
     for rope in ropes:
         digest.update(rope.fingerprint())
+    for kind, scales in (find_scales(vllm_config, geometry) or {}).items():
+        digest.update(f"{kind} {scales.tolist()}".encode())
     return digest.digest()
 
 
@@ -267,11 +271,14 @@ def _raw_model_fingerprint(model: Any, config: KVTCConfig) -> str:
 
 def _log_start(codec: KvtcCodec, config: KVTCConfig, rank: int, tp_size: int, source: Path) -> None:
     logger.info(
-        "kvtc: rank %d/%d codec kvtc %gx, artifact %s, %d layer group(s), bases %.1f MiB on %s, "
-        "%d tokens a chunk, memory tier %.1f MiB",
+        "kvtc: rank %d/%d codec kvtc %gx (%gx of %s), artifact %s, %d layer group(s), "
+        "bases %.1f MiB on %s, %d tokens a chunk, memory tier %.1f MiB",
         rank,
         tp_size,
         codec.ratio,
+        # Plans count 16-bit elements.
+        codec.ratio * codec.dtype.itemsize / 2,
+        str(codec.dtype).removeprefix("torch."),
         source.name,
         len(codec.artifact.geometry.layer_groups),
         codec.resident_bytes / 2**20,

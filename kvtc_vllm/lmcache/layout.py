@@ -48,7 +48,8 @@ def check_chunk(shapes: Sequence[torch.Size], dtypes: Sequence[torch.dtype]) -> 
             f"the chunk has {len(shapes)} tensors {[tuple(s) for s in shapes]}; KVTC codes models "
             "whose layers all use full attention in one group"
         )
-    if dtypes[0] not in DTYPE_CODES:
+    # Of an fp8 chunk LMCache tells neither the kind of fp8 nor its scales.
+    if dtypes[0] not in DTYPE_CODES or dtypes[0].itemsize == 1:
         raise LayoutRefused(
             f"the chunk is {str(dtypes[0]).removeprefix('torch.')}; KVTC reads 16- and 32-bit "
             "caches: use kv_cache_dtype auto, bfloat16 or float16"

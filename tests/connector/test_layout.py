@@ -94,6 +94,69 @@ def test_cpu_order_is_what_the_operator_writes() -> None:
     assert torch.equal(ours_v[:, 1], v)
 
 
+FP8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+with_fp8 = pytest.mark.skipif(
+    not torch.cpu._is_avx512_supported(), reason="vLLM's CPU build has fp8 caches with AVX-512"
+)
+
+
+@with_fp8
+@pytest.mark.parametrize("model_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FP8)
+def test_cpu_order_of_fp8_is_what_the_operator_writes(name: str, model_dtype: torch.dtype) -> None:
+    """Every finite code, times a scale, through vLLM's operator: we read the codes."""
+    from vllm import _custom_ops as ops
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    dtype = FP8[name]
+    geometry = dataclasses.replace(GEOMETRY, dtype=dtype, model_dtype=model_dtype)
+    caches = {n: torch.zeros(4, 2, 32, 128, dtype=torch.uint8) for n in GEOMETRY.layer_names}
+    codes = torch.arange(256, dtype=torch.uint8).view(dtype)
+    # The operator writes subnormals and -0 as 0.
+    codes = codes[codes.float().isfinite() & (codes.float().abs() >= 2**-6)]
+    picked = torch.randperm(2 * 32 * 2 * 64, generator=torch.Generator().manual_seed(1))
+    k, v = codes[picked % len(codes)].view(2, 32, 2, 64)
+    halves = caches["layers.1"].view(4, 2, 64, 64).chunk(2, dim=2)
+    ops.cpu_attn_reshape_and_cache(
+        (k.float() * 2).to(model_dtype),
+        (v.float() / 4).to(model_dtype),
+        *halves,
+        torch.arange(32) + 2 * 32,
+        _get_attn_isa(model_dtype, 32, 64, name),
+        k_scale=2.0,
+        v_scale=0.25,
+        kv_cache_dtype=name,
+    )
+    ours_k, ours_v = PagedLayout(caches, geometry).gather([2])
+    for ours, theirs in ((ours_k, k), (ours_v, v)):
+        assert ours.dtype == dtype
+        assert torch.equal(ours[:, 1].float(), theirs.float())
+
+
+@with_fp8
+@pytest.mark.parametrize("registered", [torch.uint8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("order", ["cpu", "gpu"])
+def test_fp8_pages_move_as_bytes(registered: torch.dtype, order: str) -> None:
+    """All 256 codes, NaN included, out and back in; vLLM registers uint8."""
+    geometry = dataclasses.replace(GEOMETRY, dtype=torch.float8_e4m3fn)
+    caches = {
+        n: torch.randint(0, 256, (6, 2, 32, 128), dtype=torch.uint8).view(registered)
+        for n in GEOMETRY.layer_names
+    }
+    before = {n: t.view(torch.uint8).clone() for n, t in caches.items()}
+    layout = PagedLayout(caches, geometry) if order == "cpu" else packed(caches, geometry)
+    assert {t.dtype for t in layout.tensors} == {torch.float8_e4m3fn}
+    assert [t.data_ptr() for t in layout.tensors] == [t.data_ptr() for t in caches.values()]
+    k, v = layout.unpack(layout.copy([3, 5]))
+    assert (k.dtype, v.dtype, k.shape) == (torch.float8_e4m3fn, torch.float8_e4m3fn, (64, 3, 2, 64))
+    layout.zero([3, 5])
+    assert all(not t[[3, 5]].view(torch.uint8).any() for t in caches.values())
+    layout.scatter([3, 5], k, v)
+    assert all(torch.equal(caches[n].view(torch.uint8), before[n]) for n in caches)
+    with pytest.raises(UnsupportedError, match="uint8"):
+        PagedLayout({n: t.view(torch.uint8) for n, t in caches.items()}, GEOMETRY)
+
+
 def test_unexpected_caches_are_refused_by_name() -> None:
     caches = random_caches()
     with pytest.raises(UnsupportedError, match="missing"):

@@ -51,11 +51,11 @@ def test_quantised_cache(reference_model: Path) -> None:
         reference_model,
         UnsupportedError,
         {"preset": "kvtc-16x"},
-        kv_cache_dtype="fp8",
+        kv_cache_dtype="int8_per_token_head",
         dtype="bfloat16",
     )
-    assert "kv_cache_dtype='fp8' is refused" in message
-    assert "auto" in message
+    assert "kv_cache_dtype='int8_per_token_head' is refused" in message
+    assert "fp8_e4m3" in message
 
 
 def test_no_artifact_for_this_model(

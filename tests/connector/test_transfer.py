@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ pytestmark = [
 ]
 
 SHAPE = geometry(head_size=32)
+FP8 = torch.float8_e4m3fn
 MODEL = SyntheticModel(
     num_layers=2, num_kv_heads=2, head_size=32, head_size_v=32, layer_groups=((0, 1), (1, 2))
 )
@@ -59,15 +61,13 @@ def artifact() -> Any:
 class Pages:
     """A paged cache with three chunks of the synthetic model in it."""
 
-    def __init__(self, artifact: Any) -> None:
-        caches = {
-            name: torch.zeros(32, 2, BLOCK, 64, dtype=torch.bfloat16) for name in SHAPE.layer_names
-        }
+    def __init__(self, artifact: Any, dtype: torch.dtype = torch.bfloat16) -> None:
+        caches = {name: torch.zeros(32, 2, BLOCK, 64, dtype=dtype) for name in SHAPE.layer_names}
         self.caches = caches
-        self.layout = PagedLayout(caches, SHAPE)
+        self.layout = PagedLayout(caches, replace(SHAPE, dtype=dtype))
         for number, item in enumerate(ITEMS):
-            self.layout.scatter(item.block_ids, *MODEL.chunk(CHUNK, item.start, number))
-        codec = KvtcCodec(artifact, 8.0, torch.bfloat16)
+            self.layout.scatter(item.block_ids, *MODEL.chunk(CHUNK, item.start, number, dtype))
+        codec = KvtcCodec(artifact, 8.0, dtype)
         paged = PagedKvtcCodec(artifact, 8.0, self.layout.sides(), BLOCK)
         self.ways: dict[str, Transfer] = {
             "torch": TorchTransfer(self.layout, codec, CHUNK),
@@ -109,6 +109,19 @@ def test_each_way_reads_what_the_other_wrote(pages: Pages, writer: str, reader: 
     blobs = pages.ways[writer].encode(pages.ways[writer].stage(ITEMS))
     assert all(isinstance(blob, bytes) for blob in blobs), blobs
     assert pages.error() == 1
+    assert pages.ways[reader].load(list(zip(LOADS, blobs, strict=True))) == [None] * 3
+    assert pages.error() < PROMISED
+
+
+@pytest.mark.skipif(
+    not torch.cpu._is_avx512_supported(), reason="vLLM's CPU build has fp8 caches with AVX-512"
+)
+@pytest.mark.parametrize(("writer", "reader"), [("torch", "kernels"), ("kernels", "torch")])
+def test_each_way_reads_what_the_other_wrote_of_an_fp8_cache(
+    artifact: Any, writer: str, reader: str
+) -> None:
+    pages = Pages(artifact, FP8)
+    blobs = pages.ways[writer].encode(pages.ways[writer].stage(ITEMS))
     assert pages.ways[reader].load(list(zip(LOADS, blobs, strict=True))) == [None] * 3
     assert pages.error() < PROMISED
 

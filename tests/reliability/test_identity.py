@@ -41,6 +41,13 @@ def rope(base: float) -> Rope:
     return Rope(torch.cat((angles.cos(), angles.sin()), 1), True)
 
 
+def fp8_scales(engine: Engine, of_k: float, of_v: float) -> None:
+    """An fp8 cache with these scales in every layer."""
+    engine.geometry = replace(GEOMETRY, dtype=torch.float8_e4m3fn)
+    layer = SimpleNamespace(_k_scale=torch.tensor(of_k), _v_scale=torch.tensor(of_v))
+    engine.layers = dict.fromkeys(GEOMETRY.layer_names, layer)
+
+
 class Engine:
     """All that enters an identity, as an engine that starts would have it."""
 
@@ -59,6 +66,7 @@ class Engine:
         self.geometry = GEOMETRY
         self.artifact, self.ropes = b"artifact", (rope(1e4),)
         self.format = FORMAT_VERSION
+        self.layers: dict[str, Any] = {}
 
     def identity(self, monkeypatch: pytest.MonkeyPatch) -> bytes:
         self.directory.mkdir(exist_ok=True)
@@ -72,6 +80,7 @@ class Engine:
             cache_config=self.cache,
             load_config=self.load,
             parallel_config=SimpleNamespace(tensor_parallel_size=self.tp_size),
+            compilation_config=SimpleNamespace(static_forward_context=self.layers),
         )
         return startup._identity(
             configuration,
@@ -92,6 +101,8 @@ CHANGES: dict[str, Callable[[Engine], Any]] = {
     "dummy weights": lambda e: setattr(e.load, "load_format", "dummy"),
     "dtype": lambda e: setattr(e.model, "dtype", torch.float16),
     "cache dtype": lambda e: setattr(e.cache, "cache_dtype", "fp8"),
+    "fp8 scales": lambda e: fp8_scales(e, 0.5, 1.0),
+    "other fp8 scales": lambda e: fp8_scales(e, 1.0, 0.5),
     "quantization": lambda e: setattr(e.model, "quantization", "awq"),
     "block size": lambda e: setattr(e.cache, "block_size", 64),
     "chunk size": lambda e: e.extra.update(chunk_tokens=256),

@@ -1,4 +1,4 @@
-"""Paged cache -> rows: read slots of any strides, undo RoPE, subtract the mean."""
+"""Paged cache -> rows: read slots of any strides, scale, undo RoPE, subtract the mean."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def gather_rows(
     slots, positions: int64 [R] on the cache's device. rotations: cover the layers; for V one
     without a rope. mean: float32 [L * H * D] or None. out: float32 or float16 [R, L * H * D],
     row r being the pre-RoPE row of slot r minus the mean. In float32 it equals
-    `transform.rows_from_keys` - mean bit for bit; float16 may overflow to infinity.
+    `transform.chunk_rows` - mean bit for bit; float16 may overflow to infinity.
     """
     if len(slots) == 0:
         return
@@ -44,6 +44,7 @@ def gather_rows(
             out if mean is None else mean[columns],
             out[:, columns],
             out.stride(0),
+            side.pointers if side.scales is None else side.scales[run.first :],
             side.page_tokens,
             TYPE=storage_type(side.dtype),
             HEADS=side.num_heads,
@@ -51,6 +52,7 @@ def gather_rows(
             HALF=run.half,
             NEOX=run.rope is None or run.rope.neox,
             HAS_MEAN=mean is not None,
+            HAS_SCALE=side.scales is not None,
             HEAD_TILE=triton.next_power_of_2(side.num_heads),
             PAIR_TILE=triton.next_power_of_2(max(run.half, 1)),
             REST_TILE=triton.next_power_of_2(max(side.head_size - 2 * run.half, 1)),
@@ -71,6 +73,7 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
     mean,
     rows,
     row_stride,
+    scales,
     page_tokens,
     TYPE: tl.constexpr,
     HEADS: tl.constexpr,
@@ -78,6 +81,7 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
     HALF: tl.constexpr,
     NEOX: tl.constexpr,
     HAS_MEAN: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HEAD_TILE: tl.constexpr,
     PAIR_TILE: tl.constexpr,
     REST_TILE: tl.constexpr,
@@ -100,6 +104,9 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
         second = first + (HALF if NEOX else 1)
         y1 = widen(tl.load(source + first * dim_stride, mask=inside, other=0))
         y2 = widen(tl.load(source + second * dim_stride, mask=inside, other=0))
+        if HAS_SCALE:
+            y1 *= tl.load(scales + layer)
+            y2 *= tl.load(scales + layer)
         angle = cos_sin + tl.load(positions + row) * (2 * HALF) + pair
         cos = widen(tl.load(angle, mask=pair < HALF, other=0))
         sin = widen(tl.load(angle + HALF, mask=pair < HALF, other=0))
@@ -115,6 +122,8 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
         rest = 2 * HALF + tl.arange(0, REST_TILE)[None, :]
         inside = (head < HEADS) & (rest < HEAD_SIZE)
         x = widen(tl.load(source + rest * dim_stride, mask=inside, other=0))
+        if HAS_SCALE:
+            x *= tl.load(scales + layer)
         if HAS_MEAN:
             x -= tl.load(mean + column + rest, mask=inside, other=0.0)
         tl.store(target + column + rest, x.to(rows.dtype.element_ty), mask=inside)

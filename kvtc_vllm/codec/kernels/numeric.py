@@ -18,8 +18,14 @@ def storage(x: torch.Tensor) -> torch.Tensor:
 
 
 def storage_type(dtype: torch.dtype) -> tl.dtype:
-    """Element type behind the pointers of a cache with this dtype."""
-    types = {torch.bfloat16: tl.int16, torch.float16: tl.float16, torch.float32: tl.float32}
+    """Element type behind the pointers of a cache with this dtype; no two dtypes share one."""
+    types = {
+        torch.bfloat16: tl.int16,
+        torch.float16: tl.float16,
+        torch.float32: tl.float32,
+        torch.float8_e4m3fn: tl.uint8,
+        torch.float8_e5m2: tl.int8,
+    }
     if dtype not in types:
         raise ValueError(f"no kernel for caches of {dtype}, only {list(types)}")
     return types[dtype]
@@ -27,9 +33,14 @@ def storage_type(dtype: torch.dtype) -> tl.dtype:
 
 @jit()
 def widen(stored):  # type: ignore[no-untyped-def]
-    """Elements as loaded through `storage` -> float32, exactly."""
+    """Elements as loaded through `storage` or `storage_type` -> float32, exactly."""
     if stored.dtype == tl.int16:
         x = (stored.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    elif stored.dtype == tl.uint8:
+        x = e4m3_decode(stored.to(tl.int32))
+    elif stored.dtype == tl.int8:
+        # E5M2 is the upper byte of a float16.
+        x = (stored.to(tl.int16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
     else:
         x = stored.to(tl.float32)
     return x
@@ -43,16 +54,27 @@ def saturate_fp16(x):  # type: ignore[no-untyped-def]
 
 @jit()
 def narrow(x, stored_type: tl.constexpr):  # type: ignore[no-untyped-def]
-    """float32 -> storage of a cache, to nearest even; float16 saturates."""
+    """float32 -> storage of a cache, to nearest even; float16 and float8 saturate."""
     if stored_type == tl.int16:
         bits = x.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         stored = tl.where(x == x, rounded, 0x7FC0).to(tl.int16)
     elif stored_type == tl.float16:
         stored = saturate_fp16(x)
+    elif stored_type == tl.uint8:
+        stored = with_sign(e4m3_encode(tl.minimum(tl.abs(x), 448.0)), x).to(tl.uint8)
+    elif stored_type == tl.int8:
+        stored = with_sign(e5m2_encode(tl.minimum(tl.abs(x), 57344.0)), x).to(tl.int8)
     else:
         stored = x
     return stored
+
+
+@jit()
+def with_sign(code, x):  # type: ignore[no-untyped-def]
+    """Code of the magnitude of x -> code of x, int32; of NaN the NaN of either float8 format."""
+    sign = (x.to(tl.int32, bitcast=True) >> 24) & 128
+    return sign | tl.where(x == x, code, 0x7F)
 
 
 @jit()
@@ -72,6 +94,16 @@ def e4m3_encode(y):  # type: ignore[no-untyped-def]
     # One unit in the last place of 2^14 is 2^-9, the step of E4M3's subnormals.
     subnormal = (magnitude + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
     return tl.where(y < 0, 128, 0) | tl.where(magnitude < 0.015625, subnormal, normal)
+
+
+@jit()
+def e5m2_encode(magnitude):  # type: ignore[no-untyped-def]
+    """float32 in [0, 57344] -> code of float8_e5m2, int32, to nearest even."""
+    bits = magnitude.to(tl.int32, bitcast=True)
+    normal = ((bits + 0xFFFFF + ((bits >> 21) & 1)) >> 21) - (112 << 2)
+    # One unit in the last place of 2^7 is 2^-16, the step of E5M2's subnormals.
+    subnormal = (magnitude + 128.0).to(tl.int32, bitcast=True) - 0x43000000
+    return tl.where(magnitude < 0.00006103515625, subnormal, normal)
 
 
 @jit()

@@ -6,10 +6,12 @@ layout, and a scheduler block that a backend splits into several pages has conse
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
+
+from kvtc_vllm.codec.artifact import Kind
 
 
 @dataclass(frozen=True)
@@ -17,11 +19,13 @@ class PagedSide:
     """K or V of all layers.
 
     views: one tensor a layer [pages, H, page_tokens, D], same shape, strides and dtype, any
-    strides. pointers: int64 [L] on the cache's device, the address of each view.
+    strides. pointers: int64 [L] on the cache's device, the address of each view. scales: float32
+    [L] there: an element times its layer's scale is the model's value; None: elements are values.
     """
 
     views: tuple[torch.Tensor, ...]
     pointers: torch.Tensor
+    scales: torch.Tensor | None = None
 
     @classmethod
     def of(cls, views: Sequence[torch.Tensor]) -> PagedSide:
@@ -42,6 +46,10 @@ class PagedSide:
                 )
         pointers = torch.tensor([view.data_ptr() for view in views], dtype=torch.int64)
         return cls(tuple(views), pointers.to(first.device))
+
+    def scaled(self, scales: torch.Tensor | None) -> PagedSide:
+        """The same memory, read and written as the model's values."""
+        return replace(self, scales=None if scales is None else scales.to(self.device))
 
     @property
     def device(self) -> torch.device:
@@ -93,6 +101,12 @@ class PagedCache:
             PagedSide.of([tensor[..., :head_size] for tensor in tensors]),
             PagedSide.of([tensor[..., head_size:] for tensor in tensors]),
         )
+
+    def scaled(self, scales: Mapping[Kind, torch.Tensor] | None) -> PagedCache:
+        """The same memory with `RankArtifact.scales`."""
+        if scales is None:
+            return self
+        return PagedCache(self.k.scaled(scales["k"]), self.v.scaled(scales["v"]))
 
 
 def block_slots(block_ids: Sequence[int], block_size: int) -> torch.Tensor:

@@ -62,7 +62,8 @@ _CODED: dict[int, Kind] = {SectionKind.CODED_K: "k", SectionKind.CODED_V: "v"}
 class PagedKvtcCodec(KvtcCodec):
     """`KvtcCodec` that also works on batches, straight from and to one paged cache.
 
-    cache: of the artifact's geometry. block_size: tokens of a scheduler block. precision: of the
+    cache: of the artifact's geometry, fp8 elements viewed as such, without scales: those are the
+    artifact's (`self.cache` has them). block_size: tokens of a scheduler block. precision: of the
     operands of matrix products. workspace_bytes: device memory that one step of encoding or
     decoding may take beside the resident artifact and the staged rows; batches are cut to fit.
     """
@@ -91,7 +92,8 @@ class PagedKvtcCodec(KvtcCodec):
         )
         if found != wanted:
             raise ValueError(f"the cache is {found} (layers, heads, sizes), the artifact {wanted}")
-        self.cache = cache
+        self.cache = cache.scaled(artifact.scales)
+        self._exact = cache
         self.block_size = block_size
         self.workspace_bytes = workspace_bytes
         self.resident = ResidentArtifact(artifact, self._sections, self.device)
@@ -243,12 +245,12 @@ class PagedKvtcCodec(KvtcCodec):
         return rows
 
     def _gather_exact(self, slots: torch.Tensor) -> dict[Kind, torch.Tensor]:
-        """Cache rows as they are, float32."""
+        """Cache rows as they are, without scales, float32."""
         slots = upload(slots, self.device)
         rows: dict[Kind, torch.Tensor] = {}
         for kind, mean in self.resident.means.items():
             rows[kind] = mean.new_empty((len(slots), len(mean)))
-            side = self.cache.k if kind == "k" else self.cache.v
+            side = self._exact.k if kind == "k" else self._exact.v
             gather_rows(side, slots, slots, self._unrotated, None, rows[kind])
         return rows
 
@@ -256,7 +258,7 @@ class PagedKvtcCodec(KvtcCodec):
         payload = read_section(info.sections[0], blob)
         slots = upload(slots, self.device)
         sinks = self._decode_sinks(payload, info.header.sinks)
-        for side, exact in zip((self.cache.k, self.cache.v), sinks, strict=True):
+        for side, exact in zip((self._exact.k, self._exact.v), sinks, strict=True):
             scatter_rows(side, slots, slots, self._unrotated, None, exact.flatten(1).float())
 
     def _blob(

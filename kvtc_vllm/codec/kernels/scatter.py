@@ -1,4 +1,4 @@
-"""Rows -> paged cache: add the mean, apply RoPE, round to the cache dtype, write to slots."""
+"""Rows -> paged cache: add the mean, apply RoPE, unscale, round to the cache dtype, write."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ def scatter_rows(
             rows if mean is None else mean[columns],
             rows[:, columns],
             rows.stride(0),
+            side.pointers if side.scales is None else side.scales[run.first :],
             side.page_tokens,
             TYPE=storage_type(side.dtype),
             HEADS=side.num_heads,
@@ -57,6 +58,7 @@ def scatter_rows(
             HALF=run.half,
             NEOX=run.rope is None or run.rope.neox,
             HAS_MEAN=mean is not None,
+            HAS_SCALE=side.scales is not None,
             HEAD_TILE=triton.next_power_of_2(side.num_heads),
             PAIR_TILE=triton.next_power_of_2(max(run.half, 1)),
             REST_TILE=triton.next_power_of_2(max(side.head_size - 2 * run.half, 1)),
@@ -77,6 +79,7 @@ def _scatter_kernel(  # type: ignore[no-untyped-def]
     mean,
     rows,
     row_stride,
+    scales,
     page_tokens,
     TYPE: tl.constexpr,
     HEADS: tl.constexpr,
@@ -84,6 +87,7 @@ def _scatter_kernel(  # type: ignore[no-untyped-def]
     HALF: tl.constexpr,
     NEOX: tl.constexpr,
     HAS_MEAN: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HEAD_TILE: tl.constexpr,
     PAIR_TILE: tl.constexpr,
     REST_TILE: tl.constexpr,
@@ -113,14 +117,20 @@ def _scatter_kernel(  # type: ignore[no-untyped-def]
             angle = cos_sin + tl.load(positions + row) * (2 * HALF) + pair
             cos = widen(tl.load(angle, mask=pair < HALF, other=0))
             sin = widen(tl.load(angle + HALF, mask=pair < HALF, other=0))
-            y1 = narrow(x1 * cos - x2 * sin, TYPE)
-            y2 = narrow(x2 * cos + x1 * sin, TYPE)
-            tl.store(target + first * dim_stride, y1, mask=inside)
-            tl.store(target + second * dim_stride, y2, mask=inside)
+            y1 = x1 * cos - x2 * sin
+            y2 = x2 * cos + x1 * sin
+            if HAS_SCALE:
+                scale = tl.load(scales + layer) + tl.full(y1.shape, 0.0, tl.float32)
+                y1 = tl.div_rn(y1, scale)
+                y2 = tl.div_rn(y2, scale)
+            tl.store(target + first * dim_stride, narrow(y1, TYPE), mask=inside)
+            tl.store(target + second * dim_stride, narrow(y2, TYPE), mask=inside)
         if 2 * HALF < HEAD_SIZE:
             rest = 2 * HALF + tl.arange(0, REST_TILE)[None, :]
             inside = (head < HEADS) & (rest < HEAD_SIZE)
             x = tl.load(source + column + rest, mask=inside, other=0.0).to(tl.float32)
             if HAS_MEAN:
                 x += tl.load(mean + column + rest, mask=inside, other=0.0)
+            if HAS_SCALE:
+                x = tl.div_rn(x, tl.load(scales + layer) + tl.full(x.shape, 0.0, tl.float32))
             tl.store(target + rest * dim_stride, narrow(x, TYPE), mask=inside)

@@ -35,7 +35,7 @@ PAGED = {
     "pointers": "*i64",
     **dict.fromkeys(("page_stride", "head_stride", "token_stride", "dim_stride"), "i64"),
     **dict.fromkeys(("slots", "positions"), "*i64"),
-    "mean": "*fp32",
+    **dict.fromkeys(("mean", "scales"), "*fp32"),
     "row_stride": "i64",
     "page_tokens": "i32",
 }
@@ -54,7 +54,13 @@ PLAN = {
 
 def cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
     """Name, kernel, argument types, constants."""
-    for element, table in ((tl.int16, "*i16"), (tl.float16, "*fp32"), (tl.float32, "*fp16")):
+    for element, table in (
+        (tl.int16, "*i16"),
+        (tl.float16, "*fp32"),
+        (tl.float32, "*fp16"),
+        (tl.uint8, "*i16"),
+        (tl.int8, "*i16"),
+    ):
         for half, neox, rows in ((64, True, "*fp16"), (64, False, "*fp32"), (16, True, "*fp32")):
             constants = {
                 "TYPE": element,
@@ -63,6 +69,7 @@ def cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
                 "HALF": half,
                 "NEOX": neox,
                 "HAS_MEAN": True,
+                "HAS_SCALE": element in (tl.uint8, tl.int8),
                 "HEAD_TILE": 8,
                 "PAIR_TILE": half,
                 "REST_TILE": triton.next_power_of_2(max(128 - 2 * half, 1)),

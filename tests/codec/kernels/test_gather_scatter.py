@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtc_vllm.codec.rope import Rope
-from kvtc_vllm.codec.transform import keys_from_rows, rows_from_keys
+from kvtc_vllm.codec.transform import keys_from_rows, rows_from_keys, to_cache
 from tests.codec.kernels.devices import DEVICES
 from tests.codec.kernels.paged_caches import LAYOUTS, paged_cache, read_slots
 from tests.codec.synthetic import rope_table
@@ -18,7 +18,8 @@ from kvtc_vllm.codec.kernels.paged import PagedSide, block_slots  # isort: skip
 from kvtc_vllm.codec.kernels.rotation import rotations, within  # isort: skip
 from kvtc_vllm.codec.kernels.scatter import SKIP, scatter_rows  # isort: skip
 
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, *FP8]
 HEADS, HEAD_SIZE, HEAD_SIZE_V, PAGES, PAGE_TOKENS = 3, 12, 10, 5, 4
 SLOTS = st.integers(0, PAGES * PAGE_TOKENS - 1)
 
@@ -52,22 +53,34 @@ def caches(draw):
             st.lists(st.integers(0, PAGES * PAGE_TOKENS - 1), min_size=1, max_size=6, unique=True)
         ),
         draw(st.integers(0, 50)),
+        draw(st.booleans()),
     )
 
 
 def build(case, device):
-    layout, dtype, ropes, slots, start = case
+    """Cache, slots, positions, ropes, and a scale a layer that the cache's keys have, or None."""
+    layout, dtype, ropes, slots, start, scaled = case
     sizes = (len(ropes), PAGES, HEADS, PAGE_TOKENS, HEAD_SIZE, HEAD_SIZE_V)
     cache = paged_cache(layout, *sizes, dtype, device)
+    scales = 0.037 * torch.arange(1, len(ropes) + 1) if scaled else None
+    if scales is not None:
+        cache = cache.scaled({"k": scales, "v": torch.ones(len(ropes))})
+        scales = scales[:, None, None]
     positions = torch.arange(start, start + len(slots))
-    return cache, torch.tensor(slots), positions, ropes
+    return cache, torch.tensor(slots), positions, ropes, scales
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(
+        a.cpu().contiguous().view(torch.uint8), b.cpu().contiguous().view(torch.uint8)
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @given(case=caches(), with_mean=st.booleans())
 @settings(max_examples=25)
 def test_gathered_rows_are_the_reference_rows(device, case, with_mean):
-    cache, slots, positions, ropes = build(case, device)
+    cache, slots, positions, ropes, scales = build(case, device)
     runs = rotations(ropes, cache.k.device)
     mean = torch.linspace(-2, 2, len(ropes) * HEADS * HEAD_SIZE) if with_mean else None
     out = torch.full((len(slots), len(ropes) * HEADS * HEAD_SIZE), 7.0, device=device)
@@ -79,8 +92,8 @@ def test_gathered_rows_are_the_reference_rows(device, case, with_mean):
         None if mean is None else mean.to(device),
         out,
     )
-    keys = read_slots(cache.k, slots.to(device)).cpu()
-    expected = rows_from_keys(keys, ropes, positions)
+    keys = read_slots(cache.k, slots.to(device)).cpu().float()
+    expected = rows_from_keys(keys if scales is None else keys * scales, ropes, positions)
     assert torch.equal(out.cpu(), expected if mean is None else expected - mean)
 
 
@@ -88,7 +101,7 @@ def test_gathered_rows_are_the_reference_rows(device, case, with_mean):
 @given(case=caches(), with_mean=st.booleans(), wanted=st.integers(0, 63))
 @settings(max_examples=25)
 def test_scattered_rows_are_the_reference_keys(device, case, with_mean, wanted):
-    cache, slots, positions, ropes = build(case, device)
+    cache, slots, positions, ropes, scales = build(case, device)
     runs = rotations(ropes, cache.k.device)
     skipped = torch.tensor([not wanted >> i & 1 for i in range(len(slots))])
     rows = torch.randn(len(slots), len(ropes) * HEADS * HEAD_SIZE) * 3
@@ -96,7 +109,7 @@ def test_scattered_rows_are_the_reference_keys(device, case, with_mean, wanted):
     everything = torch.arange(PAGES * PAGE_TOKENS)
     expected = read_slots(cache.k, everything.to(device)).cpu()
     keys = keys_from_rows(rows if mean is None else rows + mean, ropes, positions, HEADS)
-    expected[slots[~skipped]] = keys.to(expected.dtype)[~skipped]
+    expected[slots[~skipped]] = to_cache(keys, scales, expected.dtype)[~skipped]
     values = read_slots(cache.v, everything.to(device)).cpu()
     scatter_rows(
         cache.k,
@@ -106,8 +119,8 @@ def test_scattered_rows_are_the_reference_keys(device, case, with_mean, wanted):
         None if mean is None else mean.to(device),
         rows.to(device),
     )
-    assert torch.equal(read_slots(cache.k, everything.to(device)).cpu(), expected)
-    assert torch.equal(read_slots(cache.v, everything.to(device)).cpu(), values)
+    assert same_bits(read_slots(cache.k, everything.to(device)), expected)
+    assert same_bits(read_slots(cache.v, everything.to(device)), values)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -119,11 +132,49 @@ def test_values_come_back_bit_for_bit_through_rows(device, dtype):
     plain = rotations([None, None], cache.v.device)
     rows = torch.empty(3, 2 * HEADS * HEAD_SIZE_V, device=device)
     gather_rows(cache.v, slots, slots, plain, None, rows)
-    assert torch.equal(rows.to(dtype).view_as(before), before)
+    assert same_bits(rows.to(dtype).view_as(before), before)
     for view in cache.v.views:
         view.zero_()
     scatter_rows(cache.v, slots, slots, plain, None, rows)
-    assert torch.equal(read_slots(cache.v, slots), before)
+    assert same_bits(read_slots(cache.v, slots), before)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", FP8)
+def test_every_code_of_fp8_is_read_and_written_exactly(device, dtype):
+    codes = torch.arange(256, dtype=torch.uint8).view(dtype)
+    cache = paged_cache("NHD", 1, 1, 1, 1, 256, 1, dtype, device)
+    cache.k.views[0].view(torch.uint8).copy_(codes.view(torch.uint8).view(1, 1, 1, 256))
+    slots = torch.zeros(1, dtype=torch.int64, device=device)
+    plain = rotations([None], cache.k.device)
+    rows = torch.empty(1, 256, device=device)
+    gather_rows(cache.k, slots, slots, plain, None, rows)
+    assert torch.equal(rows.cpu()[0].nan_to_num(nan=1e9), codes.float().nan_to_num(nan=1e9))
+    cache.k.views[0].zero_()
+    scatter_rows(cache.k, slots, slots, plain, None, rows)
+    found = read_slots(cache.k, slots).flatten().cpu()
+    limit = torch.finfo(dtype).max
+    finite = codes.float().isfinite()
+    assert same_bits(found[finite], codes[finite])
+    assert same_bits(found[~finite], codes[~finite].float().clamp(-limit, limit).to(dtype))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", FP8)
+def test_fp8_rounds_as_on_the_cpu(device, dtype):
+    """Every code's value, the ties between neighbours and what is next to them, both signs."""
+    codes = torch.arange(127, dtype=torch.uint8).view(dtype).float()
+    codes = codes[codes.isfinite()]
+    ties = (codes[1:] + codes[:-1]) / 2
+    points = torch.cat((codes, ties, codes[-1:] * 1.06, codes[-1:] * 3))
+    near = [points, points.nextafter(torch.tensor(0.0)), points.nextafter(torch.tensor(1e9))]
+    values = torch.cat((*near, *(-x for x in near)))
+    cache = paged_cache("NHD", 1, 1, 1, 1, len(values), 1, dtype, device)
+    slots = torch.zeros(1, dtype=torch.int64, device=device)
+    plain = rotations([None], cache.k.device)
+    scatter_rows(cache.k, slots, slots, plain, None, values[None].to(device))
+    limit = torch.finfo(dtype).max
+    assert same_bits(read_slots(cache.k, slots).flatten(), values.clamp(-limit, limit).to(dtype))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -144,18 +195,15 @@ def test_only_the_layers_of_a_group_are_written(device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_extreme_values_round_as_on_the_cpu(device, dtype):
-    """Ties, subnormals, -0, overflow: float16 saturates, bfloat16 overflows, as the reference."""
+    """Ties, subnormals, -0, overflow: what has few exponents saturates, bfloat16 overflows."""
     values = [0.0, -0.0, 1.00390625, 1.01171875, 65504.0, 70000.0, -1e6, 3.4e38, 1e-40, -3e-8, 6e-8]
     rows = torch.tensor([values], dtype=torch.float32)
     cache = paged_cache("NHD", 1, 1, 1, 1, len(values), 1, dtype, device)
     slots = torch.zeros(1, dtype=torch.int64, device=device)
     plain = rotations([None], cache.k.device)
     scatter_rows(cache.k, slots, slots, plain, None, rows.to(device))
-    limit = torch.finfo(torch.float16).max
-    expected = (rows.clamp(-limit, limit) if dtype == torch.float16 else rows).to(dtype)
-    found = read_slots(cache.k, slots).flatten().cpu()
-    bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
-    assert torch.equal(found.view(bits), expected.flatten().view(bits))
+    expected = to_cache(rows.view(1, 1, 1, -1), None, dtype)
+    assert same_bits(read_slots(cache.k, slots).flatten(), expected.flatten())
 
 
 def test_layers_that_are_not_alike_are_refused():

@@ -11,6 +11,7 @@ from kvtc_vllm.codec.container import NewSection, SectionKind, build, parse
 from kvtc_vllm.codec.entropy import EncodedSection
 from kvtc_vllm.codec.errors import CodecError, ContainerError
 from kvtc_vllm.codec.kvtc import KvtcCodec
+from kvtc_vllm.codec.transform import to_cache
 from tests.codec.kernels.devices import DEVICES
 from tests.codec.kernels.paged_caches import paged_cache, read_slots
 from tests.codec.synthetic import SyntheticModel
@@ -30,7 +31,10 @@ MODEL = SyntheticModel(
 BLOCK, PAGE, BLOCKS_A_CHUNK = 4, 2, 2
 TOKENS = BLOCK * BLOCKS_A_CHUNK
 IDENTITY = bytes(range(16))
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, *FP8]
+SCALES = {"k": torch.tensor([0.3, 1.0, 0.02]), "v": torch.tensor([0.07, 0.11, 3.0])}
+"""Of fp8 caches; the others have none."""
 
 
 @pytest.fixture(scope="module")
@@ -39,16 +43,18 @@ def artifact():
 
 
 def write(cache, slots, k, v):
-    """Fill slots with K and V [T, L, H, D], exactly."""
+    """Fill slots with K and V [T, L, H, D] in the cache dtype, exactly."""
     plain = rotations([None] * MODEL.num_layers, cache.k.device)
     slots = slots.to(cache.k.device)
-    for side, x in ((cache.k, k), (cache.v, v)):
+    for side, x in ((cache.k.scaled(None), k), (cache.v.scaled(None), v)):
         rows = x.flatten(1).float().to(side.device)
         scatter_rows(side, slots, slots, plain, None, rows)
 
 
 def make(artifact, device, dtype=torch.bfloat16, precision="float32", layout="NHD", **options):
     cache = paged_cache(layout, 3, 32, 2, PAGE, 8, 12, dtype, device)
+    if dtype in FP8:
+        artifact = replace(artifact, scales=SCALES)
     codec = PagedKvtcCodec(artifact, 8.0, cache, BLOCK, IDENTITY, precision, **options)
     return codec, KvtcCodec(artifact, 8.0, dtype, IDENTITY)
 
@@ -60,9 +66,16 @@ STORES = [
 ]
 
 
+def chunk_of(store, seed, dtype):
+    """K and V of the synthetic model as a cache of this dtype holds them."""
+    both = MODEL.chunk(TOKENS, store.start, seed, torch.float32)
+    scales = [SCALES[kind][:, None, None] if dtype in FP8 else None for kind in "kv"]
+    return tuple(to_cache(x, scale, dtype) for x, scale in zip(both, scales, strict=True))
+
+
 def filled(codec, dtype=torch.bfloat16):
     """Write three chunks of the synthetic model into the cache; returns them."""
-    chunks = [MODEL.chunk(TOKENS, store.start, 5 + i, dtype) for i, store in enumerate(STORES)]
+    chunks = [chunk_of(store, 5 + i, dtype) for i, store in enumerate(STORES)]
     for store, (k, v) in zip(STORES, chunks, strict=True):
         write(codec.cache, block_slots(store.block_ids, BLOCK), k, v)
     return chunks
@@ -76,8 +89,10 @@ def encoded(codec):
 
 def differing(a: torch.Tensor, b: torch.Tensor) -> float:
     """Share of elements that differ, after checking that none differs by much."""
+    # One step of fp8 is up to a quarter of the value.
+    tolerance = 0.26 if a.dtype in FP8 else 0.02
     a, b = a.float().cpu(), b.float().cpu()
-    assert torch.allclose(a, b, rtol=0.02, atol=0.02), (a - b).abs().max()
+    assert torch.allclose(a, b, rtol=tolerance, atol=0.02), (a - b).abs().max()
     return float((a != b).float().mean())
 
 
@@ -97,7 +112,9 @@ def test_blobs_are_those_of_the_cpu_codec(artifact, device, dtype):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("dtype", "layout"), zip(DTYPES, ["NHD", "apart", "HND"], strict=True))
+@pytest.mark.parametrize(
+    ("dtype", "layout"), zip(DTYPES, ["NHD", "apart", "HND", "NHD", "HND"], strict=True)
+)
 def test_loading_gives_what_the_cpu_codec_gives(artifact, device, dtype, layout):
     codec, reference = make(artifact, device, dtype, layout=layout)
     blobs = [
@@ -116,8 +133,9 @@ def test_loading_gives_what_the_cpu_codec_gives(artifact, device, dtype, layout)
         assert differing(read_slots(codec.cache.k, slots), wanted.k) < 0.02
         assert differing(read_slots(codec.cache.v, slots), wanted.v) < 0.02
         sinks = 4 if store.start == 0 else 0
-        assert torch.equal(read_slots(codec.cache.k, slots)[:sinks].cpu(), wanted.k[:sinks])
-        assert torch.equal(read_slots(codec.cache.v, slots)[:sinks].cpu(), wanted.v[:sinks])
+        for side, exact in ((codec.cache.k, wanted.k), (codec.cache.v, wanted.v)):
+            found = read_slots(side, slots)[:sinks].cpu()
+            assert torch.equal(found.view(torch.uint8), exact[:sinks].view(torch.uint8))
 
 
 @pytest.mark.parametrize("device", DEVICES)
