@@ -35,6 +35,9 @@ IDENTITY = bytes(range(0x20, 0x30))
 MAX_POSITIONS = 256
 ROTARY_DIM = 4
 
+SCALES: dict[Kind, tuple[float, ...]] = {"k": (0.5, 2.0, 1.0), "v": (0.25, 4.0, 1.0)}
+"""Of the layers of an fp8 cache."""
+
 # Every type and several sizes, gaps, groups out of stored order, one empty plan.
 PLANS: dict[tuple[int, Kind], dict[float, tuple[tuple[int, int, str], ...]]] = {
     (0, "k"): {
@@ -69,18 +72,19 @@ def section(group: int, kind: Kind) -> SectionBasis:
     )
 
 
-def artifact() -> RankArtifact:
+def artifact(scaled: bool = False) -> RankArtifact:
     return RankArtifact(
         geometry=GEOMETRY,
         sections={(group, kind): section(group, kind) for group in (0, 1) for kind in KINDS},
         ropes=(Rope(quarter_turns()), Rope(quarter_turns(), neox=False)),
         layer_rope=(0, 1, None),
         fingerprint=FINGERPRINT,
+        scales={kind: torch.tensor(SCALES[kind]) for kind in KINDS} if scaled else None,
     )
 
 
 def chunk(tokens: int, start: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V with values n / 8, |n| < 100: exact in bfloat16."""
+    """K and V with values n / 8, |n| < 100: exact in bfloat16, rounded to fp8."""
 
     def values(size: int, factor: int) -> torch.Tensor:
         shape = (tokens, GEOMETRY.num_layers, GEOMETRY.num_kv_heads, size)
@@ -102,10 +106,15 @@ class Golden:
     start: int
     tokens: int
 
+    @property
+    def scaled(self) -> bool:
+        """Whether the cache has scales."""
+        return self.codec == "kvtc" and self.dtype.itemsize == 1
+
     def make_codec(self) -> ChunkCodec:
         if self.codec == "raw":
             return RawCodec(GEOMETRY, self.dtype, IDENTITY)
-        return KvtcCodec(artifact(), self.ratio, self.dtype, IDENTITY)
+        return KvtcCodec(artifact(self.scaled), self.ratio, self.dtype, IDENTITY)
 
     def make_chunk(self) -> tuple[torch.Tensor, torch.Tensor]:
         return chunk(self.tokens, self.start, self.dtype)
@@ -119,4 +128,7 @@ GOLDEN = (
     Golden("v1-kvtc-fp16-one-token", "kvtc", torch.float16, 4.0, 40, 1),
     Golden("v1-kvtc-fp16-empty-plan", "kvtc", torch.float16, 16.0, 64, 9),
     Golden("v1-kvtc-bf16-long", "kvtc", torch.bfloat16, 4.0, 128, 100),
+    Golden("v1-raw-e5m2", "raw", torch.float8_e5m2, 0.0, 3, 2),
+    Golden("v1-kvtc-e4m3-with-sinks", "kvtc", torch.float8_e4m3fn, 4.0, 0, 12),
+    Golden("v1-kvtc-e5m2-two-sinks", "kvtc", torch.float8_e5m2, 4.0, 2, 5),
 )

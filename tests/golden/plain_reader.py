@@ -32,12 +32,16 @@ class PlainRope(NamedTuple):
 
 
 TYPES = {"int2": (1, 2), "int4": (2, 4), "fp8": (3, 8)}
-ITEM_BYTES = {1: 2, 2: 2, 3: 4}
+ITEM_BYTES = {1: 2, 2: 2, 3: 4, 4: 1, 5: 1}
 
 
 def cache_values(raw: bytes, dtype_code: int) -> np.ndarray:
     if dtype_code == 1:
         return (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
+    if dtype_code == 4:
+        return np.array([e4m3(code) for code in raw], "<f4")
+    if dtype_code == 5:
+        return (np.frombuffer(raw, np.uint8).astype("<u2") << 8).view("<f2").astype("<f4")
     return np.frombuffer(raw, "<f2" if dtype_code == 2 else "<f4").astype("<f4")
 
 
@@ -89,10 +93,12 @@ def read_blob(
     layer_groups: Sequence[tuple[int, int]],
     sections: dict[tuple[int, int], PlainSection],
     ropes: Sequence[PlainRope | None],
+    scales: Sequence[tuple[float, float]] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
     """K and V as float32 [T, L, H, D], before rounding to the cache dtype, and the payloads.
 
-    sections: by (layer group, 0 for K or 1 for V). ropes: one a layer.
+    sections: by (layer group, 0 for K or 1 for V). ropes: one a layer. scales: what elements of
+    K and V of each layer are multiplied by, if the cache has such.
     """
     assert blob[:6] == b"KVTC\x01\x00"
     assert xxhash.xxh3_128(blob[:-16]).digest() == blob[-16:]
@@ -137,6 +143,8 @@ def read_blob(
             rows = coefficients @ section.basis.T + section.mean
             first, end = layer_groups[group]
             rows = rows.reshape(tokens - sinks, end - first, heads, -1)
+            for layer in range(first, end):
+                rows[:, layer - first] /= 1 if scales is None else scales[layer][kind]
             if kind == 1:
                 v[sinks:, first:end] = rows
                 continue
