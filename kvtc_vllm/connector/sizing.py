@@ -37,7 +37,7 @@ def plan_memory(
 ) -> MemoryPlan:
     """step_tokens: most tokens that one step of the engine computes."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    return divide(config.staging_capacity, step_tokens * geometry.token_bytes, free)
+    return divide(config.staging_capacity, step_tokens * _staged_token_bytes(geometry), free)
 
 
 def divide(staging: int | None, step_bytes: int, free: int | None) -> MemoryPlan:
@@ -58,10 +58,17 @@ def log_plan(plan: MemoryPlan, geometry: CacheGeometry, resident: int, step_toke
         "MiB of %.1f MiB that vLLM left free",
         *(n / 2**20 for n in (resident, plan.staging, plan.workspace, plan.free)),
     )
-    if plan.staging < step_tokens * geometry.token_bytes:
+    token_bytes = _staged_token_bytes(geometry)
+    if plan.staging < step_tokens * token_bytes:
         logger.warning(
             "kvtc: staging holds %d tokens, a full step computes %d: stores beyond are dropped "
             "and counted; lower gpu_memory_utilization or max_num_batched_tokens",
-            plan.staging // geometry.token_bytes,
+            plan.staging // token_bytes,
             step_tokens,
         )
+
+
+def _staged_token_bytes(geometry: CacheGeometry) -> int:
+    """Rows of an fp8 cache are staged in 16 bits."""
+    itemsize = geometry.dtype.itemsize
+    return geometry.token_bytes * max(itemsize, 2) // itemsize

@@ -8,6 +8,7 @@ what runs on a GPU. Blobs of one are read by the other.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -109,7 +110,10 @@ class TorchTransfer:
 
 
 class KernelTransfer:
-    """All chunks of a step, or of a request, in one batch."""
+    """All chunks of a step, or of a request, in one batch; one load at a time.
+
+    Loads share a stream, so a second would gain little and take a workspace of its own.
+    """
 
     store_batch = sys.maxsize
     load_batch = sys.maxsize
@@ -117,6 +121,7 @@ class KernelTransfer:
     def __init__(self, codec: PagedKvtcCodec, chunk_tokens: int) -> None:
         self.codec = codec
         self._chunk_tokens = chunk_tokens
+        self._loading = threading.Lock()
 
     def staged_bytes(self, blocks: int) -> int:
         return self.codec.staging_bytes(blocks * self.codec.block_size)
@@ -130,11 +135,11 @@ class KernelTransfer:
         return self.codec.encode_staged(staged)
 
     def load(self, items: Sequence[tuple[LoadItem, Blob]]) -> list[ContainerError | None]:
-        return self.codec.load(
-            [
-                LoadChunk(
-                    blob, item.start, self._chunk_tokens, item.block_ids, item.first_block, item.key
-                )
-                for item, blob in items
-            ]
-        )
+        chunks = [
+            LoadChunk(
+                blob, item.start, self._chunk_tokens, item.block_ids, item.first_block, item.key
+            )
+            for item, blob in items
+        ]
+        with self._loading:
+            return self.codec.load(chunks)
