@@ -16,6 +16,9 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from kvtc_vllm.tiers.disk import DiskError, DiskStore, IoPool
 from tests.reliability import disk
 from tests.reliability.blobs import NAMESPACE, blob_of, key_of
@@ -34,7 +37,7 @@ ENOUGH_SECONDS = 1800.0
 def run(seconds: float, seed: int) -> dict[str, object]:
     """Churn; `failures` counts broken promises."""
     chance = random.Random(seed)
-    samples: list[tuple[float, int, int, int]] = []
+    samples = Samples(seconds)
     largest = operations = restarts = wrong = 0
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
@@ -52,17 +55,17 @@ def run(seconds: float, seed: int) -> dict[str, object]:
             with disk.standing_still(root):
                 largest = max(largest, disk.bytes_on_disk(root))
             now = time.monotonic() - began
-            samples.append((now, disk.open_descriptors(), _resident(), _objects()))
-            if len(samples) % RESTART_EVERY == 0:
+            samples.take(now)
+            if samples.count % RESTART_EVERY == 0:
                 store.close()
                 store = _open(root)
                 restarts += 1
         errors = store.errors()
         store.close()
         pool.close()
-    warm = [sample for sample in samples if sample[0] > WARM_UP * seconds]
-    drift = _slope(warm) * 3600 / warm[0][2]
-    descriptors = sorted({sample[1] for sample in warm})
+    warm = samples.after(WARM_UP * seconds)
+    drift = float(np.polyfit(warm[:, 0], warm[:, 2], 1)[0]) * 3600 / float(warm[0, 2])
+    descriptors = sorted({int(count) for count in warm[:, 1]})
     broken = {
         "above the cap": largest > CAPACITY,
         "descriptors": len(descriptors) > 1,
@@ -75,13 +78,34 @@ def run(seconds: float, seed: int) -> dict[str, object]:
         "capacity_bytes": CAPACITY,
         "largest_bytes_on_disk": largest,
         "descriptors": descriptors,
-        "resident_bytes": [warm[0][2], warm[-1][2]],
+        "resident_bytes": [int(warm[0, 2]), int(warm[-1, 2])],
         "memory_drift_per_hour": round(drift, 5) if seconds >= ENOUGH_SECONDS else None,
-        "python_memory_blocks": [warm[0][3], warm[-1][3]],
+        "python_memory_blocks": [int(warm[0, 3]), int(warm[-1, 3])],
         "failures": sum(broken.values()),
         "broken": [name for name, value in broken.items() if value],
         "seconds": round(time.monotonic() - began, 1),
     }
+
+
+class Samples:
+    """Rows (seconds, descriptors, resident bytes, Python's blocks), in memory taken beforehand:
+
+    a list of them would grow by more than what is looked for.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._rows = np.zeros((int(seconds / SAMPLE_SECONDS) + 2, 4))
+        self.count = 0
+
+    def take(self, now: float) -> None:
+        """Add a row."""
+        self._rows[self.count] = (now, disk.open_descriptors(), _resident(), _objects())
+        self.count += 1
+
+    def after(self, seconds: float) -> npt.NDArray[np.float64]:
+        """The rows from then on."""
+        rows = self._rows[: self.count]
+        return rows[rows[:, 0] > seconds]
 
 
 def _open(root: Path) -> DiskStore:
@@ -123,13 +147,6 @@ def _objects() -> int:
     """Live blocks of Python's allocator: what our own code would leak."""
     gc.collect()
     return sys.getallocatedblocks()
-
-
-def _slope(samples: list[tuple[float, int, int, int]]) -> float:
-    """Resident bytes a second, by least squares."""
-    middle = sum(sample[0] for sample in samples) / len(samples)
-    spread = sum((sample[0] - middle) ** 2 for sample in samples)
-    return sum((sample[0] - middle) * sample[2] for sample in samples) / spread
 
 
 def main() -> int:
