@@ -128,3 +128,20 @@ def test_e5m2_is_refused_where_it_may_be_e4m3() -> None:
     assert scales_of(odd, odd) is None
     with pytest.raises(UnsupportedError, match=r"TRITON_ATTN of layer layers\.0.*use fp8_e4m3"):
         scales_of(odd, odd, dtype=E5M2)
+
+
+def test_calibrating_on_an_fp8_cache_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+
+    from kvtc_vllm.connector import capture
+
+    extra = {"spool": "nowhere"}
+    transfer = SimpleNamespace(kv_connector_extra_config=extra, kv_load_failure_policy="fail")
+    engine = SimpleNamespace(kv_transfer_config=transfer)
+    monkeypatch.setattr(capture, "read_geometry", lambda *_: GEOMETRY)
+    with pytest.raises(UnsupportedError, match="calibrating on an fp8 KV cache is refused"):
+        capture.KVTCCaptureConnector(engine, KVConnectorRole.SCHEDULER, None)
+    monkeypatch.setattr(
+        capture, "read_geometry", lambda *_: replace(GEOMETRY, dtype=torch.bfloat16)
+    )
+    assert capture.KVTCCaptureConnector(engine, KVConnectorRole.SCHEDULER, None)
