@@ -24,14 +24,8 @@ from torch import nn
 
 from benchmarks.gpu.models import Shape, synthetic_artifact
 from benchmarks.gpu.random_model import ModelShape
-from kvtc_vllm.calibration.card import (
-    ArtifactCard,
-    DataCard,
-    ErrorCard,
-    GeometryCard,
-    SectionCard,
-    save_card,
-)
+from kvtc_vllm.calibration.artifact_io import section_cards
+from kvtc_vllm.calibration.card import ArtifactCard, DataCard, GeometryCard, save_card
 from kvtc_vllm.calibration.fingerprint import artifact_fingerprint
 from kvtc_vllm.calibration.identity import model_identity
 from kvtc_vllm.calibration.probe import PROBE_TOKENS, Probe
@@ -154,24 +148,7 @@ def _card(artifact: RankArtifact, model: Path, path: Path) -> ArtifactCard:
         sink_tokens=artifact.sink_tokens,
         data=DataCard(files=(), tokens=0, train_tokens=0, heldout_tokens=PROBE_TOKENS, seed=0),
         ratios=artifact.ratios(),
-        sections=tuple(
-            SectionCard(
-                rank=0,
-                group=group,
-                kind=kind,
-                row_size=section.basis.shape[0],
-                basis_rank=section.basis.shape[1],
-                errors=tuple(
-                    ErrorCard(
-                        ratio=ratio,
-                        predicted=section.plans[ratio].predicted_error,
-                        heldout=section.heldout_error[ratio],
-                    )
-                    for ratio in sorted(section.plans)
-                ),
-            )
-            for (group, kind), section in artifact.sections.items()
-        ),
+        sections=tuple(section_cards(0, artifact)),
         size_bytes={path.name: path.stat().st_size},
         checksums={path.name: xxhash.xxh3_128_hexdigest(path.read_bytes())},
         created=datetime.now(UTC).isoformat(timespec="seconds"),

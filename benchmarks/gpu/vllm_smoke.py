@@ -24,6 +24,8 @@ import torch
 
 from benchmarks.gpu.child import guarded, report, rows_of
 from benchmarks.gpu.report import append, parser
+from kvtc_vllm.codec.artifact import KINDS
+from tests.connector.engine import drain
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "tests" / "reference_model" / "model"
@@ -39,8 +41,6 @@ ANSWER = 16
 REST = {"raw": 10, "kvtc-16x": 138}
 """Tokens of a prompt past what is reloaded: less than a block, so that vLLM's own cache and the
 tier hold the same; for kvtc the recent window besides."""
-ERROR_FACTOR, ERROR_SLACK = 4.0, 0.05
-"""As in the connector's self-test: relative squared error over what the artifact promises."""
 CHILD_SECONDS = 125.0
 
 
@@ -170,14 +170,14 @@ def registered(
 def reload(llm: Any, prompts: list[list[int]], codec: str) -> dict[str, Any]:
     """Prompts again after the GPU cache was reset, against the blocks and words of before."""
     cold = [_ask(llm, prompt) for prompt in prompts]
-    _drain(llm)
+    drain(llm)
     # The same pieces of the prompt are computed as after a reload, from vLLM's own blocks.
     kept = [_ask(llm, prompt) for prompt in prompts]
-    _drain(llm)
+    drain(llm)
     assert llm.reset_prefix_cache()
     before = _loaded_tokens()
     warm = [_ask(llm, prompt) for prompt in prompts]
-    _drain(llm)
+    drain(llm)
     loaded = _loaded_tokens() - before
     assert loaded == PROMPTS * RELOADED, f"{loaded} tokens loaded, not {PROMPTS * RELOADED}"
     pairs = [(a[1][side], b[1][side]) for a, b in zip(cold, warm, strict=True) for side in (0, 1)]
@@ -193,13 +193,16 @@ def reload(llm: Any, prompts: list[list[int]], codec: str) -> dict[str, Any]:
         assert found["blocks_equal"], f"KV blocks differ: {found}"
         assert found["words_equal_to_prefix_hit"] == 1, f"words differ: {found}"
     else:
-        promised = _promised()
-        way = type(_worker_connector()._worker.transfer).__name__
+        from kvtc_vllm.connector.selftest import GROSS_FACTOR, GROSS_SLACK, promised_error
+
+        transfer = _worker_connector()._worker.transfer
+        promised = {kind: round(promised_error(transfer.codec, kind), 5) for kind in KINDS}
+        way = type(transfer).__name__
         found |= {"promised": promised, "transfer": way}
         on_gpu = _layouts[-1].device.type == "cuda"
         assert not on_gpu or way == "KernelTransfer", f"not by kernels: {found}"
-        for kind in ("k", "v"):
-            limit = ERROR_FACTOR * promised[kind] + ERROR_SLACK
+        for kind in KINDS:
+            limit = GROSS_FACTOR * promised[kind] + GROSS_SLACK
             assert 0 < found[f"{kind}_error"] <= limit, f"{kind} is off: {found}"
     return found
 
@@ -249,12 +252,6 @@ def _worker_connector() -> Any:
     return get_kv_transfer_group()
 
 
-def _drain(llm: Any) -> None:
-    from tests.connector.engine import drain
-
-    drain(llm)
-
-
 def _loaded_tokens() -> int:
     from benchmarks.gpu.closed_loop import counters
 
@@ -273,15 +270,6 @@ def _error(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
     error = sum(float((a.float() - b.float()).square().sum()) for a, b in pairs)
     total = sum(float((a.float() - a.float().mean(0)).square().sum()) for a, _ in pairs)
     return round(error / total, 5)
-
-
-def _promised() -> dict[str, float]:
-    """Held-out error of the artifact in use, averaged over layer groups."""
-    codec = _worker_connector()._worker.transfer.codec
-    errors: dict[str, list[float]] = {"k": [], "v": []}
-    for (_, kind), section in codec.artifact.sections.items():
-        errors[kind].append(section.heldout_error[codec.ratio])
-    return {kind: round(sum(values) / len(values), 5) for kind, values in errors.items()}
 
 
 if __name__ == "__main__":

@@ -206,7 +206,7 @@ def _card(
         data=description.data,
         ratios=first.ratios(),
         sections=tuple(
-            card for rank, fit in enumerate(fits) for card in _section_cards(rank, fit.artifact)
+            card for rank, fit in enumerate(fits) for card in section_cards(rank, fit.artifact)
         ),
         size_bytes=sizes,
         checksums=checksums,
@@ -217,7 +217,8 @@ def _card(
     )
 
 
-def _section_cards(rank: int, artifact: RankArtifact) -> list[SectionCard]:
+def section_cards(rank: int, artifact: RankArtifact) -> list[SectionCard]:
+    """Of every section its sizes and the errors of its plans."""
     return [
         SectionCard(
             rank=rank,

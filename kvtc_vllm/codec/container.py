@@ -16,7 +16,14 @@ from enum import IntEnum
 import torch
 import xxhash
 
-from kvtc_vllm.codec.entropy import EncodedSection, Unit, UnitList, aligned, unit_lengths
+from kvtc_vllm.codec.entropy import (
+    UNIT_BYTES,
+    EncodedSection,
+    Unit,
+    UnitList,
+    aligned,
+    unit_lengths,
+)
 from kvtc_vllm.codec.errors import CodecError, ContainerError
 
 MAGIC = b"KVTC"
@@ -34,7 +41,6 @@ ALL_LAYERS = 0xFFFF
 _HEADER = struct.Struct("<4sHHHBBHHHHHHIQd16s16s")
 # kind, entropy coder id, layer group, units, raw length, stored length
 _SECTION = struct.Struct("<BBHIII")
-UNIT_BYTES = 4
 HEADER_BYTES = _HEADER.size
 MIN_BLOB_BYTES = HEADER_BYTES + CHECKSUM_BYTES
 

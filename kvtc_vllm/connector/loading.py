@@ -94,18 +94,18 @@ class LoadPipeline:
                     request.failed = True
                     mail.bad_blocks.update(item.block_ids)
                 if reason is not None:
-                    mail.bad.append(item.key)
+                    mail.report.bad.append(item.key)
                     if reason != "missing":
                         # What is on disk is the same blob: offered again, it would fail again.
-                        mail.disk_lost.append(item.key)
+                        mail.report.disk_lost.append(item.key)
                     mail.stats.add("failed_loads", label=reason)
             request.left -= 1
             if request.left:
                 return
             mail.finished_loads.add(request.request_id)
             if not request.failed:
-                mail.load_tokens += request.tokens
-                mail.load_seconds += request.seconds / request.at_once
+                mail.report.load_tokens += request.tokens
+                mail.report.load_seconds += request.seconds / request.at_once
         self._mailbox.ring()
 
     def _try(self, items: Sequence[LoadItem], request: _Load) -> list[str | None]:

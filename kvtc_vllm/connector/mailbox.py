@@ -9,24 +9,15 @@ from dataclasses import dataclass, field
 
 from kvtc_vllm.connector.messages import WorkerReport
 from kvtc_vllm.connector.metrics import KVTCStats
-from kvtc_vllm.tiers.policies import ChunkKey
 
 
 @dataclass
 class Mail:
-    """For the scheduler, see `WorkerReport`; and for vLLM: finished_loads, bad_blocks, stats.
-
-    epoch: see `StepMetadata`; stores of an older one are of no interest any more.
+    """report: for the scheduler, of the present epoch; stores of an older one are of no interest
+    any more. For vLLM: finished_loads, bad_blocks, stats.
     """
 
-    epoch: int = 0
-    stored: list[tuple[ChunkKey, int, int]] = field(default_factory=list)
-    dropped: list[tuple[ChunkKey, int]] = field(default_factory=list)
-    bad: list[ChunkKey] = field(default_factory=list)
-    disk_stored: list[tuple[ChunkKey, int, int]] = field(default_factory=list)
-    disk_lost: list[ChunkKey] = field(default_factory=list)
-    load_tokens: int = 0
-    load_seconds: float = 0.0
+    report: WorkerReport = field(default_factory=lambda: WorkerReport(epoch=0))
     finished_loads: set[str] = field(default_factory=set)
     bad_blocks: set[int] = field(default_factory=set)
     stats: KVTCStats = field(default_factory=KVTCStats)
@@ -63,28 +54,23 @@ class Mailbox:
         """What was rung for is about to be taken."""
         self._news.clear()
 
+    @property
+    def epoch(self) -> int:
+        """The present one, see `StepMetadata`."""
+        with self._lock:
+            return self._mail.report.epoch
+
     def begin_epoch(self, epoch: int) -> None:
         """Forget all that is for the scheduler."""
         with self._lock:
-            self._forget()
-            self._mail.epoch = epoch
+            self._mail.report = WorkerReport(epoch)
 
     def take_report(self, step: int) -> WorkerReport:
         """All that is for the scheduler, in the given step."""
         with self._lock:
-            mail = self._mail
-            report = WorkerReport(
-                mail.epoch,
-                mail.stored,
-                mail.dropped,
-                mail.bad,
-                mail.disk_stored,
-                mail.disk_lost,
-                mail.load_tokens,
-                mail.load_seconds,
-                step,
-            )
-            self._forget()
+            report = self._mail.report
+            self._mail.report = WorkerReport(report.epoch)
+        report.step = step
         return report
 
     def take_finished_loads(self) -> set[str]:
@@ -106,12 +92,3 @@ class Mailbox:
                 return None
             stats, self._mail.stats = self._mail.stats, KVTCStats()
         return stats
-
-    def _forget(self) -> None:
-        mail = self._mail
-        self._mail = Mail(
-            epoch=mail.epoch,
-            finished_loads=mail.finished_loads,
-            bad_blocks=mail.bad_blocks,
-            stats=mail.stats,
-        )

@@ -16,7 +16,7 @@ from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.connector.messages import LoadItem, StoreItem
-from kvtc_vllm.connector.selftest import run_self_test
+from kvtc_vllm.connector.selftest import run_self_test, unused_blocks
 from kvtc_vllm.connector.transfer import KernelTransfer, TorchTransfer, Transfer
 
 logger = init_logger("vllm.kvtc")
@@ -75,7 +75,7 @@ def _by_kernels(
 
 def _compile(transfer: Transfer, layout: PagedLayout, chunk_tokens: int) -> None:
     """Have every kernel compiled now, by a chunk with sinks and one without, not in a step."""
-    blocks = list(range(1, 1 + chunk_tokens // layout.block_size))
+    blocks = unused_blocks(layout, chunk_tokens)
     stores = [StoreItem(b"", start, blocks) for start in (0, chunk_tokens)]
     loads = [LoadItem(b"", item.start, 0, blocks) for item in stores]
     for blob, load in zip(transfer.encode(transfer.stage(stores)), loads, strict=True):

@@ -45,7 +45,7 @@ def run_self_test(
     """
     k, v, start = _chunk_of(codec, probe, chunk_tokens)
     stored = _stored(codec, k, v)
-    blocks = list(range(1, 1 + chunk_tokens // layout.block_size))
+    blocks = unused_blocks(layout, chunk_tokens)
     started = time.perf_counter()
     layout.scatter(blocks, *stored)
     before = layout.gather(blocks)
@@ -69,7 +69,7 @@ def run_self_test(
         measured[kind] = _error(codec, rows, _rows(codec.artifact, after, start, kind), kind)
         exact = _rows(unscaled, (k, v), start, kind)
         rounding[kind] = _error(codec, exact, _rows(codec.artifact, stored, start, kind), kind)
-    promised = {kind: _promised(codec, kind) for kind in KINDS}
+    promised = {kind: promised_error(codec, kind) for kind in KINDS}
     dtype = str(codec.dtype).removeprefix("torch.")
     logger.info(
         "kvtc: self-test %d tokens: ratio %.1f (%d -> %d bytes), relative squared error "
@@ -95,6 +95,11 @@ def run_self_test(
                 "layout is not the one that was calibrated"
             )
     return measured
+
+
+def unused_blocks(layout: PagedLayout, tokens: int) -> list[int]:
+    """Blocks for so many tokens, free before the first step; block 0 is vLLM's own."""
+    return list(range(1, 1 + tokens // layout.block_size))
 
 
 def _chunk_of(
@@ -144,8 +149,8 @@ def _error(codec: KvtcCodec, rows: torch.Tensor, other: torch.Tensor, kind: Kind
     return float((rows - other).double().square().sum()) / total if total > 0 else 0.0
 
 
-def _promised(codec: KvtcCodec, kind: Kind) -> float:
-    """Held-out error, averaged over layer groups."""
+def promised_error(codec: KvtcCodec, kind: Kind) -> float:
+    """Held-out error of the artifact in use, averaged over layer groups."""
     errors = [
         section.heldout_error[codec.ratio]
         for (_, section_kind), section in codec.artifact.sections.items()

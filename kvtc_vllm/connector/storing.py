@@ -139,10 +139,10 @@ class StorePipeline:
             self._drop(item, epoch, "non_finite" if "non-finite" in str(blob) else "error")
             return
         with self._mailbox.open() as mail:  # against a reset between the check and the put
-            kept = epoch == mail.epoch and self._arena.put(item.key, blob)
+            kept = epoch == mail.report.epoch and self._arena.put(item.key, blob)
             if kept:
                 tokens = len(item.block_ids) * self._geometry.block_size
-                mail.stored.append((item.key, self._rank, len(blob)))
+                mail.report.stored.append((item.key, self._rank, len(blob)))
                 mail.stats.add("stored_chunks")
                 mail.stats.add("stored_raw_bytes", tokens * self._geometry.token_bytes)
                 mail.stats.add("stored_bytes", len(blob))
@@ -157,7 +157,7 @@ class StorePipeline:
 
     def _drop(self, item: StoreItem, epoch: int, reason: str) -> None:
         with self._mailbox.open() as mail:
-            if epoch == mail.epoch:
-                mail.dropped.append((item.key, self._rank))
+            if epoch == mail.report.epoch:
+                mail.report.dropped.append((item.key, self._rank))
             mail.stats.add("dropped_stores", label=reason)
         self._mailbox.ring()

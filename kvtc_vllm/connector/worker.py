@@ -49,7 +49,6 @@ class KVTCWorker:
         self._rank = rank
         self.arena = MemoryArena(config.memory_capacity // geometry.tp_size)
         self._step = StepMetadata()
-        self._epoch = 0
         self._mailbox = Mailbox()
         self._stores = StorePipeline(
             config,
@@ -77,7 +76,7 @@ class KVTCWorker:
         """Apply reset and evictions, start this step's promotions and loads."""
         self._step = step
         self._stores.engine_computes(bool(step.tokens))
-        if step.epoch != self._epoch:
+        if step.epoch != self._mailbox.epoch:
             self._begin_epoch(step.epoch)
         if self._disk is not None:
             for key in step.demote:
@@ -94,7 +93,7 @@ class KVTCWorker:
     def store(self, step: StepMetadata) -> None:
         """Copy finished blocks to staging and hand them to the encoders."""
         if step.stores:
-            self._stores.store(step.stores, self._epoch)
+            self._stores.store(step.stores, step.epoch)
 
     def poll(self, idle: bool) -> set[str]:
         """Requests whose loads ended, well or not, since the last call."""
@@ -135,7 +134,6 @@ class KVTCWorker:
         return None if self._disk is None else DiskInventory(self._disk.inventory())
 
     def _begin_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
         self._mailbox.begin_epoch(epoch)
         self.arena.clear()
         if self._disk is not None:
@@ -149,10 +147,10 @@ class KVTCWorker:
         held = {key for key, _ in kept}
         failed = [*news.failed, *(key for key, _ in news.read if key not in held)]
         with self._mailbox.open() as mail:
-            mail.stored += [(key, self._rank, size) for key, size in kept]
-            mail.dropped += [(key, self._rank) for key in failed]
-            mail.disk_stored += [(key, self._rank, size) for key, size in news.stored]
-            mail.disk_lost += news.lost
+            mail.report.stored += [(key, self._rank, size) for key, size in kept]
+            mail.report.dropped += [(key, self._rank) for key in failed]
+            mail.report.disk_stored += [(key, self._rank, size) for key, size in news.stored]
+            mail.report.disk_lost += news.lost
             for name, amount in (
                 ("promoted_chunks", len(kept)),
                 ("promoted_bytes", sum(size for _, size in kept)),

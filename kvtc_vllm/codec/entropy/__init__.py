@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvtc_vllm.codec.entropy.base import (
     MAX_UNIT_BYTES,
+    UNIT_BYTES,
     EncodedSection,
     EntropyCoder,
     Unit,
@@ -27,6 +28,7 @@ __all__ = [
     "NVCOMP",
     "RAW",
     "REGISTRY",
+    "UNIT_BYTES",
     "DeflateCoder",
     "EncodedSection",
     "EntropyCoder",

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol, overload
+from typing import Protocol, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +22,15 @@ from kvtc_vllm.codec.errors import CodecError
 UNIT_ALIGNMENT = 4
 MAX_UNIT_BYTES = 65536
 """Largest raw unit: the limit of nvCOMP's DEFLATE and of the 16-bit unit table."""
+UNIT_BYTES = 4
+"""Of a unit's entry in that table."""
 
 
-def aligned(length: int) -> int:
-    """`length` rounded up to the unit alignment."""
+Bytes = TypeVar("Bytes", int, npt.NDArray[np.int64])
+
+
+def aligned(length: Bytes) -> Bytes:
+    """`length`, or each of an array of them, rounded up to the unit alignment."""
     return -(-length // UNIT_ALIGNMENT) * UNIT_ALIGNMENT
 
 
@@ -66,7 +71,7 @@ class UnitList(Sequence[Unit]):
         return np.frombuffer(self.table, "<u2").reshape(-1, 2).astype(np.int64) + 1
 
     def __len__(self) -> int:
-        return len(self.table) // 4
+        return len(self.table) // UNIT_BYTES
 
     @overload
     def __getitem__(self, index: int) -> Unit: ...

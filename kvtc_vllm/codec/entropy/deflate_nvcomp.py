@@ -24,7 +24,6 @@ import torch
 
 from kvtc_vllm.codec.entropy.base import (
     MAX_UNIT_BYTES,
-    UNIT_ALIGNMENT,
     EncodedSection,
     Unit,
     aligned,
@@ -122,7 +121,7 @@ class NvcompDeflate:
             sizes = codec.encode(source, out=target).buffer_sizes
         raw_lengths = np.array(lengths, np.int64)
         stored = np.minimum(np.array(sizes, np.int64), raw_lengths)
-        ends = (-(-stored // UNIT_ALIGNMENT) * UNIT_ALIGNMENT).cumsum()
+        ends = aligned(stored).cumsum()
         body = torch.zeros(int(ends[-1]), dtype=torch.uint8, device=raw.device)
         self._copy(
             np.where(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kvtc_vllm.codec.entropy.base import UNIT_ALIGNMENT, Unit, unit_lengths
+from kvtc_vllm.codec.entropy.base import UNIT_ALIGNMENT, Unit, aligned, unit_lengths
 from kvtc_vllm.codec.errors import ContainerError
 
 Lengths = npt.NDArray[np.int64]
@@ -51,7 +51,7 @@ def unit_table(
     none = np.empty((0, 2), np.int64)
     lengths = np.concatenate([none, *(unit_lengths(section.units) for section in sections)])
     raw, stored = lengths.T.copy()
-    padded = -(-stored // UNIT_ALIGNMENT) * UNIT_ALIGNMENT
+    padded = aligned(stored)
     last = counts.cumsum()
     owner = np.repeat(np.arange(len(sections)), counts)
     raw_before, raw_sums = _within(raw, last - counts, last)

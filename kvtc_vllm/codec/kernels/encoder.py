@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 from kvtc_vllm.codec.artifact import KINDS, Kind
-from kvtc_vllm.codec.entropy import EncodedSection, UnitList
-from kvtc_vllm.codec.entropy.base import UNIT_ALIGNMENT
+from kvtc_vllm.codec.entropy import EncodedSection, UnitList, aligned
 from kvtc_vllm.codec.kernels.chunks import Run, StoreChunk
 from kvtc_vllm.codec.kernels.matmul import product
 from kvtc_vllm.codec.kernels.plan_tables import PlanTables
@@ -139,8 +138,7 @@ def _cut(
 ) -> dict[int, list[EncodedSection]]:
     """Divide units and body among the chunks' sections."""
     units = np.array((lengths, stored), np.int64).T
-    padded = -(-units[:, 1] // UNIT_ALIGNMENT) * UNIT_ALIGNMENT
-    ends = np.concatenate((np.zeros(1, np.int64), padded.cumsum()))
+    ends = np.concatenate((np.zeros(1, np.int64), aligned(units[:, 1]).cumsum()))
     cut: dict[int, list[EncodedSection]] = {}
     first = 0
     for _, run, group, kind, _ in layout:
