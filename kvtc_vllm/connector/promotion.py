@@ -29,7 +29,8 @@ class Promotions:
     """Requests that wait for disk. Used by the scheduler's thread only.
 
     Whatever a request waits for, and what it found, stays pinned until the request is
-    scheduled or ends. deadline_seconds: longest wait of one request.
+    scheduled or ends. deadline_seconds: longest wait of one request. expired: requests that
+    waited until their deadline and still lack chunks.
     """
 
     def __init__(
@@ -62,12 +63,14 @@ class Promotions:
             waiting = self._start(request_id, keys, found)
         unfinished = [key for key in waiting.keys if self._is_reading(key)]
         arrived = set(waiting.keys).difference(unfinished)
-        waiting.pinned += self._memory.pin(arrived)
+        ready = self._memory.pin(arrived)
+        waiting.pinned += ready
         waiting.keys = unfinished
-        if unfinished:
-            if self._clock() < waiting.deadline:
-                return True
-            self.expired += 1
+        due = self._clock() >= waiting.deadline
+        if unfinished and not due:
+            return True
+        # A read has the same deadline as the request, so that its failure may be known first.
+        self.expired += due and (bool(unfinished) or len(ready) < len(arrived))
         del self._waiting[request_id]
         self._settled[request_id] = waiting.pinned
         return False

@@ -109,6 +109,19 @@ def test_arriving_exactly_at_the_deadline_is_in_time() -> None:
     assert rig.promotions.expired == 0
 
 
+@pytest.mark.parametrize(("now", "expired"), [(1.0, 0), (2.0, 1)])
+def test_a_read_given_up_at_the_deadline_counts_as_a_wait_that_expired(
+    now: float, expired: int
+) -> None:
+    rig = Rig()
+    assert rig.wait("a")
+    rig.arrive(*KEYS[:3])
+    rig.now = now
+    rig.memory.abandon(KEYS[3], 0)  # the worker's deadline, known before the request is asked
+    assert not rig.wait("a")
+    assert rig.promotions.expired == expired
+
+
 def test_what_a_request_waits_for_and_found_is_pinned_until_it_is_scheduled() -> None:
     rig = Rig()
     rig.put(KEYS[0])
