@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A pause of a shared machine is not a failure.
+settings.register_profile("no-deadline", deadline=None)
+settings.load_profile("no-deadline")
 
 # Before anything imports vLLM, which reads some of these once. A value from outside wins.
 for _name, _value in {
