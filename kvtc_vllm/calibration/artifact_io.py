@@ -214,6 +214,7 @@ def _card(
         versions=_versions(),
         method="+".join(sorted(methods)),
         seconds=round(sum(fit.seconds for fit in fits), 3),
+        key_share=fits[0].key_share,
     )
 
 

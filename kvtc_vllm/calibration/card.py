@@ -84,7 +84,8 @@ class ArtifactCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     `kvtc_vllm.calibration.fingerprint`. rope_fingerprints: hex, one a table.
     kv_dtype: cache dtype that was captured. size_bytes, checksums: rank file
     name -> bytes, and hex of xxh3-128 of the whole file. created: UTC, ISO
-    8601. seconds: of fitting all ranks.
+    8601. seconds: of fitting all ranks. key_share: see
+    `kvtc_vllm.calibration.fit.FitSettings`.
     """
 
     model_name: str
@@ -106,6 +107,7 @@ class ArtifactCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     versions: dict[str, str]
     method: str
     seconds: float
+    key_share: float | None = None
     format_version: int = FORMAT_VERSION
 
 

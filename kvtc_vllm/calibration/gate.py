@@ -8,7 +8,7 @@ import torch
 
 from kvtc_vllm.calibration.fit import orthonormality_defect
 from kvtc_vllm.codec.artifact import Kind, RankArtifact, SectionBasis
-from kvtc_vllm.codec.bitplan import budget_bits, plan_bits
+from kvtc_vllm.codec.bitplan import over_budget
 from kvtc_vllm.codec.errors import ArtifactError
 
 HELDOUT_FACTOR = 1.5
@@ -28,6 +28,9 @@ MAX_LOWEST_RATIO_ERROR = 0.25
 
 def check_artifact(artifact: RankArtifact, rank: int = 0) -> None:
     """Raise ArtifactError, one clear line, unless every section keeps its promise."""
+    excess = over_budget(artifact.sections)
+    if excess is not None:
+        raise ArtifactError(f"rank {rank}: {excess}")
     for (group, kind), section in artifact.sections.items():
         _check_section(section, group, kind, f"rank {rank} section {kind}{group}")
 
@@ -42,14 +45,8 @@ def _check_section(section: SectionBasis, group: int, kind: Kind, name: str) -> 
             f"{name}: basis columns are not orthonormal (largest defect {defect:.2g}, "
             f"allowed {MAX_ORTHONORMALITY_DEFECT:g}); the fit failed"
         )
-    row_size = section.basis.shape[0]
     for ratio, plan in section.plans.items():
         where = f"{name} ratio {ratio:g}"
-        if plan_bits(plan) > budget_bits(row_size, ratio):
-            raise ArtifactError(
-                f"{where}: plan takes {plan_bits(plan)} bits a row, "
-                f"the budget is {budget_bits(row_size, ratio)}"
-            )
         _check_error(plan.predicted_error, section.heldout_error.get(ratio), where)
     if not section.plans:
         raise ArtifactError(f"{name}: has no plans")

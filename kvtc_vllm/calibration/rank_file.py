@@ -38,7 +38,7 @@ from kvtc_vllm.codec.artifact import (
     RankArtifact,
     SectionBasis,
 )
-from kvtc_vllm.codec.bitplan import budget_bits, plan_bits
+from kvtc_vllm.codec.bitplan import over_budget
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.quantizers import BY_TYPE_ID, REGISTRY
 from kvtc_vllm.codec.rope import Rope
@@ -149,6 +149,9 @@ class _RankReader:
             for group in range(len(geometry.layer_groups))
             for kind in KINDS
         }
+        excess = over_budget(sections)
+        if excess is not None:
+            raise ArtifactError(f"{self._path}: {excess}")
         probe = self._probe(geometry, ropes)
         if self._left:
             raise self._error(min(self._left), "is not a tensor of this format")
@@ -236,12 +239,6 @@ class _RankReader:
         for j, (ratio, predicted, measured) in enumerate(errors.tolist()):
             groups = self._groups(f"{name}.plan{j}", basis.shape[1])
             plan = BitPlan(ratio=ratio, groups=groups, predicted_error=predicted)
-            if plan_bits(plan) > budget_bits(p, ratio):
-                raise self._error(
-                    f"{name}.plan{j}",
-                    f"takes {plan_bits(plan)} bits, {budget_bits(p, ratio)} are allowed at "
-                    f"ratio {ratio:g}",
-                )
             plans[ratio] = plan
             heldout[ratio] = measured
         return SectionBasis(mean=mean, basis=basis, plans=plans, heldout_error=heldout)

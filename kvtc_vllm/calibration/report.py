@@ -55,7 +55,8 @@ def _markdown(card: ArtifactCard, fits: Sequence[RankFit]) -> str:
         "",
         "Errors are relative and squared, of rows after mean removal (keys before RoPE): "
         "predicted on the rows the plan was made for / measured on held-out rows. "
-        "Ratios are targets before DEFLATE.",
+        "Ratios are targets before DEFLATE, of K and V "
+        + ("each." if card.key_share is None else f"together; K has {card.key_share:.1%} of both."),
         "",
         "| rank | section | row | basis | " + " | ".join(f"{r:g}x" for r in card.ratios) + " |",
         "|" + "---|" * (4 + len(card.ratios)),

@@ -36,6 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rank-cap", type=int, default=10_000, help="most basis columns kept")
     add("--method", choices=("auto", "eigh", "rsvd"), default="auto")
     add("--simulation-rows", type=int, default=2048, help="rows the allocation quantises")
+    add(
+        "--key-share",
+        type=float,
+        help="share of the bits for keys, such as 0.33; default: K and V at the same ratio",
+    )
     add("--heldout", type=float, default=0.1, help="fraction of documents held out")
     add("--device", help="where to fit; default: cuda if there is one")
     add("--seed", type=int, default=0)
@@ -65,17 +70,19 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         engine=_engine(args.engine),
     )
+    ratios = _ratios(args.ratios)
     fit = FitSettings(
         method=args.method,
         rank_cap=_positive("--rank-cap", args.rank_cap),
         simulation_rows=_positive("--simulation-rows", args.simulation_rows),
+        key_share=_key_share(args.key_share, min(ratios)),
         device=args.device or _default_device(),
         seed=args.seed,
     )
     directory = calibrate(
         capture,
         fit,
-        _ratios(args.ratios),
+        ratios,
         out=args.out,
         name=args.name,
         model_name=args.model_name,
@@ -122,6 +129,19 @@ def _positive(option: str, value: int) -> int:
 def _fraction(option: str, value: float) -> float:
     if not 0 < value <= 0.5:
         raise ConfigError(f"{option} {value}: give a fraction above 0 and up to 0.5")
+    return value
+
+
+def _key_share(value: float | None, lowest_ratio: float) -> float | None:
+    if value is None:
+        return None
+    # The larger part must not get more bits than the cache has.
+    most = min(lowest_ratio / 2, 1.0)
+    if not 1 - most <= value <= most or not 0 < value < 1:
+        raise ConfigError(
+            f"--key-share {value:g}: give a share above 0 and below 1, and with a ratio of "
+            f"{lowest_ratio:g} from {1 - most:g} to {most:g}"
+        )
     return value
 
 

@@ -35,7 +35,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvtc_vllm.codec.artifact import BitPlan, CoefficientGroup
+from kvtc_vllm.codec.artifact import KINDS, BitPlan, CoefficientGroup, Kind, SectionBasis
 from kvtc_vllm.codec.quantizers import REGISTRY, Quantizer, group_cost_bits
 
 GROUP_SIZES: tuple[int, ...] = (1, 16, 64, 256, 1024)
@@ -80,6 +80,26 @@ def budget_bits(row_size: int, ratio: float) -> int:
 def plan_bits(plan: BitPlan) -> int:
     """Bits that one coded row takes before entropy coding, shifts and scales included."""
     return sum(group_cost_bits(REGISTRY[g.type].bits, g.size) for g in plan.groups)
+
+
+def over_budget(sections: Mapping[tuple[int, Kind], SectionBasis]) -> str | None:
+    """The first plans that take more bits than their ratio allows, in words; None if none do.
+
+    K and V of a layer group share one budget, of which either may have more than half.
+    """
+    for group in sorted({group for group, _ in sections}):
+        pair = {kind: sections[group, kind] for kind in KINDS if (group, kind) in sections}
+        for ratio in sorted({ratio for section in pair.values() for ratio in section.plans}):
+            there = {kind: section for kind, section in pair.items() if ratio in section.plans}
+            taken = {kind: plan_bits(section.plans[ratio]) for kind, section in there.items()}
+            allowed = budget_bits(sum(len(s.mean) for s in there.values()), ratio)
+            if sum(taken.values()) > allowed:
+                each = " and ".join(f"{kind.upper()} {bits}" for kind, bits in taken.items())
+                return (
+                    f"the plans of layer group {group} at ratio {ratio:g} take {each} bits a "
+                    f"row, the budget is {allowed}"
+                )
+    return None
 
 
 def apply_plan(coefficients: torch.Tensor, plan: BitPlan) -> torch.Tensor:

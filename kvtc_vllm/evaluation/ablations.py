@@ -17,6 +17,8 @@ from kvtc_vllm.evaluation.refit import capture, refit
 
 CAPTURE_TOKENS = 40_000
 DOMAIN_CHARACTERS = 1_500_000
+KEY_SHARES = (1 / 4, 1 / 3, 0.4, 1 / 2, 0.6, 2 / 3)
+"""Of the bits of both, those of the keys. Half is the paper's: the same ratio for both."""
 
 Plan = list[tuple[Method, list[Errand]]]
 
@@ -135,16 +137,30 @@ def _allocation(setting: Setting) -> Plan:
 
 
 def _keys_values(setting: Setting) -> Plan:
+    """One budget of bits divided unequally: methods of a ratio have the same bytes but for DEFLATE.
+
+    Each of keys and values is coded by the plan of a ratio of its own.
+    """
     errands = setting.errands("prose", "litm", "variable-tracking", "needle")
-    pairs = ((16, 16), (8, 32), (32, 8), (8, 64), (64, 8))
+    pairs = [
+        (ratio, round(ratio / (2 * share), 6), round(ratio / (2 * (1 - share)), 6))
+        for ratio in (16.0, 32.0)
+        for share in KEY_SHARES
+    ]
+    ratios = sorted({single for pair in pairs for single in pair})
+    fitted = refit(setting.spool(), setting.work / "keys-values", ratios)
     return [
         (
             setting.changed(
-                f"k{k}x v{v}x", 16.0, "mixed-ratios", options={"k": float(k), "v": float(v)}
+                f"k{k:.3g}x v{v:.3g}x",
+                ratio,
+                "mixed-ratios",
+                rank_file=fitted,
+                options={"k": k, "v": v},
             ),
             errands,
         )
-        for k, v in pairs
+        for ratio, k, v in pairs
     ]
 
 
@@ -225,7 +241,9 @@ ABLATIONS: dict[str, Ablation] = {
         Ablation("allocation", "dynamic programming against plain truncation", _allocation),
         Ablation("calibration-size", "1250 to 40000 rows", _calibration_size),
         Ablation("domain", "fitted on prose or code, tested on both", _domain),
-        Ablation("keys-values", "keys and values at different ratios", _keys_values),
+        Ablation(
+            "keys-values", "one budget divided unequally between keys and values", _keys_values
+        ),
         Ablation("rope", "keys coded before or after RoPE (no table in the paper)", _rope),
     )
 }

@@ -132,6 +132,7 @@ def test_little_text_still_gives_one_document_of_each_sort() -> None:
         ("--tokens", "0", ["--tokens 0", "at least 1"]),
         ("--layers-per-group", "none", ["--layers-per-group", "all"]),
         ("--heldout", "0.9", ["--heldout 0.9", "0.5"]),
+        ("--key-share", "1.5", ["--key-share 1.5", "below 1"]),
         ("--engine", "[1]", ["--engine", "object"]),
     ],
 )

@@ -10,6 +10,8 @@ from kvtc_vllm.calibration.fit import (
     fit_rank,
     heldout_error,
 )
+from kvtc_vllm.calibration.gate import check_artifact
+from kvtc_vllm.calibration.key_share import own_ratio
 from kvtc_vllm.calibration.spool import SpoolReader
 from kvtc_vllm.codec.artifact import KINDS
 from kvtc_vllm.codec.bitplan import budget_bits, plan_bits
@@ -78,6 +80,51 @@ def test_same_seed_same_artifact(fit: RankFit, reader: SpoolReader) -> None:
         settings=FitSettings(simulation_rows=512),
     ).artifact
     assert again.fingerprint == fit.artifact.fingerprint
+
+
+@pytest.mark.parametrize("share", [0.5, 0.75])
+def test_keys_have_their_share_of_one_budget(
+    reader: SpoolReader, fit: RankFit, share: float
+) -> None:
+    divided = fit_rank(
+        reader,
+        reader.geometry,
+        reader.ropes,
+        reader.layer_rope,
+        RATIOS,
+        settings=FitSettings(simulation_rows=512, key_share=share),
+    )
+    check_artifact(divided.artifact)
+    assert divided.artifact.ratios() == RATIOS
+    assert divided.artifact.fingerprint != fit.artifact.fingerprint
+    finer, coarser = ("v", "k") if share < 2 / 3 else ("k", "v")  # keys are twice as long
+    for group in (0, 1):
+        for ratio in RATIOS:
+            errors = {
+                kind: (
+                    divided.artifact.sections[group, kind].heldout_error[ratio],
+                    fit.artifact.sections[group, kind].heldout_error[ratio],
+                )
+                for kind in KINDS
+            }
+            assert errors[finer][0] <= errors[finer][1]
+            assert errors[coarser][0] >= errors[coarser][1]
+        sections = {kind: divided.artifact.sections[group, kind] for kind in KINDS}
+        sizes = {kind: len(section.mean) for kind, section in sections.items()}
+        assert sizes["k"] != sizes["v"]
+        for ratio in RATIOS:
+            taken = {kind: plan_bits(s.plans[ratio]) for kind, s in sections.items()}
+            budget = budget_bits(sum(sizes.values()), ratio)
+            assert taken["k"] <= share * budget
+            assert taken["v"] <= (1 - share) * budget + 1
+            assert {s.plans[ratio].ratio for s in sections.values()} == {ratio}
+
+
+def test_a_share_beyond_the_cache_is_refused(reader: SpoolReader) -> None:
+    with pytest.raises(ValueError, match=r"key share of 0\.9 at ratio 1.2 gives K more bits"):
+        own_ratio(reader.geometry, 0, "k", 1.2, 0.9)
+    with pytest.raises(ValueError, match="key share 1 must"):
+        own_ratio(reader.geometry, 0, "k", 8.0, 1)
 
 
 def test_fewer_rows_and_progress(reader: SpoolReader, fit: RankFit) -> None:

@@ -65,3 +65,20 @@ def test_every_ablation_changes_one_thing(
 def test_an_ablation_that_fits_needs_data(reference_model: Path, tmp_path: Path) -> None:
     with pytest.raises(MethodError, match="calibration-data"):
         ablations.plan("rope", str(reference_model), None, (), 4, 1024, {}, tmp_path)
+
+
+def test_keys_and_values_divide_one_budget(
+    reference_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ablations, "capture", lambda *_: tmp_path / "rank0")
+    fitted: list[float] = []
+    monkeypatch.setattr(
+        ablations, "refit", lambda spool, out, ratios, **_: fitted.extend(ratios) or out
+    )
+    plan = ablations.plan("keys-values", str(reference_model), None, ("x",), 4, 1024, {}, tmp_path)
+    divided = [(m.substitute["ratio"], m.substitute["options"]) for m, _ in plan]
+    assert {single for _, pair in divided for single in pair.values()} <= set(fitted)
+    for ratio in (16.0, 32.0):
+        assert (ratio, {"k": ratio, "v": ratio}) in divided
+    for ratio, pair in divided:
+        assert 1 / pair["k"] + 1 / pair["v"] == pytest.approx(2 / ratio)
