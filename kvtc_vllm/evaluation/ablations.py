@@ -142,25 +142,24 @@ def _keys_values(setting: Setting) -> Plan:
     Each of keys and values is coded by the plan of a ratio of its own.
     """
     errands = setting.errands("prose", "litm", "variable-tracking", "needle")
-    pairs = [
-        (ratio, round(ratio / (2 * share), 6), round(ratio / (2 * (1 - share)), 6))
+    divided = {
+        (ratio, share): {
+            "k": round(ratio / (2 * share), 6),
+            "v": round(ratio / (2 * (1 - share)), 6),
+        }
         for ratio in (16.0, 32.0)
         for share in KEY_SHARES
-    ]
-    ratios = sorted({single for pair in pairs for single in pair})
+    }
+    ratios = sorted({single for pair in divided.values() for single in pair.values()})
     fitted = refit(setting.spool(), setting.work / "keys-values", ratios)
     return [
         (
             setting.changed(
-                f"k{k:.3g}x v{v:.3g}x",
-                ratio,
-                "mixed-ratios",
-                rank_file=fitted,
-                options={"k": k, "v": v},
+                f"keys {share:.0%}", ratio, "mixed-ratios", rank_file=fitted, options=pair
             ),
             errands,
         )
-        for ratio, k, v in pairs
+        for (ratio, share), pair in divided.items()
     ]
 
 

@@ -108,7 +108,7 @@ def _cell(own: dict[str, Row], metric: str, form: str, interval: bool = True) ->
 
 
 def plot(path: Path, found: Sequence[Row]) -> None:
-    """A panel a task, KL against real ratio, a line through the plans of kvtc a context."""
+    """A panel a task: KL against real ratio, a line through the ratios of each variant of kvtc."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -131,12 +131,16 @@ def _panel(panel: Axes, found: Sequence[Row]) -> None:
     points = [
         r for r in found if r.metric == "kl" and not r.label and r.method != EXACT and r.real_ratio
     ]
-    ours = sorted((r for r in points if r.method.startswith("kvtc")), key=lambda r: r.real_ratio)
-    panel.plot([r.real_ratio for r in ours], [max(r.value, 1e-7) for r in ours], "o-", label="kvtc")
+    variants: dict[str, list[Row]] = {}
+    for row in sorted(points, key=lambda r: r.real_ratio):
+        if row.method.startswith("kvtc"):  # "kvtc-16x", or "kvtc-16x" and a variant's label
+            variants.setdefault(row.method.partition(" ")[2], []).append(row)
+    for _, rows in sorted(variants.items()):  # the same colour in every panel
+        panel.plot([r.real_ratio for r in rows], [max(r.value, 1e-7) for r in rows], "o-")
     for row in points:
         value = max(row.value, 1e-7)
-        if row not in ours:
-            panel.plot([row.real_ratio], [value], "s", color="C1")
+        if not row.method.startswith("kvtc"):
+            panel.plot([row.real_ratio], [value], "s", color="grey")
         panel.annotate(row.method, (row.real_ratio, value), fontsize="x-small", rotation=20)
     panel.set(
         xscale="log", yscale="log", xlabel="real ratio", ylabel="KL to the exact run, nats a token"

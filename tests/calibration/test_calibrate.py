@@ -35,7 +35,8 @@ def test_calibrate_in_layer_groups_then_serve(reference_model: Path, tmp_path: P
     out, spool = tmp_path / "registry", tmp_path / "spool"
     arguments = ["calibrate", str(reference_model), "--data", str(text), "--out", str(out)]
     arguments += ["--tokens", "5000", "--max-len", "900", "--layers-per-group", "4"]
-    arguments += ["--ratios", "4,8", "--spool", str(spool), "--engine", ENGINE]
+    arguments += ["--ratios", "4,8", "--key-share", "0.4"]
+    arguments += ["--spool", str(spool), "--engine", ENGINE]
     assert main(arguments) == 0
 
     reader = SpoolReader(spool / "rank0")
@@ -53,6 +54,7 @@ def test_calibrate_in_layer_groups_then_serve(reference_model: Path, tmp_path: P
     artifact, card, _ = load_rank_artifact(directory, 0)
     assert artifact.geometry.layer_groups == ((0, 4), (4, 8))
     assert card.data.files == ("text.txt",)
+    assert card.key_share == 0.4
     for section in artifact.sections.values():
         assert section.heldout_error[4.0] < section.heldout_error[8.0] < 0.2
         columns = section.basis.float()
