@@ -145,7 +145,8 @@ def fit_rank(
 
     ratios: target ratios of K and V together, one plan each. `estimate_bytes` tells the
     peak memory beforehand. Raises ArtifactError if training or held-out rows
-    are missing, ValueError for ratios or settings out of range.
+    are missing or the key share does not go with the ratios, ValueError for other
+    settings out of range.
     """
     settings = settings or FitSettings()
     started = time.monotonic()

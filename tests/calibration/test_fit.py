@@ -121,9 +121,9 @@ def test_keys_have_their_share_of_one_budget(
 
 
 def test_a_share_beyond_the_cache_is_refused(reader: SpoolReader) -> None:
-    with pytest.raises(ValueError, match=r"key share of 0\.9 at ratio 1.2 gives K more bits"):
+    with pytest.raises(ArtifactError, match=r"key share of 0\.9 at ratio 1.2 gives K more bits"):
         own_ratio(reader.geometry, 0, "k", 1.2, 0.9)
-    with pytest.raises(ValueError, match="key share 1 must"):
+    with pytest.raises(ArtifactError, match="key share 1 must"):
         own_ratio(reader.geometry, 0, "k", 8.0, 1)
 
 
