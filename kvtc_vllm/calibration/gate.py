@@ -7,7 +7,7 @@ import math
 import torch
 
 from kvtc_vllm.calibration.fit import orthonormality_defect
-from kvtc_vllm.codec.artifact import Kind, RankArtifact, SectionBasis
+from kvtc_vllm.codec.artifact import RankArtifact, SectionBasis
 from kvtc_vllm.codec.bitplan import over_budget
 from kvtc_vllm.codec.errors import ArtifactError
 
@@ -32,10 +32,10 @@ def check_artifact(artifact: RankArtifact, rank: int = 0) -> None:
     if excess is not None:
         raise ArtifactError(f"rank {rank}: {excess}")
     for (group, kind), section in artifact.sections.items():
-        _check_section(section, group, kind, f"rank {rank} section {kind}{group}")
+        _check_section(section, f"rank {rank} section {kind}{group}")
 
 
-def _check_section(section: SectionBasis, group: int, kind: Kind, name: str) -> None:
+def _check_section(section: SectionBasis, name: str) -> None:
     for field, tensor in (("mean", section.mean), ("basis", section.basis)):
         if not bool(torch.isfinite(tensor).all()):
             raise ArtifactError(f"{name}: {field} holds NaN or infinity; the fit failed")

@@ -88,11 +88,11 @@ def over_budget(sections: Mapping[tuple[int, Kind], SectionBasis]) -> str | None
     K and V of a layer group share one budget, of which either may have more than half.
     """
     for group in sorted({group for group, _ in sections}):
-        pair = {kind: sections[group, kind] for kind in KINDS if (group, kind) in sections}
-        for ratio in sorted({ratio for section in pair.values() for ratio in section.plans}):
-            there = {kind: section for kind, section in pair.items() if ratio in section.plans}
-            taken = {kind: plan_bits(section.plans[ratio]) for kind, section in there.items()}
-            allowed = budget_bits(sum(len(s.mean) for s in there.values()), ratio)
+        pair = [(kind, sections[group, kind]) for kind in KINDS]
+        for ratio in sorted({ratio for _, section in pair for ratio in section.plans}):
+            there = [(kind, section) for kind, section in pair if ratio in section.plans]
+            taken = {kind: plan_bits(section.plans[ratio]) for kind, section in there}
+            allowed = budget_bits(sum(len(section.mean) for _, section in there), ratio)
             if sum(taken.values()) > allowed:
                 each = " and ".join(f"{kind.upper()} {bits}" for kind, bits in taken.items())
                 return (

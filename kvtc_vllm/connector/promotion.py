@@ -70,7 +70,8 @@ class Promotions:
         if unfinished and not due:
             return True
         # A read has the same deadline as the request, so that its failure may be known first.
-        self.expired += due and (bool(unfinished) or len(ready) < len(arrived))
+        if due and (unfinished or len(ready) < len(arrived)):
+            self.expired += 1
         del self._waiting[request_id]
         self._settled[request_id] = waiting.pinned
         return False

@@ -43,8 +43,9 @@ from tests.reliability.faults import (
 
 KEYS = [key_of(number) for number in range(8)]
 DEADLINE = 1.0
-AT_ONCE = 0.3  # a pause of a busy machine, but no wait for a disk
-"""Seconds that a call of the engine's thread may take; a disk that hangs takes far longer."""
+AT_ONCE = 0.3
+"""Seconds that a call of the engine's thread may take: a pause of a busy machine, but no wait
+for a disk; one that hangs takes far longer."""
 
 
 class Timed:
