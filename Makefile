@@ -22,7 +22,8 @@ JOBS ?= 2
 PYTEST := pytest -n $(JOBS) --dist loadfile
 
 RUN := $(VENV)/bin/python -m
-OLD_TESTS := tests/connector/test_contract.py tests/connector/test_restart.py
+OLD_TESTS := tests/connector/test_contract.py tests/connector/test_restart.py \
+	tests/reliability/test_identity_matrix.py
 
 .PHONY: help setup setup-old test test-old check soak demo clean
 

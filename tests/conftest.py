@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import atexit
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,10 @@ for _name, _value in {
     "HF_HUB_OFFLINE": "1",
 }.items():
     os.environ.setdefault(_name, _value)
+
+if "KVTC_CACHE_DIR" not in os.environ:  # fingerprints of models that exist for a moment
+    os.environ["KVTC_CACHE_DIR"] = tempfile.mkdtemp(prefix="kvtc-tests-")
+    atexit.register(shutil.rmtree, os.environ["KVTC_CACHE_DIR"], ignore_errors=True)
 
 
 def _keep_to_one_core() -> None:

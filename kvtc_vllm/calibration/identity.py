@@ -1,24 +1,30 @@
 """Which model this is: a fingerprint of its configuration and of its weights.
 
 Weight files of 4 GiB or less in total are hashed whole. Larger ones are
-sampled: of a safetensors file the header (names, shapes, dtypes, offsets) and
-256 bytes at the start, middle and end of every tensor; of other formats the
-size and 64 regions spread over the file. Sampling tells apart different
-checkpoints, fine-tunes, merges and quantisations, which change practically
-every tensor throughout. It cannot see an edit confined to bytes between the
-samples, and no fingerprint here is meant to stop somebody who forges one.
+sampled (`sampling.py`): of a safetensors file the header (names, shapes,
+dtypes, offsets) and up to 64 KiB of every tensor, in 16 regions from its start
+to its end; of other formats the size and such regions spread over the file.
+Sampling tells apart different checkpoints, fine-tunes, merges and
+quantisations, which change practically every tensor throughout. It cannot see
+an edit confined to bytes between the samples, and no fingerprint here is meant
+to stop somebody who forges one.
+
+Weights are read once: their fingerprint is remembered in the process and on
+disk for as long as the files are the same (`remembered.py`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import xxhash
 
+from kvtc_vllm.calibration import sampling
+from kvtc_vllm.calibration.remembered import FileState, file_state, remember
 from kvtc_vllm.codec.errors import ArtifactError
 
 FULL_HASH_LIMIT = 4 * 2**30
@@ -36,12 +42,7 @@ DUMMY_WEIGHTS = "dummy"
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _NOT_WEIGHTS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "optimizer.bin")
-_SAMPLE_BYTES = 256
-_REGIONS = 64
 _READ_BYTES = 16 * 2**20
-_MAX_HEADER_BYTES = 100 * 2**20
-
-_cache: dict[tuple[tuple[str, int, int], ...], str] = {}
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,9 @@ class ModelIdentity:
 def model_identity(model: str | Path, revision: str | None = None) -> ModelIdentity:
     """Identity of a local model directory, or of a hub id already in the local cache.
 
-    Nothing is downloaded. Weights are read once a process: results are kept by
-    path, size and modification time. Raises ArtifactError if there is no such
-    model or its configuration or a weight file cannot be read.
+    Nothing is downloaded. Weights whose fingerprint is remembered are not read.
+    Raises ArtifactError if there is no such model, its configuration or a weight
+    file cannot be read, or a weight file changes meanwhile.
     """
     directory = model_directory(model, revision)
     return ModelIdentity(config_fingerprint(directory), weights_fingerprint(directory))
@@ -116,25 +117,10 @@ def weights_fingerprint(directory: Path, full_hash_limit: int = FULL_HASH_LIMIT)
     files = weight_files(directory)
     if not files:
         return DUMMY_WEIGHTS
-    stats = [path.stat() for path in files]
-    key = tuple(
-        (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
-        for path, stat in zip(files, stats, strict=True)
-    )
-    whole = sum(stat.st_size for stat in stats) <= full_hash_limit
-    key = (*key, ("whole" if whole else "sampled", 0, 0))
-    if key not in _cache:
-        digest = xxhash.xxh3_128()
-        for path in files:
-            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
-            try:
-                with path.open("rb") as file:
-                    for part in _whole(file) if whole else _sampled(file, path):
-                        digest.update(part)
-            except OSError as error:
-                raise ArtifactError(f"{path}: {error}") from error
-        _cache[key] = digest.hexdigest()
-    return _cache[key]
+    states = [_state(path) for path in files]
+    whole = sum(state.size for state in states) <= full_hash_limit
+    mode = "whole" if whole else f"sampled, version {sampling.VERSION}"
+    return remember(states, mode, lambda: _fingerprint(files, states, whole))
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -148,35 +134,35 @@ def weight_files(directory: Path) -> list[Path]:
     return safetensors or found
 
 
+def _state(path: Path) -> FileState:
+    with sampling.reading(path):
+        return file_state(path)
+
+
+def _fingerprint(files: Sequence[Path], states: Sequence[FileState], whole: bool) -> str:
+    """Read the files. Raises ArtifactError if one is not in its state any more."""
+    digest = xxhash.xxh3_128()
+    named = [f"{state.name}\0{state.size}\0".encode() for state in states]
+    if whole:
+        for name, path in zip(named, files, strict=True):
+            digest.update(name)
+            with sampling.reading(path), path.open("rb") as file:
+                for part in _whole(file):
+                    digest.update(part)
+    else:
+        digest.update(b"".join(named))
+        sizes = [state.size for state in states]
+        for part in sampling.samples(list(zip(files, sizes, strict=True))):
+            digest.update(part)
+    for path, state in zip(files, states, strict=True):
+        if _state(path) != state:
+            raise ArtifactError(
+                f"{path}: the weight file changed while it was read; start again when it is "
+                "complete"
+            )
+    return digest.hexdigest()
+
+
 def _whole(file: BinaryIO) -> Iterator[bytes]:
     while part := file.read(_READ_BYTES):
         yield part
-
-
-def _sampled(file: BinaryIO, path: Path) -> Iterator[bytes]:
-    size = path.stat().st_size
-    if path.suffix != ".safetensors":
-        for i in range(_REGIONS):
-            file.seek(max(0, size - _SAMPLE_BYTES) * i // (_REGIONS - 1))
-            yield file.read(_SAMPLE_BYTES)
-        return
-    length = int.from_bytes(file.read(8), "little")
-    if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
-        raise ArtifactError(f"{path}: safetensors header length {length} is out of bounds")
-    header = file.read(length)
-    yield header
-    try:
-        entries = json.loads(header)
-        spans = sorted(
-            (int(start), int(end))
-            for name, entry in entries.items()
-            if name != "__metadata__"
-            for start, end in [entry["data_offsets"]]
-        )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ArtifactError(f"{path}: safetensors header is malformed: {error!r}") from error
-    for start, end in spans:
-        last = max(start, end - _SAMPLE_BYTES)
-        for offset in (start, (start + last) // 2, last):
-            file.seek(8 + length + offset)
-            yield file.read(min(_SAMPLE_BYTES, end - start))

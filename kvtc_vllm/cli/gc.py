@@ -1,11 +1,17 @@
 """Make a disk tier smaller: by size, by age, by namespace.
 
+    kvtc gc DIR                        list the ended generations
+    kvtc gc DIR --ended                remove them
     kvtc gc DIR --capacity 50GiB       evict the least recently used until it fits
     kvtc gc DIR --unused-for 30d       remove chunks not used for that long (m, h, d)
     kvtc gc DIR --keep 3fa9 --keep 81  remove every namespace whose name starts otherwise
 
-Always removes the temporaries of dead writers and corrects the ledger. Safe while engines
-run: what is removed is a miss to them. `kvtc inspect DIR` lists the namespaces.
+An engine whose cache is reset goes on in a namespace that only it can name. Once that engine has
+ended, nothing there is ever used again: an ended generation. One in use is never taken for one.
+
+Always removes the temporaries of dead writers, corrects the ledger and lists the ended
+generations that are left. Safe while engines run: what is removed is a miss to them. `kvtc
+inspect DIR` lists the namespaces.
 """
 
 from __future__ import annotations
@@ -16,7 +22,7 @@ import time
 
 from kvtc_vllm.config import ConfigError, parse_bytes
 from kvtc_vllm.tiers.disk.layout import disk_bytes
-from kvtc_vllm.tiers.disk.survey import Survey
+from kvtc_vllm.tiers.disk.survey import NamespaceSummary, Survey
 
 _AGE = re.compile(r"(\d+(?:\.\d+)?)([mhd])")
 _SECONDS = {"m": 60, "h": 3600, "d": 86400}
@@ -30,22 +36,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep", action="append", default=[], metavar="NAMESPACE", help="a name or its beginning"
     )
+    parser.add_argument("--ended", action="store_true", help="remove the ended generations")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one line a removal."""
+    """Print one line a removal, and one for each ended generation that is left."""
     capacity = None if args.capacity is None else parse_bytes("--capacity", args.capacity)
     age = None if args.unused_for is None else _age(args.unused_for)
     survey = Survey(args.directory)
     if args.keep:
         _drop_others(survey, args.keep, args.dry_run)
+    if args.ended:
+        _drop_ended(survey, args.dry_run)
     if age is not None:
         _remove_unused(survey, age, args.dry_run)
     if capacity is not None:
         _shrink(survey, capacity, args.dry_run)
     if not args.dry_run:
         survey.clean()
+    if not args.ended:
+        _list_ended(survey, args.directory)
     return 0
 
 
@@ -59,6 +70,32 @@ def _drop_others(survey: Survey, keep: list[str], dry_run: bool) -> None:
             continue
         chunks = len(survey.chunks(name)) if dry_run else survey.drop(name)
         print(f"namespace {name}: {chunks} chunks {_done(dry_run)}")
+
+
+def _drop_ended(survey: Survey, dry_run: bool) -> None:
+    for found in survey.ended():
+        if not dry_run:
+            survey.drop(found.name)
+        print(f"{_describe(found)}: {_done(dry_run)}")
+
+
+def _list_ended(survey: Survey, directory: str) -> None:
+    ended = list(survey.ended())
+    for found in ended:
+        print(_describe(found))
+    if ended:
+        print(f"no engine can use these again: `kvtc gc {directory} --ended` removes them")
+
+
+def _describe(ended: NamespaceSummary) -> str:
+    record = ended.record
+    last = ended.newest or (record.created if record else 0)
+    age = f"last used {_human(time.time() - last)} ago" if last else "never used"
+    model = record.model if record else "unknown"
+    return (
+        f"ended generation {ended.name}: {ended.chunks} chunks, {ended.used} bytes, {age}, "
+        f"model {model}"
+    )
 
 
 def _remove_unused(survey: Survey, age: float, dry_run: bool) -> None:
@@ -88,6 +125,12 @@ def _age(text: str) -> float:
     if match is None:
         raise ConfigError(f"--unused-for {text!r}: give a number with m, h or d, such as 30d")
     return float(match.group(1)) * _SECONDS[match.group(2)]
+
+
+def _human(seconds: float) -> str:
+    """An age as `--unused-for` takes it."""
+    unit = next((u for u in "dh" if seconds >= _SECONDS[u]), "m")
+    return f"{round(max(0.0, seconds) / _SECONDS[unit], 1):g}{unit}"
 
 
 def _done(dry_run: bool) -> str:

@@ -138,6 +138,9 @@ def _namespace(found: NamespaceSummary) -> dict[str, Any]:
         "rank": f"{record.rank} of {record.tp_size}" if record else "unknown",
         "vllm_version": record.vllm_version if record else "unknown",
         "created": _time(record.created) if record else "unknown",
+        "generation": record.generation if record else "unknown",
+        "in_use": found.in_use,
+        "facts": record.facts if record else {},
         "chunks": found.chunks,
         "stored_bytes": found.stored,
         "disk_bytes": found.used,
@@ -181,6 +184,13 @@ def _print(described: dict[str, Any], indent: str = "") -> None:
         elif isinstance(value, list) and value and isinstance(value[0], dict):
             print(f"{indent}{key}:")
             for row in value:
-                print(indent + "  " + ", ".join(f"{k} {v}" for k, v in row.items()))
+                print(indent + "  " + ", ".join(f"{k} {_text(v)}" for k, v in row.items()))
         else:
             print(f"{indent}{key}: {value}")
+
+
+def _text(value: Any) -> str:
+    """A value within a row of a list."""
+    if isinstance(value, dict):
+        value = " ".join(f"{k}={v}" for k, v in value.items())
+    return str(value) if value != "" else "none"

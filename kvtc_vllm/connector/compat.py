@@ -7,6 +7,9 @@ import re
 
 SUPPORTED = ((0, 26), (0, 33))
 """First and last supported minor release."""
+CRYPTOGRAPHIC = ("sha256", "sha256_cbor")
+"""Algorithms of block hashes whose chain vLLM 0.29 and later start from a fixed text."""
+RANDOM = "random"
 
 
 class UnsupportedError(RuntimeError):
@@ -20,30 +23,45 @@ def vllm_version() -> str:
     return str(vllm.__version__)
 
 
+def _release(version: str) -> tuple[int, int]:
+    """Major and minor number, (0, 0) of a version without."""
+    match = re.match(r"(\d+)\.(\d+)", version)
+    return (int(match.group(1)), int(match.group(2))) if match else (0, 0)
+
+
 def check_version(version: str) -> None:
     """Raise UnsupportedError outside the supported range."""
-    match = re.match(r"(\d+)\.(\d+)", version)
-    release = (int(match.group(1)), int(match.group(2))) if match else None
-    if release is None or not SUPPORTED[0] <= release <= SUPPORTED[1]:
+    if not SUPPORTED[0] <= _release(version) <= SUPPORTED[1]:
         low, high = (".".join(map(str, r)) for r in SUPPORTED)
         raise UnsupportedError(
             f"vLLM {version} is not supported; this release works with {low} to {high}"
         )
 
 
-def check_stable_hashes(version: str) -> None:
-    """Raise UnsupportedError if block hashes would differ after a restart.
+def hash_seed_fact(version: str, algorithm: str) -> str:
+    """What vLLM's chain of block hashes starts from: "seed '0'", or "random".
 
-    Before 0.29 vLLM starts its hash chain from random bytes unless PYTHONHASHSEED is set.
+    vLLM takes PYTHONHASHSEED as a text, whatever it is ("random" and "" too). Without one,
+    0.29 and later start from a fixed text, except where the algorithm is not cryptographic.
     """
-    match = re.match(r"(\d+)\.(\d+)", version)
-    old = match is not None and (int(match.group(1)), int(match.group(2))) < (0, 29)
-    if old and os.environ.get("PYTHONHASHSEED", "random") == "random":
-        raise UnsupportedError(
-            f"disk_path needs block hashes that survive a restart; vLLM {version} makes them at "
-            "random unless the environment variable PYTHONHASHSEED is set to a fixed number: "
-            "set PYTHONHASHSEED=0, or use vLLM 0.29 or later"
-        )
+    seed = os.environ.get("PYTHONHASHSEED")
+    if seed is None and _release(version) >= (0, 29) and algorithm in CRYPTOGRAPHIC:
+        seed = "vllm-none-hash"
+    return RANDOM if seed is None else f"seed {seed!r}"
+
+
+def check_stable_hashes(version: str, algorithm: str) -> None:
+    """Raise UnsupportedError if block hashes would differ after a restart."""
+    if hash_seed_fact(version, algorithm) != RANDOM:
+        return
+    old = _release(version) < (0, 29)
+    what = "them" if old else f"those of prefix_caching_hash_algo={algorithm!r}"
+    other = "vLLM 0.29 or later" if old else " or ".join(CRYPTOGRAPHIC)
+    raise UnsupportedError(
+        f"disk_path needs block hashes that survive a restart; vLLM {version} makes {what} at "
+        "random unless the environment variable PYTHONHASHSEED is set to a fixed number: "
+        f"set PYTHONHASHSEED=0, or use {other}"
+    )
 
 
 def source_of_hits() -> object | None:

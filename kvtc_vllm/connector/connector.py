@@ -61,7 +61,8 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
         transfer = self._kv_transfer_config
         self._config = self._read_config(transfer.kv_connector_extra_config)
         if self._config.disk_path is not None:
-            check_stable_hashes(version)
+            algorithm = str(vllm_config.cache_config.prefix_caching_hash_algo)
+            check_stable_hashes(version, algorithm)
         self._geometry = read_geometry(vllm_config, kv_cache_config)
         # Both sides check, so that the worker, made first, fails before it loads an artifact.
         check_chunk_tokens(self._config, self._geometry.block_size)
@@ -77,6 +78,8 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
                 self._geometry,
                 prompt_only=not self._config.store_decode
                 or vllm_config.speculative_config is not None,
+                loads=transfer.is_kv_consumer,
+                stores=transfer.is_kv_producer,
             )
             if transfer.kv_load_failure_policy != "recompute":
                 # Read by vLLM's scheduler after it has made its connector.
@@ -141,12 +144,17 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
         """What all ranks have on disk, before the first request."""
         self._live_scheduler.restore({rank: found.entries for rank, found in metadata.items()})
 
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        """Lets the scheduler's side see when vLLM's own prefix cache was emptied."""
+        self._live_scheduler.bind_gpu_blocks(gpu_block_pool)
+
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
         """Tokens that the tier can add to the GPU prefix cache's, always asynchronously.
 
-        None while chunks are on their way from disk into memory.
+        None while chunks are on their way from disk into memory, another request loads the same
+        prefix, or the contents of a LoRA adapter are not known.
         """
         tokens = self._live_scheduler.match(request, num_computed_tokens)
         return tokens, bool(tokens)
@@ -183,7 +191,7 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
         return self._live_scheduler.has_pending_work()
 
     def reset_cache(self) -> bool | None:
-        """Forget every chunk."""
+        """Offer nothing that was stored before; files stay for other engines."""
         self._live_scheduler.reset()
         return True
 

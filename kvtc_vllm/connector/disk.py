@@ -14,6 +14,7 @@ from typing import TypeVar
 from vllm.logger import init_logger
 
 from kvtc_vllm.tiers.disk import DiskError, DiskStore, IoHandle, IoPool
+from kvtc_vllm.tiers.disk.drop import REMOVE_AT_ONCE
 from kvtc_vllm.tiers.policies import ChunkKey
 
 logger = init_logger("vllm.kvtc")
@@ -24,12 +25,8 @@ START_SECONDS = 120.0
 """For finding what is on disk when the engine starts."""
 WRITE_SECONDS = 30.0
 """A write that has not begun by then is given up."""
-CLEAR_AGAIN_SECONDS = 5.0
-"""Between attempts to empty the namespace after a reset."""
 QUEUE = 1 << 16
 """Calls that may wait for a thread; blobs that wait are bounded by their bytes."""
-REMOVE_AT_ONCE = 256
-"""Chunks removed under one hold of the root's lock, for which others wait."""
 LOST = frozenset({"missing", "corrupt", "foreign"})
 """Reasons of a failed read after which the chunk is not on disk any more."""
 
@@ -53,12 +50,12 @@ class DiskNews:
 NO_NEWS = DiskNews()
 
 
-def open_store(make: Callable[[], DiskStore]) -> DiskStore:
+def open_in_time(namespace: Namespace) -> None:
     """Open at the engine's start. Raises DiskError if the directory can't be used in time."""
     pool = IoPool(1, 0, "kvtc-disk-open")
-    opening = partial(_patiently, make, time.monotonic() + START_SECONDS)
+    opening = partial(_patiently, namespace.open, time.monotonic() + START_SECONDS)
     try:
-        return pool.submit(opening, START_SECONDS).wait()
+        pool.submit(opening, START_SECONDS).wait()
     finally:
         pool.close(0.0)
 
@@ -73,23 +70,71 @@ def _patiently(call: Callable[[], T], until: float) -> T:
                 raise
 
 
+def _listed(namespace: Namespace, until: float) -> list[tuple[ChunkKey, int]]:
+    """Key and bytes of every chunk, least recently used first."""
+    return [(entry.key, entry.size) for entry in _patiently(namespace.store.scan, until)]
+
+
+def _read(namespace: Namespace, key: ChunkKey) -> bytes:
+    return namespace.store.read(key)
+
+
+def _remove(namespace: Namespace, keys: Sequence[ChunkKey]) -> None:
+    for first in range(0, len(keys), REMOVE_AT_ONCE):
+        namespace.store.remove(keys[first : first + REMOVE_AT_ONCE])
+
+
+class Namespace:
+    """A store that is opened by the first thread that needs it.
+
+    open_store: raises DiskError. own: no other engine can name it, so it goes with its
+    generation.
+    """
+
+    def __init__(self, open_store: Callable[[], DiskStore], own: bool = False) -> None:
+        self._open = open_store
+        self.own = own
+        self._store: DiskStore | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def store(self) -> DiskStore:
+        """The open store, see `open`."""
+        return self.open()
+
+    def open(self) -> DiskStore:
+        """Open it, unless it is. Uses the disk the first time; raises DiskError."""
+        with self._lock:
+            if self._store is None:
+                self._store = self._open()
+            return self._store
+
+    def leave(self) -> None:
+        """Close it, and remove what nobody can name from now on. Uses the disk."""
+        with self._lock:
+            if self._store is None:
+                return
+            if self.own:
+                self._store.drop()
+            self._store.close()
+
+
 class DiskSide:
-    """Owns a rank's store and its threads.
+    """Owns a rank's part of the disk tier and its threads.
 
     Called by the engine's thread, `write` also by encoders; no call waits for the disk, but
     for `inventory` and `close`. Reads and writes have pools of their own: a write may wait
     for the root's lock. threads: of each pool. deadline_seconds: after which a read counts
     as failed. queue_bytes: of blobs that may wait to be written.
 
-    After a reset nothing is read or written until everything that was on disk is deleted,
-    and a write that was under way deletes its own chunk: what was computed before a reset
-    is never offered after it.
+    After a reset or a change of weights the chunks of before are left where they are and never
+    read again: the engine goes on in another namespace.
     """
 
     def __init__(
-        self, store: DiskStore, threads: int, deadline_seconds: float, queue_bytes: int
+        self, namespace: Namespace, threads: int, deadline_seconds: float, queue_bytes: int
     ) -> None:
-        self._store = store
+        self._namespace: Namespace | None = namespace
         self._threads = threads
         self._deadline = deadline_seconds
         self._queue_bytes = queue_bytes
@@ -99,9 +144,7 @@ class DiskSide:
         self._lock = threading.Lock()  # for all that follows
         self._news = DiskNews()
         self._epoch = 0
-        self._stale = False
-        self._clear_after = 0.0
-        self._writing: dict[ChunkKey, int] = {}
+        self._writing: dict[tuple[int, ChunkKey], int] = {}
         self._queued = 0
 
     def inventory(self) -> list[tuple[ChunkKey, int]]:
@@ -110,15 +153,15 @@ class DiskSide:
         Called once, before the first step. Nothing if the disk fails: that is no reason not
         to serve.
         """
+        namespace = self._namespace
+        assert namespace is not None
         until = time.monotonic() + START_SECONDS
-        scan = partial(_patiently, self._store.scan, until)
         try:
-            found = self._readers.submit(scan, START_SECONDS).wait()
+            return self._readers.submit(partial(_listed, namespace, until), START_SECONDS).wait()
         except DiskError as error:
             logger.warning("kvtc: what is on disk can't be listed, starting empty: %s", error)
             self._count(error)
             return []
-        return [(entry.key, entry.size) for entry in found]
 
     def write(self, key: ChunkKey, blob: bytes, epoch: int) -> None:
         """Write when a thread is free; dropped and counted if too much waits.
@@ -127,23 +170,26 @@ class DiskSide:
         """
         size = len(blob)
         with self._lock:
-            if epoch != self._epoch or key in self._writing:
+            namespace = self._namespace
+            if epoch != self._epoch or namespace is None or (epoch, key) in self._writing:
                 return
-            full = self._queued + size > self._queue_bytes
-            if full or self._stale:
-                self._news.errors["queue_full" if full else "reset"] += 1
+            if self._queued + size > self._queue_bytes:
+                self._news.errors["queue_full"] += 1
                 return
-            self._writing[key] = size
+            self._writing[epoch, key] = size
             self._queued += size
-        self._submit_write(partial(self._write, key, blob, epoch), lambda: self._end_write(key))
+        self._submit_write(
+            partial(self._write, namespace, key, blob, epoch), lambda: self._end_write(key, epoch)
+        )
 
     def read(self, keys: Sequence[ChunkKey]) -> None:
         """Begin to read chunks; `take_news` tells the outcome."""
+        namespace = self._namespace
         for key in keys:
             try:
-                if self._stale:
-                    raise DiskError("reset", "what was stored before is not deleted yet")
-                handle = self._readers.submit(partial(self._store.read, key), self._deadline)
+                if namespace is None:
+                    raise DiskError("closed", "no namespace is open since the last reset")
+                handle = self._readers.submit(partial(_read, namespace, key), self._deadline)
             except DiskError as error:
                 self._fail(key, error)
             else:
@@ -151,28 +197,34 @@ class DiskSide:
 
     def remove(self, keys: Sequence[ChunkKey]) -> None:
         """Delete chunks when a thread is free."""
-        if keys:
-            self._submit_write(partial(self._remove, keys))
+        if keys and self._namespace is not None:
+            self._submit_write(partial(_remove, self._namespace, keys))
 
     def touch(self, keys: Sequence[ChunkKey]) -> None:
         """Chunks were used, the last one most recently."""
-        if keys:
-            self._submit_write(partial(self._touch, keys))
+        if keys and self._namespace is not None:
+            self._submit_write(partial(self._touch, self._namespace, keys))
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Forget what was begun before, and delete all that is on disk."""
+    def leave(self, epoch: int) -> None:
+        """Forget what was begun before `epoch`; nothing is read or written until `enter`."""
         self._reads.clear()
         with self._lock:
+            left, self._namespace = self._namespace, None
             self._epoch = epoch
             self._news = DiskNews(errors=self._news.errors)
-            self._stale = True
-            self._clear_after = 0.0
-        self._clear_again()
+        if left is not None:
+            self._submit_write(left.leave)
+
+    def enter(self, namespace: Namespace) -> None:
+        """Go on in another namespace; what it holds already is told as if just stored."""
+        with self._lock:
+            self._namespace = namespace
+            epoch = self._epoch
+        with suppress(DiskError):  # not listed: found again when it is stored again
+            self._readers.submit(partial(self._list, namespace, epoch), START_SECONDS)
 
     def take_news(self) -> DiskNews:
         """Outcomes since the last call."""
-        if self._stale:
-            self._clear_again()
         running = []
         stalled = bool(self._reads) and self._readers.stalled
         for key, handle in self._reads:
@@ -197,93 +249,82 @@ class DiskSide:
     def close(self, last: Iterable[tuple[ChunkKey, bytes]], seconds: float) -> None:
         """Write what waits and then `last`, for at most `seconds`, and stop."""
         until = time.monotonic() + seconds
-        source, lock = iter(last), threading.Lock()
+        namespace = self._namespace
+        # Nobody could find there what is written now.
+        source = iter(last if namespace is not None and not namespace.own else ())
+        lock = threading.Lock()
         with suppress(DiskError):
-            for _ in range(self._threads):
-                self._writers.submit(partial(self._drain, source, lock, until), seconds)
-            if self._writers.wait_idle(seconds):
+            if namespace is not None:
+                for _ in range(self._threads):
+                    drain = partial(self._drain, namespace, source, lock, until)
+                    self._writers.submit(drain, seconds)
+            if self._writers.wait_idle(seconds) and namespace is not None:
                 # By a thread of the pool as well: even closing may hang on a dead disk.
-                self._writers.submit(self._store.close, until - time.monotonic()).wait()
+                self._writers.submit(namespace.leave, until - time.monotonic()).wait()
         self._readers.close(0.0)
         self._writers.close(0.0)
 
     # ------------------------------------------------------- on the pools' threads
 
-    def _write(self, key: ChunkKey, blob: bytes, epoch: int) -> None:
+    def _write(self, namespace: Namespace, key: ChunkKey, blob: bytes, epoch: int) -> None:
+        """A write that is overtaken by a reset is still right under its own name."""
         try:
             if epoch != self._epoch:
                 return
-            size = self._store.write(key, blob)
+            size = namespace.store.write(key, blob)
             with self._lock:
-                current = epoch == self._epoch
-                if current:
+                if epoch == self._epoch:
                     self._news.stored.append((key, size))
                     self._news.written_bytes += len(blob)
-            if not current:
-                self._take_back(key)
         except DiskError as error:
-            self._count(error)
+            if epoch == self._epoch:
+                self._count(error)
         finally:
-            self._note_evicted()
-            self._end_write(key)
-
-    def _take_back(self, key: ChunkKey) -> None:
-        """Delete what was published after a reset."""
-        try:
-            self._store.remove([key])
-        except DiskError as error:
-            self._count(error)
-            with self._lock:
-                self._stale = True
+            self._note_evicted(namespace, epoch)
+            self._end_write(key, epoch)
 
     def _drain(
-        self, source: Iterator[tuple[ChunkKey, bytes]], lock: threading.Lock, until: float
+        self,
+        namespace: Namespace,
+        source: Iterator[tuple[ChunkKey, bytes]],
+        lock: threading.Lock,
+        until: float,
     ) -> None:
-        while time.monotonic() < until and not self._stale:
+        while time.monotonic() < until:
             with lock:
                 item = next(source, None)
             if item is None:
                 return
-            self._write(*item, self._epoch)
+            self._write(namespace, *item, self._epoch)
 
-    def _clear(self, epoch: int) -> None:
-        if not self._stale:
+    def _list(self, namespace: Namespace, epoch: int) -> None:
+        try:
+            found = _listed(namespace, time.monotonic() + START_SECONDS)
+        except DiskError as error:
+            self._count(error)
             return
-        self._remove([entry.key for entry in self._store.scan()])
         with self._lock:
             if epoch == self._epoch:
-                self._stale = False
+                self._news.stored += found
 
-    def _remove(self, keys: Sequence[ChunkKey]) -> None:
-        for first in range(0, len(keys), REMOVE_AT_ONCE):
-            self._store.remove(keys[first : first + REMOVE_AT_ONCE])
-
-    def _touch(self, keys: Sequence[ChunkKey]) -> None:
-        gone = self._store.touch(keys)
+    def _touch(self, namespace: Namespace, keys: Sequence[ChunkKey]) -> None:
+        gone = namespace.store.touch(keys)
         with self._lock:
-            self._news.lost += gone
+            if namespace is self._namespace:
+                self._news.lost += gone
+
+    def _note_evicted(self, namespace: Namespace, epoch: int) -> None:
+        with suppress(DiskError):
+            evicted = namespace.store.take_evicted()
+            with self._lock:
+                if epoch == self._epoch:
+                    self._news.lost += evicted
 
     # -------------------------------------------------------------- on any thread
 
-    def _clear_again(self) -> None:
-        """Order the deletion of everything, if it is due."""
+    def _end_write(self, key: ChunkKey, epoch: int) -> None:
         with self._lock:
-            now = time.monotonic()
-            due = self._stale and now >= self._clear_after
-            if due:
-                self._clear_after = now + CLEAR_AGAIN_SECONDS
-            epoch = self._epoch
-        if due:
-            self._submit_write(partial(self._clear, epoch))
-
-    def _end_write(self, key: ChunkKey) -> None:
-        with self._lock:
-            self._queued -= self._writing.pop(key, 0)
-
-    def _note_evicted(self) -> None:
-        evicted = self._store.take_evicted()
-        with self._lock:
-            self._news.lost += evicted
+            self._queued -= self._writing.pop((epoch, key), 0)
 
     def _submit_write(
         self, call: Callable[[], None], refused: Callable[[], None] = lambda: None

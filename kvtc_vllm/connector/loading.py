@@ -15,6 +15,7 @@ from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.connector.geometry import CacheGeometry
 from kvtc_vllm.connector.mailbox import Mailbox
 from kvtc_vllm.connector.messages import LoadItem, LoadJob
+from kvtc_vllm.connector.names import Proof
 from kvtc_vllm.connector.streams import SideStream
 from kvtc_vllm.connector.threads import thread_pool
 from kvtc_vllm.connector.transfer import Transfer
@@ -22,10 +23,16 @@ from kvtc_vllm.tiers.memory import MemoryArena
 
 logger = init_logger("vllm.kvtc")
 
+CHANGED = "changed"
+"""Reason of failure where what computes now is not what computed the chunk."""
+
 
 @dataclass
 class _Load:
     """A request's load. left: batches that no thread has ended yet. at_once: threads for it.
+
+    proof: of the weights that its chunks' names assume. same_adapter: whether that holds for
+    its LoRA adapter.
 
     seconds: of all its batches, without the time that they waited for a thread.
     """
@@ -34,6 +41,8 @@ class _Load:
     tokens: int
     left: int
     at_once: int
+    proof: Proof
+    same_adapter: bool
     point: torch.cuda.Event | None
     failed: bool = False
     seconds: float = 0.0
@@ -59,7 +68,7 @@ class LoadPipeline:
         self._num_threads = config.load_threads
         self._threads = thread_pool("kvtc-load", config.load_threads, device)
 
-    def begin(self, job: LoadJob) -> None:
+    def begin(self, job: LoadJob, proof: Proof, same_adapter: bool) -> None:
         """Start a request's load. Engine's thread."""
         size = self.transfer.load_batch
         batches = [job.items[first : first + size] for first in range(0, len(job.items), size)]
@@ -68,10 +77,24 @@ class LoadPipeline:
             tokens=sum(self._tokens(item) for item in job.items),
             left=len(batches),
             at_once=min(len(batches), self._num_threads),
+            proof=proof,
+            same_adapter=same_adapter,
             point=self._stream.mark(),
         )
         for batch in batches:
             self._threads.submit(self._load, batch, request)
+
+    def check(self, proof: Proof) -> None:
+        """Report if the weights are not those of the names."""
+        self._threads.submit(self._holds, proof)
+
+    def _holds(self, proof: Proof) -> bool:
+        holds = proof.holds
+        if not holds:
+            with self._mailbox.open() as mail:
+                mail.report.found_stale(proof.step)
+            self._mailbox.ring()
+        return holds
 
     def shutdown(self) -> None:
         """Finish what runs, drop what waits."""
@@ -84,6 +107,7 @@ class LoadPipeline:
         """
         started = time.perf_counter()
         skipped = request.failed
+        reasons: Sequence[str | None]
         reasons = [None] * len(items) if skipped else self._try(items, request)
         with self._mailbox.open() as mail:
             seconds = time.perf_counter() - started
@@ -93,11 +117,12 @@ class LoadPipeline:
                 if skipped or reason is not None:
                     request.failed = True
                     mail.bad_blocks.update(item.block_ids)
-                if reason is not None:
+                if reason is not None and reason != CHANGED:  # else another's chunk, but sound
                     mail.report.bad.append(item.key)
                     if reason != "missing":
                         # What is on disk is the same blob: offered again, it would fail again.
                         mail.report.disk_lost.append(item.key)
+                if reason is not None:
                     mail.stats.add("failed_loads", label=reason)
             request.left -= 1
             if request.left:
@@ -108,8 +133,10 @@ class LoadPipeline:
                 mail.report.load_seconds += request.seconds / request.at_once
         self._mailbox.ring()
 
-    def _try(self, items: Sequence[LoadItem], request: _Load) -> list[str | None]:
+    def _try(self, items: Sequence[LoadItem], request: _Load) -> Sequence[str | None]:
         """For every chunk the reason why it failed, if it did. No exception gets past here."""
+        if not self._holds(request.proof) or not request.same_adapter:
+            return [CHANGED] * len(items)
         blobs = [self._arena.get(item.key) for item in items]
         found = [(item, blob) for item, blob in zip(items, blobs, strict=True) if blob is not None]
         try:

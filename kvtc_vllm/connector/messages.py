@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
@@ -13,16 +14,25 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from kvtc_vllm.tiers.policies import ChunkKey
 
 
+@dataclass(frozen=True)
+class AdapterUse:
+    """A LoRA adapter by vLLM's number and the digest of its contents."""
+
+    number: int
+    digest: bytes
+
+
 @dataclass
 class StoreItem:
     """Encode these blocks after this step's forward.
 
-    start: token position of the chunk's first token.
+    start: token position of the chunk's first token. adapter: what the key assumes.
     """
 
     key: ChunkKey
     start: int
     block_ids: list[int]
+    adapter: AdapterUse | None = None
 
 
 @dataclass
@@ -41,10 +51,11 @@ class LoadItem:
 
 @dataclass
 class LoadJob:
-    """All chunks that one request waits for."""
+    """All chunks that one request waits for. adapter: what their keys assume."""
 
     request_id: str
     items: list[LoadItem]
+    adapter: AdapterUse | None = None
 
 
 @dataclass
@@ -58,8 +69,11 @@ class DiskInventory(KVConnectorHandshakeMetadata):
 class StepMetadata(KVConnectorMetadata):
     """Scheduler -> workers. Applied in this order: reset, demote, evict, promote, loads, stores.
 
-    number: of the step. tokens: that the step computes. epoch: number of `reset_cache`
-    calls so far; work of older epochs is dropped, and what they left on disk is deleted.
+    number: of the step. tokens: that the step computes. epoch: number of times that all names
+    were given up so far, for a reset or for other weights; work of older epochs is dropped.
+    generation: a nonce in the names, new with every reset; empty before the first, so that an
+    engine that starts again finds what it left. check: compare the weights in this step. adapters:
+    LoRA requests of vLLM's whose contents the scheduler must know.
     demote: evicted chunks to write to disk first. promote: chunks to read from disk into
     memory. disk_remove: chunks to delete from disk. touch: chunks on disk that were used.
     idle: nothing else is scheduled, so the worker may wait a little for its threads.
@@ -68,6 +82,9 @@ class StepMetadata(KVConnectorMetadata):
     number: int = 0
     tokens: int = 0
     epoch: int = 0
+    generation: bytes = b""
+    check: bool = False
+    adapters: list[Any] = field(default_factory=list)
     evict: list[ChunkKey] = field(default_factory=list)
     loads: list[LoadJob] = field(default_factory=list)
     stores: list[StoreItem] = field(default_factory=list)
@@ -87,6 +104,11 @@ class WorkerReport(KVConnectorWorkerMetadata):
     bytes on disk). disk_lost: chunks that are not on disk any more, or of no use there.
     load_tokens, load_seconds: what finished loads did and took. step: number of the step,
     given whenever it computed tokens, so that its time can be taken.
+    stale_since: first step in which the weights were found not to be those that the epoch's
+    names stand for; 0 as long as they are. named_in: step in which this epoch's names were made,
+    0 if not in this step. other_weights: then, whether they stand for other weights than the
+    names before. adapters: contents of LoRA adapters by vLLM's number, where they are news or
+    were asked for; b"" for one that is not loaded any more, None for one that can't be told.
     """
 
     epoch: int
@@ -98,6 +120,10 @@ class WorkerReport(KVConnectorWorkerMetadata):
     load_tokens: int = 0
     load_seconds: float = 0.0
     step: int = 0
+    stale_since: int = 0
+    named_in: int = 0
+    other_weights: bool = False
+    adapters: dict[int, bytes | None] = field(default_factory=dict)
 
     def is_empty(self) -> bool:
         """True if there is nothing to tell."""
@@ -108,7 +134,14 @@ class WorkerReport(KVConnectorWorkerMetadata):
             or self.disk_stored
             or self.disk_lost
             or self.load_tokens
+            or self.stale_since
+            or self.named_in
+            or self.adapters
         )
+
+    def found_stale(self, step: int) -> None:
+        """The weights of this step are not those of the names."""
+        self.stale_since = min(self.stale_since or step, step)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """Join the reports of two ranks of the same step."""
@@ -123,4 +156,12 @@ class WorkerReport(KVConnectorWorkerMetadata):
         self.load_tokens += other.load_tokens
         self.load_seconds += other.load_seconds
         self.step = max(self.step, other.step)
+        if other.stale_since:
+            self.found_stale(other.stale_since)
+        self.named_in = max(self.named_in, other.named_in)
+        self.other_weights = self.other_weights or other.other_weights
+        for number, digest in other.adapters.items():
+            # Ranks that read different files have no common name.
+            same = self.adapters.get(number, digest) == digest
+            self.adapters[number] = digest if same else None
         return self

@@ -19,6 +19,10 @@ COUNTERS: dict[str, str] = {
     "hit_tokens": "Tokens of these that were found in the tier and offered as a load",
     "resumed_lookup_tokens": "As lookup_tokens, for requests that come back from preemption",
     "resumed_hit_tokens": "As hit_tokens, for requests that come back from preemption",
+    "bypassed_tokens": "Prompt tokens that were not looked up: the request, its adapter or the "
+    "engine's role does not allow it",
+    "shared_load_waits": "Requests that waited for another request's load of the same prefix",
+    "weight_changes": "Times that other weights than before were found in the running model",
     "window_tokens": "Tokens found but recomputed to keep the recent window exact",
     "stored_chunks": "Chunks encoded and kept, all ranks",
     "stored_raw_bytes": "Uncompressed KV bytes of stored chunks, all ranks",
@@ -41,7 +45,14 @@ COUNTERS: dict[str, str] = {
     "evicted_chunks": "Chunks evicted from the tier",
     "evicted_bytes": "Real bytes of evicted chunks",
 }
-STORE_DROP_REASONS = ("staging_full", "out_of_memory", "tier_full", "non_finite", "error")
+STORE_DROP_REASONS = (
+    "staging_full",
+    "out_of_memory",
+    "tier_full",
+    "non_finite",
+    "changed",
+    "error",
+)
 LOAD_FAILURE_REASONS = (
     "missing",
     "truncated",
@@ -52,6 +63,7 @@ LOAD_FAILURE_REASONS = (
     "fingerprint",
     "bounds",
     "entropy",
+    "changed",
     "error",
 )
 DISK_ERROR_REASONS = (
@@ -74,7 +86,6 @@ DISK_ERROR_REASONS = (
     "deadline",
     "queue_full",
     "stalled",
-    "reset",
 )
 LABELLED: dict[str, tuple[str, tuple[str, ...]]] = {
     "dropped_stores": ("Stores given up, by reason, all ranks", STORE_DROP_REASONS),

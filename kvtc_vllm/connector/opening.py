@@ -24,10 +24,9 @@ logger = init_logger("vllm.kvtc")
 
 @dataclass(frozen=True)
 class FoundArtifact:
-    """What a rank serves with. identity: of its blobs. probe: rows for the self-test."""
+    """What a rank serves with. probe: rows for the self-test."""
 
     artifact: RankArtifact
-    identity: bytes
     probe: Probe
     directory: Path
 
@@ -63,7 +62,6 @@ def _by_kernels(
         config.target_ratio,
         layout.sides(),
         layout.block_size,
-        found.identity,
         workspace_bytes=workspace_bytes,
     )
     transfer = KernelTransfer(codec, config.chunk_tokens)
@@ -91,7 +89,6 @@ def _by_torch(
         found.artifact,
         config.target_ratio,
         layout.dtype,
-        found.identity,
         deflate_level=config.deflate_level,
         device=layout.device,
     )

@@ -1,14 +1,12 @@
 """Finds the rotary embedding of every attention layer in the live model.
 
-Attention modules are known by layer name; the rotary module is a sibling
-inside their parent (`LlamaAttention.rotary_emb`), so one scan over live modules
-finds all parents. Wrong knowledge here costs compression, never correctness:
+The rotary module is a sibling of the attention module inside its parent
+(`LlamaAttention.rotary_emb`). Wrong knowledge here costs compression, never correctness:
 encoding and decoding use the same map.
 """
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,28 +14,21 @@ import torch
 from torch import nn
 
 from kvtc_vllm.codec.rope import Rope
+from kvtc_vllm.connector.live_model import LiveModel
 
 
 def find_ropes(
-    vllm_config: Any, layer_names: Sequence[str]
+    vllm_config: Any, layer_names: Sequence[str], live: LiveModel | None = None
 ) -> tuple[tuple[Rope, ...], tuple[int | None, ...]]:
     """Distinct rotary embeddings and, for each layer, its index into them or None.
 
-    Called in a worker after the model was loaded; takes about a second.
+    Called in a worker after the model was loaded. live: it, if it was looked for already.
     """
-    context = vllm_config.compilation_config.static_forward_context
-    attention = {id(context[name]): name for name in layer_names if name in context}
-    parents: dict[str, nn.Module] = {}
-    for candidate in gc.get_objects():
-        # The type, not isinstance: the latter asks lazy proxies for their __class__.
-        if issubclass(type(candidate), nn.Module):
-            for child in candidate._modules.values():
-                if id(child) in attention:
-                    parents[attention[id(child)]] = candidate
+    live = live if live is not None else LiveModel(vllm_config, layer_names)
     modules: list[nn.Module] = []
     layer_rope: list[int | None] = []
     for name in layer_names:
-        module = _rotary_child(parents.get(name))
+        module = _rotary_child(live.parent(name))
         if module is None:
             layer_rope.append(None)
             continue

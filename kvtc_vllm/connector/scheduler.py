@@ -5,10 +5,10 @@ Runs in the engine core's thread only. It never sees a byte of KV.
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from kvtc_vllm.config import KVTCConfig
@@ -18,7 +18,6 @@ from kvtc_vllm.connector.geometry import CacheGeometry, check_budget, check_chun
 from kvtc_vllm.connector.keys import (
     LOAD,
     STORE,
-    adapter_digest,
     allowed,
     chunk_key,
     chunk_keys,
@@ -32,6 +31,9 @@ from kvtc_vllm.connector.messages import (
 )
 from kvtc_vllm.connector.metrics import KVTCStats
 from kvtc_vllm.connector.promotion import Promotions
+from kvtc_vllm.connector.requests import RequestState, RequestStates
+from kvtc_vllm.connector.running_loads import RunningLoads
+from kvtc_vllm.connector.tier_stats import TierStats
 from kvtc_vllm.tiers import policies
 from kvtc_vllm.tiers.admission import SeenCounter
 from kvtc_vllm.tiers.disk_index import DiskIndex
@@ -40,33 +42,27 @@ from kvtc_vllm.tiers.policies import ChunkKey
 
 STEPS_IN_FLIGHT = 64
 """Steps whose time is taken at once; vLLM plans one or two ahead."""
-
-
-@dataclass
-class _RequestState:
-    """What we remember of one request between its steps.
-
-    adapter: contents of its LoRA adapter. unadmitted: chunks that too few have contained.
-    """
-
-    request: Any
-    adapter: bytes
-    unadmitted: set[ChunkKey] = field(default_factory=set)
-    next_chunk: int = 0
-    looked_up: int = 0
-    withheld: int = 0
-    admitted: bool | None = None
-    """The load gate's decision; None until it was asked."""
-    gated: int = 0
+NONCE_BYTES = 8
+"""Of a generation."""
 
 
 class KVTCScheduler:
     """Tier index, lookups and the plan of each step.
 
-    prompt_only: never store blocks filled while generating.
+    prompt_only: never store blocks filled while generating. loads, stores: what the engine's role
+    among others allows.
     """
 
-    def __init__(self, config: KVTCConfig, geometry: CacheGeometry, prompt_only: bool) -> None:
+    def __init__(
+        self,
+        config: KVTCConfig,
+        geometry: CacheGeometry,
+        prompt_only: bool,
+        loads: bool = True,
+        stores: bool = True,
+    ) -> None:
+        self._loads_allowed = loads
+        self._stores_allowed = stores
         self._config = config
         self._block_size = geometry.block_size
         self._chunk_tokens = config.chunk_tokens
@@ -88,39 +84,50 @@ class KVTCScheduler:
         self._steps: deque[tuple[int, int, float]] = deque(maxlen=STEPS_IN_FLIGHT)
         self._step_number = 0
         self._last_result = 0.0
-        self._states: dict[str, _RequestState] = {}
+        self._requests = RequestStates()
         self._tables = BlockTables()
-        self._loading: dict[str, list[ChunkKey]] = {}
+        self._loads = RunningLoads()
         self._new_loads: list[LoadJob] = []
+        self._check_due = False
         self._epoch = 0
         self._told_epoch = 0
-        self._counted_evictions = (0, 0)
+        self._generation = b""
         self._stats = KVTCStats()
-        self._last_disk_gauges: tuple[int, int] | None = None
-        self._last_gauges: tuple[int, int, int] | None = None
+        self._tier_stats = TierStats(self.index, self.disk, self._promotions)
+
+    def bind_gpu_blocks(self, block_pool: Any) -> None:
+        """vLLM's pool of KV blocks, from which resets of its prefix cache can be seen."""
+        self._requests.freshness.bind(block_pool)
 
     def match(self, request: Any, num_computed_tokens: int) -> int | None:
         """Tokens after `num_computed_tokens` that the tier can supply; None: ask again later.
 
         Idempotent: vLLM may ask many times. Never reaches into the recent window.
         """
-        state = self._state(request)
+        self._look_for_reset()
+        state = self._requests.of(request)
         state.looked_up, state.withheld, state.gated = num_computed_tokens, 0, 0
-        # vLLM asks also for requests that must compute every token, and then loads nothing.
-        if not allowed(request, LOAD) or getattr(request, "skip_reading_prefix_cache", False):
+        state.bypassed = not self._may_load(state)
+        if state.bypassed:
             return 0
+        if state.adapter is None:
+            return None
         # At least one token must be left to compute, for its logits.
         limit = request.num_tokens - max(1, self._config.window)
         limit -= limit % self._block_size
-        keys = chunk_keys(request, self._blocks_per_chunk, state.adapter)
+        keys = self._keys(state)
         first = num_computed_tokens // self._chunk_tokens
         found = self._found(keys, first)
+        wanted = keys[first : -(-max(0, limit) // self._chunk_tokens)]
         if self._promotions is not None:
-            wanted = keys[first : -(-max(0, limit) // self._chunk_tokens)]
             in_memory = min(found - first, len(wanted))
             if self._promotions.must_wait(request.request_id, wanted, in_memory):
                 return None
             found = self._found(keys, first)
+        if self._loads.should_wait(request, wanted[: found - first]):
+            self._stats.add("shared_load_waits", not state.waited)
+            state.waited = True
+            return None
         available = found * self._chunk_tokens
         tokens = max(0, min(available, limit) - num_computed_tokens)
         state.withheld = max(0, available - num_computed_tokens) - tokens
@@ -131,13 +138,16 @@ class KVTCScheduler:
                 state.gated, tokens = tokens, 0
         return tokens
 
-    def _state(self, request: Any) -> _RequestState:
-        state = self._states.get(request.request_id)
-        if state is None:
-            state = _RequestState(request, adapter_digest(request))
-            self._states[request.request_id] = state
-        state.request = request
-        return state
+    def _may_load(self, state: RequestState) -> bool:
+        request = state.request
+        self._requests.find_adapter(state)
+        return (
+            self._loads_allowed
+            and allowed(request, LOAD)
+            # vLLM asks also for requests that must compute every token, and then loads nothing.
+            and not getattr(request, "skip_reading_prefix_cache", False)
+            and not state.nameless
+        )
 
     def _found(self, keys: Sequence[ChunkKey], first: int) -> int:
         """End of the run of chunks in memory that begins with number `first`."""
@@ -148,19 +158,22 @@ class KVTCScheduler:
 
     def plan_load(self, request: Any, block_ids: list[int], tokens: int) -> None:
         """Blocks were allocated; `tokens` of them are to come from the tier (0: none)."""
-        state = self._state(request)
-        if request.request_id in self._loading or request.num_computed_tokens:
+        state = self._requests.of(request)
+        if self._loads.is_running(request.request_id) or request.num_computed_tokens:
             return  # scheduled again after its load: nothing new was looked up
+        self._requests.begin(state, self._step_number + 1)
         try:
             self._plan_load(state, block_ids, tokens)
         finally:  # only now, since the load pins what it needs
             if self._promotions is not None:
                 self._promotions.forget(request.request_id)
 
-    def _plan_load(self, state: _RequestState, block_ids: list[int], tokens: int) -> None:
+    def _plan_load(self, state: RequestState, block_ids: list[int], tokens: int) -> None:
         request = state.request
-        keys = chunk_keys(request, self._blocks_per_chunk, state.adapter)
         start = state.looked_up
+        if state.bypassed:
+            self._stats.add("bypassed_tokens", request.num_tokens - start)
+            return
         # vLLM leaves a preempted request's second lookup out of its own hit rate; so do we.
         resumed = "resumed_" if request.num_preemptions else ""
         self._stats.add(f"{resumed}lookup_tokens", request.num_tokens - start)
@@ -170,6 +183,7 @@ class KVTCScheduler:
         if not tokens:
             return
         self._stats.add(f"{resumed}hit_tokens", tokens)
+        keys = self._keys(state)
         end = start + tokens
         items = []
         end_chunk = -(-end // self._chunk_tokens)
@@ -186,29 +200,38 @@ class KVTCScheduler:
                 )
             )
         # vLLM may defer this call by a step; what was evicted since is reported as missing.
-        self._loading[request.request_id] = self.index.pin(item.key for item in items)
+        pinned = self.index.pin(item.key for item in items)
+        self._loads.begin(request, [item.key for item in items], pinned)
         self.index.hit(keys[:end_chunk])
         if self.disk is not None:
             self._touched += self.disk.hit(keys[:end_chunk])
-        self._new_loads.append(LoadJob(request.request_id, items))
+        self._new_loads.append(LoadJob(request.request_id, items, state.adapter_use))
+
+    def _keys(self, state: RequestState) -> list[ChunkKey]:
+        assert state.adapter is not None, "asked only once the adapter is known"
+        return chunk_keys(state.request, self._blocks_per_chunk, state.adapter)
 
     def plan_step(self, scheduler_output: Any) -> StepMetadata:
         """Everything the workers have to do in this step."""
+        self._look_for_reset()
         stores: list[StoreItem] = []
         for request_id, progress in self._tables.update(scheduler_output).items():
-            state = self._states.get(request_id)
+            state = self._requests.get(request_id)
             if state is None:
                 continue
             if progress.resumed:
                 state.next_chunk = 0
             stores += self._new_stores(state, progress.computed + progress.scheduled)
         for request_id in scheduler_output.finished_req_ids:
-            self._states.pop(request_id, None)
+            self._requests.forget(request_id)
             self._tables.forget(request_id)
         self._step_number += 1
         tokens = sum(scheduler_output.num_scheduled_tokens.values())
         if tokens:
             self._steps.append((self._step_number, tokens, time.monotonic()))
+        self._requests.freshness.planned(self._step_number, tokens)
+        check = self._check_due and tokens > 0
+        self._check_due = self._check_due and not check
         self._told_epoch = self._epoch
         evicted = self.index.take_evicted()
         loads, self._new_loads = self._new_loads, []
@@ -217,6 +240,9 @@ class KVTCScheduler:
             number=self._step_number,
             tokens=tokens,
             epoch=self._epoch,
+            generation=self._generation,
+            check=check,
+            adapters=self._requests.adapters.take_wanted(),
             evict=evicted,
             loads=loads,
             stores=stores,
@@ -247,8 +273,32 @@ class KVTCScheduler:
             if self._promotions is not None:
                 self._promotions.reported(key for key, _, _ in report.stored)
                 self._promotions.reported(key for key, _ in report.dropped)
+            for number, digest in report.adapters.items():
+                self._requests.take_adapter(number, digest, report.step)
+            if report.named_in:
+                self._take_naming(report.named_in, report.other_weights)
+            if report.stale_since:
+                self._take_change(report.stale_since)
         for request_id in finished_loads or ():
-            self.index.unpin(self._loading.pop(request_id, ()))
+            self.index.unpin(self._loads.end(request_id))
+
+    def _take_naming(self, step: int, other_weights: bool) -> None:
+        """Workers have made the names of this epoch, in `step`."""
+        if other_weights:
+            self._stats.add("weight_changes")
+            self._requests.take_change(step)
+        self._requests.freshness.prove()
+
+    def _take_change(self, step: int) -> None:
+        """The weights were found to be others, first in `step`: all names are given up."""
+        self._requests.take_change(step)
+        self._requests.start_again()
+        self._begin_epoch()
+
+    def _look_for_reset(self) -> None:
+        """An emptied prefix cache often follows an update of the weights: have them compared."""
+        if self._requests.freshness.saw_reset():
+            self._check_due = True
 
     def _take_time(self, step: int) -> None:
         """The results of a step came. Steps may overlap: each counts from the one before."""
@@ -268,67 +318,43 @@ class KVTCScheduler:
         """The request ended; its prefix becomes the most recent, head last."""
         if self._promotions is not None:
             self._promotions.forget(request.request_id)
-        state = self._states.get(request.request_id)
-        if state is not None:
-            self.index.refresh(chunk_keys(request, self._blocks_per_chunk, state.adapter))
+        self._loads.forget(request)
+        state = self._requests.get(request.request_id)
+        if state is not None and state.adapter is not None:
+            self.index.refresh(self._keys(state))
 
     def reset(self) -> None:
-        """Forget every chunk; blobs, files and running work of older epochs go with them."""
+        """Forget every chunk, and use names from now on that nobody has used before."""
+        self._look_for_reset()
+        self._generation = os.urandom(NONCE_BYTES)
+        # Often the weights are about to change, or just did; workers will tell.
+        self._requests.freshness.doubt()
+        self._requests.taint_all()
+        self._begin_epoch()
+
+    def _begin_epoch(self) -> None:
+        """Blobs and running work of older epochs are of no use; files are left to others."""
         self.index.clear()
         if self.disk is not None:
             self.disk.clear()
         if self._promotions is not None:
             self._promotions.clear()
         self._touched.clear()
-        # What they pinned is gone; its names may come back meanwhile, pinned by others.
-        self._loading = {request_id: [] for request_id in self._loading}
+        self._loads.forget_names()
         self._epoch += 1
 
     def has_pending_work(self) -> bool:
         """True while workers have something to report, or to be told, although no request runs."""
         untold = self.disk is not None and self._told_epoch != self._epoch
-        return self.index.pending > 0 or bool(self._loading) or untold
+        return self.index.pending > 0 or bool(self._loads) or untold
 
     def take_stats(self) -> KVTCStats | None:
         """Counters since the last call, with gauges when they moved."""
-        index = self.index
-        before, self._counted_evictions = (
-            self._counted_evictions,
-            (index.evictions, index.evicted_bytes),
-        )
-        if index.evictions > before[0]:
-            self._stats.add("evicted_chunks", index.evictions - before[0])
-            self._stats.add("evicted_bytes", index.evicted_bytes - before[1])
-        self._add_disk_stats()
-        gauges = (index.ready_bytes, index.used, len(index))
-        if gauges != self._last_gauges:
-            self._last_gauges = gauges
-            self._stats.set("tier_used_bytes", gauges[0])
-            self._stats.set("tier_reserved_bytes", gauges[1])
-            self._stats.set("tier_chunks", gauges[2])
-            self._stats.set("tier_capacity_bytes", index.capacity)
+        self._tier_stats.add_to(self._stats)
         if self._stats.is_empty():
             return None
         stats, self._stats = self._stats, KVTCStats()
         return stats
-
-    def _add_disk_stats(self) -> None:
-        disk, promotions = self.disk, self._promotions
-        if disk is None or promotions is None:
-            return
-        for name, count in (
-            ("disk_evicted_chunks", disk.evictions),
-            ("expired_waits", promotions.expired),
-        ):
-            if count:
-                self._stats.add(name, count)
-        disk.evictions = promotions.expired = 0
-        gauges = (disk.used, len(disk))
-        if gauges != self._last_disk_gauges:
-            self._last_disk_gauges = gauges
-            self._stats.set("disk_used_bytes", gauges[0])
-            self._stats.set("disk_chunks", gauges[1])
-            self._stats.set("disk_capacity_bytes", disk.capacity)
 
     def _to_demote(self, victims: Sequence[ChunkKey]) -> list[ChunkKey]:
         """Of the chunks that make room in memory, those to be written to disk first."""
@@ -336,13 +362,15 @@ class KVTCScheduler:
             return []
         return [key for key in victims if not self.disk.is_ready(key)]
 
-    def _new_stores(self, state: _RequestState, computed_tokens: int) -> list[StoreItem]:
+    def _new_stores(self, state: RequestState, computed_tokens: int) -> list[StoreItem]:
         """Chunks that this step completes and the tier does not have."""
         if computed_tokens < (state.next_chunk + 1) * self._chunk_tokens:
             return []  # as in nearly every step that generates
         request = state.request
-        if not allowed(request, STORE):
+        if not self._stores_allowed or state.tainted or not allowed(request, STORE):
             return []
+        if state.adapter is None:
+            return []  # once workers have told it, all chunks so far are stored
         block_ids = self._tables.ids[request.request_id]
         if self._prompt_only:
             computed_tokens = min(computed_tokens, request.num_prompt_tokens)
@@ -365,6 +393,7 @@ class KVTCScheduler:
                         key=key,
                         start=chunk * self._chunk_tokens,
                         block_ids=block_ids[first : first + self._blocks_per_chunk],
+                        adapter=state.adapter_use,
                     )
                 )
         state.next_chunk = max(state.next_chunk, complete)

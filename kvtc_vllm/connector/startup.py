@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
-import xxhash
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
@@ -19,21 +18,25 @@ from kvtc_vllm.calibration.artifact_io import load_rank_artifact
 from kvtc_vllm.calibration.identity import model_identity, public_model_name
 from kvtc_vllm.codec.artifact import Geometry, RankArtifact
 from kvtc_vllm.codec.codec import ChunkCodec
-from kvtc_vllm.codec.container import FORMAT_VERSION
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.raw import RawCodec
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.config import ConfigError, KVTCConfig
+from kvtc_vllm.connector.adapters import LoadedAdapters
 from kvtc_vllm.connector.compat import vllm_version
-from kvtc_vllm.connector.disk import DiskSide, open_store
+from kvtc_vllm.connector.disk import DiskSide, open_in_time
 from kvtc_vllm.connector.geometry import CacheGeometry
+from kvtc_vllm.connector.identity import SetupIdentity, setup_identity
 from kvtc_vllm.connector.layout import PagedLayout
+from kvtc_vllm.connector.live_model import LiveModel
+from kvtc_vllm.connector.names import Names
 from kvtc_vllm.connector.opening import FoundArtifact, open_transfer
 from kvtc_vllm.connector.rotary import find_ropes
 from kvtc_vllm.connector.scales import find_scales
 from kvtc_vllm.connector.sizing import log_plan, plan_memory
 from kvtc_vllm.connector.transfer import TorchTransfer, Transfer
+from kvtc_vllm.connector.weights import WeightsWatch
 from kvtc_vllm.connector.worker import KVTCWorker
 from kvtc_vllm.tiers.disk import DiskError, DiskStore, NamespaceRecord
 
@@ -62,14 +65,16 @@ def build_worker(
     layout = PagedLayout(kv_caches, geometry)
     step_tokens = vllm_config.scheduler_config.max_num_batched_tokens
     plan = plan_memory(config, geometry, layout.device, step_tokens)
+    live = LiveModel(vllm_config, geometry.layer_names)
+    ropes, layer_rope = find_ropes(vllm_config, geometry.layer_names, live)
+    scales = find_scales(vllm_config, geometry)
     codec: ChunkCodec
     transfer: Transfer
+    fingerprint = b""
     if config.codec == "raw":
+        files = _raw_model_fingerprint(vllm_config.model_config, config)
         layers = len(geometry.layer_names)
-        plain = codec_geometry(geometry, ((0, layers),))
-        model = _raw_model_fingerprint(vllm_config.model_config, config)
-        identity = _identity(vllm_config, config, geometry, rank, model)
-        codec = RawCodec(plain, geometry.dtype, identity)
+        codec = RawCodec(codec_geometry(geometry, ((0, layers),)), geometry.dtype)
         transfer = TorchTransfer(layout, codec, config.chunk_tokens)
         logger.info(
             "kvtc: rank %d/%d codec raw, %d tokens a chunk, memory tier %.1f MiB",
@@ -79,49 +84,92 @@ def build_worker(
             config.memory_capacity / 2**20,
         )
     else:
-        found = _load_artifact(vllm_config, config, geometry, rank)
+        found, files = _load_artifact(vllm_config, config, geometry, rank)
+        check_ropes(found.artifact, ropes, layer_rope, found.directory)
+        # The live tables may be longer or of another dtype; they are what the cache was made with.
+        artifact = replace(found.artifact, ropes=ropes, layer_rope=layer_rope, scales=scales)
+        found = replace(found, artifact=artifact)
+        fingerprint = artifact.fingerprint
         codec, transfer = open_transfer(found, config, layout, plan.workspace)
         _log_start(codec, config, rank, geometry.tp_size, found.directory)
         if layout.device.type == "cuda":
             log_plan(plan, geometry, codec.resident_bytes, step_tokens)
-    disk = _open_disk(vllm_config, config, geometry, codec, rank, plan.staging)
-    return KVTCWorker(config, geometry, transfer, layout.device, plan.staging, rank, disk)
-
-
-def _open_disk(
-    vllm_config: Any,
-    config: KVTCConfig,
-    geometry: CacheGeometry,
-    codec: ChunkCodec,
-    rank: int,
-    queue_bytes: int,
-) -> DiskSide | None:
-    """This rank's part of the disk tier. Raises ConfigError if the directory can't be used."""
-    if config.disk_path is None:
-        return None
-    artifact = getattr(codec, "artifact", None)
+    setup = setup_identity(
+        vllm_config,
+        config,
+        geometry,
+        rank,
+        files=files,
+        artifact=fingerprint,
+        ropes=ropes,
+        layer_rope=layer_rope,
+        scales=scales,
+    )
+    check_digested(setup, config)
     record = NamespaceRecord(
         model=public_model_name(vllm_config.model_config.model),
         codec=codec.name,
         dtype=str(geometry.dtype).removeprefix("torch."),
         rank=rank,
         tp_size=geometry.tp_size,
-        artifact=artifact.fingerprint.hex() if artifact is not None else "",
+        artifact=fingerprint.hex(),
         ratio=config.target_ratio,
         vllm_version=vllm_version(),
-        created=int(time.time()),
+        facts=setup.short_facts(),
     )
-    try:
-        store = open_store(
-            partial(
-                DiskStore,
-                Path(config.disk_path).expanduser(),
-                codec.identity,
-                capacity=config.disk_capacity,
-                min_free=config.disk_reserve,
-                namespace_record=record,
-            )
+    names = Names(
+        codec,
+        setup,
+        _watch(live, vllm_config),
+        LoadedAdapters(live.lora_manager),
+        partial(_open_store, config, record) if config.disk_path is not None else None,
+        may_sleep=bool(vllm_config.model_config.enable_sleep_mode),
+    )
+    names.rename(b"")
+    disk = _open_disk(config, geometry, names, rank, plan.staging)
+    return KVTCWorker(config, geometry, transfer, layout.device, plan.staging, rank, names, disk)
+
+
+def check_digested(setup: SetupIdentity, config: KVTCConfig) -> None:
+    """Raise ConfigError if chunks are to outlive this engine and nobody can say what made them."""
+    if setup.undigested and config.disk_path is not None:
+        raise ConfigError(
+            f"disk_path={config.disk_path!r} needs a configuration that can be compared with "
+            f"another engine's, and {', '.join(setup.undigested)} can't be; use plain values "
+            "there, or no disk tier"
         )
+
+
+def _watch(live: LiveModel, vllm_config: Any) -> WeightsWatch:
+    """Expert-parallel load balancing moves the weights of experts between ranks all the time."""
+    balances = getattr(vllm_config.parallel_config, "enable_eplb", False)
+    return WeightsWatch(live.roots(), moving=".experts." if balances else None)
+
+
+def _open_store(
+    config: KVTCConfig, record: NamespaceRecord, identity: bytes, generation: bytes
+) -> DiskStore:
+    assert config.disk_path is not None
+    return DiskStore(
+        Path(config.disk_path).expanduser(),
+        identity,
+        capacity=config.disk_capacity,
+        min_free=config.disk_reserve,
+        namespace_record=msgspec.structs.replace(
+            record, generation=generation.hex(), created=int(time.time())
+        ),
+    )
+
+
+def _open_disk(
+    config: KVTCConfig, geometry: CacheGeometry, names: Names, rank: int, queue_bytes: int
+) -> DiskSide | None:
+    """This rank's part of the disk tier. Raises ConfigError if the directory can't be used."""
+    namespace = names.namespace(b"")
+    if namespace is None:
+        return None
+    try:
+        open_in_time(namespace)
     except DiskError as error:
         raise ConfigError(f"disk_path={config.disk_path!r} can't be used: {error}") from error
     logger.info(
@@ -132,7 +180,7 @@ def _open_disk(
         config.disk_capacity / 2**30,
         config.disk_write,
     )
-    return DiskSide(store, config.disk_threads, config.load_deadline, queue_bytes)
+    return DiskSide(namespace, config.disk_threads, config.load_deadline, queue_bytes)
 
 
 def codec_geometry(geometry: CacheGeometry, layer_groups: tuple[tuple[int, int], ...]) -> Geometry:
@@ -148,7 +196,8 @@ def codec_geometry(geometry: CacheGeometry, layer_groups: tuple[tuple[int, int],
 
 def _load_artifact(
     vllm_config: Any, config: KVTCConfig, geometry: CacheGeometry, rank: int
-) -> FoundArtifact:
+) -> tuple[FoundArtifact, str]:
+    """The artifact as it was calibrated, and the fingerprint of the model's files."""
     model = vllm_config.model_config
     identity = model_identity(model.model, model.revision)
     directory = registry.find(
@@ -165,15 +214,7 @@ def _load_artifact(
         raise ArtifactError(
             f"{directory}: calibrated for {artifact.geometry}, the engine's cache is {expected}"
         )
-    ropes, layer_rope = find_ropes(vllm_config, geometry.layer_names)
-    check_ropes(artifact, ropes, layer_rope, directory)
-    # The live tables may be longer or of another dtype; they are what the cache was made with.
-    scales = find_scales(vllm_config, geometry)
-    artifact = replace(artifact, ropes=ropes, layer_rope=layer_rope, scales=scales)
-    full = _identity(
-        vllm_config, config, geometry, rank, identity.identity, artifact.fingerprint, ropes
-    )
-    return FoundArtifact(artifact, full, probe, directory)
+    return FoundArtifact(artifact, probe, directory), identity.identity
 
 
 def check_ropes(
@@ -205,52 +246,6 @@ def check_ropes(
 def _difference(live: Rope, stored: Rope, positions: int) -> float:
     a = live.cos_sin[:positions].float().cpu()
     return float((a - stored.cos_sin[:positions].float().cpu()).abs().max())
-
-
-def _identity(
-    vllm_config: Any,
-    config: KVTCConfig,
-    geometry: CacheGeometry,
-    rank: int,
-    model_fingerprint: str,
-    artifact: bytes = b"",
-    ropes: tuple[Rope, ...] = (),
-) -> bytes:
-    """16 bytes over everything that makes a blob of this rank unusable elsewhere."""
-    model = vllm_config.model_config
-    digest = xxhash.xxh3_128()
-    facts = (
-        FORMAT_VERSION,
-        config.codec,
-        model_fingerprint,
-        str(model.dtype),
-        str(vllm_config.cache_config.cache_dtype),
-        str(model.quantization),
-        # What the files of the model do not say: settings that override them, made-up weights.
-        _canonical(model.hf_overrides),
-        model.seed if vllm_config.load_config.load_format == "dummy" else None,
-        (geometry.layer_names, geometry.num_kv_heads, geometry.head_size, geometry.head_size_v),
-        rank,
-        vllm_config.parallel_config.tensor_parallel_size,
-        # What a chunk is and what its key is made of: on disk both outlive this engine.
-        config.chunk_tokens,
-        vllm_config.cache_config.block_size,
-        str(vllm_config.cache_config.prefix_caching_hash_algo),
-    )
-    digest.update(repr(facts).encode())
-    digest.update(artifact)
-    for rope in ropes:
-        digest.update(rope.fingerprint())
-    for kind, scales in (find_scales(vllm_config, geometry) or {}).items():
-        digest.update(f"{kind} {scales.tolist()}".encode())
-    return digest.digest()
-
-
-def _canonical(overrides: Any) -> str:
-    """The same text for the same overrides; vLLM takes a dictionary or a function."""
-    if callable(overrides):
-        return f"{overrides.__module__}.{overrides.__qualname__}"
-    return json.dumps(overrides or {}, sort_keys=True, default=str)
 
 
 def _raw_model_fingerprint(model: Any, config: KVTCConfig) -> str:

@@ -15,6 +15,7 @@ from kvtc_vllm.connector.disk import DiskSide
 from kvtc_vllm.connector.geometry import CacheGeometry
 from kvtc_vllm.connector.mailbox import Mailbox
 from kvtc_vllm.connector.messages import StoreItem
+from kvtc_vllm.connector.names import Proof
 from kvtc_vllm.connector.streams import SideStream
 from kvtc_vllm.connector.threads import CpuShare, share_of_thread, thread_pool
 from kvtc_vllm.connector.transfer import Staged, Transfer
@@ -61,16 +62,20 @@ class StorePipeline:
         """Whether the engine has work of its own in this step."""
         self._share.engine_computes(busy)
 
-    def store(self, items: Sequence[StoreItem], epoch: int) -> None:
+    def store(self, items: Sequence[StoreItem], epoch: int, proof: Proof) -> None:
         """Copy finished blocks to staging and hand them to the encoders. Engine's thread."""
         started = time.perf_counter()
         taken = self._with_room(items)
-        for item in items[len(taken) :]:
-            self._drop(item, epoch, "staging_full")
+        self.drop(items[len(taken) :], epoch, "staging_full")
         size = self.transfer.store_batch
         for first in range(0, len(taken), size):
-            self._stage(taken[first : first + size], epoch)
+            self._stage(taken[first : first + size], epoch, proof)
         self._mailbox.count("gather_seconds", time.perf_counter() - started)
+
+    def drop(self, items: Sequence[StoreItem], epoch: int, reason: str) -> None:
+        """Give stores up. Any thread."""
+        for item in items:
+            self._drop(item, epoch, reason)
 
     def shutdown(self) -> None:
         """Finish what runs, drop what waits."""
@@ -97,22 +102,24 @@ class StorePipeline:
         with self._lock:
             self._staged -= self._staged_bytes(items)
 
-    def _stage(self, items: Sequence[StoreItem], epoch: int) -> None:
+    def _stage(self, items: Sequence[StoreItem], epoch: int, proof: Proof) -> None:
         try:
             staged = self.transfer.stage(items)
         except Exception as error:  # the engine's step must go on
             memory = isinstance(error, torch.OutOfMemoryError)
             logger.warning("kvtc: %d chunks not stored: %s", len(items), error)
-            self._drop_all(items, epoch, "out_of_memory" if memory else "error")
+            self.drop(items, epoch, "out_of_memory" if memory else "error")
             self._release(items)
             return
-        self._threads.submit(self._encode, items, staged, epoch, self._stream.mark())
+        point = self._stream.mark()
+        self._threads.submit(self._encode, items, staged, epoch, proof, point)
 
     def _encode(
         self,
         items: Sequence[StoreItem],
         staged: Staged,
         epoch: int,
+        proof: Proof,
         point: torch.cuda.Event | None,
     ) -> None:
         started = time.perf_counter()
@@ -122,8 +129,14 @@ class StorePipeline:
                 blobs = self.transfer.encode(staged)
         except Exception:
             logger.exception("kvtc: %d chunks not stored", len(items))
-            self._drop_all(items, epoch, "error")
+            self.drop(items, epoch, "error")
         else:
+            if not proof.holds:
+                with self._mailbox.open() as mail:
+                    if epoch == mail.report.epoch:
+                        mail.report.found_stale(proof.step)
+                self.drop(items, epoch, "changed")
+                return
             for item, blob in zip(items, blobs, strict=True):
                 self._keep(item, blob, epoch)
         finally:
@@ -150,10 +163,6 @@ class StorePipeline:
             self._drop(item, epoch, "tier_full")
         elif self._write_through is not None:
             self._write_through.write(item.key, blob, epoch)
-
-    def _drop_all(self, items: Sequence[StoreItem], epoch: int, reason: str) -> None:
-        for item in items:
-            self._drop(item, epoch, reason)
 
     def _drop(self, item: StoreItem, epoch: int, reason: str) -> None:
         with self._mailbox.open() as mail:

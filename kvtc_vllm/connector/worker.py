@@ -15,8 +15,9 @@ from kvtc_vllm.connector.disk import NO_NEWS, DiskSide
 from kvtc_vllm.connector.geometry import CacheGeometry
 from kvtc_vllm.connector.loading import LoadPipeline
 from kvtc_vllm.connector.mailbox import Mailbox
-from kvtc_vllm.connector.messages import DiskInventory, StepMetadata, WorkerReport
+from kvtc_vllm.connector.messages import AdapterUse, DiskInventory, StepMetadata, WorkerReport
 from kvtc_vllm.connector.metrics import KVTCStats
+from kvtc_vllm.connector.names import Names, Proof
 from kvtc_vllm.connector.storing import StorePipeline
 from kvtc_vllm.connector.transfer import Transfer
 from kvtc_vllm.tiers.memory import MemoryArena
@@ -31,7 +32,8 @@ class KVTCWorker:
     """One rank's part of the tier.
 
     device: where the paged cache is. staging_capacity: see `StorePipeline`. rank: this worker's
-    number among the engine's workers, 0-based. disk: its part of the disk tier, if there is one.
+    number among the engine's workers, 0-based. names: of what computes, made once already. disk:
+    its part of the disk tier, if there is one.
     """
 
     def __init__(
@@ -42,13 +44,19 @@ class KVTCWorker:
         device: torch.device,
         staging_capacity: int,
         rank: int,
+        names: Names,
         disk: DiskSide | None = None,
     ) -> None:
         self._config = config
+        self._names = names
+        self._generation = b""
+        self._unnamed = False
+        self._load_blocks: dict[str, list[int]] = {}
         self._disk = disk
         self._rank = rank
         self.arena = MemoryArena(config.memory_capacity // geometry.tp_size)
         self._step = StepMetadata()
+        self._proof: Proof | None = None
         self._mailbox = Mailbox()
         self._stores = StorePipeline(
             config,
@@ -77,7 +85,9 @@ class KVTCWorker:
         self._step = step
         self._stores.engine_computes(bool(step.tokens))
         if step.epoch != self._mailbox.epoch:
-            self._begin_epoch(step.epoch)
+            self._begin_epoch(step)
+        if step.tokens or step.loads or step.stores:
+            self._look_at_model(step)
         if self._disk is not None:
             for key in step.demote:
                 blob = self.arena.get(key)
@@ -88,12 +98,18 @@ class KVTCWorker:
             self._disk.read(step.promote)
         self.arena.remove(step.evict)
         for job in step.loads:
-            self._loads.begin(job)
+            self._load_blocks[job.request_id] = [b for item in job.items for b in item.block_ids]
+            self._loads.begin(job, self._prove(step), self._is_loaded(job.adapter))
 
     def store(self, step: StepMetadata) -> None:
         """Copy finished blocks to staging and hand them to the encoders."""
-        if step.stores:
-            self._stores.store(step.stores, step.epoch)
+        if not step.stores:
+            return
+        sound = [item for item in step.stores if self._is_loaded(item.adapter)]
+        if len(sound) < len(step.stores):
+            others = [item for item in step.stores if not self._is_loaded(item.adapter)]
+            self._stores.drop(others, step.epoch, "changed")
+        self._stores.store(sound, step.epoch, self._prove(step))
 
     def poll(self, idle: bool) -> set[str]:
         """Requests whose loads ended, well or not, since the last call."""
@@ -102,7 +118,13 @@ class KVTCWorker:
         self._mailbox.heard()
         if self._disk is not None:
             self._take_disk_news(self._disk)
-        return self._mailbox.take_finished_loads()
+        if self._step.adapters:
+            # Only now: an adapter that is loaded may take the place of one that just computed.
+            self._tell_adapters(self._names.adapters.load(self._step.adapters))
+        finished = self._mailbox.take_finished_loads()
+        if finished:
+            self._check_finished(finished)
+        return finished
 
     def take_bad_blocks(self) -> set[int]:
         """Blocks that were promised but could not be filled."""
@@ -133,11 +155,55 @@ class KVTCWorker:
         """What this rank has on disk, for the scheduler; None without a disk tier."""
         return None if self._disk is None else DiskInventory(self._disk.inventory())
 
-    def _begin_epoch(self, epoch: int) -> None:
-        self._mailbox.begin_epoch(epoch)
+    def _begin_epoch(self, step: StepMetadata) -> None:
+        self._mailbox.begin_epoch(step.epoch)
         self.arena.clear()
         if self._disk is not None:
-            self._disk.begin_epoch(epoch)
+            self._disk.leave(step.epoch)
+        self._generation = step.generation
+        # Made by the first step that computes: until then the model may be asleep.
+        self._unnamed = True
+
+    def _look_at_model(self, step: StepMetadata) -> None:
+        """Before anything is stored or loaded in a step: what computes, and has it a name?"""
+        self._proof = None
+        if self._unnamed:
+            self._unnamed = False
+            other_weights = self._names.rename(self._generation)
+            namespace = self._names.namespace(self._generation)
+            if self._disk is not None and namespace is not None:
+                self._disk.enter(namespace)
+            with self._mailbox.open() as mail:
+                mail.report.named_in = step.number
+                mail.report.other_weights = other_weights
+        self._tell_adapters(self._names.adapters.refresh())
+        if step.check:
+            self._loads.check(self._prove(step))
+
+    def _prove(self, step: StepMetadata) -> Proof:
+        """One sample a step serves all that it stores and loads."""
+        if self._proof is None:
+            self._proof = self._names.prove(step.number, dense=step.check)
+        return self._proof
+
+    def _is_loaded(self, adapter: AdapterUse | None) -> bool:
+        return adapter is None or self._names.adapters.is_loaded(adapter.number, adapter.digest)
+
+    def _tell_adapters(self, news: dict[int, bytes | None]) -> None:
+        if news:
+            with self._mailbox.open() as mail:
+                mail.report.adapters.update(news)
+
+    def _check_finished(self, finished: set[str]) -> None:
+        """Weights that changed while a load ran did not compute what it brought."""
+        blocks = [b for request_id in finished for b in self._load_blocks.pop(request_id, ())]
+        asleep = self._names.may_sleep and not self._step.tokens
+        proof = None if asleep else self._names.prove(self._step.number)
+        if proof is not None and not proof.holds:
+            with self._mailbox.open() as mail:
+                mail.bad_blocks.update(blocks)
+                if not self._unnamed:  # else the names of this epoch will tell
+                    mail.report.found_stale(proof.step)
 
     def _take_disk_news(self, disk: DiskSide) -> None:
         news = disk.take_news()

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kvtc_vllm.calibration import identity
+from kvtc_vllm.calibration import identity, remembered, sampling
+from kvtc_vllm.calibration.card import load_card
 from kvtc_vllm.calibration.identity import (
     model_identity,
     public_model_name,
@@ -26,8 +27,15 @@ CONFIG: dict[str, Any] = {
     "transformers_version": "4.40.0",
     "_name_or_path": "somewhere",
 }
+ROOT = Path(__file__).parents[2]
 SAMPLED = 0
 """A full-hash limit that makes every file sampled."""
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(remembered.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(remembered, "_known", {})
 
 
 def save_config(directory: Path, **changes: Any) -> None:
@@ -142,10 +150,45 @@ def test_no_weights_is_dummy(model: Path) -> None:
     assert model_identity(model).weights == "dummy"
 
 
-def test_cached_within_the_process(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = weights_fingerprint(model)
-    monkeypatch.setattr(identity, "_whole", lambda file: pytest.fail("read again"))
-    assert weights_fingerprint(model) == before
+@pytest.mark.parametrize("limit", [identity.FULL_HASH_LIMIT, SAMPLED])
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    model: Path, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = model / "model-0.safetensors"
+    data = path.read_bytes()
+
+    def while_reading(original: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            path.write_bytes(data)  # not even other content
+            return original(*arguments)
+
+        return call
+
+    monkeypatch.setattr(identity, "_whole", while_reading(identity._whole))
+    monkeypatch.setattr(sampling, "samples", while_reading(sampling.samples))
+    with pytest.raises(ArtifactError, match=r"model-0\.safetensors: the weight file changed while"):
+        weights_fingerprint(model, limit)
+
+
+def test_a_weight_file_that_cannot_be_read_is_named(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(file: Any) -> Any:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(identity, "_whole", fail)
+    with pytest.raises(ArtifactError, match=r"model-0\.safetensors: Input/output error"):
+        weights_fingerprint(model)
+
+
+def test_shipped_artifacts_are_found_by_the_reference_model_s_weights(
+    reference_model: Path,
+) -> None:
+    cards = sorted((ROOT / "calibrations" / "kvtc-reference").glob("*/card.json"))
+    assert cards
+    found = weights_fingerprint(reference_model)
+    assert found == "699b1cb897b4d51549332491d71db09a"
+    assert {load_card(card.parent).weights_fingerprint for card in cards} == {found}
 
 
 def test_public_name_holds_no_path(model: Path) -> None:
@@ -170,6 +213,12 @@ def test_bad_safetensors_header(model: Path) -> None:
     (model / "model-0.safetensors").write_bytes((2).to_bytes(8, "little") + b"[]" + b"x" * 9)
     with pytest.raises(ArtifactError, match="malformed"):
         weights_fingerprint(model, SAMPLED)
+    for offsets in ((0, 10), (-1, 4), (5, 4)):
+        header = json.dumps({"w": {"data_offsets": offsets}}).encode()
+        content = len(header).to_bytes(8, "little") + header + bytes(9)
+        (model / "model-0.safetensors").write_bytes(content)
+        with pytest.raises(ArtifactError, match=f"header names bytes .*, .* to {len(content)} are"):
+            weights_fingerprint(model, SAMPLED)
 
 
 def test_hub_id_is_looked_up_without_the_network(

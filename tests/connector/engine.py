@@ -32,6 +32,8 @@ def engine(model: Path, extra: dict[str, Any] | None, **options: Any) -> Iterato
         "max_model_len": 2048,
         "block_size": BLOCK_SIZE,
         "num_gpu_blocks_override": 128,
+        # The cache is as large as the line above says; engines of other processes need some too.
+        "gpu_memory_utilization": 0.3,
         "max_num_batched_tokens": 2048,
         "max_num_seqs": 8,
         "seed": 0,

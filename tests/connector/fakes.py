@@ -74,9 +74,32 @@ def geometry(tp_size: int = 1, head_size: int = 8) -> CacheGeometry:
     )
 
 
-def scheduler(ranks: int = 1, prompt_only: bool = False, **extra: Any) -> KVTCScheduler:
+def scheduler(
+    ranks: int = 1,
+    prompt_only: bool = False,
+    loads: bool = True,
+    stores: bool = True,
+    **extra: Any,
+) -> KVTCScheduler:
     config = load_config({"codec": "kvtc", "memory_bytes": "1MiB", **extra})
-    return KVTCScheduler(config, geometry(ranks), prompt_only)
+    return KVTCScheduler(config, geometry(ranks), prompt_only, loads, stores)
+
+
+class FakeBlockPool:
+    """vLLM's pool of blocks as far as a reset of its prefix cache shows."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.cached_block_hash_to_block = object()
+
+
+@dataclass
+class FakeLora:
+    lora_int_id: int = 1
+    lora_path: str = "somewhere"
+    load_inplace: bool = False
 
 
 def step(side: KVTCScheduler, request: FakeRequest, tokens: int, **fields: Any) -> StepMetadata:

@@ -22,10 +22,11 @@ from fakes import BLOCK, geometry
 from kvtc_vllm.codec.raw import RawCodec
 from kvtc_vllm.config import load_config
 from kvtc_vllm.connector import disk as disk_module
-from kvtc_vllm.connector.disk import DiskNews, DiskSide, open_store
+from kvtc_vllm.connector.disk import DiskNews, DiskSide, Namespace, open_in_time
 from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.connector.messages import LoadItem, LoadJob, StepMetadata, StoreItem
 from kvtc_vllm.connector.metrics import DISK_ERROR_REASONS
+from kvtc_vllm.connector.names import Names
 from kvtc_vllm.connector.startup import codec_geometry
 from kvtc_vllm.connector.transfer import TorchTransfer
 from kvtc_vllm.connector.worker import KVTCWorker
@@ -33,7 +34,7 @@ from kvtc_vllm.tiers import disk as tiers_disk
 from kvtc_vllm.tiers.disk import DiskError, DiskStore, FileSystem
 from kvtc_vllm.tiers.disk.errors import _REASONS
 from tests.reliability import disk as on_disk
-from tests.reliability.blobs import NAMESPACE, blob_of, key_of
+from tests.reliability.blobs import NAMESPACE, OTHER_NAMESPACE, blob_of, key_of
 from tests.reliability.faults import (
     FAULTS,
     FaultyFileSystem,
@@ -78,15 +79,29 @@ def open_side(
     queue_bytes: int = 1 << 20,
     capacity: int = 1 << 20,
 ) -> Any:
-    store = DiskStore(
+    made = namespace(root, filesystem=filesystem, capacity=capacity)
+    open_in_time(made)
+    return Timed(DiskSide(made, threads, DEADLINE, queue_bytes))
+
+
+def namespace(
+    root: Path,
+    name: bytes = NAMESPACE,
+    own: bool = False,
+    filesystem: FileSystem | None = None,
+    capacity: int = 1 << 20,
+    lock_wait_seconds: float = 0.2,
+) -> Namespace:
+    make = partial(
+        DiskStore,
         root,
-        NAMESPACE,
+        name,
         capacity=capacity,
         min_free=0,
         filesystem=filesystem,
-        lock_wait_seconds=0.2,
+        lock_wait_seconds=lock_wait_seconds,
     )
-    return Timed(DiskSide(store, threads, DEADLINE, queue_bytes))
+    return Namespace(make, own)
 
 
 @pytest.fixture
@@ -221,7 +236,8 @@ def test_a_hung_disk_blocks_nobody_and_reads_fail_at_the_deadline(tmp_path: Path
         side.write(key + b"x", blob_of(key + b"x"), 0)
     side.touch(KEYS)
     side.remove(KEYS[:1])
-    side.begin_epoch(1)
+    side.leave(1)
+    side.enter(namespace(tmp_path, OTHER_NAMESPACE, filesystem=filesystem))
     side.take_news()
     assert time.monotonic() - began < 10 * AT_ONCE
     assert side.slowest < AT_ONCE
@@ -296,7 +312,7 @@ def test_a_disk_that_hangs_at_the_start_does_not_hold_the_engine(
     side.close((), 5)
     again = HangingFileSystem("mkdir")
     with pytest.raises(DiskError, match="deadline"):
-        open_store(partial(DiskStore, tmp_path, NAMESPACE, filesystem=again))
+        open_in_time(namespace(tmp_path, filesystem=again))
     again.release()
 
 
@@ -310,24 +326,61 @@ def wait_until(true: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
-def test_a_reset_deletes_everything_also_what_the_scheduler_never_heard_of(
-    side: Any, tmp_path: Path
-) -> None:
+def other(key: bytes) -> bytes:
+    return blob_of(key, OTHER_NAMESPACE)
+
+
+def test_a_reset_leaves_files_to_others_and_reads_none_of_them(side: Any, tmp_path: Path) -> None:
     write(side, *KEYS[:2])
     side.write(KEYS[2], blob_of(KEYS[2]), 0)  # its news are not taken
-    side.begin_epoch(1)
-    wait_until(lambda: not side._stale)
-    wait_until(lambda: on_disk.chunk_files(tmp_path) == [])
-    news = side.take_news()
-    assert (news.stored, news.read, news.failed) == ([], [], [])
-    write(side, KEYS[0], epoch=1)
+    wait_until(lambda: len(on_disk.chunk_files(tmp_path)) == 3)
+    side.leave(1)
+    side.write(KEYS[3], blob_of(KEYS[3]), 1)  # nowhere to go yet
+    side.enter(namespace(tmp_path, OTHER_NAMESPACE))
     side.read(KEYS[:1])
-    gather(side, lambda news: bool(news.read))
+    news = gather(side, lambda news: bool(news.failed))
+    assert (news.stored, news.read, news.lost) == ([], [], KEYS[:1])
+    side.write(KEYS[0], other(KEYS[0]), 1)
+    gather(side, lambda news: bool(news.stored))
+    side.read(KEYS[:1])
+    assert gather(side, lambda news: bool(news.read)).read == [(KEYS[0], other(KEYS[0]))]
+    again = open_side(tmp_path)
+    assert sorted(key for key, _ in again.inventory()) == sorted(KEYS[:3])
+    again.close((), 5)
+
+
+def test_what_a_namespace_holds_already_is_told_when_it_is_entered(
+    side: Any, tmp_path: Path
+) -> None:
+    store = DiskStore(tmp_path, OTHER_NAMESPACE, capacity=1 << 20, min_free=0)
+    store.write(KEYS[4], other(KEYS[4]))
+    store.close()
+    side.leave(1)
+    side.enter(namespace(tmp_path, OTHER_NAMESPACE))
+    assert [key for key, _ in gather(side, lambda news: bool(news.stored)).stored] == KEYS[4:5]
+
+
+def test_a_namespace_that_nobody_else_can_name_goes_with_its_generation(tmp_path: Path) -> None:
+    side = open_side(tmp_path)
+    write(side, KEYS[0])
+    side.leave(1)
+    side.enter(namespace(tmp_path, OTHER_NAMESPACE, own=True))
+    side.write(KEYS[1], other(KEYS[1]), 1)
+    gather(side, lambda news: bool(news.stored))
+    side.leave(2)
+    wait_until(lambda: not (tmp_path / OTHER_NAMESPACE.hex()).exists())
+    side.enter(namespace(tmp_path, bytes(16), own=True))
+    side.write(KEYS[1], blob_of(KEYS[1], bytes(16)), 2)
+    gather(side, lambda news: bool(news.stored))
+    side.close([(KEYS[2], blob_of(KEYS[2], bytes(16)))], 5)
+    assert [path.parent.parent.name for path in on_disk.chunk_files(tmp_path)] == [NAMESPACE.hex()]
 
 
 @pytest.mark.parametrize("call", ["truncate", "rename", "utime"])
-def test_a_write_under_way_at_a_reset_leaves_nothing(tmp_path: Path, call: str) -> None:
-    """Hanging before, in the middle of, and after its publication."""
+def test_a_write_under_way_at_a_reset_tells_nothing_and_holds_nobody_up(
+    tmp_path: Path, call: str
+) -> None:
+    """Hanging before, in the middle of, and after its publication. It is right where it is."""
     filesystem = HangingFileSystem(call)
     filesystem.hang = False
     side = open_side(tmp_path, filesystem)
@@ -335,22 +388,24 @@ def test_a_write_under_way_at_a_reset_leaves_nothing(tmp_path: Path, call: str) 
     filesystem.hang = True
     side.write(KEYS[0], blob_of(KEYS[0]), 0)
     wait_until(lambda: call in filesystem.calls)
-    side.begin_epoch(1)
-    side.write(KEYS[0], blob_of(KEYS[0]), 1)  # refused: the old one is still under way
+    side.leave(1)
+    side.enter(namespace(tmp_path, OTHER_NAMESPACE, filesystem=filesystem))
+    side.write(KEYS[0], other(KEYS[0]), 1)
     filesystem.release()
-    wait_until(lambda: not side._stale and not side._writing)
-    assert on_disk.chunk_files(tmp_path) == []
-    assert side.take_news().stored == []
-    write(side, KEYS[0], epoch=1)
+    wait_until(lambda: not side._writing)
+    assert len(gather(side, lambda news: bool(news.stored)).stored) == 1
+    side.read(KEYS[:1])
+    assert gather(side, lambda news: bool(news.read)).read == [(KEYS[0], other(KEYS[0]))]
     side.close((), 5)
 
 
 def test_an_encoder_that_comes_late_writes_nothing(side: Any, tmp_path: Path) -> None:
     """It began before the reset, and calls after it."""
-    side.begin_epoch(1)
-    wait_until(lambda: not side._stale)
+    side.leave(1)
+    side.enter(namespace(tmp_path, OTHER_NAMESPACE))
     side.write(KEYS[0], blob_of(KEYS[0]), 0)
-    write(side, KEYS[1], epoch=1)
+    side.write(KEYS[1], other(KEYS[1]), 1)
+    gather(side, lambda news: bool(news.stored))
     assert len(on_disk.chunk_files(tmp_path)) == 1
 
 
@@ -361,7 +416,7 @@ def test_reads_under_way_at_a_reset_are_forgotten(tmp_path: Path) -> None:
     write(side, KEYS[0])
     filesystem.hang = True
     side.read(KEYS[:1])
-    side.begin_epoch(1)
+    side.leave(1)
     filesystem.release()
     time.sleep(0.05)
     news = side.take_news()
@@ -369,35 +424,18 @@ def test_reads_under_way_at_a_reset_are_forgotten(tmp_path: Path) -> None:
     side.close((), 5)
 
 
-class NoUnlink(WrappedFileSystem):
-    """Chunks can't be deleted while `broken`."""
-
-    broken = True
-
-    def perform(self, number: int, name: str, real: Any, args: Any) -> Any:
-        if self.broken and name == "unlink" and args[0].endswith(".kvtc"):
-            raise OSError(errno.EIO, "no")
-        return real(*args)
-
-
-def test_what_cannot_be_deleted_at_a_reset_is_never_served(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_namespace_that_cannot_be_opened_after_a_reset_is_tried_again(
+    side: Any, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(disk_module, "CLEAR_AGAIN_SECONDS", 0.05)
-    filesystem = NoUnlink()
-    side = open_side(tmp_path, filesystem)
-    write(side, KEYS[0])
-    side.begin_epoch(1)
-    gather(side, lambda news: news.errors["io"] >= 2)  # it tries again and again
-    side.read(KEYS[:1])
-    side.write(KEYS[1], blob_of(KEYS[1]), 1)
-    news = side.take_news()
-    assert news.failed == KEYS[:1]
-    assert news.errors["reset"] == 2
-    filesystem.broken = False
-    gather(side, lambda news: not side._stale)
-    write(side, KEYS[0], epoch=1)
-    side.close((), 5)
+    blocked = tmp_path / OTHER_NAMESPACE.hex()
+    blocked.write_text("in the way")
+    side.leave(1)
+    side.enter(namespace(tmp_path, OTHER_NAMESPACE))
+    side.write(KEYS[0], other(KEYS[0]), 1)
+    assert gather(side, lambda news: news.errors.total() >= 2).stored == []
+    blocked.unlink()
+    side.write(KEYS[1], other(KEYS[1]), 1)
+    gather(side, lambda news: len(news.stored) == 1)
 
 
 # ------------------------------------------------------------------------- the end
@@ -455,19 +493,13 @@ def worker_over(root: Path, filesystem: FileSystem, capacity: int = 1 << 20) -> 
     torch.manual_seed(0)
     caches = {name: torch.randn(16, 2, BLOCK, 128).to(torch.bfloat16) for name in TINY.layer_names}
     codec = RawCodec(codec_geometry(TINY, ((0, 2),)), torch.bfloat16, NAMESPACE)
-    store = DiskStore(
-        root,
-        NAMESPACE,
-        capacity=capacity,
-        min_free=0,
-        filesystem=filesystem,
-        lock_wait_seconds=0.05,
-    )
-    side = DiskSide(store, 1, 20.0, 1 << 20)
+    place = namespace(root, NAMESPACE, False, filesystem, capacity, lock_wait_seconds=0.05)
+    open_in_time(place)
+    side = DiskSide(place, 1, 20.0, 1 << 20)
     config = load_config({"codec": "raw", "memory_bytes": "4MiB", "disk_path": str(root)})
     layout = PagedLayout(caches, TINY)
     transfer = TorchTransfer(layout, codec, config.chunk_tokens)
-    worker = KVTCWorker(config, TINY, transfer, layout.device, 1 << 24, 0, side)
+    worker = KVTCWorker(config, TINY, transfer, layout.device, 1 << 24, 0, Names(codec), side)
     return worker, caches
 
 

@@ -1,8 +1,7 @@
-"""Names of chunks, LoRA adapters in them, and what a request may say."""
+"""Names of chunks, and what a request may say."""
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,69 +13,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from fakes import FakeRequest, fill, scheduler, start
 
-from kvtc_vllm.connector.keys import LOAD, STORE, adapter_digest, allowed, chunk_key, chunk_keys
+from kvtc_vllm.connector.keys import LOAD, STORE, allowed, chunk_key, chunk_keys
 
 
-def with_adapter(path: Path | str) -> Any:
-    return SimpleNamespace(lora_request=SimpleNamespace(lora_name="same", lora_path=str(path)))
-
-
-def adapter(directory: Path, weights: bytes, config: bytes = b"{}") -> Path:
-    directory.mkdir(exist_ok=True)
-    (directory / "adapter_model.safetensors").write_bytes(weights)
-    (directory / "adapter_config.json").write_bytes(config)
-    return directory
-
-
-def test_without_an_adapter_the_key_is_vllms_own() -> None:
+def test_a_key_is_vllms_hash_and_the_adapters_digest() -> None:
     request = FakeRequest("r", 300)
-    assert adapter_digest(request) == b""
     assert chunk_keys(request, 4, b"") == [b"a:3", b"a:7"]
     assert chunk_key(request, 4, 1, b"") == b"a:7"
+    assert chunk_keys(request, 4, b"digest") == [b"a:3digest", b"a:7digest"]
     assert chunk_keys(FakeRequest("r", 127), 4, b"") == []
-
-
-def test_the_contents_of_an_adapter_are_in_the_key(tmp_path: Path) -> None:
-    one = adapter_digest(with_adapter(adapter(tmp_path / "one", b"weights")))
-    assert len(one) == 8
-    copy = adapter_digest(with_adapter(adapter(tmp_path / "copy", b"weights")))
-    assert copy == one
-    other = adapter_digest(with_adapter(adapter(tmp_path / "other", b"weighty")))
-    rank = adapter_digest(with_adapter(adapter(tmp_path / "rank", b"weights", b'{"r": 8}')))
-    moved = adapter_digest(with_adapter(adapter(tmp_path / "moved", b"{}", b"weights")))
-    assert len({one, other, rank, moved}) == 4
-    request = FakeRequest("r", 128)
-    assert chunk_keys(request, 4, one) == [b"a:3" + one]
-
-
-def test_an_adapter_replaced_in_place_gets_other_keys(tmp_path: Path) -> None:
-    request = with_adapter(adapter(tmp_path / "lora", b"weights"))
-    before = adapter_digest(request)
-    adapter(tmp_path / "lora", b"weighty")
-    os.utime(tmp_path / "lora" / "adapter_model.safetensors", ns=(1, 1))
-    assert adapter_digest(request) != before
-
-
-def test_an_adapter_that_cannot_be_read_is_shared_with_nobody(tmp_path: Path) -> None:
-    unknown = adapter_digest(with_adapter("some/hub-id-that-is-not-here"))
-    assert len(unknown) == 8
-    assert adapter_digest(with_adapter("some/hub-id-that-is-not-here")) == unknown
-    assert adapter_digest(with_adapter(tmp_path / "vanished")) != unknown
-
-
-def test_a_request_keeps_its_keys_while_it_runs(tmp_path: Path) -> None:
-    """An adapter changed under a running request must not mix two sets of chunks."""
-    side = scheduler()
-    lora = with_adapter(adapter(tmp_path / "lora", b"weights")).lora_request
-    first = FakeRequest("r", 256)
-    first.lora_request = lora  # type: ignore[attr-defined]
-    stores = start(side, first, list(range(8)), 256).stores
-    assert [len(item.key) for item in stores] == [3 + 8, 3 + 8]
-    plain = FakeRequest("p", 256)
-    assert [item.key for item in start(side, plain, list(range(8, 16)), 256).stores] == [
-        b"a:3",
-        b"a:7",
-    ]
 
 
 @pytest.mark.parametrize("params", [None, {}, {LOAD: True}, {"other": False}])
@@ -117,3 +62,26 @@ def test_requests_that_opted_out_neither_load_nor_store() -> None:
     logprobs = FakeRequest("logprobs", 257)
     logprobs.skip_reading_prefix_cache = True  # type: ignore[attr-defined]
     assert side.match(logprobs, 0) == 0
+
+
+def test_requests_that_may_not_load_are_no_misses() -> None:
+    side = scheduler(recent_window=0)
+    fill(side, FakeRequest("r", 257))
+    side.take_stats()
+    deaf, logprobs = FakeRequest("deaf", 257), FakeRequest("logprobs", 300)
+    deaf.kv_transfer_params = {LOAD: False}  # type: ignore[attr-defined]
+    logprobs.skip_reading_prefix_cache = True  # type: ignore[attr-defined]
+    for request, blocks in ((deaf, list(range(9))), (logprobs, list(range(10)))):
+        start(side, request, blocks, request.num_tokens)
+    stats = side.take_stats()
+    assert stats is not None
+    assert stats.data["bypassed_tokens"] == 557
+    assert "lookup_tokens" not in stats.data
+
+
+def test_roles_keep_to_their_side() -> None:
+    producer, consumer = scheduler(recent_window=0, loads=False), scheduler(stores=False)
+    fill(producer, FakeRequest("r", 257))
+    assert len(producer.index) == 2
+    assert producer.match(FakeRequest("again", 257), 0) == 0
+    assert start(consumer, FakeRequest("r", 257), list(range(9)), 257).stores == []

@@ -95,18 +95,23 @@ def test_random_block_hashes_are_refused(reference_model: Path, tmp_path: Path) 
     assert not (tmp_path / "tier").exists()
 
 
-@pytest.mark.parametrize("seed", [None, "random"])
-def test_which_versions_need_the_seed(seed: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_versions_need_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTHONHASHSEED", raising=False)
-    if seed is not None:
-        monkeypatch.setenv("PYTHONHASHSEED", seed)
     for version in ("0.29.0", "0.32.0+cpu", "0.33.1"):
-        check_stable_hashes(version)
+        check_stable_hashes(version, "sha256")
+        check_stable_hashes(version, "sha256_cbor")
+        for algorithm in ("xxhash", "xxhash_cbor"):
+            with pytest.raises(UnsupportedError, match="or use sha256 or sha256_cbor") as caught:
+                check_stable_hashes(version, algorithm)
+            assert f"prefix_caching_hash_algo='{algorithm}'" in str(caught.value)
     for version in ("0.26.0", "0.28.0+cpu"):
-        with pytest.raises(UnsupportedError, match=r"set PYTHONHASHSEED=0, or use vLLM 0\.29"):
-            check_stable_hashes(version)
+        for algorithm in ("sha256", "xxhash_cbor"):
+            with pytest.raises(UnsupportedError, match=r"set PYTHONHASHSEED=0, or use vLLM 0\.29"):
+                check_stable_hashes(version, algorithm)
     monkeypatch.setenv("PYTHONHASHSEED", "0")
-    check_stable_hashes("0.28.0")
+    for version in ("0.28.0", "0.32.0"):
+        for algorithm in ("sha256", "xxhash"):
+            check_stable_hashes(version, algorithm)
 
 
 # ------------------------------------------------------------------------ a hung disk

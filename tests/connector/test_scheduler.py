@@ -197,6 +197,7 @@ def test_hits_are_counted_once_and_resumed_ones_apart() -> None:
     tokens = side.match(request, 0)
     side.match(request, 0)
     side.plan_load(request, list(range(20)), tokens)
+    side.apply_report(None, {"again"})
     resumed = FakeRequest("back", 640, num_preemptions=1)
     side.plan_load(resumed, list(range(20)), side.match(resumed, 0))
     stats = side.take_stats()

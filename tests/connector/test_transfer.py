@@ -18,7 +18,8 @@ from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.config import load_config
 from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.connector.messages import LoadItem, LoadJob, StepMetadata, StoreItem
-from kvtc_vllm.connector.transfer import TorchTransfer, Transfer
+from kvtc_vllm.connector.names import Names
+from kvtc_vllm.connector.transfer import TorchTransfer
 from kvtc_vllm.connector.worker import KVTCWorker
 from tests.codec.synthetic import SyntheticModel
 
@@ -69,14 +70,16 @@ class Pages:
             self.layout.scatter(item.block_ids, *MODEL.chunk(CHUNK, item.start, number, dtype))
         codec = KvtcCodec(artifact, 8.0, dtype)
         paged = PagedKvtcCodec(artifact, 8.0, self.layout.sides(), BLOCK)
-        self.ways: dict[str, Transfer] = {
+        self.ways: dict[str, TorchTransfer | KernelTransfer] = {
             "torch": TorchTransfer(self.layout, codec, CHUNK),
             "kernels": KernelTransfer(paged, CHUNK),
         }
 
     def worker(self, way: str, staging: int = 1 << 24) -> KVTCWorker:
         config = load_config({"memory_bytes": "1MiB", "chunk_tokens": CHUNK})
-        return KVTCWorker(config, SHAPE, self.ways[way], self.layout.device, staging, 0)
+        transfer = self.ways[way]
+        names = Names(transfer.codec)
+        return KVTCWorker(config, SHAPE, transfer, self.layout.device, staging, 0, names)
 
     def error(self) -> float:
         """Largest relative squared error of what lies in the targets."""

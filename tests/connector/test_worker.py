@@ -7,10 +7,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -20,17 +22,21 @@ from kvtc_vllm.codec.codec import ChunkCodec
 from kvtc_vllm.codec.errors import CodecError
 from kvtc_vllm.codec.raw import RawCodec
 from kvtc_vllm.config import load_config
+from kvtc_vllm.connector.adapters import LoadedAdapters
 from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.connector.messages import (
+    AdapterUse,
     LoadItem,
     LoadJob,
     StepMetadata,
     StoreItem,
     WorkerReport,
 )
+from kvtc_vllm.connector.names import Names
 from kvtc_vllm.connector.sizing import divide
 from kvtc_vllm.connector.startup import codec_geometry
 from kvtc_vllm.connector.transfer import TorchTransfer
+from kvtc_vllm.connector.weights import WeightsWatch
 from kvtc_vllm.connector.worker import KVTCWorker
 
 SHAPE = geometry(head_size=64)
@@ -40,7 +46,9 @@ CHUNK_BYTES = 4 * BLOCK * SHAPE.token_bytes
 class Rig:
     """A worker over random pages."""
 
-    def __init__(self, codec: ChunkCodec | None = None, **extra: Any) -> None:
+    def __init__(
+        self, codec: ChunkCodec | None = None, names: dict[str, Any] | None = None, **extra: Any
+    ) -> None:
         self.caches = {
             name: torch.randn(40, 2, BLOCK, 128).to(torch.bfloat16) for name in SHAPE.layer_names
         }
@@ -49,20 +57,31 @@ class Rig:
         layout = PagedLayout(self.caches, SHAPE)
         transfer = TorchTransfer(layout, self.codec, config.chunk_tokens)
         plan = divide(config.staging_capacity, 0, None)
-        self.worker = KVTCWorker(config, SHAPE, transfer, layout.device, plan.staging, rank=0)
+        self.names = Names(self.codec, **(names or {}))
+        self.names.rename(b"")
+        self.worker = KVTCWorker(
+            config, SHAPE, transfer, layout.device, plan.staging, rank=0, names=self.names
+        )
 
     def store(self, key: bytes, blocks: list[int], start: int = 0, epoch: int = 0) -> None:
-        step = StepMetadata(epoch=epoch, stores=[StoreItem(key, start, blocks)])
+        step = StepMetadata(number=1, epoch=epoch, stores=[StoreItem(key, start, blocks)])
         self.worker.begin_step(step)
         self.worker.store(step)
 
     def load(self, key: bytes, blocks: list[int], start: int = 0, first: int = 0) -> None:
         item = LoadItem(key, start, first, blocks)
-        self.worker.begin_step(StepMetadata(loads=[LoadJob("r", [item])]))
+        self.worker.begin_step(StepMetadata(number=1, loads=[LoadJob("r", [item])]))
 
     def report(self) -> WorkerReport:
         """The next report."""
         return wait_for(self.worker.take_report)
+
+    def settled(self) -> WorkerReport:
+        """Reports until one tells the outcome of a store."""
+        report = self.report()
+        while not (report.stored or report.dropped):
+            report.aggregate(self.report())
+        return report
 
     def finish_load(self) -> set[int]:
         """Wait for the load; returns its bad blocks."""
@@ -198,7 +217,7 @@ def test_work_of_an_older_epoch_is_dropped() -> None:
     rig.worker.begin_step(StepMetadata(epoch=1))
     codec.go.set()
     rig.store(b"new", [1, 2, 3, 4], epoch=1)
-    report = rig.report()
+    report = rig.settled()
     assert report.epoch == 1
     assert [key for key, _, _ in report.stored] == [b"new"]
     assert rig.worker.arena.keys() == [b"new"]
@@ -238,3 +257,155 @@ def test_reports_of_two_ranks_are_joined() -> None:
     assert isinstance(joined, WorkerReport)
     assert joined.stored == [(b"a", 0, 5), (b"a", 1, 6)]
     assert WorkerReport(0).aggregate(WorkerReport(1)).epoch == 1  # type: ignore[attr-defined]
+
+
+# ------------------------------------------------ weights and adapters that change
+
+
+class Changing:
+    """Weights that are what a test says."""
+
+    def __init__(self) -> None:
+        self.model = nn.Linear(8, 8)
+        self.watch = WeightsWatch([self.model])
+
+    def change(self) -> None:
+        with torch.no_grad():
+            self.model.weight.neg_()
+
+
+@pytest.fixture
+def changing() -> Iterator[tuple[Rig, Changing]]:
+    weights = Changing()
+    made = Rig(names={"weights": weights.watch})
+    yield made, weights
+    made.worker.shutdown()
+
+
+def test_what_other_weights_computed_gets_no_name(changing: tuple[Rig, Changing]) -> None:
+    rig, weights = changing
+    weights.change()
+    step = StepMetadata(number=7, stores=[StoreItem(b"k", 0, [0, 1, 2, 3])])
+    rig.worker.begin_step(step)
+    rig.worker.store(step)
+    report = rig.settled()
+    assert report.stale_since == 7
+    assert report.stored == []
+    assert rig.counters()["dropped_stores/changed"] == 1
+    assert len(rig.worker.arena) == 0
+
+
+def test_weights_exchanged_between_forward_and_encoding_do_not_matter(
+    changing: tuple[Rig, Changing],
+) -> None:
+    rig, weights = changing
+    step = StepMetadata(number=7, stores=[StoreItem(b"k", 0, [0, 1, 2, 3])])
+    rig.worker.begin_step(step)
+    rig.worker.store(step)
+    weights.change()
+    assert rig.report().stored
+
+
+def test_chunks_of_other_weights_are_not_loaded_and_not_called_bad(
+    changing: tuple[Rig, Changing],
+) -> None:
+    rig, weights = changing
+    rig.store(b"k", [0, 1, 2, 3])
+    rig.report()
+    weights.change()
+    before = [cache.clone() for cache in rig.caches.values()]
+    rig.load(b"k", [8, 9, 10, 11])
+    assert rig.finish_load() == {8, 9, 10, 11}
+    assert all(map(torch.equal, before, rig.caches.values()))
+    report = rig.report()
+    assert (report.bad, report.disk_lost) == ([], [])
+    assert rig.counters()["failed_loads/changed"] == 1
+
+
+def test_weights_that_change_while_a_load_runs_cost_the_load(
+    changing: tuple[Rig, Changing],
+) -> None:
+    rig, weights = changing
+    rig.store(b"k", [0, 1, 2, 3])
+    rig.report()
+    rig.load(b"k", [8, 9, 10, 11])
+    while "loaded_chunks" not in rig.counters():
+        time.sleep(0.005)
+    weights.change()
+    assert rig.finish_load() == {8, 9, 10, 11}
+
+
+def test_a_check_tells_of_weights_although_nothing_is_stored(
+    changing: tuple[Rig, Changing],
+) -> None:
+    rig, weights = changing
+    rig.worker.begin_step(StepMetadata(number=3, tokens=8, check=True))
+    assert not wait_for(rig.worker.take_report).stale_since
+    weights.change()
+    rig.worker.begin_step(StepMetadata(number=4, tokens=8, check=True))
+    rig.worker.poll(idle=True)
+    report = wait_for(rig.worker.take_report)
+    while not report.stale_since:
+        report.aggregate(wait_for(rig.worker.take_report))
+    assert report.stale_since == 4
+
+
+def test_names_are_made_by_the_first_step_that_computes(changing: tuple[Rig, Changing]) -> None:
+    """Until then the model may be asleep, and its memory not be there."""
+    rig, weights = changing
+    before = rig.codec.identity
+    rig.worker.begin_step(StepMetadata(number=1, epoch=1, generation=b"nonce"))
+    assert rig.codec.identity == before
+    rig.worker.begin_step(StepMetadata(number=2, tokens=1, epoch=1, generation=b"nonce"))
+    second = rig.codec.identity
+    report = rig.report()
+    assert (report.named_in, report.other_weights) == (2, False)
+    weights.change()
+    rig.worker.begin_step(StepMetadata(number=3, tokens=1, epoch=2, generation=b"nonce"))
+    report = rig.report()
+    assert (report.named_in, report.other_weights) == (3, True)
+    assert len({before, second, rig.codec.identity}) == 3
+    weights.change()
+    rig.worker.begin_step(StepMetadata(number=4, tokens=1, epoch=3))
+    assert rig.codec.identity == before
+
+
+def test_a_blob_of_an_older_generation_is_not_read(changing: tuple[Rig, Changing]) -> None:
+    rig, _ = changing
+    rig.store(b"k", [0, 1, 2, 3])
+    rig.report()
+    blob = rig.worker.arena.get(b"k")
+    rig.worker.begin_step(StepMetadata(number=2, tokens=1, epoch=1, generation=b"nonce"))
+    assert rig.worker.arena.put(b"k", blob)
+    item = LoadItem(b"k", 0, 0, [8, 9, 10, 11])
+    rig.worker.begin_step(
+        StepMetadata(number=3, epoch=1, generation=b"nonce", loads=[LoadJob("r", [item])])
+    )
+    assert rig.finish_load() == {8, 9, 10, 11}
+    assert rig.counters()["failed_loads/fingerprint"] == 1
+
+
+def test_another_adapter_than_the_name_says_costs_the_store_and_the_load() -> None:
+    class Adapter:
+        loras: ClassVar[dict[str, Any]] = {}
+
+    adapter = Adapter()
+    manager = SimpleNamespace(
+        _adapter_manager=SimpleNamespace(list_adapters=lambda: {1: adapter}),
+        list_adapters=lambda: {1},
+    )
+    rig = Rig(names={"adapters": LoadedAdapters(manager)})
+    right = LoadedAdapters(manager).refresh()[1]
+    assert right
+    for number, digest in enumerate((right, b"other")):
+        use = AdapterUse(1, digest)
+        step = StepMetadata(tokens=1, stores=[StoreItem(b"k", 0, [0, 1, 2, 3], use)])
+        rig.worker.begin_step(step)
+        rig.worker.store(step)
+        assert len(rig.settled().stored) == 1 - number
+        item = LoadItem(b"k", 0, 0, [8, 9, 10, 11])
+        rig.worker.begin_step(StepMetadata(loads=[LoadJob("r", [item], use)]))
+        assert rig.finish_load() == ({8, 9, 10, 11} if number else set())
+    counters = rig.counters()
+    assert counters["dropped_stores/changed"] == counters["failed_loads/changed"] == 1
+    rig.worker.shutdown()

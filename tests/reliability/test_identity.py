@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
 from itertools import permutations
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,9 +18,9 @@ from kvtc_vllm.calibration.identity import model_identity
 from kvtc_vllm.codec.container import FORMAT_VERSION
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.config import ConfigError, load_config
-from kvtc_vllm.connector import startup
+from kvtc_vllm.connector import identity, startup
 from kvtc_vllm.connector.geometry import CacheGeometry
-from kvtc_vllm.connector.keys import adapter_digest
+from kvtc_vllm.connector.scales import find_scales
 from kvtc_vllm.tiers.disk import DiskError, DiskStore
 from tests.reliability.blobs import blob_of, key_of
 
@@ -34,6 +33,13 @@ GEOMETRY = CacheGeometry(
     dtype=torch.bfloat16,
     tp_size=2,
 )
+
+
+ModelConfig = make_dataclass(
+    "ModelConfig",
+    ["model", "revision", "dtype", "quantization", "hf_config", "seed", "trust_remote_code"],
+)
+"""As vLLM's, by the name of which the identity knows what counts."""
 
 
 def rope(base: float) -> Rope:
@@ -54,8 +60,14 @@ class Engine:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.weights, self.settings = b"weights", {"layers": 2}
-        self.model = SimpleNamespace(
-            dtype=torch.bfloat16, quantization=None, hf_overrides={}, seed=0, revision=None
+        self.model: Any = ModelConfig(
+            model=str(directory),
+            revision=None,
+            dtype=torch.bfloat16,
+            quantization=None,
+            hf_config={"a": 1, "b": 2},
+            seed=0,
+            trust_remote_code=True,
         )
         self.cache = SimpleNamespace(
             cache_dtype="auto", block_size=32, prefix_caching_hash_algo="sha256"
@@ -67,6 +79,8 @@ class Engine:
         self.artifact, self.ropes = b"artifact", (rope(1e4),)
         self.format = FORMAT_VERSION
         self.layers: dict[str, Any] = {}
+        self.live_weights, self.generation = b"live", b""
+        self.code = b"x = 1"
 
     def identity(self, monkeypatch: pytest.MonkeyPatch) -> bytes:
         self.directory.mkdir(exist_ok=True)
@@ -74,30 +88,40 @@ class Engine:
         (self.directory / "model.safetensors").write_bytes(
             (2).to_bytes(8, "little") + b"{}" + self.weights
         )
-        monkeypatch.setattr(startup, "FORMAT_VERSION", self.format)
+        (self.directory / "modeling.py").write_bytes(self.code)
+        monkeypatch.setattr(identity, "FORMAT_VERSION", self.format)
         configuration = SimpleNamespace(
             model_config=self.model,
             cache_config=self.cache,
             load_config=self.load,
             parallel_config=SimpleNamespace(tensor_parallel_size=self.tp_size),
-            compilation_config=SimpleNamespace(static_forward_context=self.layers),
         )
-        return startup._identity(
+        live = SimpleNamespace(
+            compilation_config=SimpleNamespace(static_forward_context=self.layers)
+        )
+        setup = identity.setup_identity(
             configuration,
             load_config(self.extra),
             self.geometry,
             self.rank,
-            model_identity(self.directory).identity,
-            self.artifact,
-            self.ropes,
+            files=model_identity(self.directory).identity,
+            artifact=self.artifact,
+            ropes=self.ropes,
+            layer_rope=tuple(0 if self.ropes else None for _ in self.geometry.layer_names),
+            scales=find_scales(live, self.geometry),
         )
+        assert setup.undigested == ()
+        return setup.digest(self.live_weights, self.generation)
 
 
 CHANGES: dict[str, Callable[[Engine], Any]] = {
     "nothing": lambda e: None,
     "weights (another revision)": lambda e: setattr(e, "weights", b"weighty"),
     "model settings": lambda e: setattr(e, "settings", {"layers": 3}),
-    "overridden settings": lambda e: setattr(e.model, "hf_overrides", {"rope_theta": 5e5}),
+    "settings as they are used": lambda e: setattr(e.model, "hf_config", {"rope_theta": 5e5}),
+    "code of the model": lambda e: setattr(e, "code", b"x = 2"),
+    "weights exchanged while running": lambda e: setattr(e, "live_weights", b"lively"),
+    "a reset": lambda e: setattr(e, "generation", b"nonce"),
     "dummy weights": lambda e: setattr(e.load, "load_format", "dummy"),
     "dtype": lambda e: setattr(e.model, "dtype", torch.float16),
     "cache dtype": lambda e: setattr(e.cache, "cache_dtype", "fp8"),
@@ -142,8 +166,8 @@ def test_an_identity_survives_a_restart_and_a_move(
     again = Engine(tmp_path / "elsewhere")
     assert again.identity(monkeypatch) == identities["nothing"]
     one, two = Engine(tmp_path / "one"), Engine(tmp_path / "two")
-    one.model.hf_overrides = {"a": 1, "b": 2}
-    two.model.hf_overrides = {"b": 2, "a": 1}
+    one.model.hf_config = {"a": 1, "b": 2}
+    two.model.hf_config = {"b": 2, "a": 1}
     assert one.identity(monkeypatch) == two.identity(monkeypatch)
 
 
@@ -175,27 +199,18 @@ def test_no_pair_of_identities_shares_a_chunk_even_if_files_are_moved(
         store.close()
 
 
-def test_two_adapters_of_one_name_share_no_chunk(tmp_path: Path) -> None:
-    keys = []
-    for weights in (b"one", b"two"):
-        path = tmp_path / "adapter"
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir()
-        (path / "adapter_model.safetensors").write_bytes(weights)
-        lora = SimpleNamespace(lora_name="same", lora_int_id=1, lora_path=str(path))
-        keys.append(key_of(0) + adapter_digest(SimpleNamespace(lora_request=lora)))
-    assert len({*keys, key_of(0)}) == 3
-    store = DiskStore(tmp_path / "tier", bytes(16), capacity=2**20, min_free=0)
-    store.write(keys[0], blob_of(keys[0], bytes(16)))
-    for other in (keys[1], key_of(0)):
-        with pytest.raises(DiskError, match="missing"):
-            store.read(other)
-    store.close()
-
-
 def test_a_model_that_cannot_be_told_from_others_gets_no_disk(tmp_path: Path) -> None:
     model = SimpleNamespace(model=str(tmp_path / "nowhere"), revision=None)
     assert startup._raw_model_fingerprint(model, load_config({"codec": "raw"})) == model.model
     persistent = load_config({"codec": "raw", "disk_path": str(tmp_path)})
     with pytest.raises(ConfigError, match=r"disk_path=.* needs the model's files"):
         startup._raw_model_fingerprint(copy.copy(model), persistent)
+
+
+def test_a_set_up_that_cannot_be_told_from_others_gets_no_disk(tmp_path: Path) -> None:
+    setup = identity.SetupIdentity({"a": "1"}, ("model_config.hf_config.f",))
+    startup.check_digested(setup, load_config({"codec": "raw"}))
+    persistent = load_config({"codec": "raw", "disk_path": str(tmp_path)})
+    with pytest.raises(ConfigError, match=r"disk_path=.* and model_config\.hf_config\.f can"):
+        startup.check_digested(setup, persistent)
+    startup.check_digested(identity.SetupIdentity({"a": "1"}), persistent)

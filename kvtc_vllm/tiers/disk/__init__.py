@@ -8,6 +8,7 @@ Layout of a tier's root directory (`layout.py`)::
     layout.json                        layout version; an unknown one is refused, untouched
     ledger.json                        bytes and hits per namespace; its flock is the root's lock
     <namespace, 32 hex>/namespace.json for people: model, artifact, ratio, rank (`record.py`)
+    <namespace>/in-use           whoever has it open holds a shared flock on it (`in_use.py`)
     <namespace>/<first key byte>/<key, hex>.kvtc
     <namespace>/tmp/<pid>-<random>.tmp
     Whatever is named differently is never touched.
@@ -16,6 +17,13 @@ A namespace is the 16-byte identity fingerprint of one model set-up *and* rank. 
 handed out only if its checksum holds and its header says that it was written for this
 namespace and key (`seal.py`), so a file in a wrong place is a miss. Whether it is the chunk
 that a request needs (position, geometry) is for the caller's decoder to check.
+
+Generations: an identity may hold a random nonce (`NamespaceRecord.generation`). An engine whose
+cache is reset goes on in such a namespace and leaves the one before alone, because other
+engines may use it. Once its engine has ended nobody can name it again: the engine itself
+(`DiskStore.drop`) or `kvtc gc --ended` removes it; until then it ages and is evicted like any
+other. To tell that an engine has ended, a store marks its namespace as in use while it is open.
+A store that cannot mark works all the same; `--ended` may then remove what it has: misses.
 
 Publication: under the lock, make room, enter the bytes in the ledger, create a uniquely named
 temporary of the final size and flock it; without the lock, write it, read it back, compare;
@@ -39,7 +47,7 @@ written and taken off after they are unlinked. A process that dies leaves it too
 Other processes may, at any moment: add chunks (they count against the cap), remove any
 (the next read says "missing"), die (the kernel frees their locks; a temporary whose lock can be
 taken is an orphan and the next `scan` removes it), or delete the whole directory (it is made
-anew by the next write). All must give the same capacity; the smallest wins.
+anew by the next write, with record and mark). All must give the same capacity; the smallest wins.
 
 Failures: every one is a `DiskError` with a reason, counted by operation and reason, and means
 "miss" for a read and "not stored" for a write::

@@ -105,6 +105,9 @@ class CheckedFileSystem:
     def try_lock(self, fd: int) -> bool:
         return _call("flock", self._raw.try_lock, fd)
 
+    def try_lock_shared(self, fd: int) -> bool:
+        return _call("flock", self._raw.try_lock_shared, fd)
+
     def unlock(self, fd: int) -> None:
         _call("flock", self._raw.unlock, fd)
 

@@ -85,6 +85,10 @@ class FileSystem(Protocol):
         """Take the exclusive flock of an open file; False if another has it."""
         ...
 
+    def try_lock_shared(self, fd: int) -> bool:
+        """Take a shared flock of an open file; False if another has the exclusive one."""
+        ...
+
     def unlock(self, fd: int) -> None:
         """Give the flock back."""
         ...
@@ -145,14 +149,21 @@ class OsFileSystem:
         return volume.f_bavail * volume.f_frsize
 
     def try_lock(self, fd: int) -> bool:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
+        return _flock(fd, fcntl.LOCK_EX)
+
+    def try_lock_shared(self, fd: int) -> bool:
+        return _flock(fd, fcntl.LOCK_SH)
 
     def unlock(self, fd: int) -> None:
         fcntl.flock(fd, fcntl.LOCK_UN)
+
+
+def _flock(fd: int, kind: int) -> bool:
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _info(status: os.stat_result) -> FileInfo:

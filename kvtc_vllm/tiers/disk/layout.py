@@ -16,6 +16,7 @@ BLOCK_BYTES = 4096
 LAYOUT_FILE = "layout.json"
 LEDGER_FILE = "ledger.json"
 RECORD_FILE = "namespace.json"
+IN_USE_FILE = "in-use"
 TEMPORARY_DIRECTORY = "tmp"
 
 _CHUNK_SUFFIX = ".kvtc"

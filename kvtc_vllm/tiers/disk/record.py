@@ -20,10 +20,15 @@ MAX_RECORD_BYTES = 65536
 
 
 class NamespaceRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """Facts about a namespace for `kvtc inspect`; nothing is ever decided by them.
+    """Facts about a namespace for `kvtc inspect`; engines decide nothing by them.
+
+    `kvtc gc` decides one thing by them: a generation that nobody uses has ended.
 
     artifact: its name or directory, empty for raw. ratio: target, 1 for raw. created:
-    seconds since the epoch.
+    seconds since the epoch. generation: hex of the nonce that is part of the namespace's
+    identity; empty for a namespace that every engine with the same set-up names again.
+    facts: name -> short digest or text of what makes up the identity, to see in what two
+    namespaces differ.
     """
 
     model: str
@@ -35,6 +40,8 @@ class NamespaceRecord(msgspec.Struct, frozen=True, kw_only=True):
     ratio: float = 1.0
     vllm_version: str = ""
     created: int = 0
+    generation: str = ""
+    facts: dict[str, str] = msgspec.field(default_factory=dict)
 
 
 class _Layout(msgspec.Struct):
@@ -84,9 +91,16 @@ def read_record(fs: CheckedFileSystem, directory: str) -> NamespaceRecord | None
 
 
 def write_record(fs: CheckedFileSystem, directory: str, record: NamespaceRecord) -> None:
-    """Write the record unless there is one. Call under the root's lock."""
-    if read_record(fs, directory) is None:
-        write_small(fs, directory, f"{directory}/{RECORD_FILE}", msgspec.json.encode(record))
+    """Write the record unless there is one. Call under the root's lock.
+
+    One that would be too large to be read is written without its facts.
+    """
+    if read_record(fs, directory) is not None:
+        return
+    content = msgspec.json.encode(record)
+    if len(content) > MAX_RECORD_BYTES:
+        content = msgspec.json.encode(msgspec.structs.replace(record, facts={}))
+    write_small(fs, directory, f"{directory}/{RECORD_FILE}", content)
 
 
 def has_layout(fs: CheckedFileSystem, root: str) -> bool:

@@ -99,7 +99,8 @@ class Space:
     def reserve(self, namespace: str, target: str, length: int) -> Temporary | None:
         """Make room for a blob of `length` bytes, or None if `target` exists already.
 
-        Raises DiskError "full" if the cap or the free space cannot be held.
+        Raises DiskError "full" if the cap or the free space cannot be held, "missing" if the
+        namespace's directory is gone.
         """
         size = disk_bytes(length)
         with self.locked() as page:
@@ -111,7 +112,8 @@ class Space:
             account.used += size
             try:
                 page.save()
-                temporary = Temporary(path, self._create(path), size)
+                fd = self._fs.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+                temporary = Temporary(path, fd, size)
             except DiskError:
                 account.used -= size
                 raise
@@ -242,16 +244,6 @@ class Space:
         writing = scan.remove_orphans(self._fs, directory)
         found = list(scan.chunks(self._fs, directory))
         return writing + sum(disk_bytes(chunk.length) for chunk in found), found
-
-    def _create(self, path: str) -> int:
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
-        try:
-            return self._fs.open(path, flags)
-        except DiskError as error:
-            if error.reason != "missing":
-                raise
-        self._fs.mkdir(os.path.dirname(path))
-        return self._fs.open(path, flags)
 
     def _rename(self, source: str, target: str) -> None:
         self._recency.touch(source)  # the kernel's own time stamps are milliseconds apart

@@ -12,9 +12,16 @@ from typing import NamedTuple
 
 from kvtc_vllm.tiers.disk import record, seal
 from kvtc_vllm.tiers.disk.checked import CheckedFileSystem
+from kvtc_vllm.tiers.disk.drop import drop_namespace
 from kvtc_vllm.tiers.disk.errors import DiskError
 from kvtc_vllm.tiers.disk.filesystem import FileSystem, OsFileSystem
-from kvtc_vllm.tiers.disk.layout import NAMESPACE_BYTES, chunk_path, disk_bytes
+from kvtc_vllm.tiers.disk.in_use import InUseMark
+from kvtc_vllm.tiers.disk.layout import (
+    NAMESPACE_BYTES,
+    TEMPORARY_DIRECTORY,
+    chunk_path,
+    disk_bytes,
+)
 from kvtc_vllm.tiers.disk.ledger import LOCK_WAIT_SECONDS
 from kvtc_vllm.tiers.disk.recency import Recency
 from kvtc_vllm.tiers.disk.scan import ChunkFile, without_collector
@@ -36,7 +43,8 @@ class DiskEntry(NamedTuple):
 class DiskStore:
     """Synchronous store of one namespace. Safe for many threads; raises only DiskError.
 
-    Opening makes the directories but reads no chunk: call `scan` once after it.
+    Opening makes the directories but reads no chunk: call `scan` once after it. The namespace
+    is marked as in use until `close`.
     namespace: 16 bytes; the codec's identity, so that blobs can be told apart.
     capacity: bytes over the whole root, all namespaces, ranks and processes together; a
     caller with several ranks on one root gives each the total.
@@ -65,6 +73,7 @@ class DiskStore:
         self._directory = f"{self.root}/{self._name}"
         self._record = namespace_record
         self._fs = CheckedFileSystem(filesystem if filesystem is not None else OsFileSystem())
+        self._mark = InUseMark(self._fs, self._directory)
         self._recency = Recency(self._fs)
         self._space = Space(
             self._fs,
@@ -83,6 +92,7 @@ class DiskStore:
         try:
             self._prepare()
         except DiskError:
+            self._mark.close()
             self._space.close()
             raise
 
@@ -135,6 +145,17 @@ class DiskStore:
         self._count("removed", removed)
         return removed
 
+    def drop(self) -> int:
+        """Remove the whole namespace and its mark; returns how many chunks it had.
+
+        Files that are not ours stay. Nothing is made anew unless something is written.
+        """
+        with self._counted("drop"):
+            self._mark.clear()
+            removed = drop_namespace(self._fs, self._space, self.root, self._name)
+        self._count("removed", removed)
+        return removed
+
     def touch(self, keys: Iterable[ChunkKey]) -> list[ChunkKey]:
         """Mark chunks as just used, the last one as the most recent; returns those gone.
 
@@ -178,13 +199,16 @@ class DiskStore:
             return dict(self._counts)
 
     def errors(self) -> dict[tuple[str, str], int]:
-        """Failures since opening by operation (write, read, remove, touch, scan,
-        used, cleanup) and reason."""
+        """Failures since opening by operation (write, read, remove, drop, touch,
+        scan, used, cleanup) and reason."""
         with self._lock:
             return dict(self._errors)
 
     def close(self) -> None:
-        """Free the descriptor; later calls raise "closed". Never raises, but uses the disk."""
+        """Free the descriptors, and with them the mark; later calls raise "closed".
+
+        Never raises, but uses the disk.
+        """
         with self._lock:
             if self._closed:
                 return
@@ -192,11 +216,13 @@ class DiskStore:
         with suppress(DiskError), self._space.locked():
             pass  # takes the last hits to the ledger
         self._space.close()
+        self._mark.close()
 
     def _prepare(self) -> None:
         self._fs.mkdir(self.root)
         ready = record.has_layout(self._fs, self.root)
-        self._fs.mkdir(self._directory)
+        self._fs.mkdir(f"{self._directory}/{TEMPORARY_DIRECTORY}")
+        self._mark.set()  # before the record, by which alone it could be taken for ended
         if ready and self._record is None:
             return
         with self._space.locked():

@@ -6,22 +6,17 @@ a chunk removed here is a miss.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvtc_vllm.tiers.disk import record, scan
 from kvtc_vllm.tiers.disk.checked import CheckedFileSystem
+from kvtc_vllm.tiers.disk.drop import drop_namespace
 from kvtc_vllm.tiers.disk.errors import DiskError
 from kvtc_vllm.tiers.disk.filesystem import OsFileSystem
-from kvtc_vllm.tiers.disk.layout import (
-    RECORD_FILE,
-    TEMPORARY_DIRECTORY,
-    chunk_path,
-    disk_bytes,
-    is_fan_out,
-)
+from kvtc_vllm.tiers.disk.in_use import is_in_use
+from kvtc_vllm.tiers.disk.layout import chunk_path, disk_bytes
 from kvtc_vllm.tiers.disk.recency import Recency
 from kvtc_vllm.tiers.disk.scan import ChunkFile
 from kvtc_vllm.tiers.disk.space import Space
@@ -35,7 +30,7 @@ class NamespaceSummary:
     """One namespace. used: bytes on disk. stored: bytes of its blobs. hits: verified reads so far.
 
     oldest, newest: last use of the chunk used longest ago and most recently, seconds since
-    the epoch, 0 if there is none.
+    the epoch, 0 if there is none. in_use: a living process has it open.
     """
 
     name: str
@@ -47,6 +42,7 @@ class NamespaceSummary:
     newest: float
     hits: int
     temporaries: int
+    in_use: bool
 
 
 class Survey:
@@ -72,23 +68,15 @@ class Survey:
 
     def summaries(self) -> Iterator[NamespaceSummary]:
         """What is there. Changes nothing but the ledger, if it was lost."""
-        space = self._space(_UNBOUNDED)
-        with space.locked() as page:
-            hits = {name: account.hits for name, account in page.accounts.items()}
-        space.close()
-        for name in self.namespaces():
-            found = self.chunks(name)
-            yield NamespaceSummary(
-                name=name,
-                record=record.read_record(self._fs, self._directory(name)),
-                chunks=len(found),
-                stored=sum(chunk.length for chunk in found),
-                used=sum(disk_bytes(chunk.length) for chunk in found),
-                oldest=found[0].mtime_ns / 1e9 if found else 0.0,
-                newest=found[-1].mtime_ns / 1e9 if found else 0.0,
-                hits=hits.get(name, 0),
-                temporaries=len(scan.temporaries(self._fs, self._directory(name))),
-            )
+        return self._summaries(self.namespaces())
+
+    def ended(self) -> Iterator[NamespaceSummary]:
+        """The namespaces that nobody can name any more: generations that are not in use."""
+        return self._summaries(name for name in self.namespaces() if self._has_ended(name))
+
+    def in_use(self, namespace: str) -> bool:
+        """True while a living process has the namespace open, and if that cannot be told."""
+        return is_in_use(self._fs, self._directory(namespace))
 
     def remove(self, namespace: str, keys: Sequence[ChunkKey]) -> int:
         """Remove chunks; returns how many there were."""
@@ -99,22 +87,15 @@ class Survey:
             space.close()
 
     def drop(self, namespace: str) -> int:
-        """Remove a namespace; returns how many chunks it had.
+        """Remove a namespace, also one in use; returns how many chunks it had.
 
         Its directories go too, unless a living writer or a file that is not ours is in them.
         """
-        removed = self.remove(namespace, [chunk.key for chunk in self.chunks(namespace)])
-        self.clean()
-        directory = self._directory(namespace)
         space = self._space(_UNBOUNDED)
-        with suppress(DiskError), space.locked():
-            for name, *_ in self._fs.list(directory):
-                if is_fan_out(name) or name == TEMPORARY_DIRECTORY:
-                    self._fs.rmdir(f"{directory}/{name}")
-            self._fs.unlink(f"{directory}/{RECORD_FILE}")
-            self._fs.rmdir(directory)
-        space.close()
-        return removed
+        try:
+            return drop_namespace(self._fs, space, self.root, namespace)
+        finally:
+            space.close()
 
     def clean(self) -> None:
         """Remove the temporaries of dead writers and correct the ledger."""
@@ -133,6 +114,35 @@ class Survey:
         finally:
             space.close()
         return len(evicted), sum(evicted)
+
+    def _has_ended(self, namespace: str) -> bool:
+        found = self._record(namespace)
+        return found is not None and found.generation != "" and not self.in_use(namespace)
+
+    def _summaries(self, names: Iterable[str]) -> Iterator[NamespaceSummary]:
+        space = self._space(_UNBOUNDED)
+        try:
+            with space.locked() as page:
+                hits = {name: account.hits for name, account in page.accounts.items()}
+        finally:
+            space.close()
+        for name in names:
+            found = self.chunks(name)
+            yield NamespaceSummary(
+                name=name,
+                record=self._record(name),
+                chunks=len(found),
+                stored=sum(chunk.length for chunk in found),
+                used=sum(disk_bytes(chunk.length) for chunk in found),
+                oldest=found[0].mtime_ns / 1e9 if found else 0.0,
+                newest=found[-1].mtime_ns / 1e9 if found else 0.0,
+                hits=hits.get(name, 0),
+                temporaries=len(scan.temporaries(self._fs, self._directory(name))),
+                in_use=self.in_use(name),
+            )
+
+    def _record(self, namespace: str) -> record.NamespaceRecord | None:
+        return record.read_record(self._fs, self._directory(namespace))
 
     def _directory(self, namespace: str) -> str:
         return f"{self.root}/{namespace}"

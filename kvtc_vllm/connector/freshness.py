@@ -1,0 +1,62 @@
+"""Which blocks of the engine's own cache may hold KV of weights that are gone.
+
+After an update of weights vLLM keeps its prefix cache until somebody resets it, and requests
+that run keep their blocks. What they compute on top of such blocks is neither the old model's
+nor the new one's, and must not be stored under any name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Freshness:
+    """Used by the scheduler's thread only. An adapter of None stands for the model itself."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+        self._map: Any = None
+        self._first_step: int | None = None
+        self._suspects: set[int | None] = set()
+        self._unproven = False
+
+    def bind(self, block_pool: Any) -> None:
+        """vLLM's pool of blocks, whose map of cached blocks is a new object after a reset."""
+        self._pool = block_pool
+        self._map = self._cached_blocks()
+
+    def saw_reset(self) -> bool:
+        """Whether vLLM's prefix cache was emptied since the last call."""
+        cached = self._cached_blocks()
+        if cached is self._map:
+            return False
+        self._map = cached
+        self._first_step = None
+        self._suspects.clear()
+        self._unproven = False
+        return True
+
+    def planned(self, step: int, tokens: int) -> None:
+        """A step that computes so many tokens was planned."""
+        if tokens and self._first_step is None:
+            self._first_step = step
+
+    def changed(self, step: int, adapter: int | None = None) -> None:
+        """What computes was found in this step to be another than in the steps before."""
+        if self._first_step is not None and self._first_step < step:
+            self._suspects.add(adapter)
+
+    def doubt(self) -> None:
+        """The weights may have changed, until `prove`."""
+        self._unproven = True
+
+    def prove(self) -> None:
+        """The weights had not changed."""
+        self._unproven = False
+
+    def suspects(self, adapter: int | None) -> bool:
+        """Whether cached blocks of requests with this adapter may be of other weights."""
+        return self._unproven or None in self._suspects or adapter in self._suspects
+
+    def _cached_blocks(self) -> Any:
+        return getattr(self._pool, "cached_block_hash_to_block", None)

@@ -1,0 +1,91 @@
+"""The name under which a worker's KV is kept, and the watch that it stays true.
+
+A name is the 16-byte identity of the set-up, of the live weights and of the generation: chunks
+of one name were computed by exactly one thing. It is made when the worker starts and again after
+every reset or change of weights; between, samples of the weights are compared with those of the
+name, so that nothing is stored or loaded under a name that is not true any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import xxhash
+
+from kvtc_vllm.codec.codec import ChunkCodec
+from kvtc_vllm.connector.adapters import LoadedAdapters
+from kvtc_vllm.connector.disk import Namespace
+from kvtc_vllm.connector.identity import SetupIdentity
+from kvtc_vllm.connector.weights import Sample, Unwatched, WeightsWatch
+from kvtc_vllm.tiers.disk import DiskStore
+
+OpenStore = Callable[[bytes, bytes], DiskStore]
+"""(identity, generation) -> the store of that namespace. Raises DiskError."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """That the weights were those of the present name in a step. May be asked on any thread."""
+
+    step: int
+    sample: Sample
+
+    @property
+    def holds(self) -> bool:
+        """On a GPU waits for the sample."""
+        return self.sample.matches()
+
+
+class Names:
+    """Names of one worker. Used by the engine's thread only.
+
+    codec: writes and reads blobs of the present name. setup: None where nothing tells set-ups
+    apart, in tests. open_store: None without a disk tier. may_sleep: the weights' memory may be
+    taken away while no step computes, and must not be read then.
+    """
+
+    def __init__(
+        self,
+        codec: ChunkCodec,
+        setup: SetupIdentity | None = None,
+        weights: WeightsWatch | Unwatched | None = None,
+        adapters: LoadedAdapters | None = None,
+        open_store: OpenStore | None = None,
+        may_sleep: bool = False,
+    ) -> None:
+        self._codec = codec
+        self._setup = setup
+        self._weights = weights if weights is not None else Unwatched()
+        self.adapters = adapters if adapters is not None else LoadedAdapters(None)
+        self._open_store = open_store
+        self.may_sleep = may_sleep
+        self._digest: bytes | None = None
+
+    def rename(self, generation: bytes) -> bool:
+        """Make the name of what computes now; False if the weights are those of the last name.
+
+        Blobs that are being made under the last one meanwhile belong to an older epoch and are
+        dropped.
+        """
+        digest = self._weights.digest()
+        changed = self._digest is not None and digest != self._digest
+        self._digest = digest
+        if self._setup is not None:
+            self._codec.identity = self._setup.digest(digest, generation)
+        else:
+            self._codec.identity = xxhash.xxh3_128_digest(digest + generation)
+        return changed
+
+    def namespace(self, generation: bytes) -> Namespace | None:
+        """Where chunks of the present name lie on disk; not opened yet."""
+        if self._open_store is None:
+            return None
+        return Namespace(
+            partial(self._open_store, self._codec.identity, generation), own=bool(generation)
+        )
+
+    def prove(self, step: int, dense: bool = False) -> Proof:
+        """Sample the weights now."""
+        return Proof(step, self._weights.sample(dense))

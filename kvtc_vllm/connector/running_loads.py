@@ -1,0 +1,69 @@
+"""Loads that run: what they pin, and who should wait for them instead of loading the same.
+
+vLLM shares the blocks of a load once it has ended and its request was looked at again. A second
+request of the same prefix that loads at once would decode the same chunks into blocks of its
+own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from kvtc_vllm.tiers.policies import ChunkKey
+
+_LOADING = "WAITING_FOR_REMOTE_KVS"
+"""vLLM's status of a request whose load runs, or has ended and was not looked at yet."""
+
+
+class RunningLoads:
+    """Used by the scheduler's thread only."""
+
+    def __init__(self) -> None:
+        self._pinned: dict[str, list[ChunkKey]] = {}
+        self._keys: dict[str, Sequence[ChunkKey]] = {}
+        self._loader: dict[ChunkKey, Any] = {}
+
+    def begin(self, request: Any, keys: Sequence[ChunkKey], pinned: list[ChunkKey]) -> None:
+        """A request's load was planned. pinned: chunks to unpin at its end."""
+        self._pinned[request.request_id] = pinned
+        self._keys[request.request_id] = keys
+        for key in keys:
+            self._loader[key] = request
+
+    def is_running(self, request_id: str) -> bool:
+        """Whether workers have not reported the end of the request's load."""
+        return request_id in self._pinned
+
+    def end(self, request_id: str) -> list[ChunkKey]:
+        """Workers have ended a load, well or not; returns what it pinned."""
+        return self._pinned.pop(request_id, [])
+
+    def forget(self, request: Any) -> None:
+        """The request ended: nobody waits for it any more."""
+        for key in self._keys.pop(request.request_id, ()):
+            if self._loader.get(key) is request:
+                del self._loader[key]
+
+    def forget_names(self) -> None:
+        """All names were given up; they may come back meanwhile, pinned and loaded by others."""
+        self._pinned = {request_id: [] for request_id in self._pinned}
+        self._keys.clear()
+        self._loader.clear()
+
+    def should_wait(self, request: Any, keys: Iterable[ChunkKey]) -> bool:
+        """Whether another request is loading one of these chunks into blocks that it can share."""
+        return any(self._is_loading(key, request) for key in keys if key in self._loader)
+
+    def _is_loading(self, key: ChunkKey, asking: Any) -> bool:
+        loader = self._loader[key]
+        if loader is asking:
+            return False
+        status = getattr(getattr(loader, "status", None), "name", "")
+        if loader.request_id in self._pinned or status == _LOADING:
+            return True
+        del self._loader[key]
+        return False
+
+    def __bool__(self) -> bool:
+        return bool(self._pinned)

@@ -1,0 +1,49 @@
+"""Removal of a whole namespace, by its own store or by an operator."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from kvtc_vllm.tiers.disk import scan
+from kvtc_vllm.tiers.disk.checked import CheckedFileSystem
+from kvtc_vllm.tiers.disk.errors import DiskError
+from kvtc_vllm.tiers.disk.layout import (
+    IN_USE_FILE,
+    RECORD_FILE,
+    TEMPORARY_DIRECTORY,
+    chunk_path,
+    is_fan_out,
+)
+from kvtc_vllm.tiers.disk.space import Space
+
+REMOVE_AT_ONCE = 256
+"""Chunks removed under one hold of the root's lock, for which others wait."""
+
+
+def drop_namespace(fs: CheckedFileSystem, space: Space, root: str, namespace: str) -> int:
+    """Remove a namespace; returns how many chunks it had.
+
+    Its directories go too, unless a living writer or a file that is not ours is in them.
+    Raises DiskError if a chunk cannot be removed or the lock cannot be had; what is left
+    then may be dropped again.
+    """
+    directory = f"{root}/{namespace}"
+    paths = [chunk_path(directory, chunk.key) for chunk in scan.chunks(fs, directory)]
+    removed = 0
+    for first in range(0, len(paths), REMOVE_AT_ONCE):
+        removed += space.remove(namespace, paths[first : first + REMOVE_AT_ONCE])
+    space.count(namespace)  # takes the temporaries of dead writers
+    with space.locked() as page:
+        for name, *_ in fs.list(directory):
+            if is_fan_out(name) or name == TEMPORARY_DIRECTORY:
+                with suppress(DiskError):  # something is in it
+                    fs.rmdir(f"{directory}/{name}")
+        # The record last: while it is there, `kvtc gc` finds what a killed process left.
+        for name in (IN_USE_FILE, RECORD_FILE):
+            with suppress(DiskError):
+                fs.unlink(f"{directory}/{name}")
+        with suppress(DiskError):
+            fs.rmdir(directory)
+        if fs.stat(directory) is None:
+            page.accounts.pop(namespace, None)
+    return removed
