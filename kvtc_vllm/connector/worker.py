@@ -9,6 +9,7 @@ longer than the staging of the blocks to store.
 from __future__ import annotations
 
 import torch
+from vllm.logger import init_logger
 
 from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.connector.disk import NO_NEWS, DiskSide
@@ -21,6 +22,8 @@ from kvtc_vllm.connector.names import Names, Proof
 from kvtc_vllm.connector.storing import StorePipeline
 from kvtc_vllm.connector.transfer import Transfer
 from kvtc_vllm.tiers.memory import MemoryArena
+
+logger = init_logger("vllm.kvtc")
 
 SHUTDOWN_SECONDS = 3.0
 """For writing to disk what waits when the engine stops; vLLM kills its processes after 5."""
@@ -170,6 +173,11 @@ class KVTCWorker:
         if self._unnamed:
             self._unnamed = False
             other_weights = self._names.rename(self._generation)
+            if other_weights:
+                logger.warning(
+                    "kvtc: the model's weights have changed; what was stored before is not offered "
+                    "any more, what is computed now goes under another name"
+                )
             namespace = self._names.namespace(self._generation)
             if self._disk is not None and namespace is not None:
                 self._disk.enter(namespace)
