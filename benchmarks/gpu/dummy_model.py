@@ -30,8 +30,9 @@ from kvtc_vllm.calibration.fingerprint import artifact_fingerprint
 from kvtc_vllm.calibration.identity import model_identity
 from kvtc_vllm.calibration.probe import PROBE_TOKENS, Probe
 from kvtc_vllm.calibration.rank_file import rank_file_name, write_rank_file
-from kvtc_vllm.codec.artifact import BitPlan, RankArtifact, SectionBasis
+from kvtc_vllm.codec.artifact import RankArtifact, SectionBasis
 from kvtc_vllm.codec.bitplan import apply_plan
+from kvtc_vllm.codec.payload import BitPlan, bit_plan
 
 SMALL = ModelShape(4, 256, 4, 2, 64, 512, 1024)
 """For dry runs; the smallest head that vLLM's attention kernels all take."""
@@ -117,11 +118,12 @@ def _artifact(
 def _measured(section: SectionBasis) -> SectionBasis:
     """The same basis with mean zero, and the errors of its plans."""
     size = len(section.mean)
-    errors = {ratio: _error(size, plan) for ratio, plan in section.plans.items()}
+    plans = {ratio: bit_plan(section, ratio) for ratio in section.plans}
+    errors = {ratio: _error(size, plan) for ratio, plan in plans.items()}
     return SectionBasis(
         mean=torch.zeros(size),
         basis=section.basis,
-        plans={r: replace(plan, predicted_error=errors[r]) for r, plan in section.plans.items()},
+        plans={r: replace(plan, predicted_error=errors[r]) for r, plan in plans.items()},
         heldout_error=errors,
     )
 

@@ -8,14 +8,8 @@ from itertools import pairwise
 
 import torch
 
-from kvtc_vllm.codec.artifact import (
-    KINDS,
-    BitPlan,
-    CoefficientGroup,
-    Geometry,
-    RankArtifact,
-    SectionBasis,
-)
+from kvtc_vllm.codec.artifact import KINDS, Geometry, RankArtifact, SectionBasis
+from kvtc_vllm.codec.payload import BitPlan, CoefficientGroup
 from kvtc_vllm.codec.quantizers import REGISTRY, group_cost_bits
 from kvtc_vllm.codec.rope import Rope
 

@@ -230,7 +230,7 @@ def section_cards(rank: int, artifact: RankArtifact) -> list[SectionCard]:
             errors=tuple(
                 ErrorCard(
                     ratio=ratio,
-                    predicted=section.plans[ratio].predicted_error,
+                    predicted=section.plans[ratio].expected_error,
                     heldout=section.heldout_error[ratio],
                 )
                 for ratio in sorted(section.plans)

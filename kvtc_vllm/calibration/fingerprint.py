@@ -10,13 +10,12 @@ import torch
 import xxhash
 
 from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind, SectionBasis
-from kvtc_vllm.codec.quantizers import REGISTRY
 
 
 def artifact_fingerprint(
     geometry: Geometry, sections: Mapping[tuple[int, Kind], SectionBasis], sink_tokens: int
 ) -> bytes:
-    """16 bytes: xxh3-128 over geometry, sink tokens, means, bases and plans.
+    """16 bytes: xxh3-128 over geometry, sink tokens, means, bases, plans and weights.
 
     Predicted and held-out errors describe the artifact without changing its
     output and are left out; RoPE tables belong to the run-time identity.
@@ -38,10 +37,11 @@ def artifact_fingerprint(
             digest.update(_tensor_bytes(section.mean, torch.float32))
             digest.update(_tensor_bytes(section.basis, torch.float16))
             for ratio in sorted(section.plans):
-                groups = section.plans[ratio].groups
-                digest.update(struct.pack("<dI", ratio, len(groups)))
-                for g in groups:
-                    digest.update(struct.pack("<IIB", g.start, g.size, REGISTRY[g.type].type_id))
+                digest.update(struct.pack("<d", ratio))
+                digest.update(section.plans[ratio].fingerprint_bytes())
+            if section.weights is not None:
+                digest.update(b"weights")
+                digest.update(_tensor_bytes(section.weights, torch.float32))
     return digest.digest()
 
 

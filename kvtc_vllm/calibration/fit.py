@@ -23,7 +23,7 @@ from kvtc_vllm.calibration.pca import (
     fit_basis,
     peak_bytes,
 )
-from kvtc_vllm.codec.artifact import KINDS, BitPlan, Geometry, Kind, RankArtifact, SectionBasis
+from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind, RankArtifact, SectionBasis
 from kvtc_vllm.codec.bitplan import (
     GROUP_SIZES,
     WINDOW_SAMPLES,
@@ -32,6 +32,7 @@ from kvtc_vllm.codec.bitplan import (
     table_bytes,
 )
 from kvtc_vllm.codec.errors import ArtifactError
+from kvtc_vllm.codec.payload import BitPlan
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.codec.transform import from_coefficients, to_coefficients
 

@@ -47,7 +47,7 @@ def _check_section(section: SectionBasis, name: str) -> None:
         )
     for ratio, plan in section.plans.items():
         where = f"{name} ratio {ratio:g}"
-        _check_error(plan.predicted_error, section.heldout_error.get(ratio), where)
+        _check_error(plan.expected_error, section.heldout_error.get(ratio), where)
     if not section.plans:
         raise ArtifactError(f"{name}: has no plans")
     lowest = min(section.plans)

@@ -6,10 +6,12 @@ Tensors, for every layer group g and kind k or v:
     {kind}{g}.basis    float16 [p, r]
     {kind}{g}.errors   float64 [R, 3]: target ratio, predicted and held-out error
     {kind}{g}.plan{j}  int32 [n, 3]: start, size, type id of each stored group; j < R
+    {kind}{g}.weights  float32 [p], only where a fit weighs elements
     rope{i}            the model's cos/sin table in its own dtype
     probe.k, probe.v   float16 [n, L, H, D]; probe.positions int32 [n]
 
-and a `RankHeader` as JSON under the metadata key "kvtc". Nothing read here is
+Instead of plan{j} an artifact of another codec has the tensors of that codec's section coders.
+Beside them lies a `RankHeader` as JSON under the metadata key "kvtc". Nothing read here is
 trusted: shapes are compared with the geometry before a tensor is loaded, and
 the fingerprint is computed again.
 """
@@ -17,6 +19,8 @@ the fingerprint is computed again.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,26 +33,21 @@ from safetensors.torch import save_file
 from kvtc_vllm.calibration.card import FORMAT_VERSION, GeometryCard
 from kvtc_vllm.calibration.fingerprint import artifact_fingerprint
 from kvtc_vllm.calibration.probe import PROBE_TOKENS, Probe
-from kvtc_vllm.codec.artifact import (
-    KINDS,
-    BitPlan,
-    CoefficientGroup,
-    Geometry,
-    Kind,
-    RankArtifact,
-    SectionBasis,
-)
-from kvtc_vllm.codec.bitplan import over_budget
+from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind, RankArtifact, SectionBasis
 from kvtc_vllm.codec.errors import ArtifactError
-from kvtc_vllm.codec.quantizers import BY_TYPE_ID, REGISTRY
+from kvtc_vllm.codec.frame import MAX_SINK_TOKENS
+from kvtc_vllm.codec.registry import ArtifactRules, artifact_rules
 from kvtc_vllm.codec.rope import Rope
+from kvtc_vllm.codec.section_coder import SectionCoder
 
 _METADATA_KEY = "kvtc"
+_UNNAMED_CODEC = "kvtc"
+"""Rank files of it were written before others could be, and do not name it."""
 _ROPE_DTYPES = ("F32", "BF16", "F16")
 
 
 class RankHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The part of a rank file that is not tensors."""
+    """The part of a rank file that is not tensors. codec: not named for version 1, "kvtc"."""
 
     rank: int
     ranks: int
@@ -57,6 +56,7 @@ class RankHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     sink_tokens: int
     layer_rope: tuple[int | None, ...]
     rope_neox: tuple[bool, ...]
+    codec: str | msgspec.UnsetType = msgspec.UNSET
     format_version: int = FORMAT_VERSION
 
 
@@ -80,16 +80,16 @@ def write_rank_file(
         name = f"{kind}{group}"
         tensors[f"{name}.mean"] = section.mean
         tensors[f"{name}.basis"] = section.basis
+        if section.weights is not None:
+            tensors[f"{name}.weights"] = section.weights
         ratios = sorted(section.plans)
         tensors[f"{name}.errors"] = torch.tensor(
-            [[r, section.plans[r].predicted_error, section.heldout_error[r]] for r in ratios],
+            [[r, section.plans[r].expected_error, section.heldout_error[r]] for r in ratios],
             dtype=torch.float64,
         )
         for j, ratio in enumerate(ratios):
-            rows = [
-                [g.start, g.size, REGISTRY[g.type].type_id] for g in section.plans[ratio].groups
-            ]
-            tensors[f"{name}.plan{j}"] = torch.tensor(rows, dtype=torch.int32).reshape(-1, 3)
+            for own_name, tensor in section.plans[ratio].tensors().items():
+                tensors[f"{name}.{own_name}{j}"] = tensor
     header = RankHeader(
         rank=rank,
         ranks=ranks,
@@ -98,6 +98,7 @@ def write_rank_file(
         sink_tokens=artifact.sink_tokens,
         layer_rope=artifact.layer_rope,
         rope_neox=tuple(rope.neox for rope in artifact.ropes),
+        codec=msgspec.UNSET if artifact.codec == _UNNAMED_CODEC else artifact.codec,
     )
     # safetensors refuses views and tensors that share memory.
     owned = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
@@ -117,6 +118,23 @@ def read_rank_file(path: Path, rank: int, ranks: int) -> tuple[RankArtifact, Pro
             return _RankReader(path, file).read(rank, ranks)
     except (OSError, SafetensorError, msgspec.MsgspecError, ValueError) as error:
         raise ArtifactError(f"{path}: {error}") from error
+
+
+@dataclass(frozen=True)
+class _CoderTensors:
+    """The `CoderTensors` of one plan. place: "k0.{}2", to be filled with a tensor's own name."""
+
+    read: Callable[[str, tuple[str, ...], tuple[int | None, ...]], torch.Tensor]
+    wrong: Callable[[str, str], ArtifactError]
+    place: str
+
+    def load(
+        self, name: str, dtypes: tuple[str, ...], shape: tuple[int | None, ...]
+    ) -> torch.Tensor:
+        return self.read(self.place.format(name), dtypes, shape)
+
+    def error(self, name: str, problem: str) -> ArtifactError:
+        return self.wrong(self.place.format(name), problem)
 
 
 class _RankReader:
@@ -140,18 +158,22 @@ class _RankReader:
             raise self._error(
                 "rank", f"is {header.rank} of {header.ranks}, expected {rank} of {ranks}"
             )
-        if header.sink_tokens < 0:
-            raise self._error("sink_tokens", f"is {header.sink_tokens}, must not be negative")
+        if not 0 <= header.sink_tokens <= MAX_SINK_TOKENS:
+            raise self._error(
+                "sink_tokens", f"is {header.sink_tokens}, 0 to {MAX_SINK_TOKENS} are right"
+            )
+        codec = _UNNAMED_CODEC if header.codec is msgspec.UNSET else header.codec
+        rules = artifact_rules(codec)
         geometry = header.geometry.geometry()
         ropes = self._ropes(header, geometry)
         sections: dict[tuple[int, Kind], SectionBasis] = {
-            (group, kind): self._section(geometry, group, kind)
+            (group, kind): self._section(geometry, group, kind, rules)
             for group in range(len(geometry.layer_groups))
             for kind in KINDS
         }
-        excess = over_budget(sections)
-        if excess is not None:
-            raise ArtifactError(f"{self._path}: {excess}")
+        wrong = rules.wrong_sections(sections)
+        if wrong is not None:
+            raise ArtifactError(f"{self._path}: {wrong}")
         probe = self._probe(geometry, ropes)
         if self._left:
             raise self._error(min(self._left), "is not a tensor of this format")
@@ -169,6 +191,7 @@ class _RankReader:
             layer_rope=header.layer_rope,
             fingerprint=fingerprint,
             sink_tokens=header.sink_tokens,
+            codec=codec,
         )
         return artifact, probe
 
@@ -221,7 +244,9 @@ class _RankReader:
                 )
         return tuple(ropes)
 
-    def _section(self, geometry: Geometry, group: int, kind: Kind) -> SectionBasis:
+    def _section(
+        self, geometry: Geometry, group: int, kind: Kind, rules: ArtifactRules
+    ) -> SectionBasis:
         name = f"{kind}{group}"
         p = geometry.row_size(group, kind)
         mean = self._load(f"{name}.mean", ("F32",), (p,))
@@ -234,30 +259,18 @@ class _RankReader:
             raise self._error(f"{name}.errors", f"has ratios {ratios}; rising ones >= 1 are right")
         if float(errors.min()) < 0:
             raise self._error(f"{name}.errors", "has a negative error")
-        plans: dict[float, BitPlan] = {}
+        weights = None
+        if f"{name}.weights" in self._left:
+            weights = self._load(f"{name}.weights", ("F32",), (p,))
+            if float(weights.min()) <= 0:
+                raise self._error(f"{name}.weights", "has one that is not positive")
+        plans: dict[float, SectionCoder] = {}
         heldout: dict[float, float] = {}
         for j, (ratio, predicted, measured) in enumerate(errors.tolist()):
-            groups = self._groups(f"{name}.plan{j}", basis.shape[1])
-            plan = BitPlan(ratio=ratio, groups=groups, predicted_error=predicted)
-            plans[ratio] = plan
+            tensors = _CoderTensors(self._load, self._error, f"{name}.{{}}{j}")
+            plans[ratio] = rules.read_coder(tensors, ratio, predicted, basis.shape[1])
             heldout[ratio] = measured
-        return SectionBasis(mean=mean, basis=basis, plans=plans, heldout_error=heldout)
-
-    def _groups(self, name: str, rank: int) -> tuple[CoefficientGroup, ...]:
-        groups = []
-        free_from = 0
-        for start, size, type_id in self._load(name, ("I32",), (None, 3)).tolist():
-            if type_id not in BY_TYPE_ID:
-                raise self._error(name, f"has type {type_id}, known are {sorted(BY_TYPE_ID)}")
-            if start < free_from or size < 1 or start + size > rank:
-                raise self._error(
-                    name,
-                    f"has a group {start}..{start + size} that overlaps, is out of order, "
-                    f"or passes the {rank} columns of the basis",
-                )
-            free_from = start + size
-            groups.append(CoefficientGroup(start, size, BY_TYPE_ID[type_id].name))
-        return tuple(groups)
+        return SectionBasis(mean, basis, plans, heldout, weights)
 
     def _probe(self, geometry: Geometry, ropes: tuple[Rope, ...]) -> Probe:
         positions = self._load("probe.positions", ("I32",), (None,))

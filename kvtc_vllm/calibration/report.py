@@ -10,8 +10,9 @@ import torch
 
 from kvtc_vllm.calibration.card import ArtifactCard
 from kvtc_vllm.calibration.fit import RankFit
-from kvtc_vllm.codec.artifact import KINDS, BitPlan, Kind
+from kvtc_vllm.codec.artifact import KINDS, Kind
 from kvtc_vllm.codec.bitplan import plan_bits
+from kvtc_vllm.codec.payload import BitPlan, bit_plan
 from kvtc_vllm.codec.quantizers import REGISTRY, group_cost_bits
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def _markdown(card: ArtifactCard, fits: Sequence[RankFit]) -> str:
     for (group, kind), basis in fits[0].artifact.sections.items():
         plans = ", ".join(
             f"{ratio:g}x {plan_bits(plan)} bits in {len(plan.groups)} groups"
-            for ratio, plan in sorted(basis.plans.items())
+            for ratio, plan in ((r, bit_plan(basis, r)) for r in sorted(basis.plans))
         )
         lines.append(f"- {kind.upper()} group {group}: {plans}")
     lines += ["", "![variance, allocation, error](report.png)", ""]
@@ -110,7 +111,7 @@ def _plot_error(axes: Axes, fit: RankFit) -> None:
     for (group, kind), section in fit.artifact.sections.items():
         ratios = sorted(section.plans)
         measured = [section.heldout_error[ratio] for ratio in ratios]
-        predicted = [section.plans[ratio].predicted_error for ratio in ratios]
+        predicted = [section.plans[ratio].expected_error for ratio in ratios]
         label = f"{kind.upper()} group {group}"
         axes.plot(ratios, measured, _STYLE[kind] + "o", color=f"C{group}", label=label)
         axes.plot(ratios, predicted, "x", color=f"C{group}")
@@ -129,8 +130,8 @@ def _plot_error(axes: Axes, fit: RankFit) -> None:
 def _plot_allocation(axes: Axes, fit: RankFit, kind: Kind) -> None:
     """First layer group: one line a ratio."""
     section = fit.artifact.sections[0, kind]
-    for ratio, plan in sorted(section.plans.items()):
-        bits = bits_per_coefficient(plan, section.basis.shape[1])
+    for ratio in sorted(section.plans):
+        bits = bits_per_coefficient(bit_plan(section, ratio), section.basis.shape[1])
         axes.step(range(1, len(bits) + 1), bits.numpy(), where="mid", label=f"{ratio:g}x")
     axes.set(
         title=f"{kind.upper()} group 0: bits a coefficient, scales included",

@@ -127,12 +127,12 @@ def _registry(args: argparse.Namespace) -> Path | None:
 def _round_trip(directory: Path, ratio: float) -> bool:
     """Encode and decode the artifact's probe on the CPU."""
     from kvtc_vllm.calibration.artifact_io import load_rank_artifact
-    from kvtc_vllm.codec.kvtc import KvtcCodec
+    from kvtc_vllm.codec.registry import open_codec
 
     artifact, _, probe = load_rank_artifact(directory, 0)
     if ratio not in artifact.ratios():
         ratio = artifact.ratios()[0]
-    codec = KvtcCodec(artifact, ratio, torch.bfloat16)
+    codec = open_codec(artifact.codec, torch.bfloat16, artifact=artifact, ratio=ratio)
     k, v = probe.k.to(torch.bfloat16), probe.v.to(torch.bfloat16)
     start = artifact.sink_tokens
     codec.encode(k, v, start)

@@ -73,7 +73,7 @@ def describe_blob(path: Path) -> dict[str, Any]:
     """Header and sections of a container. Raises ContainerError if it is damaged."""
     from kvtc_vllm.codec.container import DTYPE_CODES, SectionKind, parse
     from kvtc_vllm.codec.entropy import BY_CODER_ID
-    from kvtc_vllm.codec.registry import BY_CODEC_ID
+    from kvtc_vllm.codec.registry import name_of
 
     try:
         info = parse(path.read_bytes())
@@ -85,9 +85,8 @@ def describe_blob(path: Path) -> dict[str, Any]:
     width = header.head_size + header.head_size_v
     raw = header.tokens * header.num_layers * header.num_kv_heads * width
     raw *= dtype.itemsize if dtype is not None else 0
-    codec = BY_CODEC_ID.get(header.codec_id)
     return {
-        "codec": codec.name if codec else f"unknown ({header.codec_id})",
+        "codec": name_of(header.codec_id) or f"unknown ({header.codec_id})",
         "target_ratio": header.ratio,
         "tokens": f"{header.start}..{header.start + header.tokens - 1}",
         "sink_tokens": header.sinks,

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 
 from kvtc_vllm.codec.rope import Rope
+from kvtc_vllm.codec.section_coder import SectionCoder
 
 Kind = Literal["k", "v"]
 KINDS: tuple[Kind, Kind] = ("k", "v")
@@ -63,50 +64,34 @@ class Geometry:
 
 
 @dataclass(frozen=True)
-class CoefficientGroup:
-    """`size` consecutive coefficients that share one shift and scale a token.
-
-    `type` is a key of `kvtc_vllm.codec.quantizers.REGISTRY`.
-    """
-
-    start: int
-    size: int
-    type: str
-
-
-@dataclass(frozen=True)
-class BitPlan:
-    """Output of the allocation for one target ratio.
-
-    `groups` holds only groups that are stored (type other than "none"), in
-    ascending order of `start`; coefficients in no group are zero.
-    `predicted_error` is the relative squared error sum||x-x'||^2 / sum||x-mean||^2
-    that the allocation computed on its own rows.
-    """
-
-    ratio: float
-    groups: tuple[CoefficientGroup, ...]
-    predicted_error: float
-
-    @property
-    def rank(self) -> int:
-        """Number of leading basis columns that the plan reads."""
-        return max((g.start + g.size for g in self.groups), default=0)
-
-
-@dataclass(frozen=True)
 class SectionBasis:
     """Everything fitted for K or V of one layer group.
 
     mean: float32 [p]. basis: float16 [p, r], columns in order of falling
-    variance. plans: target ratio -> plan. heldout_error: target ratio ->
-    relative squared error measured on rows that the fit did not see.
+    variance. plans: target ratio -> how coefficients are coded at it.
+    heldout_error: target ratio -> relative squared error measured on rows that
+    the fit did not see. weights: float32 [p], positive: rows are multiplied by
+    them before the projection and divided after it, so that what a fit holds
+    for important loses less. None: 1 for every element.
     """
 
     mean: torch.Tensor
     basis: torch.Tensor
-    plans: dict[float, BitPlan]
+    plans: Mapping[float, SectionCoder]
     heldout_error: dict[float, float] = field(default_factory=dict)
+    weights: torch.Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """Leading basis columns that some plan reads."""
+        return max(plan.rank for plan in self.plans.values())
+
+    def on(self, device: torch.device, operand: torch.dtype = torch.float32) -> SectionBasis:
+        """The section as a codec keeps it: the columns that plans read, of type `operand`."""
+        basis = self.basis[:, : self.rank].to(device, operand).contiguous()
+        weights = None if self.weights is None else self.weights.to(device, torch.float32)
+        mean = self.mean.to(device, torch.float32)
+        return SectionBasis(mean, basis, self.plans, weights=weights)
 
 
 @dataclass(frozen=True)
@@ -119,7 +104,8 @@ class RankArtifact:
     any number that influences encoded bytes changes (but not with the RoPE
     tables and scales: those are part of the run-time identity). `scales` are
     those of an fp8 cache, float32 [L] each: an element of the cache times its
-    layer's scale is the model's value. None: 1 for every layer.
+    layer's scale is the model's value. None: 1 for every layer. `codec` is the
+    name in `kvtc_vllm.codec.registry.CODECS` of the codec that the plans are of.
     """
 
     geometry: Geometry
@@ -129,6 +115,7 @@ class RankArtifact:
     fingerprint: bytes
     sink_tokens: int = 4
     scales: Mapping[Kind, torch.Tensor] | None = None
+    codec: str = "kvtc"
 
     def ratios(self) -> tuple[float, ...]:
         """Target ratios for which every section has a plan, ascending."""

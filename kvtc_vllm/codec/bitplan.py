@@ -35,7 +35,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvtc_vllm.codec.artifact import KINDS, BitPlan, CoefficientGroup, Kind, SectionBasis
+from kvtc_vllm.codec.artifact import KINDS, Kind, SectionBasis
+from kvtc_vllm.codec.payload import BitPlan, CoefficientGroup, bit_plan
 from kvtc_vllm.codec.quantizers import REGISTRY, Quantizer, group_cost_bits
 
 GROUP_SIZES: tuple[int, ...] = (1, 16, 64, 256, 1024)
@@ -91,7 +92,7 @@ def over_budget(sections: Mapping[tuple[int, Kind], SectionBasis]) -> str | None
         pair = [(kind, sections[group, kind]) for kind in KINDS]
         for ratio in sorted({ratio for _, section in pair for ratio in section.plans}):
             there = [(kind, section) for kind, section in pair if ratio in section.plans]
-            taken = {kind: plan_bits(section.plans[ratio]) for kind, section in there}
+            taken = {kind: plan_bits(bit_plan(section, ratio)) for kind, section in there}
             allowed = budget_bits(sum(len(section.mean) for _, section in there), ratio)
             if sum(taken.values()) > allowed:
                 each = " and ".join(f"{kind.upper()} {bits}" for kind, bits in taken.items())

@@ -8,7 +8,7 @@ threads at once.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -28,8 +28,9 @@ from kvtc_vllm.codec.container import (
     SectionKind,
     parse,
 )
-from kvtc_vllm.codec.entropy import BY_CODER_ID
+from kvtc_vllm.codec.entropy import GENERAL_CODER_IDS
 from kvtc_vllm.codec.errors import ContainerError
+from kvtc_vllm.codec.section_coder import read_body
 
 Blob = bytes | bytearray | memoryview
 
@@ -55,11 +56,15 @@ class DecodedGroup:
 
 @dataclass(frozen=True)
 class ExpectedSection:
-    """What a reader requires of one entry of the section table."""
+    """What a reader requires of one entry of the section table.
+
+    coder_ids: numbers of the entropy coders that it can read the section of.
+    """
 
     kind: SectionKind
     group: int
     raw_length: int
+    coder_ids: Collection[int] = GENERAL_CODER_IDS
 
 
 class Coder(Protocol):
@@ -120,6 +125,10 @@ class ChunkCodec(ABC):
         caller then drops that store), ValueError for tensors of the wrong
         shape or dtype.
         """
+
+    @abstractmethod
+    def max_blob_bytes(self, tokens: int) -> int:
+        """Upper bound in bytes of a blob of `tokens` tokens, wherever they start."""
 
     def decode_groups(
         self,
@@ -233,13 +242,17 @@ class ChunkCodec(ABC):
         found = [(s.kind, s.group, s.raw_length) for s in info.sections]
         if found != [(int(e.kind), e.group, e.raw_length) for e in expected]:
             raise ContainerError("geometry", f"sections {found} are not {expected}")
-        for section in info.sections:
-            if section.coder_id not in BY_CODER_ID:
+        for section, entry in zip(info.sections, expected, strict=True):
+            if section.coder_id not in entry.coder_ids:
                 raise ContainerError("version", f"unknown entropy coder {section.coder_id}")
         return info
 
 
 def read_section(section: Section, blob: memoryview) -> bytearray:
-    """Entropy-decode one verified section. Raises ContainerError("entropy")."""
-    body = blob[section.offset : section.offset + section.stored_length]
-    return BY_CODER_ID[section.coder_id].decode(section.units, body, section.raw_length)
+    """Decode one verified section by a general entropy coder. Raises ContainerError("entropy")."""
+    return read_body(section, stored_body(section, blob))
+
+
+def stored_body(section: Section, blob: memoryview) -> memoryview:
+    """The stored bytes of one verified section, a view."""
+    return blob[section.offset : section.offset + section.stored_length]

@@ -163,9 +163,14 @@ def build(header: Header, sections: Sequence[NewSection]) -> bytes:
             header.identity,
         )
     except struct.error as error:
-        raise CodecError(f"chunk does not fit the container format: {error}") from error
+        raise CodecError("size", f"chunk does not fit the container format: {error}") from error
     content = b"".join((head, table, unit_table, *bodies))
     return content + checksum(content)
+
+
+def container_bytes(sections: Sequence[int]) -> int:
+    """Bytes of a container whose sections take so many, unit table entries and padded body."""
+    return MIN_BLOB_BYTES + sum(_SECTION.size + section for section in sections)
 
 
 def checksum(content: bytes | memoryview) -> bytes:

@@ -2,7 +2,21 @@
 
 
 class CodecError(Exception):
-    """Base class of every error that the codec raises on purpose."""
+    """Base class of every error that the codec raises on purpose.
+
+    Raised itself for a chunk that can't be coded. `reason` is a short stable word that callers
+    decide by: "non_finite" (the chunk holds NaN or infinity), "range" (a value does not fit what
+    the codec stores), "position" (outside the RoPE table) or "size" (a length does not fit the
+    container).
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(reason, message)
+        self.reason = reason
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class ContainerError(CodecError):
@@ -13,10 +27,13 @@ class ContainerError(CodecError):
     "geometry", "fingerprint", "bounds" or "entropy".
     """
 
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(f"{reason}: {message}")
-        self.reason = reason
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.message}"
 
 
 class ArtifactError(CodecError):
-    """An artifact is missing, malformed, or does not fit the model."""
+    """An artifact is missing, malformed, or does not fit the model. `reason` is "artifact"."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("artifact", message)
+        self.args = (message,)

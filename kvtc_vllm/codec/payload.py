@@ -1,4 +1,4 @@
-"""Payload of one coded section: coefficients <-> streams of bytes.
+"""Version 1's section coder: a bit plan, and the payload that it makes of coefficients.
 
 Groups are stored in *stored order*: ascending (type id, size, start). Then the
 groups that share a quantiser and a size lie side by side, and each such batch
@@ -21,19 +21,121 @@ FORMAT.md has the measurements. Token-major and component-major runs come within
 from __future__ import annotations
 
 import math
+import struct
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import groupby
 
 import torch
 
-from kvtc_vllm.codec.artifact import BitPlan, CoefficientGroup
-from kvtc_vllm.codec.errors import ContainerError
+from kvtc_vllm.codec.artifact import SectionBasis
+from kvtc_vllm.codec.container import Section
+from kvtc_vllm.codec.entropy import GENERAL_CODER_IDS, EntropyCoder, max_stored_bytes
+from kvtc_vllm.codec.errors import ArtifactError, CodecError, ContainerError
 from kvtc_vllm.codec.packing import pack, packed_size, unpack
 from kvtc_vllm.codec.planes import to_bytes
-from kvtc_vllm.codec.quantizers import REGISTRY, Quantizer
+from kvtc_vllm.codec.quantizers import BY_TYPE_ID, REGISTRY, Quantizer
+from kvtc_vllm.codec.quantizers.base import FP16_MAX
+from kvtc_vllm.codec.section_coder import CodedSection, CoderTensors, read_body
+from kvtc_vllm.codec.transform import magnitude
 
 FP16_BYTES = 2
+_GROUP = struct.Struct("<IIB")
+
+
+@dataclass(frozen=True)
+class CoefficientGroup:
+    """`size` consecutive coefficients that share one shift and scale a token.
+
+    `type` is a key of `kvtc_vllm.codec.quantizers.REGISTRY`.
+    """
+
+    start: int
+    size: int
+    type: str
+
+
+@dataclass(frozen=True)
+class BitPlan:
+    """Output of the allocation for one target ratio; a `SectionCoder`.
+
+    `groups` holds only groups that are stored (type other than "none"), in
+    ascending order of `start`; coefficients in no group are zero.
+    `predicted_error` is the relative squared error sum||x-x'||^2 / sum||x-mean||^2
+    that the allocation computed on its own rows.
+    """
+
+    ratio: float
+    groups: tuple[CoefficientGroup, ...]
+    predicted_error: float
+
+    @property
+    def rank(self) -> int:
+        """Number of leading basis columns that the plan reads."""
+        return max((g.start + g.size for g in self.groups), default=0)
+
+    @property
+    def expected_error(self) -> float:
+        return self.predicted_error
+
+    @property
+    def coder_ids(self) -> Collection[int]:
+        return GENERAL_CODER_IDS
+
+    def raw_length(self, tokens: int) -> int:
+        return payload_length(self, tokens)
+
+    def max_bytes(self, tokens: int) -> int:
+        return max_stored_bytes(stream_lengths(self, tokens))
+
+    def encode(self, coefficients: torch.Tensor, entropy: EntropyCoder) -> CodedSection:
+        if not magnitude(coefficients) <= FP16_MAX:
+            raise CodecError("range", "a coefficient is outside the float16 range")
+        streams = encode_payload(coefficients, self)
+        raw_length = sum(map(len, streams))
+        return CodedSection(entropy.coder_id, raw_length, entropy.encode(streams))
+
+    def decode(
+        self, section: Section, body: memoryview, tokens: int, device: torch.device
+    ) -> torch.Tensor:
+        return decode_payload(read_body(section, body), self, tokens, device)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """plan: int32 [n, 3]: start, size, type id of each stored group."""
+        rows = [[g.start, g.size, REGISTRY[g.type].type_id] for g in self.groups]
+        return {"plan": torch.tensor(rows, dtype=torch.int32).reshape(-1, 3)}
+
+    def fingerprint_bytes(self) -> bytes:
+        """Without the predicted error, which changes no output."""
+        rows = ((g.start, g.size, REGISTRY[g.type].type_id) for g in self.groups)
+        return struct.pack("<I", len(self.groups)) + b"".join(_GROUP.pack(*row) for row in rows)
+
+
+def read_plan(tensors: CoderTensors, ratio: float, expected_error: float, rank: int) -> BitPlan:
+    """Inverse of `BitPlan.tensors`, for a basis of `rank` columns. Raises ArtifactError."""
+    groups = []
+    free_from = 0
+    for start, size, type_id in tensors.load("plan", ("I32",), (None, 3)).tolist():
+        if type_id not in BY_TYPE_ID:
+            raise tensors.error("plan", f"has type {type_id}, known are {sorted(BY_TYPE_ID)}")
+        if start < free_from or size < 1 or start + size > rank:
+            raise tensors.error(
+                "plan",
+                f"has a group {start}..{start + size} that overlaps, is out of order, "
+                f"or passes the {rank} columns of the basis",
+            )
+        free_from = start + size
+        groups.append(CoefficientGroup(start, size, BY_TYPE_ID[type_id].name))
+    return BitPlan(ratio=ratio, groups=tuple(groups), predicted_error=expected_error)
+
+
+def bit_plan(section: SectionBasis, ratio: float) -> BitPlan:
+    """The section's plan at a ratio. Raises ArtifactError if it is another codec's."""
+    plan = section.plans[ratio]
+    if not isinstance(plan, BitPlan):
+        raise ArtifactError(f"{type(plan).__name__} is not a plan of version 1")
+    return plan
 
 
 @dataclass(frozen=True)
@@ -84,10 +186,19 @@ def batches(plan: BitPlan) -> tuple[Batch, ...]:
     return tuple(found)
 
 
+def stream_lengths(plan: BitPlan, tokens: int) -> list[int]:
+    """Bytes of every stream of the payload of `tokens` rows under `plan`, in order."""
+    plane = len(plan.groups) * tokens
+    codes: dict[int, int] = {}
+    for batch in batches(plan):
+        type_id = batch.quantizer.type_id
+        codes[type_id] = codes.get(type_id, 0) + batch.count * batch.run_bytes(tokens)
+    return [plane, plane, FP16_BYTES * plane, *codes.values()]
+
+
 def payload_length(plan: BitPlan, tokens: int) -> int:
     """Bytes of the payload of `tokens` rows under `plan`, before entropy coding."""
-    side = 2 * FP16_BYTES * len(plan.groups) * tokens
-    return side + sum(batch.count * batch.run_bytes(tokens) for batch in batches(plan))
+    return sum(stream_lengths(plan, tokens))
 
 
 def encode_payload(coefficients: torch.Tensor, plan: BitPlan) -> list[bytes]:
@@ -140,14 +251,3 @@ def decode_payload(
     if not magnitude(coefficients) < math.inf:
         raise ContainerError("bounds", "a decoded coefficient is not finite")
     return coefficients
-
-
-def magnitude(x: torch.Tensor) -> float:
-    """Largest absolute value of x; NaN if there is one. Much faster than torch.isfinite."""
-    if x.numel() == 0:
-        return 0.0
-    if x.dtype.itemsize == 1:
-        # Without their sign, fp8 codes are in the order of their values, infinity and NaN last.
-        return float((x.view(torch.uint8) & 0x7F).amax().view(x.dtype))
-    low, high = torch.aminmax(x)
-    return float(torch.maximum(-low, high))

@@ -21,8 +21,9 @@ from kvtc_vllm.codec.container import (
     NewSection,
     SectionKind,
     build,
+    container_bytes,
 )
-from kvtc_vllm.codec.entropy import RAW
+from kvtc_vllm.codec.entropy import RAW, aligned
 from kvtc_vllm.codec.errors import ContainerError
 from kvtc_vllm.codec.planes import to_bytes
 
@@ -49,6 +50,11 @@ class RawCodec(ChunkCodec):
             )
         ]
         return build(header, sections)
+
+    def max_blob_bytes(self, tokens: int) -> int:
+        elements = tokens * self.geometry.num_layers * self.geometry.num_kv_heads
+        sizes = (self.geometry.head_size, self.geometry.head_size_v)
+        return container_bytes([aligned(elements * n * self.dtype.itemsize) for n in sizes])
 
     def _check_header(self, header: Header) -> None:
         if header.artifact != NO_FINGERPRINT:

@@ -1,10 +1,134 @@
-"""Chunk codecs by name. One file a codec, one row here."""
+"""Chunk codecs by name, and what opens them. One file a codec, one row here.
+
+codec = open_codec("kvtc", torch.bfloat16, artifact=artifact, ratio=16.0)
+codec = open_codec("raw", torch.bfloat16, geometry=geometry)
+"""
 
 from __future__ import annotations
 
-from kvtc_vllm.codec.codec import ChunkCodec
-from kvtc_vllm.codec.kvtc import KvtcCodec
-from kvtc_vllm.codec.raw import RawCodec
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import overload
 
-CODECS: dict[str, type[ChunkCodec]] = {codec.name: codec for codec in (RawCodec, KvtcCodec)}
-BY_CODEC_ID: dict[int, type[ChunkCodec]] = {codec.codec_id: codec for codec in CODECS.values()}
+import torch
+
+from kvtc_vllm.codec.artifact import Geometry, Kind, RankArtifact, SectionBasis
+from kvtc_vllm.codec.bitplan import over_budget
+from kvtc_vllm.codec.codec import ChunkCodec
+from kvtc_vllm.codec.container import NO_FINGERPRINT
+from kvtc_vllm.codec.errors import ArtifactError
+from kvtc_vllm.codec.frame import TransformCodec
+from kvtc_vllm.codec.kvtc import KvtcCodec
+from kvtc_vllm.codec.payload import read_plan
+from kvtc_vllm.codec.raw import RawCodec
+from kvtc_vllm.codec.section_coder import CoderTensors, SectionCoder
+
+
+@dataclass(frozen=True)
+class ArtifactRules:
+    """How a rank file's section coders are read for a codec.
+
+    read_coder: (tensors, target ratio, expected error, columns of the basis) -> section coder;
+    raises ArtifactError. wrong_sections: what is wrong with all sections together, in words;
+    None if nothing is.
+    """
+
+    read_coder: Callable[[CoderTensors, float, float, int], SectionCoder]
+    wrong_sections: Callable[[Mapping[tuple[int, Kind], SectionBasis]], str | None]
+
+
+@dataclass(frozen=True)
+class CodecSpec:
+    """A row of `CODECS`: a codec that needs an artifact is a `TransformCodec` and has rules.
+
+    has_kernels: `kvtc_vllm.codec.kernels` can encode and decode it on a GPU.
+    """
+
+    codec: type[ChunkCodec]
+    rules: ArtifactRules | None = None
+    has_kernels: bool = False
+
+    @property
+    def codec_id(self) -> int:
+        """Number in the container header."""
+        return self.codec.codec_id
+
+    @property
+    def needs_artifact(self) -> bool:
+        return self.rules is not None
+
+
+CODECS: dict[str, CodecSpec] = {
+    RawCodec.name: CodecSpec(RawCodec),
+    KvtcCodec.name: CodecSpec(KvtcCodec, ArtifactRules(read_plan, over_budget), has_kernels=True),
+}
+
+
+def name_of(codec_id: int) -> str | None:
+    """Name of the codec with this number in the container header; None if there is none."""
+    return next((name for name, spec in CODECS.items() if spec.codec_id == codec_id), None)
+
+
+def artifact_rules(name: str) -> ArtifactRules:
+    """How artifacts of this codec are read. Raises ArtifactError if there are none."""
+    spec = CODECS.get(name)
+    if spec is None or spec.rules is None:
+        raise ArtifactError(f"codec {name!r} is not one with artifacts that this program knows")
+    return spec.rules
+
+
+@overload
+def open_codec(
+    name: str,
+    dtype: torch.dtype,
+    *,
+    geometry: Geometry,
+    identity: bytes = NO_FINGERPRINT,
+    device: torch.device | str = "cpu",
+) -> ChunkCodec: ...
+
+
+@overload
+def open_codec(
+    name: str,
+    dtype: torch.dtype,
+    *,
+    artifact: RankArtifact,
+    ratio: float,
+    identity: bytes = NO_FINGERPRINT,
+    device: torch.device | str = "cpu",
+    deflate_level: int = 1,
+) -> TransformCodec: ...
+
+
+def open_codec(
+    name: str,
+    dtype: torch.dtype,
+    *,
+    geometry: Geometry | None = None,
+    artifact: RankArtifact | None = None,
+    ratio: float = 0.0,
+    identity: bytes = NO_FINGERPRINT,
+    device: torch.device | str = "cpu",
+    deflate_level: int = 1,
+) -> ChunkCodec:
+    """The codec of this name for a cache of elements `dtype`.
+
+    With an artifact a codec that needs one, at a target ratio that it has plans for; without
+    one a codec that does not, for a cache of this geometry. identity, device: see `ChunkCodec`;
+    deflate_level: see `TransformCodec`. Raises ArtifactError if the artifact does not go with the
+    codec, ValueError for a name that is not in `CODECS` or arguments that do not go with it.
+    """
+    if name not in CODECS:
+        raise ValueError(f"codec {name!r} is not known; allowed: {', '.join(CODECS)}")
+    codec = CODECS[name].codec
+    if CODECS[name].needs_artifact != (artifact is not None):
+        raise ValueError(
+            f"codec {name!r} {'needs an' if artifact is None else 'takes no'} artifact"
+        )
+    if artifact is None:
+        if geometry is None:
+            raise ValueError(f"codec {name!r} needs the geometry of the cache")
+        return codec(geometry, dtype, identity, device)
+    assert issubclass(codec, TransformCodec)
+    return codec(artifact, ratio, dtype, identity, deflate_level, device)

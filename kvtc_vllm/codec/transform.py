@@ -132,13 +132,30 @@ def to_cache(values: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dty
 
 
 def to_coefficients(rows: torch.Tensor, section: SectionBasis, rank: int) -> torch.Tensor:
-    """(rows - mean) @ basis[:, :rank]: float32 [T, p] -> float32 [T, rank]."""
+    """((rows - mean) * weights) @ basis[:, :rank]: float32 [T, p] -> float32 [T, rank]."""
     basis = section.basis[:, :rank].to(rows.device, torch.float32)
-    return (rows - section.mean.to(rows.device)) @ basis
+    centred = rows - section.mean.to(rows.device)
+    if section.weights is not None:
+        centred *= section.weights.to(rows.device)
+    return centred @ basis
 
 
 def from_coefficients(coefficients: torch.Tensor, section: SectionBasis) -> torch.Tensor:
-    """coefficients @ basis[:, :rank]^T + mean: float32 [T, rank] -> float32 [T, p]."""
+    """coefficients @ basis[:, :rank]^T / weights + mean: float32 [T, rank] -> float32 [T, p]."""
     rank = coefficients.shape[1]
     basis = section.basis[:, :rank].to(coefficients.device, torch.float32)
-    return torch.addmm(section.mean.to(coefficients.device), coefficients, basis.T)
+    mean = section.mean.to(coefficients.device)
+    if section.weights is not None:
+        return coefficients @ basis.T / section.weights.to(coefficients.device) + mean
+    return torch.addmm(mean, coefficients, basis.T)
+
+
+def magnitude(x: torch.Tensor) -> float:
+    """Largest absolute value of x; NaN if there is one. Much faster than torch.isfinite."""
+    if x.numel() == 0:
+        return 0.0
+    if x.dtype.itemsize == 1:
+        # Without their sign, fp8 codes are in the order of their values, infinity and NaN last.
+        return float((x.view(torch.uint8) & 0x7F).amax().view(x.dtype))
+    low, high = torch.aminmax(x)
+    return float(torch.maximum(-low, high))

@@ -149,7 +149,7 @@ class StorePipeline:
     def _keep(self, item: StoreItem, blob: bytes | CodecError, epoch: int) -> None:
         if isinstance(blob, CodecError):
             logger.warning("kvtc: chunk at token %d not stored: %s", item.start, blob)
-            self._drop(item, epoch, "non_finite" if "non-finite" in str(blob) else "error")
+            self._drop(item, epoch, "non_finite" if blob.reason == "non_finite" else "error")
             return
         with self._mailbox.open() as mail:  # against a reset between the check and the put
             kept = epoch == mail.report.epoch and self._arena.put(item.key, blob)

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from kvtc_vllm.calibration.fingerprint import artifact_fingerprint
-from kvtc_vllm.codec.artifact import BitPlan, CoefficientGroup, Kind, RankArtifact, SectionBasis
+from kvtc_vllm.codec.artifact import Kind, RankArtifact, SectionBasis
 from kvtc_vllm.codec.bitplan import budget_bits
 from kvtc_vllm.codec.codec import Blob, DecodedChunk
 from kvtc_vllm.codec.container import parse
-from kvtc_vllm.codec.kvtc import KvtcCodec
+from kvtc_vllm.codec.frame import TransformCodec
+from kvtc_vllm.codec.payload import BitPlan, CoefficientGroup, bit_plan
 from kvtc_vllm.codec.quantizers import REGISTRY, group_cost_bits
-from kvtc_vllm.codec.raw import RawCodec
+from kvtc_vllm.codec.registry import CODECS, open_codec
 
 
 @dataclass(frozen=True)
@@ -27,15 +28,16 @@ class Base:
     dtype: torch.dtype
     options: dict[str, Any]
 
-    def codec(self, **changes: Any) -> KvtcCodec:
+    def codec(self, **changes: Any) -> TransformCodec:
         """Our codec with fields of the artifact changed."""
         artifact = replace(self.artifact, **changes)
         fingerprint = artifact_fingerprint(
             artifact.geometry, artifact.sections, artifact.sink_tokens
         )
-        return KvtcCodec(replace(artifact, fingerprint=fingerprint), self.ratio, self.dtype)
+        artifact = replace(artifact, fingerprint=fingerprint)
+        return open_codec(artifact.codec, self.dtype, artifact=artifact, ratio=self.ratio)
 
-    def with_plans(self, make: Callable[[SectionBasis, Kind], BitPlan]) -> KvtcCodec:
+    def with_plans(self, make: Callable[[SectionBasis, Kind], BitPlan]) -> TransformCodec:
         """Our codec with another plan at the ratio, a section each."""
         sections = {
             (group, kind): replace(section, plans={self.ratio: make(section, kind)})
@@ -44,31 +46,31 @@ class Base:
         return self.codec(sections=sections)
 
 
-def unchanged(base: Base) -> KvtcCodec:
+def unchanged(base: Base) -> TransformCodec:
     """As it is: for artifacts fitted in another way."""
     return base.codec()
 
 
-def coded_sinks(base: Base) -> KvtcCodec:
+def coded_sinks(base: Base) -> TransformCodec:
     """The oldest tokens go through the transform like all others."""
     return base.codec(sink_tokens=0)
 
 
-def rope_kept(base: Base) -> KvtcCodec:
+def rope_kept(base: Base) -> TransformCodec:
     """Keys are coded as they lie in the cache; the artifact must have been fitted on such."""
     return base.codec(layer_rope=(None,) * base.artifact.geometry.num_layers)
 
 
-def mixed_ratios(base: Base) -> KvtcCodec:
+def mixed_ratios(base: Base) -> TransformCodec:
     """Keys at the plan of ratio `options["k"]`, values at that of `options["v"]`."""
 
     def plan(section: SectionBasis, kind: Kind) -> BitPlan:
-        return replace(section.plans[float(base.options[kind])], ratio=base.ratio)
+        return replace(bit_plan(section, float(base.options[kind])), ratio=base.ratio)
 
     return base.with_plans(plan)
 
 
-def truncated(base: Base) -> KvtcCodec:
+def truncated(base: Base) -> TransformCodec:
     """PCA without allocation: as many leading coefficients as the bits allow, all of one type.
 
     options: type, a quantiser; size, coefficients that share a scale.
@@ -91,9 +93,9 @@ class StoredWindowCodec:
     Only the bench can do this, since it knows where a prompt will end when it is stored.
     """
 
-    def __init__(self, coded: KvtcCodec, raw_from: int) -> None:
+    def __init__(self, coded: TransformCodec, raw_from: int) -> None:
         self._coded = coded
-        self._raw = RawCodec(coded.geometry, coded.dtype)
+        self._raw = open_codec("raw", coded.dtype, geometry=coded.geometry)
         self._raw_from = raw_from
 
     def encode(self, k: torch.Tensor, v: torch.Tensor, start: int, key: bytes = b"") -> bytes:
@@ -109,7 +111,7 @@ class StoredWindowCodec:
         key: bytes = b"",
     ) -> DecodedChunk:
         """Whichever codec wrote it."""
-        raw = parse(blob).header.codec_id == RawCodec.codec_id
+        raw = parse(blob).header.codec_id == CODECS["raw"].codec_id
         codec = self._raw if raw else self._coded
         return codec.decode(blob, expect_start, expect_tokens, key)
 

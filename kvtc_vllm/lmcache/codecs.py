@@ -13,10 +13,11 @@ from kvtc_vllm.calibration import registry
 from kvtc_vllm.calibration.artifact_io import load_rank_artifact
 from kvtc_vllm.calibration.card import load_card
 from kvtc_vllm.calibration.identity import model_identity
+from kvtc_vllm.codec.codec import ChunkCodec
 from kvtc_vllm.codec.container import FORMAT_VERSION
 from kvtc_vllm.codec.errors import ArtifactError
-from kvtc_vllm.codec.kvtc import KvtcCodec
-from kvtc_vllm.codec.raw import RawCodec
+from kvtc_vllm.codec.frame import TransformCodec
+from kvtc_vllm.codec.registry import open_codec
 from kvtc_vllm.lmcache.fit import FitTest
 from kvtc_vllm.lmcache.ranks import Shard, layers_of_stage, shard_of, stage_layers
 from kvtc_vllm.lmcache.settings import LMCacheSettings
@@ -26,8 +27,8 @@ from kvtc_vllm.lmcache.settings import LMCacheSettings
 class RankCodecs:
     """What codes the chunks of one worker."""
 
-    kvtc: KvtcCodec
-    raw: RawCodec
+    kvtc: TransformCodec
+    raw: ChunkCodec
     fit: FitTest
 
 
@@ -84,10 +85,15 @@ class CodecBook:
         for rope in artifact.ropes:
             digest.update(rope.fingerprint())
         identity = digest.digest()
-        codec = KvtcCodec(
-            artifact, settings.ratio, dtype, identity, deflate_level=settings.deflate_level
+        codec = open_codec(
+            artifact.codec,
+            dtype,
+            artifact=artifact,
+            ratio=settings.ratio,
+            identity=identity,
+            deflate_level=settings.deflate_level,
         )
-        raw = RawCodec(artifact.geometry, dtype, identity)
+        raw = open_codec("raw", dtype, geometry=artifact.geometry, identity=identity)
         return RankCodecs(codec, raw, FitTest(artifact, probe))
 
 

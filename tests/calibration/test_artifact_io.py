@@ -27,8 +27,8 @@ from kvtc_vllm.calibration.card import load_card
 from kvtc_vllm.calibration.fingerprint import artifact_fingerprint
 from kvtc_vllm.calibration.fit import RankFit
 from kvtc_vllm.calibration.spool import SpoolReader
-from kvtc_vllm.codec.artifact import CoefficientGroup
 from kvtc_vllm.codec.errors import ArtifactError
+from kvtc_vllm.codec.payload import CoefficientGroup
 from tests.calibration.toy import DATA, IDENTITY, RATIOS, SIZE
 
 DESCRIPTION = Description("org/toy", IDENTITY, "bfloat16", DATA)

@@ -8,8 +8,9 @@ import torch
 
 from kvtc_vllm.calibration.fit import RankFit
 from kvtc_vllm.calibration.gate import check_artifact
-from kvtc_vllm.codec.artifact import CoefficientGroup, RankArtifact
+from kvtc_vllm.codec.artifact import RankArtifact
 from kvtc_vllm.codec.errors import ArtifactError
+from kvtc_vllm.codec.payload import CoefficientGroup
 
 SECTION = (1, "k")
 

@@ -17,16 +17,8 @@ from functools import lru_cache
 
 import torch
 
-from kvtc_vllm.codec.artifact import (
-    KINDS,
-    BitPlan,
-    CoefficientGroup,
-    Geometry,
-    Kind,
-    RankArtifact,
-    SectionBasis,
-)
-from kvtc_vllm.codec.payload import decode_payload, encode_payload
+from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind, RankArtifact, SectionBasis
+from kvtc_vllm.codec.payload import BitPlan, CoefficientGroup, decode_payload, encode_payload
 from kvtc_vllm.codec.quantizers import REGISTRY, group_cost_bits
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.codec.transform import keys_from_rows, layer_ropes

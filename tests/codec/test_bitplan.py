@@ -7,7 +7,6 @@ import itertools
 import pytest
 import torch
 
-from kvtc_vllm.codec.artifact import BitPlan, CoefficientGroup
 from kvtc_vllm.codec.bitplan import (
     allocate,
     apply_plan,
@@ -15,6 +14,7 @@ from kvtc_vllm.codec.bitplan import (
     plan_bits,
     table_bytes,
 )
+from kvtc_vllm.codec.payload import BitPlan, CoefficientGroup
 from kvtc_vllm.codec.quantizers import REGISTRY, group_cost_bits
 
 

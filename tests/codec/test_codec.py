@@ -13,7 +13,7 @@ from kvtc_vllm.codec.container import SectionKind, parse
 from kvtc_vllm.codec.errors import ArtifactError, CodecError, ContainerError
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.raw import RawCodec
-from kvtc_vllm.codec.registry import BY_CODEC_ID, CODECS
+from kvtc_vllm.codec.registry import CODECS, name_of
 from kvtc_vllm.codec.transform import chunk_rows
 from tests.codec.synthetic import SyntheticModel, plan_error
 
@@ -281,8 +281,8 @@ def test_layers_without_rotation(artifact):
 
 
 def test_registry():
-    assert {"raw": RawCodec, "kvtc": KvtcCodec} == CODECS
-    assert {0: RawCodec, 1: KvtcCodec} == BY_CODEC_ID
+    assert {"raw": RawCodec, "kvtc": KvtcCodec} == {n: spec.codec for n, spec in CODECS.items()}
+    assert {codec_id: name_of(codec_id) for codec_id in (0, 1)} == {0: "raw", 1: "kvtc"}
 
 
 def test_a_blob_decodes_only_under_its_own_name() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvtc_vllm.codec.artifact import BitPlan, CoefficientGroup
 from kvtc_vllm.codec.errors import ContainerError
 from kvtc_vllm.codec.packing import pack
 from kvtc_vllm.codec.payload import (
+    BitPlan,
+    CoefficientGroup,
     batches,
     decode_payload,
     encode_payload,

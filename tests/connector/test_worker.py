@@ -236,7 +236,7 @@ def test_an_arena_at_its_cap_refuses() -> None:
 
 @pytest.mark.parametrize(
     ("error", "reason"),
-    [(CodecError("non-finite: NaN"), "non_finite"), (RuntimeError("boom"), "error")],
+    [(CodecError("non_finite", "NaN"), "non_finite"), (RuntimeError("boom"), "error")],
 )
 def test_encoder_errors_drop_the_store(error: Exception, reason: str) -> None:
     class Failing(SlowCodec):

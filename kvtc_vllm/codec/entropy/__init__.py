@@ -10,6 +10,8 @@ from kvtc_vllm.codec.entropy.base import (
     Unit,
     UnitList,
     aligned,
+    cut_units,
+    max_stored_bytes,
     unit_lengths,
 )
 from kvtc_vllm.codec.entropy.deflate_cpu import DEFLATE, DeflateCoder
@@ -20,10 +22,13 @@ _CODERS: tuple[EntropyCoder, ...] = (RAW, DEFLATE, NVCOMP)
 REGISTRY: dict[str, EntropyCoder] = {coder.name: coder for coder in _CODERS}
 # Of coders that share a number, the first reads: NVCOMP only pays for large batches.
 BY_CODER_ID: dict[int, EntropyCoder] = {coder.coder_id: coder for coder in reversed(_CODERS)}
+GENERAL_CODER_IDS = frozenset(BY_CODER_ID)
+"""Of coders that need no tables, so that the number alone is enough to read."""
 
 __all__ = [
     "BY_CODER_ID",
     "DEFLATE",
+    "GENERAL_CODER_IDS",
     "MAX_UNIT_BYTES",
     "NVCOMP",
     "RAW",
@@ -37,5 +42,7 @@ __all__ = [
     "Unit",
     "UnitList",
     "aligned",
+    "cut_units",
+    "max_stored_bytes",
     "unit_lengths",
 ]

@@ -9,7 +9,7 @@ once. Every unit starts on a multiple of `UNIT_ALIGNMENT` bytes of the body
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, TypeVar, overload
@@ -60,8 +60,9 @@ class UnitList(Sequence[Unit]):
         """From raw and stored lengths, int64 [n, 2]. Raises CodecError if one does not fit."""
         if lengths.size and not 1 <= lengths.min() <= lengths.max() <= MAX_UNIT_BYTES:
             raise CodecError(
+                "size",
                 f"a unit of {lengths.min()} or {lengths.max()} bytes does not fit, only 1 to "
-                f"{MAX_UNIT_BYTES} do"
+                f"{MAX_UNIT_BYTES} do",
             )
         return cls((lengths - 1).astype("<u2").tobytes())
 
@@ -92,6 +93,21 @@ class UnitList(Sequence[Unit]):
 
     def __hash__(self) -> int:
         return hash(tuple(self))
+
+
+def cut_units(streams: Iterable[int]) -> Iterator[int]:
+    """Raw bytes of the units of streams of so many bytes, in order, each as large as may be."""
+    for stream in streams:
+        for first in range(0, stream, MAX_UNIT_BYTES):
+            yield min(MAX_UNIT_BYTES, stream - first)
+
+
+def max_stored_bytes(streams: Iterable[int]) -> int:
+    """Most bytes that streams of so many bytes take in a blob as units, their table included.
+
+    A unit that would not shrink is stored as it is, so this is what storing all of them takes.
+    """
+    return sum(UNIT_BYTES + aligned(unit) for unit in cut_units(streams))
 
 
 def unit_lengths(units: Sequence[Unit]) -> npt.NDArray[np.int64]:

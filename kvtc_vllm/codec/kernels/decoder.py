@@ -19,7 +19,6 @@ from kvtc_vllm.codec.kernels.resident import ResidentArtifact
 from kvtc_vllm.codec.kernels.rotation import within
 from kvtc_vllm.codec.kernels.scatter import scatter_rows
 from kvtc_vllm.codec.kernels.unit_coders import UnitReader
-from kvtc_vllm.codec.payload import payload_length
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def workspace_bytes_per_token(resident: ResidentArtifact, ratio: float) -> int:
             rank = section.plans[ratio].rank
             row = resident.geometry.row_size(group, kind) * torch.float32.itemsize
             largest = max(largest, row + rank * section.basis.itemsize)
-            both += -(-payload_length(section.plans[ratio], 8) // 8)
+            both += -(-section.plans[ratio].raw_length(8) // 8)
         payload = max(payload, both)
     return largest + 2 * payload
 
@@ -132,7 +131,7 @@ def _decode_section(
         payloads = buffer[offset:end].view(len(run.members), tables.payload_bytes)
         decode_payloads(payloads, tables, coefficients[run.rows], damaged)
         offset = end
-    rows = product(coefficients, section.basis[:, :rank].T)
+    rows = product(coefficients, resident.synthesis[group, kind][:, :rank].T)
     first, end_layer = resident.geometry.layer_groups[group]
     scatter_rows(
         cache.k if kind == "k" else cache.v,

@@ -75,7 +75,7 @@ def encode_rows(
         tables = resident.tables(group, kind, ratio, run.tokens)
         rows = staged.rows[kind][run.rows, resident.columns(group, kind)]
         out = payloads[offset : offset + size].view(len(run.members), tables.payload_bytes)
-        basis = resident.sections[group, kind].basis[:, : tables.rank]
+        basis = resident.analysis[group, kind][:, : tables.rank]
         magnitudes[number].append(_encode_run(rows, basis, tables, out, workspace_bytes))
         lengths += tables.unit_lengths * len(run.members)
         offset += size

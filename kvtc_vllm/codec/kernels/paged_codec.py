@@ -17,20 +17,19 @@ from itertools import accumulate
 
 import torch
 
-from kvtc_vllm.codec.artifact import KINDS, Kind, RankArtifact, SectionBasis
+from kvtc_vllm.codec.artifact import KINDS, Kind, RankArtifact
 from kvtc_vllm.codec.codec import read_section
 from kvtc_vllm.codec.container import (
-    ALL_LAYERS,
     NO_FINGERPRINT,
     ContainerInfo,
     NewSection,
     Section,
-    SectionKind,
     build,
 )
-from kvtc_vllm.codec.entropy import unit_lengths
+from kvtc_vllm.codec.entropy import DEFLATE, unit_lengths
 from kvtc_vllm.codec.entropy.deflate_nvcomp import host_threads
 from kvtc_vllm.codec.errors import CodecError, ContainerError
+from kvtc_vllm.codec.frame import NON_FINITE, SECTION_KIND
 from kvtc_vllm.codec.kernels.chunks import (
     LoadChunk,
     StoreChunk,
@@ -53,10 +52,9 @@ from kvtc_vllm.codec.kernels.rotation import rotations
 from kvtc_vllm.codec.kernels.scatter import SKIP, scatter_rows
 from kvtc_vllm.codec.kernels.unit_coders import UnitCoder, unit_coder
 from kvtc_vllm.codec.kvtc import KvtcCodec
-from kvtc_vllm.codec.planes import split_planes
 from kvtc_vllm.codec.quantizers.base import FP16_MAX
 
-_CODED: dict[int, Kind] = {SectionKind.CODED_K: "k", SectionKind.CODED_V: "v"}
+_CODED: dict[int, Kind] = {section: kind for kind, section in SECTION_KIND.items()}
 
 
 class PagedKvtcCodec(KvtcCodec):
@@ -79,9 +77,15 @@ class PagedKvtcCodec(KvtcCodec):
         workspace_bytes: int = 1 << 30,
         coder: UnitCoder | None = None,
     ) -> None:
-        # The base class makes sections resident before it returns.
         self._operand = OPERAND[precision]
-        super().__init__(artifact, ratio, cache.k.dtype, identity, device=cache.k.device)
+        super().__init__(
+            artifact,
+            ratio,
+            cache.k.dtype,
+            identity,
+            device=cache.k.device,
+            operand=self._operand,
+        )
         geometry = artifact.geometry
         found = (cache.k.num_layers, cache.k.num_heads, cache.k.head_size, cache.v.head_size)
         wanted = (
@@ -269,23 +273,24 @@ class PagedKvtcCodec(KvtcCodec):
         sinks: dict[Kind, torch.Tensor],
     ) -> bytes:
         if index in staged.refused:
-            raise CodecError(staged.refused[index])
+            raise CodecError("position", staged.refused[index])
         chunk, count = staged.chunks[index], staged.sinks[index]
         sections: list[NewSection] = []
         if count:
             if not all(bool(x.isfinite().all()) for x in sinks.values()):
-                raise CodecError("non-finite: the chunk holds NaN or infinity")
-            streams = [s for kind in KINDS for s in split_planes(sinks[kind].to(self.dtype))]
-            sections.append(self._new_section(SectionKind.SINKS, ALL_LAYERS, streams))
+                raise CodecError("non_finite", NON_FINITE)
+            k, v = (sinks[kind].to(self.dtype) for kind in KINDS)
+            sections.append(self._sink_section(k, v))
         if coded is not None:
             if not coded.magnitude < math.inf:
-                raise CodecError("non-finite: the chunk holds NaN or infinity")
+                raise CodecError("non_finite", NON_FINITE)
             if coded.magnitude > FP16_MAX:
-                raise CodecError("a coefficient is outside the float16 range")
-            keys = ((g, SectionKind(kind)) for g in self.resident.groups for kind in _CODED)
-            for (group, kind), encoded in zip(keys, coded.sections, strict=True):
+                raise CodecError("range", "a coefficient is outside the float16 range")
+            for (group, kind), encoded in zip(self._section_keys(), coded.sections, strict=True):
                 raw_length = int(unit_lengths(encoded.units)[:, 0].sum())
-                sections.append(NewSection(kind, self._coder.coder_id, group, raw_length, encoded))
+                sections.append(
+                    NewSection(SECTION_KIND[kind], DEFLATE.coder_id, group, raw_length, encoded)
+                )
         header = self._new_header(
             staged.tokens[index],
             chunk.start,
@@ -295,12 +300,6 @@ class PagedKvtcCodec(KvtcCodec):
             chunk.key,
         )
         return build(header, sections)
-
-    def _resident(self, section: SectionBasis) -> SectionBasis:
-        rank = max(plan.rank for plan in section.plans.values())
-        basis = section.basis[:, :rank].to(self.device, self._operand).contiguous()
-        mean = section.mean.to(self.device, torch.float32)
-        return SectionBasis(mean, basis, section.plans)
 
 
 def _coded_sections(info: ContainerInfo) -> dict[tuple[int, Kind], Section]:

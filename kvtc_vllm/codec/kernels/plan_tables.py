@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kvtc_vllm.codec.artifact import BitPlan
-from kvtc_vllm.codec.entropy import MAX_UNIT_BYTES
-from kvtc_vllm.codec.payload import FP16_BYTES, batches, payload_length
+from kvtc_vllm.codec.entropy import cut_units
+from kvtc_vllm.codec.payload import FP16_BYTES, BitPlan, batches, payload_length, stream_lengths
 
 TILE_BYTES = 256
 """Bytes of packed codes that one program of a kernel handles."""
@@ -46,10 +45,7 @@ class PlanTables:
         """Tables of `plan` for chunks of `tokens` coded tokens."""
         groups: list[tuple[int, int, int, int]] = []
         tiles: list[tuple[int, int]] = []
-        count = len(plan.groups)
-        streams = [count * tokens, count * tokens, FP16_BYTES * count * tokens]
-        code_streams: dict[int, int] = {}
-        offset = 2 * FP16_BYTES * count * tokens
+        offset = 2 * FP16_BYTES * len(plan.groups) * tokens
         for batch in batches(plan):
             run_bytes = batch.run_bytes(tokens)
             type_id = batch.quantizer.type_id
@@ -57,8 +53,6 @@ class PlanTables:
                 tiles += [(len(groups), first) for first in range(0, run_bytes, TILE_BYTES)]
                 groups.append((start, batch.size, type_id, offset))
                 offset += run_bytes
-            code_streams[type_id] = code_streams.get(type_id, 0) + batch.count * run_bytes
-        streams += code_streams.values()
         return cls(
             rank=plan.rank,
             tokens=tokens,
@@ -66,9 +60,5 @@ class PlanTables:
             has_gaps=sum(group.size for group in plan.groups) < plan.rank,
             groups=torch.tensor(groups, dtype=torch.int64).view(-1, 4).to(device),
             tiles=torch.tensor(tiles, dtype=torch.int32).view(-1, 2).to(device),
-            unit_lengths=tuple(
-                min(MAX_UNIT_BYTES, stream - first)
-                for stream in streams
-                for first in range(0, stream, MAX_UNIT_BYTES)
-            ),
+            unit_lengths=tuple(cut_units(stream_lengths(plan, tokens))),
         )

@@ -7,9 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtc_vllm.codec.artifact import BitPlan, CoefficientGroup
 from kvtc_vllm.codec.entropy import MAX_UNIT_BYTES, DeflateCoder
-from kvtc_vllm.codec.payload import decode_payload, encode_payload
+from kvtc_vllm.codec.payload import BitPlan, CoefficientGroup, decode_payload, encode_payload
 from tests.codec.kernels.devices import DEVICES
 
 from kvtc_vllm.codec.kernels.dequantize import decode_payloads  # isort: skip

@@ -1,0 +1,274 @@
+"""What every transform codec does: the frame around its section coders.
+
+The oldest tokens of a sequence, the sinks, are stored exactly. All others are rows of layer
+groups: keys lose their rotation, the mean is subtracted, the rest is projected on a basis, and
+the coefficients go to the section coders of the artifact. What those make of them is the only
+thing that distinguishes one transform codec from another.
+
+Source: KVTC, arXiv 2511.01815, sections 3.1 and 3.2. What this project adds or
+decides where the paper is silent is in FORMAT.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from kvtc_vllm.codec.artifact import KINDS, Kind, RankArtifact
+from kvtc_vllm.codec.codec import (
+    ChunkCodec,
+    DecodedGroup,
+    ExpectedSection,
+    read_section,
+    stored_body,
+)
+from kvtc_vllm.codec.container import (
+    ALL_LAYERS,
+    FINGERPRINT_BYTES,
+    MAX_POSITION,
+    NO_FINGERPRINT,
+    ContainerInfo,
+    Header,
+    NewSection,
+    SectionKind,
+    build,
+    container_bytes,
+)
+from kvtc_vllm.codec.entropy import DeflateCoder, max_stored_bytes
+from kvtc_vllm.codec.errors import ArtifactError, CodecError, ContainerError
+from kvtc_vllm.codec.planes import join_planes, split_planes
+from kvtc_vllm.codec.section_coder import SectionCoder
+from kvtc_vllm.codec.transform import (
+    chunk_rows,
+    from_coefficients,
+    magnitude,
+    rows_to_cache,
+    to_coefficients,
+)
+
+NON_FINITE = "non-finite: the chunk holds NaN or infinity"
+MAX_SINK_TOKENS = 255
+"""Sinks are counted in one byte of the header."""
+SECTION_KIND: dict[Kind, SectionKind] = {
+    "k": SectionKind.CODED_K,
+    "v": SectionKind.CODED_V,
+}
+
+
+class TransformCodec(ChunkCodec):
+    """Codes chunks with one artifact at one of its target ratios.
+
+    Blobs written at any other ratio of the same artifact decode as well.
+    deflate_level: 0..3, see `DeflateCoder`. operand: type in which bases stay on the device.
+    Raises ArtifactError if the artifact is another codec's, has no plan for `ratio`, or its
+    parts do not fit together.
+    """
+
+    def __init__(
+        self,
+        artifact: RankArtifact,
+        ratio: float,
+        dtype: torch.dtype,
+        identity: bytes = NO_FINGERPRINT,
+        deflate_level: int = 1,
+        device: torch.device | str = "cpu",
+        operand: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(artifact.geometry, dtype, identity, device)
+        check_artifact(artifact)
+        if artifact.codec != self.name:
+            raise ArtifactError(f"the artifact is for codec {artifact.codec!r}, not {self.name!r}")
+        if ratio not in artifact.ratios():
+            raise ArtifactError(f"no plan for ratio {ratio}, only {artifact.ratios()}")
+        self.artifact = artifact
+        self.ratio = float(ratio)
+        self._entropy = DeflateCoder(level=deflate_level)
+        self._ratios = frozenset(artifact.ratios())
+        self._max_position = min(
+            (rope.max_positions for rope in artifact.ropes), default=MAX_POSITION
+        )
+        self._sections = {key: s.on(self.device, operand) for key, s in artifact.sections.items()}
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory that bases and means take on the device all the time."""
+        return sum(s.basis.nbytes + s.mean.nbytes for s in self._sections.values())
+
+    def encode(self, k: torch.Tensor, v: torch.Tensor, start: int, key: bytes = b"") -> bytes:
+        self._check_tensors(k, v, start)
+        k, v = k.to(self.device), v.to(self.device)
+        if not (magnitude(k) < math.inf and magnitude(v) < math.inf):
+            raise CodecError("non_finite", NON_FINITE)
+        tokens = k.shape[0]
+        if start + tokens > self._max_position:
+            raise CodecError(
+                "position",
+                f"positions up to {start + tokens - 1} are outside the RoPE table "
+                f"of {self._max_position}",
+            )
+        sinks = self._sinks(start, tokens)
+        sections: list[NewSection] = []
+        if sinks:
+            sections.append(self._sink_section(k[:sinks], v[:sinks]))
+        if sinks < tokens:
+            positions = self._positions(start + sinks, start + tokens)
+            for group, kind in self._section_keys():
+                rows = chunk_rows(k[sinks:], v[sinks:], group, kind, self.artifact, positions)
+                section = self._sections[group, kind]
+                plan = section.plans[self.ratio]
+                coded = plan.encode(to_coefficients(rows, section, plan.rank), self._entropy)
+                sections.append(
+                    NewSection(
+                        SECTION_KIND[kind], coded.coder_id, group, coded.raw_length, coded.encoded
+                    )
+                )
+        header = self._new_header(tokens, start, sinks, self.ratio, self.artifact.fingerprint, key)
+        return build(header, sections)
+
+    def max_blob_bytes(self, tokens: int) -> int:
+        most_sinks = min(self.artifact.sink_tokens, tokens)
+        return max(self._max_bytes(tokens, sinks) for sinks in range(most_sinks + 1))
+
+    def _max_bytes(self, tokens: int, sinks: int) -> int:
+        """Most bytes of a blob of which so many tokens are sinks."""
+        sections: list[int] = []
+        if sinks:
+            elements = sinks * self.geometry.num_layers * self.geometry.num_kv_heads
+            sizes = (self.geometry.head_size, self.geometry.head_size_v)
+            planes = [elements * size for size in sizes for _ in range(self.dtype.itemsize)]
+            sections.append(max_stored_bytes(planes))
+        if sinks < tokens:
+            for group, kind in self._section_keys():
+                coder = self._coder(group, kind, self.ratio)
+                sections.append(coder.max_bytes(tokens - sinks))
+        return container_bytes(sections)
+
+    def _sink_section(self, k: torch.Tensor, v: torch.Tensor) -> NewSection:
+        """k [S, L, H, D] and v [S, L, H, Dv] in the cache dtype, exactly."""
+        streams = split_planes(k) + split_planes(v)
+        encoded = self._entropy.encode(streams)
+        raw_length = sum(map(len, streams))
+        return NewSection(
+            SectionKind.SINKS, self._entropy.coder_id, ALL_LAYERS, raw_length, encoded
+        )
+
+    def _check_header(self, header: Header) -> None:
+        if header.artifact != self.artifact.fingerprint:
+            raise ContainerError("fingerprint", "written with another artifact")
+        if header.ratio not in self._ratios:
+            raise ContainerError("geometry", f"the artifact has no plan for ratio {header.ratio}")
+        if header.sinks != self._sinks(header.start, header.tokens):
+            raise ContainerError("geometry", f"{header.sinks} sinks at position {header.start}")
+        if header.start + header.tokens > self._max_position:
+            raise ContainerError(
+                "geometry",
+                f"{header.tokens} tokens from position {header.start} pass the RoPE table's "
+                f"{self._max_position}",
+            )
+
+    def _expected_sections(self, header: Header) -> list[ExpectedSection]:
+        expected: list[ExpectedSection] = []
+        if header.sinks:
+            length = header.sinks * self.geometry.token_elements() * self.dtype.itemsize
+            expected.append(ExpectedSection(SectionKind.SINKS, ALL_LAYERS, length))
+        coded = header.tokens - header.sinks
+        if coded:
+            for group, kind in self._section_keys():
+                coder = self._coder(group, kind, header.ratio)
+                length = coder.raw_length(coded)
+                expected.append(ExpectedSection(SECTION_KIND[kind], group, length, coder.coder_ids))
+        return expected
+
+    def _groups(self, info: ContainerInfo, blob: memoryview) -> Iterator[DecodedGroup]:
+        header = info.header
+        sections = iter(info.sections)
+        sink_k, sink_v = (
+            self._decode_sinks(read_section(next(sections), blob), header.sinks)
+            if header.sinks
+            else (None, None)
+        )
+        coded = header.tokens - header.sinks
+        positions = self._positions(header.start + header.sinks, header.start + header.tokens)
+        for group, (first, end) in enumerate(self.geometry.layer_groups):
+            parts: dict[Kind, list[torch.Tensor]] = {"k": [], "v": []}
+            if sink_k is not None and sink_v is not None:
+                parts["k"].append(sink_k[:, first:end])
+                parts["v"].append(sink_v[:, first:end])
+            if coded:
+                for kind in KINDS:
+                    section = next(sections)
+                    coder = self._coder(group, kind, header.ratio)
+                    body = stored_body(section, blob)
+                    coefficients = coder.decode(section, body, coded, self.device)
+                    rows = from_coefficients(coefficients, self._sections[group, kind])
+                    parts[kind].append(
+                        rows_to_cache(rows, group, kind, self.artifact, positions, self.dtype)
+                    )
+            k, v = (p[0] if len(p) == 1 else torch.cat(p) for p in parts.values())
+            yield DecodedGroup(first, end, k, v)
+
+    def _decode_sinks(self, payload: bytearray, sinks: int) -> tuple[torch.Tensor, torch.Tensor]:
+        geometry = self.geometry
+        shape = (sinks, geometry.num_layers, geometry.num_kv_heads)
+        k_shape, v_shape = (*shape, geometry.head_size), (*shape, geometry.head_size_v)
+        data = torch.frombuffer(payload, dtype=torch.uint8).to(self.device)
+        v_bytes = sinks * geometry.num_layers * geometry.num_kv_heads * geometry.head_size_v
+        v_bytes *= self.dtype.itemsize
+        return (
+            join_planes(data[:-v_bytes], self.dtype).view(k_shape),
+            join_planes(data[-v_bytes:], self.dtype).view(v_shape),
+        )
+
+    def _sinks(self, start: int, tokens: int) -> int:
+        return min(max(self.artifact.sink_tokens - start, 0), tokens)
+
+    def _positions(self, first: int, end: int) -> torch.Tensor:
+        return torch.arange(first, end, device=self.device)
+
+    def _coder(self, group: int, kind: Kind, ratio: float) -> SectionCoder:
+        return self._sections[group, kind].plans[ratio]
+
+    def _section_keys(self) -> list[tuple[int, Kind]]:
+        return [(g, kind) for g in range(len(self.geometry.layer_groups)) for kind in KINDS]
+
+
+def check_artifact(artifact: RankArtifact) -> None:
+    """Raise ArtifactError unless sections, shapes, ropes and fingerprint fit together."""
+    geometry = artifact.geometry
+    if not 0 <= artifact.sink_tokens <= MAX_SINK_TOKENS:
+        raise ArtifactError(
+            f"sink_tokens is {artifact.sink_tokens}, 0 to {MAX_SINK_TOKENS} are right"
+        )
+    if len(artifact.fingerprint) != FINGERPRINT_BYTES:
+        raise ArtifactError(f"fingerprint of {len(artifact.fingerprint)} bytes")
+    if len(artifact.layer_rope) != geometry.num_layers:
+        raise ArtifactError(f"layer_rope has {len(artifact.layer_rope)} entries")
+    if any(i is not None and not 0 <= i < len(artifact.ropes) for i in artifact.layer_rope):
+        raise ArtifactError(f"layer_rope {artifact.layer_rope} names a rope that is not there")
+    for kind, scales in (artifact.scales or {}).items():
+        good = scales.shape == (geometry.num_layers,) and scales.dtype == torch.float32
+        if not good or not bool((scales.isfinite() & (scales > 0)).all()):
+            raise ArtifactError(f"scales of {kind} must be a positive float32 for every layer")
+    if artifact.scales is not None and set(artifact.scales) != set(KINDS):
+        raise ArtifactError(f"scales are of {sorted(artifact.scales)}, not of k and v")
+    wanted = {(g, kind) for g in range(len(geometry.layer_groups)) for kind in KINDS}
+    if set(artifact.sections) != wanted:
+        raise ArtifactError(f"sections {sorted(artifact.sections)} are not {sorted(wanted)}")
+    for (group, kind), section in artifact.sections.items():
+        p = geometry.row_size(group, kind)
+        if tuple(section.mean.shape) != (p,) or section.basis.shape[:1] != (p,):
+            raise ArtifactError(f"mean or basis of section {group}{kind} is not for rows of {p}")
+        _check_weights(section.weights, p, f"{group}{kind}")
+        for coder in section.plans.values():
+            if coder.rank > section.basis.shape[1]:
+                raise ArtifactError(f"a plan of section {group}{kind} needs rank {coder.rank}")
+
+
+def _check_weights(weights: torch.Tensor | None, p: int, name: str) -> None:
+    if weights is None:
+        return
+    good = tuple(weights.shape) == (p,) and weights.dtype == torch.float32
+    if not good or not bool((weights.isfinite() & (weights > 0)).all()):
+        raise ArtifactError(f"weights of section {name} must be {p} positive float32")
