@@ -102,7 +102,7 @@ class KVTCConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         """Recent window in tokens: 128 for a lossy codec, 0 for raw, unless set."""
         if self.recent_window is not None:
             return self.recent_window
-        return DEFAULT_RECENT_WINDOW if self.codec == "kvtc" else 0
+        return 0 if self.codec == "raw" else DEFAULT_RECENT_WINDOW
 
     @property
     def memory_capacity(self) -> int:

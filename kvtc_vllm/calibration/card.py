@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 
 from kvtc_vllm.codec.artifact import Geometry, Kind
+from kvtc_vllm.codec.container import MAX_SINK_TOKENS
 from kvtc_vllm.codec.errors import ArtifactError
 
 FORMAT_VERSION = 1
@@ -139,6 +140,10 @@ def load_card(directory: Path) -> ArtifactCard:
         card.geometry.geometry()
     except (msgspec.MsgspecError, ValueError) as error:
         raise ArtifactError(f"{path}: {error}") from error
+    if not 0 <= card.sink_tokens <= MAX_SINK_TOKENS:
+        raise ArtifactError(
+            f"{path}: sink_tokens is {card.sink_tokens}, 0 to {MAX_SINK_TOKENS} are right"
+        )
     if card.size_bytes.keys() != card.checksums.keys():
         raise ArtifactError(f"{path}: size_bytes and checksums name different files")
     if card.tp_size < 1 or len(card.fingerprints) != card.tp_size:

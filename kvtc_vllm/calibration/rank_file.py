@@ -34,8 +34,8 @@ from kvtc_vllm.calibration.card import FORMAT_VERSION, GeometryCard
 from kvtc_vllm.calibration.fingerprint import artifact_fingerprint
 from kvtc_vllm.calibration.probe import PROBE_TOKENS, Probe
 from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind, RankArtifact, SectionBasis
+from kvtc_vllm.codec.container import MAX_SINK_TOKENS
 from kvtc_vllm.codec.errors import ArtifactError
-from kvtc_vllm.codec.frame import MAX_SINK_TOKENS
 from kvtc_vllm.codec.registry import ArtifactRules, artifact_rules
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.codec.section_coder import SectionCoder

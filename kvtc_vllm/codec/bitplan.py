@@ -36,7 +36,8 @@ import numpy.typing as npt
 import torch
 
 from kvtc_vllm.codec.artifact import KINDS, Kind, SectionBasis
-from kvtc_vllm.codec.payload import BitPlan, CoefficientGroup, bit_plan
+from kvtc_vllm.codec.entropy import MAX_UNIT_BYTES, UNIT_ALIGNMENT, UNIT_BYTES
+from kvtc_vllm.codec.payload import SIDE_STREAMS, BitPlan, CoefficientGroup, bit_plan
 from kvtc_vllm.codec.quantizers import REGISTRY, Quantizer, group_cost_bits
 
 GROUP_SIZES: tuple[int, ...] = (1, 16, 64, 256, 1024)
@@ -76,6 +77,21 @@ class _Candidate:
 def budget_bits(row_size: int, ratio: float) -> int:
     """Bits a row of `row_size` elements may take at a target ratio: floor(16 p / ratio)."""
     return math.floor(CACHE_BITS * row_size / ratio)
+
+
+def budget_bytes(row_size: int, ratio: float, tokens: int) -> int:
+    """Most bytes that K and V of a layer group take in a blob at a target ratio.
+
+    row_size: elements of a row of K and one of V together. An upper bound of
+    `SectionCoder.max_bytes` of both for any plans that are not `over_budget`: every stored group
+    may pad its codes to a whole byte, every unit takes an entry in the table and padding.
+    """
+    bits = budget_bits(row_size, ratio)
+    least_group = min(group_cost_bits(q.bits, 1) for q in REGISTRY.values())
+    payload = bits * tokens // 8 + 1 + bits // least_group
+    streams = 2 * (SIDE_STREAMS + len(REGISTRY))
+    units = streams + payload // MAX_UNIT_BYTES
+    return payload + units * (UNIT_BYTES + UNIT_ALIGNMENT)
 
 
 def plan_bits(plan: BitPlan) -> int:

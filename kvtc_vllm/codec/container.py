@@ -33,6 +33,7 @@ NO_FINGERPRINT = bytes(FINGERPRINT_BYTES)
 CHECKSUM_BYTES = 16
 MAX_TOKENS = 65536
 MAX_POSITION = 2**63 - 1
+MAX_SINK_TOKENS = 255
 ALL_LAYERS = 0xFFFF
 """Layer-group number of a section that spans all layers."""
 

@@ -12,11 +12,11 @@ decides where the paper is silent is in FORMAT.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
-from kvtc_vllm.codec.artifact import KINDS, Kind, RankArtifact
+from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind, RankArtifact
 from kvtc_vllm.codec.codec import (
     ChunkCodec,
     DecodedGroup,
@@ -28,6 +28,7 @@ from kvtc_vllm.codec.container import (
     ALL_LAYERS,
     FINGERPRINT_BYTES,
     MAX_POSITION,
+    MAX_SINK_TOKENS,
     NO_FINGERPRINT,
     ContainerInfo,
     Header,
@@ -49,8 +50,6 @@ from kvtc_vllm.codec.transform import (
 )
 
 NON_FINITE = "non-finite: the chunk holds NaN or infinity"
-MAX_SINK_TOKENS = 255
-"""Sinks are counted in one byte of the header."""
 SECTION_KIND: dict[Kind, SectionKind] = {
     "k": SectionKind.CODED_K,
     "v": SectionKind.CODED_V,
@@ -128,22 +127,13 @@ class TransformCodec(ChunkCodec):
         return build(header, sections)
 
     def max_blob_bytes(self, tokens: int) -> int:
-        most_sinks = min(self.artifact.sink_tokens, tokens)
-        return max(self._max_bytes(tokens, sinks) for sinks in range(most_sinks + 1))
+        def coded_bytes(coded: int) -> list[int]:
+            keys = self._section_keys()
+            return [self._coder(*key, self.ratio).max_bytes(coded) for key in keys]
 
-    def _max_bytes(self, tokens: int, sinks: int) -> int:
-        """Most bytes of a blob of which so many tokens are sinks."""
-        sections: list[int] = []
-        if sinks:
-            elements = sinks * self.geometry.num_layers * self.geometry.num_kv_heads
-            sizes = (self.geometry.head_size, self.geometry.head_size_v)
-            planes = [elements * size for size in sizes for _ in range(self.dtype.itemsize)]
-            sections.append(max_stored_bytes(planes))
-        if sinks < tokens:
-            for group, kind in self._section_keys():
-                coder = self._coder(group, kind, self.ratio)
-                sections.append(coder.max_bytes(tokens - sinks))
-        return container_bytes(sections)
+        return max_blob_bytes(
+            self.geometry, self.dtype, tokens, self.artifact.sink_tokens, coded_bytes
+        )
 
     def _sink_section(self, k: torch.Tensor, v: torch.Tensor) -> NewSection:
         """k [S, L, H, D] and v [S, L, H, Dv] in the cache dtype, exactly."""
@@ -232,6 +222,29 @@ class TransformCodec(ChunkCodec):
 
     def _section_keys(self) -> list[tuple[int, Kind]]:
         return [(g, kind) for g in range(len(self.geometry.layer_groups)) for kind in KINDS]
+
+
+def max_blob_bytes(
+    geometry: Geometry,
+    dtype: torch.dtype,
+    tokens: int,
+    sink_tokens: int,
+    coded_bytes: Callable[[int], list[int]],
+) -> int:
+    """Upper bound in bytes of a blob of `tokens` tokens, whatever its position.
+
+    coded_bytes: number of coded tokens, at least 1 -> most bytes of each coded section.
+    """
+    row_elements = geometry.num_layers * geometry.num_kv_heads
+    sizes = (geometry.head_size, geometry.head_size_v)
+
+    def bound(sinks: int) -> int:
+        planes = [sinks * row_elements * size for size in sizes for _ in range(dtype.itemsize)]
+        exact = [max_stored_bytes(planes)] if sinks else []
+        coded = coded_bytes(tokens - sinks) if sinks < tokens else []
+        return container_bytes(exact + coded)
+
+    return max(map(bound, range(min(sink_tokens, tokens) + 1)))
 
 
 def check_artifact(artifact: RankArtifact) -> None:

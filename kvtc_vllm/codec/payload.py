@@ -41,6 +41,8 @@ from kvtc_vllm.codec.section_coder import CodedSection, CoderTensors, read_body
 from kvtc_vllm.codec.transform import magnitude
 
 FP16_BYTES = 2
+SIDE_STREAMS = 3
+"""Streams of a payload before those of codes."""
 _GROUP = struct.Struct("<IIB")
 
 

@@ -23,9 +23,14 @@ from kvtc_vllm.codec.container import (
     build,
     container_bytes,
 )
-from kvtc_vllm.codec.entropy import RAW, aligned
+from kvtc_vllm.codec.entropy import RAW, UNIT_ALIGNMENT, aligned
 from kvtc_vllm.codec.errors import ContainerError
 from kvtc_vllm.codec.planes import to_bytes
+
+
+def max_raw_blob_bytes(chunk_bytes: int) -> int:
+    """Upper bound in bytes of a raw blob of a chunk whose K and V take `chunk_bytes` together."""
+    return container_bytes([aligned(chunk_bytes), UNIT_ALIGNMENT])
 
 
 class RawCodec(ChunkCodec):

@@ -12,8 +12,9 @@ from typing import overload
 
 import torch
 
-from kvtc_vllm.codec.artifact import Geometry, Kind, RankArtifact, SectionBasis
-from kvtc_vllm.codec.bitplan import over_budget
+from kvtc_vllm.codec import frame
+from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind, RankArtifact, SectionBasis
+from kvtc_vllm.codec.bitplan import budget_bytes, over_budget
 from kvtc_vllm.codec.codec import ChunkCodec
 from kvtc_vllm.codec.container import NO_FINGERPRINT
 from kvtc_vllm.codec.errors import ArtifactError
@@ -30,11 +31,14 @@ class ArtifactRules:
 
     read_coder: (tensors, target ratio, expected error, columns of the basis) -> section coder;
     raises ArtifactError. wrong_sections: what is wrong with all sections together, in words;
-    None if nothing is.
+    None if nothing is. max_bytes: (elements of a row of K and one of V together, target ratio,
+    coded tokens) -> most bytes that both take in a blob, for any section coders that
+    `wrong_sections` lets pass.
     """
 
     read_coder: Callable[[CoderTensors, float, float, int], SectionCoder]
     wrong_sections: Callable[[Mapping[tuple[int, Kind], SectionBasis]], str | None]
+    max_bytes: Callable[[int, float, int], int]
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,9 @@ class CodecSpec:
 
 CODECS: dict[str, CodecSpec] = {
     RawCodec.name: CodecSpec(RawCodec),
-    KvtcCodec.name: CodecSpec(KvtcCodec, ArtifactRules(read_plan, over_budget), has_kernels=True),
+    KvtcCodec.name: CodecSpec(
+        KvtcCodec, ArtifactRules(read_plan, over_budget, budget_bytes), has_kernels=True
+    ),
 }
 
 
@@ -75,6 +81,34 @@ def artifact_rules(name: str) -> ArtifactRules:
     if spec is None or spec.rules is None:
         raise ArtifactError(f"codec {name!r} is not one with artifacts that this program knows")
     return spec.rules
+
+
+def max_blob_bytes(
+    name: str,
+    dtype: torch.dtype,
+    tokens: int,
+    *,
+    geometry: Geometry,
+    sink_tokens: int = 0,
+    ratio: float = 0.0,
+) -> int:
+    """Upper bound in bytes of a blob of `tokens` tokens, from what an artifact's card tells.
+
+    It holds for every codec that `open_codec` makes of this name, dtype and geometry, with any
+    artifact of so many sinks at this target ratio: for whoever must reserve room and has no
+    artifact loaded.
+    """
+    rules = CODECS[name].rules
+    if rules is None:
+        return open_codec(name, dtype, geometry=geometry).max_blob_bytes(tokens)
+    rows = [sum(geometry.row_size(g, k) for k in KINDS) for g in range(len(geometry.layer_groups))]
+    largest = rules.max_bytes
+
+    def coded_bytes(coded: int) -> list[int]:
+        # One entry for K, one for V, which share what a layer group may take.
+        return [size for row in rows for size in (largest(row, ratio, coded), 0)]
+
+    return frame.max_blob_bytes(geometry, dtype, tokens, sink_tokens, coded_bytes)
 
 
 @overload

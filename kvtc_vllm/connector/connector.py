@@ -31,6 +31,7 @@ from kvtc_vllm.connector.compat import (
     source_of_hits,
     vllm_version,
 )
+from kvtc_vllm.connector.finding import chunk_bound
 from kvtc_vllm.connector.geometry import check_budget, check_chunk_tokens, read_geometry
 from kvtc_vllm.connector.messages import StepMetadata, WorkerReport
 from kvtc_vllm.connector.metrics import KVTCPromMetrics, KVTCStats
@@ -66,7 +67,8 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
         self._geometry = read_geometry(vllm_config, kv_cache_config)
         # Both sides check, so that the worker, made first, fails before it loads an artifact.
         check_chunk_tokens(self._config, self._geometry.block_size)
-        check_budget(self._config, self._geometry)
+        bound = chunk_bound(vllm_config.model_config, self._config, self._geometry)
+        check_budget(self._config, self._geometry.tp_size, bound)
         self._scheduler: KVTCScheduler | None = None
         self._worker: KVTCWorker | None = None
         source = source_of_hits()
@@ -76,6 +78,7 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
             self._scheduler = KVTCScheduler(
                 self._config,
                 self._geometry,
+                bound,
                 prompt_only=not self._config.store_decode
                 or vllm_config.speculative_config is not None,
                 loads=transfer.is_kv_consumer,

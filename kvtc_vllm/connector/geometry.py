@@ -7,14 +7,10 @@ from typing import Any
 
 import torch
 
+from kvtc_vllm.codec.artifact import Geometry
 from kvtc_vllm.config import ConfigError, KVTCConfig
 from kvtc_vllm.connector.cache_dtype import cache_dtype
 from kvtc_vllm.connector.compat import UnsupportedError
-
-SINK_TOKENS = 4
-"""Most sink tokens that any artifact protects; used for the size bound only."""
-CONTAINER_ALLOWANCE = 4096
-"""Bytes a blob may exceed its payload by: header, section table, stored units."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +36,6 @@ class CacheGeometry:
         """Uncompressed KV bytes of one token on one rank."""
         elements = self.num_kv_heads * (self.head_size + self.head_size_v)
         return len(self.layer_names) * elements * self.dtype.itemsize
-
-    def blob_bound(self, config: KVTCConfig) -> int:
-        """Upper bound in bytes of one encoded chunk on one rank."""
-        raw = config.chunk_tokens * self.token_bytes
-        if config.codec == "raw":
-            return raw + CONTAINER_ALLOWANCE
-        # The plan's budget counts 16-bit elements whatever the cache dtype is.
-        coded = raw * 2 / self.dtype.itemsize / config.target_ratio
-        # Codes of one group and section are padded to whole bytes a chunk.
-        return int(coded * 1.02) + SINK_TOKENS * self.token_bytes + CONTAINER_ALLOWANCE
 
 
 def read_geometry(vllm_config: Any, kv_cache_config: Any) -> CacheGeometry:
@@ -95,17 +81,28 @@ def layer_number(name: str) -> int:
     return numbers[0]
 
 
-def check_budget(config: KVTCConfig, geometry: CacheGeometry) -> int:
-    """Upper bound of one chunk's bytes on a rank. Raises ConfigError if the tier can't hold it."""
-    bound = geometry.blob_bound(config)
-    ranks = geometry.tp_size
+def codec_geometry(
+    geometry: CacheGeometry, layer_groups: tuple[tuple[int, int], ...] | None = None
+) -> Geometry:
+    """The codec's view of the cache. layer_groups: one of all layers if not told."""
+    layers = len(geometry.layer_names)
+    return Geometry(
+        num_layers=layers,
+        num_kv_heads=geometry.num_kv_heads,
+        head_size=geometry.head_size,
+        head_size_v=geometry.head_size_v,
+        layer_groups=((0, layers),) if layer_groups is None else layer_groups,
+    )
+
+
+def check_budget(config: KVTCConfig, ranks: int, bound: int) -> None:
+    """Raise ConfigError if the memory tier can't hold a chunk of `bound` bytes on every rank."""
     if bound > config.memory_capacity // ranks:
         raise ConfigError(
             f"memory_bytes={config.memory_bytes} is too small for one chunk: "
             f"{ranks} rank(s) need {bound * ranks} bytes for {config.chunk_tokens} "
             f"tokens; give at least {bound * ranks * 4}"
         )
-    return bound
 
 
 def check_chunk_tokens(config: KVTCConfig, block_size: int) -> int:

@@ -11,8 +11,9 @@ from vllm.logger import init_logger
 from kvtc_vllm.calibration.probe import Probe
 from kvtc_vllm.codec.artifact import RankArtifact
 from kvtc_vllm.codec.errors import CodecError
+from kvtc_vllm.codec.frame import TransformCodec
 from kvtc_vllm.codec.kernels.paged_codec import PagedKvtcCodec
-from kvtc_vllm.codec.kvtc import KvtcCodec
+from kvtc_vllm.codec.registry import CODECS, open_codec
 from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.connector.messages import LoadItem, StoreItem
@@ -33,12 +34,12 @@ class FoundArtifact:
 
 def open_transfer(
     found: FoundArtifact, config: KVTCConfig, layout: PagedLayout, workspace_bytes: int
-) -> tuple[KvtcCodec, Transfer]:
+) -> tuple[TransformCodec, Transfer]:
     """The way to go, self-tested if the configuration says so.
 
     Raises ArtifactError if the self-test fails by torch operations, too.
     """
-    if config.kernels and has_kernels(layout.device):
+    if config.kernels and CODECS[config.codec].has_kernels and has_kernels(layout.device):
         try:
             return _by_kernels(found, config, layout, workspace_bytes)
         except Exception:
@@ -56,7 +57,7 @@ def has_kernels(device: torch.device) -> bool:
 
 def _by_kernels(
     found: FoundArtifact, config: KVTCConfig, layout: PagedLayout, workspace_bytes: int
-) -> tuple[KvtcCodec, Transfer]:
+) -> tuple[TransformCodec, Transfer]:
     codec = PagedKvtcCodec(
         found.artifact,
         config.target_ratio,
@@ -84,11 +85,12 @@ def _compile(transfer: Transfer, layout: PagedLayout, chunk_tokens: int) -> None
 
 def _by_torch(
     found: FoundArtifact, config: KVTCConfig, layout: PagedLayout
-) -> tuple[KvtcCodec, Transfer]:
-    codec = KvtcCodec(
-        found.artifact,
-        config.target_ratio,
+) -> tuple[TransformCodec, Transfer]:
+    codec = open_codec(
+        config.codec,
         layout.dtype,
+        artifact=found.artifact,
+        ratio=config.target_ratio,
         deflate_level=config.deflate_level,
         device=layout.device,
     )

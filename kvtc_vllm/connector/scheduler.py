@@ -14,7 +14,7 @@ from typing import Any
 from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.connector.blocks import BlockTables
 from kvtc_vllm.connector.gate import LoadGate
-from kvtc_vllm.connector.geometry import CacheGeometry, check_budget, check_chunk_tokens
+from kvtc_vllm.connector.geometry import CacheGeometry, check_chunk_tokens
 from kvtc_vllm.connector.keys import (
     LOAD,
     STORE,
@@ -49,14 +49,15 @@ NONCE_BYTES = 8
 class KVTCScheduler:
     """Tier index, lookups and the plan of each step.
 
-    prompt_only: never store blocks filled while generating. loads, stores: what the engine's role
-    among others allows.
+    bound: most bytes of a chunk on any rank. prompt_only: never store blocks filled while
+    generating. loads, stores: what the engine's role among others allows.
     """
 
     def __init__(
         self,
         config: KVTCConfig,
         geometry: CacheGeometry,
+        bound: int,
         prompt_only: bool,
         loads: bool = True,
         stores: bool = True,
@@ -68,7 +69,7 @@ class KVTCScheduler:
         self._chunk_tokens = config.chunk_tokens
         self._blocks_per_chunk = check_chunk_tokens(config, geometry.block_size)
         self._prompt_only = prompt_only
-        self._bound = check_budget(config, geometry)
+        self._bound = bound
         capacity, ranks = config.memory_capacity, geometry.tp_size
         policy = policies.REGISTRY[config.eviction]
         self.index = TierIndex(capacity, ranks, policy(capacity))

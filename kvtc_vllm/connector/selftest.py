@@ -17,7 +17,7 @@ from vllm.logger import init_logger
 from kvtc_vllm.calibration.probe import Probe
 from kvtc_vllm.codec.artifact import KINDS, Kind, RankArtifact
 from kvtc_vllm.codec.errors import ArtifactError, CodecError
-from kvtc_vllm.codec.kvtc import KvtcCodec
+from kvtc_vllm.codec.frame import TransformCodec
 from kvtc_vllm.codec.transform import chunk_rows, layer_scales, to_cache
 from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.connector.messages import LoadItem, StoreItem
@@ -36,7 +36,7 @@ errors that add up have four times the square of one."""
 
 
 def run_self_test(
-    codec: KvtcCodec, transfer: Transfer, probe: Probe, layout: PagedLayout, chunk_tokens: int
+    codec: TransformCodec, transfer: Transfer, probe: Probe, layout: PagedLayout, chunk_tokens: int
 ) -> dict[Kind, float]:
     """Round trip of the probe; logs one line and returns the relative squared errors.
 
@@ -103,7 +103,7 @@ def unused_blocks(layout: PagedLayout, tokens: int) -> list[int]:
 
 
 def _chunk_of(
-    codec: KvtcCodec, probe: Probe, tokens: int
+    codec: TransformCodec, probe: Probe, tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Probe rows, repeated to a chunk at positions past the sinks: K post-RoPE and V, float32."""
     artifact = codec.artifact
@@ -121,7 +121,7 @@ def _chunk_of(
 
 
 def _stored(
-    codec: KvtcCodec, k: torch.Tensor, v: torch.Tensor
+    codec: TransformCodec, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V as the engine would write them into its cache."""
     layers = codec.artifact.geometry.num_layers
@@ -141,7 +141,7 @@ def _rows(
     )
 
 
-def _error(codec: KvtcCodec, rows: torch.Tensor, other: torch.Tensor, kind: Kind) -> float:
+def _error(codec: TransformCodec, rows: torch.Tensor, other: torch.Tensor, kind: Kind) -> float:
     """Squared difference over the rows' squared deviation from the mean, as calibrated."""
     groups = range(len(codec.artifact.geometry.layer_groups))
     means = [codec.artifact.sections[group, kind].mean for group in groups]
@@ -149,7 +149,7 @@ def _error(codec: KvtcCodec, rows: torch.Tensor, other: torch.Tensor, kind: Kind
     return float((rows - other).double().square().sum()) / total if total > 0 else 0.0
 
 
-def promised_error(codec: KvtcCodec, kind: Kind) -> float:
+def promised_error(codec: TransformCodec, kind: Kind) -> float:
     """Held-out error of the artifact in use, averaged over layer groups."""
     errors = [
         section.heldout_error[codec.ratio]

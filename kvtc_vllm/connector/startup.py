@@ -13,20 +13,20 @@ import torch
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
-from kvtc_vllm.calibration import registry
 from kvtc_vllm.calibration.artifact_io import load_rank_artifact
 from kvtc_vllm.calibration.identity import model_identity, public_model_name
-from kvtc_vllm.codec.artifact import Geometry, RankArtifact
+from kvtc_vllm.codec.artifact import RankArtifact
 from kvtc_vllm.codec.codec import ChunkCodec
 from kvtc_vllm.codec.errors import ArtifactError
-from kvtc_vllm.codec.kvtc import KvtcCodec
-from kvtc_vllm.codec.raw import RawCodec
+from kvtc_vllm.codec.frame import TransformCodec
+from kvtc_vllm.codec.registry import CODECS, open_codec
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.config import ConfigError, KVTCConfig
 from kvtc_vllm.connector.adapters import LoadedAdapters
 from kvtc_vllm.connector.compat import vllm_version
 from kvtc_vllm.connector.disk import DiskSide, open_in_time
-from kvtc_vllm.connector.geometry import CacheGeometry
+from kvtc_vllm.connector.finding import find_artifact
+from kvtc_vllm.connector.geometry import CacheGeometry, codec_geometry
 from kvtc_vllm.connector.identity import SetupIdentity, setup_identity
 from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.connector.live_model import LiveModel
@@ -71,15 +71,15 @@ def build_worker(
     codec: ChunkCodec
     transfer: Transfer
     fingerprint = b""
-    if config.codec == "raw":
+    if not CODECS[config.codec].needs_artifact:
         files = _raw_model_fingerprint(vllm_config.model_config, config)
-        layers = len(geometry.layer_names)
-        codec = RawCodec(codec_geometry(geometry, ((0, layers),)), geometry.dtype)
+        codec = open_codec(config.codec, geometry.dtype, geometry=codec_geometry(geometry))
         transfer = TorchTransfer(layout, codec, config.chunk_tokens)
         logger.info(
-            "kvtc: rank %d/%d codec raw, %d tokens a chunk, memory tier %.1f MiB",
+            "kvtc: rank %d/%d codec %s, %d tokens a chunk, memory tier %.1f MiB",
             rank,
             geometry.tp_size,
+            codec.name,
             config.chunk_tokens,
             config.memory_capacity / 2**20,
         )
@@ -183,38 +183,18 @@ def _open_disk(
     return DiskSide(namespace, config.disk_threads, config.load_deadline, queue_bytes)
 
 
-def codec_geometry(geometry: CacheGeometry, layer_groups: tuple[tuple[int, int], ...]) -> Geometry:
-    """The codec's view of the cache."""
-    return Geometry(
-        num_layers=len(geometry.layer_names),
-        num_kv_heads=geometry.num_kv_heads,
-        head_size=geometry.head_size,
-        head_size_v=geometry.head_size_v,
-        layer_groups=layer_groups,
-    )
-
-
 def _load_artifact(
     vllm_config: Any, config: KVTCConfig, geometry: CacheGeometry, rank: int
 ) -> tuple[FoundArtifact, str]:
     """The artifact as it was calibrated, and the fingerprint of the model's files."""
-    model = vllm_config.model_config
-    identity = model_identity(model.model, model.revision)
-    directory = registry.find(
-        identity,
-        tp_size=geometry.tp_size,
-        ratio=config.target_ratio,
-        model_name=model.model,
-        artifact=config.artifact,
-        registries=config.registry,
-    )
+    directory, files = find_artifact(vllm_config.model_config, config, geometry.tp_size)
     artifact, _, probe = load_rank_artifact(directory, rank)
     expected = codec_geometry(geometry, artifact.geometry.layer_groups)
     if artifact.geometry != expected:
         raise ArtifactError(
             f"{directory}: calibrated for {artifact.geometry}, the engine's cache is {expected}"
         )
-    return FoundArtifact(artifact, probe, directory), identity.identity
+    return FoundArtifact(artifact, probe, directory), files
 
 
 def check_ropes(
@@ -264,12 +244,15 @@ def _raw_model_fingerprint(model: Any, config: KVTCConfig) -> str:
         return str(model.model)
 
 
-def _log_start(codec: KvtcCodec, config: KVTCConfig, rank: int, tp_size: int, source: Path) -> None:
+def _log_start(
+    codec: TransformCodec, config: KVTCConfig, rank: int, tp_size: int, source: Path
+) -> None:
     logger.info(
-        "kvtc: rank %d/%d codec kvtc %gx (%gx of %s), artifact %s, %d layer group(s), "
+        "kvtc: rank %d/%d codec %s %gx (%gx of %s), artifact %s, %d layer group(s), "
         "bases %.1f MiB on %s, %d tokens a chunk, memory tier %.1f MiB",
         rank,
         tp_size,
+        codec.name,
         codec.ratio,
         # Plans count 16-bit elements.
         codec.ratio * codec.dtype.itemsize / 2,

@@ -13,9 +13,9 @@ from kvtc_vllm.calibration.rank_file import read_rank_file
 from kvtc_vllm.codec.codec import Coder
 from kvtc_vllm.config import KVTCConfig, load_config
 from kvtc_vllm.connector.connector import KVTCConnector
+from kvtc_vllm.connector.geometry import codec_geometry
 from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.connector.rotary import find_ropes
-from kvtc_vllm.connector.startup import codec_geometry
 from kvtc_vllm.connector.transfer import TorchTransfer
 from kvtc_vllm.evaluation.baselines import BASELINES
 from kvtc_vllm.evaluation.blob import BaselineCodec
@@ -50,8 +50,7 @@ class KVTCEvaluationConnector(KVTCConnector):
         """Start-up of a worker, then the exchange."""
         super().register_kv_caches(kv_caches)
         wanted, worker = self._substitute, self._live_worker
-        layers = len(self._geometry.layer_names)
-        geometry = codec_geometry(self._geometry, ((0, layers),))
+        geometry = codec_geometry(self._geometry)
         ropes, layer_rope = find_ropes(self._vllm_config, self._geometry.layer_names)
         if wanted.baseline is not None:
             per_layer = [None if index is None else ropes[index] for index in layer_rope]

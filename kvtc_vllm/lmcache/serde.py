@@ -22,10 +22,11 @@ from lmcache.v1.distributed.serde import (
 )
 from lmcache.v1.memory_management import MemoryObj
 
+from kvtc_vllm.codec.raw import max_raw_blob_bytes
 from kvtc_vllm.lmcache.counters import logger
 from kvtc_vllm.lmcache.layout import LayoutRefused, check_chunk
 from kvtc_vllm.lmcache.settings import load_settings
-from kvtc_vllm.lmcache.transcoder import CONTAINER_ALLOWANCE, Refused, Transcoder, transcoder
+from kvtc_vllm.lmcache.transcoder import Refused, Transcoder, transcoder
 
 SERDE_TYPE = "kvtc"
 
@@ -52,9 +53,7 @@ class KvtcSerializer(Serializer):
     def estimate_serialized_size(self, layout_desc: MemoryLayoutDesc) -> int:
         """The raw chunk and its container: some chunks are stored uncompressed."""
         pairs = zip(layout_desc.shapes, layout_desc.dtypes, strict=True)
-        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in pairs) + (
-            CONTAINER_ALLOWANCE
-        )
+        return max_raw_blob_bytes(sum(math.prod(shape) * dtype.itemsize for shape, dtype in pairs))
 
 
 class KvtcDeserializer(Deserializer):

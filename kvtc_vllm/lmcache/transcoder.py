@@ -20,8 +20,6 @@ from kvtc_vllm.lmcache.layout import LayoutRefused, check_chunk, load_page_reade
 from kvtc_vllm.lmcache.positions import BOOK, PositionBook
 from kvtc_vllm.lmcache.settings import LMCacheSettings
 
-CONTAINER_ALLOWANCE = 4096
-"""Bytes a container may exceed the raw chunk by."""
 _DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 

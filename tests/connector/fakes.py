@@ -8,11 +8,13 @@ from typing import Any
 import torch
 
 from kvtc_vllm.config import load_config
-from kvtc_vllm.connector.geometry import CacheGeometry
+from kvtc_vllm.connector.geometry import CacheGeometry, check_budget
 from kvtc_vllm.connector.messages import StepMetadata, WorkerReport
 from kvtc_vllm.connector.scheduler import KVTCScheduler
 
 BLOCK = 32
+BOUND = 5652
+"""Most bytes of a chunk, as if an artifact said so."""
 
 
 @dataclass
@@ -82,7 +84,8 @@ def scheduler(
     **extra: Any,
 ) -> KVTCScheduler:
     config = load_config({"codec": "kvtc", "memory_bytes": "1MiB", **extra})
-    return KVTCScheduler(config, geometry(ranks), prompt_only, loads, stores)
+    check_budget(config, ranks, BOUND)
+    return KVTCScheduler(config, geometry(ranks), BOUND, prompt_only, loads, stores)
 
 
 class FakeBlockPool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvtc_vllm.codec.entropy.base import (
     MAX_UNIT_BYTES,
+    UNIT_ALIGNMENT,
     UNIT_BYTES,
     EncodedSection,
     EntropyCoder,
@@ -33,6 +34,7 @@ __all__ = [
     "NVCOMP",
     "RAW",
     "REGISTRY",
+    "UNIT_ALIGNMENT",
     "UNIT_BYTES",
     "DeflateCoder",
     "EncodedSection",

@@ -1,0 +1,50 @@
+"""The artifact of an engine, found alike on both sides of the connector."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kvtc_vllm.calibration import registry
+from kvtc_vllm.calibration.card import load_card
+from kvtc_vllm.calibration.identity import model_identity
+from kvtc_vllm.codec.registry import CODECS, max_blob_bytes
+from kvtc_vllm.config import KVTCConfig
+from kvtc_vllm.connector.geometry import CacheGeometry, codec_geometry
+
+
+def find_artifact(model: Any, config: KVTCConfig, tp_size: int) -> tuple[Path, str]:
+    """Directory of the artifact, and the fingerprint of the model's files.
+
+    model: vLLM's configuration of it. Raises ArtifactError if nothing fits.
+    """
+    identity = model_identity(model.model, model.revision)
+    directory = registry.find(
+        identity,
+        tp_size=tp_size,
+        ratio=config.target_ratio,
+        model_name=model.model,
+        artifact=config.artifact,
+        registries=config.registry,
+    )
+    return directory, identity.identity
+
+
+def chunk_bound(model: Any, config: KVTCConfig, geometry: CacheGeometry) -> int:
+    """Upper bound in bytes of an encoded chunk on any rank, from the artifact's card alone.
+
+    Raises ArtifactError if the codec needs an artifact and none fits.
+    """
+    name, dtype, tokens = config.codec, geometry.dtype, config.chunk_tokens
+    if not CODECS[name].needs_artifact:
+        return max_blob_bytes(name, dtype, tokens, geometry=codec_geometry(geometry))
+    directory, _ = find_artifact(model, config, geometry.tp_size)
+    card = load_card(directory)
+    return max_blob_bytes(
+        name,
+        dtype,
+        tokens,
+        geometry=card.geometry.geometry(),
+        sink_tokens=card.sink_tokens,
+        ratio=config.target_ratio,
+    )
