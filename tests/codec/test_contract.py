@@ -1,0 +1,27 @@
+"""Every codec of the registry against the contract: a new row inherits it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import get_args, get_type_hints
+
+import pytest
+
+from kvtc_vllm.codec.registry import CODECS
+from kvtc_vllm.config import KVTCConfig
+from tests.codec.contract import CONTRACT
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("promise", CONTRACT, ids=lambda promise: promise.__name__)
+def test_contract(name: str, promise: Callable[[str], None]) -> None:
+    promise(name)
+
+
+def test_the_configuration_allows_every_codec_and_no_other() -> None:
+    assert set(get_args(get_type_hints(KVTCConfig)["codec"])) == set(CODECS)
+
+
+def test_names_and_numbers_are_used_once() -> None:
+    assert [spec.codec.name for spec in CODECS.values()] == list(CODECS)
+    assert len({spec.codec_id for spec in CODECS.values()}) == len(CODECS)
