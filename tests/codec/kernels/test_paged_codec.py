@@ -112,6 +112,34 @@ def test_blobs_are_those_of_the_cpu_codec(artifact, device, dtype):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_weights_are_in_the_matrices(artifact, device):
+    """Each reads the other's blobs as its own, and they are not those without weights."""
+    sections = {
+        key: replace(section, weights=torch.linspace(0.5, 2.0, len(section.mean)))
+        for key, section in artifact.sections.items()
+    }
+    plain, _ = make(artifact, device)
+    codec, reference = make(replace(artifact, sections=sections), device)
+    chunks = filled(codec)
+    blobs = encoded(codec)
+    filled(plain)
+    assert blobs != encoded(plain)
+    targets = [[4, 11], [15, 6], [5, 10]]
+    for store, (k, v), blob, blocks in zip(STORES, chunks, blobs, targets, strict=True):
+        expected = reference.encode(k, v, store.start, store.key)
+        decoded = reference.decode(blob, store.start, TOKENS, store.key)
+        wanted = reference.decode(expected, store.start, TOKENS, store.key)
+        assert differing(decoded.k, wanted.k) < 0.02
+        assert differing(decoded.v, wanted.v) < 0.02
+        load = LoadChunk(expected, store.start, TOKENS, blocks, key=store.key)
+        assert codec.load([load]) == [None]
+        slots = block_slots(blocks, BLOCK)
+        loaded = [read_slots(side, slots) for side in (codec.cache.k, codec.cache.v)]
+        assert differing(loaded[0], wanted.k) < 0.02
+        assert differing(loaded[1], wanted.v) < 0.02
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("dtype", "layout"), zip(DTYPES, ["NHD", "apart", "HND", "NHD", "HND"], strict=True)
 )
