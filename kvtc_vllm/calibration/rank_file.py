@@ -36,7 +36,7 @@ from kvtc_vllm.calibration.probe import PROBE_TOKENS, Probe
 from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind, RankArtifact, SectionBasis
 from kvtc_vllm.codec.container import MAX_SINK_TOKENS
 from kvtc_vllm.codec.errors import ArtifactError
-from kvtc_vllm.codec.registry import ArtifactRules, artifact_rules
+from kvtc_vllm.codec.registry import CODECS, ArtifactRules
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.codec.section_coder import SectionCoder
 
@@ -163,7 +163,10 @@ class _RankReader:
                 "sink_tokens", f"is {header.sink_tokens}, 0 to {MAX_SINK_TOKENS} are right"
             )
         codec = _UNNAMED_CODEC if header.codec is msgspec.UNSET else header.codec
-        rules = artifact_rules(codec)
+        spec = CODECS.get(codec)
+        if spec is None or spec.rules is None:
+            raise self._error("codec", f"is {codec!r}, whose artifacts this program does not know")
+        rules = spec.rules
         geometry = header.geometry.geometry()
         ropes = self._ropes(header, geometry)
         sections: dict[tuple[int, Kind], SectionBasis] = {

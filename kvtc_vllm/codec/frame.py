@@ -131,7 +131,7 @@ class TransformCodec(ChunkCodec):
             keys = self._section_keys()
             return [self._coder(*key, self.ratio).max_bytes(coded) for key in keys]
 
-        return max_blob_bytes(
+        return largest_blob(
             self.geometry, self.dtype, tokens, self.artifact.sink_tokens, coded_bytes
         )
 
@@ -224,7 +224,7 @@ class TransformCodec(ChunkCodec):
         return [(g, kind) for g in range(len(self.geometry.layer_groups)) for kind in KINDS]
 
 
-def max_blob_bytes(
+def largest_blob(
     geometry: Geometry,
     dtype: torch.dtype,
     tokens: int,

@@ -12,13 +12,11 @@ from typing import overload
 
 import torch
 
-from kvtc_vllm.codec import frame
 from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind, RankArtifact, SectionBasis
 from kvtc_vllm.codec.bitplan import budget_bytes, over_budget
 from kvtc_vllm.codec.codec import ChunkCodec
 from kvtc_vllm.codec.container import NO_FINGERPRINT
-from kvtc_vllm.codec.errors import ArtifactError
-from kvtc_vllm.codec.frame import TransformCodec
+from kvtc_vllm.codec.frame import TransformCodec, largest_blob
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.payload import read_plan
 from kvtc_vllm.codec.raw import RawCodec
@@ -75,14 +73,6 @@ def name_of(codec_id: int) -> str | None:
     return next((name for name, spec in CODECS.items() if spec.codec_id == codec_id), None)
 
 
-def artifact_rules(name: str) -> ArtifactRules:
-    """How artifacts of this codec are read. Raises ArtifactError if there are none."""
-    spec = CODECS.get(name)
-    if spec is None or spec.rules is None:
-        raise ArtifactError(f"codec {name!r} is not one with artifacts that this program knows")
-    return spec.rules
-
-
 def max_blob_bytes(
     name: str,
     dtype: torch.dtype,
@@ -108,7 +98,7 @@ def max_blob_bytes(
         # One entry for K, one for V, which share what a layer group may take.
         return [size for row in rows for size in (largest(row, ratio, coded), 0)]
 
-    return frame.max_blob_bytes(geometry, dtype, tokens, sink_tokens, coded_bytes)
+    return largest_blob(geometry, dtype, tokens, sink_tokens, coded_bytes)
 
 
 @overload

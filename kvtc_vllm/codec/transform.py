@@ -131,13 +131,18 @@ def to_cache(values: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dty
     return values.to(dtype)
 
 
-def to_coefficients(rows: torch.Tensor, section: SectionBasis, rank: int) -> torch.Tensor:
-    """((rows - mean) * weights) @ basis[:, :rank]: float32 [T, p] -> float32 [T, rank]."""
-    basis = section.basis[:, :rank].to(rows.device, torch.float32)
+def centred_rows(rows: torch.Tensor, section: SectionBasis) -> torch.Tensor:
+    """(rows - mean) * weights, what is projected: float32 [T, p] -> float32 [T, p]."""
     centred = rows - section.mean.to(rows.device)
     if section.weights is not None:
         centred *= section.weights.to(rows.device)
-    return centred @ basis
+    return centred
+
+
+def to_coefficients(rows: torch.Tensor, section: SectionBasis, rank: int) -> torch.Tensor:
+    """((rows - mean) * weights) @ basis[:, :rank]: float32 [T, p] -> float32 [T, rank]."""
+    basis = section.basis[:, :rank].to(rows.device, torch.float32)
+    return centred_rows(rows, section) @ basis
 
 
 def from_coefficients(coefficients: torch.Tensor, section: SectionBasis) -> torch.Tensor:

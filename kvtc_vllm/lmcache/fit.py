@@ -15,7 +15,7 @@ import torch
 
 from kvtc_vllm.calibration.probe import Probe
 from kvtc_vllm.codec.artifact import Kind, RankArtifact, SectionBasis
-from kvtc_vllm.codec.transform import chunk_rows, to_coefficients
+from kvtc_vllm.codec.transform import centred_rows, chunk_rows, to_coefficients
 
 SAMPLED_TOKENS = 16
 """Rows of a chunk that are looked at."""
@@ -103,7 +103,8 @@ class FitTest:
 def _leading(artifact: RankArtifact, probe: Probe, group: int, kind: Kind) -> _Leading:
     first, end = artifact.geometry.layer_groups[group]
     whole = artifact.sections[group, kind]
-    section = SectionBasis(whole.mean.float(), whole.basis[:, :LEADING].float(), plans={})
+    basis = whole.basis[:, :LEADING].float()
+    section = SectionBasis(whole.mean.float(), basis, plans={}, weights=whole.weights)
     rows = {"k": probe.k, "v": probe.v}[kind][:, first:end].float().flatten(1)
     left = _left_over(rows, section)
     return _Leading(section, left + SLACK * (1.0 - left))
@@ -111,6 +112,6 @@ def _leading(artifact: RankArtifact, probe: Probe, group: int, kind: Kind) -> _L
 
 def _left_over(rows: torch.Tensor, section: SectionBasis) -> float:
     """Share of the energy around the mean outside the section's basis vectors: 0 to 1."""
-    total = float((rows - section.mean).double().square().sum())
+    total = float(centred_rows(rows, section).double().square().sum())
     held = float(to_coefficients(rows, section, section.basis.shape[1]).double().square().sum())
     return 1.0 - held / total if total > 0 else 0.0

@@ -77,15 +77,9 @@ class PagedKvtcCodec(KvtcCodec):
         workspace_bytes: int = 1 << 30,
         coder: UnitCoder | None = None,
     ) -> None:
-        self._operand = OPERAND[precision]
-        super().__init__(
-            artifact,
-            ratio,
-            cache.k.dtype,
-            identity,
-            device=cache.k.device,
-            operand=self._operand,
-        )
+        operand, device = OPERAND[precision], cache.k.device
+        super().__init__(artifact, ratio, cache.k.dtype, identity, device=device, operand=operand)
+        self._operand = operand
         geometry = artifact.geometry
         found = (cache.k.num_layers, cache.k.num_heads, cache.k.head_size, cache.v.head_size)
         wanted = (
