@@ -15,13 +15,7 @@ from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.connector.blocks import BlockTables
 from kvtc_vllm.connector.gate import LoadGate
 from kvtc_vllm.connector.geometry import CacheGeometry, check_chunk_tokens
-from kvtc_vllm.connector.keys import (
-    LOAD,
-    STORE,
-    allowed,
-    chunk_key,
-    chunk_keys,
-)
+from kvtc_vllm.connector.keys import LOAD, STORE, allowed, chunk_key, chunk_keys
 from kvtc_vllm.connector.messages import (
     LoadItem,
     LoadJob,
