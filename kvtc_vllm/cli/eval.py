@@ -183,8 +183,8 @@ def _engine(text: str) -> dict[str, Any]:
 
 
 def _write_card(args: argparse.Namespace, command: str, found: list[Row]) -> Path:
-    from kvtc_vllm.calibration import registry
-    from kvtc_vllm.calibration.identity import model_identity
+    from kvtc_vllm.artifact import registry
+    from kvtc_vllm.artifact.identity import model_identity
     from kvtc_vllm.evaluation.card import write_card
     from kvtc_vllm.evaluation.suite import describe
 

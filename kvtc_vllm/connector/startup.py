@@ -13,9 +13,9 @@ import torch
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
-from kvtc_vllm.calibration import registry
-from kvtc_vllm.calibration.artifact_io import load_rank_artifact
-from kvtc_vllm.calibration.identity import model_identity, public_model_name
+from kvtc_vllm.artifact import registry
+from kvtc_vllm.artifact.directory import load_rank_artifact
+from kvtc_vllm.artifact.identity import model_identity, public_model_name
 from kvtc_vllm.codec.artifact import Geometry, RankArtifact
 from kvtc_vllm.codec.codec import ChunkCodec
 from kvtc_vllm.codec.errors import ArtifactError

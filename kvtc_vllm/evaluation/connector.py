@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import torch
 
-from kvtc_vllm.calibration.rank_file import read_rank_file
+from kvtc_vllm.artifact.rank_file import read_rank_file
 from kvtc_vllm.codec.codec import Coder
 from kvtc_vllm.config import KVTCConfig, load_config
 from kvtc_vllm.connector.connector import KVTCConnector

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from kvtc_vllm.calibration.identity import model_identity
-from kvtc_vllm.calibration.registry import find
+from kvtc_vllm.artifact.identity import model_identity
+from kvtc_vllm.artifact.registry import find
 from kvtc_vllm.cli import main
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.kvtc"))

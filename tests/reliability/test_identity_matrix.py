@@ -20,7 +20,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from kvtc_vllm.calibration.identity import VOLATILE_KEYS
+from kvtc_vllm.artifact.identity import VOLATILE_KEYS
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.config import load_config
 from kvtc_vllm.connector import identity

@@ -17,6 +17,7 @@ the fingerprint is computed again.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from kvtc_vllm.calibration.card import FORMAT_VERSION, GeometryCard
-from kvtc_vllm.calibration.fingerprint import artifact_fingerprint
-from kvtc_vllm.calibration.probe import PROBE_TOKENS, Probe
+from kvtc_vllm.artifact.card import FORMAT_VERSION, GeometryCard
+from kvtc_vllm.artifact.fingerprint import artifact_fingerprint
 from kvtc_vllm.codec.artifact import (
     KINDS,
     BitPlan,
@@ -43,8 +43,23 @@ from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.quantizers import BY_TYPE_ID, REGISTRY
 from kvtc_vllm.codec.rope import Rope
 
+PROBE_TOKENS = 128
+
 _METADATA_KEY = "kvtc"
 _ROPE_DTYPES = ("F32", "BF16", "F16")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Up to 128 held-out tokens of one document, in order: a server tests itself on them at start.
+
+    k: float16 [n, L, H, D] pre-RoPE. v: float16 [n, L, H, Dv]. positions:
+    int32 [n], ascending, not necessarily consecutive: where the tokens stood.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    positions: torch.Tensor
 
 
 class RankHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
