@@ -79,10 +79,6 @@ class KVTCWorker:
         """How chunks get from the paged cache to blobs and back."""
         return self._stores.transfer
 
-    def exchange_transfer(self, transfer: Transfer) -> None:
-        """Use another one from now on; before the first step."""
-        self._stores.transfer = self._loads.transfer = transfer
-
     def begin_step(self, step: StepMetadata) -> None:
         """Apply reset and evictions, start this step's promotions and loads."""
         self._step = step
