@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import importlib.util
 
 from kvtc_vllm.config import ConfigError
 
@@ -12,6 +12,6 @@ PACKAGES = {"calibrate": ("matplotlib", "tqdm"), "eval": ("constriction", "matpl
 
 def require(what: str, extra: str, *more: str) -> None:
     """Raise ConfigError, one sentence that names the extra, if a package is missing for `what`."""
-    missing = [name for name in (*PACKAGES[extra], *more) if find_spec(name) is None]
+    missing = [name for name in (*PACKAGES[extra], *more) if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"{what} needs {', '.join(missing)}: pip install 'kvtc-vllm[{extra}]'")

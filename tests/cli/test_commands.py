@@ -9,7 +9,7 @@ import pytest
 
 from kvtc_vllm.artifact.identity import model_identity
 from kvtc_vllm.artifact.registry import find
-from kvtc_vllm.cli import extras, main
+from kvtc_vllm.cli import main
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.kvtc"))
 
@@ -77,7 +77,8 @@ def test_a_command_says_which_extra_is_missing(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "matplotlib" else name)
+    present = {"constriction", "tqdm"}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name in present or None)
     assert main(command) == 2
     expected = f"kvtc {extra} needs matplotlib: pip install 'kvtc-vllm[{extra}]'"
     assert capsys.readouterr().err.splitlines() == [f"kvtc {extra}: {expected}"]

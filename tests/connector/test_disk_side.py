@@ -32,7 +32,7 @@ from kvtc_vllm.connector.transfer import TorchTransfer
 from kvtc_vllm.connector.worker import KVTCWorker
 from kvtc_vllm.tiers import disk as tiers_disk
 from kvtc_vllm.tiers.disk import DiskError, DiskStore, FileSystem
-from kvtc_vllm.tiers.disk.errors import _REASONS
+from kvtc_vllm.tiers.disk.checked import _REASONS
 from tests.reliability import disk as on_disk
 from tests.reliability.blobs import NAMESPACE, OTHER_NAMESPACE, blob_of, key_of
 from tests.reliability.faults import (
