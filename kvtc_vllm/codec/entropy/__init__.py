@@ -1,4 +1,7 @@
-"""Entropy coders by name and by number. One file a coder, one row here."""
+"""Entropy coders by name and by number. One file a coder, one row here.
+
+What codes the same bytes on a GPU is `kvtc_vllm.codec.kernels.deflate_nvcomp`.
+"""
 
 from __future__ import annotations
 
@@ -13,26 +16,22 @@ from kvtc_vllm.codec.entropy.base import (
     unit_lengths,
 )
 from kvtc_vllm.codec.entropy.deflate_cpu import DEFLATE, DeflateCoder
-from kvtc_vllm.codec.entropy.deflate_nvcomp import NVCOMP, NvcompCoder
 from kvtc_vllm.codec.entropy.raw import RAW, RawCoder
 
-_CODERS: tuple[EntropyCoder, ...] = (RAW, DEFLATE, NVCOMP)
+_CODERS: tuple[EntropyCoder, ...] = (RAW, DEFLATE)
 REGISTRY: dict[str, EntropyCoder] = {coder.name: coder for coder in _CODERS}
-# Of coders that share a number, the first reads: NVCOMP only pays for large batches.
-BY_CODER_ID: dict[int, EntropyCoder] = {coder.coder_id: coder for coder in reversed(_CODERS)}
+BY_CODER_ID: dict[int, EntropyCoder] = {coder.coder_id: coder for coder in _CODERS}
 
 __all__ = [
     "BY_CODER_ID",
     "DEFLATE",
     "MAX_UNIT_BYTES",
-    "NVCOMP",
     "RAW",
     "REGISTRY",
     "UNIT_BYTES",
     "DeflateCoder",
     "EncodedSection",
     "EntropyCoder",
-    "NvcompCoder",
     "RawCoder",
     "Unit",
     "UnitList",

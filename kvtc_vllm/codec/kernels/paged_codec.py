@@ -29,7 +29,6 @@ from kvtc_vllm.codec.container import (
     build,
 )
 from kvtc_vllm.codec.entropy import unit_lengths
-from kvtc_vllm.codec.entropy.deflate_nvcomp import host_threads
 from kvtc_vllm.codec.errors import CodecError, ContainerError
 from kvtc_vllm.codec.kernels.chunks import (
     LoadChunk,
@@ -43,6 +42,7 @@ from kvtc_vllm.codec.kernels.decoder import (
     decode_batch,
     workspace_bytes_per_token,
 )
+from kvtc_vllm.codec.kernels.deflate_nvcomp import host_threads
 from kvtc_vllm.codec.kernels.encoder import CodedChunk, StagedChunks, encode_rows
 from kvtc_vllm.codec.kernels.gather import gather_rows
 from kvtc_vllm.codec.kernels.lanes import Lane, upload
