@@ -145,7 +145,7 @@ def test_cli_prints_the_error_and_fails(capsys: pytest.CaptureFixture[str]) -> N
     assert "KEY=VALUE" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("value", ["{", "[" * 10_000, "\x00", "a: b: c"])
+@pytest.mark.parametrize("value", ["{", "[" * 10_000, "\x00", "a: b: c", "2026-13-45", "9" * 5_000])
 def test_cli_refuses_a_value_that_is_no_yaml(
     value: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -84,6 +84,6 @@ def _values(overrides: list[str]) -> dict[str, object]:
             raise ConfigError(f"{override!r} is not KEY=VALUE, such as memory_bytes=64GiB")
         try:
             values[key] = yaml.safe_load(value)
-        except (yaml.YAMLError, RecursionError):
+        except (yaml.YAMLError, ValueError, RecursionError):
             raise ConfigError(f"the value of {key} is not YAML: {value[:80]!r}") from None
     return values
