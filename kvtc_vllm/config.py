@@ -4,91 +4,184 @@ Presets are YAML files in `configs/` whose keys are fields of this struct; a
 `preset` key in the extra config is expanded first, then the other keys given
 override it. Every unknown key, wrong type and contradiction is an error that
 names the key, the value and what would be right.
+
+A field's annotation holds its limits and its description. The checks, the error
+messages and the table of `kvtc config --describe` all read them there.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import reprlib
 from collections.abc import Mapping
+from decimal import Decimal
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 import yaml
+from msgspec import Meta
 
 CONNECTOR_NAME = "KVTCConnector"
 DEFAULT_RATIO = 16.0
 DEFAULT_RECENT_WINDOW = 128
 AUTO = "auto"
 
-_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?\s*$", re.IGNORECASE)
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+# No number of more digits is a size; without a limit, one of 400 has no float and one of 5,000
+# no int.
+_SIZE = re.compile(r"([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([KMGTP]i?)?B?", re.IGNORECASE)
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "p": 10**15}
+_BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40, "pi": 2**50}
+_MIB = 1 << 20
+_MOST_BYTES = 1 << 50
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 
 
 class ConfigError(ValueError):
     """A configuration key has a value that can't be used."""
 
 
+Ratio = Annotated[float, Meta(gt=1, le=1024)]
+Threads = Annotated[int, Meta(ge=1, le=64)]
+Window = Annotated[int, Meta(ge=0, le=1 << 20)]
+PathText = Annotated[str, Meta(title="a path")]
+Size = int | str
+"""Bytes, or a string such as "8GiB". The field's Meta has its limits under `size`."""
+
+
 class KVTCConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Validated configuration.
+    """Validated configuration; made by `load_config`."""
 
-    codec: "kvtc" or "raw" (uncompressed, bit-exact).
-    ratio: target compression ratio before DEFLATE; must be a plan of the artifact.
-    artifact: directory of one calibration artifact, instead of a registry lookup.
-    registry: directories searched before the user's and the shipped registry.
-    memory_bytes: capacity of the CPU-memory tier in real bytes, all ranks
-        together; an integer or a string such as "8GiB".
-    eviction: order in which the tier gives chunks up.
-    chunk_tokens: tokens a chunk; a multiple of vLLM's block size.
-    recent_window: tokens before the end of a prompt that are always computed,
-        never served from the codec.
-    staging_bytes: uncompressed KV that may wait for encoding on one rank;
-        beyond it stores are dropped and counted. "auto": what two full steps of the engine
-        compute, at least 256 MiB, on a GPU at most a quarter of its free memory.
-    kernels: on a GPU, encode and decode in batches by Triton kernels and nvCOMP; else, and
-        where they fail at start-up, chunk by chunk by torch operations and isal.
-    encode_threads, load_threads: worker threads a rank, each on one CPU core.
-    encode_share: of the machine's CPU time that encoding may take while the engine
-        computes, 1 for no limit; an idle engine encodes at full speed. No limit on a GPU.
-    deflate_level: 0 to 3, isal's scale.
-    store_decode: also store blocks filled while generating.
-    store_threshold: store a chunk once this many requests have contained it.
-    load_gate: offer a load only where it is measured to be faster than recomputing.
-    disk_path: directory of the disk tier below the memory tier; none by default.
-    disk_bytes: capacity of that directory, whoever else uses it included.
-    disk_min_free: bytes that stay free on its volume.
-    disk_write: "through" also writes every stored chunk to disk, so that it survives a
-        crash; "behind" writes what memory evicts, and the rest at a clean shutdown.
-    disk_threads: threads for reading, and as many for writing, a rank.
-    load_deadline: seconds a request waits for its chunks from disk; then it recomputes.
-    self_test: round trip of the artifact's probe rows at start-up.
-    """
-
-    codec: Literal["kvtc", "raw"] = "kvtc"
-    ratio: float | None = None
-    artifact: str | None = None
-    registry: tuple[str, ...] = ()
-    memory_bytes: int | str = "4GiB"
-    eviction: Literal["lru", "arc"] = "lru"
-    chunk_tokens: int = 128
-    recent_window: int | None = None
-    staging_bytes: int | str = AUTO
-    kernels: bool = True
-    encode_threads: int = 1
-    encode_share: float = 0.02
-    load_threads: int = 2
-    deflate_level: int = 1
-    store_decode: bool = True
-    store_threshold: int = 1
-    load_gate: bool = True
-    disk_path: str | None = None
-    disk_bytes: int | str = "32GiB"
-    disk_min_free: int | str = "4GiB"
-    disk_write: Literal["through", "behind"] = "through"
-    disk_threads: int = 2
-    load_deadline: float = 2.0
-    self_test: bool = True
+    codec: Annotated[
+        Literal["kvtc", "raw"],
+        Meta(description="`raw` stores KV uncompressed and bit-exact, to compare with."),
+    ] = "kvtc"
+    ratio: Annotated[
+        Ratio | None,
+        Meta(
+            description="Target ratio before DEFLATE. The artifact must have a plan for it.",
+            extra={"default": f"{DEFAULT_RATIO:g}"},
+        ),
+    ] = None
+    artifact: Annotated[
+        PathText | None,
+        Meta(description="Directory of one artifact, instead of a search in registries."),
+    ] = None
+    registry: Annotated[
+        tuple[PathText, ...],
+        Meta(description="Registries to search before the user's and the shipped one."),
+    ] = ()
+    memory_bytes: Annotated[
+        Size,
+        Meta(
+            description="Budget of the memory tier in real bytes, all ranks together.",
+            extra={"size": (1, _MOST_BYTES)},
+        ),
+    ] = "4GiB"
+    eviction: Annotated[
+        Literal["lru", "arc"],
+        Meta(description="Order in which a tier evicts chunks."),
+    ] = "lru"
+    chunk_tokens: Annotated[
+        int,
+        Meta(ge=1, le=4096, description="Tokens per chunk; a multiple of vLLM's block size."),
+    ] = 128
+    recent_window: Annotated[
+        Window | None,
+        Meta(
+            description="Tokens before the end of a prompt that are always computed, never loaded.",
+            extra={"default": f"{DEFAULT_RECENT_WINDOW}; `raw`: 0"},
+        ),
+    ] = None
+    staging_bytes: Annotated[
+        Size,
+        Meta(
+            description="Uncompressed KV that may wait for the encoder, per rank. Beyond it, "
+            "stores are dropped and counted. `auto`: two full steps of the engine, at least "
+            "256 MiB; on a GPU at most a quarter of what is free.",
+            extra={"size": (1, _MOST_BYTES), "word": AUTO},
+        ),
+    ] = AUTO
+    kernels: Annotated[
+        bool,
+        Meta(
+            description="On a GPU, encode and decode in batches with Triton kernels and nvCOMP. "
+            "Without it, or if the self-test of the kernels fails, torch operations and isal "
+            "do the work."
+        ),
+    ] = True
+    encode_threads: Annotated[Threads, Meta(description="Threads that encode, per rank.")] = 1
+    encode_share: Annotated[
+        float,
+        Meta(
+            ge=0.001,
+            le=1,
+            description="Share of the machine's CPU time that encoding may take while the engine "
+            "computes. An idle engine encodes at full speed. There is no limit on a GPU.",
+        ),
+    ] = 0.02
+    load_threads: Annotated[Threads, Meta(description="Threads that decode, per rank.")] = 2
+    deflate_level: Annotated[
+        int, Meta(ge=0, le=3, description="Effort of DEFLATE, on isal's scale.")
+    ] = 1
+    store_decode: Annotated[
+        bool,
+        Meta(description="Also store blocks filled while generating. Multi-turn chat needs it."),
+    ] = True
+    store_threshold: Annotated[
+        int,
+        Meta(ge=1, le=1 << 16, description="Requests that must contain a chunk before it is kept."),
+    ] = 1
+    load_gate: Annotated[
+        bool,
+        Meta(description="Load only where this engine measures it to be faster than recomputing."),
+    ] = True
+    disk_path: Annotated[
+        PathText | None,
+        Meta(
+            description="Directory of the disk tier, absolute or from `~`. It survives restarts "
+            "and crashes. Without it there is no disk tier."
+        ),
+    ] = None
+    disk_bytes: Annotated[
+        Size,
+        Meta(
+            description="Capacity of that directory, for all engines that share it.",
+            extra={"size": (_MIB, _MOST_BYTES)},
+        ),
+    ] = "32GiB"
+    disk_min_free: Annotated[
+        Size,
+        Meta(
+            description="Bytes that stay free on its volume.",
+            extra={"size": (0, _MOST_BYTES)},
+        ),
+    ] = "4GiB"
+    disk_write: Annotated[
+        Literal["through", "behind"],
+        Meta(
+            description="`through` also writes every stored chunk to disk. `behind` writes what "
+            "memory evicts, and the rest at a clean shutdown."
+        ),
+    ] = "through"
+    disk_threads: Annotated[
+        Threads, Meta(description="Threads that read, and as many that write, per rank.")
+    ] = 2
+    load_deadline: Annotated[
+        float,
+        Meta(
+            ge=0.01,
+            le=600,
+            description="Seconds that a request waits for chunks from disk; then it recomputes.",
+        ),
+    ] = 2.0
+    self_test: Annotated[
+        bool, Meta(description="At start-up, round trip of the artifact's probe rows.")
+    ] = True
 
     @property
     def target_ratio(self) -> float:
@@ -127,44 +220,143 @@ class KVTCConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return parse_bytes("staging_bytes", self.staging_bytes)
 
 
+class ConfigKey(NamedTuple):
+    """One row of the table of keys, as text."""
+
+    name: str
+    default: str
+    values: str
+    meaning: str
+
+
+def describe() -> list[ConfigKey]:
+    """Every key of `kv_connector_extra_config`, in the order of the fields."""
+    preset = ConfigKey(
+        "preset", "none", ", ".join(preset_names()), "Sets the keys of a file of `configs/`."
+    )
+    return [preset, *(_describe(field) for field in _fields().values())]
+
+
+def _describe(field: msgspec.inspect.Field) -> ConfigKey:
+    assert isinstance(field.type, msgspec.inspect.Metadata)
+    meaning = (field.type.extra_json_schema or {})["description"]
+    default = (field.type.extra or {}).get("default", _default(field.default))
+    return ConfigKey(field.name, default, _values(field), meaning)
+
+
+def _default(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value or "none")
+
+
+def _values(field: msgspec.inspect.Field) -> str:
+    """What a key may be set to: "1 to 64", "lru, arc"."""
+    assert isinstance(field.type, msgspec.inspect.Metadata)
+    extra = field.type.extra or {}
+    if "size" not in extra:
+        return _values_of(field.type)
+    low, high = (_size_text(size) for size in extra["size"])
+    word = f"{extra['word']}, or " if "word" in extra else ""
+    return f"{word}{low} to {high}"
+
+
+def _values_of(kind: msgspec.inspect.Type) -> str:
+    match kind:
+        case msgspec.inspect.Metadata():
+            title = (kind.extra_json_schema or {}).get("title")
+            return str(title) if title else _values_of(kind.type)
+        case msgspec.inspect.UnionType():
+            optional = (t for t in kind.types if not isinstance(t, msgspec.inspect.NoneType))
+            return _values_of(next(optional))
+        case msgspec.inspect.VarTupleType():
+            return "a list of paths"
+        case msgspec.inspect.LiteralType():
+            return ", ".join(str(value) for value in kind.values)
+        case msgspec.inspect.IntType() | msgspec.inspect.FloatType():
+            low = f"{kind.ge:g}" if kind.ge is not None else f"above {kind.gt:g},"
+            return f"{low} to {kind.le}"
+        case _:
+            return "true, false"
+
+
+def _size_text(size: int) -> str:
+    fitting = (unit for unit in reversed(_BINARY_UNITS) if size and size % _BINARY_UNITS[unit] == 0)
+    unit = next(fitting, None)
+    return str(size) if unit is None else f"{size // _BINARY_UNITS[unit]}{unit.capitalize()}B"
+
+
+@cache
+def _fields() -> dict[str, msgspec.inspect.Field]:
+    kind = msgspec.inspect.type_info(KVTCConfig)
+    assert isinstance(kind, msgspec.inspect.StructType)
+    return {field.name: field for field in kind.fields}
+
+
 def parse_bytes(field: str, value: int | str) -> int:
     """Bytes from 1234, "8GiB", "500 MB". Raises ConfigError."""
     if isinstance(value, int):
         return value
-    match = _SIZE.match(value)
+    match = _SIZE.fullmatch(value.strip())
     if match is None:
-        raise ConfigError(f'{field}={value!r} is not a size; give bytes or a string such as "8GiB"')
+        raise ConfigError(
+            f'{field}={_shown(value)} is not a size; give bytes or a string such as "8GiB"'
+        )
     unit = (match.group(2) or "").lower()
     factor = _BINARY_UNITS.get(unit) or _UNITS[unit]
-    return int(float(match.group(1)) * factor)
+    return int(Decimal(match.group(1)) * factor)
 
 
 def load_config(extra: Mapping[str, Any]) -> KVTCConfig:
     """Build the configuration from `kv_connector_extra_config`. Raises ConfigError."""
     merged = _expand(extra)
-    allowed = [f.name for f in msgspec.structs.fields(KVTCConfig)]
-    for key in merged:
-        if key not in allowed:
+    types = {field.name: field.type for field in msgspec.structs.fields(KVTCConfig)}
+    values = {}
+    for key, value in merged.items():
+        if key not in types:
             raise ConfigError(
-                f"unknown key {key!r} in kv_connector_extra_config; "
-                f"allowed: preset, {', '.join(allowed)}"
+                f"unknown key {_shown(key)} in kv_connector_extra_config; "
+                f"allowed: preset, {', '.join(types)}"
             )
-    try:
-        config = msgspec.convert(merged, KVTCConfig)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"kv_connector_extra_config: {error}") from None
-    _check(config)
+        try:
+            values[key] = msgspec.convert(value, types[key])
+        except msgspec.ValidationError as error:
+            raise ConfigError(
+                f"{key}={_shown(value)} can't be used ({error}); give {_values(_fields()[key])}"
+            ) from None
+    config = KVTCConfig(**values)
+    _check_sizes(config)
+    _check_contradictions(config)
+    if config.disk_path is not None:
+        _check_disk_path(config.disk_path)
     return config
 
 
 def _expand(extra: Mapping[str, Any]) -> dict[str, Any]:
     """Replace `preset` by its keys; the other keys given win. Raises ConfigError."""
+    if not isinstance(extra, Mapping):
+        raise ConfigError(
+            f"kv_connector_extra_config={_shown(extra)} is not an object of keys and values; "
+            'give one such as {"preset": "kvtc-16x"}'
+        )
     given = dict(extra)
     preset = given.pop("preset", None)
     return {**(load_preset(preset) if preset is not None else {}), **given}
 
 
-def _check(config: KVTCConfig) -> None:
+def _check_sizes(config: KVTCConfig) -> None:
+    for name, field in _fields().items():
+        assert isinstance(field.type, msgspec.inspect.Metadata)
+        extra = field.type.extra or {}
+        value = getattr(config, name)
+        if "size" not in extra or value == extra.get("word"):
+            continue
+        low, high = extra["size"]
+        if not low <= parse_bytes(name, value) <= high:
+            raise ConfigError(f"{name}={_shown(value)} is out of range; give {_values(field)}")
+
+
+def _check_contradictions(config: KVTCConfig) -> None:
     if config.codec == "raw":
         for key in ("ratio", "artifact"):
             if getattr(config, key) is not None:
@@ -172,32 +364,40 @@ def _check(config: KVTCConfig) -> None:
                     f"{key}={getattr(config, key)!r} contradicts codec='raw', which stores KV "
                     f"uncompressed; remove {key} or set codec='kvtc'"
                 )
-    if config.ratio is not None and not config.ratio > 1:
-        raise ConfigError(f"ratio={config.ratio} must be above 1, such as 8, 16 or 32")
     if config.artifact is not None and config.registry:
         raise ConfigError(
             "artifact and registry contradict each other: artifact names one directory, "
             "registry is where to look for one; remove either"
         )
-    _require_range("chunk_tokens", config.chunk_tokens, 1, 4096)
-    _require_range("recent_window", config.window, 0, 1 << 20)
-    _require_range("encode_threads", config.encode_threads, 1, 64)
-    _require_range("encode_share", config.encode_share, 0.001, 1)
-    _require_range("load_threads", config.load_threads, 1, 64)
-    _require_range("deflate_level", config.deflate_level, 0, 3)
-    _require_range("store_threshold", config.store_threshold, 1, 1 << 16)
-    _require_range("disk_bytes", config.disk_capacity, 1 << 20, 1 << 50)
-    _require_range("disk_min_free", config.disk_reserve, 0, 1 << 50)
-    _require_range("disk_threads", config.disk_threads, 1, 64)
-    _require_range("load_deadline", config.load_deadline, 0.01, 600)
-    _require_range("memory_bytes", config.memory_capacity, 1, 1 << 50)
-    if config.staging_capacity is not None:
-        _require_range("staging_bytes", config.staging_capacity, 1, 1 << 50)
 
 
-def _require_range(field: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise ConfigError(f"{field}={value} is out of range; give {low} to {high}")
+def _check_disk_path(text: str) -> None:
+    """Raise ConfigError for what is no path, or another one in another working directory."""
+    if "\0" in text:
+        raise ConfigError(f"disk_path={_shown(text)} has a NUL character, which no path may have")
+    try:
+        os.fsencode(text)
+        path = Path(text).expanduser()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"disk_path={_shown(text)} has characters that no file name here may have"
+        ) from None
+    except RuntimeError:
+        raise ConfigError(
+            f"disk_path={_shown(text)}: the home directory is not known; give an absolute path"
+        ) from None
+    if not path.is_absolute():
+        raise ConfigError(
+            f"disk_path={_shown(text)} is not absolute; give a path such as /var/cache/kvtc"
+        )
+
+
+def _shown(value: object) -> str:
+    """A value in one short line, whatever it is."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # integers of more than 4,300 digits have no text
+        return f"an {type(value).__name__} too long to print"
 
 
 def preset_directory() -> Path:
@@ -217,7 +417,7 @@ def load_preset(name: object) -> dict[str, Any]:
     """Keys of one preset without its `description`. Raises ConfigError."""
     names = preset_names()
     if name not in names:
-        raise ConfigError(f"preset={name!r} is not known; allowed: {', '.join(names)}")
+        raise ConfigError(f"preset={_shown(name)} is not known; allowed: {', '.join(names)}")
     content = _read_preset(str(name))
     content.pop("description", None)
     return content
