@@ -1,9 +1,4 @@
-"""The connector's configuration: one struct, read from `kv_connector_extra_config`.
-
-Presets are YAML files in `configs/` whose keys are fields of this struct; a
-`preset` key in the extra config is expanded first, then the other keys given
-override it. Every unknown key, wrong type and contradiction is an error that
-names the key, the value and what would be right.
+"""The configuration's keys: limits, meanings, contradictions.
 
 A field's annotation holds its limits and its description. The checks, the error
 messages and the table of `kvtc config --describe` all read them there.
@@ -12,38 +7,24 @@ messages and the table of `kvtc config --describe` all read them there.
 from __future__ import annotations
 
 import os
-import re
-import reprlib
 from collections.abc import Mapping
-from decimal import Decimal
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
-import yaml
 from msgspec import Meta
+
+from kvtc_vllm.config.presets import load_preset, preset_names
+from kvtc_vllm.config.values import ConfigError, parse_bytes, shown, size_text
 
 CONNECTOR_NAME = "KVTCConnector"
 DEFAULT_RATIO = 16.0
 DEFAULT_RECENT_WINDOW = 128
 AUTO = "auto"
 
-# No number of more digits is a size; without a limit, one of 400 has no float and one of 5,000
-# no int.
-_SIZE = re.compile(r"([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([KMGTP]i?)?B?", re.IGNORECASE)
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "p": 10**15}
-_BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40, "pi": 2**50}
 _MIB = 1 << 20
 _MOST_BYTES = 1 << 50
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
-
-
-class ConfigError(ValueError):
-    """A configuration key has a value that can't be used."""
-
 
 Ratio = Annotated[float, Meta(gt=1, le=1024)]
 Threads = Annotated[int, Meta(ge=1, le=64)]
@@ -256,7 +237,7 @@ def _values(field: msgspec.inspect.Field) -> str:
     extra = field.type.extra or {}
     if "size" not in extra:
         return _values_of(field.type)
-    low, high = (_size_text(size) for size in extra["size"])
+    low, high = (size_text(size) for size in extra["size"])
     word = f"{extra['word']}, or " if "word" in extra else ""
     return f"{word}{low} to {high}"
 
@@ -280,31 +261,11 @@ def _values_of(kind: msgspec.inspect.Type) -> str:
             return "true, false"
 
 
-def _size_text(size: int) -> str:
-    fitting = (unit for unit in reversed(_BINARY_UNITS) if size and size % _BINARY_UNITS[unit] == 0)
-    unit = next(fitting, None)
-    return str(size) if unit is None else f"{size // _BINARY_UNITS[unit]}{unit.capitalize()}B"
-
-
 @cache
 def _fields() -> dict[str, msgspec.inspect.Field]:
     kind = msgspec.inspect.type_info(KVTCConfig)
     assert isinstance(kind, msgspec.inspect.StructType)
     return {field.name: field for field in kind.fields}
-
-
-def parse_bytes(field: str, value: int | str) -> int:
-    """Bytes from 1234, "8GiB", "500 MB". Raises ConfigError."""
-    if isinstance(value, int):
-        return value
-    match = _SIZE.fullmatch(value.strip())
-    if match is None:
-        raise ConfigError(
-            f'{field}={_shown(value)} is not a size; give bytes or a string such as "8GiB"'
-        )
-    unit = (match.group(2) or "").lower()
-    factor = _BINARY_UNITS.get(unit) or _UNITS[unit]
-    return int(Decimal(match.group(1)) * factor)
 
 
 def load_config(extra: Mapping[str, Any]) -> KVTCConfig:
@@ -315,14 +276,14 @@ def load_config(extra: Mapping[str, Any]) -> KVTCConfig:
     for key, value in merged.items():
         if key not in types:
             raise ConfigError(
-                f"unknown key {_shown(key)} in kv_connector_extra_config; "
+                f"unknown key {shown(key)} in kv_connector_extra_config; "
                 f"allowed: preset, {', '.join(types)}"
             )
         try:
             values[key] = msgspec.convert(value, types[key])
         except msgspec.ValidationError as error:
             raise ConfigError(
-                f"{key}={_shown(value)} can't be used ({error}); give {_values(_fields()[key])}"
+                f"{key}={shown(value)} can't be used ({error}); give {_values(_fields()[key])}"
             ) from None
     config = KVTCConfig(**values)
     _check_sizes(config)
@@ -336,7 +297,7 @@ def _expand(extra: Mapping[str, Any]) -> dict[str, Any]:
     """Replace `preset` by its keys; the other keys given win. Raises ConfigError."""
     if not isinstance(extra, Mapping):
         raise ConfigError(
-            f"kv_connector_extra_config={_shown(extra)} is not an object of keys and values; "
+            f"kv_connector_extra_config={shown(extra)} is not an object of keys and values; "
             'give one such as {"preset": "kvtc-16x"}'
         )
     given = dict(extra)
@@ -353,7 +314,7 @@ def _check_sizes(config: KVTCConfig) -> None:
             continue
         low, high = extra["size"]
         if not low <= parse_bytes(name, value) <= high:
-            raise ConfigError(f"{name}={_shown(value)} is out of range; give {_values(field)}")
+            raise ConfigError(f"{name}={shown(value)} is out of range; give {_values(field)}")
 
 
 def _check_contradictions(config: KVTCConfig) -> None:
@@ -374,62 +335,22 @@ def _check_contradictions(config: KVTCConfig) -> None:
 def _check_disk_path(text: str) -> None:
     """Raise ConfigError for what is no path, or another one in another working directory."""
     if "\0" in text:
-        raise ConfigError(f"disk_path={_shown(text)} has a NUL character, which no path may have")
+        raise ConfigError(f"disk_path={shown(text)} has a NUL character, which no path may have")
     try:
         os.fsencode(text)
         path = Path(text).expanduser()
     except UnicodeEncodeError:
         raise ConfigError(
-            f"disk_path={_shown(text)} has characters that no file name here may have"
+            f"disk_path={shown(text)} has characters that no file name here may have"
         ) from None
     except RuntimeError:
         raise ConfigError(
-            f"disk_path={_shown(text)}: the home directory is not known; give an absolute path"
+            f"disk_path={shown(text)}: the home directory is not known; give an absolute path"
         ) from None
     if not path.is_absolute():
         raise ConfigError(
-            f"disk_path={_shown(text)} is not absolute; give a path such as /var/cache/kvtc"
+            f"disk_path={shown(text)} is not absolute; give a path such as /var/cache/kvtc"
         )
-
-
-def _shown(value: object) -> str:
-    """A value in one short line, whatever it is."""
-    try:
-        return _SHORT.repr(value)
-    except ValueError:  # integers of more than 4,300 digits have no text
-        return f"an {type(value).__name__} too long to print"
-
-
-def preset_directory() -> Path:
-    """Directory of the shipped presets: in the wheel, else in the source tree."""
-    package = Path(__file__).resolve().parent
-    installed = package / "_configs"
-    return installed if installed.is_dir() else package.parent / "configs"
-
-
-def preset_names() -> list[str]:
-    """Names of the connector's shipped presets, sorted; LMCache's are not among them."""
-    names = (p.stem for p in preset_directory().glob("*.yaml"))
-    return sorted(name for name in names if not name.startswith("lmcache-"))
-
-
-def load_preset(name: object) -> dict[str, Any]:
-    """Keys of one preset without its `description`. Raises ConfigError."""
-    names = preset_names()
-    if name not in names:
-        raise ConfigError(f"preset={_shown(name)} is not known; allowed: {', '.join(names)}")
-    content = _read_preset(str(name))
-    content.pop("description", None)
-    return content
-
-
-def preset_description(name: str) -> str:
-    """What a shipped preset says of itself."""
-    return str(_read_preset(name).get("description", ""))
-
-
-def _read_preset(name: str) -> dict[str, Any]:
-    return dict(yaml.safe_load((preset_directory() / f"{name}.yaml").read_text()))
 
 
 def kv_transfer_config(extra: Mapping[str, Any]) -> dict[str, Any]:
