@@ -231,7 +231,8 @@ class KVTCWorker:
         with self._mailbox.open() as mail:
             mail.report.stored += [(key, self._rank, size) for key, size in kept]
             mail.report.dropped += [(key, self._rank) for key in failed]
-            mail.report.disk_stored += [(key, self._rank, size) for key, size in news.stored]
+            on_disk = [*news.found, *news.stored]
+            mail.report.disk_stored += [(key, self._rank, size) for key, size in on_disk]
             mail.report.disk_lost += news.lost
             for name, amount in (
                 ("promoted_chunks", len(kept)),
