@@ -22,9 +22,9 @@ from pathlib import Path
 
 import torch
 
-from kvtc_vllm.calibration.artifact_io import load_rank_artifact
-from kvtc_vllm.calibration.identity import model_identity
-from kvtc_vllm.calibration.registry import find
+from kvtc_vllm.artifact.directory import load_rank_artifact
+from kvtc_vllm.artifact.identity import model_identity
+from kvtc_vllm.artifact.registry import find
 from kvtc_vllm.codec.codec import ChunkCodec
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.raw import RawCodec

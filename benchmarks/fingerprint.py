@@ -20,8 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from kvtc_vllm.calibration import remembered, sampling
-from kvtc_vllm.calibration.identity import FULL_HASH_LIMIT, weights_fingerprint
+from kvtc_vllm.artifact import remembered, sampling
+from kvtc_vllm.artifact.identity import FULL_HASH_LIMIT, weights_fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 3

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+import time
+from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from kvtc_vllm.cli import main
 from kvtc_vllm.config import (
     ConfigError,
+    describe,
     kv_transfer_config,
     load_config,
     parse_bytes,
@@ -75,6 +81,60 @@ def test_bad_configuration_is_one_clear_line(extra: dict[str, object], words: li
         assert word in message
 
 
+def deep(levels: int) -> object:
+    value: object = "kvtc-16x"
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({"memory_bytes": "9" * 400}, ["memory_bytes='99", "is not a size"]),
+        ({"memory_bytes": "9" * 30}, ["memory_bytes='99", "out of range", "1PiB"]),
+        ({"memory_bytes": 10**5000}, ["memory_bytes", "out of range", "1PiB"]),
+        ({"disk_bytes": "1" * 2_000_000}, ["disk_bytes", "is not a size"]),
+        ({"preset": deep(100_000)}, ["preset", "kvtc-16x"]),
+        ({"chunk_tokens": deep(100_000)}, ["chunk_tokens", "int"]),
+        ({"preset": "x" * 100_000}, ["preset", "kvtc-16x"]),
+        ({"y" * 100_000: 1}, ["unknown key", "memory_bytes"]),
+        ({7: 1}, ["unknown key 7", "memory_bytes"]),
+        (None, ["kv_connector_extra_config", "None", "object"]),
+        ("kvtc-16x", ["kv_connector_extra_config", "kvtc-16x", "object"]),
+        ({"disk_path": "/tmp/a\0b"}, ["disk_path", "NUL"]),
+        ({"disk_path": "~nosuchuser/kvtc"}, ["disk_path", "~nosuchuser"]),
+        ({"disk_path": "/tmp/\ud800"}, ["disk_path", "ud800"]),
+        ({"disk_path": ""}, ["disk_path=''", "absolute"]),
+        ({"disk_path": "cache/kvtc"}, ["disk_path='cache/kvtc'", "absolute"]),
+        ({"ratio": float("inf")}, ["ratio=inf", "above 1"]),
+        ({"ratio": float("nan")}, ["ratio=nan", "above 1"]),
+        ({"load_deadline": float("nan")}, ["load_deadline=nan", "0.01 to 600"]),
+    ],
+    ids=lambda value: ascii(value)[:40] if isinstance(value, str) else None,
+)
+def test_hostile_configuration_is_one_short_line(extra: Any, words: list[str]) -> None:
+    for build in (load_config, kv_transfer_config):
+        with pytest.raises(ConfigError) as caught:
+            build(extra)
+        message = str(caught.value)
+        assert "\n" not in message
+        assert len(message) < 800
+        for word in words:
+            assert word in message
+
+
+def test_a_size_that_is_mostly_blanks_is_refused_at_once() -> None:
+    started = time.process_time()
+    with pytest.raises(ConfigError, match="is not a size"):
+        parse_bytes("memory_bytes", "1" + " " * 40_000 + "x")
+    assert time.process_time() - started < 0.2
+
+
+def test_a_disk_path_may_start_at_home() -> None:
+    assert load_config({"disk_path": "~/kvtc"}).disk_path == "~/kvtc"
+
+
 def test_cli_prints_the_error_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "nothing"]) == 2
     captured = capsys.readouterr()
@@ -83,6 +143,41 @@ def test_cli_prints_the_error_and_fails(capsys: pytest.CaptureFixture[str]) -> N
     assert "nothing" in captured.err
     assert main(["config", "raw", "memory_bytes"]) == 2
     assert "KEY=VALUE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["{", "[" * 10_000, "\x00", "a: b: c", "2026-13-45", "9" * 5_000])
+def test_cli_refuses_a_value_that_is_no_yaml(
+    value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["config", "raw", f"memory_bytes={value}"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "memory_bytes is not YAML" in error
+
+
+def test_described_defaults_and_limits_are_those_that_hold() -> None:
+    described = {key.name: key for key in describe()}
+    assert described["ratio"].default == f"{load_config({}).target_ratio:g}"
+    assert described["recent_window"].default == "128; `raw`: 0"
+    assert described["memory_bytes"].values == "1 to 1PiB"
+    for name, key in described.items():
+        if " to " not in key.values:
+            continue
+        low, high = key.values.split(" to ")
+        for value in (low.split()[-1], high):
+            if not low.startswith("above"):
+                load_config({name: yaml.safe_load(value)})
+        with pytest.raises(ConfigError, match=re.escape(key.values)):
+            load_config({name: -1})
+
+
+def test_the_documented_table_of_keys_is_the_described_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["config", "--describe"]) == 0
+    table = capsys.readouterr().out
+    page = (Path(__file__).parents[1] / "docs" / "configuration.md").read_text()
+    assert table in page, "replace the table by the output of `kvtc config --describe`"
 
 
 def test_cli_lists_presets(capsys: pytest.CaptureFixture[str]) -> None:

@@ -136,3 +136,13 @@ def test_dependencies_of_vllm_match_the_supported_range(
     assert re.search(
         r"^Requires-Dist: vllm<0\.34,>=0\.26; extra == .vllm.$", metadata, re.MULTILINE
     )
+
+
+def test_serving_needs_nothing_that_only_calibration_and_evaluation_use(
+    content: dict[str, bytes], dist_info: str
+) -> None:
+    required = Parser().parsestr(content[f"{dist_info}/METADATA"].decode()).get_all("Requires-Dist")
+    assert required is not None
+    for name in ("matplotlib", "tqdm"):
+        extras = {r.split("extra == ")[-1].strip("'") for r in required if r.startswith(name)}
+        assert extras == {"calibrate", "eval", "dev"}

@@ -19,7 +19,7 @@ from benchmarks.gpu.paged_fixture import PagedFixture
 from benchmarks.gpu.report import append, parser, seconds
 from benchmarks.gpu.stages import product_flops, stage_ms
 from kvtc_vllm.codec.container import parse
-from kvtc_vllm.codec.entropy.deflate_nvcomp import nvcomp_or_none
+from kvtc_vllm.codec.kernels.deflate_nvcomp import nvcomp_or_none
 
 Case = tuple[str, float, int, int, int]
 """shape, ratio, layers a group (0: all), chunk tokens, load tokens"""

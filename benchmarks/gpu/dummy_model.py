@@ -24,12 +24,11 @@ from torch import nn
 
 from benchmarks.gpu.models import Shape, synthetic_artifact
 from benchmarks.gpu.random_model import ModelShape
-from kvtc_vllm.calibration.artifact_io import section_cards
-from kvtc_vllm.calibration.card import ArtifactCard, DataCard, GeometryCard, save_card
-from kvtc_vllm.calibration.fingerprint import artifact_fingerprint
-from kvtc_vllm.calibration.identity import model_identity
-from kvtc_vllm.calibration.probe import PROBE_TOKENS, Probe
-from kvtc_vllm.calibration.rank_file import rank_file_name, write_rank_file
+from kvtc_vllm.artifact.card import ArtifactCard, DataCard, GeometryCard, save_card
+from kvtc_vllm.artifact.fingerprint import artifact_fingerprint
+from kvtc_vllm.artifact.identity import model_identity
+from kvtc_vllm.artifact.rank_file import PROBE_TOKENS, Probe, rank_file_name, write_rank_file
+from kvtc_vllm.calibration.writing import section_cards
 from kvtc_vllm.codec.artifact import RankArtifact, SectionBasis
 from kvtc_vllm.codec.bitplan import apply_plan
 from kvtc_vllm.codec.payload import BitPlan, bit_plan

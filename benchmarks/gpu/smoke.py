@@ -17,8 +17,8 @@ import torch
 from benchmarks.gpu.models import SHAPES, rope_table
 from benchmarks.gpu.paged_fixture import PagedFixture
 from benchmarks.gpu.report import machine, parser
-from kvtc_vllm.codec.entropy import DEFLATE, NVCOMP
-from kvtc_vllm.codec.entropy.deflate_nvcomp import NvcompDeflate
+from kvtc_vllm.codec.entropy import DEFLATE
+from kvtc_vllm.codec.kernels.deflate_nvcomp import NVCOMP, NvcompDeflate
 from kvtc_vllm.codec.kernels.gather import gather_rows
 from kvtc_vllm.codec.kernels.paged import PagedSide, block_slots
 from kvtc_vllm.codec.kernels.rotation import rotations

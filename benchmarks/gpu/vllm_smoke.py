@@ -127,10 +127,10 @@ def _watched_registration() -> Iterator[None]:
 
     build_worker = connector.build_worker
 
-    def watched(vllm_config: Any, config: Any, geometry: Any, caches: Any) -> Any:
+    def watched(vllm_config: Any, config: Any, geometry: Any, caches: Any, *more: Any) -> Any:
         outcome = _outcome(lambda: registered(vllm_config, geometry.layer_names, caches))
         report({"check": "registered", **outcome})
-        worker = build_worker(vllm_config, config, geometry, caches)
+        worker = build_worker(vllm_config, config, geometry, caches, *more)
         _layouts.append(PagedLayout(caches, geometry))
         return worker
 

@@ -10,13 +10,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from kvtc_vllm.calibration.artifact_io import Description, write_artifact
+from kvtc_vllm.artifact.card import DataCard
+from kvtc_vllm.artifact.identity import model_identity, public_model_name
+from kvtc_vllm.artifact.rank_file import Probe
 from kvtc_vllm.calibration.capture import CaptureResult, CaptureSettings, capture_rows
-from kvtc_vllm.calibration.card import DataCard
 from kvtc_vllm.calibration.fit import FitSettings, RankFit, estimate_bytes, fit_rank
-from kvtc_vllm.calibration.identity import model_identity, public_model_name
-from kvtc_vllm.calibration.probe import Probe
 from kvtc_vllm.calibration.spool import SpoolReader
+from kvtc_vllm.calibration.writing import Description, write_artifact
 
 
 def calibrate(

@@ -1,7 +1,4 @@
-"""Runs a model in vLLM and leaves its sampled KV rows in a spool.
-
-Only this module of the package imports vLLM, and only when called.
-"""
+"""Runs a model in vLLM and leaves its sampled KV rows in a spool; imports vLLM when called."""
 
 from __future__ import annotations
 
@@ -58,15 +55,15 @@ def capture_rows(settings: CaptureSettings, spool: Path) -> CaptureResult:
     from vllm.config import KVTransferConfig
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    from kvtc_vllm.connector import register
+    from kvtc_vllm.calibration.capture_connector import KVTCCaptureConnector
 
-    register()
     llm = LLM(
         model=settings.model,
         tensor_parallel_size=settings.tp,
         enable_prefix_caching=False,
         kv_transfer_config=KVTransferConfig(
-            kv_connector="KVTCCaptureConnector",
+            kv_connector=KVTCCaptureConnector.__name__,
+            kv_connector_module_path=KVTCCaptureConnector.__module__,
             kv_role="kv_both",
             kv_connector_extra_config={
                 "spool": str(spool.resolve()),

@@ -13,8 +13,7 @@ from typing import Protocol
 
 import torch
 
-from kvtc_vllm.calibration.fingerprint import artifact_fingerprint
-from kvtc_vllm.calibration.key_share import own_ratio
+from kvtc_vllm.artifact.fingerprint import artifact_fingerprint
 from kvtc_vllm.calibration.pca import (
     RANK_CAP,
     Method,
@@ -191,6 +190,26 @@ def heldout_error(section: SectionBasis, plan: BitPlan, rows: torch.Tensor) -> f
         error += float((block - restored).double().square().sum())
         total += float((block - mean).double().square().sum())
     return error / total if total > 0 else 0.0
+
+
+def own_ratio(geometry: Geometry, group: int, kind: Kind, ratio: float, share: float) -> float:
+    """Ratio of K or V of a layer group, where both together have `ratio` and K `share` of the bits.
+
+    The paper codes both at the target ratio. What a model bears differs: `kvtc eval MODEL
+    --ablation keys-values` measures it at equal bytes. share: above 0, below 1. Raises
+    ArtifactError if that would take K or V below 1x: more bits than the cache has.
+    """
+    if not 0 < share < 1:
+        raise ArtifactError(f"key share {share} must be above 0 and below 1")
+    both = sum(geometry.row_size(group, k) for k in KINDS)
+    part = share if kind == "k" else 1 - share
+    own = ratio * geometry.row_size(group, kind) / (part * both)
+    if own < 1:
+        raise ArtifactError(
+            f"a key share of {share:g} at ratio {ratio:g} gives {kind.upper()} more bits than "
+            "the cache has; take a share nearer to 0.5, or leave out low ratios"
+        )
+    return own
 
 
 def _own_ratios(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvtc_vllm.calibration.card import ArtifactCard
+from kvtc_vllm.artifact.card import ArtifactCard
 from kvtc_vllm.calibration.fit import RankFit
 from kvtc_vllm.codec.artifact import KINDS, Kind
 from kvtc_vllm.codec.bitplan import plan_bits

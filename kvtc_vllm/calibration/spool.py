@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from kvtc_vllm.calibration.probe import PROBE_TOKENS, Probe
+from kvtc_vllm.artifact.rank_file import PROBE_TOKENS, Probe
 from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.quantizers.base import to_fp16

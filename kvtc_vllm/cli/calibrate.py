@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 
+from kvtc_vllm.cli.extras import require
 from kvtc_vllm.config import ConfigError
 
 
@@ -55,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Calibrate and print where the artifact is and what it promises."""
+    require("kvtc calibrate", "calibrate")
     from kvtc_vllm.calibration.calibrate import calibrate
     from kvtc_vllm.calibration.capture import CaptureSettings
     from kvtc_vllm.calibration.fit import FitSettings

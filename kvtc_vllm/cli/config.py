@@ -2,9 +2,14 @@
 
     vllm serve MODEL --kv-transfer-config "$(kvtc config kvtc-16x)"
 
-Fields are overridden with KEY=VALUE, such as memory_bytes=64GiB.
+KEY=VALUE overrides a key of the preset, such as memory_bytes=64GiB. Without a preset, the command
+lists them.
 
-    kvtc config lmcache [fs | fs-native | redis] model=MODEL [KEY=VALUE ...]
+    kvtc config --describe
+
+prints every key with its default, its allowed values and its meaning.
+
+    kvtc config lmcache [fs | fs-native | redis | s3] model=MODEL [KEY=VALUE ...]
 
 prints the commands of an LMCache server with KVTC below it and of a vLLM that uses it. KEY is a
 setting of the codec (ratio, artifact, ...), l2.KEY of the L2 adapter, server.KEY of the server;
@@ -19,7 +24,13 @@ import shlex
 
 import yaml
 
-from kvtc_vllm.config import ConfigError, kv_transfer_config, preset_description, preset_names
+from kvtc_vllm.config import (
+    ConfigError,
+    describe,
+    kv_transfer_config,
+    preset_description,
+    preset_names,
+)
 from kvtc_vllm.lmcache.command import commands, lmcache_presets
 
 LMCACHE = "lmcache"
@@ -28,11 +39,15 @@ LMCACHE = "lmcache"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("preset", nargs="?", help="name of a preset; none: list them")
-    parser.add_argument("override", nargs="*", metavar="KEY=VALUE", help="fields to change")
+    parser.add_argument("override", nargs="*", metavar="KEY=VALUE", help="keys to change")
+    parser.add_argument("--describe", action="store_true", help="print a table of all keys")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print JSON, commands, or the list of presets."""
+    """Print JSON, commands, the list of presets or the table of keys."""
+    if args.describe:
+        print(described())
+        return 0
     if args.preset is None:
         for name in preset_names():
             print(f"{name:12} {preset_description(name)}")
@@ -41,6 +56,14 @@ def run(args: argparse.Namespace) -> int:
         return _print_lmcache(args.override)
     print(json.dumps(kv_transfer_config({"preset": args.preset, **_values(args.override)})))
     return 0
+
+
+def described() -> str:
+    """The table of all keys, in Markdown."""
+    rows = [
+        f"| `{key.name}` | {key.default} | {key.values} | {key.meaning} |" for key in describe()
+    ]
+    return "\n".join(["| key | default | values | meaning |", "|---|---|---|---|", *rows])
 
 
 def _print_lmcache(words: list[str]) -> int:
@@ -59,5 +82,8 @@ def _values(overrides: list[str]) -> dict[str, object]:
         key, separator, value = override.partition("=")
         if not separator:
             raise ConfigError(f"{override!r} is not KEY=VALUE, such as memory_bytes=64GiB")
-        values[key] = yaml.safe_load(value)
+        try:
+            values[key] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            raise ConfigError(f"the value of {key} is not YAML: {value[:80]!r}") from None
     return values

@@ -95,8 +95,8 @@ def _plugin() -> bool:
 
 def _registry(args: argparse.Namespace) -> Path | None:
     """List artifacts; returns the model's match, or any artifact if no model was given."""
-    from kvtc_vllm.calibration import registry
-    from kvtc_vllm.calibration.identity import model_identity
+    from kvtc_vllm.artifact import registry
+    from kvtc_vllm.artifact.identity import model_identity
 
     artifacts: list[Path] = []
     for place in registry.search_path(args.registry):
@@ -126,7 +126,7 @@ def _registry(args: argparse.Namespace) -> Path | None:
 
 def _round_trip(directory: Path, ratio: float) -> bool:
     """Encode and decode the artifact's probe on the CPU."""
-    from kvtc_vllm.calibration.artifact_io import load_rank_artifact
+    from kvtc_vllm.artifact.directory import load_rank_artifact
     from kvtc_vllm.codec.registry import open_codec
 
     artifact, _, probe = load_rank_artifact(directory, 0)

@@ -12,7 +12,6 @@ must confirm it. Writes results.json, results.md and, without --lm-eval, results
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import shlex
 import sys
@@ -20,6 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvtc_vllm.cli.extras import require
 from kvtc_vllm.config import ConfigError
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, report, say where the results are."""
+    require("kvtc eval", "eval")
     if args.lm_eval:
         return _run_harness(args)
     if args.limit is not None or args.few_shot is not None:
@@ -95,8 +96,7 @@ def run(args: argparse.Namespace) -> int:
 def _run_harness(args: argparse.Namespace) -> int:
     if args.ablation or args.card:
         raise ConfigError("--lm-eval can't be combined with --ablation or --card")
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError("--lm-eval needs lm-eval: pip install 'kvtc-vllm[eval]'")
+    require("--lm-eval", "eval", "lm_eval")
     from kvtc_vllm.evaluation import methods
     from kvtc_vllm.evaluation.harness_suite import HarnessJob, run_harness
     from kvtc_vllm.evaluation.suite import SuiteError
@@ -183,8 +183,8 @@ def _engine(text: str) -> dict[str, Any]:
 
 
 def _write_card(args: argparse.Namespace, command: str, found: list[Row]) -> Path:
-    from kvtc_vllm.calibration import registry
-    from kvtc_vllm.calibration.identity import model_identity
+    from kvtc_vllm.artifact import registry
+    from kvtc_vllm.artifact.identity import model_identity
     from kvtc_vllm.evaluation.card import write_card
     from kvtc_vllm.evaluation.suite import describe
 

@@ -50,8 +50,8 @@ def run(args: argparse.Namespace) -> int:
 
 def describe_artifact(directory: Path) -> dict[str, Any]:
     """The card, with every rank file loaded and checked against it. Raises ArtifactError."""
-    from kvtc_vllm.calibration.artifact_io import load_rank_artifact
-    from kvtc_vllm.calibration.card import load_card
+    from kvtc_vllm.artifact.card import load_card
+    from kvtc_vllm.artifact.directory import load_rank_artifact
 
     card = load_card(directory)
     for rank in range(card.tp_size):

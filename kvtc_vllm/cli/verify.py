@@ -13,7 +13,8 @@ from pathlib import Path
 
 from kvtc_vllm.codec.container import parse
 from kvtc_vllm.codec.errors import ContainerError
-from kvtc_vllm.tiers.disk import DiskError, seal
+from kvtc_vllm.tiers.disk import DiskError
+from kvtc_vllm.tiers.disk.layout import check_blob
 from kvtc_vllm.tiers.disk.survey import Survey
 from kvtc_vllm.tiers.policies import ChunkKey
 
@@ -45,7 +46,7 @@ def _bad_chunks(survey: Survey, namespace: str, keys: list[ChunkKey]) -> list[Ch
         path = Path(survey.path(namespace, key))
         try:
             blob = path.read_bytes()
-            seal.check(blob, bytes.fromhex(namespace), key)
+            check_blob(blob, bytes.fromhex(namespace), key)
             parse(blob)
         except FileNotFoundError:
             continue

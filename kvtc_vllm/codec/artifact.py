@@ -1,8 +1,7 @@
 """In-memory form of one calibration artifact, for one tensor-parallel rank.
 
-These are plain values: what `ChunkCodec` needs and nothing else. Reading and
-writing them is `kvtc_vllm.calibration.artifact_io`; fitting them is
-`kvtc_vllm.calibration.fit`.
+These are plain values: what `ChunkCodec` needs and nothing else. Their files are
+`kvtc_vllm.artifact`; fitting them is `kvtc_vllm.calibration.fit`.
 
 A *row* is one token position: K (or V) of all KV heads of the layers of one
 layer group on one rank, flattened in C order [layer, head, dim]; its length

@@ -6,16 +6,13 @@ server, the engine core and every worker, so it must be cheap and idempotent.
 
 from __future__ import annotations
 
-CONNECTORS = {
-    "KVTCConnector": "kvtc_vllm.connector.connector",
-    "KVTCCaptureConnector": "kvtc_vllm.connector.capture",
-}
+NAME = "KVTCConnector"
+MODULE = "kvtc_vllm.connector.connector"
 
 
 def register() -> None:
-    """Make the connectors known to vLLM by name."""
+    """Make the connector known to vLLM by name."""
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
-    for name, module in CONNECTORS.items():
-        if name not in KVConnectorFactory._registry:
-            KVConnectorFactory.register_connector(name, module, name)
+    if NAME not in KVConnectorFactory._registry:
+        KVConnectorFactory.register_connector(NAME, MODULE, NAME)

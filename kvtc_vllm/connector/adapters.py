@@ -1,8 +1,9 @@
-"""LoRA adapters by the contents that were loaded, not by the files that a path names now.
+"""LoRA adapters by what computes, not by the files that a path names now.
 
-An adapter's files may be replaced at any time, while workers compute with what they read
-before. So a worker digests the tensors that vLLM keeps of each adapter, whenever a new object
-stands for it, and tells the scheduler, which names chunks by the digests (`AdapterDigests`).
+An adapter's files may be replaced at any time, while workers compute with what they read before;
+even vLLM's copy in host memory may be a map of the file. What computes is the copy in a slot of
+the model's LoRA layers. A worker digests that copy whenever an adapter gets a slot, and tells the
+scheduler, which names chunks by the digests of all ranks (`AdapterDigests`).
 """
 
 from __future__ import annotations
@@ -15,10 +16,15 @@ import torch
 import xxhash
 from vllm.logger import init_logger
 
+from kvtc_vllm.connector.messages import NO_ADAPTER, AdapterUse
+from kvtc_vllm.connector.word_sample import NEVER, Sample, WordSampler
+
 logger = init_logger("vllm.kvtc")
 
 GONE = b""
-"""Digest of an adapter that was loaded and is not any more."""
+"""In the place of a digest: the adapter is in no slot."""
+_STACKED = ("lora_a_stacked", "lora_b_stacked")
+"""Ends of the names under which vLLM's LoRA layers keep tensors [slots, ...]."""
 
 
 def adapter_id(request: Any) -> int | None:
@@ -27,118 +33,155 @@ def adapter_id(request: Any) -> int | None:
     return None if lora is None else int(lora.lora_int_id)
 
 
+class _Slot:
+    """An adapter in a slot. digest: None if there is nothing that could be digested."""
+
+    def __init__(self, index: int, adapter: Any, tensors: Sequence[torch.Tensor]) -> None:
+        self.index = index
+        self._adapter = weakref.ref(adapter)
+        parts = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors]
+        self._sampler = WordSampler(parts)
+        self._sampler.refer()
+        self.digest = _digest(parts) if parts else None
+
+    def holds(self, index: int, adapter: Any) -> bool:
+        """Whether it is this adapter's, as far as objects tell."""
+        return self.index == index and self._adapter() is adapter
+
+    def sample(self) -> Sample:
+        return self._sampler.sample()
+
+
 class LoadedAdapters:
     """Worker side. Used by the engine's thread only. manager: vLLM's, None without LoRA."""
 
     def __init__(self, manager: Any | None) -> None:
         self._manager = manager
-        self._seen: dict[int, tuple[weakref.ref[Any], bytes | None]] = {}
+        self._slots: dict[int, _Slot] = {}
 
     def refresh(self) -> dict[int, bytes | None]:
         """Digests that changed since the last call; GONE, or None where there can't be one."""
         if self._manager is None:
             return {}
+        inner = self._manager._adapter_manager
+        registered = inner.list_adapters()
+        active = {n: i for i, n in enumerate(inner.lora_index_to_id) if n in registered}
         news: dict[int, bytes | None] = {}
-        registered = self._manager._adapter_manager.list_adapters()
-        for number in [number for number in self._seen if number not in registered]:
-            del self._seen[number]
+        for number in [number for number in self._slots if number not in active]:
+            del self._slots[number]
             news[number] = GONE
-        for number, adapter in registered.items():
-            known = self._seen.get(number)
-            if known is None or known[0]() is not adapter:
-                news[number] = _digest(adapter)
-                self._seen[number] = (weakref.ref(adapter), news[number])
+        for number, index in active.items():
+            slot = self._slots.get(number)
+            if slot is None or not slot.holds(index, registered[number]):
+                slot = _Slot(index, registered[number], list(_slot_tensors(inner, index)))
+                self._slots[number] = slot
+                news[number] = slot.digest
         return news
 
     def load(self, requests: Sequence[Any]) -> dict[int, bytes | None]:
-        """Digests of adapters, loaded as vLLM would for a request that is about to run."""
-        answers: dict[int, bytes | None] = {}
+        """Digests of adapters, loaded as vLLM would for requests that are about to run."""
+        failed = set()
         for request in requests:
-            number = int(request.lora_int_id)
             try:
-                self._load(request)
+                if self._manager is not None:
+                    self._manager.add_adapter(request)
             except Exception as error:  # the request itself will fail, or not, without us
-                logger.warning("kvtc: the LoRA adapter %s can't be read: %s", request, error)
-                answers[number] = None
+                logger.warning("kvtc: the LoRA adapter %s can't be loaded: %s", request, error)
+                failed.add(int(request.lora_int_id))
         news = self.refresh()
-        for request in requests:
-            number = int(request.lora_int_id)
-            if number not in answers:
-                answers[number] = self._seen[number][1] if number in self._seen else None
-        return {**news, **answers}
+        for number in (int(request.lora_int_id) for request in requests):
+            slot = self._slots.get(number)
+            news[number] = None if slot is None or number in failed else slot.digest
+        return news
+
+    def forget(self) -> None:
+        """Digest all again at the next `refresh`: slots changed without a sign of it."""
+        self._slots.clear()
 
     def is_loaded(self, number: int, digest: bytes) -> bool:
         """Whether the adapter has these contents, as of the last `refresh`."""
-        known = self._seen.get(number)
-        return known is not None and known[1] == digest
+        slot = self._slots.get(number)
+        return slot is not None and slot.digest == digest
 
-    def _load(self, request: Any) -> None:
-        if self._manager is None:
-            return
-        in_place = getattr(request, "load_inplace", False)
-        if in_place or request.lora_int_id not in self._manager.list_adapters():
-            self._manager.add_adapter(request)
+    def sample(self, number: int) -> Sample:
+        """An adapter's slot now, to be compared with what was digested."""
+        slot = self._slots.get(number)
+        return NEVER if slot is None else slot.sample()
 
 
 class AdapterDigests:
     """Scheduler side: what the workers have said. Used by the scheduler's thread only."""
 
-    def __init__(self) -> None:
-        self._loaded: dict[int, bytes] = {}
-        self._last: dict[int, bytes] = {}
+    def __init__(self, ranks: int) -> None:
+        self._ranks = ranks
+        self._parts: dict[int, dict[int, bytes | None]] = {}
+        self._last: dict[int, AdapterUse] = {}
         self._wanted: dict[int, Any] = {}
 
-    def of(self, request: Any) -> bytes | None:
-        """Digest of a request's adapter, b"" without one; None, and asked for, if not known."""
+    def of(self, request: Any) -> AdapterUse | None:
+        """What a request's names assume; None, and asked for, if that is not known."""
         number = adapter_id(request)
         if number is None:
-            return b""
+            return NO_ADAPTER
         # vLLM loads such an adapter again for every step: what is loaded now says nothing.
         again = getattr(request.lora_request, "load_inplace", False)
-        if number in self._loaded and not again:
-            return self._loaded[number]
-        self._wanted[number] = request.lora_request
-        return None
+        known = None if again else self.known(number)
+        if known is None:
+            self._wanted[number] = request.lora_request
+        return known
+
+    def known(self, number: int) -> AdapterUse | None:
+        """The adapter as all ranks have it loaded; None if some have not."""
+        parts = self._parts.get(number, {})
+        if len(parts) < self._ranks or not all(parts.values()):
+            return None
+        return AdapterUse(number, tuple(parts[rank] or b"" for rank in sorted(parts)))
+
+    def is_nameless(self, number: int) -> bool:
+        """Whether some rank can't tell what the adapter contains."""
+        return None in self._parts.get(number, {}).values()
 
     def take_wanted(self) -> list[Any]:
         """Adapters that workers must load and digest, since the last call."""
         wanted, self._wanted = list(self._wanted.values()), {}
         return wanted
 
-    def report(self, number: int, digest: bytes | None) -> bool:
-        """A worker's word. True if the adapter's contents are others than they were."""
-        self._loaded.pop(number, None)
-        if not digest:
+    def report(self, number: int, news: dict[int, bytes | None]) -> bool:
+        """Digests by rank. True if the adapter's contents are others than they were."""
+        self._parts.setdefault(number, {}).update(news)
+        known = self.known(number)
+        if known is None:
             return False
-        self._loaded[number] = digest
-        before = self._last.get(number, digest)
-        self._last[number] = digest
-        return before != digest
+        before = self._last.get(number, known)
+        self._last[number] = known
+        return before != known
 
 
-def _digest(adapter: Any) -> bytes | None:
-    """16 bytes over names, ranks, scalings and tensors of an adapter; None if one can't be read."""
+def _slot_tensors(manager: Any, index: int) -> Iterator[torch.Tensor]:
+    """What LoRA layers compute with for the adapter in a slot, layer by layer."""
+    seen = set()
+    for module in manager.modules.values():
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        for name, value in sorted(vars(module).items()):
+            if name.endswith(_STACKED):
+                for tensor in _tensors(value):
+                    yield tensor[index]
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _digest(parts: Sequence[torch.Tensor]) -> bytes:
+    """16 bytes over sizes and contents of uint8 tensors."""
     digest = xxhash.xxh3_128()
-    try:
-        for name, weights in sorted(adapter.loras.items()):
-            digest.update(f"{name} {weights.rank} {weights.scaling}".encode())
-            for tensor in _tensors((weights.lora_a, weights.lora_b)):
-                if tensor is None:
-                    digest.update(b"none")
-                    continue
-                digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-                flat = tensor.detach().cpu().contiguous().reshape(-1)
-                digest.update(flat.view(torch.uint8).numpy().data)
-    except (AttributeError, RuntimeError, TypeError) as error:
-        logger.warning("kvtc: a LoRA adapter can't be digested, its chunks are not kept: %s", error)
-        return None
+    for part in parts:
+        digest.update(part.numel().to_bytes(8, "little"))
+        digest.update(part.cpu().contiguous().numpy().data)
     return digest.digest()
-
-
-def _tensors(part: Any) -> Iterator[torch.Tensor | None]:
-    """Tensors of nested lists, depth first; None where a packed layer has no adapter."""
-    if isinstance(part, (list, tuple)):
-        for inner in part:
-            yield from _tensors(inner)
-    else:
-        yield part

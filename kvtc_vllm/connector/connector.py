@@ -36,7 +36,7 @@ from kvtc_vllm.connector.geometry import check_budget, check_chunk_tokens, read_
 from kvtc_vllm.connector.messages import StepMetadata, WorkerReport
 from kvtc_vllm.connector.metrics import KVTCPromMetrics, KVTCStats
 from kvtc_vllm.connector.scheduler import KVTCScheduler
-from kvtc_vllm.connector.startup import build_worker
+from kvtc_vllm.connector.startup import CodecFactory, build_worker
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -55,12 +55,17 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
         vllm_config: VllmConfig,
         role: KVConnectorRole,
         kv_cache_config: KVCacheConfig,
+        *,
+        config: KVTCConfig | None = None,
+        codec_factory: CodecFactory | None = None,
     ) -> None:
+        """vLLM gives the first three. config: instead of what the user's JSON says."""
         version = vllm_version()
         check_version(version)
         super().__init__(vllm_config, role, kv_cache_config)
         transfer = self._kv_transfer_config
-        self._config = self._read_config(transfer.kv_connector_extra_config)
+        self._config = config or load_config(transfer.kv_connector_extra_config)
+        self._codec_factory = codec_factory
         if self._config.disk_path is not None:
             algorithm = str(vllm_config.cache_config.prefix_caching_hash_algo)
             check_stable_hashes(version, algorithm)
@@ -101,7 +106,9 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Start-up of a worker: artifact, codec, self-test."""
-        self._worker = build_worker(self._vllm_config, self._config, self._geometry, kv_caches)
+        self._worker = build_worker(
+            self._vllm_config, self._config, self._geometry, kv_caches, self._codec_factory
+        )
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         """What this rank has on disk. Called once, after the caches were registered."""
@@ -229,10 +236,6 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
         return KVTCPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     # ----------------------------------------------------------------- private
-
-    def _read_config(self, extra: dict[str, Any]) -> KVTCConfig:
-        """Configuration from the user's JSON; the quality bench takes its own key out first."""
-        return load_config(extra)
 
     @property
     def _live_worker(self) -> KVTCWorker:

@@ -35,11 +35,13 @@ LOST = frozenset({"missing", "corrupt", "foreign"})
 class DiskNews:
     """What happened since the last time.
 
-    read: chunks read and verified. failed: reads that gave nothing. lost: chunks not on
+    stored: chunks written. found: chunks that a namespace had when it was entered. read: chunks
+    read and verified. failed: reads that gave nothing. lost: chunks not on
     disk any more. errors: reason -> count.
     """
 
     stored: list[tuple[ChunkKey, int]] = field(default_factory=list)
+    found: list[tuple[ChunkKey, int]] = field(default_factory=list)
     read: list[tuple[ChunkKey, bytes]] = field(default_factory=list)
     failed: list[ChunkKey] = field(default_factory=list)
     lost: list[ChunkKey] = field(default_factory=list)
@@ -216,7 +218,7 @@ class DiskSide:
             self._submit_write(left.leave)
 
     def enter(self, namespace: Namespace) -> None:
-        """Go on in another namespace; what it holds already is told as if just stored."""
+        """Go on in another namespace; what it holds already is told as found."""
         with self._lock:
             self._namespace = namespace
             epoch = self._epoch
@@ -305,7 +307,7 @@ class DiskSide:
             return
         with self._lock:
             if epoch == self._epoch:
-                self._news.stored += found
+                self._news.found += found
 
     def _touch(self, namespace: Namespace, keys: Sequence[ChunkKey]) -> None:
         gone = namespace.store.touch(keys)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kvtc_vllm.calibration import registry
-from kvtc_vllm.calibration.card import load_card
-from kvtc_vllm.calibration.identity import model_identity
+from kvtc_vllm.artifact import registry
+from kvtc_vllm.artifact.card import load_card
+from kvtc_vllm.artifact.identity import model_identity
 from kvtc_vllm.codec.registry import CODECS, max_blob_bytes
 from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.connector.geometry import CacheGeometry, codec_geometry

@@ -8,6 +8,7 @@ offered, and one in `PROBE_EVERY` always is, so that the rate of loads never goe
 from __future__ import annotations
 
 import statistics
+import time
 from collections import deque
 
 SAMPLES = 15
@@ -16,6 +17,8 @@ MIN_SAMPLES = 5
 MIN_PREFILL_TOKENS = 64
 """Steps with fewer tokens are decoding, which says nothing about prefill."""
 PROBE_EVERY = 16
+STEPS_IN_FLIGHT = 64
+"""Steps whose time is taken at once; vLLM plans one or two ahead."""
 
 
 class _Rate:
@@ -44,11 +47,27 @@ class LoadGate:
         self._load = _Rate()
         self._prefill = _Rate()
         self._refused = 0
+        self._steps: deque[tuple[int, int, float]] = deque(maxlen=STEPS_IN_FLIGHT)
+        self._last_result = 0.0
 
     def observe_load(self, tokens: int, seconds: float) -> None:
         """Loads of `tokens` tokens took `seconds`, decoding and scattering."""
         if tokens:
             self._load.add(tokens, seconds)
+
+    def step_planned(self, step: int, tokens: int) -> None:
+        """A step that computes `tokens` tokens begins now."""
+        if tokens:
+            self._steps.append((step, tokens, time.monotonic()))
+
+    def step_ended(self, step: int) -> None:
+        """The results of a step came. Steps may overlap: each counts from the one before."""
+        now = time.monotonic()
+        while self._steps and self._steps[0][0] <= step:
+            number, tokens, began = self._steps.popleft()
+            if number == step:
+                self.observe_step(tokens, now - max(began, self._last_result))
+                self._last_result = now
 
     def observe_step(self, tokens: int, seconds: float) -> None:
         """A step computed `tokens` tokens in `seconds`."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import xxhash
 
-from kvtc_vllm.calibration.identity import VOLATILE_KEYS, model_directory, model_identity
+from kvtc_vllm.artifact.identity import VOLATILE_KEYS, model_directory, model_identity
 from kvtc_vllm.codec.artifact import Kind
 from kvtc_vllm.codec.container import FORMAT_VERSION
 from kvtc_vllm.codec.errors import ArtifactError

@@ -25,8 +25,7 @@ class LiveModel:
             name: context[name] for name in layer_names if name in context
         }
         self._parents: dict[int, nn.Module] = {}
-        self.lora_manager: Any | None = None
-        """vLLM's keeper of LoRA adapters, if the engine serves any."""
+        managers: list[Any] = []
         manager = _lora_manager_class() if vllm_config.lora_config is not None else None
         for candidate in gc.get_objects():
             # The type, not isinstance: the latter asks lazy proxies for their __class__.
@@ -35,7 +34,12 @@ class LiveModel:
                 for child in candidate._modules.values():
                     self._parents[id(child)] = candidate
             elif manager is not None and issubclass(kind, manager):
-                self.lora_manager = candidate
+                managers.append(candidate)
+        roots = {id(root) for root in self.roots()}
+        self.lora_manager: Any | None = next(
+            (m for m in managers if id(m._adapter_manager.model) in roots), None
+        )
+        """vLLM's keeper of this model's LoRA adapters, if it has any."""
 
     def parent(self, layer_name: str) -> nn.Module | None:
         """The module that holds an attention layer: in Llama its `LlamaAttention`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import xxhash
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
@@ -16,10 +17,19 @@ from kvtc_vllm.tiers.policies import ChunkKey
 
 @dataclass(frozen=True)
 class AdapterUse:
-    """A LoRA adapter by vLLM's number and the digest of its contents."""
+    """A LoRA adapter by vLLM's number and a digest of its contents on each rank."""
 
     number: int
-    digest: bytes
+    parts: tuple[bytes, ...]
+
+    @property
+    def digest(self) -> bytes:
+        """16 bytes over all parts; none without an adapter."""
+        return xxhash.xxh3_128_digest(b"".join(self.parts)) if self.parts else b""
+
+
+NO_ADAPTER = AdapterUse(0, ())
+"""The model itself."""
 
 
 @dataclass
@@ -32,7 +42,7 @@ class StoreItem:
     key: ChunkKey
     start: int
     block_ids: list[int]
-    adapter: AdapterUse | None = None
+    adapter: AdapterUse = NO_ADAPTER
 
 
 @dataclass
@@ -55,7 +65,7 @@ class LoadJob:
 
     request_id: str
     items: list[LoadItem]
-    adapter: AdapterUse | None = None
+    adapter: AdapterUse = NO_ADAPTER
 
 
 @dataclass
@@ -107,7 +117,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
     stale_since: first step in which the weights were found not to be those that the epoch's
     names stand for; 0 as long as they are. named_in: step in which this epoch's names were made,
     0 if not in this step. other_weights: then, whether they stand for other weights than the
-    names before. adapters: contents of LoRA adapters by vLLM's number, where they are news or
+    names before. adapters: of LoRA adapters by vLLM's number and rank digests that are news or
     were asked for; b"" for one that is not loaded any more, None for one that can't be told.
     """
 
@@ -123,7 +133,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
     stale_since: int = 0
     named_in: int = 0
     other_weights: bool = False
-    adapters: dict[int, bytes | None] = field(default_factory=dict)
+    adapters: dict[int, dict[int, bytes | None]] = field(default_factory=dict)
 
     def is_empty(self) -> bool:
         """True if there is nothing to tell."""
@@ -160,8 +170,6 @@ class WorkerReport(KVConnectorWorkerMetadata):
             self.found_stale(other.stale_since)
         self.named_in = max(self.named_in, other.named_in)
         self.other_weights = self.other_weights or other.other_weights
-        for number, digest in other.adapters.items():
-            # Ranks that read different files have no common name.
-            same = self.adapters.get(number, digest) == digest
-            self.adapters[number] = digest if same else None
+        for number, digests in other.adapters.items():
+            self.adapters.setdefault(number, {}).update(digests)
         return self

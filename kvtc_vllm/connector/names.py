@@ -8,7 +8,7 @@ name, so that nothing is stored or loaded under a name that is not true any more
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,7 +18,8 @@ from kvtc_vllm.codec.codec import ChunkCodec
 from kvtc_vllm.connector.adapters import LoadedAdapters
 from kvtc_vllm.connector.disk import Namespace
 from kvtc_vllm.connector.identity import SetupIdentity
-from kvtc_vllm.connector.weights import Sample, Unwatched, WeightsWatch
+from kvtc_vllm.connector.weights import Unwatched, WeightsWatch
+from kvtc_vllm.connector.word_sample import Sample
 from kvtc_vllm.tiers.disk import DiskStore
 
 OpenStore = Callable[[bytes, bytes], DiskStore]
@@ -27,15 +28,15 @@ OpenStore = Callable[[bytes, bytes], DiskStore]
 
 @dataclass(frozen=True)
 class Proof:
-    """That the weights were those of the present name in a step. May be asked on any thread."""
+    """That what computes in a step is what the names say. May be asked on any thread."""
 
     step: int
-    sample: Sample
+    samples: tuple[Sample, ...]
 
     @property
     def holds(self) -> bool:
-        """On a GPU waits for the sample."""
-        return self.sample.matches()
+        """On a GPU waits for the samples."""
+        return all(sample.matches() for sample in self.samples)
 
 
 class Names:
@@ -70,6 +71,7 @@ class Names:
         dropped.
         """
         digest = self._weights.digest()
+        self.adapters.forget()
         changed = self._digest is not None and digest != self._digest
         self._digest = digest
         if self._setup is not None:
@@ -86,6 +88,11 @@ class Names:
             partial(self._open_store, self._codec.identity, generation), own=bool(generation)
         )
 
-    def prove(self, step: int, dense: bool = False) -> Proof:
-        """Sample the weights now."""
-        return Proof(step, self._weights.sample(dense))
+    def prove(self, step: int, adapters: Iterable[int] = (), dense: bool = False) -> Proof:
+        """Sample the weights now, and the adapters with these numbers."""
+        of_adapters = (self.adapters.sample(number) for number in sorted(set(adapters)))
+        return Proof(step, (self._weights.sample(dense), *of_adapters))
+
+    def release(self) -> None:
+        """Let go of the model: nothing computes any more."""
+        self._weights, self.adapters = Unwatched(), LoadedAdapters(None)

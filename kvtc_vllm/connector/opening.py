@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from vllm.logger import init_logger
 
-from kvtc_vllm.calibration.probe import Probe
+from kvtc_vllm.artifact.rank_file import Probe
 from kvtc_vllm.codec.artifact import RankArtifact
 from kvtc_vllm.codec.errors import CodecError
 from kvtc_vllm.codec.frame import TransformCodec

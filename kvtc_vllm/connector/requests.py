@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvtc_vllm.connector.adapters import GONE, AdapterDigests, adapter_id
+from kvtc_vllm.connector.adapters import AdapterDigests, adapter_id
 from kvtc_vllm.connector.freshness import Freshness
 from kvtc_vllm.connector.messages import AdapterUse
 from kvtc_vllm.tiers.policies import ChunkKey
@@ -20,9 +20,9 @@ from kvtc_vllm.tiers.policies import ChunkKey
 class RequestState:
     """One request between its steps.
 
-    adapter: digest of its LoRA adapter's contents, None until workers have told it. nameless:
-    they can't tell. unadmitted: chunks that too few requests have contained. began: first step
-    that works for it. tainted: some of its KV may be of other weights than the present ones, so
+    adapter: what it computes with, None until workers have told it. nameless: they can't tell.
+    unadmitted: chunks that too few requests have contained. began: first step that works for it.
+    tainted: some of its KV may be of other weights than the present ones, so
     nothing of it may be stored. next_chunk: first that was not planned to be stored. looked_up:
     tokens that vLLM's own cache had. withheld: found, but in the recent window. bypassed: it must
     not or may not load. waited: for another request's load. admitted: the load gate's decision,
@@ -30,7 +30,7 @@ class RequestState:
     """
 
     request: Any
-    adapter: bytes | None = None
+    adapter: AdapterUse | None = None
     nameless: bool = False
     unadmitted: set[ChunkKey] = field(default_factory=set)
     began: int | None = None
@@ -43,18 +43,12 @@ class RequestState:
     admitted: bool | None = None
     gated: int = 0
 
-    @property
-    def adapter_use(self) -> AdapterUse | None:
-        """What names of its chunks assume; None without an adapter."""
-        number = adapter_id(self.request)
-        return None if number is None or not self.adapter else AdapterUse(number, self.adapter)
-
 
 class RequestStates:
     """Requests that vLLM has shown us and that have not ended. Scheduler's thread only."""
 
-    def __init__(self) -> None:
-        self.adapters = AdapterDigests()
+    def __init__(self, ranks: int) -> None:
+        self.adapters = AdapterDigests(ranks)
         self.freshness = Freshness()
         self._states: dict[str, RequestState] = {}
 
@@ -75,7 +69,7 @@ class RequestStates:
         self._states.pop(request_id, None)
 
     def find_adapter(self, state: RequestState) -> None:
-        """Fill in the digest of its adapter, or have workers asked."""
+        """Fill in its adapter, or have workers asked."""
         if state.adapter is None and not state.nameless:
             state.adapter = self.adapters.of(state.request)
 
@@ -84,19 +78,19 @@ class RequestStates:
         state.began = step
         state.tainted = self._is_on_suspects(state)
 
-    def take_adapter(self, number: int, digest: bytes | None, step: int) -> None:
-        """Workers told what an adapter contains, GONE if it is not loaded, None if unknown."""
-        changed = self.adapters.report(number, digest)
-        if digest == GONE:
-            return
-        if changed:
+    def take_adapter(self, number: int, news: dict[int, bytes | None], step: int) -> None:
+        """Workers told by rank what an adapter contains."""
+        if self.adapters.report(number, news):
             self.freshness.changed(step, number)
             self._taint(step, number)
+        use, nameless = self.adapters.known(number), self.adapters.is_nameless(number)
+        if use is None and not nameless:
+            return  # in no slot at present; what was named by it stays named
         for state in self._with_adapter(number):
             if not state.tainted:
-                state.nameless = digest is None
-                if state.adapter != digest:
-                    state.adapter, state.next_chunk = digest, 0
+                state.nameless = nameless
+                if state.adapter != use:
+                    state.adapter, state.next_chunk = use, 0
 
     def take_change(self, step: int) -> None:
         """The weights were found in `step` to be others than before."""

@@ -6,8 +6,6 @@ Runs in the engine core's thread only. It never sees a byte of KV.
 from __future__ import annotations
 
 import os
-import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,8 +32,6 @@ from kvtc_vllm.tiers.disk_index import DiskIndex
 from kvtc_vllm.tiers.index import TierIndex
 from kvtc_vllm.tiers.policies import ChunkKey
 
-STEPS_IN_FLIGHT = 64
-"""Steps whose time is taken at once; vLLM plans one or two ahead."""
 NONCE_BYTES = 8
 """Of a generation."""
 
@@ -76,10 +72,8 @@ class KVTCScheduler:
         self._seen = SeenCounter(config.store_threshold)
         self._gate = LoadGate(config.load_gate)
         self._touched: list[ChunkKey] = []
-        self._steps: deque[tuple[int, int, float]] = deque(maxlen=STEPS_IN_FLIGHT)
         self._step_number = 0
-        self._last_result = 0.0
-        self._requests = RequestStates()
+        self._requests = RequestStates(ranks)
         self._tables = BlockTables()
         self._loads = RunningLoads()
         self._new_loads: list[LoadJob] = []
@@ -200,11 +194,12 @@ class KVTCScheduler:
         self.index.hit(keys[:end_chunk])
         if self.disk is not None:
             self._touched += self.disk.hit(keys[:end_chunk])
-        self._new_loads.append(LoadJob(request.request_id, items, state.adapter_use))
+        assert state.adapter is not None
+        self._new_loads.append(LoadJob(request.request_id, items, state.adapter))
 
     def _keys(self, state: RequestState) -> list[ChunkKey]:
         assert state.adapter is not None, "asked only once the adapter is known"
-        return chunk_keys(state.request, self._blocks_per_chunk, state.adapter)
+        return chunk_keys(state.request, self._blocks_per_chunk, state.adapter.digest)
 
     def plan_step(self, scheduler_output: Any) -> StepMetadata:
         """Everything the workers have to do in this step."""
@@ -222,8 +217,7 @@ class KVTCScheduler:
             self._tables.forget(request_id)
         self._step_number += 1
         tokens = sum(scheduler_output.num_scheduled_tokens.values())
-        if tokens:
-            self._steps.append((self._step_number, tokens, time.monotonic()))
+        self._gate.step_planned(self._step_number, tokens)
         self._requests.freshness.planned(self._step_number, tokens)
         check = self._check_due and tokens > 0
         self._check_due = self._check_due and not check
@@ -251,7 +245,7 @@ class KVTCScheduler:
     def apply_report(self, report: WorkerReport | None, finished_loads: set[str] | None) -> None:
         """Results of a step: sizes, failures, finished loads."""
         if report is not None:
-            self._take_time(report.step)
+            self._gate.step_ended(report.step)
         if report is not None and report.epoch == self._epoch:
             self._gate.observe_load(report.load_tokens, report.load_seconds)
             if self.disk is not None:
@@ -268,8 +262,8 @@ class KVTCScheduler:
             if self._promotions is not None:
                 self._promotions.reported(key for key, _, _ in report.stored)
                 self._promotions.reported(key for key, _ in report.dropped)
-            for number, digest in report.adapters.items():
-                self._requests.take_adapter(number, digest, report.step)
+            for number, digests in report.adapters.items():
+                self._requests.take_adapter(number, digests, report.step)
             if report.named_in:
                 self._take_naming(report.named_in, report.other_weights)
             if report.stale_since:
@@ -290,19 +284,11 @@ class KVTCScheduler:
         self._requests.start_again()
         self._begin_epoch()
 
-    def _look_for_reset(self) -> None:
+    def _look_for_reset(self) -> bool:
         """An emptied prefix cache often follows an update of the weights: have them compared."""
-        if self._requests.freshness.saw_reset():
-            self._check_due = True
-
-    def _take_time(self, step: int) -> None:
-        """The results of a step came. Steps may overlap: each counts from the one before."""
-        now = time.monotonic()
-        while self._steps and self._steps[0][0] <= step:
-            number, tokens, began = self._steps.popleft()
-            if number == step:
-                self._gate.observe_step(tokens, now - max(began, self._last_result))
-                self._last_result = now
+        seen = self._requests.freshness.saw_reset()
+        self._check_due = self._check_due or seen
+        return seen
 
     def restore(self, inventories: Mapping[int, Sequence[tuple[ChunkKey, int]]]) -> None:
         """What workers found on disk when they started, by rank."""
@@ -320,10 +306,10 @@ class KVTCScheduler:
 
     def reset(self) -> None:
         """Forget every chunk, and use names from now on that nobody has used before."""
-        self._look_for_reset()
         self._generation = os.urandom(NONCE_BYTES)
-        # Often the weights are about to change, or just did; workers will tell.
-        self._requests.freshness.doubt()
+        if not self._look_for_reset():
+            # vLLM kept its blocks. Have the weights just changed? Workers will tell.
+            self._requests.freshness.doubt()
         self._requests.taint_all()
         self._begin_epoch()
 
@@ -372,10 +358,10 @@ class KVTCScheduler:
         # Hashes exist for confirmed tokens only, so speculative ones never count.
         blocks = min(computed_tokens // self._block_size, len(request.block_hashes), len(block_ids))
         complete = blocks // self._blocks_per_chunk
-        stores = []
+        stores, adapter = [], state.adapter.digest
         for chunk in range(state.next_chunk, complete):
             first = chunk * self._blocks_per_chunk
-            key = chunk_key(request, self._blocks_per_chunk, chunk, state.adapter)
+            key = chunk_key(request, self._blocks_per_chunk, chunk, adapter)
             if self.index.is_known(key) or key in state.unadmitted:
                 continue
             if not self._seen.admits(key):
@@ -388,7 +374,7 @@ class KVTCScheduler:
                         key=key,
                         start=chunk * self._chunk_tokens,
                         block_ids=block_ids[first : first + self._blocks_per_chunk],
-                        adapter=state.adapter_use,
+                        adapter=state.adapter,
                     )
                 )
         state.next_chunk = max(state.next_chunk, complete)

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from vllm.logger import init_logger
 
-from kvtc_vllm.calibration.probe import Probe
+from kvtc_vllm.artifact.rank_file import Probe
 from kvtc_vllm.codec.artifact import KINDS, Kind, RankArtifact
 from kvtc_vllm.codec.errors import ArtifactError, CodecError
 from kvtc_vllm.codec.frame import TransformCodec

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,10 +14,10 @@ import torch
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
-from kvtc_vllm.calibration.artifact_io import load_rank_artifact
-from kvtc_vllm.calibration.identity import model_identity, public_model_name
+from kvtc_vllm.artifact.directory import load_rank_artifact
+from kvtc_vllm.artifact.identity import model_identity, public_model_name
 from kvtc_vllm.codec.artifact import RankArtifact
-from kvtc_vllm.codec.codec import ChunkCodec
+from kvtc_vllm.codec.codec import ChunkCodec, Coder
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.frame import TransformCodec
 from kvtc_vllm.codec.registry import CODECS, open_codec
@@ -50,12 +51,18 @@ model may be calibrated in one dtype and served in another; another RoPE differs
 far more.
 """
 
+CodecFactory = Callable[[CacheGeometry, tuple[Rope, ...], tuple[int | None, ...]], Coder]
+"""Makes what codes chunks instead of the configured codec: from the cache, the live RoPE tables and
+each layer's index into them. For measurements; blobs of it are only read by the engine that wrote
+them, so it does not go with a disk tier."""
+
 
 def build_worker(
     vllm_config: Any,
     config: KVTCConfig,
     geometry: CacheGeometry,
     kv_caches: dict[str, torch.Tensor],
+    codec_factory: CodecFactory | None = None,
 ) -> KVTCWorker:
     """Everything a rank needs before its first step.
 
@@ -94,6 +101,9 @@ def build_worker(
         _log_start(codec, config, rank, geometry.tp_size, found.directory)
         if layout.device.type == "cuda":
             log_plan(plan, geometry, codec.resident_bytes, step_tokens)
+    if codec_factory is not None:
+        coder = codec_factory(geometry, ropes, layer_rope)
+        transfer = TorchTransfer(layout, coder, config.chunk_tokens)
     setup = setup_identity(
         vllm_config,
         config,

@@ -3,8 +3,7 @@
 Files say what an engine started from, not what it computes with now: `reload_weights`, weight
 transfers of a trainer and sleep change weights in place, and nothing tells a connector. So the
 live parameters themselves are sampled: densely when a name is made, sparsely in every step that
-stores or loads. A sample is a strided choice of 8-byte words of every parameter and persistent
-buffer, so an update of the whole model can't pass between the samples.
+stores or loads. An update of the whole model can't pass between the samples.
 
 vLLM's CPU build packs most weights into objects that nobody can read. A new such object means
 "loaded again"; what it holds stays unknown, and so such a state gets a name that is never made
@@ -24,12 +23,9 @@ import torch
 import xxhash
 from torch import nn
 
-SPARSE_WORDS = 64
-"""8-byte words of a tensor that are compared in a step that stores or loads."""
-DENSE_WORDS = 4096
-"""The same where a name is made or a reset asks for a check."""
+from kvtc_vllm.connector.word_sample import ALWAYS, NEVER, Sample, WordSampler
+
 _PACKED_CLASS = "CPUDNNLGEMMHandler"
-_NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -61,30 +57,8 @@ class _Packed:
         return self.holder.get(self.name) is not self.content()
 
 
-class Sample:
-    """The weights at one moment. `matches` may be asked on any thread."""
-
-    def __init__(
-        self,
-        words: torch.Tensor | None,
-        reference: torch.Tensor | None,
-        point: torch.cuda.Event | None = None,
-    ) -> None:
-        self._words = words
-        self._reference = reference
-        self._point = point
-
-    def matches(self) -> bool:
-        """True if the weights were those of the last digest; on a GPU waits for the sample."""
-        if self._words is None or self._reference is None:
-            return False
-        if self._point is not None:
-            self._point.synchronize()
-        return torch.equal(self._words, self._reference)
-
-
 class Unwatched:
-    """Weights that are known to stay as they are: in tests, and for models without any."""
+    """Weights that are known to stay as they are: in tests, and when a worker has ended."""
 
     def digest(self) -> bytes:
         """Nothing to tell apart."""
@@ -92,7 +66,7 @@ class Unwatched:
 
     def sample(self, dense: bool = False) -> Sample:
         """One that always matches."""
-        return Sample(_NOTHING, _NOTHING)
+        return ALWAYS
 
 
 class WeightsWatch:
@@ -105,11 +79,6 @@ class WeightsWatch:
     def __init__(self, roots: Sequence[nn.Module], moving: str | None = None) -> None:
         self._roots = roots
         self._moving = moving
-        self._tensors: list[_Tensor] = []
-        self._packed: list[_Packed] = []
-        self._views: dict[int, list[torch.Tensor]] = {}
-        self._scalars: list[torch.Tensor] = []
-        self._references: dict[int, torch.Tensor] = {}
         self._unknown = b""
         self._find()
 
@@ -118,9 +87,7 @@ class WeightsWatch:
         if self._packed_again():
             self._unknown = os.urandom(16)
         self._find()
-        for words in (SPARSE_WORDS, DENSE_WORDS):
-            self._references[words] = self._take(words).cpu()
-        digest = xxhash.xxh3_128(self._references[DENSE_WORDS].numpy().tobytes())
+        digest = xxhash.xxh3_128(self._sampler.refer().numpy().tobytes())
         for found in self._tensors:
             digest.update(f"{tuple(found.tensor.shape)} {found.tensor.dtype}".encode())
         digest.update(self._unknown)
@@ -128,48 +95,23 @@ class WeightsWatch:
 
     def sample(self, dense: bool = False) -> Sample:
         """The weights now. On a GPU ordered after what the current stream was given so far."""
-        words = DENSE_WORDS if dense else SPARSE_WORDS
-        reference = self._references.get(words)
         if self._packed_again():
-            return Sample(None, reference)
+            return NEVER
         if any(found.moved for found in self._tensors):
+            before = self._sampler
             self._find()
-        taken = self._take(words)
-        if not taken.is_cuda:
-            return Sample(taken, reference)
-        host = torch.empty(taken.shape, dtype=taken.dtype, pin_memory=True)
-        host.copy_(taken, non_blocking=True)
-        point = torch.cuda.Event()
-        point.record()
-        return Sample(host, reference, point)
+            self._sampler.adopt(before)
+        return self._sampler.sample(dense)
 
     def _packed_again(self) -> bool:
         return any(found.replaced for found in self._packed)
 
-    def _take(self, words: int) -> torch.Tensor:
-        """uint8, on the weights' device."""
-        parts = [torch.cat(self._views[words]).view(torch.uint8)] if self._views[words] else []
-        return torch.cat([*parts, *self._scalars]) if parts or self._scalars else _NOTHING
-
     def _find(self) -> None:
         self._tensors = list(self._find_tensors())
         self._packed = [found for root in self._roots for found in _find_packed(root)]
-        self._views = {SPARSE_WORDS: [], DENSE_WORDS: []}
-        self._scalars = []
-        seen = set()
-        for found in self._tensors:
-            storage = found.tensor.untyped_storage()
-            if storage.data_ptr() in seen:
-                continue
-            seen.add(storage.data_ptr())
-            stored = _bytes_of(storage, found.tensor.device)
-            whole = stored.numel() // 8 * 8
-            if not whole:
-                self._scalars.append(stored)
-                continue
-            for words, views in self._views.items():
-                # An odd stride meets all columns of a matrix in turn.
-                views.append(stored[:whole].view(torch.int64)[:: max(1, whole // 8 // words) | 1])
+        # Tensors may be views of one storage.
+        storages = {found.tensor.untyped_storage().data_ptr(): found for found in self._tensors}
+        self._sampler = WordSampler(_storage(found.tensor) for found in storages.values())
 
     def _find_tensors(self) -> Iterator[_Tensor]:
         for root in self._roots:
@@ -184,9 +126,10 @@ class WeightsWatch:
                             yield _Tensor(holder, name, tensor, tensor.data_ptr())
 
 
-def _bytes_of(storage: torch.UntypedStorage, device: torch.device) -> torch.Tensor:
-    """A view of all of it as uint8."""
-    empty = torch.empty(0, dtype=torch.uint8, device=device)
+def _storage(tensor: torch.Tensor) -> torch.Tensor:
+    """All memory of which the tensor is a view, as uint8 [n]."""
+    storage = tensor.untyped_storage()
+    empty = torch.empty(0, dtype=torch.uint8, device=tensor.device)
     return empty.set_(storage, 0, (storage.nbytes(),), (1,))
 
 

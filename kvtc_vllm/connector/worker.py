@@ -16,7 +16,13 @@ from kvtc_vllm.connector.disk import NO_NEWS, DiskSide
 from kvtc_vllm.connector.geometry import CacheGeometry
 from kvtc_vllm.connector.loading import LoadPipeline
 from kvtc_vllm.connector.mailbox import Mailbox
-from kvtc_vllm.connector.messages import AdapterUse, DiskInventory, StepMetadata, WorkerReport
+from kvtc_vllm.connector.messages import (
+    NO_ADAPTER,
+    AdapterUse,
+    DiskInventory,
+    StepMetadata,
+    WorkerReport,
+)
 from kvtc_vllm.connector.metrics import KVTCStats
 from kvtc_vllm.connector.names import Names, Proof
 from kvtc_vllm.connector.storing import StorePipeline
@@ -78,10 +84,6 @@ class KVTCWorker:
     def transfer(self) -> Transfer:
         """How chunks get from the paged cache to blobs and back."""
         return self._stores.transfer
-
-    def exchange_transfer(self, transfer: Transfer) -> None:
-        """Use another one from now on; before the first step."""
-        self._stores.transfer = self._loads.transfer = transfer
 
     def begin_step(self, step: StepMetadata) -> None:
         """Apply reset and evictions, start this step's promotions and loads."""
@@ -145,6 +147,7 @@ class KVTCWorker:
 
     def shutdown(self) -> None:
         """Stop the threads; running work is finished, waiting work is dropped."""
+        self._names.release()
         self._stores.shutdown()
         self._loads.shutdown()
         if self._disk is not None:
@@ -191,16 +194,21 @@ class KVTCWorker:
     def _prove(self, step: StepMetadata) -> Proof:
         """One sample a step serves all that it stores and loads."""
         if self._proof is None:
-            self._proof = self._names.prove(step.number, dense=step.check)
+            uses = [item.adapter for item in step.stores] + [job.adapter for job in step.loads]
+            numbers = [use.number for use in uses if use != NO_ADAPTER]
+            self._proof = self._names.prove(step.number, numbers, dense=step.check)
         return self._proof
 
-    def _is_loaded(self, adapter: AdapterUse | None) -> bool:
-        return adapter is None or self._names.adapters.is_loaded(adapter.number, adapter.digest)
+    def _is_loaded(self, use: AdapterUse) -> bool:
+        if use == NO_ADAPTER:
+            return True
+        return self._names.adapters.is_loaded(use.number, use.parts[self._rank])
 
     def _tell_adapters(self, news: dict[int, bytes | None]) -> None:
         if news:
             with self._mailbox.open() as mail:
-                mail.report.adapters.update(news)
+                for number, digest in news.items():
+                    mail.report.adapters[number] = {self._rank: digest}
 
     def _check_finished(self, finished: set[str]) -> None:
         """Weights that changed while a load ran did not compute what it brought."""
@@ -223,7 +231,8 @@ class KVTCWorker:
         with self._mailbox.open() as mail:
             mail.report.stored += [(key, self._rank, size) for key, size in kept]
             mail.report.dropped += [(key, self._rank) for key in failed]
-            mail.report.disk_stored += [(key, self._rank, size) for key, size in news.stored]
+            on_disk = [*news.found, *news.stored]
+            mail.report.disk_stored += [(key, self._rank, size) for key, size in on_disk]
             mail.report.disk_lost += news.lost
             for name, amount in (
                 ("promoted_chunks", len(kept)),

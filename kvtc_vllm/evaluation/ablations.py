@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvtc_vllm.calibration import registry
-from kvtc_vllm.calibration.identity import model_identity
-from kvtc_vllm.calibration.rank_file import rank_file_name
+from kvtc_vllm.artifact import registry
+from kvtc_vllm.artifact.identity import model_identity
+from kvtc_vllm.artifact.rank_file import rank_file_name
 from kvtc_vllm.evaluation.data import corpus
 from kvtc_vllm.evaluation.job import Errand
 from kvtc_vllm.evaluation.methods import Method, MethodError

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-import torch
 
-from kvtc_vllm.calibration.rank_file import read_rank_file
+from kvtc_vllm.artifact.rank_file import read_rank_file
 from kvtc_vllm.codec.codec import Coder
-from kvtc_vllm.config import KVTCConfig, load_config
+from kvtc_vllm.codec.rope import Rope
+from kvtc_vllm.config import load_config
 from kvtc_vllm.connector.connector import KVTCConnector
-from kvtc_vllm.connector.geometry import codec_geometry
-from kvtc_vllm.connector.layout import PagedLayout
-from kvtc_vllm.connector.rotary import find_ropes
-from kvtc_vllm.connector.transfer import TorchTransfer
+from kvtc_vllm.connector.geometry import CacheGeometry, codec_geometry
 from kvtc_vllm.evaluation.baselines import BASELINES
 from kvtc_vllm.evaluation.blob import BaselineCodec
 from kvtc_vllm.evaluation.variants import VARIANTS, Base
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+    from vllm.v1.kv_cache_interface import KVCacheConfig
 
 NAME = "KVTCEvaluationConnector"
 MODULE = "kvtc_vllm.evaluation.connector"
@@ -42,30 +45,38 @@ class Substitute(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class KVTCEvaluationConnector(KVTCConnector):
     """`KVTCConnector` with the key `evaluation` in its configuration."""
 
-    def _read_config(self, extra: dict[str, Any]) -> KVTCConfig:
-        self._substitute = msgspec.convert(extra.get("evaluation", {}), Substitute)
-        return load_config({key: extra[key] for key in extra if key != "evaluation"})
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
+        assert vllm_config.kv_transfer_config is not None
+        extra = dict(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        wanted = msgspec.convert(extra.pop("evaluation", {}), Substitute)
+        stays = wanted.baseline is None and wanted.variant is None
+        super().__init__(
+            vllm_config,
+            role,
+            kv_cache_config,
+            config=load_config(extra),
+            codec_factory=None if stays else partial(substitute, wanted),
+        )
 
-    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Start-up of a worker, then the exchange."""
-        super().register_kv_caches(kv_caches)
-        wanted, worker = self._substitute, self._live_worker
-        geometry = codec_geometry(self._geometry)
-        ropes, layer_rope = find_ropes(self._vllm_config, self._geometry.layer_names)
-        if wanted.baseline is not None:
-            per_layer = [None if index is None else ropes[index] for index in layer_rope]
-            baseline = BASELINES[wanted.baseline](
-                geometry, self._geometry.dtype, per_layer, **wanted.options
-            )
-            codec: Coder = BaselineCodec(baseline)
-        elif wanted.variant is not None:
-            assert wanted.artifact is not None
-            assert wanted.ratio is not None
-            artifact, _ = read_rank_file(Path(wanted.artifact), 0, 1)
-            artifact = replace(artifact, ropes=ropes, layer_rope=layer_rope)
-            base = Base(artifact, wanted.ratio, self._geometry.dtype, wanted.options)
-            codec = VARIANTS[wanted.variant](base)
-        else:
-            return
-        layout = PagedLayout(kv_caches, self._geometry)
-        worker.exchange_transfer(TorchTransfer(layout, codec, self._config.chunk_tokens))
+
+def substitute(
+    wanted: Substitute,
+    cache: CacheGeometry,
+    ropes: tuple[Rope, ...],
+    layer_rope: tuple[int | None, ...],
+) -> Coder:
+    """What takes the codec's place; a `CodecFactory` for what is wanted."""
+    if wanted.baseline is not None:
+        geometry = codec_geometry(cache, ((0, len(cache.layer_names)),))
+        per_layer = [None if index is None else ropes[index] for index in layer_rope]
+        return BaselineCodec(
+            BASELINES[wanted.baseline](geometry, cache.dtype, per_layer, **wanted.options)
+        )
+    assert wanted.variant is not None
+    assert wanted.artifact is not None
+    assert wanted.ratio is not None
+    artifact, _ = read_rank_file(Path(wanted.artifact), 0, 1)
+    artifact = replace(artifact, ropes=ropes, layer_rope=layer_rope)
+    return VARIANTS[wanted.variant](Base(artifact, wanted.ratio, cache.dtype, wanted.options))

@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kvtc_vllm.artifact.rank_file import write_rank_file
 from kvtc_vllm.calibration.capture import CaptureSettings, capture_rows
 from kvtc_vllm.calibration.fit import FitSettings, fit_rank
-from kvtc_vllm.calibration.rank_file import write_rank_file
 from kvtc_vllm.calibration.spool import SpoolReader
 
 SINKS = 4

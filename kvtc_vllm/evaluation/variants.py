@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kvtc_vllm.calibration.fingerprint import artifact_fingerprint
+from kvtc_vllm.artifact.fingerprint import artifact_fingerprint
 from kvtc_vllm.codec.artifact import Kind, RankArtifact, SectionBasis
 from kvtc_vllm.codec.bitplan import budget_bits
 from kvtc_vllm.codec.codec import Blob, DecodedChunk

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 import xxhash
 
-from kvtc_vllm.calibration import registry
-from kvtc_vllm.calibration.artifact_io import load_rank_artifact
-from kvtc_vllm.calibration.card import load_card
-from kvtc_vllm.calibration.identity import model_identity
+from kvtc_vllm.artifact import registry
+from kvtc_vllm.artifact.card import load_card
+from kvtc_vllm.artifact.directory import load_rank_artifact
+from kvtc_vllm.artifact.identity import model_identity
 from kvtc_vllm.codec.codec import ChunkCodec
 from kvtc_vllm.codec.container import FORMAT_VERSION
 from kvtc_vllm.codec.errors import ArtifactError

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvtc_vllm.calibration.probe import Probe
+from kvtc_vllm.artifact.rank_file import Probe
 from kvtc_vllm.codec.artifact import Kind, RankArtifact, SectionBasis
 from kvtc_vllm.codec.transform import centred_rows, chunk_rows, to_coefficients
 

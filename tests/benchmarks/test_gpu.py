@@ -16,9 +16,9 @@ import torch
 from benchmarks.gpu import bundle, child, plots
 from benchmarks.gpu.closed_loop import tier_counters
 from benchmarks.gpu.dummy_model import SMALL, spread_weights, write_artifact, write_model
-from kvtc_vllm.calibration import registry
-from kvtc_vllm.calibration.artifact_io import load_rank_artifact
-from kvtc_vllm.calibration.identity import model_identity
+from kvtc_vllm.artifact import registry
+from kvtc_vllm.artifact.directory import load_rank_artifact
+from kvtc_vllm.artifact.identity import model_identity
 
 SCRIPTS = (
     "bundle",

@@ -9,9 +9,9 @@ from kvtc_vllm.calibration.fit import (
     estimate_bytes,
     fit_rank,
     heldout_error,
+    own_ratio,
 )
 from kvtc_vllm.calibration.gate import check_artifact
-from kvtc_vllm.calibration.key_share import own_ratio
 from kvtc_vllm.calibration.spool import SpoolReader
 from kvtc_vllm.codec.artifact import KINDS
 from kvtc_vllm.codec.bitplan import budget_bits, plan_bits

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from kvtc_vllm.calibration.card import DataCard
-from kvtc_vllm.calibration.identity import ModelIdentity
+from kvtc_vllm.artifact.card import DataCard
+from kvtc_vllm.artifact.identity import ModelIdentity
 from kvtc_vllm.calibration.spool import SpoolHeader
 from kvtc_vllm.codec.rope import Rope
 
 LAYERS, HEADS, SIZE, SIZE_V = 4, 2, 8, 4
 DOCS, DOC_TOKENS = 5, 300
 RATIOS = (2.0, 4.0, 8.0)
+RANK_FILE = "rank0of1.safetensors"
 IDENTITY = ModelIdentity(config="c" * 32, weights="d" * 32)
 DATA = DataCard(files=("a.txt",), tokens=1500, train_tokens=1200, heldout_tokens=300, seed=0)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from kvtc_vllm.calibration.identity import model_identity
-from kvtc_vllm.calibration.registry import find
+from kvtc_vllm.artifact.identity import model_identity
+from kvtc_vllm.artifact.registry import find
 from kvtc_vllm.cli import main
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.kvtc"))
@@ -65,3 +65,20 @@ def test_doctor_says_what_is_missing(
     assert "BAD  match" in printed
     assert "kvtc calibrate" in printed
     assert "--tp 3" in printed
+
+
+@pytest.mark.parametrize(
+    ("command", "extra"),
+    [(["calibrate", "M", "--data", "D"], "calibrate"), (["eval", "M"], "eval")],
+)
+def test_a_command_says_which_extra_is_missing(
+    command: list[str],
+    extra: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    present = {"constriction", "tqdm"}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name in present or None)
+    assert main(command) == 2
+    expected = f"kvtc {extra} needs matplotlib: pip install 'kvtc-vllm[{extra}]'"
+    assert capsys.readouterr().err.splitlines() == [f"kvtc {extra}: {expected}"]

@@ -8,16 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvtc_vllm.codec import entropy
 from kvtc_vllm.codec.entropy import (
     BY_CODER_ID,
     MAX_UNIT_BYTES,
-    REGISTRY,
     DeflateCoder,
     Unit,
     aligned,
 )
 from kvtc_vllm.codec.errors import ContainerError
+from kvtc_vllm.codec.kernels.deflate_nvcomp import NVCOMP
 
+# By every way that there is: those of the host, and the one for a GPU.
+REGISTRY = {**entropy.REGISTRY, NVCOMP.name: NVCOMP}
 CODERS = [pytest.param(coder, id=name) for name, coder in REGISTRY.items()]
 CODERS += [pytest.param(DeflateCoder(level), id=f"deflate-{level}") for level in (0, 2, 3)]
 COMPRESSIBLE = bytes(range(64)) * 40

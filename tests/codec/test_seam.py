@@ -15,9 +15,8 @@ import pytest
 import torch
 
 import kvtc_vllm
-from kvtc_vllm.calibration.fingerprint import artifact_fingerprint
-from kvtc_vllm.calibration.probe import Probe
-from kvtc_vllm.calibration.rank_file import read_rank_file, write_rank_file
+from kvtc_vllm.artifact.fingerprint import artifact_fingerprint
+from kvtc_vllm.artifact.rank_file import Probe, read_rank_file, write_rank_file
 from kvtc_vllm.codec import registry
 from kvtc_vllm.codec.artifact import RankArtifact
 from kvtc_vllm.codec.container import (

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kvtc_vllm.connector.adapters import GONE, AdapterDigests, LoadedAdapters, adapter_id
-from kvtc_vllm.connector.messages import WorkerReport
+from kvtc_vllm.connector.messages import NO_ADAPTER, AdapterUse, WorkerReport
 from tests.connector.fakes import (
     BLOCK,
     FakeBlockPool,
@@ -23,74 +23,96 @@ from tests.connector.fakes import (
 )
 
 ONE, TWO = b"1" * 16, b"2" * 16
+NAME_ONE, NAME_TWO = AdapterUse(1, (ONE,)).digest, AdapterUse(1, (TWO,)).digest
 
 
-def weights(value: float, rank: int = 2, scaling: Any = 1) -> Any:
-    a, b = torch.full((rank, 8), value), torch.full((8, rank), value)
-    return SimpleNamespace(rank=rank, scaling=scaling, lora_a=a, lora_b=b)
+class Adapter:
+    """As vLLM's `LoRAModel`: weights in host memory, of which slots hold copies."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
 
 
-class Adapter(SimpleNamespace):
-    """As vLLM's `LoRAModel`: layer name -> weights."""
+class Layer:
+    """As vLLM's LoRA layers: tensors [slots, ...], one set or several."""
+
+    def __init__(self, slots: int) -> None:
+        self.lora_a_stacked = (torch.zeros(slots, 1, 4, 8), torch.zeros(slots, 1, 4, 8))
+        self.w2_lora_b_stacked = torch.zeros(slots, 1, 8, 4)
+        self.other = torch.zeros(3)
+
+    def fill(self, slot: int, value: float) -> None:
+        self.lora_a_stacked[0][slot] = value
+        self.lora_a_stacked[1][slot] = -value
+        self.w2_lora_b_stacked[slot] = 2 * value
 
 
 class Manager:
-    """vLLM's keeper of adapters: `files` stands for the disk."""
+    """vLLM's keeper of adapters, with as many slots; `files` stands for the disk."""
 
-    def __init__(self) -> None:
+    def __init__(self, slots: int = 2, layers: int = 2) -> None:
         self.files: dict[int, float] = {}
         self.registered: dict[int, Adapter] = {}
-        self._adapter_manager = SimpleNamespace(list_adapters=lambda: dict(self.registered))
+        self.lora_index_to_id: list[int | None] = [None] * slots
+        layer = Layer(slots)
+        self.modules = {"a": layer, "same": layer, **{str(n): Layer(slots) for n in range(layers)}}
+        self._adapter_manager = self
 
-    def list_adapters(self) -> set[int]:
-        return set(self.registered)
+    def list_adapters(self) -> dict[int, Adapter]:
+        return dict(self.registered)
 
     def add_adapter(self, request: FakeLora) -> None:
         number = request.lora_int_id
         if number not in self.files:
             raise FileNotFoundError(request.lora_path)
-        self.registered[number] = Adapter(loras={"q_proj": weights(self.files[number])})
+        if number not in self.registered or request.load_inplace:
+            self.registered[number] = Adapter(self.files[number])
+            self.deactivate(number)
+        self.activate(number)
+
+    def activate(self, number: int) -> None:
+        if number not in self.lora_index_to_id:
+            slot = self.lora_index_to_id.index(None)
+            self.lora_index_to_id[slot] = number
+            for layer in self.modules.values():
+                layer.fill(slot, self.registered[number].value)
+
+    def deactivate(self, number: int) -> None:
+        if number in self.lora_index_to_id:
+            self.lora_index_to_id[self.lora_index_to_id.index(number)] = None
 
 
-def loaded(manager: Manager, number: int = 1, value: float = 1.0, **fields: Any) -> LoadedAdapters:
+def loaded(manager: Manager, number: int = 1, value: float = 1.0) -> bytes:
+    """The digest of an adapter that was just loaded."""
     manager.files[number] = value
-    adapters = LoadedAdapters(manager)
-    adapters.load([FakeLora(number, **fields)])
-    return adapters
+    digest = LoadedAdapters(manager).load([FakeLora(number)])[number]
+    assert digest
+    return digest
 
 
-def digest_of(parts: dict[str, Any]) -> bytes | None:
+def test_a_digest_is_of_what_computes_and_of_nothing_else() -> None:
+    assert loaded(Manager(), 1) == loaded(Manager(), 2) == loaded(Manager(slots=4))
+    assert loaded(Manager(), value=2.0) != loaded(Manager())
+    assert loaded(Manager(layers=3)) != loaded(Manager())
+    busy = Manager()
+    loaded(busy, 7, 3.0)
+    assert loaded(busy) == loaded(Manager())  # in another slot
+    for part in range(3):
+        manager = Manager()
+        loaded(manager)
+        layer = manager.modules["1"]
+        (*layer.lora_a_stacked, layer.w2_lora_b_stacked)[part][0, 0, 3, 3] = 9
+        assert LoadedAdapters(manager).refresh()[1] != loaded(Manager())
+
+
+def test_layers_of_a_kind_that_we_do_not_know_give_no_digest() -> None:
     manager = Manager()
-    manager.registered[1] = Adapter(loras=parts)
-    return LoadedAdapters(manager).refresh()[1]
+    manager.modules = {"lm_head": SimpleNamespace(weights=torch.zeros(2, 2))}  # type: ignore[dict-item]
+    manager.registered[1], manager.lora_index_to_id[0] = Adapter(1.0), 1
+    assert LoadedAdapters(manager).refresh() == {1: None}
 
 
-def test_a_digest_is_of_the_contents_and_of_all_of_them() -> None:
-    half = [weights(1).lora_a, None]
-    others = [
-        {"q_proj": weights(1)},
-        {"q_proj": weights(2)},
-        {"k_proj": weights(1)},
-        {"q_proj": weights(1, rank=4)},
-        {"q_proj": weights(1, scaling=2)},
-        {"q_proj": weights(1), "k_proj": weights(1)},
-        {"qkv": SimpleNamespace(rank=2, scaling=[1, 1], lora_a=half, lora_b=half)},
-        {"qkv": SimpleNamespace(rank=2, scaling=[1, 1], lora_a=half[::-1], lora_b=half[::-1])},
-    ]
-    digests = [digest_of(parts) for parts in others]
-    assert len({*digests}) == len(others)
-    assert None not in digests
-    assert digest_of({"q_proj": weights(1)}) == digests[0]
-    bfloat = weights(1)
-    bfloat.lora_a = bfloat.lora_a.bfloat16()
-    assert digest_of({"q_proj": bfloat}) != digests[0]
-
-
-def test_an_adapter_of_a_kind_that_we_do_not_know_has_no_digest() -> None:
-    assert digest_of({"lm_head": SimpleNamespace(rank=1, scaling=1)}) is None
-
-
-def test_news_come_once_and_again_when_another_object_stands_for_an_adapter() -> None:
+def test_news_come_once_and_again_when_an_adapter_is_loaded_again() -> None:
     manager = Manager()
     manager.files[1] = 1.0
     adapters = LoadedAdapters(manager)
@@ -98,25 +120,41 @@ def test_news_come_once_and_again_when_another_object_stands_for_an_adapter() ->
     first = adapters.load([FakeLora()])[1]
     assert first
     assert adapters.is_loaded(1, first)
+    assert adapters.sample(1).matches()
     assert adapters.refresh() == {}
     manager.files[1] = 2.0  # new files; what is loaded is still the old adapter
     assert adapters.load([FakeLora()]) == {1: first}
-    manager.add_adapter(FakeLora())  # loaded in place
+    manager.add_adapter(FakeLora(load_inplace=True))
     second = adapters.refresh()[1]
     assert second
     assert second != first
     assert not adapters.is_loaded(1, first)
-    del manager.registered[1]
+    manager.deactivate(1)
     assert adapters.refresh() == {1: GONE}
     assert not adapters.is_loaded(1, second)
+    assert not adapters.sample(1).matches()
+
+
+def test_a_copy_in_host_memory_that_follows_its_file_is_not_believed() -> None:
+    """The slot computes with what was there when it was filled."""
+    manager = Manager()
+    first = loaded(manager)
+    adapters = LoadedAdapters(manager)
+    manager.registered[1].value = 2.0  # the mapped file was overwritten
+    assert adapters.refresh() == {1: first}
+    manager.deactivate(1)
+    manager.activate(1)  # into the same slot, between two looks
+    assert adapters.refresh() == {}
+    assert not adapters.sample(1).matches()
+    adapters.forget()
+    assert adapters.refresh()[1] not in (first, GONE, None)
 
 
 def test_an_adapter_that_is_loaded_again_for_every_step_is_read_when_asked() -> None:
     manager = Manager()
-    adapters = loaded(manager, load_inplace=True)
-    before = adapters.load([FakeLora()])[1]
+    before = loaded(manager)
     manager.files[1] = 2.0
-    assert adapters.load([FakeLora(load_inplace=True)])[1] != before
+    assert LoadedAdapters(manager).load([FakeLora(load_inplace=True)])[1] != before
 
 
 def test_an_adapter_that_cannot_be_loaded_has_no_name() -> None:
@@ -125,30 +163,39 @@ def test_an_adapter_that_cannot_be_loaded_has_no_name() -> None:
     assert LoadedAdapters(None).refresh() == {}
 
 
-def test_ranks_that_read_different_files_have_no_common_name() -> None:
-    joined = WorkerReport(0, adapters={1: ONE, 2: ONE})
-    joined.aggregate(WorkerReport(0, adapters={1: TWO, 2: ONE, 3: TWO}))
-    assert joined.adapters == {1: None, 2: ONE, 3: TWO}
+def test_an_adapter_is_known_when_all_ranks_have_told() -> None:
+    joined = WorkerReport(0, adapters={1: {0: ONE}, 2: {0: ONE}})
+    joined.aggregate(WorkerReport(0, adapters={1: {1: TWO}, 3: {1: TWO}}))
+    assert joined.adapters == {1: {0: ONE, 1: TWO}, 2: {0: ONE}, 3: {1: TWO}}
+    digests = AdapterDigests(2)
+    digests.report(1, {1: TWO})
+    assert digests.known(1) is None
+    digests.report(1, {0: ONE})
+    assert digests.known(1) == AdapterUse(1, (ONE, TWO))
+    assert digests.report(1, {1: ONE}) is True
+    digests.report(1, {0: None})
+    assert digests.known(1) is None
+    assert digests.is_nameless(1)
 
 
 def test_the_scheduler_asks_once_and_remembers_until_it_is_gone() -> None:
-    digests = AdapterDigests()
+    digests = AdapterDigests(1)
     request = with_adapter(FakeRequest("r", 128))
-    assert digests.of(FakeRequest("plain", 128)) == b""
+    assert digests.of(FakeRequest("plain", 128)) == NO_ADAPTER
     assert digests.of(request) is digests.of(request) is None
     assert digests.take_wanted() == [request.lora_request]
     assert digests.take_wanted() == []
-    assert digests.report(1, ONE) is False
-    assert digests.of(request) == ONE
-    assert digests.report(1, GONE) is False
+    assert digests.report(1, {0: ONE}) is False
+    assert digests.of(request) == AdapterUse(1, (ONE,))
+    assert digests.report(1, {0: GONE}) is False
     assert digests.of(request) is None
-    assert digests.report(1, TWO) is True  # others than the last that was seen
+    assert digests.report(1, {0: TWO}) is True  # others than the last that was seen
 
 
 def test_the_digest_of_an_adapter_in_place_is_asked_for_every_request() -> None:
-    digests = AdapterDigests()
+    digests = AdapterDigests(1)
     request = with_adapter(FakeRequest("r", 128), load_inplace=True)
-    digests.report(1, ONE)
+    digests.report(1, {0: ONE})
     assert digests.of(request) is None
     assert len(digests.take_wanted()) == 1
 
@@ -163,7 +210,8 @@ def with_adapter(request: FakeRequest, **fields: Any) -> Any:
 
 def tell(side: Any, number: int, digest: bytes | None, at: int = 0) -> None:
     """Workers told what an adapter contains, in a step."""
-    side.apply_report(WorkerReport(side._epoch, adapters={number: digest}, step=at), None)
+    news = {number: {0: digest}}
+    side.apply_report(WorkerReport(side._epoch, adapters=news, step=at), None)
 
 
 def stored(side: Any, name: str, tokens: int = 257) -> list[bytes]:
@@ -184,7 +232,7 @@ def test_a_request_waits_until_its_adapter_is_known() -> None:
     tell(side, 1, ONE)
     assert side.match(request, 0) == 0
     assert adapter_id(request) == 1
-    assert stored(side, "again") == [b"a:3" + ONE, b"a:7" + ONE]
+    assert stored(side, "again") == [b"a:3" + NAME_ONE, b"a:7" + NAME_ONE]
     assert side.match(with_adapter(FakeRequest("third", 257)), 0) == 256
 
 
@@ -236,6 +284,8 @@ def test_on_blocks_of_an_adapter_that_was_replaced_nothing_is_stored(reset: bool
         pool.reset()
     request = with_adapter(FakeRequest("again", 300))
     metadata = start(side, request, list(range(10)), 300 - 128, local=128)
-    assert [item.key for item in metadata.stores] == ([b"a:3" + TWO, b"a:7" + TWO] if reset else [])
+    assert [item.key for item in metadata.stores] == (
+        [b"a:3" + NAME_TWO, b"a:7" + NAME_TWO] if reset else []
+    )
     plain = FakeRequest("plain", 300)
     assert len(start(side, plain, list(range(10)), 300 - 128, local=128).stores) == 2

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("vllm")
 
-from kvtc_vllm.calibration.card import ArtifactCard, DataCard, GeometryCard, save_card
+from kvtc_vllm.artifact.card import ArtifactCard, DataCard, GeometryCard, save_card
 from kvtc_vllm.codec.artifact import KINDS, RankArtifact, SectionBasis
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.payload import BitPlan, CoefficientGroup

@@ -166,6 +166,17 @@ def test_after_a_reset_that_left_vllms_blocks_nothing_is_stored_on_top_of_them(
     assert len(engine.begin("s", 300, local=128)[1].stores) == 2
 
 
+def test_blocks_of_after_a_reset_are_trusted_at_once(engine: Engine) -> None:
+    """Two requests of one prefix in the first step: the second uses blocks of the first."""
+    engine.begin("r", 300)
+    engine.pool.reset()
+    engine.side.reset()
+    assert len(engine.begin("s", 300)[1].stores) == 2
+    assert len(engine.begin("t", 500, local=128)[1].stores) == 1
+    engine.named(2, other_weights=True)
+    assert len(engine.begin("u", 700, local=128)[1].stores) == 2
+
+
 def test_a_reset_with_other_weights_distrusts_vllms_blocks(engine: Engine) -> None:
     engine.begin("running", 300)
     engine.side.reset()

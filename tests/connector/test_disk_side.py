@@ -32,7 +32,7 @@ from kvtc_vllm.connector.transfer import TorchTransfer
 from kvtc_vllm.connector.worker import KVTCWorker
 from kvtc_vllm.tiers import disk as tiers_disk
 from kvtc_vllm.tiers.disk import DiskError, DiskStore, FileSystem
-from kvtc_vllm.tiers.disk.errors import _REASONS
+from kvtc_vllm.tiers.disk.checked import _REASONS
 from tests.reliability import disk as on_disk
 from tests.reliability.blobs import NAMESPACE, OTHER_NAMESPACE, blob_of, key_of
 from tests.reliability.faults import (
@@ -119,6 +119,7 @@ def gather(side: Any, enough: Callable[[DiskNews], bool], seconds: float = 20) -
         assert time.monotonic() < ends, total
         news = side.take_news()
         total.stored += news.stored
+        total.found += news.found
         total.read += news.read
         total.failed += news.failed
         total.lost += news.lost
@@ -357,7 +358,9 @@ def test_what_a_namespace_holds_already_is_told_when_it_is_entered(
     store.close()
     side.leave(1)
     side.enter(namespace(tmp_path, OTHER_NAMESPACE))
-    assert [key for key, _ in gather(side, lambda news: bool(news.stored)).stored] == KEYS[4:5]
+    news = gather(side, lambda news: bool(news.found))
+    assert [key for key, _ in news.found] == KEYS[4:5]
+    assert news.stored == []
 
 
 def test_a_namespace_that_nobody_else_can_name_goes_with_its_generation(tmp_path: Path) -> None:
@@ -383,13 +386,16 @@ def test_a_write_under_way_at_a_reset_tells_nothing_and_holds_nobody_up(
     """Hanging before, in the middle of, and after its publication. It is right where it is."""
     filesystem = HangingFileSystem(call)
     filesystem.hang = False
-    side = open_side(tmp_path, filesystem)
+    patient: dict[str, Any] = {"filesystem": filesystem, "lock_wait_seconds": 20.0}
+    first = namespace(tmp_path, **patient)
+    open_in_time(first)
+    side = Timed(DiskSide(first, 2, DEADLINE, 1 << 20))
     filesystem.calls.clear()
     filesystem.hang = True
     side.write(KEYS[0], blob_of(KEYS[0]), 0)
     wait_until(lambda: call in filesystem.calls)
     side.leave(1)
-    side.enter(namespace(tmp_path, OTHER_NAMESPACE, filesystem=filesystem))
+    side.enter(namespace(tmp_path, OTHER_NAMESPACE, **patient))
     side.write(KEYS[0], other(KEYS[0]), 1)
     filesystem.release()
     wait_until(lambda: not side._writing)

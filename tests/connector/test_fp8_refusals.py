@@ -133,7 +133,7 @@ def test_e5m2_is_refused_where_it_may_be_e4m3() -> None:
 def test_calibrating_on_an_fp8_cache_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
-    from kvtc_vllm.connector import capture
+    from kvtc_vllm.calibration import capture_connector as capture
 
     extra = {"spool": "nowhere"}
     transfer = SimpleNamespace(kv_connector_extra_config=extra, kv_load_failure_policy="fail")

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("vllm")
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from kvtc_vllm.calibration.probe import Probe
+from kvtc_vllm.artifact.rank_file import Probe
 from kvtc_vllm.codec.artifact import RankArtifact
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.kvtc import KvtcCodec

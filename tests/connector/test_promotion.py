@@ -413,4 +413,4 @@ def test_time_is_taken_from_the_step_that_a_report_names() -> None:
     side.apply_report(WorkerReport(0, step=empty.number), None)
     assert [tokens for tokens, _ in samples] == [128, 256]  # the third's time is not known
     confirm(side, planned[0])
-    assert not side._steps
+    assert not side._gate._steps

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from engine import engine
 
-from kvtc_vllm.calibration.registry import ENVIRONMENT_VARIABLE, shipped_registry
+from kvtc_vllm.artifact.registry import ENVIRONMENT_VARIABLE, shipped_registry
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.config import ConfigError
 from kvtc_vllm.connector.compat import UnsupportedError
@@ -30,8 +30,8 @@ def refused(model: Path, error: type[Exception], extra: dict[str, Any], **option
 
 def registry_artifact(model: Path) -> Path:
     """The shipped artifact of the reference model for TP 1."""
-    from kvtc_vllm.calibration.identity import model_identity
-    from kvtc_vllm.calibration.registry import find
+    from kvtc_vllm.artifact.identity import model_identity
+    from kvtc_vllm.artifact.registry import find
 
     return find(model_identity(model), 1, 16.0, model_name="reference")
 

@@ -7,8 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -38,6 +37,7 @@ from kvtc_vllm.connector.startup import codec_geometry
 from kvtc_vllm.connector.transfer import TorchTransfer
 from kvtc_vllm.connector.weights import WeightsWatch
 from kvtc_vllm.connector.worker import KVTCWorker
+from tests.connector.test_adapters import Manager, loaded
 
 SHAPE = geometry(head_size=64)
 CHUNK_BYTES = 4 * BLOCK * SHAPE.token_bytes
@@ -386,19 +386,11 @@ def test_a_blob_of_an_older_generation_is_not_read(changing: tuple[Rig, Changing
 
 
 def test_another_adapter_than_the_name_says_costs_the_store_and_the_load() -> None:
-    class Adapter:
-        loras: ClassVar[dict[str, Any]] = {}
-
-    adapter = Adapter()
-    manager = SimpleNamespace(
-        _adapter_manager=SimpleNamespace(list_adapters=lambda: {1: adapter}),
-        list_adapters=lambda: {1},
-    )
+    manager = Manager()
+    right = loaded(manager)
     rig = Rig(names={"adapters": LoadedAdapters(manager)})
-    right = LoadedAdapters(manager).refresh()[1]
-    assert right
     for number, digest in enumerate((right, b"other")):
-        use = AdapterUse(1, digest)
+        use = AdapterUse(1, (digest,))
         step = StepMetadata(tokens=1, stores=[StoreItem(b"k", 0, [0, 1, 2, 3], use)])
         rig.worker.begin_step(step)
         rig.worker.store(step)
@@ -408,4 +400,21 @@ def test_another_adapter_than_the_name_says_costs_the_store_and_the_load() -> No
         assert rig.finish_load() == ({8, 9, 10, 11} if number else set())
     counters = rig.counters()
     assert counters["dropped_stores/changed"] == counters["failed_loads/changed"] == 1
+    rig.worker.shutdown()
+
+
+def test_a_slot_that_changed_without_a_sign_costs_the_store_and_all_names() -> None:
+    manager = Manager()
+    use = AdapterUse(1, (loaded(manager),))
+    rig = Rig(names={"adapters": LoadedAdapters(manager)})
+    rig.worker.begin_step(StepMetadata(number=1, tokens=1))
+    for layer in manager.modules.values():
+        layer.fill(0, 5.0)
+    step = StepMetadata(number=2, tokens=1, stores=[StoreItem(b"k", 0, [0, 1, 2, 3], use)])
+    rig.worker.begin_step(step)
+    rig.worker.store(step)
+    report = rig.settled()
+    assert (report.dropped, report.stale_since) == ([(b"k", 0)], 2)
+    rig.worker.begin_step(StepMetadata(number=3, tokens=1, epoch=1))
+    assert rig.report().adapters[1][0] not in (use.parts[0], None)
     rig.worker.shutdown()

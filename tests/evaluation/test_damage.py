@@ -13,9 +13,9 @@ import torch
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
-from kvtc_vllm.calibration import registry
-from kvtc_vllm.calibration.identity import model_identity
-from kvtc_vllm.calibration.rank_file import rank_file_name
+from kvtc_vllm.artifact import registry
+from kvtc_vllm.artifact.identity import model_identity
+from kvtc_vllm.artifact.rank_file import rank_file_name
 from kvtc_vllm.codec.codec import DecodedChunk
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.evaluation import variants

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from kvtc_vllm.calibration.artifact_io import load_rank_artifact
-from kvtc_vllm.calibration.probe import Probe
-from kvtc_vllm.calibration.registry import shipped_registry
+from kvtc_vllm.artifact.directory import load_rank_artifact
+from kvtc_vllm.artifact.rank_file import Probe
+from kvtc_vllm.artifact.registry import shipped_registry
 from kvtc_vllm.codec.artifact import RankArtifact
 
 TOKENS = 256

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvtc_vllm.calibration.identity import model_identity
+from kvtc_vllm.artifact.identity import model_identity
 from kvtc_vllm.codec.container import FORMAT_VERSION
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.config import ConfigError, load_config

@@ -1,4 +1,7 @@
-"""Entropy coders by name and by number. One file a coder, one row here."""
+"""Entropy coders by name and by number. One file a coder, one row here.
+
+What codes the same bytes on a GPU is `kvtc_vllm.codec.kernels.deflate_nvcomp`.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,11 @@ from kvtc_vllm.codec.entropy.base import (
     unit_lengths,
 )
 from kvtc_vllm.codec.entropy.deflate_cpu import DEFLATE, DeflateCoder
-from kvtc_vllm.codec.entropy.deflate_nvcomp import NVCOMP, NvcompCoder
 from kvtc_vllm.codec.entropy.raw import RAW, RawCoder
 
-_CODERS: tuple[EntropyCoder, ...] = (RAW, DEFLATE, NVCOMP)
+_CODERS: tuple[EntropyCoder, ...] = (RAW, DEFLATE)
 REGISTRY: dict[str, EntropyCoder] = {coder.name: coder for coder in _CODERS}
-# Of coders that share a number, the first reads: NVCOMP only pays for large batches.
-BY_CODER_ID: dict[int, EntropyCoder] = {coder.coder_id: coder for coder in reversed(_CODERS)}
+BY_CODER_ID: dict[int, EntropyCoder] = {coder.coder_id: coder for coder in _CODERS}
 GENERAL_CODER_IDS = frozenset(BY_CODER_ID)
 """Of coders that need no tables, so that the number alone is enough to read."""
 
@@ -31,7 +32,6 @@ __all__ = [
     "DEFLATE",
     "GENERAL_CODER_IDS",
     "MAX_UNIT_BYTES",
-    "NVCOMP",
     "RAW",
     "REGISTRY",
     "UNIT_ALIGNMENT",
@@ -39,7 +39,6 @@ __all__ = [
     "DeflateCoder",
     "EncodedSection",
     "EntropyCoder",
-    "NvcompCoder",
     "RawCoder",
     "Unit",
     "UnitList",

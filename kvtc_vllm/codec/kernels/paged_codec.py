@@ -27,7 +27,6 @@ from kvtc_vllm.codec.container import (
     build,
 )
 from kvtc_vllm.codec.entropy import DEFLATE, unit_lengths
-from kvtc_vllm.codec.entropy.deflate_nvcomp import host_threads
 from kvtc_vllm.codec.errors import CodecError, ContainerError
 from kvtc_vllm.codec.frame import NON_FINITE, SECTION_KIND
 from kvtc_vllm.codec.kernels.chunks import (
@@ -42,6 +41,7 @@ from kvtc_vllm.codec.kernels.decoder import (
     decode_batch,
     workspace_bytes_per_token,
 )
+from kvtc_vllm.codec.kernels.deflate_nvcomp import host_threads
 from kvtc_vllm.codec.kernels.encoder import CodedChunk, StagedChunks, encode_rows
 from kvtc_vllm.codec.kernels.gather import gather_rows
 from kvtc_vllm.codec.kernels.lanes import Lane, upload

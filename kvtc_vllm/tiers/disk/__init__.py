@@ -15,8 +15,8 @@ Layout of a tier's root directory (`layout.py`)::
 
 A namespace is the 16-byte identity fingerprint of one model set-up *and* rank. A blob is
 handed out only if its checksum holds and its header says that it was written for this
-namespace and key (`seal.py`), so a file in a wrong place is a miss. Whether it is the chunk
-that a request needs (position, geometry) is for the caller's decoder to check.
+namespace and key (`layout.check_blob`), so a file in a wrong place is a miss. Whether it is the
+chunk that a request needs (position, geometry) is for the caller's decoder to check.
 
 Generations: an identity may hold a random nonce (`NamespaceRecord.generation`). An engine whose
 cache is reset goes on in such a namespace and leaves the one before alone, because other
@@ -77,7 +77,7 @@ the lock. (A thread that the kernel will not interrupt, as on a dead hard NFS mo
 the end of a killed process; nothing in user space can prevent that.)
 """
 
-from kvtc_vllm.tiers.disk.errors import DiskError
+from kvtc_vllm.tiers.disk.checked import DiskError
 from kvtc_vllm.tiers.disk.filesystem import FileSystem, OsFileSystem
 from kvtc_vllm.tiers.disk.iopool import IoHandle, IoPool
 from kvtc_vllm.tiers.disk.layout import disk_bytes

@@ -1,12 +1,15 @@
-"""A file system whose calls repeat what is to be repeated and raise only DiskError."""
+"""The one exception of the disk tier, and a file system that raises nothing else.
+
+Its calls repeat what is to be repeated.
+"""
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from contextlib import suppress
 from typing import ParamSpec, TypeVar
 
-from kvtc_vllm.tiers.disk.errors import DiskError
 from kvtc_vllm.tiers.disk.filesystem import FileInfo, FileSystem, Listed
 
 P = ParamSpec("P")
@@ -14,6 +17,47 @@ T = TypeVar("T")
 
 INTERRUPTED_TRIES = 100
 """A call interrupted this often in a row is given up."""
+
+
+_REASONS = {
+    errno.ENOENT: "missing",
+    errno.ENOTDIR: "missing",
+    errno.ENOSPC: "no_space",
+    errno.EDQUOT: "no_space",
+    errno.EFBIG: "no_space",
+    errno.EIO: "io",
+    errno.ESTALE: "io",
+    errno.ENXIO: "io",
+    errno.ENODEV: "io",
+    errno.ETIMEDOUT: "io",
+    errno.EMFILE: "too_many_files",
+    errno.ENFILE: "too_many_files",
+    errno.ENOMEM: "too_many_files",
+    errno.EROFS: "read_only",
+    errno.EACCES: "permission",
+    errno.EPERM: "permission",
+    errno.ENOLCK: "unsupported",
+    errno.ENOSYS: "unsupported",
+    errno.EOPNOTSUPP: "unsupported",
+}
+
+
+class DiskError(Exception):
+    """A disk operation did not happen: a miss for a read, a dropped store for a write.
+
+    `reason` is a short stable word used as a metric label; the package's docstring
+    lists them all.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(f"{reason}: {message}")
+        self.reason = reason
+
+    @classmethod
+    def from_os(cls, error: OSError, call: str) -> DiskError:
+        """The reason of an operating system error; `call` names what was attempted."""
+        reason = _REASONS.get(error.errno or 0, "other")
+        return cls(reason, f"{call}: {error.strerror or error}")
 
 
 class CheckedFileSystem:

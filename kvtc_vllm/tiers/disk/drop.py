@@ -5,8 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 
 from kvtc_vllm.tiers.disk import scan
-from kvtc_vllm.tiers.disk.checked import CheckedFileSystem
-from kvtc_vllm.tiers.disk.errors import DiskError
+from kvtc_vllm.tiers.disk.checked import CheckedFileSystem, DiskError
 from kvtc_vllm.tiers.disk.layout import (
     IN_USE_FILE,
     RECORD_FILE,

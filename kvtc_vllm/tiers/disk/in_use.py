@@ -10,8 +10,7 @@ import os
 import threading
 import time
 
-from kvtc_vllm.tiers.disk.checked import CheckedFileSystem
-from kvtc_vllm.tiers.disk.errors import DiskError
+from kvtc_vllm.tiers.disk.checked import CheckedFileSystem, DiskError
 from kvtc_vllm.tiers.disk.layout import IN_USE_FILE
 
 _TRIES = 100

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from kvtc_vllm.tiers.disk.errors import DiskError
+from kvtc_vllm.tiers.disk.checked import DiskError
 
 T = TypeVar("T")
 

@@ -1,11 +1,13 @@
-"""Names and paths below a tier's root, and what a file counts for."""
+"""Names and paths below a tier's root, what a file counts for, and whether its bytes are sound."""
 
 from __future__ import annotations
 
 import os
 import re
 
-from kvtc_vllm.tiers.disk.errors import DiskError
+import xxhash
+
+from kvtc_vllm.tiers.disk.checked import DiskError
 from kvtc_vllm.tiers.policies import ChunkKey
 
 LAYOUT_VERSION = 1
@@ -18,6 +20,11 @@ LEDGER_FILE = "ledger.json"
 RECORD_FILE = "namespace.json"
 IN_USE_FILE = "in-use"
 TEMPORARY_DIRECTORY = "tmp"
+
+IDENTITY_OFFSET = 60
+IDENTITY_BYTES = 16
+CHECKSUM_BYTES = 16
+MIN_BLOB_BYTES = IDENTITY_OFFSET + IDENTITY_BYTES + CHECKSUM_BYTES
 
 _CHUNK_SUFFIX = ".kvtc"
 _TEMPORARY_SUFFIX = ".tmp"
@@ -69,3 +76,20 @@ def new_temporary(directory: str) -> str:
     """A path for a temporary that no other process or thread will choose."""
     token = f"{os.getpid()}-{os.urandom(8).hex()}"
     return f"{directory}/{TEMPORARY_DIRECTORY}/{token}{_TEMPORARY_SUFFIX}"
+
+
+def check_blob(blob: bytes, namespace: bytes, key: ChunkKey) -> None:
+    """Raise DiskError "corrupt", or "foreign" if written for another namespace or key.
+
+    Two facts of FORMAT.md are enough, so this needs no codec and no torch: bytes 60 to 75 are
+    XXH3-128(identity, key), and the last 16 bytes are the XXH3-128 of all before them. They
+    find accidents, not somebody who can write the directory.
+    """
+    if len(blob) < MIN_BLOB_BYTES:
+        raise DiskError("corrupt", f"{len(blob)} bytes are too few for a blob")
+    end = len(blob) - CHECKSUM_BYTES
+    if xxhash.xxh3_128_digest(memoryview(blob)[:end]) != blob[end:]:
+        raise DiskError("corrupt", f"the {len(blob)} bytes were altered after writing")
+    found = blob[IDENTITY_OFFSET : IDENTITY_OFFSET + IDENTITY_BYTES]
+    if found != xxhash.xxh3_128_digest(namespace + key):
+        raise DiskError("foreign", "written for another namespace or under another key")

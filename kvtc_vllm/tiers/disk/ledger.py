@@ -14,8 +14,7 @@ from contextlib import contextmanager, suppress
 
 import msgspec
 
-from kvtc_vllm.tiers.disk.checked import CheckedFileSystem
-from kvtc_vllm.tiers.disk.errors import DiskError
+from kvtc_vllm.tiers.disk.checked import CheckedFileSystem, DiskError
 from kvtc_vllm.tiers.disk.layout import BLOCK_BYTES, LEDGER_FILE, disk_bytes
 
 LOCK_WAIT_SECONDS = 10.0

@@ -7,8 +7,7 @@ from contextlib import suppress
 
 import msgspec
 
-from kvtc_vllm.tiers.disk.checked import CheckedFileSystem
-from kvtc_vllm.tiers.disk.errors import DiskError
+from kvtc_vllm.tiers.disk.checked import CheckedFileSystem, DiskError
 from kvtc_vllm.tiers.disk.layout import (
     LAYOUT_FILE,
     LAYOUT_VERSION,

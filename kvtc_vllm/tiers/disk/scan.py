@@ -9,8 +9,7 @@ from contextlib import contextmanager, suppress
 from stat import S_ISDIR, S_ISREG
 from typing import NamedTuple
 
-from kvtc_vllm.tiers.disk.checked import CheckedFileSystem
-from kvtc_vllm.tiers.disk.errors import DiskError
+from kvtc_vllm.tiers.disk.checked import CheckedFileSystem, DiskError
 from kvtc_vllm.tiers.disk.layout import (
     TEMPORARY_DIRECTORY,
     chunk_key,

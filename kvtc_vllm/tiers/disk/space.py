@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import os
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,11 +18,9 @@ from dataclasses import dataclass
 from operator import itemgetter
 
 from kvtc_vllm.tiers.disk import scan
-from kvtc_vllm.tiers.disk.checked import CheckedFileSystem
-from kvtc_vllm.tiers.disk.errors import DiskError
+from kvtc_vllm.tiers.disk.checked import CheckedFileSystem, DiskError
 from kvtc_vllm.tiers.disk.layout import chunk_path, disk_bytes, new_temporary
 from kvtc_vllm.tiers.disk.ledger import LOCK_WAIT_SECONDS, Account, Ledger, Page
-from kvtc_vllm.tiers.disk.recency import Recency
 from kvtc_vllm.tiers.disk.scan import ChunkFile
 
 MIN_CANDIDATES = 1024
@@ -45,6 +44,26 @@ class Temporary:
         """The descriptor, before it is closed."""
         assert self.fd is not None
         return self.fd
+
+
+class Recency:
+    """Last use, kept as the modification time of a chunk's file.
+
+    Stamps files, each later than the one before. Thread-safe.
+    """
+
+    def __init__(self, fs: CheckedFileSystem) -> None:
+        self._fs = fs
+        self._last = 0
+        self._lock = threading.Lock()
+
+    def touch(self, path: str) -> None:
+        """Make the file the most recently used of this process. Raises DiskError."""
+        with self._lock:
+            # The clock may stand still between two calls, and may be set back.
+            self._last = max(time.time_ns(), self._last + 1)
+            now = self._last
+        self._fs.utime(path, now)
 
 
 class Space:

@@ -10,22 +10,22 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from kvtc_vllm.tiers.disk import record, seal
-from kvtc_vllm.tiers.disk.checked import CheckedFileSystem
+from kvtc_vllm.tiers.disk import record
+from kvtc_vllm.tiers.disk.checked import CheckedFileSystem, DiskError
 from kvtc_vllm.tiers.disk.drop import drop_namespace
-from kvtc_vllm.tiers.disk.errors import DiskError
 from kvtc_vllm.tiers.disk.filesystem import FileSystem, OsFileSystem
 from kvtc_vllm.tiers.disk.in_use import InUseMark
 from kvtc_vllm.tiers.disk.layout import (
+    MIN_BLOB_BYTES,
     NAMESPACE_BYTES,
     TEMPORARY_DIRECTORY,
+    check_blob,
     chunk_path,
     disk_bytes,
 )
 from kvtc_vllm.tiers.disk.ledger import LOCK_WAIT_SECONDS
-from kvtc_vllm.tiers.disk.recency import Recency
 from kvtc_vllm.tiers.disk.scan import ChunkFile, without_collector
-from kvtc_vllm.tiers.disk.space import Space, Temporary
+from kvtc_vllm.tiers.disk.space import Recency, Space, Temporary
 from kvtc_vllm.tiers.policies import ChunkKey
 
 DEFAULT_CAPACITY = 32 * 2**30
@@ -105,7 +105,7 @@ class DiskStore:
         """
         with self._counted("write"):
             path = chunk_path(self._directory, key)
-            seal.check(blob, self.namespace, key)
+            check_blob(blob, self.namespace, key)
             try:
                 fresh = self._write(path, blob)
             except DiskError as error:
@@ -126,7 +126,7 @@ class DiskStore:
             path = chunk_path(self._directory, key)
             try:
                 blob = self._read(path)
-                seal.check(blob, self.namespace, key)
+                check_blob(blob, self.namespace, key)
             except DiskError as error:
                 if error.reason in ("corrupt", "foreign"):
                     self._remove_quietly(path)
@@ -252,7 +252,7 @@ class DiskStore:
         fd = self._fs.open(path, os.O_RDONLY)
         try:
             size = self._fs.fstat(fd).size
-            if not seal.MIN_BLOB_BYTES <= size <= self.capacity:
+            if not MIN_BLOB_BYTES <= size <= self.capacity:
                 raise DiskError("corrupt", f"{size} bytes cannot be a blob")
             return self._fs.read_all(fd, size)
         finally:

@@ -11,15 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvtc_vllm.tiers.disk import record, scan
-from kvtc_vllm.tiers.disk.checked import CheckedFileSystem
+from kvtc_vllm.tiers.disk.checked import CheckedFileSystem, DiskError
 from kvtc_vllm.tiers.disk.drop import drop_namespace
-from kvtc_vllm.tiers.disk.errors import DiskError
 from kvtc_vllm.tiers.disk.filesystem import OsFileSystem
 from kvtc_vllm.tiers.disk.in_use import is_in_use
 from kvtc_vllm.tiers.disk.layout import chunk_path, disk_bytes
-from kvtc_vllm.tiers.disk.recency import Recency
 from kvtc_vllm.tiers.disk.scan import ChunkFile
-from kvtc_vllm.tiers.disk.space import Space
+from kvtc_vllm.tiers.disk.space import Recency, Space
 from kvtc_vllm.tiers.policies import ChunkKey
 
 _UNBOUNDED = 2**63

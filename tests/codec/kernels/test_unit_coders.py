@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from kvtc_vllm.codec.container import Header, NewSection, SectionKind, build, parse
-from kvtc_vllm.codec.entropy import DEFLATE, RAW, deflate_nvcomp
+from kvtc_vllm.codec.entropy import DEFLATE, RAW
+from kvtc_vllm.codec.kernels import deflate_nvcomp
 from tests.codec.kernels import fake_nvcomp
 
 from kvtc_vllm.codec.kernels.unit_coders import (  # isort: skip

@@ -14,7 +14,7 @@ import xxhash
 
 from kvtc_vllm.codec import container
 from kvtc_vllm.codec.raw import RawCodec
-from kvtc_vllm.tiers.disk import DiskError, DiskStore, NamespaceRecord, disk_bytes, seal
+from kvtc_vllm.tiers.disk import DiskError, DiskStore, NamespaceRecord, disk_bytes, layout
 from kvtc_vllm.tiers.disk.filesystem import OsFileSystem
 from tests.codec.synthetic import SyntheticModel
 from tests.reliability import disk
@@ -71,8 +71,8 @@ def test_blobs_of_the_codec_carry_the_store_s_seal(tmp_path: Path) -> None:
     store.write(A, blob)
     assert store.read(A) == blob
     assert reason(store.write, B, blob) == "foreign"
-    assert seal.MIN_BLOB_BYTES == container.MIN_BLOB_BYTES
-    assert container.parse(blob).header.identity == blob[seal.IDENTITY_OFFSET :][:16]
+    assert layout.MIN_BLOB_BYTES == container.MIN_BLOB_BYTES
+    assert container.parse(blob).header.identity == blob[layout.IDENTITY_OFFSET :][:16]
 
 
 def test_nothing_of_another_namespace_or_key_is_served(tmp_path: Path) -> None:

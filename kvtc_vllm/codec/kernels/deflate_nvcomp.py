@@ -30,6 +30,8 @@ from kvtc_vllm.codec.entropy.base import (
 )
 from kvtc_vllm.codec.entropy.deflate_cpu import DEFLATE
 from kvtc_vllm.codec.entropy.unit_table import Lengths, UnitTable, checked_table
+from kvtc_vllm.codec.kernels.byte_ranges import copy_ranges
+from kvtc_vllm.codec.kernels.lanes import upload
 
 logger = logging.getLogger(__name__)
 
@@ -139,9 +141,6 @@ class NvcompDeflate:
     def _copy(
         sources: Lengths, targets: Lengths, lengths: Lengths, device: torch.device
     ) -> list[object]:
-        from kvtc_vllm.codec.kernels.byte_ranges import copy_ranges
-        from kvtc_vllm.codec.kernels.lanes import upload
-
         table = upload(torch.from_numpy(np.stack((sources, targets, lengths))), device)
         copy_ranges(table[0], table[1], table[2])
         return [table]

@@ -80,9 +80,9 @@ class ArtifactCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """One artifact directory.
 
     identity, config_fingerprint, weights_fingerprint: see
-    `kvtc_vllm.calibration.identity`. geometry: of one rank; all ranks have the
+    `kvtc_vllm.artifact.identity`. geometry: of one rank; all ranks have the
     same. fingerprints: hex, one a rank, see
-    `kvtc_vllm.calibration.fingerprint`. rope_fingerprints: hex, one a table.
+    `kvtc_vllm.artifact.fingerprint`. rope_fingerprints: hex, one a table.
     kv_dtype: cache dtype that was captured. size_bytes, checksums: rank file
     name -> bytes, and hex of xxh3-128 of the whole file. created: UTC, ISO
     8601. seconds: of fitting all ranks. key_share: see

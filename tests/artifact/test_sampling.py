@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from kvtc_vllm.calibration import sampling
-from kvtc_vllm.calibration.sampling import REGION_BYTES, regions, samples
+from kvtc_vllm.artifact import sampling
+from kvtc_vllm.artifact.sampling import REGION_BYTES, regions, samples
 
 MIB = 2**20
 

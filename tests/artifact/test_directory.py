@@ -16,23 +16,14 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from kvtc_vllm.calibration import artifact_io
-from kvtc_vllm.calibration.artifact_io import (
-    Description,
-    load_rank_artifact,
-    model_slug,
-    write_artifact,
-)
-from kvtc_vllm.calibration.card import load_card
-from kvtc_vllm.calibration.fingerprint import artifact_fingerprint
+from kvtc_vllm.artifact.directory import load_rank_artifact
+from kvtc_vllm.artifact.fingerprint import artifact_fingerprint
 from kvtc_vllm.calibration.fit import RankFit
 from kvtc_vllm.calibration.spool import SpoolReader
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.payload import CoefficientGroup
-from tests.calibration.toy import DATA, IDENTITY, RATIOS, SIZE
+from tests.calibration.toy import DATA, IDENTITY, RANK_FILE, RATIOS, SIZE
 
-DESCRIPTION = Description("org/toy", IDENTITY, "bfloat16", DATA)
-RANK_FILE = "rank0of1.safetensors"
 Tensors = dict[str, torch.Tensor]
 
 
@@ -41,12 +32,6 @@ def copy(written: Path, tmp_path: Path) -> Path:
     target = tmp_path / "artifact"
     shutil.copytree(written, target)
     return target
-
-
-@pytest.fixture
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plots take seconds, and `written` has them."""
-    monkeypatch.setattr(artifact_io, "write_report", lambda *_: None)
 
 
 def edit(directory: Path, change: Callable[[Tensors, dict[str, Any]], None]) -> None:
@@ -98,69 +83,6 @@ def test_round_trip(written: Path, fit: RankFit, reader: SpoolReader) -> None:
     assert card.data == DATA
     assert card.size_bytes == {RANK_FILE: (written / RANK_FILE).stat().st_size}
     assert len(card.sections) == 4
-
-
-def test_directory_layout(written: Path) -> None:
-    assert written.parent.name == "org--toy"
-    assert written.name.startswith("tp1-2-")
-    names = sorted(path.name for path in written.iterdir())
-    assert names == ["card.json", RANK_FILE, "report.md", "report.png"]
-    assert [path.name for path in written.parent.iterdir()] == [written.name]
-    report = (written / "report.md").read_text()
-    assert "| 0 | K group 1 | 32 |" in report
-    assert (written / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert len({path.stat().st_mode & 0o444 for path in written.iterdir()}) == 1
-
-
-@pytest.mark.usefixtures("no_report")
-def test_two_ranks(fit: RankFit, reader: SpoolReader, tmp_path: Path) -> None:
-    directory = write_artifact(
-        tmp_path, DESCRIPTION, [fit, fit], [reader.probe(), reader.probe(5)], name="mine"
-    )
-    assert directory == tmp_path / "org--toy" / "mine"
-    assert load_card(directory).tp_size == 2
-    assert len(load_rank_artifact(directory, 1)[2].positions) == 5
-    with pytest.raises(ArtifactError, match=r"ranks 0\.\.1, not 2"):
-        load_rank_artifact(directory, 2)
-
-
-@pytest.mark.usefixtures("no_report")
-def test_existing_directory(fit: RankFit, reader: SpoolReader, tmp_path: Path) -> None:
-    arguments: tuple[Any, ...] = (tmp_path, DESCRIPTION, [fit], [reader.probe()])
-    directory = write_artifact(*arguments)
-    with pytest.raises(ArtifactError, match="exists already"):
-        write_artifact(*arguments)
-    (directory / "old").touch()
-    assert write_artifact(*arguments, overwrite=True) == directory
-    assert not (directory / "old").exists()
-    assert [path.name for path in directory.parent.iterdir()] == [directory.name]
-
-
-def test_refused_artifact_leaves_nothing(fit: RankFit, reader: SpoolReader, tmp_path: Path) -> None:
-    sections = dict(fit.artifact.sections)
-    sections[0, "v"] = dataclasses.replace(sections[0, "v"], heldout_error={})
-    bad = dataclasses.replace(fit, artifact=dataclasses.replace(fit.artifact, sections=sections))
-    with pytest.raises(ArtifactError, match="v0"):
-        write_artifact(tmp_path, DESCRIPTION, [bad], [reader.probe()])
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_failed_write_leaves_nothing(
-    fit: RankFit, reader: SpoolReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full_disk(*_: object) -> None:
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(artifact_io, "write_report", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        write_artifact(tmp_path, DESCRIPTION, [fit], [reader.probe()])
-    assert list((tmp_path / "org--toy").iterdir()) == []
-
-
-def test_slug_is_one_path_component() -> None:
-    assert model_slug("meta-llama/Llama-3.1-8B") == "meta-llama--Llama-3.1-8B"
-    assert model_slug("../../etc") == "etc"
-    assert model_slug("///") == "model"
 
 
 def set_tensor(name: str, value: Callable[[torch.Tensor], torch.Tensor]) -> Any:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from kvtc_vllm.calibration import registry
-from kvtc_vllm.calibration.identity import ModelIdentity
-from kvtc_vllm.calibration.registry import find, search_path
+from kvtc_vllm.artifact import registry
+from kvtc_vllm.artifact.identity import ModelIdentity
+from kvtc_vllm.artifact.registry import find, search_path
 from kvtc_vllm.codec.errors import ArtifactError
 from tests.calibration.toy import IDENTITY
 

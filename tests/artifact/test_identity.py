@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kvtc_vllm.calibration import identity, remembered, sampling
-from kvtc_vllm.calibration.card import load_card
-from kvtc_vllm.calibration.identity import (
+from kvtc_vllm.artifact import identity, remembered, sampling
+from kvtc_vllm.artifact.card import load_card
+from kvtc_vllm.artifact.identity import (
     model_identity,
     public_model_name,
     weight_files,

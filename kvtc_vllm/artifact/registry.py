@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import kvtc_vllm
-from kvtc_vllm.calibration.card import CARD_NAME, ArtifactCard, load_card
-from kvtc_vllm.calibration.identity import ModelIdentity
+from kvtc_vllm.artifact.card import CARD_NAME, ArtifactCard, load_card
+from kvtc_vllm.artifact.identity import ModelIdentity
 from kvtc_vllm.codec.errors import ArtifactError
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 
 import pytest
 
-from kvtc_vllm.calibration import identity, remembered
-from kvtc_vllm.calibration.identity import weights_fingerprint
+from kvtc_vllm.artifact import identity, remembered
+from kvtc_vllm.artifact.identity import weights_fingerprint
 
 ROOT = Path(__file__).parents[2]
 AN_HOUR_NS = 3600 * 10**9
@@ -81,7 +81,7 @@ def test_weights_are_read_once_for_all_processes(
     first = weights_fingerprint(model)
     code = (
         "import sys; from pathlib import Path; "
-        "from kvtc_vllm.calibration import identity, remembered; "
+        "from kvtc_vllm.artifact import identity, remembered; "
         "remembered.FRESH_NS = -10**18; "
         "identity._whole = lambda file: sys.exit('read again'); "
         "print(identity.weights_fingerprint(Path(sys.argv[1])))"
@@ -98,7 +98,7 @@ def test_ranks_that_start_together_read_the_weights_once(
 ) -> None:
     code = (
         "import os, sys, time; from pathlib import Path; "
-        "from kvtc_vllm.calibration import identity, remembered\n"
+        "from kvtc_vllm.artifact import identity, remembered\n"
         "remembered.FRESH_NS = -10**18\n"
         "whole = identity._whole\n"
         "def slow(file):\n"

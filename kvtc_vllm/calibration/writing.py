@@ -1,10 +1,4 @@
-"""Artifact directories: writing one atomically, loading one rank of one.
-
-ROOT/<model-slug>/<artifact-name>/
-    card.json                  `kvtc_vllm.calibration.card`
-    rank{r}of{n}.safetensors   `kvtc_vllm.calibration.rank_file`
-    report.md  report.png      `kvtc_vllm.calibration.report`
-"""
+"""Writing a fitted artifact: whole or not at all, and only if the gate lets it pass."""
 
 from __future__ import annotations
 
@@ -19,26 +13,24 @@ from pathlib import Path
 
 import xxhash
 
-from kvtc_vllm.calibration.card import (
+from kvtc_vllm.artifact.card import (
     ArtifactCard,
     DataCard,
     ErrorCard,
     GeometryCard,
     SectionCard,
-    load_card,
     save_card,
 )
+from kvtc_vllm.artifact.directory import checksum, rope_fingerprints
+from kvtc_vllm.artifact.identity import ModelIdentity
+from kvtc_vllm.artifact.rank_file import Probe, rank_file_name, write_rank_file
 from kvtc_vllm.calibration.fit import RankFit
 from kvtc_vllm.calibration.gate import check_artifact
-from kvtc_vllm.calibration.identity import ModelIdentity
-from kvtc_vllm.calibration.probe import Probe
-from kvtc_vllm.calibration.rank_file import rank_file_name, read_rank_file, write_rank_file
 from kvtc_vllm.calibration.report import write_report
 from kvtc_vllm.codec.artifact import RankArtifact
 from kvtc_vllm.codec.errors import ArtifactError
 
 _RECORDED_PACKAGES = ("kvtc-vllm", "vllm", "torch")
-_READ_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -99,7 +91,7 @@ def write_artifact(
             path = temporary / rank_file_name(rank, len(fits))
             write_rank_file(path, fit.artifact, probe, rank, len(fits))
             sizes[path.name] = path.stat().st_size
-            checksums[path.name] = _checksum(path)
+            checksums[path.name] = checksum(path)
         card = _card(description, fits, sizes, checksums)
         write_report(temporary, card, fits)
         save_card(temporary, card)
@@ -110,31 +102,6 @@ def write_artifact(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return final
-
-
-def load_rank_artifact(directory: Path, rank: int) -> tuple[RankArtifact, ArtifactCard, Probe]:
-    """Load one tensor-parallel rank of an artifact.
-
-    Raises ArtifactError, one clear line naming file and field, for anything
-    missing, malformed or contradictory.
-    """
-    directory = Path(directory)
-    card = load_card(directory)
-    if not 0 <= rank < card.tp_size:
-        raise ArtifactError(f"{directory}: has ranks 0..{card.tp_size - 1}, not {rank}")
-    path = directory / rank_file_name(rank, card.tp_size)
-    _check_file(path, card)
-    artifact, probe = read_rank_file(path, rank, card.tp_size)
-    for field, in_card, in_file in (
-        ("fingerprints", card.fingerprints[rank], artifact.fingerprint.hex()),
-        ("geometry", card.geometry.geometry(), artifact.geometry),
-        ("sink_tokens", card.sink_tokens, artifact.sink_tokens),
-        ("ratios", card.ratios, artifact.ratios()),
-        ("rope_fingerprints", card.rope_fingerprints, _rope_fingerprints(artifact)),
-    ):
-        if in_card != in_file:
-            raise ArtifactError(f"{path}: {field} is {in_file}, card.json says {in_card}")
-    return artifact, card, probe
 
 
 def _share(directory: Path, parent: Path) -> None:
@@ -158,32 +125,6 @@ def _publish(temporary: Path, final: Path, overwrite: bool) -> None:
     temporary.rename(final)
 
 
-def _check_file(path: Path, card: ArtifactCard) -> None:
-    if path.name not in card.checksums:
-        raise ArtifactError(f"{path.parent}: checksums in card.json do not name {path.name}")
-    try:
-        size, checksum = path.stat().st_size, _checksum(path)
-    except OSError as error:
-        raise ArtifactError(f"{path}: {error.strerror}; the artifact is incomplete") from error
-    if (size, checksum) != (card.size_bytes[path.name], card.checksums[path.name]):
-        raise ArtifactError(
-            f"{path}: damaged: {size} bytes with checksum {checksum}, card.json says "
-            f"{card.size_bytes[path.name]} with {card.checksums[path.name]}"
-        )
-
-
-def _checksum(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _rope_fingerprints(artifact: RankArtifact) -> tuple[str, ...]:
-    return tuple(rope.fingerprint().hex() for rope in artifact.ropes)
-
-
 def _card(
     description: Description,
     fits: Sequence[RankFit],
@@ -199,7 +140,7 @@ def _card(
         weights_fingerprint=description.identity.weights,
         tp_size=len(fits),
         fingerprints=tuple(fit.artifact.fingerprint.hex() for fit in fits),
-        rope_fingerprints=_rope_fingerprints(first),
+        rope_fingerprints=rope_fingerprints(first),
         kv_dtype=description.kv_dtype,
         geometry=GeometryCard.of(first.geometry),
         sink_tokens=first.sink_tokens,

@@ -23,8 +23,8 @@ from typing import BinaryIO
 
 import xxhash
 
-from kvtc_vllm.calibration import sampling
-from kvtc_vllm.calibration.remembered import FileState, file_state, remember
+from kvtc_vllm.artifact import sampling
+from kvtc_vllm.artifact.remembered import FileState, file_state, remember
 from kvtc_vllm.codec.errors import ArtifactError
 
 FULL_HASH_LIMIT = 4 * 2**30

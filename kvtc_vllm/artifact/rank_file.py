@@ -30,9 +30,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from kvtc_vllm.calibration.card import FORMAT_VERSION, GeometryCard
-from kvtc_vllm.calibration.fingerprint import artifact_fingerprint
-from kvtc_vllm.calibration.probe import PROBE_TOKENS, Probe
+from kvtc_vllm.artifact.card import FORMAT_VERSION, GeometryCard
+from kvtc_vllm.artifact.fingerprint import artifact_fingerprint
 from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind, RankArtifact, SectionBasis
 from kvtc_vllm.codec.container import MAX_SINK_TOKENS
 from kvtc_vllm.codec.errors import ArtifactError
@@ -40,10 +39,25 @@ from kvtc_vllm.codec.registry import CODECS, ArtifactRules
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.codec.section_coder import SectionCoder
 
+PROBE_TOKENS = 128
+
 _METADATA_KEY = "kvtc"
 _UNNAMED_CODEC = "kvtc"
 """Rank files of it were written before others could be, and do not name it."""
 _ROPE_DTYPES = ("F32", "BF16", "F16")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Up to 128 held-out tokens of one document, in order: a server tests itself on them at start.
+
+    k: float16 [n, L, H, D] pre-RoPE. v: float16 [n, L, H, Dv]. positions:
+    int32 [n], ascending, not necessarily consecutive: where the tokens stood.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    positions: torch.Tensor
 
 
 class RankHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

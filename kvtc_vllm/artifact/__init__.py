@@ -1,0 +1,1 @@
+"""What calibration leaves behind and a serving engine reads: artifact files, and whose they are."""

@@ -1,0 +1,49 @@
+"""Sizes, the one error of a configuration, and any value in one short line of it."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from decimal import Decimal
+
+# No number of more digits is a size; without a limit, one of 400 has no float and one of 5,000
+# no int.
+_SIZE = re.compile(r"([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([KMGTP]i?)?B?", re.IGNORECASE)
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "p": 10**15}
+_BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40, "pi": 2**50}
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
+
+
+class ConfigError(ValueError):
+    """A configuration key has a value that can't be used."""
+
+
+def parse_bytes(field: str, value: int | str) -> int:
+    """Bytes from 1234, "8GiB", "500 MB". Raises ConfigError."""
+    if isinstance(value, int):
+        return value
+    match = _SIZE.fullmatch(value.strip())
+    if match is None:
+        raise ConfigError(
+            f'{field}={shown(value)} is not a size; give bytes or a string such as "8GiB"'
+        )
+    unit = (match.group(2) or "").lower()
+    factor = _BINARY_UNITS.get(unit) or _UNITS[unit]
+    return int(Decimal(match.group(1)) * factor)
+
+
+def size_text(size: int) -> str:
+    """In the largest binary unit that divides it: "8GiB"."""
+    fitting = (unit for unit in reversed(_BINARY_UNITS) if size and size % _BINARY_UNITS[unit] == 0)
+    unit = next(fitting, None)
+    return str(size) if unit is None else f"{size // _BINARY_UNITS[unit]}{unit.capitalize()}B"
+
+
+def shown(value: object) -> str:
+    """A value in one short line, whatever it is."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # integers of more than 4,300 digits have no text
+        return f"an {type(value).__name__} too long to print"

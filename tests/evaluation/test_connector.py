@@ -1,0 +1,48 @@
+"""The bench's connector is ours with one key more, and hands its codec to the start-up."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+
+from kvtc_vllm.connector import connector as served
+from kvtc_vllm.connector.geometry import CacheGeometry
+from kvtc_vllm.evaluation.connector import KVTCEvaluationConnector
+
+GEOMETRY = CacheGeometry(("layers.0", "layers.1"), 32, 2, 64, 64, torch.bfloat16, 1)
+
+
+def start(monkeypatch: pytest.MonkeyPatch, evaluation: dict[str, Any]) -> tuple[Any, ...]:
+    """What a worker's connector gives to `build_worker`."""
+    given: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(served, "read_geometry", lambda *_: GEOMETRY)
+    monkeypatch.setattr(served, "build_worker", lambda *arguments: given.append(arguments))
+    extra = {"codec": "raw", "chunk_tokens": 64, "evaluation": evaluation}
+    engine: Any = SimpleNamespace(
+        kv_transfer_config=SimpleNamespace(kv_connector_extra_config=extra)
+    )
+    cache: Any = None
+    KVTCEvaluationConnector(engine, KVConnectorRole.WORKER, cache).register_kv_caches({})
+    assert extra["evaluation"] == evaluation
+    return given[0]
+
+
+def test_a_baseline_takes_the_codec_s_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, config, geometry, _, factory = start(monkeypatch, {"baseline": "fp8-e4m3"})
+    assert (config.codec, config.chunk_tokens) == ("raw", 64)
+    coder = factory(geometry, (), (None, None))
+    k, v = torch.randn(2, 64, 2, 2, 64).bfloat16()
+    decoded = coder.decode(coder.encode(k, v, 128, b"key"), 128, 64, b"key")
+    assert torch.allclose(decoded.k.float(), k.float(), rtol=0.1, atol=0.1)
+    assert torch.allclose(decoded.v.float(), v.float(), rtol=0.1, atol=0.1)
+
+
+def test_nothing_asked_for_leaves_the_codec(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert start(monkeypatch, {})[-1] is None

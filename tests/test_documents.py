@@ -1,0 +1,166 @@
+"""What the documents say is so: commands parse, links lead somewhere, figures have a result."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvtc_vllm.cli import COMMANDS, main
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "FORMAT.md", ROOT / "configs" / "README.md", *ROOT.glob("docs/*.md")]
+
+
+def code_blocks(page: Path, language: str = "") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def kvtc_commands() -> list[tuple[str, ...]]:
+    """Every `kvtc ...` at the start of a line of a code block or inside $(...)."""
+    found: dict[tuple[str, ...], None] = {}
+    for page in PAGES:
+        for block in code_blocks(page):
+            for text in re.findall(r"^kvtc .*|(?<=\$\()kvtc [^)]*", block, re.MULTILINE):
+                if " N " not in text and not text.startswith("kvtc config lmcache fs model"):
+                    found[tuple(shlex.split(text, comments=True)[1:])] = None
+    return list(found)
+
+
+def test_commands_are_found_in_the_documents() -> None:
+    assert {"calibrate", "doctor", "config", "inspect", "verify", "gc", "eval"} == {
+        words[0] for words in kvtc_commands()
+    }
+
+
+@pytest.mark.parametrize("words", kvtc_commands(), ids=" ".join)
+def test_commands_in_the_documents_parse(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, *arguments = words
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    COMMANDS[command].add_arguments(parser)
+    parser.parse_args(arguments)
+    if command == "config":
+        assert main(list(words)) == 0
+        assert capsys.readouterr().out
+
+
+def test_the_lmcache_command_prints_two_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    (text,) = re.findall(
+        r"^kvtc config lmcache fs .*", (ROOT / "docs/lmcache.md").read_text(), re.M
+    )
+    assert main(shlex.split(text)[1:]) == 0
+    server, engine = capsys.readouterr().out.splitlines()
+    assert server.startswith("lmcache server ")
+    assert "--server-module" in server
+    assert engine.startswith("vllm serve MODEL --kv-transfer-config")
+
+
+def test_options_named_in_the_table_of_calibration_exist() -> None:
+    parser = argparse.ArgumentParser()
+    COMMANDS["calibrate"].add_arguments(parser)
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    named = re.findall(r"^\| `(--[a-z-]+)` \|", page, re.MULTILINE)
+    assert len(named) >= 5
+    for option in named:
+        assert option in parser.format_help()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", page.read_text()):
+        path = page.parent / target if target else page
+        assert path.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+            assert anchor in {title.lower().replace(" ", "-") for title in titles}
+
+
+def test_the_python_example_runs() -> None:
+    (example,) = code_blocks(README, "python")
+    result = subprocess.run(
+        [sys.executable, "-c", example], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    ratio = float(result.stdout.split()[0])
+    assert 8 < ratio < 32
+
+
+def test_the_table_of_the_readme_is_that_of_the_demo() -> None:
+    runs = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())["runs"]
+    readme = README.read_text()
+    for name, title in (("raw", "`raw` (no compression)"), ("kvtc-8x", "`kvtc-8x`")):
+        assert row(title, runs[name]) in readme
+    assert row("`kvtc-16x`", runs["kvtc-16x"]) in readme
+    other = json.loads((ROOT / "benchmarks" / "results" / "demo-32x.json").read_text())["runs"]
+    for run in (runs["none"], other["none"]):
+        assert f"{1000 * run['ttft_mean_s']:.0f} ms" in readme
+        assert f"{run['prompt_tokens']:,}" in readme
+        assert run["budget_bytes"] in (0, 12 << 20)
+
+
+def row(title: str, run: dict[str, float]) -> str:
+    return (
+        f"| {title} | {run['ratio']:.1f} | {run['reloaded_tokens']:,} | "
+        f"{run['conversations_fit']} | {1000 * run['ttft_mean_s']:.0f} ms | "
+        f"{100 * run['answers_equal_fraction']:.0f} % |"
+    )
+
+
+def test_every_divergence_in_the_page_on_quality_is_in_a_result() -> None:
+    results = "".join(path.read_text() for path in ROOT.glob("benchmarks/quality/*/results.md"))
+    turns = json.loads((ROOT / "benchmarks/quality/methods/results.json").read_text())["rows"]
+    known = set(re.findall(r"\d\.\d{4}\b", results)) | {f"{r['value']:.4f}" for r in turns}
+    quoted = set(re.findall(r"\d\.\d{4}\b", (ROOT / "docs" / "quality.md").read_text()))
+    assert len(quoted) > 100
+    # A share in percent has no such form; 0.0001 as "below 0.0001" is a bound, not a figure.
+    assert quoted - known == set()
+
+
+def test_the_table_of_speed_is_the_committed_one() -> None:
+    page = (ROOT / "docs" / "quality.md").read_text()
+    for found in json.loads((ROOT / "benchmarks/results/codec.json").read_text())["rows"]:
+        assert (
+            f"| {found['codec']} | {found['real_ratio']:.1f} | {found['encode_mb_s']:.0f} | "
+            f"{found['decode_mb_s']:.0f} |"
+        ) in page
+
+
+def test_the_table_below_lmcache_is_the_committed_one() -> None:
+    page = (ROOT / "docs" / "lmcache.md").read_text()
+    rows = set(re.findall(r"^\| .* \| (\S+) \| (\d+) % \| (\d+) % \|$", page, re.MULTILINE))
+    methods = json.loads((ROOT / "benchmarks/lmcache/compare.json").read_text())["methods"]
+    known = {
+        (
+            f"{m['ratio']:.1f}",
+            f"{100 * m['relative_error_k']:.0f}",
+            f"{100 * m['relative_error_v']:.0f}",
+        )
+        for m in methods
+    }
+    assert len(rows) == 5
+    assert rows <= known
+
+
+def test_metrics_and_log_lines_of_the_readme_are_in_the_source() -> None:
+    readme = README.read_text()
+    metrics = (ROOT / "kvtc_vllm" / "connector" / "metrics.py").read_text()
+    names = set(re.findall(r"`vllm:kvtc_([a-z_]+?)(?:_total)?`", readme))
+    assert len(names) >= 8
+    for name in names:
+        assert f'"{name}"' in metrics
+    source = "".join(path.read_text() for path in ROOT.glob("kvtc_vllm/connector/*.py"))
+    source = re.sub(r'"\n\s+"', "", source)
+    lines = re.findall(r"^kvtc: .*$", readme, re.MULTILINE)
+    assert len(lines) == 2
+    for words in ("kvtc: self-test %d tokens: ratio", "kvtc: rank %d/%d codec %s %gx"):
+        assert words in source
+        assert any(line.startswith(words.split(" %")[0]) for line in lines)
