@@ -13,6 +13,8 @@ round, each situation takes its turn:
 
 "six loads" should be no worse than "one load" and "cached" together. Medians of rounds; the
 time of a request is from when all were handed to the engine until its first token.
+
+Also: what it takes to compare the live weights, once in a step that loads or stores.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import os
 import platform
 import statistics
 import time
+import timeit
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -46,13 +49,16 @@ def main() -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    rows = measure(_engine())
+    llm = _engine()
+    rows = measure(llm)
+    samples = sample_cost()
     print(f"{'situation':10} {'requests':>8} {'TTFT mean ms':>13} {'chunks':>7} {'blocks':>7}")
     for row in rows:
         print(
             f"{row['situation']:10} {row['requests']:8} {row['ttft_mean_ms']:13} "
             f"{row['loaded_chunks']:7} {row['blocks']:7}"
         )
+    print("weights:", ", ".join(f"{name} {value}" for name, value in samples.items()))
     result = {
         "command": "python -m benchmarks.concurrent_loads",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -60,6 +66,7 @@ def main() -> None:
         "prompt_tokens": TOKENS,
         "rounds": ROUNDS,
         "rows": rows,
+        "weights": samples,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -192,6 +199,23 @@ def measure(llm: Any) -> list[dict[str, Any]]:
         }
         for name, (requests, _) in situations.items()
     ]
+
+
+def sample_cost() -> dict[str, float]:
+    """Milliseconds of a sample of the weights, by how dense it is, and of a new name."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    connector: Any = get_kv_transfer_group()
+    watch = connector._worker._names._weights
+    calls: dict[str, Callable[[], object]] = {
+        "sample_ms": lambda: watch.sample().matches(),
+        "dense_sample_ms": lambda: watch.sample(dense=True).matches(),
+        "digest_ms": watch.digest,
+    }
+    return {
+        name: round(1e3 * min(timeit.repeat(call, number=20, repeat=5)) / 20, 3)
+        for name, call in calls.items()
+    }
 
 
 if __name__ == "__main__":

@@ -91,9 +91,7 @@ class LoadPipeline:
     def _holds(self, proof: Proof) -> bool:
         holds = proof.holds
         if not holds:
-            with self._mailbox.open() as mail:
-                mail.report.found_stale(proof.step)
-            self._mailbox.ring()
+            self._mailbox.found_stale(proof.step, proof.epoch)
         return holds
 
     def shutdown(self) -> None:

@@ -65,6 +65,13 @@ class Mailbox:
         with self._lock:
             self._mail.report = WorkerReport(epoch)
 
+    def found_stale(self, step: int, epoch: int) -> None:
+        """What computed in a step is not what the names of its epoch say."""
+        with self._lock:
+            if epoch == self._mail.report.epoch:
+                self._mail.report.found_stale(step)
+        self._news.set()
+
     def take_report(self, step: int) -> WorkerReport:
         """All that is for the scheduler, in the given step."""
         with self._lock:

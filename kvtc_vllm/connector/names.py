@@ -28,9 +28,10 @@ OpenStore = Callable[[bytes, bytes], DiskStore]
 
 @dataclass(frozen=True)
 class Proof:
-    """That what computes in a step is what the names say. May be asked on any thread."""
+    """That in a step what the names of its epoch stand for computes. May be asked on any thread."""
 
     step: int
+    epoch: int
     samples: tuple[Sample, ...]
 
     @property
@@ -44,7 +45,8 @@ class Names:
 
     codec: writes and reads blobs of the present name. setup: None where nothing tells set-ups
     apart, in tests. open_store: None without a disk tier. may_sleep: the weights' memory may be
-    taken away while no step computes, and must not be read then.
+    taken away while no step computes, and must not be read then. changes: times that other
+    weights were found than those of the name before.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Names:
         self._open_store = open_store
         self.may_sleep = may_sleep
         self._digest: bytes | None = None
+        self.changes = 0
 
     def rename(self, generation: bytes) -> bool:
         """Make the name of what computes now; False if the weights are those of the last name.
@@ -74,6 +77,7 @@ class Names:
         self.adapters.forget()
         changed = self._digest is not None and digest != self._digest
         self._digest = digest
+        self.changes += changed
         if self._setup is not None:
             self._codec.identity = self._setup.digest(digest, generation)
         else:
@@ -88,10 +92,12 @@ class Names:
             partial(self._open_store, self._codec.identity, generation), own=bool(generation)
         )
 
-    def prove(self, step: int, adapters: Iterable[int] = (), dense: bool = False) -> Proof:
+    def prove(
+        self, step: int, epoch: int, adapters: Iterable[int] = (), dense: bool = False
+    ) -> Proof:
         """Sample the weights now, and the adapters with these numbers."""
         of_adapters = (self.adapters.sample(number) for number in sorted(set(adapters)))
-        return Proof(step, (self._weights.sample(dense), *of_adapters))
+        return Proof(step, epoch, (self._weights.sample(dense), *of_adapters))
 
     def release(self) -> None:
         """Let go of the model: nothing computes any more."""

@@ -132,9 +132,7 @@ class StorePipeline:
             self.drop(items, epoch, "error")
         else:
             if not proof.holds:
-                with self._mailbox.open() as mail:
-                    if epoch == mail.report.epoch:
-                        mail.report.found_stale(proof.step)
+                self._mailbox.found_stale(proof.step, proof.epoch)
                 self.drop(items, epoch, "changed")
                 return
             for item, blob in zip(items, blobs, strict=True):

@@ -8,6 +8,8 @@ longer than the staging of the blocks to store.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from vllm.logger import init_logger
 
@@ -37,6 +39,14 @@ IDLE_WAIT_SECONDS = 0.005
 """How long an otherwise empty step waits for a thread, instead of spinning."""
 
 
+class _RunningLoad(NamedTuple):
+    """blocks: all that it fills. adapter, changes: what computed its chunks, see `Names`."""
+
+    blocks: list[int]
+    adapter: AdapterUse
+    changes: int
+
+
 class KVTCWorker:
     """One rank's part of the tier.
 
@@ -60,7 +70,7 @@ class KVTCWorker:
         self._names = names
         self._generation = b""
         self._unnamed = False
-        self._load_blocks: dict[str, list[int]] = {}
+        self._running: dict[str, _RunningLoad] = {}
         self._disk = disk
         self._rank = rank
         self.arena = MemoryArena(config.memory_capacity // geometry.tp_size)
@@ -103,7 +113,8 @@ class KVTCWorker:
             self._disk.read(step.promote)
         self.arena.remove(step.evict)
         for job in step.loads:
-            self._load_blocks[job.request_id] = [b for item in job.items for b in item.block_ids]
+            blocks = [block for item in job.items for block in item.block_ids]
+            self._running[job.request_id] = _RunningLoad(blocks, job.adapter, self._names.changes)
             self._loads.begin(job, self._prove(step), self._is_loaded(job.adapter))
 
     def store(self, step: StepMetadata) -> None:
@@ -196,7 +207,7 @@ class KVTCWorker:
         if self._proof is None:
             uses = [item.adapter for item in step.stores] + [job.adapter for job in step.loads]
             numbers = [use.number for use in uses if use != NO_ADAPTER]
-            self._proof = self._names.prove(step.number, numbers, dense=step.check)
+            self._proof = self._names.prove(step.number, step.epoch, numbers, step.check)
         return self._proof
 
     def _is_loaded(self, use: AdapterUse) -> bool:
@@ -211,15 +222,24 @@ class KVTCWorker:
                     mail.report.adapters[number] = {self._rank: digest}
 
     def _check_finished(self, finished: set[str]) -> None:
-        """Weights that changed while a load ran did not compute what it brought."""
-        blocks = [b for request_id in finished for b in self._load_blocks.pop(request_id, ())]
-        asleep = self._names.may_sleep and not self._step.tokens
-        proof = None if asleep else self._names.prove(self._step.number)
-        if proof is not None and not proof.holds:
+        """Weights or an adapter that changed while a load ran did not compute what it brought."""
+        loads = [self._running.pop(name) for name in finished if name in self._running]
+        self._tell_adapters(self._names.adapters.refresh())
+        numbers = [load.adapter.number for load in loads if load.adapter != NO_ADAPTER]
+        holds = True
+        if self._step.tokens or not self._names.may_sleep:
+            holds = self._names.prove(self._step.number, self._step.epoch, numbers).holds
+        bad = [
+            load
+            for load in loads
+            if not holds or load.changes != self._names.changes or not self._is_loaded(load.adapter)
+        ]
+        if bad:
             with self._mailbox.open() as mail:
-                mail.bad_blocks.update(blocks)
-                if not self._unnamed:  # else the names of this epoch will tell
-                    mail.report.found_stale(proof.step)
+                for load in bad:
+                    mail.bad_blocks.update(load.blocks)
+        if not holds and not self._unnamed:  # else the names of this epoch will tell
+            self._mailbox.found_stale(self._step.number, self._step.epoch)
 
     def _take_disk_news(self, disk: DiskSide) -> None:
         news = disk.take_news()

@@ -15,7 +15,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fakes import BLOCK, geometry
+from fakes import BLOCK, FakeLora, geometry
 
 from kvtc_vllm.codec.codec import ChunkCodec
 from kvtc_vllm.codec.errors import CodecError
@@ -333,6 +333,65 @@ def test_weights_that_change_while_a_load_runs_cost_the_load(
         time.sleep(0.005)
     weights.change()
     assert rig.finish_load() == {8, 9, 10, 11}
+
+
+class HeldCodec(RawCodec):
+    """Decodes nothing until it may."""
+
+    def __init__(self) -> None:
+        super().__init__(codec_geometry(SHAPE), torch.bfloat16)
+        self.go = threading.Event()
+
+    def decode(self, *args: Any, **options: Any) -> Any:
+        assert self.go.wait(20)
+        return super().decode(*args, **options)
+
+
+def test_a_load_of_before_a_change_is_recomputed_although_the_names_are_right_again() -> None:
+    codec, weights = HeldCodec(), Changing()
+    rig = Rig(codec, names={"weights": weights.watch})
+    rig.store(b"k", [0, 1, 2, 3])
+    rig.settled()
+    rig.load(b"k", [8, 9, 10, 11])
+    weights.change()
+    rig.worker.begin_step(StepMetadata(number=2, tokens=1, epoch=1))
+    assert rig.report().other_weights
+    codec.go.set()
+    assert rig.finish_load() == {8, 9, 10, 11}
+    assert not rig.worker._mailbox.take_report(3).stale_since  # the new names stand
+    rig.worker.shutdown()
+
+
+def test_a_load_that_fails_late_does_not_taint_the_names_of_after_it() -> None:
+    weights = Changing()
+    rig = Rig(names={"weights": weights.watch})
+    weights.change()
+    step = StepMetadata(number=1, tokens=1, check=True)
+    rig.worker.begin_step(step)
+    proof = rig.worker._prove(step)
+    rig.worker.begin_step(StepMetadata(number=2, tokens=1, epoch=1))
+    rig.worker._loads.check(proof)
+    rig.worker._loads.shutdown()
+    assert not rig.worker._mailbox.take_report(2).stale_since
+    rig.worker.shutdown()
+
+
+def test_an_adapter_that_is_replaced_while_a_load_runs_costs_the_load() -> None:
+    manager, codec = Manager(), HeldCodec()
+    use = AdapterUse(1, (loaded(manager),))
+    rig = Rig(codec, names={"adapters": LoadedAdapters(manager)})
+    step = StepMetadata(number=1, tokens=1, stores=[StoreItem(b"k", 0, [0, 1, 2, 3], use)])
+    rig.worker.begin_step(step)
+    rig.worker.store(step)
+    rig.settled()
+    item = LoadItem(b"k", 0, 0, [8, 9, 10, 11])
+    rig.worker.begin_step(StepMetadata(number=2, loads=[LoadJob("r", [item], use)]))
+    manager.files[1] = 5.0
+    manager.add_adapter(FakeLora(load_inplace=True))
+    codec.go.set()
+    assert rig.finish_load() == {8, 9, 10, 11}
+    assert rig.report().adapters[1][0] not in (use.parts[0], None)
+    rig.worker.shutdown()
 
 
 def test_a_check_tells_of_weights_although_nothing_is_stored(
