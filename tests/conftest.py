@@ -64,6 +64,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
 
 
+def pytest_runtest_setup() -> None:
+    """Counting what is not published is an error, wherever the connector is loaded at all."""
+    metrics = sys.modules.get("kvtc_vllm.connector.metrics")
+    if metrics is not None:
+        metrics.strict = True  # type: ignore[attr-defined]
+
+
 def _silence_stderr() -> None:
     """Keeps pytest's closing line the last one.
 

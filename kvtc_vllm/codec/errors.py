@@ -1,5 +1,24 @@
 """Exceptions of the codec. Data errors never escape as anything else."""
 
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+ContainerReason = Literal[
+    "truncated",
+    "magic",
+    "version",
+    "checksum",
+    "geometry",
+    "fingerprint",
+    "bounds",
+    "entropy",
+    # The connector's own: there is no blob.
+    "missing",
+]
+CONTAINER_REASONS: tuple[ContainerReason, ...] = get_args(ContainerReason)
+"""All reasons of a `ContainerError`."""
+
 
 class CodecError(Exception):
     """Base class of every error that the codec raises on purpose.
@@ -23,9 +42,13 @@ class ContainerError(CodecError):
     """A blob is corrupt, truncated, foreign, or does not fit the artifact.
 
     Callers at run time treat it as a cache miss. `reason` is a short stable
-    word used as a metric label: "truncated", "magic", "version", "checksum",
-    "geometry", "fingerprint", "bounds" or "entropy".
+    word used as a metric label, one of `CONTAINER_REASONS`.
     """
+
+    reason: ContainerReason
+
+    def __init__(self, reason: ContainerReason, message: str) -> None:
+        super().__init__(reason, message)
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.message}"

@@ -13,6 +13,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorPromMetrics,
     KVConnectorStats,
 )
+from vllm.logger import init_logger
+
+from kvtc_vllm.codec.errors import CONTAINER_REASONS
+from kvtc_vllm.tiers.disk import DISK_REASONS
+
+logger = init_logger("vllm.kvtc")
 
 COUNTERS: dict[str, str] = {
     "lookup_tokens": "Prompt tokens beyond the GPU prefix cache that were looked up",
@@ -53,43 +59,10 @@ STORE_DROP_REASONS = (
     "changed",
     "error",
 )
-LOAD_FAILURE_REASONS = (
-    "missing",
-    "truncated",
-    "magic",
-    "version",
-    "checksum",
-    "geometry",
-    "fingerprint",
-    "bounds",
-    "entropy",
-    "changed",
-    "error",
-)
-DISK_ERROR_REASONS = (
-    "missing",
-    "no_space",
-    "io",
-    "too_many_files",
-    "read_only",
-    "permission",
-    "unsupported",
-    "interrupted",
-    "other",
-    "corrupt",
-    "foreign",
-    "full",
-    "busy",
-    "layout",
-    "key",
-    "closed",
-    "deadline",
-    "queue_full",
-    "stalled",
-)
+LOAD_FAILURE_REASONS = (*CONTAINER_REASONS, "changed", "error")
 LABELLED: dict[str, tuple[str, tuple[str, ...]]] = {
     "dropped_stores": ("Stores given up, by reason, all ranks", STORE_DROP_REASONS),
-    "disk_errors": ("Disk operations that failed, by reason, all ranks", DISK_ERROR_REASONS),
+    "disk_errors": ("Disk operations that failed, by reason, all ranks", DISK_REASONS),
     "failed_loads": ("Chunks that could not be loaded, by reason", LOAD_FAILURE_REASONS),
 }
 GAUGES: dict[str, str] = {
@@ -107,6 +80,18 @@ def _key(name: str, label: str) -> str:
     return f"{name}/{label}"
 
 
+KNOWN = frozenset(
+    {
+        *COUNTERS,
+        *GAUGES,
+        *(_key(name, r) for name, (_, reasons) in LABELLED.items() for r in reasons),
+    }
+)
+"""All that is published."""
+strict = False
+"""Whether counting what is not published is an error, as in tests, or a line in the log."""
+
+
 @dataclass
 class KVTCStats(KVConnectorStats):
     """Increments since the last report, and the latest gauges."""
@@ -114,6 +99,10 @@ class KVTCStats(KVConnectorStats):
     def add(self, name: str, amount: float = 1, label: str | None = None) -> None:
         """Count."""
         key = name if label is None else _key(name, label)
+        if key not in KNOWN:
+            if strict:
+                raise KeyError(f"{key} is not a metric of ours")
+            logger.warning_once("kvtc: %s is counted but not published", key)
         self.data[key] = self.data.get(key, 0) + amount
 
     def set(self, name: str, value: float) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import re
 import sys
 import threading
 import time
@@ -19,20 +18,19 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from fakes import BLOCK, geometry
 
+from kvtc_vllm.codec.errors import CONTAINER_REASONS
 from kvtc_vllm.codec.raw import RawCodec
 from kvtc_vllm.config import load_config
 from kvtc_vllm.connector import disk as disk_module
 from kvtc_vllm.connector.disk import DiskNews, DiskSide, Namespace, open_in_time
 from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.connector.messages import LoadItem, LoadJob, StepMetadata, StoreItem
-from kvtc_vllm.connector.metrics import DISK_ERROR_REASONS
+from kvtc_vllm.connector.metrics import KVTCStats
 from kvtc_vllm.connector.names import Names
 from kvtc_vllm.connector.startup import codec_geometry
 from kvtc_vllm.connector.transfer import TorchTransfer
 from kvtc_vllm.connector.worker import KVTCWorker
-from kvtc_vllm.tiers import disk as tiers_disk
-from kvtc_vllm.tiers.disk import DiskError, DiskStore, FileSystem
-from kvtc_vllm.tiers.disk.checked import _REASONS
+from kvtc_vllm.tiers.disk import DISK_REASONS, DiskError, DiskStore, FileSystem
 from tests.reliability import disk as on_disk
 from tests.reliability.blobs import NAMESPACE, OTHER_NAMESPACE, blob_of, key_of
 from tests.reliability.faults import (
@@ -158,12 +156,17 @@ def test_write_read_touch_remove(side: Any, tmp_path: Path) -> None:
     assert [key for key, _ in side.inventory()] == [KEYS[1], KEYS[0]]
 
 
-def test_every_reason_has_a_counter() -> None:
-    """A reason without one would vanish from /metrics."""
-    sources = [Path(disk_module.__file__), *Path(tiers_disk.__file__).parent.glob("*.py")]
-    text = "".join(path.read_text() for path in sources)
-    named = set(re.findall(r'DiskError\(\s*"(\w+)"', text)) | set(_REASONS.values())
-    assert named <= set(DISK_ERROR_REASONS)
+def test_every_reason_has_a_counter_and_nothing_else_is_counted() -> None:
+    """What errors may say is checked by types; a word that is not published is an error here."""
+    stats = KVTCStats()
+    for error in DISK_REASONS:
+        stats.add("disk_errors", label=error)
+    for reason in CONTAINER_REASONS:
+        stats.add("failed_loads", label=reason)
+    assert len(stats.data) == len(DISK_REASONS) + len(CONTAINER_REASONS)
+    for name, label in (("disk_errors", "new"), ("new", None), ("failed_loads", "full")):
+        with pytest.raises(KeyError, match="not a metric of ours"):
+            stats.add(name, label=label)
 
 
 def test_one_write_a_chunk_at_a_time(tmp_path: Path) -> None:

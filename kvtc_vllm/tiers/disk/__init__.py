@@ -77,7 +77,7 @@ the lock. (A thread that the kernel will not interrupt, as on a dead hard NFS mo
 the end of a killed process; nothing in user space can prevent that.)
 """
 
-from kvtc_vllm.tiers.disk.checked import DiskError
+from kvtc_vllm.tiers.disk.checked import DISK_REASONS, DiskError
 from kvtc_vllm.tiers.disk.filesystem import FileSystem, OsFileSystem
 from kvtc_vllm.tiers.disk.iopool import IoHandle, IoPool
 from kvtc_vllm.tiers.disk.layout import disk_bytes
@@ -85,6 +85,7 @@ from kvtc_vllm.tiers.disk.record import NamespaceRecord
 from kvtc_vllm.tiers.disk.store import DiskEntry, DiskStore
 
 __all__ = [
+    "DISK_REASONS",
     "DiskEntry",
     "DiskError",
     "DiskStore",

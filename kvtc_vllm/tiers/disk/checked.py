@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from contextlib import suppress
-from typing import ParamSpec, TypeVar
+from typing import Literal, ParamSpec, TypeVar, get_args
 
 from kvtc_vllm.tiers.disk.filesystem import FileInfo, FileSystem, Listed
 
@@ -19,7 +19,31 @@ INTERRUPTED_TRIES = 100
 """A call interrupted this often in a row is given up."""
 
 
-_REASONS = {
+DiskReason = Literal[
+    "missing",
+    "no_space",
+    "io",
+    "too_many_files",
+    "read_only",
+    "permission",
+    "unsupported",
+    "interrupted",
+    "other",
+    "corrupt",
+    "foreign",
+    "full",
+    "busy",
+    "layout",
+    "key",
+    "closed",
+    "deadline",
+    "queue_full",
+    "stalled",
+]
+DISK_REASONS: tuple[DiskReason, ...] = get_args(DiskReason)
+"""All reasons of a `DiskError`."""
+
+_REASONS: dict[int, DiskReason] = {
     errno.ENOENT: "missing",
     errno.ENOTDIR: "missing",
     errno.ENOSPC: "no_space",
@@ -45,11 +69,11 @@ _REASONS = {
 class DiskError(Exception):
     """A disk operation did not happen: a miss for a read, a dropped store for a write.
 
-    `reason` is a short stable word used as a metric label; the package's docstring
-    lists them all.
+    `reason` is a short stable word used as a metric label, one of `DISK_REASONS`; the package's
+    docstring says what each means.
     """
 
-    def __init__(self, reason: str, message: str) -> None:
+    def __init__(self, reason: DiskReason, message: str) -> None:
         super().__init__(f"{reason}: {message}")
         self.reason = reason
 
