@@ -12,13 +12,12 @@ from kvtc_vllm.artifact.rank_file import Probe
 from kvtc_vllm.codec.artifact import RankArtifact
 from kvtc_vllm.codec.errors import CodecError
 from kvtc_vllm.codec.frame import TransformCodec
-from kvtc_vllm.codec.kernels.paged_codec import PagedKvtcCodec
 from kvtc_vllm.codec.registry import CODECS, open_codec
 from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.connector.messages import LoadItem, StoreItem
 from kvtc_vllm.connector.selftest import run_self_test, unused_blocks
-from kvtc_vllm.connector.transfer import KernelTransfer, TorchTransfer, Transfer
+from kvtc_vllm.connector.transfer import TorchTransfer, Transfer
 
 logger = init_logger("vllm.kvtc")
 
@@ -58,6 +57,10 @@ def has_kernels(device: torch.device) -> bool:
 def _by_kernels(
     found: FoundArtifact, config: KVTCConfig, layout: PagedLayout, workspace_bytes: int
 ) -> tuple[TransformCodec, Transfer]:
+    # Only here: an engine on a CPU needs no Triton.
+    from kvtc_vllm.codec.kernels.paged_codec import PagedKvtcCodec
+    from kvtc_vllm.connector.kernel_transfer import KernelTransfer
+
     codec = PagedKvtcCodec(
         found.artifact,
         config.target_ratio,

@@ -1,14 +1,12 @@
 """Chunks between the paged cache and blobs, in one of two ways.
 
 `TorchTransfer` takes any codec and any page layout, a chunk at a time, through torch operations:
-the reference, and what runs on a CPU. `KernelTransfer` takes whole batches through the kernels:
-what runs on a GPU. Blobs of one are read by the other.
+the reference, and what runs on a CPU. `KernelTransfer` (`kernel_transfer.py`, which needs Triton)
+takes whole batches through the kernels: what runs on a GPU. Blobs of one are read by the other.
 """
 
 from __future__ import annotations
 
-import sys
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,8 +15,6 @@ import torch
 
 from kvtc_vllm.codec.codec import Blob, Coder
 from kvtc_vllm.codec.errors import CodecError, ContainerError
-from kvtc_vllm.codec.kernels.chunks import LoadChunk, StoreChunk
-from kvtc_vllm.codec.kernels.paged_codec import PagedKvtcCodec
 from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.connector.messages import LoadItem, StoreItem
 
@@ -107,39 +103,3 @@ class TorchTransfer:
         wanted = slice(item.first_block * size, (item.first_block + len(item.block_ids)) * size)
         self._layout.scatter(item.block_ids, chunk.k[wanted], chunk.v[wanted])
         return None
-
-
-class KernelTransfer:
-    """All chunks of a step, or of a request, in one batch; one load at a time.
-
-    Loads share a stream, so a second would gain little and take a workspace of its own.
-    """
-
-    store_batch = sys.maxsize
-    load_batch = sys.maxsize
-
-    def __init__(self, codec: PagedKvtcCodec, chunk_tokens: int) -> None:
-        self.codec = codec
-        self._chunk_tokens = chunk_tokens
-        self._loading = threading.Lock()
-
-    def staged_bytes(self, blocks: int) -> int:
-        return self.codec.staging_bytes(blocks * self.codec.block_size)
-
-    def stage(self, items: Sequence[StoreItem]) -> Staged:
-        return self.codec.stage(
-            [StoreChunk(item.block_ids, item.start, item.key) for item in items]
-        )
-
-    def encode(self, staged: Any) -> list[bytes | CodecError]:
-        return self.codec.encode_staged(staged)
-
-    def load(self, items: Sequence[tuple[LoadItem, Blob]]) -> list[ContainerError | None]:
-        chunks = [
-            LoadChunk(
-                blob, item.start, self._chunk_tokens, item.block_ids, item.first_block, item.key
-            )
-            for item, blob in items
-        ]
-        with self._loading:
-            return self.codec.load(chunks)

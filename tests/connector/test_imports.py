@@ -1,4 +1,4 @@
-"""A process that serves imports nothing that only fitting and measuring need."""
+"""A process that serves imports nothing that only fitting, measuring or a GPU need."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ print(json.dumps([sorted(asked), sorted(n for n in sys.modules if n.startswith("
 """
 
 
-def test_the_connector_imports_no_fitting_code() -> None:
+def test_the_connector_imports_no_fitting_code_and_no_kernels() -> None:
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, check=True
     )
     asked, ours = json.loads(result.stdout.splitlines()[-1])
     assert "torch" in asked
-    assert not {"matplotlib", "tqdm"} & set(asked)
+    assert not {"matplotlib", "tqdm", "triton", "nvidia"} & set(asked)
     assert "kvtc_vllm.artifact.directory" in ours
     upper = ("calibration", "evaluation", "lmcache", "cli")
     assert [name for name in ours if name.split(".")[1] in upper] == []
+    assert "kvtc_vllm.codec.kernels.paged_codec" not in ours

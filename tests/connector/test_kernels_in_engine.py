@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from engine import drain, engine, greedy, metrics, texts
 
 from kvtc_vllm.connector import opening
-from kvtc_vllm.connector.transfer import KernelTransfer, TorchTransfer
+from kvtc_vllm.connector.kernel_transfer import KernelTransfer
+from kvtc_vllm.connector.transfer import TorchTransfer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

@@ -26,7 +26,7 @@ from tests.codec.synthetic import SyntheticModel
 pytest.importorskip("triton", reason="kernels need Triton, which vLLM brings")
 
 from kvtc_vllm.codec.kernels.paged_codec import PagedKvtcCodec  # isort: skip
-from kvtc_vllm.connector.transfer import KernelTransfer  # isort: skip
+from kvtc_vllm.connector.kernel_transfer import KernelTransfer  # isort: skip
 
 pytestmark = [
     pytest.mark.skipif(

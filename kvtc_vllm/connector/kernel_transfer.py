@@ -1,0 +1,51 @@
+"""The GPU's way between the paged cache and blobs. Importing it needs Triton."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from kvtc_vllm.codec.codec import Blob
+from kvtc_vllm.codec.errors import CodecError, ContainerError
+from kvtc_vllm.codec.kernels.chunks import LoadChunk, StoreChunk
+from kvtc_vllm.codec.kernels.paged_codec import PagedKvtcCodec
+from kvtc_vllm.connector.messages import LoadItem, StoreItem
+from kvtc_vllm.connector.transfer import Staged
+
+
+class KernelTransfer:
+    """All chunks of a step, or of a request, in one batch; one load at a time.
+
+    Loads share a stream, so a second would gain little and take a workspace of its own.
+    """
+
+    store_batch = sys.maxsize
+    load_batch = sys.maxsize
+
+    def __init__(self, codec: PagedKvtcCodec, chunk_tokens: int) -> None:
+        self.codec = codec
+        self._chunk_tokens = chunk_tokens
+        self._loading = threading.Lock()
+
+    def staged_bytes(self, blocks: int) -> int:
+        return self.codec.staging_bytes(blocks * self.codec.block_size)
+
+    def stage(self, items: Sequence[StoreItem]) -> Staged:
+        return self.codec.stage(
+            [StoreChunk(item.block_ids, item.start, item.key) for item in items]
+        )
+
+    def encode(self, staged: Any) -> list[bytes | CodecError]:
+        return self.codec.encode_staged(staged)
+
+    def load(self, items: Sequence[tuple[LoadItem, Blob]]) -> list[ContainerError | None]:
+        chunks = [
+            LoadChunk(
+                blob, item.start, self._chunk_tokens, item.block_ids, item.first_block, item.key
+            )
+            for item, blob in items
+        ]
+        with self._loading:
+            return self.codec.load(chunks)
