@@ -8,15 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "connector"))
-
-from engine import engine, greedy, metrics, texts
-
 from kvtc_vllm.artifact.directory import load_rank_artifact
 from kvtc_vllm.artifact.identity import model_identity
 from kvtc_vllm.artifact.registry import find
 from kvtc_vllm.calibration.spool import SpoolReader
 from kvtc_vllm.cli import main
+from tests.connector.engine import engine, greedy, metrics, texts
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

@@ -1,6 +1,6 @@
 """A process that serves conversations, until it is killed or once.
 
-    python conversations.py MODEL DIRECTORY RESULTS {first|resume}
+    python -m tests.connector.conversations MODEL DIRECTORY RESULTS {first|resume}
 
 first: both turns, then new prompts for ever, so that a kill hits running stores. resume: the
 second turn alone, on the answers of the first. RESULTS becomes JSON when both are known.
@@ -14,9 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import engine as engines
+from tests.connector import engine as engines
 
 COUNT, TOKENS, ANSWER = 3, 640, 12
 CHUNKS = COUNT * 5

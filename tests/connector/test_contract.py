@@ -6,16 +6,13 @@ prefix is computed in other pieces.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from engine import engine, greedy, metrics, texts, worker_arena
+from tests.connector.engine import engine, greedy, metrics, texts, worker_arena
 
 pytestmark = pytest.mark.vllm
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,10 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from fakes import BLOCK, geometry
 
 from kvtc_vllm.codec.errors import CONTAINER_REASONS
 from kvtc_vllm.codec.raw import RawCodec
@@ -31,6 +26,7 @@ from kvtc_vllm.connector.startup import codec_geometry
 from kvtc_vllm.connector.transfer import TorchTransfer
 from kvtc_vllm.connector.worker import KVTCWorker
 from kvtc_vllm.tiers.disk import DISK_REASONS, DiskError, DiskStore, FileSystem
+from tests.connector.fakes import BLOCK, geometry
 from tests.reliability import disk as on_disk
 from tests.reliability.blobs import NAMESPACE, OTHER_NAMESPACE, blob_of, key_of
 from tests.reliability.faults import (

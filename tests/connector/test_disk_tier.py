@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from engine import engine, greedy, metrics, texts
+from tests.connector.engine import engine, greedy, metrics, texts
 
 pytestmark = pytest.mark.vllm
 

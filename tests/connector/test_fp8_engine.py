@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from engine import engine, greedy, metrics, texts
-
 from kvtc_vllm.connector import startup
+from tests.connector.engine import engine, greedy, metrics, texts
 
 pytestmark = [
     pytest.mark.vllm,

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("vllm")
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from kvtc_vllm.artifact.rank_file import Probe
 from kvtc_vllm.codec.artifact import RankArtifact
 from kvtc_vllm.codec.errors import ArtifactError

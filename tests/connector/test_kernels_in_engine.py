@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton", reason="kernels need Triton")
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from engine import drain, engine, greedy, metrics, texts
-
 from kvtc_vllm.connector import opening
 from kvtc_vllm.connector.kernel_transfer import KernelTransfer
 from kvtc_vllm.connector.transfer import TorchTransfer
+from tests.connector.engine import drain, engine, greedy, metrics, texts
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from fakes import FakeRequest, fill, scheduler, start
-
 from kvtc_vllm.connector.keys import LOAD, STORE, allowed, chunk_key, chunk_keys
+from tests.connector.fakes import FakeRequest, fill, scheduler, start
 
 
 def test_a_key_is_vllms_hash_and_the_adapters_digest() -> None:

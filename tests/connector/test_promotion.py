@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from fakes import FakeOutput, FakeRequest, confirm, fill, scheduler, start, step
 
 from kvtc_vllm.connector.messages import StepMetadata, WorkerReport
 from kvtc_vllm.connector.promotion import Promotions
@@ -18,6 +13,7 @@ from kvtc_vllm.connector.scheduler import KVTCScheduler
 from kvtc_vllm.tiers.disk_index import DiskIndex
 from kvtc_vllm.tiers.index import TierIndex
 from kvtc_vllm.tiers.policies import REGISTRY
+from tests.connector.fakes import FakeOutput, FakeRequest, confirm, fill, scheduler, start, step
 
 KEYS = [b"0", b"1", b"2", b"3"]
 

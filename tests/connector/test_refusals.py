@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from engine import engine
-
 from kvtc_vllm.artifact.registry import ENVIRONMENT_VARIABLE, shipped_registry
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.config import ConfigError
 from kvtc_vllm.connector.compat import UnsupportedError
+from tests.connector.engine import engine
 
 pytestmark = pytest.mark.vllm
 

@@ -14,13 +14,10 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from conversations import COUNT, TOKENS
-from engine import engine, greedy, metrics, texts
-
 from kvtc_vllm.cli import main as kvtc
 from kvtc_vllm.connector.compat import UnsupportedError, check_stable_hashes, vllm_version
+from tests.connector.conversations import COUNT, TOKENS
+from tests.connector.engine import engine, greedy, metrics, texts
 
 pytestmark = pytest.mark.vllm
 
@@ -31,9 +28,9 @@ RELOADED = COUNT * 544
 def run(how: str, model: Path, tier: Path, results: Path, **variables: str) -> subprocess.Popen:
     """A conversation process that leads a process group of its own."""
     log = results.with_name(f"{how}.log").open("w")
-    program = str(Path(__file__).with_name("conversations.py"))
+    program = "tests.connector.conversations"
     return subprocess.Popen(
-        [sys.executable, program, str(model), str(tier), str(results), how],
+        [sys.executable, "-m", program, str(model), str(tier), str(results), how],
         cwd=Path(__file__).parents[2],
         env={**os.environ, **variables},
         stdout=log,
@@ -84,7 +81,7 @@ def test_conversations_resume_after_kill_9(reference_model: Path, tmp_path: Path
     reason="this vLLM's block hashes are the same after every start",
 )
 def test_random_block_hashes_are_refused(reference_model: Path, tmp_path: Path) -> None:
-    from conversations import extra
+    from tests.connector.conversations import extra
 
     assert "PYTHONHASHSEED" not in os.environ
     with (

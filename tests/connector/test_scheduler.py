@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from fakes import (
+from kvtc_vllm.config import ConfigError
+from kvtc_vllm.connector.messages import WorkerReport
+from tests.connector.fakes import (
     BLOCK,
     FakeOutput,
     FakeRequest,
@@ -19,9 +16,6 @@ from fakes import (
     start,
     step,
 )
-
-from kvtc_vllm.config import ConfigError
-from kvtc_vllm.connector.messages import WorkerReport
 
 CHUNK = 128
 

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from fakes import BLOCK, geometry
 
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.config import load_config
@@ -22,6 +16,7 @@ from kvtc_vllm.connector.names import Names
 from kvtc_vllm.connector.transfer import TorchTransfer
 from kvtc_vllm.connector.worker import KVTCWorker
 from tests.codec.synthetic import SyntheticModel
+from tests.connector.fakes import BLOCK, geometry
 
 pytest.importorskip("triton", reason="kernels need Triton, which vLLM brings")
 

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from fakes import BLOCK, FakeLora, geometry
 
 from kvtc_vllm.codec.codec import ChunkCodec
 from kvtc_vllm.codec.errors import CodecError
@@ -37,6 +31,7 @@ from kvtc_vllm.connector.startup import codec_geometry
 from kvtc_vllm.connector.transfer import TorchTransfer
 from kvtc_vllm.connector.weights import WeightsWatch
 from kvtc_vllm.connector.worker import KVTCWorker
+from tests.connector.fakes import BLOCK, FakeLora, geometry
 from tests.connector.test_adapters import Manager, loaded
 
 SHAPE = geometry(head_size=64)
