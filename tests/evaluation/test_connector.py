@@ -26,7 +26,7 @@ def start(monkeypatch: pytest.MonkeyPatch, evaluation: dict[str, Any]) -> tuple[
     monkeypatch.setattr(served, "build_worker", lambda *arguments: given.append(arguments))
     extra = {"codec": "raw", "chunk_tokens": 64, "evaluation": evaluation}
     engine: Any = SimpleNamespace(
-        kv_transfer_config=SimpleNamespace(kv_connector_extra_config=extra)
+        kv_transfer_config=SimpleNamespace(kv_connector_extra_config=extra), model_config=None
     )
     cache: Any = None
     KVTCEvaluationConnector(engine, KVConnectorRole.WORKER, cache).register_kv_caches({})
