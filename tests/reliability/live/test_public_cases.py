@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from safetensors.torch import load_file
 from tests.connector.engine import drain, engine, greedy, metrics
 from tests.reliability.live.conftest import ANSWER, Tokens
 from tests.reliability.live.models import WEIGHTS
+from tests.reliability.live.replica import MARK
 from tests.reliability.live.stepping import count, raw, settings
 
 pytestmark = pytest.mark.vllm
@@ -109,3 +113,23 @@ def test_prompts_of_embeddings(reference_model: Path, prompts: Tokens, before: T
         llm.reset_prefix_cache()
         assert ask(llm) == before[:2]
         assert count(llm, "loaded_tokens") == 2 * 608
+
+
+def test_streaming_sessions(reference_model: Path) -> None:
+    """A request whose prompt grows while it is answered, as a server takes it."""
+    found = []
+    for tier in ("plain", "tier"):
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.reliability.live.streaming", str(reference_model), tier],
+            cwd=Path(__file__).parents[3],
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+        assert lines, done.stderr[-3000:]
+        found.append(json.loads(lines[-1].removeprefix(MARK)))
+    plain, tiered = found
+    assert plain["loaded"] == 0
+    assert tiered["loaded"] >= 608  # the first turn's prompt, in the second session
+    assert tiered["answers"] == plain["answers"]
