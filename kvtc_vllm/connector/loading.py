@@ -31,10 +31,8 @@ CHANGED = "changed"
 class _Load:
     """A request's load. left: batches that no thread has ended yet. at_once: threads for it.
 
-    proof: of the weights that its chunks' names assume. same_adapter: whether that holds for
-    its LoRA adapter.
-
-    seconds: of all its batches, without the time that they waited for a thread.
+    proof: of what its chunks' names assume. same_adapter: whether its LoRA adapter was loaded with
+    these contents. seconds: of all its batches, without the time that they waited for a thread.
     """
 
     request_id: str
@@ -49,7 +47,7 @@ class _Load:
 
 
 class LoadPipeline:
-    """The loads of one rank. transfer: may be exchanged before the first load."""
+    """The loads of one rank."""
 
     def __init__(
         self,

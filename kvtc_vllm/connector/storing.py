@@ -27,8 +27,8 @@ logger = init_logger("vllm.kvtc")
 class StorePipeline:
     """The stores of one rank.
 
-    transfer: may be exchanged before the first store. staging_capacity: bytes that chunks may
-    take between staging and encoding; what finds no room is dropped and counted.
+    staging_capacity: bytes that chunks may take between staging and encoding; what finds no room
+    is dropped and counted.
     """
 
     def __init__(

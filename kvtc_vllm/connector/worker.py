@@ -23,6 +23,7 @@ from kvtc_vllm.connector.messages import (
     AdapterUse,
     DiskInventory,
     StepMetadata,
+    StoreItem,
     WorkerReport,
 )
 from kvtc_vllm.connector.metrics import KVTCStats
@@ -121,10 +122,11 @@ class KVTCWorker:
         """Copy finished blocks to staging and hand them to the encoders."""
         if not step.stores:
             return
-        sound = [item for item in step.stores if self._is_loaded(item.adapter)]
-        if len(sound) < len(step.stores):
-            others = [item for item in step.stores if not self._is_loaded(item.adapter)]
-            self._stores.drop(others, step.epoch, "changed")
+        sound: list[StoreItem] = []
+        others: list[StoreItem] = []
+        for item in step.stores:
+            (sound if self._is_loaded(item.adapter) else others).append(item)
+        self._stores.drop(others, step.epoch, "changed")
         self._stores.store(sound, step.epoch, self._prove(step))
 
     def poll(self, idle: bool) -> set[str]:
