@@ -66,7 +66,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_runtest_setup() -> None:
     """Counting what is not published is an error, wherever the connector is loaded at all."""
-    metrics = sys.modules.get("kvtc_vllm.connector.metrics")
+    metrics = sys.modules.get("kvtc_vllm.offload.stats")
     if metrics is not None:
         metrics.strict = True  # type: ignore[attr-defined]
 

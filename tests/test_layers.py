@@ -70,27 +70,34 @@ PARTS = (
         "msgspec, yaml",
     ),
     Part(
+        "offload",
+        "the offloading engine, without vLLM: scheduler and worker sides, lookups, store and load "
+        "policies, pipelines, promotion, names, counters",
+        "codec, tiers, tiers/disk, config",
+        "torch, xxhash",
+    ),
+    Part(
         "connector",
-        "the seam to vLLM: scheduler side, worker side, paged layout, RoPE lookup, metrics",
-        "codec, codec/kernels, tiers, tiers/disk, artifact, config",
+        "the seam to vLLM: connector, start-up, paged layout, transfers, RoPE, identity, metrics",
+        "codec, codec/kernels, tiers, tiers/disk, artifact, config, offload",
         "msgspec, torch, vllm, xxhash",
     ),
     Part(
         "calibration",
         "what only fitting needs: documents, capture, spool, PCA, fit, gate, writing, report",
-        "codec, artifact, connector",
+        "codec, artifact, offload, connector",
         "datasets, matplotlib, msgspec, numpy, safetensors, torch, tqdm, vllm, xxhash",
     ),
     Part(
         "lmcache",
         "the codec below LMCache's server: serde, adapter, positions, settings",
-        "codec, artifact, config, connector",
+        "codec, artifact, config, offload, connector",
         "lmcache, msgspec, prometheus_client, torch, xxhash, yaml",
     ),
     Part(
         "evaluation",
         "quality bench: tasks, two-pass replay, baselines, ablations, reports",
-        "codec, artifact, config, connector, calibration",
+        "codec, artifact, config, offload, connector, calibration",
         "constriction, lm_eval, matplotlib, msgspec, numpy, safetensors, torch, tqdm, "
         "transformers, vllm, xxhash",
     ),

@@ -195,7 +195,7 @@ def reload(llm: Any, prompts: list[list[int]], codec: str) -> dict[str, Any]:
     else:
         from kvtc_vllm.connector.selftest import GROSS_FACTOR, GROSS_SLACK, promised_error
 
-        transfer = _worker_connector()._worker.transfer
+        transfer = _worker_connector()._worker.transfers[0]
         promised = {kind: round(promised_error(transfer.codec, kind), 5) for kind in KINDS}
         way = type(transfer).__name__
         found |= {"promised": promised, "transfer": way}

@@ -27,12 +27,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvtc_vllm.calibration.spool import DTYPES, SpoolHeader, SpoolWriter
-from kvtc_vllm.connector.blocks import BlockTables
 from kvtc_vllm.connector.cache_dtype import is_fp8
 from kvtc_vllm.connector.compat import UnsupportedError, check_version, vllm_version
-from kvtc_vllm.connector.geometry import CacheGeometry, read_geometry
+from kvtc_vllm.connector.geometry import read_geometry
 from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.connector.rotary import find_ropes
+from kvtc_vllm.offload.block_tables import BlockTables
+from kvtc_vllm.offload.geometry import CacheGroup
 
 
 @dataclass
@@ -67,8 +68,9 @@ class KVTCCaptureConnector(KVConnectorBase_V1, SupportsHMA):
         self._seed = int(extra.get("seed", 0))
         self._sinks = int(extra.get("sink_tokens", 4))
         self._layers_per_group: int | None = extra.get("layers_per_group")
-        self._geometry = read_geometry(vllm_config, kv_cache_config)
-        if is_fp8(self._geometry.dtype):
+        geometry = read_geometry(vllm_config, kv_cache_config)
+        self._group, self._tp_size = geometry.only_group, geometry.tp_size
+        if is_fp8(self._group.dtype):
             raise UnsupportedError(
                 "calibrating on an fp8 KV cache is refused, because its rounding would be fitted "
                 "too; use kv_cache_dtype auto: the artifact serves fp8 caches as well"
@@ -85,22 +87,22 @@ class KVTCCaptureConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Open the spool of this rank."""
-        geometry = self._geometry
-        self._layout = PagedLayout(kv_caches, geometry)
-        ropes, layer_rope = find_ropes(self._vllm_config, geometry.layer_names)
+        group = self._group
+        self._layout = PagedLayout(kv_caches, group)
+        ropes, layer_rope = find_ropes(self._vllm_config, group.layer_names)
         rank = get_tensor_model_parallel_rank()
         header = SpoolHeader(
-            num_layers=len(geometry.layer_names),
-            num_kv_heads=geometry.num_kv_heads,
-            head_size=geometry.head_size,
-            head_size_v=geometry.head_size_v,
-            layer_groups=layer_groups(geometry, self._layers_per_group),
-            dtype=next(name for name, dtype in DTYPES.items() if dtype == geometry.dtype),
-            layer_names=geometry.layer_names,
+            num_layers=len(group.layer_names),
+            num_kv_heads=group.num_kv_heads,
+            head_size=group.head_size,
+            head_size_v=group.head_size_v,
+            layer_groups=layer_groups(group, self._layers_per_group),
+            dtype=next(name for name, dtype in DTYPES.items() if dtype == group.dtype),
+            layer_names=group.layer_names,
             layer_rope=layer_rope,
             rope_neox=tuple(rope.neox for rope in ropes),
             rank=rank,
-            tp_size=geometry.tp_size,
+            tp_size=self._tp_size,
         )
         self._writer = SpoolWriter(self._directory / f"rank{rank}", header, ropes)
 
@@ -150,7 +152,7 @@ class KVTCCaptureConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         """The prompt tokens that this step computes."""
         metadata = CaptureMetadata()
-        size = self._geometry.block_size
+        size = self._group.block_size
         for request_id, progress in self._tables.update(scheduler_output).items():
             request = self._requests[request_id]
             params = request.kv_transfer_params or {}
@@ -167,7 +169,7 @@ class KVTCCaptureConnector(KVConnectorBase_V1, SupportsHMA):
                     start=first_block * size,
                     first=progress.computed,
                     end=end,
-                    block_ids=self._tables.ids[request_id][first_block:end_block],
+                    block_ids=self._tables.ids[request_id][0][first_block:end_block],
                 )
             )
         for request_id in scheduler_output.finished_req_ids:
@@ -188,10 +190,8 @@ class KVTCCaptureConnector(KVConnectorBase_V1, SupportsHMA):
         return False, None
 
 
-def layer_groups(
-    geometry: CacheGeometry, layers_per_group: int | None
-) -> tuple[tuple[int, int], ...]:
+def layer_groups(group: CacheGroup, layers_per_group: int | None) -> tuple[tuple[int, int], ...]:
     """Consecutive groups of `layers_per_group` layers (the last may be smaller); None: one."""
-    layers = len(geometry.layer_names)
+    layers = len(group.layer_names)
     step = layers_per_group or layers
     return tuple((first, min(first + step, layers)) for first in range(0, layers, step))

@@ -16,7 +16,7 @@ from kvtc_vllm.codec.errors import ContainerError
 from kvtc_vllm.tiers.disk import DiskError
 from kvtc_vllm.tiers.disk.layout import check_blob
 from kvtc_vllm.tiers.disk.survey import Survey
-from kvtc_vllm.tiers.policies import ChunkKey
+from kvtc_vllm.tiers.keys import RecordKey
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if found_bad else 0
 
 
-def _bad_chunks(survey: Survey, namespace: str, keys: list[ChunkKey]) -> list[ChunkKey]:
+def _bad_chunks(survey: Survey, namespace: str, keys: list[RecordKey]) -> list[RecordKey]:
     bad = []
     for key in keys:
         path = Path(survey.path(namespace, key))

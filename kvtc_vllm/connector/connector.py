@@ -6,6 +6,7 @@ worker (role WORKER, after the model was loaded). Methods only translate.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorPromMetrics,
     KVConnectorStats,
 )
-from vllm.logger import init_logger
 
 from kvtc_vllm.config import KVTCConfig, load_config
 from kvtc_vllm.connector.compat import (
@@ -31,20 +31,23 @@ from kvtc_vllm.connector.compat import (
     source_of_hits,
     vllm_version,
 )
-from kvtc_vllm.connector.finding import chunk_bound
-from kvtc_vllm.connector.geometry import check_budget, check_chunk_tokens, read_geometry
-from kvtc_vllm.connector.messages import StepMetadata, WorkerReport
+from kvtc_vllm.connector.finding import record_bounds
+from kvtc_vllm.connector.geometry import read_geometry
+from kvtc_vllm.connector.messages import DiskInventory, ReportMessage, StepMessage
 from kvtc_vllm.connector.metrics import KVTCPromMetrics, KVTCStats
-from kvtc_vllm.connector.scheduler import KVTCScheduler
 from kvtc_vllm.connector.startup import CodecFactory, build_worker
+from kvtc_vllm.offload.geometry import blocks_per_chunk, check_budget
+from kvtc_vllm.offload.messages import StepMetadata
+from kvtc_vllm.offload.scheduler import KVTCScheduler
+from kvtc_vllm.offload.stats import Stats
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-    from kvtc_vllm.connector.worker import KVTCWorker
+    from kvtc_vllm.offload.worker import KVTCWorker
 
-logger = init_logger("vllm.kvtc")
+logger = logging.getLogger("vllm.kvtc")
 
 
 class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
@@ -71,9 +74,10 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
             check_stable_hashes(version, algorithm)
         self._geometry = read_geometry(vllm_config, kv_cache_config)
         # Both sides check, so that the worker, made first, fails before it loads an artifact.
-        check_chunk_tokens(self._config, self._geometry.block_size)
-        bound = chunk_bound(vllm_config.model_config, self._config, self._geometry)
-        check_budget(self._config, self._geometry.tp_size, bound)
+        for group in self._geometry.groups:
+            blocks_per_chunk(self._config, group)
+        bounds = record_bounds(vllm_config.model_config, self._config, self._geometry)
+        check_budget(self._config, self._geometry.tp_size, sum(bounds))
         self._scheduler: KVTCScheduler | None = None
         self._worker: KVTCWorker | None = None
         source = source_of_hits()
@@ -83,7 +87,7 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
             self._scheduler = KVTCScheduler(
                 self._config,
                 self._geometry,
-                bound,
+                bounds,
                 prompt_only=not self._config.store_decode
                 or vllm_config.speculative_config is not None,
                 loads=transfer.is_kv_consumer,
@@ -112,7 +116,8 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         """What this rank has on disk. Called once, after the caches were registered."""
-        return self._live_worker.inventory()
+        entries = self._live_worker.inventory()
+        return None if entries is None else DiskInventory(entries)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Start this step's asynchronous loads."""
@@ -141,7 +146,8 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         """Sizes and failures for the scheduler."""
-        return self._live_worker.take_report()
+        report = self._live_worker.take_report()
+        return None if report is None else ReportMessage(report)
 
     def shutdown(self) -> None:
         """Stop the worker's threads."""
@@ -171,16 +177,17 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Plan the load of the blocks that were allocated for it."""
-        self._live_scheduler.plan_load(request, blocks.get_block_ids()[0], num_external_tokens)
+        self._live_scheduler.plan_load(request, blocks.get_block_ids(), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         """The workers' orders for this step."""
-        return self._live_scheduler.plan_step(scheduler_output)
+        return StepMessage(self._live_scheduler.plan_step(scheduler_output))
 
     def update_connector_output(self, connector_output: Any) -> None:
         """The workers' results of a step."""
-        report = connector_output.kv_connector_worker_meta
-        assert report is None or isinstance(report, WorkerReport)
+        message = connector_output.kv_connector_worker_meta
+        assert message is None or isinstance(message, ReportMessage)
+        report = None if message is None else message.report
         self._live_scheduler.apply_report(report, connector_output.finished_recving)
 
     def request_finished(
@@ -213,9 +220,12 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         """Counters of this side since the last call."""
+        stats: Stats | None
         if self._scheduler is not None:
-            return self._scheduler.take_stats()
-        return self._live_worker.take_stats()
+            stats = self._scheduler.take_stats()
+        else:
+            stats = self._live_worker.take_stats()
+        return None if stats is None else KVTCStats(data=stats.data)
 
     @classmethod
     def build_kv_connector_stats(
@@ -249,6 +259,6 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
 
     @property
     def _step(self) -> StepMetadata:
-        metadata = self._get_connector_metadata()
-        assert isinstance(metadata, StepMetadata)
-        return metadata
+        message = self._get_connector_metadata()
+        assert isinstance(message, StepMessage)
+        return message.step

@@ -10,7 +10,7 @@ from kvtc_vllm.artifact.card import load_card
 from kvtc_vllm.artifact.identity import model_identity
 from kvtc_vllm.codec.registry import CODECS, max_blob_bytes
 from kvtc_vllm.config import KVTCConfig
-from kvtc_vllm.connector.geometry import CacheGeometry, codec_geometry
+from kvtc_vllm.offload.geometry import CacheGeometry, codec_geometry
 
 
 def find_artifact(model: Any, config: KVTCConfig, tp_size: int) -> tuple[Path, str]:
@@ -30,21 +30,26 @@ def find_artifact(model: Any, config: KVTCConfig, tp_size: int) -> tuple[Path, s
     return directory, identity.identity
 
 
-def chunk_bound(model: Any, config: KVTCConfig, geometry: CacheGeometry) -> int:
-    """Upper bound in bytes of an encoded chunk on any rank, from the artifact's card alone.
+def record_bounds(model: Any, config: KVTCConfig, geometry: CacheGeometry) -> list[int]:
+    """By cache group, most bytes of a record on any rank, from the artifact's card alone.
 
     Raises ArtifactError if the codec needs an artifact and none fits.
     """
-    name, dtype, tokens = config.codec, geometry.dtype, config.chunk_tokens
+    name, tokens = config.codec, config.chunk_tokens
     if not CODECS[name].needs_artifact:
-        return max_blob_bytes(name, dtype, tokens, geometry=codec_geometry(geometry))
+        return [
+            max_blob_bytes(name, group.dtype, tokens, geometry=codec_geometry(group))
+            for group in geometry.groups
+        ]
+    group = geometry.only_group  # artifacts are of one group
     directory, _ = find_artifact(model, config, geometry.tp_size)
     card = load_card(directory)
-    return max_blob_bytes(
+    bound = max_blob_bytes(
         name,
-        dtype,
+        group.dtype,
         tokens,
         geometry=card.geometry.geometry(),
         sink_tokens=card.sink_tokens,
         ratio=config.target_ratio,
     )
+    return [bound]

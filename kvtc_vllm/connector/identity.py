@@ -7,9 +7,8 @@ too much costs a miss, a field too little a wrong answer.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import PurePath
 from types import SimpleNamespace
@@ -25,7 +24,8 @@ from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.connector.compat import hash_seed_fact, vllm_version
-from kvtc_vllm.connector.geometry import CacheGeometry
+from kvtc_vllm.offload.geometry import CacheGeometry
+from kvtc_vllm.offload.setup_identity import SetupIdentity
 
 
 def _each(names: str, reason: str) -> dict[str, str]:
@@ -138,46 +138,6 @@ LEFT_OUT: dict[str, dict[str, str]] = {
 BESIDES_FIELDS = {"ModelConfig": ("hf_image_processor_config",)}
 """Attributes that count although their class doesn't declare them: pixels depend on them."""
 
-SECRET = ("load_config.model_loader_extra_config", "additional_config", "connector.hash_seed")
-"""Facts that may hold credentials or help who makes hashes collide; people see a hash of them."""
-
-SHORT = 40
-"""Longest text that `short_facts` shows as it is."""
-
-
-@dataclass(frozen=True)
-class SetupIdentity:
-    """facts: dotted name -> canonical text. undigested: names of values that have none.
-
-    nonce: enters the digest if anything is undigested, so that nothing is shared then, not even
-    with another engine of this process.
-    """
-
-    facts: Mapping[str, str]
-    undigested: tuple[str, ...] = ()
-    nonce: bytes = field(default_factory=lambda: os.urandom(16), compare=False, repr=False)
-
-    def digest(self, weights: bytes = b"", generation: bytes = b"") -> bytes:
-        """16 bytes over all facts, the live weights and their generation."""
-        digest = xxhash.xxh3_128()
-        names = sorted(self.facts)
-        texts = (text for name in names for text in (name, self.facts[name]))
-        nonce = self.nonce if self.undigested else b""
-        for part in (*(text.encode() for text in texts), nonce, weights, generation):
-            # With its length first, no part can pass for the end of another.
-            digest.update(len(part).to_bytes(8, "little"))
-            digest.update(part)
-        return digest.digest()
-
-    def short_facts(self) -> dict[str, str]:
-        """Facts for people: the text, or 8 hex digits of its hash if it is long or secret."""
-        return {
-            name: text
-            if len(text) <= SHORT and not name.startswith(SECRET)
-            else xxhash.xxh3_64_hexdigest(text.encode())[:8]
-            for name, text in self.facts.items()
-        }
-
 
 def setup_identity(
     vllm_config: Any,
@@ -200,7 +160,7 @@ def setup_identity(
     inside = set()
     if any(load.load_format == "dummy" for load in _load_configs(vllm_config)):
         inside.add("seed")
-    if len(layer_rope) < len(geometry.layer_names) or None in layer_rope:
+    if len(layer_rope) < sum(len(g.layer_names) for g in geometry.groups) or None in layer_rope:
         inside.add("max_model_len")
     facts = _Facts(inside)
     for name, value in facts.parts(vllm_config):

@@ -11,8 +11,8 @@ from kvtc_vllm.codec.codec import Blob
 from kvtc_vllm.codec.errors import CodecError, ContainerError
 from kvtc_vllm.codec.kernels.chunks import LoadChunk, StoreChunk
 from kvtc_vllm.codec.kernels.paged_codec import PagedKvtcCodec
-from kvtc_vllm.connector.messages import LoadItem, StoreItem
-from kvtc_vllm.connector.transfer import Staged
+from kvtc_vllm.offload.messages import LoadItem, StoreItem
+from kvtc_vllm.offload.transfer import Staged
 
 
 class KernelTransfer:

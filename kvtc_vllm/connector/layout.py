@@ -20,7 +20,7 @@ import torch
 from kvtc_vllm.codec.kernels.paged import PagedCache, PagedSide
 from kvtc_vllm.connector.cache_dtype import is_fp8
 from kvtc_vllm.connector.compat import UnsupportedError
-from kvtc_vllm.connector.geometry import CacheGeometry
+from kvtc_vllm.offload.geometry import CacheGroup
 
 
 class _PageOrder(Protocol):
@@ -100,48 +100,46 @@ class _PermutedOrder:
 
 
 class PagedLayout:
-    """Reads and writes chunks in the paged cache of one rank.
+    """Reads and writes chunks in one group of the paged cache of one rank.
 
-    caches: layer name -> registered tensor. Gathering runs on the calling
+    caches: layer name -> registered tensor, of this group. Gathering runs on the calling
     thread and, on GPU, on its current stream.
     """
 
-    def __init__(self, caches: dict[str, torch.Tensor], geometry: CacheGeometry) -> None:
-        missing = [name for name in geometry.layer_names if name not in caches]
-        extra = [name for name in caches if name not in geometry.layer_names]
+    def __init__(self, caches: dict[str, torch.Tensor], group: CacheGroup) -> None:
+        missing = [name for name in group.layer_names if name not in caches]
+        extra = [name for name in caches if name not in group.layer_names]
         if missing or extra:
             raise UnsupportedError(
                 f"registered KV caches do not match the cache group: missing {missing[:3]}, "
                 f"unexpected {extra[:3]}"
             )
-        self._geometry = geometry
-        self.tensors = tuple(
-            _elements(caches[name], geometry.dtype) for name in geometry.layer_names
-        )
+        self._group = group
+        self.tensors = tuple(_elements(caches[name], group.dtype) for name in group.layer_names)
         """Registered tensors in model order, of the cache dtype."""
-        width = geometry.head_size + geometry.head_size_v
-        for name, tensor in zip(geometry.layer_names, self.tensors, strict=True):
+        width = group.head_size + group.head_size_v
+        for name, tensor in zip(group.layer_names, self.tensors, strict=True):
             if (
                 tensor.dim() != 4
-                or tensor.shape[1] != geometry.num_kv_heads
+                or tensor.shape[1] != group.num_kv_heads
                 or tensor.shape[3] != width
-                or geometry.block_size % tensor.shape[2]
-                or tensor.dtype != geometry.dtype
+                or group.block_size % tensor.shape[2]
+                or tensor.dtype != group.dtype
             ):
                 raise UnsupportedError(
                     f"layer {name}: KV cache {tuple(tensor.shape)} {tensor.dtype} is not "
-                    f"[blocks, {geometry.num_kv_heads}, tokens, {width}] {geometry.dtype}"
+                    f"[blocks, {group.num_kv_heads}, tokens, {width}] {group.dtype}"
                 )
         self._tensors = [_movable(tensor) for tensor in self.tensors]
         first = self._tensors[0]
         # A backend may split one scheduler block into several kernel blocks.
         self._kernel_tokens = int(first.shape[2])
-        self._split = geometry.block_size // self._kernel_tokens
+        self._split = group.block_size // self._kernel_tokens
         self._order: _PageOrder
         if first.device.type == "cpu":
-            self._order = _cpu_page_order(self._kernel_tokens, geometry)
+            self._order = _cpu_page_order(self._kernel_tokens, group)
         else:
-            self._order = _PackedOrder(geometry.head_size)
+            self._order = _PackedOrder(group.head_size)
 
     @property
     def device(self) -> torch.device:
@@ -151,17 +149,17 @@ class PagedLayout:
     @property
     def dtype(self) -> torch.dtype:
         """Element type of the paged cache."""
-        return self._geometry.dtype
+        return self._group.dtype
 
     @property
     def block_size(self) -> int:
         """Tokens a scheduler block."""
-        return self._geometry.block_size
+        return self._group.block_size
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one scheduler block, all layers."""
-        return self._geometry.block_size * self._geometry.token_bytes
+        return self._group.block_size * self._group.token_bytes
 
     def sides(self) -> PagedCache:
         """The cache as kernels address it. Raises UnsupportedError if they can't."""
@@ -190,7 +188,7 @@ class PagedLayout:
             k, v = self._order.split(pages)
             keys.append(k.transpose(1, 2).flatten(0, 1))
             values.append(v.transpose(1, 2).flatten(0, 1))
-        dtype = self._geometry.dtype
+        dtype = self._group.dtype
         return torch.stack(keys, dim=1).view(dtype), torch.stack(values, dim=1).view(dtype)
 
     def scatter(
@@ -235,7 +233,7 @@ def _movable(x: torch.Tensor) -> torch.Tensor:
     return x.view(torch.uint8) if is_fp8(x.dtype) else x
 
 
-def _cpu_page_order(tokens: int, geometry: CacheGeometry) -> _PermutedOrder:
+def _cpu_page_order(tokens: int, group: CacheGroup) -> _PermutedOrder:
     """Learn the CPU backend's order of one head's page.
 
     Element (token, dim) carries the integer token * head_size + dim, so reading
@@ -243,17 +241,17 @@ def _cpu_page_order(tokens: int, geometry: CacheGeometry) -> _PermutedOrder:
     carry its bits. Into an fp8 cache it converts them, and they carry one octal
     digit after the other: both fp8 types hold 0 to 7 exactly.
     """
-    size, dtype = geometry.head_size, geometry.dtype
-    if geometry.head_size_v != size:
+    size, dtype = group.head_size, group.dtype
+    if group.head_size_v != size:
         raise UnsupportedError(
-            f"head_size_v={geometry.head_size_v} differs from head_size={size} on the CPU backend"
+            f"head_size_v={group.head_size_v} differs from head_size={size} on the CPU backend"
         )
     everything = torch.arange(tokens * size)
     if is_fp8(dtype):
         halves = torch.zeros(2, tokens * size, dtype=torch.long)
         for shift in range(0, len(everything).bit_length(), 3):
-            digits = (everything >> shift & 7).to(geometry.model_dtype or torch.float32)
-            halves += _written_by_cpu(digits, tokens, geometry).float().long() << shift
+            digits = (everything >> shift & 7).to(group.model_dtype or torch.float32)
+            halves += _written_by_cpu(digits, tokens, group).float().long() << shift
     else:
         if dtype.itemsize == 2 and tokens * size > 1 << 15:
             raise UnsupportedError(
@@ -262,14 +260,14 @@ def _cpu_page_order(tokens: int, geometry: CacheGeometry) -> _PermutedOrder:
             )
         as_int = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
         pattern = everything.to(as_int).view(dtype)
-        halves = _written_by_cpu(pattern, tokens, geometry).view(as_int).long()
+        halves = _written_by_cpu(pattern, tokens, group).view(as_int).long()
     for half in halves:
         if not torch.equal(half.sort().values, everything):
             raise UnsupportedError("the CPU backend's page order is not a permutation")
     return _PermutedOrder(tokens, size, halves[0], halves[1])
 
 
-def _written_by_cpu(values: torch.Tensor, tokens: int, geometry: CacheGeometry) -> torch.Tensor:
+def _written_by_cpu(values: torch.Tensor, tokens: int, group: CacheGroup) -> torch.Tensor:
     """One head's page after vLLM's operator wrote `values` [tokens * D] as K and as V.
 
     Returns [2, tokens * D] of the cache dtype, in the order of memory.
@@ -277,7 +275,7 @@ def _written_by_cpu(values: torch.Tensor, tokens: int, geometry: CacheGeometry) 
     from vllm import _custom_ops as ops
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-    size, dtype = geometry.head_size, geometry.dtype
+    size, dtype = group.head_size, group.dtype
     page = _movable(torch.zeros(2, 1, tokens, 2 * size, dtype=dtype))
     # As `CPUAttentionBackendImpl.do_kv_cache_update` divides the registered tensor.
     k_half, v_half = page.view(2, 1, 2 * tokens, size).chunk(2, dim=2)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from vllm.logger import init_logger
 
 from kvtc_vllm.artifact.rank_file import Probe
 from kvtc_vllm.codec.artifact import RankArtifact
@@ -15,11 +15,12 @@ from kvtc_vllm.codec.frame import TransformCodec
 from kvtc_vllm.codec.registry import CODECS, open_codec
 from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.connector.layout import PagedLayout
-from kvtc_vllm.connector.messages import LoadItem, StoreItem
-from kvtc_vllm.connector.selftest import run_self_test, unused_blocks
-from kvtc_vllm.connector.transfer import TorchTransfer, Transfer
+from kvtc_vllm.connector.selftest import NO_KEY, run_self_test, unused_blocks
+from kvtc_vllm.connector.torch_transfer import TorchTransfer
+from kvtc_vllm.offload.messages import LoadItem, StoreItem
+from kvtc_vllm.offload.transfer import Transfer
 
-logger = init_logger("vllm.kvtc")
+logger = logging.getLogger("vllm.kvtc")
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ def _by_kernels(
 def _compile(transfer: Transfer, layout: PagedLayout, chunk_tokens: int) -> None:
     """Have every kernel compiled now, by a chunk with sinks and one without, not in a step."""
     blocks = unused_blocks(layout, chunk_tokens)
-    stores = [StoreItem(b"", start, blocks) for start in (0, chunk_tokens)]
-    loads = [LoadItem(b"", item.start, 0, blocks) for item in stores]
+    stores = [StoreItem(NO_KEY, start, blocks) for start in (0, chunk_tokens)]
+    loads = [LoadItem(NO_KEY, item.start, 0, blocks) for item in stores]
     for blob, load in zip(transfer.encode(transfer.stage(stores)), loads, strict=True):
         if not isinstance(blob, CodecError):  # the second where positions end before
             transfer.load([(load, blob)])

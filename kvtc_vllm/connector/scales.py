@@ -14,23 +14,23 @@ import torch
 from kvtc_vllm.codec.artifact import KINDS, Kind
 from kvtc_vllm.connector.cache_dtype import is_fp8
 from kvtc_vllm.connector.compat import UnsupportedError
-from kvtc_vllm.connector.geometry import CacheGeometry
+from kvtc_vllm.offload.geometry import CacheGroup
 
 E5M2_BACKENDS = ("CPU_ATTN", "FLASHINFER")
 """Attention backends that write E5M2 when asked to; Triton's takes the name and writes E4M3."""
 
 
-def find_scales(vllm_config: Any, geometry: CacheGeometry) -> dict[Kind, torch.Tensor] | None:
+def find_scales(vllm_config: Any, group: CacheGroup) -> dict[Kind, torch.Tensor] | None:
     """Float32 [L] for K and V, on the CPU; None where all are 1 or the cache is not fp8.
 
     Called in a worker after the model was loaded. Raises UnsupportedError.
     """
-    if not is_fp8(geometry.dtype):
+    if not is_fp8(group.dtype):
         return None
     context = vllm_config.compilation_config.static_forward_context
-    layers = [(name, context.get(name)) for name in geometry.layer_names]
+    layers = [(name, context.get(name)) for name in group.layer_names]
     for name, layer in layers:
-        _check_backend(name, layer, geometry.dtype)
+        _check_backend(name, layer, group.dtype)
     scales: dict[Kind, torch.Tensor] = {
         kind: torch.tensor([_scale(name, layer, kind) for name, layer in layers]) for kind in KINDS
     }

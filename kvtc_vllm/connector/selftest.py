@@ -8,11 +8,11 @@ request does.
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import replace
 
 import torch
-from vllm.logger import init_logger
 
 from kvtc_vllm.artifact.rank_file import Probe
 from kvtc_vllm.codec.artifact import KINDS, Kind, RankArtifact
@@ -20,11 +20,14 @@ from kvtc_vllm.codec.errors import ArtifactError, CodecError
 from kvtc_vllm.codec.frame import TransformCodec
 from kvtc_vllm.codec.transform import chunk_rows, layer_scales, to_cache
 from kvtc_vllm.connector.layout import PagedLayout
-from kvtc_vllm.connector.messages import LoadItem, StoreItem
-from kvtc_vllm.connector.transfer import Transfer
+from kvtc_vllm.offload.messages import LoadItem, StoreItem
+from kvtc_vllm.offload.transfer import Transfer
+from kvtc_vllm.tiers.keys import RecordKey
 
-logger = init_logger("vllm.kvtc")
+logger = logging.getLogger("vllm.kvtc")
 
+NO_KEY = RecordKey(b"")
+"""Of records that are kept nowhere."""
 GROSS_FACTOR = 4.0
 GROSS_SLACK = 0.05
 ROUNDINGS = 4.0
@@ -49,11 +52,11 @@ def run_self_test(
     started = time.perf_counter()
     layout.scatter(blocks, *stored)
     before = layout.gather(blocks)
-    (blob,) = transfer.encode(transfer.stage([StoreItem(b"", start, blocks)]))
+    (blob,) = transfer.encode(transfer.stage([StoreItem(NO_KEY, start, blocks)]))
     if isinstance(blob, CodecError):
         raise blob
     layout.zero(blocks)
-    (error,) = transfer.load([(LoadItem(b"", start, 0, blocks), blob)])
+    (error,) = transfer.load([(LoadItem(NO_KEY, start, 0, blocks), blob)])
     if error is not None:
         raise error
     after = layout.gather(blocks)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
-from vllm.logger import init_logger
 
 from kvtc_vllm.config import KVTCConfig
-from kvtc_vllm.connector.geometry import CacheGeometry
+from kvtc_vllm.offload.geometry import CacheGeometry
 
-logger = init_logger("vllm.kvtc")
+logger = logging.getLogger("vllm.kvtc")
 
 LEAST_STAGING_BYTES = 256 << 20
 MOST_WORKSPACE_BYTES = 1 << 30
@@ -70,5 +70,7 @@ def log_plan(plan: MemoryPlan, geometry: CacheGeometry, resident: int, step_toke
 
 def _staged_token_bytes(geometry: CacheGeometry) -> int:
     """Rows of an fp8 cache are staged in 16 bits."""
-    itemsize = geometry.dtype.itemsize
-    return geometry.token_bytes * max(itemsize, 2) // itemsize
+    return sum(
+        group.token_bytes * max(group.dtype.itemsize, 2) // group.dtype.itemsize
+        for group in geometry.groups
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +13,6 @@ from typing import Any
 import msgspec
 import torch
 from vllm.distributed import get_tensor_model_parallel_rank
-from vllm.logger import init_logger
 
 from kvtc_vllm.artifact.directory import load_rank_artifact
 from kvtc_vllm.artifact.identity import model_identity, public_model_name
@@ -23,25 +23,27 @@ from kvtc_vllm.codec.frame import TransformCodec
 from kvtc_vllm.codec.registry import CODECS, open_codec
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.config import ConfigError, KVTCConfig
-from kvtc_vllm.connector.adapters import LoadedAdapters
 from kvtc_vllm.connector.compat import vllm_version
-from kvtc_vllm.connector.disk import DiskSide, open_in_time
 from kvtc_vllm.connector.finding import find_artifact
-from kvtc_vllm.connector.geometry import CacheGeometry, codec_geometry
-from kvtc_vllm.connector.identity import SetupIdentity, setup_identity
+from kvtc_vllm.connector.identity import setup_identity
 from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.connector.live_model import LiveModel
-from kvtc_vllm.connector.names import Names
 from kvtc_vllm.connector.opening import FoundArtifact, open_transfer
 from kvtc_vllm.connector.rotary import find_ropes
 from kvtc_vllm.connector.scales import find_scales
 from kvtc_vllm.connector.sizing import log_plan, plan_memory
-from kvtc_vllm.connector.transfer import TorchTransfer, Transfer
-from kvtc_vllm.connector.weights import WeightsWatch
-from kvtc_vllm.connector.worker import KVTCWorker
+from kvtc_vllm.connector.torch_transfer import TorchTransfer
+from kvtc_vllm.offload.adapters import LoadedAdapters
+from kvtc_vllm.offload.disk_worker import DiskWorker, open_in_time
+from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup, codec_geometry
+from kvtc_vllm.offload.names import Names
+from kvtc_vllm.offload.setup_identity import SetupIdentity
+from kvtc_vllm.offload.transfer import Transfer
+from kvtc_vllm.offload.weights import WeightsWatch
+from kvtc_vllm.offload.worker import KVTCWorker
 from kvtc_vllm.tiers.disk import DiskError, DiskStore, NamespaceRecord
 
-logger = init_logger("vllm.kvtc")
+logger = logging.getLogger("vllm.kvtc")
 
 ROPE_TOLERANCE = 0.02
 """Largest difference of a live cos/sin table from the calibrated one.
@@ -51,10 +53,10 @@ model may be calibrated in one dtype and served in another; another RoPE differs
 far more.
 """
 
-CodecFactory = Callable[[CacheGeometry, tuple[Rope, ...], tuple[int | None, ...]], Coder]
-"""Makes what codes chunks instead of the configured codec: from the cache, the live RoPE tables and
-each layer's index into them. For measurements; blobs of it are only read by the engine that wrote
-them, so it does not go with a disk tier."""
+CodecFactory = Callable[[CacheGroup, tuple[Rope, ...], tuple[int | None, ...]], Coder]
+"""Makes what codes chunks instead of the configured codec: from the cache group, the live RoPE
+tables and each layer's index into them. For measurements; blobs of it are only read by the engine
+that wrote them, so it does not go with a disk tier."""
 
 
 def build_worker(
@@ -69,21 +71,22 @@ def build_worker(
     Raises ArtifactError or UnsupportedError, one clear line, if it can't serve.
     """
     rank = get_tensor_model_parallel_rank()
-    layout = PagedLayout(kv_caches, geometry)
+    group = geometry.only_group
+    layout = PagedLayout(kv_caches, group)
     step_tokens = vllm_config.scheduler_config.max_num_batched_tokens
     plan = plan_memory(config, geometry, layout.device, step_tokens)
-    live = LiveModel(vllm_config, geometry.layer_names)
-    ropes, layer_rope = find_ropes(vllm_config, geometry.layer_names, live)
-    scales = find_scales(vllm_config, geometry)
+    live = LiveModel(vllm_config, group.layer_names)
+    ropes, layer_rope = find_ropes(vllm_config, group.layer_names, live)
+    scales = find_scales(vllm_config, group)
     codec: ChunkCodec
     transfer: Transfer
     fingerprint = b""
     if not CODECS[config.codec].needs_artifact:
         files = _raw_model_fingerprint(vllm_config.model_config, config)
-        codec = open_codec(config.codec, geometry.dtype, geometry=codec_geometry(geometry))
+        codec = open_codec(config.codec, group.dtype, geometry=codec_geometry(group))
         transfer = TorchTransfer(layout, codec, config.chunk_tokens)
         logger.info(
-            "kvtc: rank %d/%d codec %s, %d tokens a chunk, memory tier %.1f MiB",
+            "kvtc: rank %d/%d codec %s, %d tokens per chunk, memory tier %.1f MiB",
             rank,
             geometry.tp_size,
             codec.name,
@@ -102,7 +105,7 @@ def build_worker(
         if layout.device.type == "cuda":
             log_plan(plan, geometry, codec.resident_bytes, step_tokens)
     if codec_factory is not None:
-        coder = codec_factory(geometry, ropes, layer_rope)
+        coder = codec_factory(group, ropes, layer_rope)
         transfer = TorchTransfer(layout, coder, config.chunk_tokens)
     setup = setup_identity(
         vllm_config,
@@ -119,7 +122,7 @@ def build_worker(
     record = NamespaceRecord(
         model=public_model_name(vllm_config.model_config.model),
         codec=codec.name,
-        dtype=str(geometry.dtype).removeprefix("torch."),
+        dtype=str(group.dtype).removeprefix("torch."),
         rank=rank,
         tp_size=geometry.tp_size,
         artifact=fingerprint.hex(),
@@ -137,7 +140,7 @@ def build_worker(
     )
     names.rename(b"")
     disk = _open_disk(config, geometry, names, rank, plan.staging)
-    return KVTCWorker(config, geometry, transfer, layout.device, plan.staging, rank, names, disk)
+    return KVTCWorker(config, geometry, [transfer], layout.device, plan.staging, rank, names, disk)
 
 
 def check_digested(setup: SetupIdentity, config: KVTCConfig) -> None:
@@ -173,7 +176,7 @@ def _open_store(
 
 def _open_disk(
     config: KVTCConfig, geometry: CacheGeometry, names: Names, rank: int, queue_bytes: int
-) -> DiskSide | None:
+) -> DiskWorker | None:
     """This rank's part of the disk tier. Raises ConfigError if the directory can't be used."""
     namespace = names.namespace(b"")
     if namespace is None:
@@ -190,7 +193,7 @@ def _open_disk(
         config.disk_capacity / 2**30,
         config.disk_write,
     )
-    return DiskSide(namespace, config.disk_threads, config.load_deadline, queue_bytes)
+    return DiskWorker(namespace, config.disk_threads, config.load_deadline, queue_bytes)
 
 
 def _load_artifact(
@@ -199,7 +202,7 @@ def _load_artifact(
     """The artifact as it was calibrated, and the fingerprint of the model's files."""
     directory, files = find_artifact(vllm_config.model_config, config, geometry.tp_size)
     artifact, _, probe = load_rank_artifact(directory, rank)
-    expected = codec_geometry(geometry, artifact.geometry.layer_groups)
+    expected = codec_geometry(geometry.only_group, artifact.geometry.layer_groups)
     if artifact.geometry != expected:
         raise ArtifactError(
             f"{directory}: calibrated for {artifact.geometry}, the engine's cache is {expected}"
@@ -259,7 +262,7 @@ def _log_start(
 ) -> None:
     logger.info(
         "kvtc: rank %d/%d codec %s %gx (%gx of %s), artifact %s, %d layer group(s), "
-        "bases %.1f MiB on %s, %d tokens a chunk, memory tier %.1f MiB",
+        "bases %.1f MiB on %s, %d tokens per chunk, memory tier %.1f MiB",
         rank,
         tp_size,
         codec.name,

@@ -14,10 +14,10 @@ from kvtc_vllm.codec.codec import Coder
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.config import load_config
 from kvtc_vllm.connector.connector import KVTCConnector
-from kvtc_vllm.connector.geometry import CacheGeometry, codec_geometry
 from kvtc_vllm.evaluation.baselines import BASELINES
 from kvtc_vllm.evaluation.blob import BaselineCodec
 from kvtc_vllm.evaluation.variants import VARIANTS, Base
+from kvtc_vllm.offload.geometry import CacheGroup, codec_geometry
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -63,20 +63,20 @@ class KVTCEvaluationConnector(KVTCConnector):
 
 def substitute(
     wanted: Substitute,
-    cache: CacheGeometry,
+    group: CacheGroup,
     ropes: tuple[Rope, ...],
     layer_rope: tuple[int | None, ...],
 ) -> Coder:
     """What takes the codec's place; a `CodecFactory` for what is wanted."""
     if wanted.baseline is not None:
-        geometry = codec_geometry(cache, ((0, len(cache.layer_names)),))
+        geometry = codec_geometry(group)
         per_layer = [None if index is None else ropes[index] for index in layer_rope]
         return BaselineCodec(
-            BASELINES[wanted.baseline](geometry, cache.dtype, per_layer, **wanted.options)
+            BASELINES[wanted.baseline](geometry, group.dtype, per_layer, **wanted.options)
         )
     assert wanted.variant is not None
     assert wanted.artifact is not None
     assert wanted.ratio is not None
     artifact, _ = read_rank_file(Path(wanted.artifact), 0, 1)
     artifact = replace(artifact, ropes=ropes, layer_rope=layer_rope)
-    return VARIANTS[wanted.variant](Base(artifact, wanted.ratio, cache.dtype, wanted.options))
+    return VARIANTS[wanted.variant](Base(artifact, wanted.ratio, group.dtype, wanted.options))

@@ -163,20 +163,19 @@ def _paged_layout(pages: torch.Tensor, geometry: Geometry, page_tokens: int) -> 
     """pages: [L, blocks, H, tokens, D + Dv], any strides. Raises LayoutRefused."""
     load_page_reader()
     from kvtc_vllm.connector.compat import UnsupportedError
-    from kvtc_vllm.connector.geometry import CacheGeometry
     from kvtc_vllm.connector.layout import PagedLayout
+    from kvtc_vllm.offload.geometry import CacheGroup
 
     names = tuple(f"layers.{i}" for i in range(geometry.num_layers))
-    cache = CacheGeometry(
+    group = CacheGroup(
         layer_names=names,
         block_size=page_tokens,
         num_kv_heads=geometry.num_kv_heads,
         head_size=geometry.head_size,
         head_size_v=geometry.head_size_v,
         dtype=pages.dtype,
-        tp_size=1,
     )
     try:
-        return PagedLayout(dict(zip(names, pages, strict=True)), cache)
+        return PagedLayout(dict(zip(names, pages, strict=True)), group)
     except UnsupportedError as error:
         raise LayoutRefused(str(error)) from error

@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 
-from kvtc_vllm.tiers.policies import ChunkKey, EvictionPolicy
+from kvtc_vllm.tiers.keys import RecordKey
+from kvtc_vllm.tiers.policies import EvictionPolicy
 
 HEADROOM = 64
 """One part in so many of the capacity is left to writes that are under way."""
@@ -30,18 +31,18 @@ class DiskIndex:
         self.ranks = ranks
         self._limit = capacity - capacity // HEADROOM
         self._policy = policy
-        self._sizes: dict[ChunkKey, dict[int, int]] = {}
-        self._partial: OrderedDict[ChunkKey, None] = OrderedDict()
-        self._removed: list[ChunkKey] = []
+        self._sizes: dict[RecordKey, dict[int, int]] = {}
+        self._partial: OrderedDict[RecordKey, None] = OrderedDict()
+        self._removed: list[RecordKey] = []
         self.used = 0
         self.evictions = 0
 
-    def restore(self, inventories: Mapping[int, Sequence[tuple[ChunkKey, int]]]) -> None:
+    def restore(self, inventories: Mapping[int, Sequence[tuple[RecordKey, int]]]) -> None:
         """What each rank found at start, (key, bytes), least recently used first.
 
         Chunks that not every rank holds are of no use and are removed.
         """
-        parts: dict[ChunkKey, dict[int, int]] = {}
+        parts: dict[RecordKey, dict[int, int]] = {}
         for rank, entries in inventories.items():
             for key, size in entries:
                 parts.setdefault(key, {})[rank] = size
@@ -51,7 +52,7 @@ class DiskIndex:
                 for rank, size in parts[key].items():
                     self.add(key, rank, size)
 
-    def add(self, key: ChunkKey, rank: int, size: int) -> None:
+    def add(self, key: RecordKey, rank: int, size: int) -> None:
         """A rank has its part on disk, `size` bytes of it."""
         parts = self._sizes.setdefault(key, {})
         self.used += size - parts.get(rank, 0)
@@ -64,28 +65,28 @@ class DiskIndex:
         while self.used > self._limit and self._evict_one(key):
             self.evictions += 1
 
-    def lose(self, key: ChunkKey) -> None:
+    def lose(self, key: RecordKey) -> None:
         """A rank's part is gone or bad: the other ranks' parts go too."""
         if key in self._sizes:
             self._policy.remove(key)
             self._forget(key)
 
-    def is_ready(self, key: ChunkKey) -> bool:
+    def is_ready(self, key: RecordKey) -> bool:
         """True if every rank has its part."""
         return len(self._sizes.get(key, ())) == self.ranks
 
-    def part_bytes(self, key: ChunkKey) -> int:
+    def part_bytes(self, key: RecordKey) -> int:
         """The largest rank's part in bytes; 0 if unknown."""
         return max(self._sizes.get(key, {0: 0}).values())
 
-    def hit(self, prefix: Iterable[ChunkKey]) -> list[ChunkKey]:
+    def hit(self, prefix: Iterable[RecordKey]) -> list[RecordKey]:
         """A prefix, first chunk first, was asked for; returns those on disk, oldest use first."""
         touched = [key for key in reversed(list(prefix)) if self.is_ready(key)]
         for key in touched:
             self._policy.hit(key)
         return touched
 
-    def take_removed(self) -> list[ChunkKey]:
+    def take_removed(self) -> list[RecordKey]:
         """Keys that workers must delete, since the last call."""
         removed, self._removed = self._removed, []
         return removed
@@ -101,7 +102,7 @@ class DiskIndex:
     def __len__(self) -> int:
         return len(self._sizes)
 
-    def _evict_one(self, newest: ChunkKey) -> bool:
+    def _evict_one(self, newest: RecordKey) -> bool:
         """Parts that wait for other ranks go first: their write may have failed there."""
         victim = next((key for key in self._partial if key != newest), None)
         if victim is None:
@@ -111,7 +112,7 @@ class DiskIndex:
         self._forget(victim)
         return True
 
-    def _forget(self, key: ChunkKey) -> None:
+    def _forget(self, key: RecordKey) -> None:
         self._partial.pop(key, None)
         self.used -= sum(self._sizes.pop(key).values())
         self._removed.append(key)

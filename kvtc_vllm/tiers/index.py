@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from kvtc_vllm.tiers.policies import ChunkKey, EvictionPolicy
+from kvtc_vllm.tiers.keys import RecordKey
+from kvtc_vllm.tiers.policies import EvictionPolicy
 
 
 @dataclass
@@ -43,16 +44,16 @@ class TierIndex:
         self.ranks = ranks
         self.rank_capacity = capacity // ranks
         self._policy = policy
-        self._entries: dict[ChunkKey, _Entry] = {}
+        self._entries: dict[RecordKey, _Entry] = {}
         self._used = [0] * ranks
         self._pending = 0
         self._ready_bytes = 0
-        self._evicted: list[ChunkKey] = []
-        self._victims: list[ChunkKey] = []
+        self._evicted: list[RecordKey] = []
+        self._victims: list[RecordKey] = []
         self.evictions = 0
         self.evicted_bytes = 0
 
-    def reserve(self, key: ChunkKey, bound: int) -> bool:
+    def reserve(self, key: RecordKey, bound: int) -> bool:
         """Make room for a chunk of at most `bound` bytes a rank and mark it pending.
 
         Evicts as needed. False if it's already known or no room can be made.
@@ -68,7 +69,7 @@ class TierIndex:
         self._pending += 1
         return True
 
-    def commit(self, key: ChunkKey, rank: int, size: int) -> None:
+    def commit(self, key: RecordKey, rank: int, size: int) -> None:
         """A rank stored its part. The chunk becomes ready when all have."""
         entry = self._entries.get(key)
         if entry is None or entry.reported[rank]:
@@ -77,7 +78,7 @@ class TierIndex:
         entry.sizes[rank] = size
         self._report(key, entry, rank)
 
-    def abandon(self, key: ChunkKey, rank: int) -> None:
+    def abandon(self, key: RecordKey, rank: int) -> None:
         """A rank could not store its part: the chunk goes once all have reported."""
         entry = self._entries.get(key)
         if entry is None or entry.reported[rank]:
@@ -87,7 +88,7 @@ class TierIndex:
         entry.doomed = True
         self._report(key, entry, rank)
 
-    def discard(self, key: ChunkKey) -> None:
+    def discard(self, key: RecordKey) -> None:
         """Drop a ready chunk that turned out to be bad; pinned ones go when unpinned."""
         entry = self._entries.get(key)
         if entry is None or not entry.complete:
@@ -96,28 +97,28 @@ class TierIndex:
         self._policy.remove(key)
         self._collect(key, entry)
 
-    def is_ready(self, key: ChunkKey) -> bool:
+    def is_ready(self, key: RecordKey) -> bool:
         """True if every rank holds the chunk."""
         entry = self._entries.get(key)
         return entry is not None and entry.complete and not entry.doomed
 
-    def is_known(self, key: ChunkKey) -> bool:
+    def is_known(self, key: RecordKey) -> bool:
         """True if the chunk is ready or pending."""
         return key in self._entries
 
-    def is_pending(self, key: ChunkKey) -> bool:
+    def is_pending(self, key: RecordKey) -> bool:
         """True until every rank has reported its part."""
         entry = self._entries.get(key)
         return entry is not None and not entry.complete
 
-    def pin(self, keys: Iterable[ChunkKey]) -> list[ChunkKey]:
+    def pin(self, keys: Iterable[RecordKey]) -> list[RecordKey]:
         """Protect ready chunks from eviction; returns those that were, to be unpinned."""
         pinned = [key for key in keys if self.is_ready(key)]
         for key in pinned:
             self._entries[key].pins += 1
         return pinned
 
-    def unpin(self, keys: Iterable[ChunkKey]) -> None:
+    def unpin(self, keys: Iterable[RecordKey]) -> None:
         """Undo one `pin`."""
         for key in keys:
             entry = self._entries.get(key)
@@ -125,7 +126,7 @@ class TierIndex:
                 entry.pins -= 1
                 self._collect(key, entry)
 
-    def hit(self, prefix: Iterable[ChunkKey]) -> None:
+    def hit(self, prefix: Iterable[RecordKey]) -> None:
         """A prefix (first chunk first) was asked for.
 
         Its first chunk ends up the most recent: a tail without its head is useless,
@@ -134,17 +135,17 @@ class TierIndex:
         for key in reversed(list(prefix)):
             self._policy.hit(key)
 
-    def refresh(self, prefix: Iterable[ChunkKey]) -> None:
+    def refresh(self, prefix: Iterable[RecordKey]) -> None:
         """Like `hit` without counting a use."""
         for key in reversed(list(prefix)):
             self._policy.refresh(key)
 
-    def take_evicted(self) -> list[ChunkKey]:
+    def take_evicted(self) -> list[RecordKey]:
         """Keys that the workers must forget, since the last call."""
         evicted, self._evicted = self._evicted, []
         return evicted
 
-    def take_victims(self) -> list[ChunkKey]:
+    def take_victims(self) -> list[RecordKey]:
         """Those of the evicted keys whose chunks were sound and only made room."""
         victims, self._victims = self._victims, []
         return victims
@@ -177,7 +178,7 @@ class TierIndex:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def _report(self, key: ChunkKey, entry: _Entry, rank: int) -> None:
+    def _report(self, key: RecordKey, entry: _Entry, rank: int) -> None:
         entry.reported[rank] = True
         if not entry.complete:
             return
@@ -189,7 +190,7 @@ class TierIndex:
             self._ready_bytes += entry.counted
             self._policy.insert(key, entry.counted)
 
-    def _collect(self, key: ChunkKey, entry: _Entry) -> None:
+    def _collect(self, key: RecordKey, entry: _Entry) -> None:
         """Remove a doomed chunk that nobody reads any more."""
         if entry.doomed and entry.pins == 0:
             self._remove(key, entry)
@@ -205,7 +206,7 @@ class TierIndex:
         self._remove(victim, entry)
         return True
 
-    def _remove(self, key: ChunkKey, entry: _Entry) -> None:
+    def _remove(self, key: RecordKey, entry: _Entry) -> None:
         for rank, size in enumerate(entry.sizes):
             self._used[rank] -= size
         self._ready_bytes -= entry.counted

@@ -1,46 +1,55 @@
-"""CPU-memory arena of one rank: key -> blob, under a hard byte cap."""
+"""CPU-memory arena of one rank: record -> blob, under a hard byte cap."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
 
-from kvtc_vllm.tiers.policies import ChunkKey
+from kvtc_vllm.tiers.blob_store import StoreError
+from kvtc_vllm.tiers.keys import RecordKey
 
 
 class MemoryArena:
-    """Blobs of one rank. Safe for the worker's step, encode and load threads.
+    """A `BlobStore`. Safe for the worker's step, encode and load threads.
 
     The scheduler's index decides what lives here; the cap is a second line of
-    defence that holds even if its estimates were wrong.
+    defence that holds even if its estimates were wrong. capacity: bytes.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self._blobs: dict[ChunkKey, bytes] = {}
+        self._blobs: dict[RecordKey, bytes] = {}
         self._used = 0
         self._lock = threading.Lock()
 
-    def put(self, key: ChunkKey, blob: bytes) -> bool:
-        """Keep a blob; False (and nothing kept) if it would exceed the cap."""
+    def write(self, key: RecordKey, blob: bytes) -> int:
+        """Keep a blob; returns its bytes. Raises StoreError "full", and keeps nothing."""
         with self._lock:
-            replaced = len(self._blobs.get(key, b""))
-            if self._used - replaced + len(blob) > self.capacity:
-                return False
+            used = self._used - len(self._blobs.get(key, b"")) + len(blob)
+            if used > self.capacity:
+                raise StoreError("full", f"{used} bytes would exceed {self.capacity}")
             self._blobs[key] = blob
-            self._used += len(blob) - replaced
-            return True
+            self._used = used
+            return len(blob)
 
-    def get(self, key: ChunkKey) -> bytes | None:
-        """The blob, or None."""
+    def read(self, key: RecordKey) -> bytes:
+        """The blob. Raises StoreError "missing"."""
         with self._lock:
-            return self._blobs.get(key)
+            blob = self._blobs.get(key)
+        if blob is None:
+            raise StoreError("missing", "the record is not in memory")
+        return blob
 
-    def remove(self, keys: Iterable[ChunkKey]) -> None:
-        """Forget blobs; unknown keys are ignored."""
+    def remove(self, keys: Iterable[RecordKey]) -> int:
+        """Forget blobs and return how many there were; unknown names are ignored."""
+        removed = 0
         with self._lock:
             for key in keys:
-                self._used -= len(self._blobs.pop(key, b""))
+                blob = self._blobs.pop(key, None)
+                if blob is not None:
+                    self._used -= len(blob)
+                    removed += 1
+        return removed
 
     def clear(self) -> None:
         """Forget everything."""
@@ -58,7 +67,7 @@ class MemoryArena:
         with self._lock:
             return len(self._blobs)
 
-    def keys(self) -> list[ChunkKey]:
+    def keys(self) -> list[RecordKey]:
         """Snapshot of the keys, oldest first."""
         with self._lock:
             return list(self._blobs)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from kvtc_vllm.config import load_config
-from kvtc_vllm.connector.geometry import CacheGeometry, check_budget
-from kvtc_vllm.connector.messages import StepMetadata, WorkerReport
-from kvtc_vllm.connector.scheduler import KVTCScheduler
+from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup, check_budget
+from kvtc_vllm.offload.messages import StepMetadata, WorkerReport
+from kvtc_vllm.offload.scheduler import KVTCScheduler
 
 BLOCK = 32
 BOUND = 5652
@@ -65,15 +65,15 @@ class FakeOutput:
 
 
 def geometry(tp_size: int = 1, head_size: int = 8) -> CacheGeometry:
-    return CacheGeometry(
+    group = CacheGroup(
         layer_names=("layers.0", "layers.1"),
         block_size=BLOCK,
         num_kv_heads=2,
         head_size=head_size,
         head_size_v=head_size,
         dtype=torch.bfloat16,
-        tp_size=tp_size,
     )
+    return CacheGeometry((group,), tp_size)
 
 
 def scheduler(
@@ -85,7 +85,7 @@ def scheduler(
 ) -> KVTCScheduler:
     config = load_config({"codec": "kvtc", "memory_bytes": "1MiB", **extra})
     check_budget(config, ranks, BOUND)
-    return KVTCScheduler(config, geometry(ranks), BOUND, prompt_only, loads, stores)
+    return KVTCScheduler(config, geometry(ranks), [BOUND], prompt_only, loads, stores)
 
 
 class FakeBlockPool:
@@ -126,7 +126,7 @@ def start(
 ) -> StepMetadata:
     """Look up and schedule a new request, without a load."""
     side.match(request, local)
-    side.plan_load(request, blocks, 0)
+    side.plan_load(request, (blocks,), 0)
     output = FakeOutput(
         scheduled_new_reqs=[FakeNew(request.request_id, (blocks,), local)],
         num_scheduled_tokens={request.request_id: tokens},

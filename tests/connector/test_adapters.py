@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from kvtc_vllm.connector.adapters import GONE, AdapterDigests, LoadedAdapters, adapter_id
-from kvtc_vllm.connector.messages import NO_ADAPTER, AdapterUse, WorkerReport
+from kvtc_vllm.offload.adapters import GONE, AdapterDigests, LoadedAdapters, adapter_id
+from kvtc_vllm.offload.messages import NO_ADAPTER, AdapterUse, WorkerReport
 from tests.connector.fakes import (
     BLOCK,
     FakeBlockPool,

@@ -17,18 +17,18 @@ from kvtc_vllm.codec.payload import BitPlan, CoefficientGroup
 from kvtc_vllm.codec.registry import open_codec
 from kvtc_vllm.config import load_config
 from kvtc_vllm.connector import finding
-from kvtc_vllm.connector.geometry import CacheGeometry, codec_geometry
+from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup, codec_geometry
 
 RATIO = 16.0
-SHAPE = CacheGeometry(
+SHAPE = CacheGroup(
     layer_names=tuple(f"layers.{i}" for i in range(8)),
     block_size=32,
     num_kv_heads=4,
     head_size=64,
     head_size_v=64,
     dtype=torch.bfloat16,
-    tp_size=2,
 )
+CACHE = CacheGeometry((SHAPE,), 2)
 GEOMETRY = codec_geometry(SHAPE, ((0, 3), (3, 8)))
 
 
@@ -86,7 +86,7 @@ def test_no_blob_exceeds_what_the_card_says(
     save_card(tmp_path, card(sink_tokens))
     monkeypatch.setattr(finding, "find_artifact", lambda *_: (tmp_path, ""))
     config = load_config({"codec": "kvtc", "chunk_tokens": tokens})
-    bound = finding.chunk_bound(SimpleNamespace(), config, SHAPE)
+    (bound,) = finding.record_bounds(SimpleNamespace(), config, CACHE)
     codec = open_codec("kvtc", SHAPE.dtype, artifact=artifact(sink_tokens), ratio=RATIO)
     longest = max(
         len(codec.encode(noise(tokens, 1), noise(tokens, 2), start)) for start in (0, tokens)
@@ -98,7 +98,7 @@ def test_no_blob_exceeds_what_the_card_says(
 
 def test_raw_needs_no_artifact() -> None:
     config = load_config({"codec": "raw", "chunk_tokens": 32})
-    bound = finding.chunk_bound(SimpleNamespace(), config, SHAPE)
+    (bound,) = finding.record_bounds(SimpleNamespace(), config, CACHE)
     codec = open_codec("raw", SHAPE.dtype, geometry=GEOMETRY)
     assert len(codec.encode(noise(32, 1), noise(32, 2), 0)) == bound
 
@@ -110,4 +110,4 @@ def test_a_card_with_impossible_sinks_is_refused(
     save_card(tmp_path, card(sink_tokens))
     monkeypatch.setattr(finding, "find_artifact", lambda *_: (tmp_path, ""))
     with pytest.raises(ArtifactError, match=f"sink_tokens is {sink_tokens}, 0 to 255 are right"):
-        finding.chunk_bound(SimpleNamespace(), load_config({}), SHAPE)
+        finding.record_bounds(SimpleNamespace(), load_config({}), CACHE)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kvtc_vllm.connector.messages import StepMetadata, WorkerReport
+from kvtc_vllm.offload.messages import StepMetadata, WorkerReport
 from tests.connector.fakes import (
     BLOCK,
     FakeBlockPool,
@@ -194,7 +194,7 @@ def test_a_preempted_request_that_starts_again_may_be_stored(engine: Engine) -> 
     engine.side.reset()
     request.num_computed_tokens, request.num_preemptions = 0, 1
     engine.side.match(request, 0)
-    engine.side.plan_load(request, list(range(10)), 0)
+    engine.side.plan_load(request, (list(range(10)),), 0)
     again = step(engine.side, request, 300, resumed=True, new_blocks=(list(range(10)),))
     assert len(again.stores) == 2
 
@@ -215,7 +215,7 @@ def load(engine: Engine, name: str, tokens: int = 300) -> Any:
     request: Any = FakeRequest(name, tokens)
     found = engine.side.match(request, 0)
     assert found
-    engine.side.plan_load(request, list(range(10)), found)
+    engine.side.plan_load(request, (list(range(10)),), found)
     request.status = LOADING
     return request
 

@@ -139,10 +139,10 @@ def test_a_corrupt_blob_is_recomputed(
     llm, computed = full_tier
     arena = worker_arena()
     for key in list(arena.keys()):
-        blob = bytearray(arena.get(key))
+        blob = bytearray(arena.read(key))
         at = {"first": 0, "middle": len(blob) // 2, "last": len(blob) - 1}[place]
         blob[at] ^= 0x40
-        assert arena.put(key, bytes(blob))
+        assert arena.write(key, bytes(blob))
     assert greedy(llm, prompts[:3], 48) == computed
     values = metrics(llm)
     failures = {k: v for k, v in values.items() if k.startswith("kvtc_failed_loads") and v}
@@ -162,9 +162,9 @@ def test_a_missing_or_foreign_blob_is_recomputed(
     arena = worker_arena()
     keys = arena.keys()
     # Chunks under other prompts' names: valid blobs, some of the right position.
-    blobs = [arena.get(key) for key in keys]
+    blobs = [arena.read(key) for key in keys]
     for key, blob in zip(keys, blobs[5:] + blobs[:5], strict=True):
-        assert arena.put(key, blob)
+        assert arena.write(key, blob)
     arena.remove(keys[:1])
     answers = greedy(llm, prompts[:3], 48)
     values = metrics(llm)

@@ -16,15 +16,15 @@ import torch
 from kvtc_vllm.codec.errors import CONTAINER_REASONS
 from kvtc_vllm.codec.raw import RawCodec
 from kvtc_vllm.config import load_config
-from kvtc_vllm.connector import disk as disk_module
-from kvtc_vllm.connector.disk import DiskNews, DiskSide, Namespace, open_in_time
 from kvtc_vllm.connector.layout import PagedLayout
-from kvtc_vllm.connector.messages import LoadItem, LoadJob, StepMetadata, StoreItem
-from kvtc_vllm.connector.metrics import KVTCStats
-from kvtc_vllm.connector.names import Names
-from kvtc_vllm.connector.startup import codec_geometry
-from kvtc_vllm.connector.transfer import TorchTransfer
-from kvtc_vllm.connector.worker import KVTCWorker
+from kvtc_vllm.connector.torch_transfer import TorchTransfer
+from kvtc_vllm.offload import disk_worker as disk_module
+from kvtc_vllm.offload.disk_worker import DiskNews, DiskWorker, Namespace, open_in_time
+from kvtc_vllm.offload.geometry import codec_geometry
+from kvtc_vllm.offload.messages import LoadItem, LoadJob, StepMetadata, StoreItem
+from kvtc_vllm.offload.names import Names
+from kvtc_vllm.offload.stats import Stats
+from kvtc_vllm.offload.worker import KVTCWorker
 from kvtc_vllm.tiers.disk import DISK_REASONS, DiskError, DiskStore, FileSystem
 from tests.connector.fakes import BLOCK, geometry
 from tests.reliability import disk as on_disk
@@ -46,7 +46,7 @@ for a disk; one that hangs takes far longer."""
 class Timed:
     """Forwards calls and remembers the slowest."""
 
-    def __init__(self, side: DiskSide) -> None:
+    def __init__(self, side: DiskWorker) -> None:
         self._side = side
         self.slowest = 0.0
 
@@ -75,7 +75,7 @@ def open_side(
 ) -> Any:
     made = namespace(root, filesystem=filesystem, capacity=capacity)
     open_in_time(made)
-    return Timed(DiskSide(made, threads, DEADLINE, queue_bytes))
+    return Timed(DiskWorker(made, threads, DEADLINE, queue_bytes))
 
 
 def namespace(
@@ -154,7 +154,7 @@ def test_write_read_touch_remove(side: Any, tmp_path: Path) -> None:
 
 def test_every_reason_has_a_counter_and_nothing_else_is_counted() -> None:
     """What errors may say is checked by types; a word that is not published is an error here."""
-    stats = KVTCStats()
+    stats = Stats()
     for error in DISK_REASONS:
         stats.add("disk_errors", label=error)
     for reason in CONTAINER_REASONS:
@@ -388,7 +388,7 @@ def test_a_write_under_way_at_a_reset_tells_nothing_and_holds_nobody_up(
     patient: dict[str, Any] = {"filesystem": filesystem, "lock_wait_seconds": 20.0}
     first = namespace(tmp_path, **patient)
     open_in_time(first)
-    side = Timed(DiskSide(first, 2, DEADLINE, 1 << 20))
+    side = Timed(DiskWorker(first, 2, DEADLINE, 1 << 20))
     filesystem.calls.clear()
     filesystem.hang = True
     side.write(KEYS[0], blob_of(KEYS[0]), 0)
@@ -496,15 +496,18 @@ TINY = geometry(head_size=64)
 def worker_over(root: Path, filesystem: FileSystem, capacity: int = 1 << 20) -> Any:
     """A `KVTCWorker` with the raw codec on a small paged cache and a disk below."""
     torch.manual_seed(0)
-    caches = {name: torch.randn(16, 2, BLOCK, 128).to(torch.bfloat16) for name in TINY.layer_names}
-    codec = RawCodec(codec_geometry(TINY, ((0, 2),)), torch.bfloat16, NAMESPACE)
+    caches = {
+        name: torch.randn(16, 2, BLOCK, 128).to(torch.bfloat16)
+        for name in TINY.only_group.layer_names
+    }
+    codec = RawCodec(codec_geometry(TINY.only_group), torch.bfloat16, NAMESPACE)
     place = namespace(root, NAMESPACE, False, filesystem, capacity, lock_wait_seconds=0.05)
     open_in_time(place)
-    side = DiskSide(place, 1, 20.0, 1 << 20)
+    side = DiskWorker(place, 1, 20.0, 1 << 20)
     config = load_config({"codec": "raw", "memory_bytes": "4MiB", "disk_path": str(root)})
-    layout = PagedLayout(caches, TINY)
+    layout = PagedLayout(caches, TINY.only_group)
     transfer = TorchTransfer(layout, codec, config.chunk_tokens)
-    worker = KVTCWorker(config, TINY, transfer, layout.device, 1 << 24, 0, Names(codec), side)
+    worker = KVTCWorker(config, TINY, [transfer], layout.device, 1 << 24, 0, Names(codec), side)
     return worker, caches
 
 

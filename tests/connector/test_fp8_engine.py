@@ -71,7 +71,7 @@ def test_kvtc_reloads_what_the_engine_stored(
         assert llm.reset_prefix_cache()
         warm = greedy(llm, prompts, 24)
         values = metrics(llm)
-        known = get_kv_transfer_group()._worker.transfer.codec.artifact.scales
+        known = get_kv_transfer_group()._worker.transfers[0].codec.artifact.scales
     if scales == (1, 1):
         assert known is None
     else:

@@ -15,11 +15,11 @@ from vllm.platforms import current_platform
 
 from kvtc_vllm.connector.cache_dtype import cache_dtype
 from kvtc_vllm.connector.compat import UnsupportedError
-from kvtc_vllm.connector.geometry import CacheGeometry
 from kvtc_vllm.connector.scales import find_scales
+from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-GEOMETRY = CacheGeometry(("layers.0", "layers.1"), 32, 2, 64, 64, E4M3, 1)
+GROUP = CacheGroup(("layers.0", "layers.1"), 32, 2, 64, 64, E4M3)
 
 
 def dtype_of(name: str, stored: torch.dtype, **config: Any) -> torch.dtype:
@@ -93,7 +93,7 @@ def layer(k: Any = 1.0, v: Any = 1.0, backend: str = "CPU_ATTN") -> SimpleNamesp
 def scales_of(*layers: SimpleNamespace, dtype: torch.dtype = E4M3) -> Any:
     context = {f"layers.{i}": each for i, each in reversed(list(enumerate(layers)))}
     engine = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=context))
-    return find_scales(engine, replace(GEOMETRY, dtype=dtype))
+    return find_scales(engine, replace(GROUP, dtype=dtype))
 
 
 def test_scales_are_those_of_the_layers() -> None:
@@ -138,10 +138,12 @@ def test_calibrating_on_an_fp8_cache_is_refused(monkeypatch: pytest.MonkeyPatch)
     extra = {"spool": "nowhere"}
     transfer = SimpleNamespace(kv_connector_extra_config=extra, kv_load_failure_policy="fail")
     engine = SimpleNamespace(kv_transfer_config=transfer)
-    monkeypatch.setattr(capture, "read_geometry", lambda *_: GEOMETRY)
+    monkeypatch.setattr(capture, "read_geometry", lambda *_: CacheGeometry((GROUP,), 1))
     with pytest.raises(UnsupportedError, match="calibrating on an fp8 KV cache is refused"):
         capture.KVTCCaptureConnector(engine, KVConnectorRole.SCHEDULER, None)
     monkeypatch.setattr(
-        capture, "read_geometry", lambda *_: replace(GEOMETRY, dtype=torch.bfloat16)
+        capture,
+        "read_geometry",
+        lambda *_: CacheGeometry((replace(GROUP, dtype=torch.bfloat16),), 1),
     )
     assert capture.KVTCCaptureConnector(engine, KVConnectorRole.SCHEDULER, None)

@@ -13,10 +13,10 @@ from kvtc_vllm.codec.artifact import RankArtifact
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.connector import selftest
-from kvtc_vllm.connector.geometry import CacheGeometry
 from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.connector.selftest import run_self_test
-from kvtc_vllm.connector.transfer import TorchTransfer
+from kvtc_vllm.connector.torch_transfer import TorchTransfer
+from kvtc_vllm.offload.geometry import CacheGroup
 from tests.codec.synthetic import SyntheticModel
 
 pytestmark = pytest.mark.skipif(
@@ -45,11 +45,11 @@ def probe_of(offset: float = 0.0) -> Probe:
 
 def errors(artifact: RankArtifact, probe: Probe, dtype: torch.dtype) -> dict[str, float]:
     names = ("layers.0", "layers.1")
-    geometry = CacheGeometry(names, 32, 2, 32, 32, dtype, 1, torch.bfloat16)
+    group = CacheGroup(names, 32, 2, 32, 32, dtype, torch.bfloat16)
     stored = torch.uint8 if dtype.itemsize == 1 else dtype
     caches = {name: torch.zeros(6, 2, 32, 64, dtype=stored) for name in names}
     codec = KvtcCodec(artifact, 4.0, dtype)
-    layout = PagedLayout(caches, geometry)
+    layout = PagedLayout(caches, group)
     transfer = TorchTransfer(layout, codec, 128)
     found = run_self_test(codec, transfer, probe, layout, 128)
     assert not any(cache.view(torch.uint8).any() for cache in caches.values())

@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="kernels need Triton")
 
 from kvtc_vllm.connector import opening
 from kvtc_vllm.connector.kernel_transfer import KernelTransfer
-from kvtc_vllm.connector.transfer import TorchTransfer
+from kvtc_vllm.connector.torch_transfer import TorchTransfer
 from tests.connector.engine import drain, engine, greedy, metrics, texts
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -25,7 +25,7 @@ def replies(model: Path, prompts: list[list[int]]) -> tuple[list[list[int]], dic
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     with engine(model, EXTRA, **FEW) as llm:
-        way = type(get_kv_transfer_group()._worker.transfer).__name__
+        way = type(get_kv_transfer_group()._worker.transfers[0]).__name__
         for prompt in prompts:
             greedy(llm, [prompt], 8)
             drain(llm)

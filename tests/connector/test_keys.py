@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvtc_vllm.connector.keys import LOAD, STORE, allowed, chunk_key, chunk_keys
+from kvtc_vllm.offload.keys import LOAD, STORE, allowed, chunk_key, chunk_keys
 from tests.connector.fakes import FakeRequest, fill, scheduler, start
 
 

@@ -8,21 +8,21 @@ import pytest
 import torch
 
 from kvtc_vllm.connector.compat import UnsupportedError, check_version
-from kvtc_vllm.connector.geometry import CacheGeometry, layer_number
+from kvtc_vllm.connector.geometry import layer_number
 from kvtc_vllm.connector.layout import PagedLayout, _PackedOrder
+from kvtc_vllm.offload.geometry import CacheGroup
 
-GEOMETRY = CacheGeometry(
+GEOMETRY = CacheGroup(
     layer_names=("layers.0", "layers.1", "layers.2"),
     block_size=32,
     num_kv_heads=2,
     head_size=64,
     head_size_v=64,
     dtype=torch.bfloat16,
-    tp_size=1,
 )
 
 
-def packed(caches: dict[str, torch.Tensor], geometry: CacheGeometry = GEOMETRY) -> PagedLayout:
+def packed(caches: dict[str, torch.Tensor], geometry: CacheGroup = GEOMETRY) -> PagedLayout:
     """A layout that reads pages as on GPU, on CPU tensors."""
     layout = PagedLayout(caches, geometry)
     layout._order = _PackedOrder(geometry.head_size)

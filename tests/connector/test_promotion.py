@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from kvtc_vllm.connector.messages import StepMetadata, WorkerReport
-from kvtc_vllm.connector.promotion import Promotions
-from kvtc_vllm.connector.scheduler import KVTCScheduler
+from kvtc_vllm.offload.messages import StepMetadata, WorkerReport
+from kvtc_vllm.offload.promotion import Promotions
+from kvtc_vllm.offload.scheduler import KVTCScheduler
 from kvtc_vllm.tiers.disk_index import DiskIndex
 from kvtc_vllm.tiers.index import TierIndex
 from kvtc_vllm.tiers.policies import REGISTRY
@@ -242,7 +242,7 @@ def test_match_says_later_and_then_what_arrived(tmp_path: Path) -> None:
     assert metadata.idle
     report(side, stored=[(b"a:3", 0, 1000), (b"a:7", 0, 1000)])
     assert side.match(request, 0) == 256
-    side.plan_load(request, list(range(10)), 256)
+    side.plan_load(request, (list(range(10)),), 256)
     (job,) = side.plan_step(FakeOutput()).loads
     assert [item.key for item in job.items] == [b"a:3", b"a:7"]
 
@@ -252,7 +252,7 @@ def test_what_is_on_disk_and_used_is_touched_head_last(tmp_path: Path) -> None:
     request = FakeRequest("r", 300)
     side.match(request, 0)
     report(side, stored=[(b"a:3", 0, 1000), (b"a:7", 0, 1000)])
-    side.plan_load(request, list(range(10)), side.match(request, 0) or 0)
+    side.plan_load(request, (list(range(10)),), side.match(request, 0) or 0)
     assert side.plan_step(FakeOutput()).touch == [b"a:7", b"a:3"]
 
 
@@ -346,11 +346,11 @@ def test_a_load_of_before_a_reset_does_not_unpin_what_came_after() -> None:
     side = scheduler(recent_window=0)
     fill(side, FakeRequest("r", 257))
     old = FakeRequest("old", 257)
-    side.plan_load(old, list(range(9)), side.match(old, 0) or 0)
+    side.plan_load(old, (list(range(9)),), side.match(old, 0) or 0)
     side.reset()
     fill(side, FakeRequest("s", 257))
     new = FakeRequest("new", 257)
-    side.plan_load(new, list(range(9)), side.match(new, 0) or 0)
+    side.plan_load(new, (list(range(9)),), side.match(new, 0) or 0)
     side.apply_report(None, {"old"})
     metadata = start(side, FakeRequest("big", 128 * 300, name="b"), list(range(1200)), 128 * 300)
     assert not {b"a:3", b"a:7"} & set(metadata.evict)
@@ -397,7 +397,7 @@ def test_time_is_taken_from_the_step_that_a_report_names() -> None:
     """Asynchronous scheduling plans a step before the results of the last one are here."""
     side = scheduler()
     samples: list[tuple[int, float]] = []
-    side._gate.observe_step = lambda tokens, seconds: samples.append((tokens, seconds))  # type: ignore[method-assign]
+    side._load_policy.observe_step = lambda tokens, seconds: samples.append((tokens, seconds))  # type: ignore[method-assign]
     requests = [FakeRequest(str(i), 128 * (i + 1), name=str(i)) for i in range(3)]
     planned: list[StepMetadata] = [start(side, r, list(range(16)), r.num_tokens) for r in requests]
     empty = side.plan_step(FakeOutput())
@@ -409,4 +409,4 @@ def test_time_is_taken_from_the_step_that_a_report_names() -> None:
     side.apply_report(WorkerReport(0, step=empty.number), None)
     assert [tokens for tokens, _ in samples] == [128, 256]  # the third's time is not known
     confirm(side, planned[0])
-    assert not side._gate._steps
+    assert not side._load_policy._steps

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvtc_vllm.config import ConfigError
-from kvtc_vllm.connector.messages import WorkerReport
+from kvtc_vllm.offload.messages import WorkerReport
 from tests.connector.fakes import (
     BLOCK,
     FakeOutput,
@@ -101,7 +101,7 @@ def test_load_plan_covers_exactly_the_missing_blocks() -> None:
     request = FakeRequest("again", 640)
     assert side.match(request, 160) == 352
     blocks = list(range(100, 120))
-    side.plan_load(request, blocks, 352)
+    side.plan_load(request, (blocks,), 352)
     (job,) = side.plan_step(FakeOutput()).loads
     assert [(i.start, i.first_block, i.block_ids) for i in job.items] == [
         (128, 1, [105, 106, 107]),
@@ -112,7 +112,7 @@ def test_load_plan_covers_exactly_the_missing_blocks() -> None:
     request.num_computed_tokens = 512
     side.apply_report(None, {"again"})
     assert not side.has_pending_work()
-    side.plan_load(request, blocks, 0)
+    side.plan_load(request, (blocks,), 0)
     assert side.plan_step(FakeOutput()).loads == []
 
 
@@ -121,7 +121,7 @@ def test_chunks_being_loaded_are_not_evicted() -> None:
     fill(side, FakeRequest("r", 256))
     request = FakeRequest("again", 257)
     assert side.match(request, 0) == 256
-    side.plan_load(request, list(range(9)), 256)
+    side.plan_load(request, (list(range(9)),), 256)
     other = FakeRequest("s", 4096, name="b")
     metadata = start(side, other, list(range(128)), 4096)
     assert metadata.stores
@@ -134,7 +134,7 @@ def test_a_load_deferred_past_an_eviction_is_planned_and_left_to_fail() -> None:
     request = FakeRequest("again", 640)
     tokens = side.match(request, 0)
     side.reset()
-    side.plan_load(request, list(range(20)), tokens)
+    side.plan_load(request, (list(range(20)),), tokens)
     (job,) = side.plan_step(FakeOutput()).loads
     assert len(job.items) == 4
     side.apply_report(WorkerReport(1, bad=[job.items[0].key]), {"again"})
@@ -145,7 +145,7 @@ def test_a_bad_chunk_is_forgotten_once_its_load_ended() -> None:
     side = scheduler()
     fill(side, FakeRequest("r", 640))
     request = FakeRequest("again", 640)
-    side.plan_load(request, list(range(20)), side.match(request, 0))
+    side.plan_load(request, (list(range(20)),), side.match(request, 0))
     side.plan_step(FakeOutput())
     side.apply_report(WorkerReport(0, bad=[b"a:7"]), {"again"})
     assert side.plan_step(FakeOutput()).evict == [b"a:7"]
@@ -190,10 +190,10 @@ def test_hits_are_counted_once_and_resumed_ones_apart() -> None:
     request = FakeRequest("again", 640)
     tokens = side.match(request, 0)
     side.match(request, 0)
-    side.plan_load(request, list(range(20)), tokens)
+    side.plan_load(request, (list(range(20)),), tokens)
     side.apply_report(None, {"again"})
     resumed = FakeRequest("back", 640, num_preemptions=1)
-    side.plan_load(resumed, list(range(20)), side.match(resumed, 0))
+    side.plan_load(resumed, (list(range(20)),), side.match(resumed, 0))
     stats = side.take_stats()
     assert stats is not None
     assert stats.data["lookup_tokens"] == stats.data["resumed_lookup_tokens"] == 640

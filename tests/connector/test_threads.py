@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from kvtc_vllm.connector.threads import CpuShare, share_of_thread, thread_pool
+from kvtc_vllm.offload.threads import Throttle, share_of_thread, thread_pool
 
 CPU = torch.device("cpu")
 
@@ -22,29 +22,29 @@ def test_a_thread_of_ours_uses_one_core_and_leaves_the_engine_its_own() -> None:
 
 
 def test_work_is_paid_for_while_the_engine_computes() -> None:
-    share = CpuShare(0.25)
+    share = Throttle(0.25)
     share.engine_computes(True)
     began = time.monotonic()
-    share.pay(0.05)
+    share.charge(0.05)
     assert time.monotonic() - began >= 0.15
 
 
 def test_an_idle_engine_frees_who_waits_and_who_comes() -> None:
-    share = CpuShare(0.001)
+    share = Throttle(0.001)
     share.engine_computes(True)
-    waiting = threading.Thread(target=share.pay, args=(10.0,))
+    waiting = threading.Thread(target=share.charge, args=(10.0,))
     waiting.start()
     waiting.join(0.05)
     assert waiting.is_alive()
     share.engine_computes(False)
     waiting.join(20)
     assert not waiting.is_alive()
-    share.pay(1e6)
+    share.charge(1e6)
 
 
 @pytest.mark.parametrize("share", [1.0, 2.0])
 def test_a_whole_thread_never_waits(share: float) -> None:
-    CpuShare(share).pay(1e9)
+    Throttle(share).charge(1e9)
 
 
 def test_the_share_is_of_the_machine() -> None:

@@ -11,10 +11,10 @@ import torch
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.config import load_config
 from kvtc_vllm.connector.layout import PagedLayout
-from kvtc_vllm.connector.messages import LoadItem, LoadJob, StepMetadata, StoreItem
-from kvtc_vllm.connector.names import Names
-from kvtc_vllm.connector.transfer import TorchTransfer
-from kvtc_vllm.connector.worker import KVTCWorker
+from kvtc_vllm.connector.torch_transfer import TorchTransfer
+from kvtc_vllm.offload.messages import LoadItem, LoadJob, StepMetadata, StoreItem
+from kvtc_vllm.offload.names import Names
+from kvtc_vllm.offload.worker import KVTCWorker
 from tests.codec.synthetic import SyntheticModel
 from tests.connector.fakes import BLOCK, geometry
 
@@ -58,9 +58,12 @@ class Pages:
     """A paged cache with three chunks of the synthetic model in it."""
 
     def __init__(self, artifact: Any, dtype: torch.dtype = torch.bfloat16) -> None:
-        caches = {name: torch.zeros(32, 2, BLOCK, 64, dtype=dtype) for name in SHAPE.layer_names}
+        caches = {
+            name: torch.zeros(32, 2, BLOCK, 64, dtype=dtype)
+            for name in SHAPE.only_group.layer_names
+        }
         self.caches = caches
-        self.layout = PagedLayout(caches, replace(SHAPE, dtype=dtype))
+        self.layout = PagedLayout(caches, replace(SHAPE.only_group, dtype=dtype))
         for number, item in enumerate(ITEMS):
             self.layout.scatter(item.block_ids, *MODEL.chunk(CHUNK, item.start, number, dtype))
         codec = KvtcCodec(artifact, 8.0, dtype)
@@ -74,7 +77,7 @@ class Pages:
         config = load_config({"memory_bytes": "1MiB", "chunk_tokens": CHUNK})
         transfer = self.ways[way]
         names = Names(transfer.codec)
-        return KVTCWorker(config, SHAPE, transfer, self.layout.device, staging, 0, names)
+        return KVTCWorker(config, SHAPE, [transfer], self.layout.device, staging, 0, names)
 
     def error(self) -> float:
         """Largest relative squared error of what lies in the targets."""
@@ -160,9 +163,9 @@ def test_one_bad_chunk_of_a_batch(pages: Pages, way: str) -> None:
     """The chunks before it are good; what it costs is counted by its reason."""
     worker = pages.worker(way)
     run(worker, StepMetadata(stores=ITEMS))
-    blob = worker.arena.get(b"c")
+    blob = worker.arena.read(b"c")
     assert blob is not None
-    worker.arena.put(b"c", blob[:-1])
+    worker.arena.write(b"c", blob[:-1])
     run(worker, StepMetadata(loads=[LoadJob("r", LOADS)]))
     assert worker.take_bad_blocks() == set(TARGETS[2])
     worker.arena.remove([b"a"])

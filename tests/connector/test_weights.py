@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from kvtc_vllm.connector.weights import Unwatched, WeightsWatch
+from kvtc_vllm.offload.weights import Unwatched, WeightsWatch
 
 
 class Scaled(nn.Module):

@@ -15,9 +15,12 @@ from kvtc_vllm.codec.codec import ChunkCodec
 from kvtc_vllm.codec.errors import CodecError
 from kvtc_vllm.codec.raw import RawCodec
 from kvtc_vllm.config import load_config
-from kvtc_vllm.connector.adapters import LoadedAdapters
 from kvtc_vllm.connector.layout import PagedLayout
-from kvtc_vllm.connector.messages import (
+from kvtc_vllm.connector.sizing import divide
+from kvtc_vllm.connector.torch_transfer import TorchTransfer
+from kvtc_vllm.offload.adapters import LoadedAdapters
+from kvtc_vllm.offload.geometry import codec_geometry
+from kvtc_vllm.offload.messages import (
     AdapterUse,
     LoadItem,
     LoadJob,
@@ -25,16 +28,14 @@ from kvtc_vllm.connector.messages import (
     StoreItem,
     WorkerReport,
 )
-from kvtc_vllm.connector.names import Names
-from kvtc_vllm.connector.sizing import divide
-from kvtc_vllm.connector.startup import codec_geometry
-from kvtc_vllm.connector.transfer import TorchTransfer
-from kvtc_vllm.connector.weights import WeightsWatch
-from kvtc_vllm.connector.worker import KVTCWorker
+from kvtc_vllm.offload.names import Names
+from kvtc_vllm.offload.weights import WeightsWatch
+from kvtc_vllm.offload.worker import KVTCWorker
 from tests.connector.fakes import BLOCK, FakeLora, geometry
 from tests.connector.test_adapters import Manager, loaded
 
 SHAPE = geometry(head_size=64)
+GROUP = SHAPE.only_group
 CHUNK_BYTES = 4 * BLOCK * SHAPE.token_bytes
 
 
@@ -45,17 +46,17 @@ class Rig:
         self, codec: ChunkCodec | None = None, names: dict[str, Any] | None = None, **extra: Any
     ) -> None:
         self.caches = {
-            name: torch.randn(40, 2, BLOCK, 128).to(torch.bfloat16) for name in SHAPE.layer_names
+            name: torch.randn(40, 2, BLOCK, 128).to(torch.bfloat16) for name in GROUP.layer_names
         }
-        self.codec = codec or RawCodec(codec_geometry(SHAPE, ((0, 2),)), torch.bfloat16)
+        self.codec = codec or RawCodec(codec_geometry(GROUP), torch.bfloat16)
         config = load_config({"codec": "raw", "memory_bytes": "1MiB", **extra})
-        layout = PagedLayout(self.caches, SHAPE)
+        layout = PagedLayout(self.caches, GROUP)
         transfer = TorchTransfer(layout, self.codec, config.chunk_tokens)
         plan = divide(config.staging_capacity, 0, None)
         self.names = Names(self.codec, **(names or {}))
         self.names.rename(b"")
         self.worker = KVTCWorker(
-            config, SHAPE, transfer, layout.device, plan.staging, rank=0, names=self.names
+            config, SHAPE, [transfer], layout.device, plan.staging, rank=0, names=self.names
         )
 
     def store(self, key: bytes, blocks: list[int], start: int = 0, epoch: int = 0) -> None:
@@ -133,10 +134,10 @@ def test_store_then_load_into_other_blocks(rig: Rig) -> None:
 def test_damage_is_reported_and_the_blocks_left_alone(rig: Rig, damage: Any, reason: str) -> None:
     rig.store(b"k", [1, 2, 3, 4])
     rig.report()
-    blob = damage(rig.worker.arena.get(b"k"))
+    blob = damage(rig.worker.arena.read(b"k"))
     rig.worker.arena.remove([b"k"])
     if blob is not None:
-        rig.worker.arena.put(b"k", blob)
+        rig.worker.arena.write(b"k", blob)
     before = {name: pages.clone() for name, pages in rig.caches.items()}
     rig.load(b"k", [20, 21, 22, 23])
     assert rig.finish_load() == {20, 21, 22, 23}
@@ -157,9 +158,9 @@ def test_a_chunk_of_another_prompt_is_refused(rig: Rig) -> None:
     """A valid blob at the right position, under the wrong name."""
     rig.store(b"a", [1, 2, 3, 4])
     rig.report()
-    blob = rig.worker.arena.get(b"a")
+    blob = rig.worker.arena.read(b"a")
     assert blob is not None
-    rig.worker.arena.put(b"b", blob)
+    rig.worker.arena.write(b"b", blob)
     rig.load(b"b", [20, 21, 22, 23])
     assert rig.finish_load() == {20, 21, 22, 23}
     assert rig.counters()["failed_loads/fingerprint"] == 1
@@ -178,7 +179,7 @@ class SlowCodec(RawCodec):
     """Encodes only when told to."""
 
     def __init__(self) -> None:
-        super().__init__(codec_geometry(SHAPE, ((0, 2),)), torch.bfloat16)
+        super().__init__(codec_geometry(GROUP), torch.bfloat16)
         self.go = threading.Event()
 
     def encode(self, k: torch.Tensor, v: torch.Tensor, start: int, key: bytes = b"") -> bytes:
@@ -353,7 +354,7 @@ def test_a_load_of_before_a_change_is_recomputed_although_the_names_are_right_ag
     assert rig.report().other_weights
     codec.go.set()
     assert rig.finish_load() == {8, 9, 10, 11}
-    assert not rig.worker._mailbox.take_report(3).stale_since  # the new names stand
+    assert not rig.worker._outbox.take_report(3).stale_since  # the new names stand
     rig.worker.shutdown()
 
 
@@ -367,7 +368,7 @@ def test_a_load_that_fails_late_does_not_taint_the_names_of_after_it() -> None:
     rig.worker.begin_step(StepMetadata(number=2, tokens=1, epoch=1))
     rig.worker._loads.check(proof)
     rig.worker._loads.shutdown()
-    assert not rig.worker._mailbox.take_report(2).stale_since
+    assert not rig.worker._outbox.take_report(2).stale_since
     rig.worker.shutdown()
 
 
@@ -428,9 +429,9 @@ def test_a_blob_of_an_older_generation_is_not_read(changing: tuple[Rig, Changing
     rig, _ = changing
     rig.store(b"k", [0, 1, 2, 3])
     rig.report()
-    blob = rig.worker.arena.get(b"k")
+    blob = rig.worker.arena.read(b"k")
     rig.worker.begin_step(StepMetadata(number=2, tokens=1, epoch=1, generation=b"nonce"))
-    assert rig.worker.arena.put(b"k", blob)
+    assert rig.worker.arena.write(b"k", blob)
     item = LoadItem(b"k", 0, 0, [8, 9, 10, 11])
     rig.worker.begin_step(
         StepMetadata(number=3, epoch=1, generation=b"nonce", loads=[LoadJob("r", [item])])

@@ -13,10 +13,11 @@ pytest.importorskip("vllm")
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
 from kvtc_vllm.connector import connector as served
-from kvtc_vllm.connector.geometry import CacheGeometry
 from kvtc_vllm.evaluation.connector import KVTCEvaluationConnector
+from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup
 
-GEOMETRY = CacheGeometry(("layers.0", "layers.1"), 32, 2, 64, 64, torch.bfloat16, 1)
+GROUP = CacheGroup(("layers.0", "layers.1"), 32, 2, 64, 64, torch.bfloat16)
+GEOMETRY = CacheGeometry((GROUP,), 1)
 
 
 def start(monkeypatch: pytest.MonkeyPatch, evaluation: dict[str, Any]) -> tuple[Any, ...]:
@@ -37,7 +38,7 @@ def start(monkeypatch: pytest.MonkeyPatch, evaluation: dict[str, Any]) -> tuple[
 def test_a_baseline_takes_the_codec_s_place(monkeypatch: pytest.MonkeyPatch) -> None:
     _, config, geometry, _, factory = start(monkeypatch, {"baseline": "fp8-e4m3"})
     assert (config.codec, config.chunk_tokens) == ("raw", 64)
-    coder = factory(geometry, (), (None, None))
+    coder = factory(geometry.only_group, (), (None, None))
     k, v = torch.randn(2, 64, 2, 2, 64).bfloat16()
     decoded = coder.decode(coder.encode(k, v, 128, b"key"), 128, 64, b"key")
     assert torch.allclose(decoded.k.float(), k.float(), rtol=0.1, atol=0.1)

@@ -19,19 +19,18 @@ from kvtc_vllm.codec.container import FORMAT_VERSION
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.config import ConfigError, load_config
 from kvtc_vllm.connector import identity, startup
-from kvtc_vllm.connector.geometry import CacheGeometry
 from kvtc_vllm.connector.scales import find_scales
+from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup
 from kvtc_vllm.tiers.disk import DiskError, DiskStore
 from tests.reliability.blobs import blob_of, key_of
 
-GEOMETRY = CacheGeometry(
+GROUP = CacheGroup(
     layer_names=("layers.0", "layers.1"),
     block_size=32,
     num_kv_heads=2,
     head_size=64,
     head_size_v=64,
     dtype=torch.bfloat16,
-    tp_size=2,
 )
 
 
@@ -49,9 +48,9 @@ def rope(base: float) -> Rope:
 
 def fp8_scales(engine: Engine, of_k: float, of_v: float) -> None:
     """An fp8 cache with these scales in every layer."""
-    engine.geometry = replace(GEOMETRY, dtype=torch.float8_e4m3fn)
+    engine.group = replace(GROUP, dtype=torch.float8_e4m3fn)
     layer = SimpleNamespace(_k_scale=torch.tensor(of_k), _v_scale=torch.tensor(of_v))
-    engine.layers = dict.fromkeys(GEOMETRY.layer_names, layer)
+    engine.layers = dict.fromkeys(GROUP.layer_names, layer)
 
 
 class Engine:
@@ -75,7 +74,7 @@ class Engine:
         self.load = SimpleNamespace(load_format="auto")
         self.tp_size, self.rank = 2, 0
         self.extra: dict[str, Any] = {"codec": "kvtc"}
-        self.geometry = GEOMETRY
+        self.group = GROUP
         self.artifact, self.ropes = b"artifact", (rope(1e4),)
         self.format = FORMAT_VERSION
         self.layers: dict[str, Any] = {}
@@ -102,13 +101,13 @@ class Engine:
         setup = identity.setup_identity(
             configuration,
             load_config(self.extra),
-            self.geometry,
+            CacheGeometry((self.group,), 2),
             self.rank,
             files=model_identity(self.directory).identity,
             artifact=self.artifact,
             ropes=self.ropes,
-            layer_rope=tuple(0 if self.ropes else None for _ in self.geometry.layer_names),
-            scales=find_scales(live, self.geometry),
+            layer_rope=tuple(0 if self.ropes else None for _ in self.group.layer_names),
+            scales=find_scales(live, self.group),
         )
         assert setup.undigested == ()
         return setup.digest(self.live_weights, self.generation)
@@ -133,10 +132,10 @@ CHANGES: dict[str, Callable[[Engine], Any]] = {
     "hash algorithm": lambda e: setattr(e.cache, "prefix_caching_hash_algo", "sha256_cbor"),
     "TP size": lambda e: setattr(e, "tp_size", 4),
     "rank": lambda e: setattr(e, "rank", 1),
-    "layers": lambda e: setattr(e, "geometry", replace(GEOMETRY, layer_names=("layers.0",))),
-    "heads": lambda e: setattr(e, "geometry", replace(GEOMETRY, num_kv_heads=4)),
-    "head size": lambda e: setattr(e, "geometry", replace(GEOMETRY, head_size=128)),
-    "value head size": lambda e: setattr(e, "geometry", replace(GEOMETRY, head_size_v=128)),
+    "layers": lambda e: setattr(e, "group", replace(GROUP, layer_names=("layers.0",))),
+    "heads": lambda e: setattr(e, "group", replace(GROUP, num_kv_heads=4)),
+    "head size": lambda e: setattr(e, "group", replace(GROUP, head_size=128)),
+    "value head size": lambda e: setattr(e, "group", replace(GROUP, head_size_v=128)),
     "artifact (layer groups, bases)": lambda e: setattr(e, "artifact", b"artifice"),
     "RoPE": lambda e: setattr(e, "ropes", (rope(5e5),)),
     "no RoPE": lambda e: setattr(e, "ropes", ()),

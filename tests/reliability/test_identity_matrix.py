@@ -25,20 +25,20 @@ from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.config import load_config
 from kvtc_vllm.connector import identity
 from kvtc_vllm.connector.compat import vllm_version
-from kvtc_vllm.connector.geometry import CacheGeometry
 from kvtc_vllm.connector.identity import LEFT_OUT, SetupIdentity, setup_identity
+from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup
 
 pytestmark = pytest.mark.vllm
 
-GEOMETRY = CacheGeometry(
+GROUP = CacheGroup(
     layer_names=("layers.0", "layers.1"),
     block_size=32,
     num_kv_heads=2,
     head_size=64,
     head_size_v=64,
     dtype=torch.float32,
-    tp_size=1,
 )
+GEOMETRY = CacheGeometry((GROUP,), 1)
 ROPE = Rope(torch.arange(64.0).reshape(8, 8))
 OWN: dict[str, Any] = {"files": "files", "ropes": (ROPE,), "layer_rope": (0, 0)}
 OVERRIDES = {"rope_theta_note": 1, "another_note": {"a": {1, 2}, "b": [None, 0.5]}}
@@ -306,6 +306,8 @@ OWN_CHANGES: dict[str, dict[str, Any]] = {
     "codec": {"extra": {"codec": "kvtc"}},
     "chunk size": {"extra": {"codec": "raw", "chunk_tokens": 256}},
     "rank": {"rank": 1},
+    "ranks": {"geometry": CacheGeometry((GROUP,), 2)},
+    "another group": {"geometry": CacheGeometry((GROUP, GROUP), 1), "layer_rope": (0, 0, 0, 0)},
     "files": {"files": "other"},
     "artifact": {"artifact": b"artifact"},
     "RoPE table": {"ropes": (Rope(ROPE.cos_sin * 2),)},
@@ -314,18 +316,23 @@ OWN_CHANGES: dict[str, dict[str, Any]] = {
     "scales": {"scales": {"k": torch.tensor([0.5, 1]), "v": torch.tensor([1.0, 1])}},
     "scales of the other kind": {"scales": {"v": torch.tensor([0.5, 1]), "k": torch.ones(2)}},
     **{
-        f"geometry.{f.name}": {
-            "geometry": replace(
-                GEOMETRY,
-                **{
-                    f.name: torch.int8
-                    if f.name == "model_dtype"
-                    else other(getattr(GEOMETRY, f.name))
-                },
+        f"group.{f.name}": {
+            "geometry": CacheGeometry(
+                (
+                    replace(
+                        GROUP,
+                        **{
+                            f.name: torch.int8
+                            if f.name == "model_dtype"
+                            else other(getattr(GROUP, f.name))
+                        },
+                    ),
+                ),
+                1,
             ),
             "layer_rope": (0, 0, 0),
         }
-        for f in fields(GEOMETRY)
+        for f in fields(GROUP)
     },
 }
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvtc_vllm.tiers import policies
+from kvtc_vllm.tiers.blob_store import StoreError
 from kvtc_vllm.tiers.index import TierIndex
 from kvtc_vllm.tiers.memory import MemoryArena
 
@@ -104,12 +106,15 @@ def test_a_prefix_loses_its_tail_first() -> None:
 
 def test_arena_never_exceeds_its_cap() -> None:
     arena = MemoryArena(100)
-    assert arena.put(b"a", bytes(60))
-    assert not arena.put(b"b", bytes(41))
-    assert arena.put(b"a", bytes(100))
+    assert arena.write(b"a", bytes(60))
+    with pytest.raises(StoreError, match="full"):
+        arena.write(b"b", bytes(41))
+    assert arena.write(b"a", bytes(100))
     assert (arena.used, len(arena), arena.keys()) == (100, 1, [b"a"])
-    arena.remove([b"a", b"nothing"])
-    assert (arena.used, arena.get(b"a")) == (0, None)
+    assert arena.remove([b"a", b"nothing"]) == 1
+    assert arena.used == 0
+    with pytest.raises(StoreError, match="missing"):
+        arena.read(b"a")
 
 
 class IndexMachine(RuleBasedStateMachine):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Literal, ParamSpec, TypeVar, get_args
 
+from kvtc_vllm.tiers.blob_store import StoreError
 from kvtc_vllm.tiers.disk.filesystem import FileInfo, FileSystem, Listed
 
 P = ParamSpec("P")
@@ -66,16 +67,16 @@ _REASONS: dict[int, DiskReason] = {
 }
 
 
-class DiskError(Exception):
-    """A disk operation did not happen: a miss for a read, a dropped store for a write.
+class DiskError(StoreError):
+    """A disk operation did not happen.
 
-    `reason` is a short stable word used as a metric label, one of `DISK_REASONS`; the package's
-    docstring says what each means.
+    `reason` is one of `DISK_REASONS`; the package's docstring says what each means.
     """
 
+    reason: DiskReason
+
     def __init__(self, reason: DiskReason, message: str) -> None:
-        super().__init__(f"{reason}: {message}")
-        self.reason = reason
+        super().__init__(reason, message)
 
     @classmethod
     def from_os(cls, error: OSError, call: str) -> DiskError:

@@ -8,7 +8,7 @@ import re
 import xxhash
 
 from kvtc_vllm.tiers.disk.checked import DiskError
-from kvtc_vllm.tiers.policies import ChunkKey
+from kvtc_vllm.tiers.keys import RecordKey
 
 LAYOUT_VERSION = 1
 NAMESPACE_BYTES = 16
@@ -52,7 +52,7 @@ def is_temporary(name: str) -> bool:
     return name.endswith(_TEMPORARY_SUFFIX)
 
 
-def chunk_path(directory: str, key: ChunkKey) -> str:
+def chunk_path(directory: str, key: RecordKey) -> str:
     """Path of a chunk in a namespace's directory. Raises DiskError "key"."""
     if not 1 <= len(key) <= MAX_KEY_BYTES:
         raise DiskError("key", f"{len(key)} bytes, 1 to {MAX_KEY_BYTES} expected")
@@ -60,7 +60,7 @@ def chunk_path(directory: str, key: ChunkKey) -> str:
     return f"{directory}/{name[:2]}/{name}{_CHUNK_SUFFIX}"
 
 
-def chunk_key(name: str) -> ChunkKey | None:
+def chunk_key(name: str) -> RecordKey | None:
     """The key of a chunk's file name, None for any other name."""
     stem = name.removesuffix(_CHUNK_SUFFIX)
     if stem == name:
@@ -69,7 +69,7 @@ def chunk_key(name: str) -> ChunkKey | None:
         key = bytes.fromhex(stem)
     except ValueError:
         return None
-    return key if key.hex() == stem else None  # fromhex takes spaces and capitals too
+    return RecordKey(key) if key.hex() == stem else None  # fromhex takes spaces and capitals too
 
 
 def new_temporary(directory: str) -> str:
@@ -78,7 +78,7 @@ def new_temporary(directory: str) -> str:
     return f"{directory}/{TEMPORARY_DIRECTORY}/{token}{_TEMPORARY_SUFFIX}"
 
 
-def check_blob(blob: bytes, namespace: bytes, key: ChunkKey) -> None:
+def check_blob(blob: bytes, namespace: bytes, key: RecordKey) -> None:
     """Raise DiskError "corrupt", or "foreign" if written for another namespace or key.
 
     Two facts of FORMAT.md are enough, so this needs no codec and no torch: bytes 60 to 75 are

@@ -18,14 +18,14 @@ from kvtc_vllm.tiers.disk.layout import (
     is_namespace,
     is_temporary,
 )
-from kvtc_vllm.tiers.policies import ChunkKey
+from kvtc_vllm.tiers.keys import RecordKey
 
 
 class ChunkFile(NamedTuple):
     """A published chunk. length: bytes of the blob. mtime_ns: last use."""
 
     mtime_ns: int
-    key: ChunkKey
+    key: RecordKey
     length: int
 
 

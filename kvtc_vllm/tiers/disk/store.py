@@ -26,7 +26,7 @@ from kvtc_vllm.tiers.disk.layout import (
 from kvtc_vllm.tiers.disk.ledger import LOCK_WAIT_SECONDS
 from kvtc_vllm.tiers.disk.scan import ChunkFile, without_collector
 from kvtc_vllm.tiers.disk.space import Recency, Space, Temporary
-from kvtc_vllm.tiers.policies import ChunkKey
+from kvtc_vllm.tiers.keys import RecordKey
 
 DEFAULT_CAPACITY = 32 * 2**30
 DEFAULT_MIN_FREE = 4 * 2**30
@@ -35,13 +35,13 @@ DEFAULT_MIN_FREE = 4 * 2**30
 class DiskEntry(NamedTuple):
     """A chunk on disk. size: bytes it takes. last_used: seconds since the epoch."""
 
-    key: ChunkKey
+    key: RecordKey
     size: int
     last_used: float
 
 
 class DiskStore:
-    """Synchronous store of one namespace. Safe for many threads; raises only DiskError.
+    """A `BlobStore` of one namespace, synchronous. Safe for many threads; raises only DiskError.
 
     Opening makes the directories but reads no chunk: call `scan` once after it. The namespace
     is marked as in use until `close`.
@@ -85,7 +85,7 @@ class DiskStore:
             lock_wait_seconds,
         )
         self._lock = threading.Lock()
-        self._evicted: list[ChunkKey] = []
+        self._evicted: list[RecordKey] = []
         self._counts: Counter[str] = Counter()
         self._errors: Counter[tuple[str, str]] = Counter()
         self._closed = False
@@ -96,8 +96,8 @@ class DiskStore:
             self._space.close()
             raise
 
-    def write(self, key: ChunkKey, blob: bytes) -> int:
-        """Keep a blob; returns the bytes it takes on disk.
+    def write(self, key: RecordKey, blob: bytes) -> int:
+        """Keep a blob; returns the bytes that it takes on disk and that removing it would free.
 
         The blob must carry this namespace and key in its header. If the key is there already
         (another process was faster), that file stays. Evictions that made room
@@ -117,7 +117,7 @@ class DiskStore:
         self._count("written_bytes", len(blob) if fresh else 0)
         return disk_bytes(len(blob))
 
-    def read(self, key: ChunkKey) -> bytes:
+    def read(self, key: RecordKey) -> bytes:
         """The blob, whole and of this namespace and key; a bad file is removed.
 
         Raises DiskError "missing" if there is none. Does not count as a use: see `touch`.
@@ -136,7 +136,7 @@ class DiskStore:
         self._count("read_bytes", len(blob))
         return blob
 
-    def remove(self, keys: Iterable[ChunkKey]) -> int:
+    def remove(self, keys: Iterable[RecordKey]) -> int:
         """Forget chunks; returns how many there were. On an error the others still go."""
         with self._counted("remove"):
             removed = self._space.remove(
@@ -156,7 +156,7 @@ class DiskStore:
         self._count("removed", removed)
         return removed
 
-    def touch(self, keys: Iterable[ChunkKey]) -> list[ChunkKey]:
+    def touch(self, keys: Iterable[RecordKey]) -> list[RecordKey]:
         """Mark chunks as just used, the last one as the most recent; returns those gone.
 
         Takes no lock. What cannot be marked is counted and stays as old as it was.
@@ -186,7 +186,7 @@ class DiskStore:
         with self._counted("used"), self._space.locked() as page:
             return page.used
 
-    def take_evicted(self) -> list[ChunkKey]:
+    def take_evicted(self) -> list[RecordKey]:
         """Keys of this namespace that this store evicted since the last call."""
         with self._lock:
             evicted, self._evicted = self._evicted, []

@@ -18,7 +18,7 @@ from kvtc_vllm.tiers.disk.in_use import is_in_use
 from kvtc_vllm.tiers.disk.layout import chunk_path, disk_bytes
 from kvtc_vllm.tiers.disk.scan import ChunkFile
 from kvtc_vllm.tiers.disk.space import Recency, Space
-from kvtc_vllm.tiers.policies import ChunkKey
+from kvtc_vllm.tiers.keys import RecordKey
 
 _UNBOUNDED = 2**63
 
@@ -60,7 +60,7 @@ class Survey:
         """The chunks of a namespace, least recently used first."""
         return sorted(scan.chunks(self._fs, self._directory(namespace)))
 
-    def path(self, namespace: str, key: ChunkKey) -> str:
+    def path(self, namespace: str, key: RecordKey) -> str:
         """Where a chunk lies."""
         return chunk_path(self._directory(namespace), key)
 
@@ -76,7 +76,7 @@ class Survey:
         """True while a living process has the namespace open, and if that cannot be told."""
         return is_in_use(self._fs, self._directory(namespace))
 
-    def remove(self, namespace: str, keys: Sequence[ChunkKey]) -> int:
+    def remove(self, namespace: str, keys: Sequence[RecordKey]) -> int:
         """Remove chunks; returns how many there were."""
         space = self._space(_UNBOUNDED)
         try:

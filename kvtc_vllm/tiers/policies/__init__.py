@@ -1,11 +1,11 @@
-"""Eviction policies by name. One file a policy, one row here."""
+"""Eviction policies by name. One file per policy, one row here."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from kvtc_vllm.tiers.policies.arc import ARCPolicy
-from kvtc_vllm.tiers.policies.base import ChunkKey, EvictionPolicy
+from kvtc_vllm.tiers.policies.base import EvictionPolicy
 from kvtc_vllm.tiers.policies.lru import LRUPolicy
 
 REGISTRY: dict[str, Callable[[int], EvictionPolicy]] = {
@@ -14,4 +14,4 @@ REGISTRY: dict[str, Callable[[int], EvictionPolicy]] = {
 }
 """Name -> constructor taking the tier's capacity in bytes."""
 
-__all__ = ["REGISTRY", "ChunkKey", "EvictionPolicy"]
+__all__ = ["REGISTRY", "EvictionPolicy"]

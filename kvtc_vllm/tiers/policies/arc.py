@@ -11,24 +11,24 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 
-from kvtc_vllm.tiers.policies.base import ChunkKey
+from kvtc_vllm.tiers.keys import RecordKey
 
 
 class _SizedList:
     """Keys in order of recency with the sum of their sizes."""
 
     def __init__(self) -> None:
-        self.items: OrderedDict[ChunkKey, int] = OrderedDict()
+        self.items: OrderedDict[RecordKey, int] = OrderedDict()
         self.bytes = 0
 
-    def __contains__(self, key: ChunkKey) -> bool:
+    def __contains__(self, key: RecordKey) -> bool:
         return key in self.items
 
-    def push(self, key: ChunkKey, size: int) -> None:
+    def push(self, key: RecordKey, size: int) -> None:
         self.items[key] = size
         self.bytes += size
 
-    def pop(self, key: ChunkKey) -> int:
+    def pop(self, key: RecordKey) -> int:
         size = self.items.pop(key)
         self.bytes -= size
         return size
@@ -55,7 +55,7 @@ class ARCPolicy:
         self._ghost_once = _SizedList()
         self._ghost_again = _SizedList()
 
-    def insert(self, key: ChunkKey, size: int) -> None:
+    def insert(self, key: RecordKey, size: int) -> None:
         self.remove(key)
         if key in self._ghost_once:
             ratio = self._ghost_again.bytes / max(1, self._ghost_once.bytes)
@@ -70,24 +70,24 @@ class ARCPolicy:
         else:
             self._seen_once.push(key, size)
 
-    def hit(self, key: ChunkKey) -> None:
+    def hit(self, key: RecordKey) -> None:
         for resident in (self._seen_once, self._seen_again):
             if key in resident:
                 self._seen_again.push(key, resident.pop(key))
                 return
 
-    def refresh(self, key: ChunkKey) -> None:
+    def refresh(self, key: RecordKey) -> None:
         for resident in (self._seen_once, self._seen_again):
             if key in resident:
                 resident.push(key, resident.pop(key))
                 return
 
-    def remove(self, key: ChunkKey) -> None:
+    def remove(self, key: RecordKey) -> None:
         for resident in (self._seen_once, self._seen_again):
             if key in resident:
                 resident.pop(key)
 
-    def evict(self, evictable: Callable[[ChunkKey], bool]) -> ChunkKey | None:
+    def evict(self, evictable: Callable[[RecordKey], bool]) -> RecordKey | None:
         first, second = self._seen_once, self._seen_again
         if first.bytes <= self._target:
             first, second = second, first

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-ChunkKey = bytes
-"""Hash of a chunk's last block; it covers the whole prefix and so the position."""
+from kvtc_vllm.tiers.keys import RecordKey
 
 
 class EvictionPolicy(Protocol):
-    """Order in which resident chunks are given up.
+    """Order in which resident records are given up.
 
     Used by one thread (the scheduler's). The policy tracks keys and sizes; the
     index owns the bytes.
@@ -18,23 +17,23 @@ class EvictionPolicy(Protocol):
 
     name: str
 
-    def insert(self, key: ChunkKey, size: int) -> None:
-        """A chunk of `size` bytes became resident."""
+    def insert(self, key: RecordKey, size: int) -> None:
+        """A record of `size` bytes became resident."""
         ...
 
-    def hit(self, key: ChunkKey) -> None:
-        """A resident chunk was asked for again. Unknown keys are ignored."""
+    def hit(self, key: RecordKey) -> None:
+        """A resident record was asked for again. Unknown keys are ignored."""
         ...
 
-    def refresh(self, key: ChunkKey) -> None:
-        """Make a resident chunk the most recent of its class without counting a use."""
+    def refresh(self, key: RecordKey) -> None:
+        """Make a resident record the most recent of its class without counting a use."""
         ...
 
-    def remove(self, key: ChunkKey) -> None:
-        """A chunk left for another reason than eviction. Unknown keys are ignored."""
+    def remove(self, key: RecordKey) -> None:
+        """A record left for another reason than eviction. Unknown keys are ignored."""
         ...
 
-    def evict(self, evictable: Callable[[ChunkKey], bool]) -> ChunkKey | None:
+    def evict(self, evictable: Callable[[RecordKey], bool]) -> RecordKey | None:
         """Choose, forget and return the next victim, or None if nothing qualifies."""
         ...
 

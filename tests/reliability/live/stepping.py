@@ -72,18 +72,18 @@ def waiting_for_loads(llm: Any) -> int:
 def held_loads() -> Iterator[threading.Event]:
     """No load of the worker in this process goes on before the event is set, or the end."""
     arena, event = worker_arena(), threading.Event()
-    get = arena.get
+    read = arena.read
 
     def held(key: bytes) -> Any:
         event.wait()
-        return get(key)
+        return read(key)
 
-    arena.get = held
+    arena.read = held
     try:
         yield event
     finally:
         event.set()
-        arena.get = get
+        arena.read = read
 
 
 @dataclass

@@ -162,9 +162,9 @@ def test_others_go_on_when_the_chunk_that_is_loaded_for_all_is_damaged(
     since, idle = fill(llm, prompts[:1], CHUNKS), used_blocks(llm)
     arena = worker_arena()
     first = arena.keys()[0]
-    blob = bytearray(arena.get(first))
+    blob = bytearray(arena.read(first))
     blob[len(blob) // 2] ^= 1
-    assert arena.put(first, bytes(blob))
+    assert arena.write(first, bytes(blob))
     run = run_at_once(llm, prompts[:1] * REQUESTS)
     assert run.finish() == alone["same"].answers
     assert since.of("failed_loads") >= 1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from kvtc_vllm.connector.gate import MIN_SAMPLES, PROBE_EVERY, LoadGate
+from kvtc_vllm.offload.load_policy import MIN_SAMPLES, PROBE_EVERY, LoadPolicy
 
 
-def fed(load: float, prefill: float, samples: int = MIN_SAMPLES, enabled: bool = True) -> LoadGate:
+def fed(
+    load: float, prefill: float, samples: int = MIN_SAMPLES, enabled: bool = True
+) -> LoadPolicy:
     """A gate that saw these seconds for a thousand tokens."""
-    gate = LoadGate(enabled)
+    gate = LoadPolicy(enabled)
     for _ in range(samples):
         gate.observe_load(1000, load)
         gate.observe_step(1000, prefill)
@@ -23,7 +25,7 @@ def test_the_faster_way_is_taken() -> None:
 def test_it_offers_all_while_it_knows_little_or_is_off() -> None:
     assert fed(load=0.2, prefill=0.1, samples=MIN_SAMPLES - 1).admits()
     assert fed(load=0.2, prefill=0.1, enabled=False).admits()
-    only_loads = LoadGate(True)
+    only_loads = LoadPolicy(True)
     for _ in range(99):
         only_loads.observe_load(1, 99)
     assert only_loads.admits()
@@ -45,7 +47,7 @@ def test_a_faster_disk_is_noticed() -> None:
 
 
 def test_one_slow_call_decides_nothing() -> None:
-    gate = LoadGate(True)
+    gate = LoadPolicy(True)
     gate.observe_load(1000, 30.0)  # threads start, a kernel is compiled
     for _ in range(MIN_SAMPLES):
         gate.observe_load(1000, 0.1)

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from vllm.logger import init_logger
 
-from kvtc_vllm.codec.codec import Blob
-from kvtc_vllm.codec.errors import ContainerError
-from kvtc_vllm.config import KVTCConfig
-from kvtc_vllm.connector.geometry import CacheGeometry
-from kvtc_vllm.connector.mailbox import Mailbox
-from kvtc_vllm.connector.messages import LoadItem, LoadJob
-from kvtc_vllm.connector.names import Proof
-from kvtc_vllm.connector.streams import SideStream
-from kvtc_vllm.connector.threads import thread_pool
-from kvtc_vllm.connector.transfer import Transfer
-from kvtc_vllm.tiers.memory import MemoryArena
+from kvtc_vllm.offload.messages import LoadItem, LoadJob
+from kvtc_vllm.offload.names import Proof
+from kvtc_vllm.offload.rank_context import RankContext, batches
+from kvtc_vllm.offload.streams import SideStream
+from kvtc_vllm.offload.threads import thread_pool
+from kvtc_vllm.tiers.blob_store import StoreError
+from kvtc_vllm.tiers.keys import RecordKey
 
-logger = init_logger("vllm.kvtc")
+logger = logging.getLogger("vllm.kvtc")
 
 CHANGED = "changed"
 """Reason of failure where what computes now is not what computed the chunk."""
@@ -49,37 +45,28 @@ class _Load:
 class LoadPipeline:
     """The loads of one rank."""
 
-    def __init__(
-        self,
-        config: KVTCConfig,
-        geometry: CacheGeometry,
-        transfer: Transfer,
-        device: torch.device,
-        arena: MemoryArena,
-        mailbox: Mailbox,
-    ) -> None:
-        self.transfer = transfer
-        self._geometry = geometry
-        self._arena = arena
-        self._mailbox = mailbox
-        self._stream = SideStream(device)
-        self._num_threads = config.load_threads
-        self._threads = thread_pool("kvtc-load", config.load_threads, device)
+    def __init__(self, context: RankContext) -> None:
+        self._transfers = context.transfers
+        self._groups = context.geometry.groups
+        self._memory = context.memory
+        self._outbox = context.outbox
+        self._stream = SideStream(context.device)
+        self._num_threads = context.config.load_threads
+        self._threads = thread_pool("kvtc-load", self._num_threads, context.device)
 
     def begin(self, job: LoadJob, proof: Proof, same_adapter: bool) -> None:
         """Start a request's load. Engine's thread."""
-        size = self.transfer.load_batch
-        batches = [job.items[first : first + size] for first in range(0, len(job.items), size)]
+        parts = list(batches(job.items, [transfer.load_batch for transfer in self._transfers]))
         request = _Load(
             request_id=job.request_id,
-            tokens=sum(self._tokens(item) for item in job.items),
-            left=len(batches),
-            at_once=min(len(batches), self._num_threads),
+            tokens=sum(self._tokens(item) for item in job.items if item.group == 0),
+            left=len(parts),
+            at_once=min(len(parts), self._num_threads),
             proof=proof,
             same_adapter=same_adapter,
             point=self._stream.mark(),
         )
-        for batch in batches:
+        for batch in parts:
             self._threads.submit(self._load, batch, request)
 
     def check(self, proof: Proof) -> None:
@@ -89,7 +76,7 @@ class LoadPipeline:
     def _holds(self, proof: Proof) -> bool:
         holds = proof.holds
         if not holds:
-            self._mailbox.found_stale(proof.step, proof.epoch)
+            self._outbox.found_stale(proof.step, proof.epoch)
         return holds
 
     def shutdown(self) -> None:
@@ -105,39 +92,43 @@ class LoadPipeline:
         skipped = request.failed
         reasons: Sequence[str | None]
         reasons = [None] * len(items) if skipped else self._try(items, request)
-        with self._mailbox.open() as mail:
+        with self._outbox.open() as out:
             seconds = time.perf_counter() - started
             request.seconds += seconds
-            mail.stats.add("decode_seconds", seconds)
+            out.stats.add("decode_seconds", seconds)
             for item, reason in zip(items, reasons, strict=True):
                 if skipped or reason is not None:
                     request.failed = True
-                    mail.bad_blocks.update(item.block_ids)
+                    out.bad_blocks.update(item.block_ids)
                 if reason is not None and reason != CHANGED:  # else another's chunk, but sound
-                    mail.report.bad.append(item.key)
+                    out.report.bad.append(item.key)
                     if reason != "missing":
                         # What is on disk is the same blob: offered again, it would fail again.
-                        mail.report.disk_lost.append(item.key)
+                        out.report.disk_lost.append(item.key)
                 if reason is not None:
-                    mail.stats.add("failed_loads", label=reason)
+                    out.stats.add("failed_loads", label=reason)
             request.left -= 1
             if request.left:
                 return
-            mail.finished_loads.add(request.request_id)
+            out.finished_loads.add(request.request_id)
             if not request.failed:
-                mail.report.load_tokens += request.tokens
-                mail.report.load_seconds += request.seconds / request.at_once
-        self._mailbox.ring()
+                out.report.load_tokens += request.tokens
+                out.report.load_seconds += request.seconds / request.at_once
+        self._outbox.notify()
 
     def _try(self, items: Sequence[LoadItem], request: _Load) -> Sequence[str | None]:
         """For every chunk the reason why it failed, if it did. No exception gets past here."""
         if not self._holds(request.proof) or not request.same_adapter:
             return [CHANGED] * len(items)
-        blobs = [self._arena.get(item.key) for item in items]
-        found = [(item, blob) for item, blob in zip(items, blobs, strict=True) if blob is not None]
+        blobs = [self._read(item.key) for item in items]
+        found = [
+            (item, blob)
+            for item, blob in zip(items, blobs, strict=True)
+            if not isinstance(blob, StoreError)
+        ]
         try:
             with self._stream.after(request.point):
-                errors = iter(self.transfer.load(found) if found else [])
+                errors = iter(self._transfers[items[0].group].load(found) if found else [])
         except Exception:
             logger.exception(
                 "kvtc: loading %d chunks of request %s failed, recomputing",
@@ -145,13 +136,12 @@ class LoadPipeline:
                 request.request_id,
             )
             return ["error"] * len(items)
-        missing = ContainerError("missing", "the chunk is not in the tier")
         reasons: list[str | None] = []
         for item, blob in zip(items, blobs, strict=True):
-            error = missing if blob is None else next(errors)
+            error = blob if isinstance(blob, StoreError) else next(errors)
             reasons.append(None if error is None else error.reason)
-            if error is None:
-                self._count(item, blob)
+            if not isinstance(blob, StoreError) and error is None:
+                self._count(item, len(blob))
             else:
                 logger.warning(
                     "kvtc: chunk at token %d of request %s is unusable, recomputing: %s",
@@ -161,13 +151,20 @@ class LoadPipeline:
                 )
         return reasons
 
-    def _count(self, item: LoadItem, blob: Blob | None) -> None:
+    def _read(self, key: RecordKey) -> bytes | StoreError:
+        try:
+            return self._memory.read(key)
+        except StoreError as error:
+            return error
+
+    def _count(self, item: LoadItem, size: int) -> None:
         tokens = self._tokens(item)
-        with self._mailbox.open() as mail:
-            mail.stats.add("loaded_chunks")
-            mail.stats.add("loaded_tokens", tokens)
-            mail.stats.add("loaded_raw_bytes", tokens * self._geometry.token_bytes)
-            mail.stats.add("loaded_bytes", len(blob or b""))
+        with self._outbox.open() as out:
+            out.stats.add("loaded_chunks")
+            # Once per token, whatever the number of groups that it has KV in.
+            out.stats.add("loaded_tokens", tokens if item.group == 0 else 0)
+            out.stats.add("loaded_raw_bytes", tokens * self._groups[item.group].token_bytes)
+            out.stats.add("loaded_bytes", size)
 
     def _tokens(self, item: LoadItem) -> int:
-        return len(item.block_ids) * self._geometry.block_size
+        return len(item.block_ids) * self._groups[item.group].block_size

@@ -23,7 +23,7 @@ import torch
 import xxhash
 from torch import nn
 
-from kvtc_vllm.connector.word_sample import ALWAYS, NEVER, Sample, WordSampler
+from kvtc_vllm.offload.word_sample import ALWAYS, NEVER, Sample, WordSampler
 
 _PACKED_CLASS = "CPUDNNLGEMMHandler"
 

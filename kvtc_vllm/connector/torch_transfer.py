@@ -1,57 +1,17 @@
-"""Chunks between the paged cache and blobs, in one of two ways.
-
-`TorchTransfer` takes any codec and any page layout, a chunk at a time, through torch operations:
-the reference, and what runs on a CPU. `KernelTransfer` (`kernel_transfer.py`, which needs Triton)
-takes whole batches through the kernels: what runs on a GPU. Blobs of one are read by the other.
-"""
+"""The reference way between the paged cache and blobs, through torch operations."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 
 from kvtc_vllm.codec.codec import Blob, Coder
 from kvtc_vllm.codec.errors import CodecError, ContainerError
 from kvtc_vllm.connector.layout import PagedLayout
-from kvtc_vllm.connector.messages import LoadItem, StoreItem
-
-
-class Staged(Protocol):
-    """Chunks out of the paged cache, whose blocks may be overwritten."""
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        """What the allocator must be told about when another stream encodes."""
-        ...
-
-
-class Transfer(Protocol):
-    """store_batch, load_batch: most chunks to be staged and encoded, or loaded, in one call."""
-
-    store_batch: int
-    load_batch: int
-
-    def staged_bytes(self, blocks: int) -> int:
-        """Memory that `stage` takes for a chunk of so many blocks."""
-        ...
-
-    def stage(self, items: Sequence[StoreItem]) -> Staged:
-        """Read chunks on the current stream, without waiting for it. On the engine's thread."""
-        ...
-
-    def encode(self, staged: Any) -> list[bytes | CodecError]:
-        """A blob for each chunk, or why there is none. On any thread; waits for the device."""
-        ...
-
-    def load(self, items: Sequence[tuple[LoadItem, Blob]]) -> list[ContainerError | None]:
-        """Verify and decode chunks into their blocks. On any thread; waits for the device.
-
-        Gives for every chunk None, or the error for which its blocks must be recomputed.
-        """
-        ...
+from kvtc_vllm.offload.messages import LoadItem, StoreItem
+from kvtc_vllm.offload.transfer import Staged
 
 
 @dataclass(frozen=True)
@@ -61,7 +21,7 @@ class _CopiedChunks:
 
 
 class TorchTransfer:
-    """One chunk a call, so that several threads share the chunks of a request."""
+    """One record per call, so that several threads share the chunks of a request."""
 
     store_batch = 1
     load_batch = 1

@@ -10,27 +10,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvtc_vllm.config import KVTCConfig
-from kvtc_vllm.connector.blocks import BlockTables
-from kvtc_vllm.connector.gate import LoadGate
-from kvtc_vllm.connector.geometry import CacheGeometry, check_chunk_tokens
-from kvtc_vllm.connector.keys import LOAD, STORE, allowed, chunk_key, chunk_keys
-from kvtc_vllm.connector.messages import (
-    LoadItem,
-    LoadJob,
-    StepMetadata,
-    StoreItem,
-    WorkerReport,
-)
-from kvtc_vllm.connector.metrics import KVTCStats
-from kvtc_vllm.connector.promotion import Promotions
-from kvtc_vllm.connector.requests import RequestState, RequestStates
-from kvtc_vllm.connector.running_loads import RunningLoads
-from kvtc_vllm.connector.tier_stats import TierStats
+from kvtc_vllm.offload.block_tables import BlockTables
+from kvtc_vllm.offload.geometry import CacheGeometry
+from kvtc_vllm.offload.keys import LOAD, allowed
+from kvtc_vllm.offload.load_policy import LoadPolicy
+from kvtc_vllm.offload.lookup import PrefixLookup
+from kvtc_vllm.offload.messages import LoadJob, StepMetadata, StoreItem, WorkerReport
+from kvtc_vllm.offload.promotion import Promotions
+from kvtc_vllm.offload.requests import RequestState, RequestStates
+from kvtc_vllm.offload.running_loads import RunningLoads
+from kvtc_vllm.offload.stats import Stats
+from kvtc_vllm.offload.store_planner import StorePlanner
+from kvtc_vllm.offload.store_policy import StorePolicy, make_store_policy
+from kvtc_vllm.offload.tier_stats import TierStats
 from kvtc_vllm.tiers import policies
-from kvtc_vllm.tiers.admission import SeenCounter
 from kvtc_vllm.tiers.disk_index import DiskIndex
 from kvtc_vllm.tiers.index import TierIndex
-from kvtc_vllm.tiers.policies import ChunkKey
+from kvtc_vllm.tiers.keys import RecordKey
 
 NONCE_BYTES = 8
 """Of a generation."""
@@ -39,49 +35,54 @@ NONCE_BYTES = 8
 class KVTCScheduler:
     """Tier index, lookups and the plan of each step.
 
-    bound: most bytes of a chunk on any rank. prompt_only: never store blocks filled while
-    generating. loads, stores: what the engine's role among others allows.
+    bounds: by cache group, most bytes of a record on any rank. prompt_only: never store blocks
+    filled while generating. loads, stores: what the engine's role among others allows.
+    store_policy: instead of what the configuration asks for.
     """
 
     def __init__(
         self,
         config: KVTCConfig,
         geometry: CacheGeometry,
-        bound: int,
+        bounds: Sequence[int],
         prompt_only: bool,
         loads: bool = True,
         stores: bool = True,
+        store_policy: StorePolicy | None = None,
     ) -> None:
         self._loads_allowed = loads
-        self._stores_allowed = stores
         self._config = config
-        self._block_size = geometry.block_size
+        self._block_size = geometry.groups[0].block_size
         self._chunk_tokens = config.chunk_tokens
-        self._blocks_per_chunk = check_chunk_tokens(config, geometry.block_size)
-        self._prompt_only = prompt_only
-        self._bound = bound
         capacity, ranks = config.memory_capacity, geometry.tp_size
-        policy = policies.REGISTRY[config.eviction]
-        self.index = TierIndex(capacity, ranks, policy(capacity))
+        eviction = policies.REGISTRY[config.eviction]
+        self.index = TierIndex(capacity, ranks, eviction(capacity))
         self.disk: DiskIndex | None = None
         self._promotions: Promotions | None = None
         if config.disk_path is not None:
             disk_bytes = config.disk_capacity
-            self.disk = DiskIndex(disk_bytes, ranks, policy(disk_bytes))
+            self.disk = DiskIndex(disk_bytes, ranks, eviction(disk_bytes))
             self._promotions = Promotions(self.index, self.disk, config.load_deadline)
-        self._seen = SeenCounter(config.store_threshold)
-        self._gate = LoadGate(config.load_gate)
-        self._touched: list[ChunkKey] = []
+        self._stats = Stats()
+        self._lookup = PrefixLookup(config.chunk_tokens, geometry, self.index)
+        policy = store_policy or make_store_policy(
+            stores=stores,
+            prompt_only=prompt_only,
+            threshold=config.store_threshold,
+            refused=lambda: self._stats.add("unadmitted_chunks"),
+        )
+        self._stores = StorePlanner(config, geometry, bounds, self.index, policy)
+        self._load_policy = LoadPolicy(config.load_gate)
+        self._touched: list[RecordKey] = []
         self._step_number = 0
         self._requests = RequestStates(ranks)
-        self._tables = BlockTables()
+        self._tables = BlockTables(len(geometry.groups))
         self._loads = RunningLoads()
         self._new_loads: list[LoadJob] = []
         self._check_due = False
         self._epoch = 0
         self._told_epoch = 0
         self._generation = b""
-        self._stats = KVTCStats()
         self._tier_stats = TierStats(self.index, self.disk, self._promotions)
 
     def bind_gpu_blocks(self, block_pool: Any) -> None:
@@ -104,16 +105,17 @@ class KVTCScheduler:
         # At least one token must be left to compute, for its logits.
         limit = request.num_tokens - max(1, self._config.window)
         limit -= limit % self._block_size
-        keys = self._keys(state)
+        chunks = self._lookup.chunks(request, state.adapter)
         first = num_computed_tokens // self._chunk_tokens
-        found = self._found(keys, first)
-        wanted = keys[first : -(-max(0, limit) // self._chunk_tokens)]
+        found = self._lookup.found(chunks, first)
+        wanted = chunks[first : -(-max(0, limit) // self._chunk_tokens)]
         if self._promotions is not None:
-            in_memory = min(found - first, len(wanted))
-            if self._promotions.must_wait(request.request_id, wanted, in_memory):
+            in_memory = self._lookup.records(wanted[: found - first])
+            records = self._lookup.records(wanted)
+            if self._promotions.must_wait(request.request_id, records, len(in_memory)):
                 return None
-            found = self._found(keys, first)
-        if self._loads.should_wait(request, wanted[: found - first]):
+            found = self._lookup.found(chunks, first)
+        if self._loads.should_wait(request, self._lookup.records(wanted[: found - first])):
             self._stats.add("shared_load_waits", not state.waited)
             state.waited = True
             return None
@@ -122,7 +124,7 @@ class KVTCScheduler:
         state.withheld = max(0, available - num_computed_tokens) - tokens
         if tokens:
             if state.admitted is None:
-                state.admitted = self._gate.admits()
+                state.admitted = self._load_policy.admits()
             if not state.admitted:
                 state.gated, tokens = tokens, 0
         return tokens
@@ -138,26 +140,23 @@ class KVTCScheduler:
             and not state.nameless
         )
 
-    def _found(self, keys: Sequence[ChunkKey], first: int) -> int:
-        """End of the run of chunks in memory that begins with number `first`."""
-        found = first
-        while found < len(keys) and self.index.is_ready(keys[found]):
-            found += 1
-        return found
+    def plan_load(self, request: Any, tables: Sequence[Sequence[int]], tokens: int) -> None:
+        """Order the load of `tokens` tokens (0: none) into blocks that were allocated for them.
 
-    def plan_load(self, request: Any, block_ids: list[int], tokens: int) -> None:
-        """Blocks were allocated; `tokens` of them are to come from the tier (0: none)."""
+        tables: the request's block ids by cache group.
+        """
         state = self._requests.of(request)
         if self._loads.is_running(request.request_id) or request.num_computed_tokens:
             return  # scheduled again after its load: nothing new was looked up
         self._requests.begin(state, self._step_number + 1)
         try:
-            self._plan_load(state, block_ids, tokens)
-        finally:  # only now, since the load pins what it needs
+            self._plan_load(state, tables, tokens)
+        finally:
+            # After the load has pinned what it needs, what waiting had pinned may go.
             if self._promotions is not None:
                 self._promotions.forget(request.request_id)
 
-    def _plan_load(self, state: RequestState, block_ids: list[int], tokens: int) -> None:
+    def _plan_load(self, state: RequestState, tables: Sequence[Sequence[int]], tokens: int) -> None:
         request = state.request
         start = state.looked_up
         if state.bypassed:
@@ -172,38 +171,23 @@ class KVTCScheduler:
         if not tokens:
             return
         self._stats.add(f"{resumed}hit_tokens", tokens)
-        keys = self._keys(state)
+        assert state.adapter is not None
+        chunks = self._lookup.chunks(request, state.adapter)
         end = start + tokens
-        items = []
-        end_chunk = -(-end // self._chunk_tokens)
-        for chunk in range(start // self._chunk_tokens, end_chunk):
-            chunk_start = chunk * self._chunk_tokens
-            first = max(start, chunk_start) // self._block_size
-            last = min(end, chunk_start + self._chunk_tokens) // self._block_size
-            items.append(
-                LoadItem(
-                    key=keys[chunk],
-                    start=chunk_start,
-                    first_block=first - chunk_start // self._block_size,
-                    block_ids=list(block_ids[first:last]),
-                )
-            )
+        items = self._lookup.load_items(chunks, start, end, tables)
         # vLLM may defer this call by a step; what was evicted since is reported as missing.
         pinned = self.index.pin(item.key for item in items)
         self._loads.begin(request, [item.key for item in items], pinned)
-        self.index.hit(keys[:end_chunk])
+        used = self._lookup.records(chunks[: -(-end // self._chunk_tokens)])
+        self.index.hit(used)
         if self.disk is not None:
-            self._touched += self.disk.hit(keys[:end_chunk])
-        assert state.adapter is not None
+            self._touched += self.disk.hit(used)
         self._new_loads.append(LoadJob(request.request_id, items, state.adapter))
-
-    def _keys(self, state: RequestState) -> list[ChunkKey]:
-        assert state.adapter is not None, "asked only once the adapter is known"
-        return chunk_keys(state.request, self._blocks_per_chunk, state.adapter.digest)
 
     def plan_step(self, scheduler_output: Any) -> StepMetadata:
         """Everything the workers have to do in this step."""
         self._look_for_reset()
+        due = self._stores.due()
         stores: list[StoreItem] = []
         for request_id, progress in self._tables.update(scheduler_output).items():
             state = self._requests.get(request_id)
@@ -211,13 +195,15 @@ class KVTCScheduler:
                 continue
             if progress.resumed:
                 state.next_chunk = 0
-            stores += self._new_stores(state, progress.computed + progress.scheduled)
+            computed = progress.computed + progress.scheduled
+            stores += self._stores.completed(state, self._tables.ids[request_id], computed)
         for request_id in scheduler_output.finished_req_ids:
             self._requests.forget(request_id)
             self._tables.forget(request_id)
+            self._stores.forget(request_id)
         self._step_number += 1
         tokens = sum(scheduler_output.num_scheduled_tokens.values())
-        self._gate.step_planned(self._step_number, tokens)
+        self._load_policy.step_planned(self._step_number, tokens)
         self._requests.freshness.planned(self._step_number, tokens)
         check = self._check_due and tokens > 0
         self._check_due = self._check_due and not check
@@ -232,22 +218,23 @@ class KVTCScheduler:
             generation=self._generation,
             check=check,
             adapters=self._requests.adapters.take_wanted(),
+            stage_first=due,
+            demote=self._to_demote(self.index.take_victims()),
+            disk_remove=self.disk.take_removed() if self.disk is not None else [],
+            touch=touched,
+            promote=self._promotions.take_orders() if self._promotions is not None else [],
             evict=evicted,
             loads=loads,
             stores=stores,
-            demote=self._to_demote(self.index.take_victims()),
-            promote=self._promotions.take_orders() if self._promotions is not None else [],
-            disk_remove=self.disk.take_removed() if self.disk is not None else [],
-            touch=touched,
             idle=not tokens and self.has_pending_work(),
         )
 
     def apply_report(self, report: WorkerReport | None, finished_loads: set[str] | None) -> None:
         """Results of a step: sizes, failures, finished loads."""
         if report is not None:
-            self._gate.step_ended(report.step)
+            self._load_policy.step_ended(report.step)
         if report is not None and report.epoch == self._epoch:
-            self._gate.observe_load(report.load_tokens, report.load_seconds)
+            self._load_policy.observe_load(report.load_tokens, report.load_seconds)
             if self.disk is not None:
                 for key, rank, size in report.disk_stored:
                     self.disk.add(key, rank, size)
@@ -290,7 +277,7 @@ class KVTCScheduler:
         self._check_due = self._check_due or seen
         return seen
 
-    def restore(self, inventories: Mapping[int, Sequence[tuple[ChunkKey, int]]]) -> None:
+    def restore(self, inventories: Mapping[int, Sequence[tuple[RecordKey, int]]]) -> None:
         """What workers found on disk when they started, by rank."""
         if self.disk is not None:
             self.disk.restore(inventories)
@@ -302,7 +289,8 @@ class KVTCScheduler:
         self._loads.forget(request)
         state = self._requests.get(request.request_id)
         if state is not None and state.adapter is not None:
-            self.index.refresh(self._keys(state))
+            chunks = self._lookup.chunks(request, state.adapter)
+            self.index.refresh(self._lookup.records(chunks))
 
     def reset(self) -> None:
         """Forget every chunk, and use names from now on that nobody has used before."""
@@ -321,6 +309,7 @@ class KVTCScheduler:
         if self._promotions is not None:
             self._promotions.clear()
         self._touched.clear()
+        self._stores.clear()
         self._loads.forget_names()
         self._epoch += 1
 
@@ -329,53 +318,16 @@ class KVTCScheduler:
         untold = self.disk is not None and self._told_epoch != self._epoch
         return self.index.pending > 0 or bool(self._loads) or untold
 
-    def take_stats(self) -> KVTCStats | None:
+    def take_stats(self) -> Stats | None:
         """Counters since the last call, with gauges when they moved."""
         self._tier_stats.add_to(self._stats)
         if self._stats.is_empty():
             return None
-        stats, self._stats = self._stats, KVTCStats()
+        stats, self._stats = self._stats, Stats()
         return stats
 
-    def _to_demote(self, victims: Sequence[ChunkKey]) -> list[ChunkKey]:
+    def _to_demote(self, victims: Sequence[RecordKey]) -> list[RecordKey]:
         """Of the chunks that make room in memory, those to be written to disk first."""
         if self.disk is None or self._config.disk_write == "through":
             return []
         return [key for key in victims if not self.disk.is_ready(key)]
-
-    def _new_stores(self, state: RequestState, computed_tokens: int) -> list[StoreItem]:
-        """Chunks that this step completes and the tier does not have."""
-        if computed_tokens < (state.next_chunk + 1) * self._chunk_tokens:
-            return []  # as in nearly every step that generates
-        request = state.request
-        if not self._stores_allowed or state.tainted or not allowed(request, STORE):
-            return []
-        if state.adapter is None:
-            return []  # once workers have told it, all chunks so far are stored
-        block_ids = self._tables.ids[request.request_id]
-        if self._prompt_only:
-            computed_tokens = min(computed_tokens, request.num_prompt_tokens)
-        # Hashes exist for confirmed tokens only, so speculative ones never count.
-        blocks = min(computed_tokens // self._block_size, len(request.block_hashes), len(block_ids))
-        complete = blocks // self._blocks_per_chunk
-        stores, adapter = [], state.adapter.digest
-        for chunk in range(state.next_chunk, complete):
-            first = chunk * self._blocks_per_chunk
-            key = chunk_key(request, self._blocks_per_chunk, chunk, adapter)
-            if self.index.is_known(key) or key in state.unadmitted:
-                continue
-            if not self._seen.admits(key):
-                state.unadmitted.add(key)  # a request that is preempted counts once
-                self._stats.add("unadmitted_chunks")
-                continue
-            if self.index.reserve(key, self._bound):
-                stores.append(
-                    StoreItem(
-                        key=key,
-                        start=chunk * self._chunk_tokens,
-                        block_ids=block_ids[first : first + self._blocks_per_chunk],
-                        adapter=state.adapter,
-                    )
-                )
-        state.next_chunk = max(state.next_chunk, complete)
-        return stores

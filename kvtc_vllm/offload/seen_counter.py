@@ -1,10 +1,10 @@
-"""Admission: a chunk is worth storing once its prefix was seen often enough."""
+"""How many requests have contained a chunk, for as many chunks as memory allows."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 
-from kvtc_vllm.tiers.policies import ChunkKey
+from kvtc_vllm.tiers.keys import ChunkKey
 
 REMEMBERED = 1 << 17
 """Keys counted at once, about 20 MiB; the least recently seen are forgotten first."""

@@ -1,32 +1,32 @@
-"""Names of chunks, and what a request says about its own caching."""
+"""Keys of a request's chunks, and what a request says about its own caching."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
-from vllm.logger import init_logger
+from kvtc_vllm.tiers.keys import ChunkKey
 
-from kvtc_vllm.tiers.policies import ChunkKey
-
-logger = init_logger("vllm.kvtc")
+logger = logging.getLogger("vllm.kvtc")
 
 LOAD, STORE = "kvtc_load", "kvtc_store"
 """Keys of `kv_transfer_params`; false turns the tier off for one request."""
 
 
-def chunk_keys(request: Any, blocks_per_chunk: int, adapter: bytes) -> list[ChunkKey]:
+def chunk_keys(request: Any, hashes_per_chunk: int, adapter: bytes) -> list[ChunkKey]:
     """Keys of all complete chunks of a request, first to last. adapter: digest of its contents.
 
     vLLM's hash covers the *name* of an adapter; chunks may outlive what a name stood for.
     """
-    complete = len(request.block_hashes) // blocks_per_chunk
-    return [chunk_key(request, blocks_per_chunk, chunk, adapter) for chunk in range(complete)]
+    complete = len(request.block_hashes) // hashes_per_chunk
+    return [chunk_key(request, hashes_per_chunk, chunk, adapter) for chunk in range(complete)]
 
 
-def chunk_key(request: Any, blocks_per_chunk: int, chunk: int, adapter: bytes) -> ChunkKey:
+def chunk_key(request: Any, hashes_per_chunk: int, chunk: int, adapter: bytes) -> ChunkKey:
     """The hash of the chunk's last block, which covers the whole prefix and any cache salt."""
-    return bytes(request.block_hashes[(chunk + 1) * blocks_per_chunk - 1]) + adapter
+    return ChunkKey(bytes(request.block_hashes[(chunk + 1) * hashes_per_chunk - 1]) + adapter)
 
 
 def allowed(request: Any, what: str) -> bool:
@@ -38,9 +38,13 @@ def allowed(request: Any, what: str) -> bool:
     if isinstance(value, bool):
         return value
     # The value itself comes from a client: it may be huge, or not hashable.
-    logger.warning_once(
-        "kvtc: kv_transfer_params[%r] is a %s, not true or false; ignored",
-        what,
-        type(value).__name__,
-    )
+    _warn_ignored(what, type(value).__name__)
     return True
+
+
+@cache
+def _warn_ignored(what: str, type_name: str) -> None:
+    """Say it once per process and type."""
+    logger.warning(
+        "kvtc: kv_transfer_params[%r] is a %s, not true or false; ignored", what, type_name
+    )

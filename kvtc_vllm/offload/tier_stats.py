@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from kvtc_vllm.connector.metrics import KVTCStats
-from kvtc_vllm.connector.promotion import Promotions
+from kvtc_vllm.offload.promotion import Promotions
+from kvtc_vllm.offload.stats import Stats
 from kvtc_vllm.tiers.disk_index import DiskIndex
 from kvtc_vllm.tiers.index import TierIndex
 
@@ -21,13 +21,13 @@ class TierStats:
         self._memory_gauges: tuple[int, int, int] | None = None
         self._disk_gauges: tuple[int, int] | None = None
 
-    def add_to(self, stats: KVTCStats) -> None:
+    def add_to(self, stats: Stats) -> None:
         """Add increments, and gauges that moved."""
         self._add_memory(stats)
         if self._disk is not None and self._promotions is not None:
             self._add_disk(stats, self._disk, self._promotions)
 
-    def _add_memory(self, stats: KVTCStats) -> None:
+    def _add_memory(self, stats: Stats) -> None:
         index = self._memory
         before, self._evictions = self._evictions, (index.evictions, index.evicted_bytes)
         if index.evictions > before[0]:
@@ -41,7 +41,7 @@ class TierStats:
             stats.set("tier_chunks", gauges[2])
             stats.set("tier_capacity_bytes", index.capacity)
 
-    def _add_disk(self, stats: KVTCStats, disk: DiskIndex, promotions: Promotions) -> None:
+    def _add_disk(self, stats: Stats, disk: DiskIndex, promotions: Promotions) -> None:
         for name, count in (
             ("disk_evicted_chunks", disk.evictions),
             ("expired_waits", promotions.expired),

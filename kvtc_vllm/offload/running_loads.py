@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from kvtc_vllm.tiers.policies import ChunkKey
+from kvtc_vllm.tiers.keys import RecordKey
 
 _LOADING = "WAITING_FOR_REMOTE_KVS"
 """vLLM's status of a request whose load runs, or has ended and was not looked at yet."""
@@ -20,11 +20,11 @@ class RunningLoads:
     """Used by the scheduler's thread only."""
 
     def __init__(self) -> None:
-        self._pinned: dict[str, list[ChunkKey]] = {}
-        self._keys: dict[str, Sequence[ChunkKey]] = {}
-        self._loader: dict[ChunkKey, Any] = {}
+        self._pinned: dict[str, list[RecordKey]] = {}
+        self._keys: dict[str, Sequence[RecordKey]] = {}
+        self._loader: dict[RecordKey, Any] = {}
 
-    def begin(self, request: Any, keys: Sequence[ChunkKey], pinned: list[ChunkKey]) -> None:
+    def begin(self, request: Any, keys: Sequence[RecordKey], pinned: list[RecordKey]) -> None:
         """A request's load was planned. pinned: chunks to unpin at its end."""
         self._pinned[request.request_id] = pinned
         self._keys[request.request_id] = keys
@@ -35,7 +35,7 @@ class RunningLoads:
         """Whether workers have not reported the end of the request's load."""
         return request_id in self._pinned
 
-    def end(self, request_id: str) -> list[ChunkKey]:
+    def end(self, request_id: str) -> list[RecordKey]:
         """Workers have ended a load, well or not; returns what it pinned."""
         return self._pinned.pop(request_id, [])
 
@@ -51,11 +51,11 @@ class RunningLoads:
         self._keys.clear()
         self._loader.clear()
 
-    def should_wait(self, request: Any, keys: Iterable[ChunkKey]) -> bool:
+    def should_wait(self, request: Any, keys: Iterable[RecordKey]) -> bool:
         """Whether another request is loading one of these chunks into blocks that it can share."""
         return any(self._is_loading(key, request) for key in keys if key in self._loader)
 
-    def _is_loading(self, key: ChunkKey, asking: Any) -> bool:
+    def _is_loading(self, key: RecordKey, asking: Any) -> bool:
         loader = self._loader[key]
         if loader is asking:
             return False

@@ -39,7 +39,7 @@ class _Rate:
         return statistics.median(self._samples)
 
 
-class LoadGate:
+class LoadPolicy:
     """Used by the scheduler's thread only. enabled: False offers every load."""
 
     def __init__(self, enabled: bool) -> None:

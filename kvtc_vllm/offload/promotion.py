@@ -13,15 +13,15 @@ from dataclasses import dataclass
 
 from kvtc_vllm.tiers.disk_index import DiskIndex
 from kvtc_vllm.tiers.index import TierIndex
-from kvtc_vllm.tiers.policies import ChunkKey
+from kvtc_vllm.tiers.keys import RecordKey
 
 
 @dataclass
 class _Waiting:
     """keys: chunks wanted from disk. pinned: chunks of the prefix that were in memory."""
 
-    keys: list[ChunkKey]
-    pinned: list[ChunkKey]
+    keys: list[RecordKey]
+    pinned: list[RecordKey]
     deadline: float
 
 
@@ -45,12 +45,12 @@ class Promotions:
         self._seconds = deadline_seconds
         self._clock = clock
         self._waiting: dict[str, _Waiting] = {}
-        self._settled: dict[str, list[ChunkKey]] = {}
-        self._reading: set[ChunkKey] = set()
-        self._orders: list[ChunkKey] = []
+        self._settled: dict[str, list[RecordKey]] = {}
+        self._reading: set[RecordKey] = set()
+        self._orders: list[RecordKey] = []
         self.expired = 0
 
-    def must_wait(self, request_id: str, keys: Sequence[ChunkKey], found: int) -> bool:
+    def must_wait(self, request_id: str, keys: Sequence[RecordKey], found: int) -> bool:
         """True while the request should be looked up again later. Starts reading at first.
 
         keys: the chunks that could be offered, first to last. found: how many of them, from
@@ -83,12 +83,12 @@ class Promotions:
             self._memory.unpin(waiting.pinned)
         self._memory.unpin(self._settled.pop(request_id, ()))
 
-    def reported(self, keys: Iterable[ChunkKey]) -> None:
+    def reported(self, keys: Iterable[RecordKey]) -> None:
         """The memory index has heard of these chunks from a worker."""
         for key in keys:
             self._is_reading(key)
 
-    def take_orders(self) -> list[ChunkKey]:
+    def take_orders(self) -> list[RecordKey]:
         """Chunks that workers must read, since the last call."""
         orders, self._orders = self._orders, []
         return orders
@@ -100,7 +100,7 @@ class Promotions:
         self._reading.clear()
         self._orders.clear()
 
-    def _start(self, request_id: str, keys: Sequence[ChunkKey], found: int) -> _Waiting:
+    def _start(self, request_id: str, keys: Sequence[RecordKey], found: int) -> _Waiting:
         pinned = self._memory.pin(keys[:found])
         wanted = []
         for key in keys[found:]:
@@ -114,7 +114,7 @@ class Promotions:
         self._waiting[request_id] = waiting
         return waiting
 
-    def _order(self, key: ChunkKey) -> bool:
+    def _order(self, key: RecordKey) -> bool:
         if not self._disk.is_ready(key):
             return False
         if not self._memory.reserve(key, self._disk.part_bytes(key)):
@@ -123,7 +123,7 @@ class Promotions:
         self._reading.add(key)
         return True
 
-    def _is_reading(self, key: ChunkKey) -> bool:
+    def _is_reading(self, key: RecordKey) -> bool:
         if key not in self._reading:
             return False
         if self._memory.is_pending(key):

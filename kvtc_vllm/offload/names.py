@@ -15,11 +15,11 @@ from functools import partial
 import xxhash
 
 from kvtc_vllm.codec.codec import ChunkCodec
-from kvtc_vllm.connector.adapters import LoadedAdapters
-from kvtc_vllm.connector.disk import Namespace
-from kvtc_vllm.connector.identity import SetupIdentity
-from kvtc_vllm.connector.weights import Unwatched, WeightsWatch
-from kvtc_vllm.connector.word_sample import Sample
+from kvtc_vllm.offload.adapters import LoadedAdapters
+from kvtc_vllm.offload.disk_worker import Namespace
+from kvtc_vllm.offload.setup_identity import SetupIdentity
+from kvtc_vllm.offload.weights import Unwatched, WeightsWatch
+from kvtc_vllm.offload.word_sample import Sample
 from kvtc_vllm.tiers.disk import DiskStore
 
 OpenStore = Callable[[bytes, bytes], DiskStore]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvtc_vllm.tiers.admission import SeenCounter
+from kvtc_vllm.offload.seen_counter import SeenCounter
 
 
 def test_a_threshold_of_one_admits_all_and_remembers_nothing() -> None:

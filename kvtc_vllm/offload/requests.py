@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvtc_vllm.connector.adapters import AdapterDigests, adapter_id
-from kvtc_vllm.connector.freshness import Freshness
-from kvtc_vllm.connector.messages import AdapterUse
-from kvtc_vllm.tiers.policies import ChunkKey
+from kvtc_vllm.offload.adapters import AdapterDigests, adapter_id
+from kvtc_vllm.offload.freshness import Freshness
+from kvtc_vllm.offload.messages import AdapterUse
+from kvtc_vllm.tiers.keys import RecordKey
 
 
 @dataclass
@@ -32,7 +32,7 @@ class RequestState:
     request: Any
     adapter: AdapterUse | None = None
     nameless: bool = False
-    unadmitted: set[ChunkKey] = field(default_factory=set)
+    unadmitted: set[RecordKey] = field(default_factory=set)
     began: int | None = None
     tainted: bool = False
     next_chunk: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import Counter
@@ -11,13 +12,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
-from vllm.logger import init_logger
-
 from kvtc_vllm.tiers.disk import DiskError, DiskStore, IoHandle, IoPool
 from kvtc_vllm.tiers.disk.drop import REMOVE_AT_ONCE
-from kvtc_vllm.tiers.policies import ChunkKey
+from kvtc_vllm.tiers.keys import RecordKey
 
-logger = init_logger("vllm.kvtc")
+logger = logging.getLogger("vllm.kvtc")
 
 T = TypeVar("T")
 
@@ -40,11 +39,11 @@ class DiskNews:
     disk any more. errors: reason -> count.
     """
 
-    stored: list[tuple[ChunkKey, int]] = field(default_factory=list)
-    found: list[tuple[ChunkKey, int]] = field(default_factory=list)
-    read: list[tuple[ChunkKey, bytes]] = field(default_factory=list)
-    failed: list[ChunkKey] = field(default_factory=list)
-    lost: list[ChunkKey] = field(default_factory=list)
+    stored: list[tuple[RecordKey, int]] = field(default_factory=list)
+    found: list[tuple[RecordKey, int]] = field(default_factory=list)
+    read: list[tuple[RecordKey, bytes]] = field(default_factory=list)
+    failed: list[RecordKey] = field(default_factory=list)
+    lost: list[RecordKey] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     written_bytes: int = 0
 
@@ -72,16 +71,16 @@ def _patiently(call: Callable[[], T], until: float) -> T:
                 raise
 
 
-def _listed(namespace: Namespace, until: float) -> list[tuple[ChunkKey, int]]:
+def _listed(namespace: Namespace, until: float) -> list[tuple[RecordKey, int]]:
     """Key and bytes of every chunk, least recently used first."""
     return [(entry.key, entry.size) for entry in _patiently(namespace.store.scan, until)]
 
 
-def _read(namespace: Namespace, key: ChunkKey) -> bytes:
+def _read(namespace: Namespace, key: RecordKey) -> bytes:
     return namespace.store.read(key)
 
 
-def _remove(namespace: Namespace, keys: Sequence[ChunkKey]) -> None:
+def _remove(namespace: Namespace, keys: Sequence[RecordKey]) -> None:
     for first in range(0, len(keys), REMOVE_AT_ONCE):
         namespace.store.remove(keys[first : first + REMOVE_AT_ONCE])
 
@@ -121,7 +120,7 @@ class Namespace:
             self._store.close()
 
 
-class DiskSide:
+class DiskWorker:
     """Owns a rank's part of the disk tier and its threads.
 
     Called by the engine's thread, `write` also by encoders; no call waits for the disk, but
@@ -142,14 +141,14 @@ class DiskSide:
         self._queue_bytes = queue_bytes
         self._readers = IoPool(threads, QUEUE, "kvtc-disk-read")
         self._writers = IoPool(threads, QUEUE, "kvtc-disk-write")
-        self._reads: list[tuple[ChunkKey, IoHandle[bytes]]] = []
+        self._reads: list[tuple[RecordKey, IoHandle[bytes]]] = []
         self._lock = threading.Lock()  # for all that follows
         self._news = DiskNews()
         self._epoch = 0
-        self._writing: dict[tuple[int, ChunkKey], int] = {}
+        self._writing: dict[tuple[int, RecordKey], int] = {}
         self._queued = 0
 
-    def inventory(self) -> list[tuple[ChunkKey, int]]:
+    def inventory(self) -> list[tuple[RecordKey, int]]:
         """(key, bytes) of what is on disk, least recently used first; clears leftovers.
 
         Called once, before the first step. Nothing if the disk fails: that is no reason not
@@ -165,7 +164,7 @@ class DiskSide:
             self._count(error)
             return []
 
-    def write(self, key: ChunkKey, blob: bytes, epoch: int) -> None:
+    def write(self, key: RecordKey, blob: bytes, epoch: int) -> None:
         """Write when a thread is free; dropped and counted if too much waits.
 
         epoch: in which the blob was made; one of another is dropped.
@@ -184,7 +183,7 @@ class DiskSide:
             partial(self._write, namespace, key, blob, epoch), lambda: self._end_write(key, epoch)
         )
 
-    def read(self, keys: Sequence[ChunkKey]) -> None:
+    def read(self, keys: Sequence[RecordKey]) -> None:
         """Begin to read chunks; `take_news` tells the outcome."""
         namespace = self._namespace
         for key in keys:
@@ -197,12 +196,12 @@ class DiskSide:
             else:
                 self._reads.append((key, handle))
 
-    def remove(self, keys: Sequence[ChunkKey]) -> None:
+    def remove(self, keys: Sequence[RecordKey]) -> None:
         """Delete chunks when a thread is free."""
         if keys and self._namespace is not None:
             self._submit_write(partial(_remove, self._namespace, keys))
 
-    def touch(self, keys: Sequence[ChunkKey]) -> None:
+    def touch(self, keys: Sequence[RecordKey]) -> None:
         """Chunks were used, the last one most recently."""
         if keys and self._namespace is not None:
             self._submit_write(partial(self._touch, self._namespace, keys))
@@ -248,7 +247,7 @@ class DiskSide:
             news, self._news = self._news, DiskNews()
         return news
 
-    def close(self, last: Iterable[tuple[ChunkKey, bytes]], seconds: float) -> None:
+    def close(self, last: Iterable[tuple[RecordKey, bytes]], seconds: float) -> None:
         """Write what waits and then `last`, for at most `seconds`, and stop."""
         until = time.monotonic() + seconds
         namespace = self._namespace
@@ -268,7 +267,7 @@ class DiskSide:
 
     # ------------------------------------------------------- on the pools' threads
 
-    def _write(self, namespace: Namespace, key: ChunkKey, blob: bytes, epoch: int) -> None:
+    def _write(self, namespace: Namespace, key: RecordKey, blob: bytes, epoch: int) -> None:
         """A write that is overtaken by a reset is still right under its own name."""
         try:
             if epoch != self._epoch:
@@ -288,7 +287,7 @@ class DiskSide:
     def _drain(
         self,
         namespace: Namespace,
-        source: Iterator[tuple[ChunkKey, bytes]],
+        source: Iterator[tuple[RecordKey, bytes]],
         lock: threading.Lock,
         until: float,
     ) -> None:
@@ -309,7 +308,7 @@ class DiskSide:
             if epoch == self._epoch:
                 self._news.found += found
 
-    def _touch(self, namespace: Namespace, keys: Sequence[ChunkKey]) -> None:
+    def _touch(self, namespace: Namespace, keys: Sequence[RecordKey]) -> None:
         gone = namespace.store.touch(keys)
         with self._lock:
             if namespace is self._namespace:
@@ -324,7 +323,7 @@ class DiskSide:
 
     # -------------------------------------------------------------- on any thread
 
-    def _end_write(self, key: ChunkKey, epoch: int) -> None:
+    def _end_write(self, key: RecordKey, epoch: int) -> None:
         with self._lock:
             self._queued -= self._writing.pop((epoch, key), 0)
 
@@ -348,7 +347,7 @@ class DiskSide:
         except DiskError as error:
             give_up(error)
 
-    def _fail(self, key: ChunkKey, error: DiskError) -> None:
+    def _fail(self, key: RecordKey, error: DiskError) -> None:
         with self._lock:
             self._news.failed.append(key)
             self._news.errors[error.reason] += 1

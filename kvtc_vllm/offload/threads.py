@@ -3,7 +3,7 @@
 vLLM on CPU pins its main thread to one core and gives every core to a team of OpenMP threads.
 Ours may use any core, but one each: a second team in the process makes OpenMP put the waiting
 threads of both to sleep, and every layer of the model then pays for waking them. A low scheduling
-priority instead of `CpuShare` would let a thread hold the interpreter's lock while others keep it
+priority instead of `Throttle` would let a thread hold the interpreter's lock while others keep it
 from running.
 """
 
@@ -34,7 +34,7 @@ def _settle(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-class CpuShare:
+class Throttle:
     """Holds a pool to a share of the CPU time while the engine computes.
 
     share: of one thread's time, above 0; from 1 on there is no limit.
@@ -51,7 +51,7 @@ class CpuShare:
         else:
             self._free.set()
 
-    def pay(self, seconds: float) -> None:
+    def charge(self, seconds: float) -> None:
         """Called by a thread of the pool after that much work; waits until it may go on."""
         self._free.wait(seconds * self._rest)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +18,10 @@ class StepProgress:
 
 @dataclass
 class BlockTables:
-    """request id -> its block ids, in order of position. One KV cache group."""
+    """request id -> cache group -> its block ids, in order of position."""
 
-    ids: dict[str, list[int]] = field(default_factory=dict)
+    groups: int = 1
+    ids: dict[str, list[list[int]]] = field(default_factory=dict)
 
     def update(self, scheduler_output: Any) -> dict[str, StepProgress]:
         """Apply one step's `SchedulerOutput`; returns the requests scheduled in it.
@@ -29,7 +31,8 @@ class BlockTables:
         progress: dict[str, StepProgress] = {}
         scheduled = scheduler_output.num_scheduled_tokens
         for new in scheduler_output.scheduled_new_reqs:
-            self.ids[new.req_id] = list(new.block_ids[0])
+            self._begin(new.req_id)
+            self._extend(new.req_id, new.block_ids)
             progress[new.req_id] = StepProgress(
                 new.num_computed_tokens, scheduled[new.req_id], False
             )
@@ -37,15 +40,21 @@ class BlockTables:
         for i, request_id in enumerate(cached.req_ids):
             resumed = request_id in cached.resumed_req_ids
             blocks = cached.new_block_ids[i]
-            if resumed:
-                self.ids[request_id] = list(blocks[0]) if blocks else []
-            elif blocks:
-                self.ids.setdefault(request_id, []).extend(blocks[0])
+            if resumed or request_id not in self.ids:
+                self._begin(request_id)
+            self._extend(request_id, blocks or ())
             progress[request_id] = StepProgress(
                 cached.num_computed_tokens[i], scheduled.get(request_id, 0), resumed
             )
         return progress
 
     def forget(self, request_id: str) -> None:
-        """The request ended."""
+        """Drop the table of a request that ended."""
         self.ids.pop(request_id, None)
+
+    def _begin(self, request_id: str) -> None:
+        self.ids[request_id] = [[] for _ in range(self.groups)]
+
+    def _extend(self, request_id: str, blocks: Sequence[Sequence[int]]) -> None:
+        for table, added in zip(self.ids[request_id], blocks, strict=False):
+            table.extend(added)

@@ -8,18 +8,18 @@ scheduler, which names chunks by the digests of all ranks (`AdapterDigests`).
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import xxhash
-from vllm.logger import init_logger
 
-from kvtc_vllm.connector.messages import NO_ADAPTER, AdapterUse
-from kvtc_vllm.connector.word_sample import NEVER, Sample, WordSampler
+from kvtc_vllm.offload.messages import NO_ADAPTER, AdapterUse
+from kvtc_vllm.offload.word_sample import NEVER, Sample, WordSampler
 
-logger = init_logger("vllm.kvtc")
+logger = logging.getLogger("vllm.kvtc")
 
 GONE = b""
 """In the place of a digest: the adapter is in no slot."""

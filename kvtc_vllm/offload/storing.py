@@ -1,60 +1,46 @@
-"""Paged cache -> memory tier: staging on the engine's thread, encoding on threads of its own."""
+"""Paged cache -> memory: staging on the engine's thread, encoding on threads of its own."""
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Sequence
 
 import torch
-from vllm.logger import init_logger
 
 from kvtc_vllm.codec.errors import CodecError
-from kvtc_vllm.config import KVTCConfig
-from kvtc_vllm.connector.disk import DiskSide
-from kvtc_vllm.connector.geometry import CacheGeometry
-from kvtc_vllm.connector.mailbox import Mailbox
-from kvtc_vllm.connector.messages import StoreItem
-from kvtc_vllm.connector.names import Proof
-from kvtc_vllm.connector.streams import SideStream
-from kvtc_vllm.connector.threads import CpuShare, share_of_thread, thread_pool
-from kvtc_vllm.connector.transfer import Staged, Transfer
-from kvtc_vllm.tiers.memory import MemoryArena
+from kvtc_vllm.offload.messages import StoreItem
+from kvtc_vllm.offload.names import Proof
+from kvtc_vllm.offload.rank_context import RankContext, batches
+from kvtc_vllm.offload.streams import SideStream
+from kvtc_vllm.offload.threads import Throttle, share_of_thread, thread_pool
+from kvtc_vllm.offload.transfer import Staged
+from kvtc_vllm.tiers.blob_store import StoreError
+from kvtc_vllm.tiers.keys import RecordKey
 
-logger = init_logger("vllm.kvtc")
+logger = logging.getLogger("vllm.kvtc")
 
 
 class StorePipeline:
-    """The stores of one rank.
+    """The stores of one rank. What finds no room in staging memory is dropped and counted."""
 
-    staging_capacity: bytes that chunks may take between staging and encoding; what finds no room
-    is dropped and counted.
-    """
-
-    def __init__(
-        self,
-        config: KVTCConfig,
-        geometry: CacheGeometry,
-        transfer: Transfer,
-        device: torch.device,
-        staging_capacity: int,
-        rank: int,
-        arena: MemoryArena,
-        disk: DiskSide | None,
-        mailbox: Mailbox,
-    ) -> None:
-        self.transfer = transfer
-        self._geometry = geometry
-        self._capacity = staging_capacity
-        self._rank = rank
-        self._arena = arena
-        self._write_through = disk if config.disk_write == "through" else None
-        self._mailbox = mailbox
+    def __init__(self, context: RankContext) -> None:
+        config, device = context.config, context.device
+        self._transfers = context.transfers
+        self._groups = context.geometry.groups
+        self._capacity = context.staging_capacity
+        self._rank = context.rank
+        self._memory = context.memory
+        self._write_through = context.disk if config.disk_write == "through" else None
+        self._outbox = context.outbox
         self._staged = 0
         self._lock = threading.Lock()
         self._stream = SideStream(device)
-        self._share = CpuShare(
-            share_of_thread(config.encode_share, device, config.encode_threads, geometry.tp_size)
+        self._share = Throttle(
+            share_of_thread(
+                config.encode_share, device, config.encode_threads, context.geometry.tp_size
+            )
         )
         self._threads = thread_pool("kvtc-encode", config.encode_threads, device)
 
@@ -63,14 +49,16 @@ class StorePipeline:
         self._share.engine_computes(busy)
 
     def store(self, items: Sequence[StoreItem], epoch: int, proof: Proof) -> None:
-        """Copy finished blocks to staging and hand them to the encoders. Engine's thread."""
+        """Copy blocks to staging memory and hand them to the encoders. Engine's thread.
+
+        items: first to last of each prefix.
+        """
         started = time.perf_counter()
         taken = self._with_room(items)
         self.drop(items[len(taken) :], epoch, "staging_full")
-        size = self.transfer.store_batch
-        for first in range(0, len(taken), size):
-            self._stage(taken[first : first + size], epoch, proof)
-        self._mailbox.count("gather_seconds", time.perf_counter() - started)
+        for batch in batches(taken, [transfer.store_batch for transfer in self._transfers]):
+            self._stage(batch, epoch, proof)
+        self._outbox.count("gather_seconds", time.perf_counter() - started)
 
     def drop(self, items: Sequence[StoreItem], epoch: int, reason: str) -> None:
         """Give stores up. Any thread."""
@@ -96,7 +84,7 @@ class StorePipeline:
         return items
 
     def _staged_bytes(self, items: Sequence[StoreItem]) -> int:
-        return sum(self.transfer.staged_bytes(len(item.block_ids)) for item in items)
+        return sum(self._transfers[item.group].staged_bytes(len(item.block_ids)) for item in items)
 
     def _release(self, items: Sequence[StoreItem]) -> None:
         with self._lock:
@@ -104,7 +92,7 @@ class StorePipeline:
 
     def _stage(self, items: Sequence[StoreItem], epoch: int, proof: Proof) -> None:
         try:
-            staged = self.transfer.stage(items)
+            staged = self._transfers[items[0].group].stage(items)
         except Exception as error:  # the engine's step must go on
             memory = isinstance(error, torch.OutOfMemoryError)
             logger.warning("kvtc: %d chunks not stored: %s", len(items), error)
@@ -126,13 +114,13 @@ class StorePipeline:
         try:
             with self._stream.after(point):
                 self._stream.adopt(*staged.tensors)
-                blobs = self.transfer.encode(staged)
+                blobs = self._transfers[items[0].group].encode(staged)
         except Exception:
             logger.exception("kvtc: %d chunks not stored", len(items))
             self.drop(items, epoch, "error")
         else:
             if not proof.holds:
-                self._mailbox.found_stale(proof.step, proof.epoch)
+                self._outbox.found_stale(proof.step, proof.epoch)
                 self.drop(items, epoch, "changed")
                 return
             for item, blob in zip(items, blobs, strict=True):
@@ -140,31 +128,39 @@ class StorePipeline:
         finally:
             seconds = time.perf_counter() - started
             self._release(items)
-            self._mailbox.count("encode_seconds", seconds)
-            self._mailbox.ring()
-            self._share.pay(seconds)
+            self._outbox.count("encode_seconds", seconds)
+            self._outbox.notify()
+            self._share.charge(seconds)
 
     def _keep(self, item: StoreItem, blob: bytes | CodecError, epoch: int) -> None:
         if isinstance(blob, CodecError):
             logger.warning("kvtc: chunk at token %d not stored: %s", item.start, blob)
             self._drop(item, epoch, "non_finite" if blob.reason == "non_finite" else "error")
             return
-        with self._mailbox.open() as mail:  # against a reset between the check and the put
-            kept = epoch == mail.report.epoch and self._arena.put(item.key, blob)
-            if kept:
-                tokens = len(item.block_ids) * self._geometry.block_size
-                mail.report.stored.append((item.key, self._rank, len(blob)))
-                mail.stats.add("stored_chunks")
-                mail.stats.add("stored_raw_bytes", tokens * self._geometry.token_bytes)
-                mail.stats.add("stored_bytes", len(blob))
-        if not kept:
+        with self._outbox.open() as out:  # against a reset between the check and the write
+            size = self._write(item.key, blob) if epoch == out.report.epoch else None
+            if size is not None:
+                group = self._groups[item.group]
+                tokens = len(item.block_ids) * group.block_size
+                out.report.stored.append((item.key, self._rank, size))
+                out.stats.add("stored_chunks")
+                out.stats.add("stored_raw_bytes", tokens * group.token_bytes)
+                out.stats.add("stored_bytes", size)
+        if size is None:
             self._drop(item, epoch, "tier_full")
         elif self._write_through is not None:
             self._write_through.write(item.key, blob, epoch)
 
+    def _write(self, key: RecordKey, blob: bytes) -> int | None:
+        """The bytes that memory keeps for it; None if there is no room."""
+        try:
+            return self._memory.write(key, blob)
+        except StoreError:
+            return None
+
     def _drop(self, item: StoreItem, epoch: int, reason: str) -> None:
-        with self._mailbox.open() as mail:
-            if epoch == mail.report.epoch:
-                mail.report.dropped.append((item.key, self._rank))
-            mail.stats.add("dropped_stores", label=reason)
-        self._mailbox.ring()
+        with self._outbox.open() as out:
+            if epoch == out.report.epoch:
+                out.report.dropped.append((item.key, self._rank))
+            out.stats.add("dropped_stores", label=reason)
+        self._outbox.notify()

@@ -1,0 +1,181 @@
+"""What scheduler and workers tell each other, once per step.
+
+The unit is the record: what one cache group contributes to a chunk. Lists of keys are lists of
+record keys, the same on every rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import xxhash
+
+from kvtc_vllm.tiers.keys import RecordKey
+
+
+@dataclass(frozen=True)
+class AdapterUse:
+    """A LoRA adapter by vLLM's number and a digest of its contents on each rank."""
+
+    number: int
+    parts: tuple[bytes, ...]
+
+    @property
+    def digest(self) -> bytes:
+        """16 bytes over all parts; none without an adapter."""
+        return xxhash.xxh3_128_digest(b"".join(self.parts)) if self.parts else b""
+
+
+NO_ADAPTER = AdapterUse(0, ())
+"""The model itself."""
+
+
+@dataclass
+class StoreItem:
+    """Encode one record."""
+
+    key: RecordKey
+    start: int
+    """Token position of the chunk's first token."""
+    block_ids: list[int]
+    """Blocks of the record's cache group."""
+    adapter: AdapterUse = NO_ADAPTER
+    """What the key assumes."""
+    group: int = 0
+    """Number of the cache group."""
+
+
+@dataclass
+class LoadItem:
+    """Decode one record into some of its blocks.
+
+    The record's blocks first_block .. first_block + len(block_ids) (counted inside
+    the chunk) go to block_ids; its other blocks are not wanted.
+    """
+
+    key: RecordKey
+    start: int
+    first_block: int
+    block_ids: list[int]
+    group: int = 0
+
+
+@dataclass
+class LoadJob:
+    """All records that one request waits for. adapter: what their keys assume."""
+
+    request_id: str
+    items: list[LoadItem]
+    adapter: AdapterUse = NO_ADAPTER
+
+
+@dataclass
+class StepMetadata:
+    """Scheduler -> workers: the orders of one step.
+
+    Applied in this order: a new epoch; before the forward stage_first, demote, disk_remove,
+    touch, promote, evict, loads; after it stores.
+    """
+
+    number: int = 0
+    """Of the step."""
+    tokens: int = 0
+    """That the step computes."""
+    epoch: int = 0
+    """How often all names were given up so far, for a reset or for other weights. Work of older
+    epochs is dropped."""
+    generation: bytes = b""
+    """A nonce in the names, new with every reset. Empty before the first, so that an engine that
+    starts again finds what it left."""
+    check: bool = False
+    """Compare the weights in this step."""
+    adapters: list[Any] = field(default_factory=list)
+    """LoRA requests of vLLM's whose contents the scheduler must know."""
+    stage_first: list[StoreItem] = field(default_factory=list)
+    """Stores whose blocks this step may overwrite."""
+    demote: list[RecordKey] = field(default_factory=list)
+    """Evicted from memory, to be written to disk first."""
+    disk_remove: list[RecordKey] = field(default_factory=list)
+    """To be deleted from disk."""
+    touch: list[RecordKey] = field(default_factory=list)
+    """On disk, and used; the last one most recently."""
+    promote: list[RecordKey] = field(default_factory=list)
+    """To be read from disk into memory."""
+    evict: list[RecordKey] = field(default_factory=list)
+    """To be forgotten in memory."""
+    loads: list[LoadJob] = field(default_factory=list)
+    stores: list[StoreItem] = field(default_factory=list)
+    idle: bool = False
+    """Nothing else is scheduled, so the worker may wait a little for its threads."""
+
+
+@dataclass
+class WorkerReport:
+    """Workers -> scheduler: the results of one step, summed over ranks by `aggregate`."""
+
+    epoch: int
+    stored: list[tuple[RecordKey, int, int]] = field(default_factory=list)
+    """(key, rank, bytes) that memory holds now."""
+    dropped: list[tuple[RecordKey, int]] = field(default_factory=list)
+    """(key, rank) of stores and promotions that were given up."""
+    bad: list[RecordKey] = field(default_factory=list)
+    """Blobs that were missing or could not be decoded."""
+    disk_stored: list[tuple[RecordKey, int, int]] = field(default_factory=list)
+    """(key, rank, bytes) that the disk holds now."""
+    disk_lost: list[RecordKey] = field(default_factory=list)
+    """Not on disk any more, or of no use there."""
+    load_tokens: int = 0
+    """Of loads that ended well."""
+    load_seconds: float = 0.0
+    """That these took."""
+    step: int = 0
+    """Number of the step, given whenever it computed tokens, so that its time can be taken."""
+    stale_since: int = 0
+    """First step in which the weights were found not to be those that the epoch's names stand
+    for; 0 as long as they are."""
+    named_in: int = 0
+    """Step in which this epoch's names were made; 0 if not in this step."""
+    other_weights: bool = False
+    """Then, whether they stand for other weights than the names before."""
+    adapters: dict[int, dict[int, bytes | None]] = field(default_factory=dict)
+    """vLLM's number of a LoRA adapter -> rank -> digest, where that is news or was asked for; b""
+    for one that is not loaded any more, None for one that can't be told."""
+
+    def is_empty(self) -> bool:
+        """True if there is nothing to tell."""
+        return not (
+            self.stored
+            or self.dropped
+            or self.bad
+            or self.disk_stored
+            or self.disk_lost
+            or self.load_tokens
+            or self.stale_since
+            or self.named_in
+            or self.adapters
+        )
+
+    def found_stale(self, step: int) -> None:
+        """Note that the weights of this step are not those of the names."""
+        self.stale_since = min(self.stale_since or step, step)
+
+    def aggregate(self, other: WorkerReport) -> WorkerReport:
+        """Join the report of another rank of the same step; the newer epoch's wins."""
+        if other.epoch != self.epoch:
+            return self if self.epoch > other.epoch else other
+        self.stored += other.stored
+        self.dropped += other.dropped
+        self.bad += other.bad
+        self.disk_stored += other.disk_stored
+        self.disk_lost += other.disk_lost
+        self.load_tokens += other.load_tokens
+        self.load_seconds += other.load_seconds
+        self.step = max(self.step, other.step)
+        if other.stale_since:
+            self.found_stale(other.stale_since)
+        self.named_in = max(self.named_in, other.named_in)
+        self.other_weights = self.other_weights or other.other_weights
+        for number, digests in other.adapters.items():
+            self.adapters.setdefault(number, {}).update(digests)
+        return self

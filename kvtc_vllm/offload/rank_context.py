@@ -1,0 +1,48 @@
+"""What the pipelines of one worker share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TypeVar
+
+import torch
+
+from kvtc_vllm.config import KVTCConfig
+from kvtc_vllm.offload.disk_worker import DiskWorker
+from kvtc_vllm.offload.geometry import CacheGeometry
+from kvtc_vllm.offload.messages import LoadItem, StoreItem
+from kvtc_vllm.offload.outbox import Outbox
+from kvtc_vllm.offload.transfer import Transfer
+from kvtc_vllm.tiers.blob_store import BlobStore
+
+Item = TypeVar("Item", StoreItem, LoadItem)
+
+
+@dataclass(frozen=True)
+class RankContext:
+    """One rank's caches, tiers and threads' common outbox."""
+
+    config: KVTCConfig
+    geometry: CacheGeometry
+    transfers: Sequence[Transfer]
+    """By cache group."""
+    device: torch.device
+    """Where the paged cache is."""
+    staging_capacity: int
+    """Bytes that records may take between staging and encoding."""
+    rank: int
+    """This worker's number among the engine's workers, 0-based."""
+    memory: BlobStore
+    disk: DiskWorker | None
+    """This rank's part of the disk tier, if there is one."""
+    outbox: Outbox
+
+
+def batches(items: Sequence[Item], sizes: Sequence[int]) -> Iterator[Sequence[Item]]:
+    """Neighbouring items of one cache group. sizes: most items of a batch, by cache group."""
+    for group, neighbours in groupby(items, key=lambda item: item.group):
+        same = list(neighbours)
+        for first in range(0, len(same), sizes[group]):
+            yield same[first : first + sizes[group]]

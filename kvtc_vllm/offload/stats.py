@@ -1,0 +1,117 @@
+"""What is counted and measured: every counter and gauge of `vllm:kvtc_*`, in one table.
+
+Every ratio is published as its numerator and its denominator.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from functools import cache
+
+from kvtc_vllm.codec.errors import CONTAINER_REASONS
+from kvtc_vllm.tiers.disk import DISK_REASONS
+
+logger = logging.getLogger("vllm.kvtc")
+
+COUNTERS: dict[str, str] = {
+    "lookup_tokens": "Prompt tokens beyond the GPU prefix cache that were looked up",
+    "hit_tokens": "Tokens of these that were found in the tier and offered as a load",
+    "resumed_lookup_tokens": "As lookup_tokens, for requests that come back from preemption",
+    "resumed_hit_tokens": "As hit_tokens, for requests that come back from preemption",
+    "bypassed_tokens": "Prompt tokens that were not looked up: the request, its adapter or the "
+    "engine's role does not allow it",
+    "shared_load_waits": "Requests that waited for another request's load of the same prefix",
+    "weight_changes": "Times that other weights than before were found in the running model",
+    "window_tokens": "Tokens found but recomputed to keep the recent window exact",
+    "stored_chunks": "Chunks encoded and kept, all ranks",
+    "stored_raw_bytes": "Uncompressed KV bytes of stored chunks, all ranks",
+    "stored_bytes": "Real bytes of stored chunks, all ranks",
+    "loaded_chunks": "Chunks decoded into the paged cache, all ranks",
+    "loaded_tokens": "Tokens written into the paged cache, all ranks",
+    "loaded_raw_bytes": "Uncompressed KV bytes written into the paged cache, all ranks",
+    "loaded_bytes": "Real bytes read from the tier to do so, all ranks",
+    "encode_seconds": "Time spent encoding, all ranks",
+    "decode_seconds": "Time spent decoding and scattering, all ranks",
+    "gather_seconds": "Time that stores added to engine steps, all ranks",
+    "gated_tokens": "Tokens found but recomputed because that is measured to be faster",
+    "unadmitted_chunks": "Chunks not stored because too few requests have contained them",
+    "promoted_chunks": "Chunks read from disk into memory, all ranks",
+    "promoted_bytes": "Real bytes of these",
+    "expired_waits": "Requests that stopped waiting for disk at their deadline",
+    "disk_written_chunks": "Chunks written to disk, all ranks",
+    "disk_written_bytes": "Real bytes of these",
+    "disk_evicted_chunks": "Chunks that left the disk tier for its capacity",
+    "evicted_chunks": "Chunks evicted from the tier",
+    "evicted_bytes": "Real bytes of evicted chunks",
+}
+STORE_DROP_REASONS = (
+    "staging_full",
+    "out_of_memory",
+    "tier_full",
+    "non_finite",
+    "changed",
+    "error",
+)
+LOAD_FAILURE_REASONS = (*CONTAINER_REASONS, "changed", "error")
+LABELLED: dict[str, tuple[str, tuple[str, ...]]] = {
+    "dropped_stores": ("Stores given up, by reason, all ranks", STORE_DROP_REASONS),
+    "disk_errors": ("Disk operations that failed, by reason, all ranks", DISK_REASONS),
+    "failed_loads": ("Chunks that could not be loaded, by reason", LOAD_FAILURE_REASONS),
+}
+GAUGES: dict[str, str] = {
+    "tier_used_bytes": "Real bytes of chunks that are ready in the memory tier, all ranks",
+    "tier_reserved_bytes": "Bytes of the budget in use, reservations of running stores included",
+    "tier_capacity_bytes": "Byte budget of the memory tier, all ranks",
+    "tier_chunks": "Chunks in the memory tier",
+    "disk_used_bytes": "Bytes of this engine's chunks on disk, all ranks",
+    "disk_capacity_bytes": "Byte budget of the disk tier",
+    "disk_chunks": "Chunks on disk",
+}
+
+
+def metric_key(name: str, label: str) -> str:
+    """Key of a labelled counter in `Stats.data`."""
+    return f"{name}/{label}"
+
+
+KNOWN = frozenset(
+    {
+        *COUNTERS,
+        *GAUGES,
+        *(metric_key(name, r) for name, (_, reasons) in LABELLED.items() for r in reasons),
+    }
+)
+"""All that is published."""
+strict = False
+"""Whether counting what is not published is an error, as in tests, or a line in the log."""
+
+
+@dataclass
+class Stats:
+    """Increments since the last report, and the latest gauges, by `metric_key` or name."""
+
+    data: dict[str, int | float] = field(default_factory=dict)
+
+    def add(self, name: str, amount: float = 1, label: str | None = None) -> None:
+        """Add to a counter."""
+        key = name if label is None else metric_key(name, label)
+        if key not in KNOWN:
+            if strict:
+                raise KeyError(f"{key} is not a metric of ours")
+            _warn_unpublished(key)
+        self.data[key] = self.data.get(key, 0) + amount
+
+    def set(self, name: str, value: float) -> None:
+        """Set a gauge."""
+        self.data[name] = value
+
+    def is_empty(self) -> bool:
+        """True if there is nothing to report."""
+        return not self.data
+
+
+@cache
+def _warn_unpublished(key: str) -> None:
+    """Say it once per process."""
+    logger.warning("kvtc: %s is counted but not published", key)

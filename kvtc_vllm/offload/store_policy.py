@@ -1,0 +1,164 @@
+"""What is stored, and when: policies that compose.
+
+The scheduler cuts a request's tokens into chunks and knows how to store one; whether a chunk is
+worth it, and in which step, is decided here and nowhere else. A policy is asked about chunks in
+the step that completes them, and in every step whether any that it has kept back are due now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from kvtc_vllm.offload.keys import STORE, allowed
+from kvtc_vllm.offload.messages import AdapterUse
+from kvtc_vllm.offload.seen_counter import SeenCounter
+from kvtc_vllm.tiers.keys import ChunkKey
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A chunk that the tier does not have."""
+
+    key: ChunkKey
+    request: Any
+    """vLLM's request that computes it."""
+    start: int
+    """Token position of its first token."""
+    end: int
+    """Token position after its last token."""
+    block_ids: tuple[list[int], ...]
+    """Its blocks by cache group."""
+    adapter: AdapterUse
+    """What the key assumes."""
+
+
+class StorePolicy(Protocol):
+    """Used by the scheduler's thread only."""
+
+    def completed(self, chunks: Sequence[Candidate]) -> Sequence[Candidate]:
+        """Those of a request's chunks to be stored after this step, which completes them."""
+        ...
+
+    def due(self) -> Sequence[Candidate]:
+        """Chunks of earlier steps to be staged before this step's forward.
+
+        Their blocks must still hold them: it is for the policy to know.
+        """
+        ...
+
+    def forget(self, request_id: str) -> None:
+        """Drop what is kept for a request that ended; its chunks may be due later."""
+        ...
+
+    def clear(self) -> None:
+        """Drop all chunks that are kept back: their names were given up."""
+        ...
+
+
+class Eager:
+    """Stores every chunk as soon as it is complete."""
+
+    def completed(self, chunks: Sequence[Candidate]) -> Sequence[Candidate]:
+        return chunks
+
+    def due(self) -> Sequence[Candidate]:
+        return ()
+
+    def forget(self, request_id: str) -> None:
+        pass
+
+    def clear(self) -> None:
+        pass
+
+
+class Nothing(Eager):
+    """Stores nothing: the engine only loads."""
+
+    def completed(self, chunks: Sequence[Candidate]) -> Sequence[Candidate]:
+        return ()
+
+
+class _Filter:
+    """Asks another policy about some of the chunks only."""
+
+    def __init__(self, inner: StorePolicy) -> None:
+        self._inner = inner
+
+    def takes(self, chunk: Candidate) -> bool:
+        """Whether the other policy hears of this chunk."""
+        raise NotImplementedError
+
+    def completed(self, chunks: Sequence[Candidate]) -> Sequence[Candidate]:
+        return self._inner.completed([chunk for chunk in chunks if self.takes(chunk)])
+
+    def due(self) -> Sequence[Candidate]:
+        return self._inner.due()
+
+    def forget(self, request_id: str) -> None:
+        self._inner.forget(request_id)
+
+    def clear(self) -> None:
+        self._inner.clear()
+
+
+class OptOut(_Filter):
+    """Leaves out requests that say so in their `kv_transfer_params`."""
+
+    def takes(self, chunk: Candidate) -> bool:
+        return allowed(chunk.request, STORE)
+
+
+class PromptOnly(_Filter):
+    """Leaves out chunks with generated tokens."""
+
+    def takes(self, chunk: Candidate) -> bool:
+        return bool(chunk.end <= chunk.request.num_prompt_tokens)
+
+
+class SeenOften(_Filter):
+    """Leaves out chunks that fewer than `threshold` requests have contained.
+
+    refused: called for every chunk that is left out.
+    """
+
+    def __init__(
+        self, inner: StorePolicy, threshold: int, refused: Callable[[], None] = lambda: None
+    ) -> None:
+        super().__init__(inner)
+        self._seen = SeenCounter(threshold)
+        self._refused = refused
+        self._counted: dict[str, set[ChunkKey]] = {}
+
+    def takes(self, chunk: Candidate) -> bool:
+        counted = self._counted.setdefault(chunk.request.request_id, set())
+        if chunk.key in counted:
+            return False  # a request that is preempted counts once
+        if self._seen.admits(chunk.key):
+            return True
+        counted.add(chunk.key)
+        self._refused()
+        return False
+
+    def forget(self, request_id: str) -> None:
+        self._counted.pop(request_id, None)
+        super().forget(request_id)
+
+
+def make_store_policy(
+    *, stores: bool, prompt_only: bool, threshold: int, refused: Callable[[], None]
+) -> StorePolicy:
+    """The policy that a configuration asks for.
+
+    stores: whether the engine's role allows it at all. threshold: requests with a chunk before it
+    is stored; 1 stores at once.
+    """
+    if not stores:
+        return Nothing()
+    policy: StorePolicy = Eager()
+    if threshold > 1:
+        policy = SeenOften(policy, threshold, refused)
+    if prompt_only:
+        policy = PromptOnly(policy)
+    return OptOut(policy)
