@@ -31,6 +31,7 @@ from kvtc_vllm.offload.messages import (
 from kvtc_vllm.offload.names import Names
 from kvtc_vllm.offload.weights import WeightsWatch
 from kvtc_vllm.offload.worker import KVTCWorker
+from kvtc_vllm.tiers.blob_store import MemoryStore
 from tests.connector.fakes import BLOCK, FakeLora, geometry
 from tests.connector.test_adapters import Manager, loaded
 
@@ -43,7 +44,11 @@ class Rig:
     """A worker over random pages."""
 
     def __init__(
-        self, codec: ChunkCodec | None = None, names: dict[str, Any] | None = None, **extra: Any
+        self,
+        codec: ChunkCodec | None = None,
+        names: dict[str, Any] | None = None,
+        memory: MemoryStore | None = None,
+        **extra: Any,
     ) -> None:
         self.caches = {
             name: torch.randn(40, 2, BLOCK, 128).to(torch.bfloat16) for name in GROUP.layer_names
@@ -56,7 +61,14 @@ class Rig:
         self.names = Names(self.codec, **(names or {}))
         self.names.rename(b"")
         self.worker = KVTCWorker(
-            config, SHAPE, [transfer], layout.device, plan.staging, rank=0, names=self.names
+            config,
+            SHAPE,
+            [transfer],
+            layout.device,
+            plan.staging,
+            rank=0,
+            names=self.names,
+            memory=memory,
         )
 
     def store(self, key: bytes, blocks: list[int], start: int = 0, epoch: int = 0) -> None:
@@ -335,7 +347,7 @@ class HeldCodec(RawCodec):
     """Decodes nothing until it may."""
 
     def __init__(self) -> None:
-        super().__init__(codec_geometry(SHAPE), torch.bfloat16)
+        super().__init__(codec_geometry(GROUP), torch.bfloat16)
         self.go = threading.Event()
 
     def decode(self, *args: Any, **options: Any) -> Any:
