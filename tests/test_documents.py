@@ -152,12 +152,15 @@ def test_the_table_below_lmcache_is_the_committed_one() -> None:
 
 def test_metrics_and_log_lines_of_the_readme_are_in_the_source() -> None:
     readme = README.read_text()
-    metrics = (ROOT / "kvtc_vllm" / "connector" / "metrics.py").read_text()
+    metrics = (ROOT / "kvtc_vllm" / "offload" / "stats.py").read_text()
     names = set(re.findall(r"`vllm:kvtc_([a-z_]+?)(?:_total)?`", readme))
     assert len(names) >= 8
     for name in names:
         assert f'"{name}"' in metrics
-    source = "".join(path.read_text() for path in ROOT.glob("kvtc_vllm/connector/*.py"))
+    files = (
+        path for part in ("connector", "offload") for path in ROOT.glob(f"kvtc_vllm/{part}/*.py")
+    )
+    source = "".join(path.read_text() for path in files)
     source = re.sub(r'"\n\s+"', "", source)
     lines = re.findall(r"^kvtc: .*$", readme, re.MULTILINE)
     assert len(lines) == 2

@@ -193,10 +193,10 @@ def reload(llm: Any, prompts: list[list[int]], codec: str) -> dict[str, Any]:
         assert found["blocks_equal"], f"KV blocks differ: {found}"
         assert found["words_equal_to_prefix_hit"] == 1, f"words differ: {found}"
     else:
-        from kvtc_vllm.connector.selftest import GROSS_FACTOR, GROSS_SLACK, promised_error
+        from kvtc_vllm.connector.selftest import GROSS_FACTOR, GROSS_SLACK, held_out_error
 
         transfer = _worker_connector()._worker.transfers[0]
-        promised = {kind: round(promised_error(transfer.codec, kind), 5) for kind in KINDS}
+        promised = {kind: round(held_out_error(transfer.codec, kind), 5) for kind in KINDS}
         way = type(transfer).__name__
         found |= {"promised": promised, "transfer": way}
         on_gpu = _layouts[-1].device.type == "cuda"

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvtc_vllm.tiers.disk import DiskError, DiskStore, IoPool
+from kvtc_vllm.tiers.keys import RecordKey
 from tests.reliability import disk
 from tests.reliability.blobs import NAMESPACE, blob_of, key_of
 
@@ -48,7 +49,9 @@ def run(seconds: float, seed: int) -> dict[str, object]:
             until = time.monotonic() + SAMPLE_SECONDS
             while time.monotonic() < until:
                 batch = [key_of(chance.randrange(KEYS)) for _ in range(20)]
-                calls = [pool.submit(_Operation(store, key, chance), 30) for key in batch]
+                calls = [
+                    pool.submit(_Operation(store, RecordKey(key), chance), 30) for key in batch
+                ]
                 for call in calls:
                     wrong += call.wait()
                 operations += len(batch)
@@ -117,7 +120,7 @@ def _open(root: Path) -> DiskStore:
 class _Operation:
     """One random call; returns the number of wrong blobs, 0 or 1."""
 
-    def __init__(self, store: DiskStore, key: bytes, chance: random.Random) -> None:
+    def __init__(self, store: DiskStore, key: RecordKey, chance: random.Random) -> None:
         self._store, self._key, self._kind = store, key, chance.random()
 
     def __call__(self) -> int:

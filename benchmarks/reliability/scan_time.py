@@ -19,6 +19,7 @@ from pathlib import Path
 
 from kvtc_vllm.tiers.disk import DiskStore
 from kvtc_vllm.tiers.disk.layout import chunk_path
+from kvtc_vllm.tiers.keys import RecordKey
 
 NAMESPACE = bytes(16)
 ROUNDS = 5
@@ -48,7 +49,7 @@ def make_chunks(directory: Path, number: int) -> None:
     for first in range(256):
         (directory / f"{first:02x}").mkdir(parents=True)
     for _ in range(number):
-        with open(chunk_path(str(directory), os.urandom(32)), "wb") as file:
+        with open(chunk_path(str(directory), RecordKey(os.urandom(32))), "wb") as file:
             file.write(b"x")
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from kvtc_vllm.connector.compat import UnsupportedError
+
+if TYPE_CHECKING:
+    from vllm.config import CacheConfig, VllmConfig
+    from vllm.v1.kv_cache_interface import AttentionSpec
 
 PLAIN = {
     "auto": (torch.bfloat16, torch.float16, torch.float32),
@@ -37,7 +41,7 @@ def is_fp8(dtype: torch.dtype) -> bool:
     return dtype in FP8.values()
 
 
-def cache_dtype(vllm_config: Any, spec: Any) -> torch.dtype:
+def cache_dtype(vllm_config: VllmConfig, spec: AttentionSpec) -> torch.dtype:
     """Element type of the cache that `spec` describes.
 
     vLLM stores fp8 as uint8. Raises UnsupportedError with one clear sentence.
@@ -54,7 +58,7 @@ def cache_dtype(vllm_config: Any, spec: Any) -> torch.dtype:
     return _fp8_dtype(config, name, stored)
 
 
-def _fp8_dtype(config: Any, name: str, stored: torch.dtype) -> torch.dtype:
+def _fp8_dtype(config: CacheConfig, name: str, stored: torch.dtype) -> torch.dtype:
     from vllm.platforms import current_platform
 
     if stored not in (torch.uint8, FP8[name]):

@@ -25,13 +25,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 )
 
 from kvtc_vllm.config import KVTCConfig, load_config
+from kvtc_vllm.connector.artifact_lookup import record_bounds
 from kvtc_vllm.connector.compat import (
     check_stable_hashes,
     check_version,
     source_of_hits,
     vllm_version,
 )
-from kvtc_vllm.connector.finding import record_bounds
 from kvtc_vllm.connector.geometry import read_geometry
 from kvtc_vllm.connector.messages import DiskInventory, ReportMessage, StepMessage
 from kvtc_vllm.connector.metrics import KVTCPromMetrics, KVTCStats

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from kvtc_vllm.connector.cache_dtype import cache_dtype
 from kvtc_vllm.connector.compat import UnsupportedError
 from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup
 
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
 
-def read_geometry(vllm_config: Any, kv_cache_config: Any) -> CacheGeometry:
+
+def read_geometry(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> CacheGeometry:
     """Describe the cache, or raise UnsupportedError with one clear sentence."""
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1:

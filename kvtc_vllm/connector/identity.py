@@ -12,7 +12,7 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import PurePath
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import xxhash
@@ -26,6 +26,9 @@ from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.connector.compat import hash_seed_fact, vllm_version
 from kvtc_vllm.offload.geometry import CacheGeometry
 from kvtc_vllm.offload.setup_identity import SetupIdentity
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 
 def _each(names: str, reason: str) -> dict[str, str]:
@@ -140,7 +143,7 @@ BESIDES_FIELDS = {"ModelConfig": ("hf_image_processor_config",)}
 
 
 def setup_identity(
-    vllm_config: Any,
+    vllm_config: VllmConfig,
     config: KVTCConfig,
     geometry: CacheGeometry,
     rank: int,
@@ -192,14 +195,14 @@ def setup_identity(
     return SetupIdentity(facts.texts, tuple(sorted(facts.undigested)))
 
 
-def _load_configs(vllm_config: Any) -> Iterator[Any]:
+def _load_configs(vllm_config: VllmConfig) -> Iterator[Any]:
     yield vllm_config.load_config
     draft = getattr(getattr(vllm_config, "speculative_config", None), "draft_load_config", None)
     if draft is not None:
         yield draft
 
 
-def _draft_files(vllm_config: Any) -> str | None:
+def _draft_files(vllm_config: VllmConfig) -> str | None:
     """Fingerprint of a draft model's files, whose layers share the cache; None without one."""
     speculative = getattr(vllm_config, "speculative_config", None)
     draft = getattr(speculative, "draft_model_config", None)
@@ -209,7 +212,7 @@ def _draft_files(vllm_config: Any) -> str | None:
     return model_identity(draft.model, draft.revision).identity
 
 
-def _model_code(vllm_config: Any) -> str | None:
+def _model_code(vllm_config: VllmConfig) -> str | None:
     """Fingerprint of a model's own code, if it may run; None if it may not or there is none."""
     model = vllm_config.model_config
     if not getattr(model, "trust_remote_code", False):

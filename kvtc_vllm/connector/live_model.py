@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 
 class LiveModel:
@@ -19,7 +22,7 @@ class LiveModel:
     layer_names: attention layers of the KV cache. Make it in a worker after the model was loaded.
     """
 
-    def __init__(self, vllm_config: Any, layer_names: Sequence[str]) -> None:
+    def __init__(self, vllm_config: VllmConfig, layer_names: Sequence[str]) -> None:
         context = vllm_config.compilation_config.static_forward_context
         self._layers: dict[str, nn.Module] = {
             name: context[name] for name in layer_names if name in context

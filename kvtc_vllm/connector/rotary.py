@@ -8,7 +8,7 @@ encoding and decoding use the same map.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,9 +16,12 @@ from torch import nn
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.connector.live_model import LiveModel
 
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
 
 def find_ropes(
-    vllm_config: Any, layer_names: Sequence[str], live: LiveModel | None = None
+    vllm_config: VllmConfig, layer_names: Sequence[str], live: LiveModel | None = None
 ) -> tuple[tuple[Rope, ...], tuple[int | None, ...]]:
     """Distinct rotary embeddings and, for each layer, its index into them or None.
 

@@ -7,7 +7,7 @@ vLLM stores a key or value divided by its layer's scale. Scales come from the ch
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,11 +16,14 @@ from kvtc_vllm.connector.cache_dtype import is_fp8
 from kvtc_vllm.connector.compat import UnsupportedError
 from kvtc_vllm.offload.geometry import CacheGroup
 
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
 E5M2_BACKENDS = ("CPU_ATTN", "FLASHINFER")
 """Attention backends that write E5M2 when asked to; Triton's takes the name and writes E4M3."""
 
 
-def find_scales(vllm_config: Any, group: CacheGroup) -> dict[Kind, torch.Tensor] | None:
+def find_scales(vllm_config: VllmConfig, group: CacheGroup) -> dict[Kind, torch.Tensor] | None:
     """Float32 [L] for K and V, on the CPU; None where all are 1 or the cache is not fp8.
 
     Called in a worker after the model was loaded. Raises UnsupportedError.

@@ -31,7 +31,7 @@ NO_KEY = RecordKey(b"")
 GROSS_FACTOR = 4.0
 GROSS_SLACK = 0.05
 ROUNDINGS = 4.0
-"""A self-test fails above GROSS_FACTOR x promised + ROUNDINGS x rounding + GROSS_SLACK: one
+"""A self-test fails above GROSS_FACTOR x held-out + ROUNDINGS x rounding + GROSS_SLACK: one
 document's rows scatter around the average, a wrong layout or RoPE gives an error near 1. rounding
 is what storing these rows in the cache dtype costs by itself: next to nothing in 16 bits, where
 artifacts are calibrated, not in fp8. Rows are rounded on the way in and on the way out; two equal
@@ -72,11 +72,11 @@ def run_self_test(
         measured[kind] = _error(codec, rows, _rows(codec.artifact, after, start, kind), kind)
         exact = _rows(unscaled, (k, v), start, kind)
         rounding[kind] = _error(codec, exact, _rows(codec.artifact, stored, start, kind), kind)
-    promised = {kind: promised_error(codec, kind) for kind in KINDS}
+    held_out = {kind: held_out_error(codec, kind) for kind in KINDS}
     dtype = str(codec.dtype).removeprefix("torch.")
     logger.info(
         "kvtc: self-test %d tokens: ratio %.1f (%d -> %d bytes), relative squared error "
-        "K %.4f (promised %.4f, %s %.4f) V %.4f (promised %.4f, %s %.4f), %.0f ms",
+        "K %.4f (held-out %.4f, %s %.4f) V %.4f (held-out %.4f, %s %.4f), %.0f ms",
         chunk_tokens,
         raw / len(blob),
         raw,
@@ -84,16 +84,16 @@ def run_self_test(
         *(
             fact
             for kind in KINDS
-            for fact in (measured[kind], promised[kind], dtype, rounding[kind])
+            for fact in (measured[kind], held_out[kind], dtype, rounding[kind])
         ),
         seconds * 1e3,
     )
     for kind in KINDS:
-        limit = GROSS_FACTOR * promised[kind] + ROUNDINGS * rounding[kind] + GROSS_SLACK
+        limit = GROSS_FACTOR * held_out[kind] + ROUNDINGS * rounding[kind] + GROSS_SLACK
         if not measured[kind] <= limit:
             raise ArtifactError(
                 f"self-test failed: relative squared error of {kind.upper()} is "
-                f"{measured[kind]:.3f}, the artifact promises {promised[kind]:.3f} and {dtype} "
+                f"{measured[kind]:.3f}, calibration measured {held_out[kind]:.3f} and {dtype} "
                 f"costs {rounding[kind]:.3f}; the artifact does not fit this model or the KV cache "
                 "layout is not the one that was calibrated"
             )
@@ -152,7 +152,7 @@ def _error(codec: TransformCodec, rows: torch.Tensor, other: torch.Tensor, kind:
     return float((rows - other).double().square().sum()) / total if total > 0 else 0.0
 
 
-def promised_error(codec: TransformCodec, kind: Kind) -> float:
+def held_out_error(codec: TransformCodec, kind: Kind) -> float:
     """Held-out error of the artifact in use, averaged over layer groups."""
     errors = [
         section.heldout_error[codec.ratio]

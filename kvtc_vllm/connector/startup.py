@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import msgspec
 import torch
@@ -23,16 +23,16 @@ from kvtc_vllm.codec.frame import TransformCodec
 from kvtc_vllm.codec.registry import CODECS, open_codec
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.config import ConfigError, KVTCConfig
+from kvtc_vllm.connector.artifact_lookup import find_artifact
 from kvtc_vllm.connector.compat import vllm_version
-from kvtc_vllm.connector.finding import find_artifact
 from kvtc_vllm.connector.identity import setup_identity
 from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.connector.live_model import LiveModel
-from kvtc_vllm.connector.opening import FoundArtifact, open_transfer
 from kvtc_vllm.connector.rotary import find_ropes
 from kvtc_vllm.connector.scales import find_scales
 from kvtc_vllm.connector.sizing import log_plan, plan_memory
 from kvtc_vllm.connector.torch_transfer import TorchTransfer
+from kvtc_vllm.connector.transfers import FoundArtifact, build_transfer
 from kvtc_vllm.offload.adapters import LoadedAdapters
 from kvtc_vllm.offload.disk_worker import DiskWorker, open_in_time
 from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup, codec_geometry
@@ -42,6 +42,9 @@ from kvtc_vllm.offload.transfer import Transfer
 from kvtc_vllm.offload.weights import WeightsWatch
 from kvtc_vllm.offload.worker import KVTCWorker
 from kvtc_vllm.tiers.disk import DiskError, DiskStore, NamespaceRecord
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
 
 logger = logging.getLogger("vllm.kvtc")
 
@@ -60,7 +63,7 @@ that wrote them, so it does not go with a disk tier."""
 
 
 def build_worker(
-    vllm_config: Any,
+    vllm_config: VllmConfig,
     config: KVTCConfig,
     geometry: CacheGeometry,
     kv_caches: dict[str, torch.Tensor],
@@ -100,7 +103,7 @@ def build_worker(
         artifact = replace(found.artifact, ropes=ropes, layer_rope=layer_rope, scales=scales)
         found = replace(found, artifact=artifact)
         fingerprint = artifact.fingerprint
-        codec, transfer = open_transfer(found, config, layout, plan.workspace)
+        codec, transfer = build_transfer(found, config, layout, plan.workspace)
         _log_start(codec, config, rank, geometry.tp_size, found.directory)
         if layout.device.type == "cuda":
             log_plan(plan, geometry, codec.resident_bytes, step_tokens)
@@ -153,7 +156,7 @@ def check_digested(setup: SetupIdentity, config: KVTCConfig) -> None:
         )
 
 
-def _watch(live: LiveModel, vllm_config: Any) -> WeightsWatch:
+def _watch(live: LiveModel, vllm_config: VllmConfig) -> WeightsWatch:
     """Expert-parallel load balancing moves the weights of experts between ranks all the time."""
     balances = getattr(vllm_config.parallel_config, "enable_eplb", False)
     return WeightsWatch(live.roots(), moving=".experts." if balances else None)
@@ -197,7 +200,7 @@ def _open_disk(
 
 
 def _load_artifact(
-    vllm_config: Any, config: KVTCConfig, geometry: CacheGeometry, rank: int
+    vllm_config: VllmConfig, config: KVTCConfig, geometry: CacheGeometry, rank: int
 ) -> tuple[FoundArtifact, str]:
     """The artifact as it was calibrated, and the fingerprint of the model's files."""
     directory, files = find_artifact(vllm_config.model_config, config, geometry.tp_size)
@@ -241,7 +244,7 @@ def _difference(live: Rope, stored: Rope, positions: int) -> float:
     return float((a - stored.cos_sin[:positions].float().cpu()).abs().max())
 
 
-def _raw_model_fingerprint(model: Any, config: KVTCConfig) -> str:
+def _raw_model_fingerprint(model: ModelConfig, config: KVTCConfig) -> str:
     """Identity of the model; in memory the raw codec, which needs no artifact, does without.
 
     Raises ConfigError if chunks are to outlive this engine and it is not known whose they are.

@@ -17,6 +17,7 @@ import torch
 import xxhash
 
 from kvtc_vllm.offload.messages import NO_ADAPTER, AdapterUse
+from kvtc_vllm.offload.vllm_types import Request
 from kvtc_vllm.offload.word_sample import NEVER, Sample, WordSampler
 
 logger = logging.getLogger("vllm.kvtc")
@@ -27,7 +28,7 @@ _STACKED = ("lora_a_stacked", "lora_b_stacked")
 """Ends of the names under which vLLM's LoRA layers keep tensors [slots, ...]."""
 
 
-def adapter_id(request: Any) -> int | None:
+def adapter_id(request: Request) -> int | None:
     """vLLM's number of a request's adapter; None without one."""
     lora = getattr(request, "lora_request", None)
     return None if lora is None else int(lora.lora_int_id)
@@ -118,16 +119,17 @@ class AdapterDigests:
         self._last: dict[int, AdapterUse] = {}
         self._wanted: dict[int, Any] = {}
 
-    def of(self, request: Any) -> AdapterUse | None:
+    def of(self, request: Request) -> AdapterUse | None:
         """What a request's names assume; None, and asked for, if that is not known."""
         number = adapter_id(request)
         if number is None:
             return NO_ADAPTER
+        lora = getattr(request, "lora_request", None)
         # vLLM loads such an adapter again for every step: what is loaded now says nothing.
-        again = getattr(request.lora_request, "load_inplace", False)
+        again = getattr(lora, "load_inplace", False)
         known = None if again else self.known(number)
         if known is None:
-            self._wanted[number] = request.lora_request
+            self._wanted[number] = lora
         return known
 
     def known(self, number: int) -> AdapterUse | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+
+from kvtc_vllm.offload.vllm_types import SchedulerOutput
 
 
 @dataclass
@@ -23,7 +24,7 @@ class BlockTables:
     groups: int = 1
     ids: dict[str, list[list[int]]] = field(default_factory=dict)
 
-    def update(self, scheduler_output: Any) -> dict[str, StepProgress]:
+    def update(self, scheduler_output: SchedulerOutput) -> dict[str, StepProgress]:
         """Apply one step's `SchedulerOutput`; returns the requests scheduled in it.
 
         A resumed (preempted) request comes back with a whole new table.

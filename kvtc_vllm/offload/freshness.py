@@ -7,20 +7,20 @@ nor the new one's, and must not be stored under any name.
 
 from __future__ import annotations
 
-from typing import Any
+from kvtc_vllm.offload.vllm_types import BlockPool
 
 
 class Freshness:
     """Used by the scheduler's thread only. An adapter of None stands for the model itself."""
 
     def __init__(self) -> None:
-        self._pool: Any = None
-        self._map: Any = None
+        self._pool: BlockPool | None = None
+        self._map: object = None
         self._first_step: int | None = None
         self._suspects: set[int | None] = set()
         self._unproven = False
 
-    def bind(self, block_pool: Any) -> None:
+    def bind(self, block_pool: BlockPool) -> None:
         """vLLM's pool of blocks, whose map of cached blocks is a new object after a reset."""
         self._pool = block_pool
         self._map = self._cached_blocks()
@@ -58,5 +58,5 @@ class Freshness:
         """Whether cached blocks of requests with this adapter may be of other weights."""
         return self._unproven or None in self._suspects or adapter in self._suspects
 
-    def _cached_blocks(self) -> Any:
+    def _cached_blocks(self) -> object:
         return getattr(self._pool, "cached_block_hash_to_block", None)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
 
+from kvtc_vllm.offload.vllm_types import Request
 from kvtc_vllm.tiers.keys import ChunkKey
 
 logger = logging.getLogger("vllm.kvtc")
@@ -15,7 +15,7 @@ LOAD, STORE = "kvtc_load", "kvtc_store"
 """Keys of `kv_transfer_params`; false turns the tier off for one request."""
 
 
-def chunk_keys(request: Any, hashes_per_chunk: int, adapter: bytes) -> list[ChunkKey]:
+def chunk_keys(request: Request, hashes_per_chunk: int, adapter: bytes) -> list[ChunkKey]:
     """Keys of all complete chunks of a request, first to last. adapter: digest of its contents.
 
     vLLM's hash covers the *name* of an adapter; chunks may outlive what a name stood for.
@@ -24,12 +24,12 @@ def chunk_keys(request: Any, hashes_per_chunk: int, adapter: bytes) -> list[Chun
     return [chunk_key(request, hashes_per_chunk, chunk, adapter) for chunk in range(complete)]
 
 
-def chunk_key(request: Any, hashes_per_chunk: int, chunk: int, adapter: bytes) -> ChunkKey:
+def chunk_key(request: Request, hashes_per_chunk: int, chunk: int, adapter: bytes) -> ChunkKey:
     """The hash of the chunk's last block, which covers the whole prefix and any cache salt."""
     return ChunkKey(bytes(request.block_hashes[(chunk + 1) * hashes_per_chunk - 1]) + adapter)
 
 
-def allowed(request: Any, what: str) -> bool:
+def allowed(request: Request, what: str) -> bool:
     """Whether the request lets its prefix be loaded (`LOAD`) or stored (`STORE`)."""
     params = getattr(request, "kv_transfer_params", None)
     if not isinstance(params, Mapping):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from kvtc_vllm.offload.geometry import CacheGeometry
 from kvtc_vllm.offload.keys import chunk_keys
 from kvtc_vllm.offload.messages import AdapterUse, LoadItem
+from kvtc_vllm.offload.vllm_types import Request
 from kvtc_vllm.tiers.index import TierIndex
 from kvtc_vllm.tiers.keys import ChunkKey, RecordKey, record_key
 
@@ -22,7 +22,7 @@ class PrefixLookup:
         # vLLM hashes blocks of the first group.
         self._hashes_per_chunk = chunk_tokens // geometry.groups[0].block_size
 
-    def chunks(self, request: Any, adapter: AdapterUse) -> list[ChunkKey]:
+    def chunks(self, request: Request, adapter: AdapterUse) -> list[ChunkKey]:
         """Keys of all complete chunks of a request, first to last."""
         return chunk_keys(request, self._hashes_per_chunk, adapter.digest)
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from kvtc_vllm.offload.adapters import AdapterDigests, adapter_id
 from kvtc_vllm.offload.freshness import Freshness
 from kvtc_vllm.offload.messages import AdapterUse
+from kvtc_vllm.offload.vllm_types import Request
 from kvtc_vllm.tiers.keys import RecordKey
 
 
@@ -29,7 +29,7 @@ class RequestState:
     None until it was asked. gated: tokens that it refused.
     """
 
-    request: Any
+    request: Request
     adapter: AdapterUse | None = None
     nameless: bool = False
     unadmitted: set[RecordKey] = field(default_factory=set)
@@ -52,7 +52,7 @@ class RequestStates:
         self.freshness = Freshness()
         self._states: dict[str, RequestState] = {}
 
-    def of(self, request: Any) -> RequestState:
+    def of(self, request: Request) -> RequestState:
         """The state of a request, new if it was not known."""
         state = self._states.get(request.request_id)
         if state is None:

@@ -8,8 +8,8 @@ own.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
+from kvtc_vllm.offload.vllm_types import Request
 from kvtc_vllm.tiers.keys import RecordKey
 
 _LOADING = "WAITING_FOR_REMOTE_KVS"
@@ -22,9 +22,9 @@ class RunningLoads:
     def __init__(self) -> None:
         self._pinned: dict[str, list[RecordKey]] = {}
         self._keys: dict[str, Sequence[RecordKey]] = {}
-        self._loader: dict[RecordKey, Any] = {}
+        self._loader: dict[RecordKey, Request] = {}
 
-    def begin(self, request: Any, keys: Sequence[RecordKey], pinned: list[RecordKey]) -> None:
+    def begin(self, request: Request, keys: Sequence[RecordKey], pinned: list[RecordKey]) -> None:
         """A request's load was planned. pinned: chunks to unpin at its end."""
         self._pinned[request.request_id] = pinned
         self._keys[request.request_id] = keys
@@ -39,7 +39,7 @@ class RunningLoads:
         """Workers have ended a load, well or not; returns what it pinned."""
         return self._pinned.pop(request_id, [])
 
-    def forget(self, request: Any) -> None:
+    def forget(self, request: Request) -> None:
         """The request ended: nobody waits for it any more."""
         for key in self._keys.pop(request.request_id, ()):
             if self._loader.get(key) is request:
@@ -51,11 +51,11 @@ class RunningLoads:
         self._keys.clear()
         self._loader.clear()
 
-    def should_wait(self, request: Any, keys: Iterable[RecordKey]) -> bool:
+    def should_wait(self, request: Request, keys: Iterable[RecordKey]) -> bool:
         """Whether another request is loading one of these chunks into blocks that it can share."""
         return any(self._is_loading(key, request) for key in keys if key in self._loader)
 
-    def _is_loading(self, key: RecordKey, asking: Any) -> bool:
+    def _is_loading(self, key: RecordKey, asking: Request) -> bool:
         loader = self._loader[key]
         if loader is asking:
             return False

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.offload.block_tables import BlockTables
@@ -23,6 +22,7 @@ from kvtc_vllm.offload.stats import Stats
 from kvtc_vllm.offload.store_planner import StorePlanner
 from kvtc_vllm.offload.store_policy import StorePolicy, make_store_policy
 from kvtc_vllm.offload.tier_stats import TierStats
+from kvtc_vllm.offload.vllm_types import BlockPool, Request, SchedulerOutput
 from kvtc_vllm.tiers import policies
 from kvtc_vllm.tiers.disk_index import DiskIndex
 from kvtc_vllm.tiers.index import TierIndex
@@ -85,11 +85,11 @@ class KVTCScheduler:
         self._generation = b""
         self._tier_stats = TierStats(self.index, self.disk, self._promotions)
 
-    def bind_gpu_blocks(self, block_pool: Any) -> None:
+    def bind_gpu_blocks(self, block_pool: BlockPool) -> None:
         """vLLM's pool of KV blocks, from which resets of its prefix cache can be seen."""
         self._requests.freshness.bind(block_pool)
 
-    def match(self, request: Any, num_computed_tokens: int) -> int | None:
+    def match(self, request: Request, num_computed_tokens: int) -> int | None:
         """Tokens after `num_computed_tokens` that the tier can supply; None: ask again later.
 
         Idempotent: vLLM may ask many times. Never reaches into the recent window.
@@ -140,7 +140,7 @@ class KVTCScheduler:
             and not state.nameless
         )
 
-    def plan_load(self, request: Any, tables: Sequence[Sequence[int]], tokens: int) -> None:
+    def plan_load(self, request: Request, tables: Sequence[Sequence[int]], tokens: int) -> None:
         """Order the load of `tokens` tokens (0: none) into blocks that were allocated for them.
 
         tables: the request's block ids by cache group.
@@ -184,7 +184,7 @@ class KVTCScheduler:
             self._touched += self.disk.hit(used)
         self._new_loads.append(LoadJob(request.request_id, items, state.adapter))
 
-    def plan_step(self, scheduler_output: Any) -> StepMetadata:
+    def plan_step(self, scheduler_output: SchedulerOutput) -> StepMetadata:
         """Everything the workers have to do in this step."""
         self._look_for_reset()
         due = self._stores.due()
@@ -282,7 +282,7 @@ class KVTCScheduler:
         if self.disk is not None:
             self.disk.restore(inventories)
 
-    def finish(self, request: Any) -> None:
+    def finish(self, request: Request) -> None:
         """The request ended; its prefix becomes the most recent, head last."""
         if self._promotions is not None:
             self._promotions.forget(request.request_id)

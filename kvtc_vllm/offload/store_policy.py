@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from kvtc_vllm.offload.keys import STORE, allowed
 from kvtc_vllm.offload.messages import AdapterUse
 from kvtc_vllm.offload.seen_counter import SeenCounter
+from kvtc_vllm.offload.vllm_types import Request
 from kvtc_vllm.tiers.keys import ChunkKey
 
 
@@ -22,7 +23,7 @@ class Candidate:
     """A chunk that the tier does not have."""
 
     key: ChunkKey
-    request: Any
+    request: Request
     """vLLM's request that computes it."""
     start: int
     """Token position of its first token."""

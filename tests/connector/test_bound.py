@@ -16,7 +16,7 @@ from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.payload import BitPlan, CoefficientGroup
 from kvtc_vllm.codec.registry import open_codec
 from kvtc_vllm.config import load_config
-from kvtc_vllm.connector import finding
+from kvtc_vllm.connector import artifact_lookup
 from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup, codec_geometry
 
 RATIO = 16.0
@@ -84,9 +84,9 @@ def test_no_blob_exceeds_what_the_card_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sink_tokens: int, tokens: int
 ) -> None:
     save_card(tmp_path, card(sink_tokens))
-    monkeypatch.setattr(finding, "find_artifact", lambda *_: (tmp_path, ""))
+    monkeypatch.setattr(artifact_lookup, "find_artifact", lambda *_: (tmp_path, ""))
     config = load_config({"codec": "kvtc", "chunk_tokens": tokens})
-    (bound,) = finding.record_bounds(SimpleNamespace(), config, CACHE)
+    (bound,) = artifact_lookup.record_bounds(SimpleNamespace(), config, CACHE)
     codec = open_codec("kvtc", SHAPE.dtype, artifact=artifact(sink_tokens), ratio=RATIO)
     longest = max(
         len(codec.encode(noise(tokens, 1), noise(tokens, 2), start)) for start in (0, tokens)
@@ -98,7 +98,7 @@ def test_no_blob_exceeds_what_the_card_says(
 
 def test_raw_needs_no_artifact() -> None:
     config = load_config({"codec": "raw", "chunk_tokens": 32})
-    (bound,) = finding.record_bounds(SimpleNamespace(), config, CACHE)
+    (bound,) = artifact_lookup.record_bounds(SimpleNamespace(), config, CACHE)
     codec = open_codec("raw", SHAPE.dtype, geometry=GEOMETRY)
     assert len(codec.encode(noise(32, 1), noise(32, 2), 0)) == bound
 
@@ -108,6 +108,6 @@ def test_a_card_with_impossible_sinks_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sink_tokens: int
 ) -> None:
     save_card(tmp_path, card(sink_tokens))
-    monkeypatch.setattr(finding, "find_artifact", lambda *_: (tmp_path, ""))
+    monkeypatch.setattr(artifact_lookup, "find_artifact", lambda *_: (tmp_path, ""))
     with pytest.raises(ArtifactError, match=f"sink_tokens is {sink_tokens}, 0 to 255 are right"):
-        finding.record_bounds(SimpleNamespace(), load_config({}), CACHE)
+        artifact_lookup.record_bounds(SimpleNamespace(), load_config({}), CACHE)

@@ -8,7 +8,6 @@ import pytest
 
 pytest.importorskip("triton", reason="kernels need Triton")
 
-from kvtc_vllm.connector import opening
 from kvtc_vllm.connector.kernel_transfer import KernelTransfer
 from kvtc_vllm.connector.torch_transfer import TorchTransfer
 from tests.connector.engine import drain, engine, greedy, metrics, texts
@@ -39,7 +38,7 @@ def test_reloading_through_kernels_says_the_same(
     prompts = texts(reference_model, count=2, tokens=96)
     by_torch, expected, way = replies(reference_model, prompts)
     assert way == TorchTransfer.__name__
-    monkeypatch.setattr(opening, "has_kernels", lambda device: True)
+    monkeypatch.setattr(transfers, "has_kernels", lambda device: True)
     by_kernels, values, way = replies(reference_model, prompts)
     assert way == KernelTransfer.__name__
     assert values["kvtc_loaded_tokens"] == values["kvtc_hit_tokens"] == expected["kvtc_hit_tokens"]
@@ -55,7 +54,7 @@ def test_kernels_that_fail_leave_the_work_to_torch(
     def fail(*args: object, **options: object) -> None:
         raise RuntimeError("no kernel image is available for execution on the device")
 
-    monkeypatch.setattr(opening, "has_kernels", lambda device: True)
+    monkeypatch.setattr(transfers, "has_kernels", lambda device: True)
     monkeypatch.setattr(KernelTransfer, "stage", fail)
     _, values, way = replies(reference_model, texts(reference_model, count=2, tokens=96))
     assert way == TorchTransfer.__name__

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from kvtc_vllm.artifact import registry
 from kvtc_vllm.artifact.card import load_card
@@ -12,8 +12,11 @@ from kvtc_vllm.codec.registry import CODECS, max_blob_bytes
 from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.offload.geometry import CacheGeometry, codec_geometry
 
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
 
-def find_artifact(model: Any, config: KVTCConfig, tp_size: int) -> tuple[Path, str]:
+
+def find_artifact(model: ModelConfig, config: KVTCConfig, tp_size: int) -> tuple[Path, str]:
     """Directory of the artifact, and the fingerprint of the model's files.
 
     model: vLLM's configuration of it. Raises ArtifactError if nothing fits.
@@ -30,7 +33,7 @@ def find_artifact(model: Any, config: KVTCConfig, tp_size: int) -> tuple[Path, s
     return directory, identity.identity
 
 
-def record_bounds(model: Any, config: KVTCConfig, geometry: CacheGeometry) -> list[int]:
+def record_bounds(model: ModelConfig, config: KVTCConfig, geometry: CacheGeometry) -> list[int]:
     """By cache group, most bytes of a record on any rank, from the artifact's card alone.
 
     Raises ArtifactError if the codec needs an artifact and none fits.

@@ -1,4 +1,4 @@
-"""Artifact -> codec and transfer: by kernels where there is a GPU and they work, else by torch."""
+"""Artifact -> codec and `Transfer`: kernels where there is a GPU and they work, else torch."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class FoundArtifact:
     directory: Path
 
 
-def open_transfer(
+def build_transfer(
     found: FoundArtifact, config: KVTCConfig, layout: PagedLayout, workspace_bytes: int
 ) -> tuple[TransformCodec, Transfer]:
-    """The way to go, self-tested if the configuration says so.
+    """The fastest codec and transfer that work here, self-tested if the configuration says so.
 
     Raises ArtifactError if the self-test fails by torch operations, too.
     """
@@ -82,7 +82,7 @@ def _compile(transfer: Transfer, layout: PagedLayout, chunk_tokens: int) -> None
     stores = [StoreItem(NO_KEY, start, blocks) for start in (0, chunk_tokens)]
     loads = [LoadItem(NO_KEY, item.start, 0, blocks) for item in stores]
     for blob, load in zip(transfer.encode(transfer.stage(stores)), loads, strict=True):
-        if not isinstance(blob, CodecError):  # the second where positions end before
+        if not isinstance(blob, CodecError):  # as where a model has positions for one chunk only
             transfer.load([(load, blob)])
     layout.zero(blocks)
 

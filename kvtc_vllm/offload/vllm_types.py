@@ -1,0 +1,96 @@
+"""What the scheduler's side reads of vLLM's objects, and nothing else.
+
+vLLM's own classes fulfil these protocols in every supported release; the fakes of the tests do.
+Attributes that some releases or requests lack are read by `getattr` where they are used:
+`kv_transfer_params`, `lora_request`, `skip_reading_prefix_cache` and `status` of a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from typing import Protocol
+
+
+class Request(Protocol):
+    """`vllm.v1.request.Request`."""
+
+    @property
+    def request_id(self) -> str: ...
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and confirmed output."""
+        ...
+
+    @property
+    def num_prompt_tokens(self) -> int: ...
+
+    @property
+    def num_computed_tokens(self) -> int: ...
+
+    @property
+    def num_preemptions(self) -> int: ...
+
+    @property
+    def block_hashes(self) -> Sequence[bytes]:
+        """One per full block of confirmed tokens; each covers the whole prefix."""
+        ...
+
+
+class NewRequest(Protocol):
+    """`vllm.v1.core.sched.output.NewRequestData`."""
+
+    @property
+    def req_id(self) -> str: ...
+
+    @property
+    def block_ids(self) -> Sequence[Sequence[int]]:
+        """By cache group."""
+        ...
+
+    @property
+    def num_computed_tokens(self) -> int: ...
+
+
+class CachedRequests(Protocol):
+    """`vllm.v1.core.sched.output.CachedRequestData`: running requests, in parallel lists."""
+
+    @property
+    def req_ids(self) -> Sequence[str]: ...
+
+    @property
+    def resumed_req_ids(self) -> AbstractSet[str]:
+        """Those that come back from preemption, with whole new tables."""
+        ...
+
+    @property
+    def new_block_ids(self) -> Sequence[Sequence[Sequence[int]] | None]: ...
+
+    @property
+    def num_computed_tokens(self) -> Sequence[int]: ...
+
+
+class SchedulerOutput(Protocol):
+    """`vllm.v1.core.sched.output.SchedulerOutput`: one step."""
+
+    @property
+    def scheduled_new_reqs(self) -> Sequence[NewRequest]: ...
+
+    @property
+    def scheduled_cached_reqs(self) -> CachedRequests: ...
+
+    @property
+    def num_scheduled_tokens(self) -> dict[str, int]: ...
+
+    @property
+    def finished_req_ids(self) -> AbstractSet[str]: ...
+
+
+class BlockPool(Protocol):
+    """`vllm.v1.core.block_pool.BlockPool`."""
+
+    @property
+    def cached_block_hash_to_block(self) -> object:
+        """Another object after every reset of the prefix cache."""
+        ...
