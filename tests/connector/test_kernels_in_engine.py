@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("triton", reason="kernels need Triton")
 
+from kvtc_vllm.connector import transfers
 from kvtc_vllm.connector.kernel_transfer import KernelTransfer
 from kvtc_vllm.connector.torch_transfer import TorchTransfer
 from tests.connector.engine import drain, engine, greedy, metrics, texts
