@@ -11,12 +11,12 @@ from vllm.logger import init_logger
 
 from kvtc_vllm.codec.codec import Blob
 from kvtc_vllm.codec.errors import ContainerError
+from kvtc_vllm.codec.kernels.streams import Event, SideStream
 from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.connector.geometry import CacheGeometry
 from kvtc_vllm.connector.mailbox import Mailbox
 from kvtc_vllm.connector.messages import LoadItem, LoadJob
 from kvtc_vllm.connector.names import Proof
-from kvtc_vllm.connector.streams import SideStream
 from kvtc_vllm.connector.threads import thread_pool
 from kvtc_vllm.connector.transfer import Transfer
 from kvtc_vllm.tiers.memory import MemoryArena
@@ -41,7 +41,7 @@ class _Load:
     at_once: int
     proof: Proof
     same_adapter: bool
-    point: torch.cuda.Event | None
+    point: Event
     failed: bool = False
     seconds: float = 0.0
 
@@ -77,7 +77,7 @@ class LoadPipeline:
             at_once=min(len(batches), self._num_threads),
             proof=proof,
             same_adapter=same_adapter,
-            point=self._stream.mark(),
+            point=Event(self._stream.device),
         )
         for batch in batches:
             self._threads.submit(self._load, batch, request)
@@ -138,6 +138,7 @@ class LoadPipeline:
         try:
             with self._stream.after(request.point):
                 errors = iter(self.transfer.load(found) if found else [])
+            self._stream.synchronize()
         except Exception:
             logger.exception(
                 "kvtc: loading %d chunks of request %s failed, recomputing",

@@ -10,13 +10,13 @@ import torch
 from vllm.logger import init_logger
 
 from kvtc_vllm.codec.errors import CodecError
+from kvtc_vllm.codec.kernels.streams import Event, SideStream
 from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.connector.disk import DiskSide
 from kvtc_vllm.connector.geometry import CacheGeometry
 from kvtc_vllm.connector.mailbox import Mailbox
 from kvtc_vllm.connector.messages import StoreItem
 from kvtc_vllm.connector.names import Proof
-from kvtc_vllm.connector.streams import SideStream
 from kvtc_vllm.connector.threads import CpuShare, share_of_thread, thread_pool
 from kvtc_vllm.connector.transfer import Staged, Transfer
 from kvtc_vllm.tiers.memory import MemoryArena
@@ -111,7 +111,7 @@ class StorePipeline:
             self.drop(items, epoch, "out_of_memory" if memory else "error")
             self._release(items)
             return
-        point = self._stream.mark()
+        point = Event(self._stream.device)
         self._threads.submit(self._encode, items, staged, epoch, proof, point)
 
     def _encode(
@@ -120,13 +120,14 @@ class StorePipeline:
         staged: Staged,
         epoch: int,
         proof: Proof,
-        point: torch.cuda.Event | None,
+        point: Event,
     ) -> None:
         started = time.perf_counter()
         try:
             with self._stream.after(point):
                 self._stream.adopt(*staged.tensors)
                 blobs = self.transfer.encode(staged)
+            self._stream.synchronize()
         except Exception:
             logger.exception("kvtc: %d chunks not stored", len(items))
             self.drop(items, epoch, "error")
