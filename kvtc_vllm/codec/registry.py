@@ -1,4 +1,4 @@
-"""Chunk codecs by name, and what opens them. One file a codec, one row here.
+"""Chunk codecs by name, and what opens them. One file per codec, one row here.
 
 codec = open_codec("kvtc", torch.bfloat16, artifact=artifact, ratio=16.0)
 codec = open_codec("raw", torch.bfloat16, geometry=geometry)

@@ -27,12 +27,12 @@ def layer_ropes(artifact: RankArtifact, group: int) -> tuple[Rope | None, ...]:
 
 
 def layer_scales(
-    artifact: RankArtifact, kind: Kind, first: int, end: int, device: torch.device
+    artifact: RankArtifact, tensor: Kind, first: int, end: int, device: torch.device
 ) -> torch.Tensor | None:
     """Scales of layers first .. end - 1, float32 [l, 1, 1]; None where all are 1."""
     if artifact.scales is None:
         return None
-    return artifact.scales[kind][first:end, None, None].to(device)
+    return artifact.scales[tensor][first:end, None, None].to(device)
 
 
 def rows_from_keys(
@@ -69,7 +69,7 @@ def chunk_rows(
     k: torch.Tensor,
     v: torch.Tensor,
     group: int,
-    kind: Kind,
+    tensor: Kind,
     artifact: RankArtifact,
     positions: torch.Tensor,
 ) -> torch.Tensor:
@@ -79,11 +79,11 @@ def chunk_rows(
     as in the cache. positions: int64 [T], ascending.
     """
     first, end = artifact.geometry.layer_groups[group]
-    values = (k if kind == "k" else v)[:, first:end].float()
-    scales = layer_scales(artifact, kind, first, end, values.device)
+    values = (k if tensor == "k" else v)[:, first:end].float()
+    scales = layer_scales(artifact, tensor, first, end, values.device)
     if scales is not None:
         values = values * scales
-    if kind == "v":
+    if tensor == "v":
         return values.flatten(1)
     return rows_from_keys(values, layer_ropes(artifact, group), positions)
 
@@ -91,7 +91,7 @@ def chunk_rows(
 def rows_to_cache(
     rows: torch.Tensor,
     group: int,
-    kind: Kind,
+    tensor: Kind,
     artifact: RankArtifact,
     positions: torch.Tensor,
     dtype: torch.dtype,
@@ -99,12 +99,12 @@ def rows_to_cache(
     """Inverse of `chunk_rows` for one section: [T, l, H, D or Dv] in the cache dtype."""
     geometry = artifact.geometry
     first, end = geometry.layer_groups[group]
-    if kind == "v":
+    if tensor == "v":
         cache = rows.view(len(rows), end - first, geometry.num_kv_heads, -1)
     else:
         ropes = layer_ropes(artifact, group)
         cache = keys_from_rows(rows, ropes, positions, geometry.num_kv_heads)
-    return to_cache(cache, layer_scales(artifact, kind, first, end, cache.device), dtype)
+    return to_cache(cache, layer_scales(artifact, tensor, first, end, cache.device), dtype)
 
 
 def to_cache(values: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

@@ -61,7 +61,7 @@ class PlanTables:
         tiles: list[tuple[int, int]] = []
         offset = 2 * FP16_BYTES * len(plan.groups) * tokens
         for batch in batches(plan):
-            packed_bytes = batch.run_bytes(tokens)
+            packed_bytes = batch.packed_bytes(tokens)
             type_id = batch.quantizer.type_id
             for start in batch.starts:
                 tiles += [(len(groups), first) for first in range(0, packed_bytes, TILE_BYTES)]
