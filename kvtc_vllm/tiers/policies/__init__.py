@@ -1,4 +1,4 @@
-"""Eviction policies by name. One file a policy, one row here."""
+"""Eviction policies by name. One file per policy, one row here."""
 
 from __future__ import annotations
 

@@ -19,11 +19,11 @@ class EvictionPolicy(Protocol):
     name: str
 
     def insert(self, key: ChunkKey, size: int) -> None:
-        """A chunk of `size` bytes became resident."""
+        """Track a chunk of `size` bytes that became resident."""
         ...
 
     def hit(self, key: ChunkKey) -> None:
-        """A resident chunk was asked for again. Unknown keys are ignored."""
+        """Count a use of a resident chunk. Unknown keys are ignored."""
         ...
 
     def refresh(self, key: ChunkKey) -> None:
@@ -31,7 +31,7 @@ class EvictionPolicy(Protocol):
         ...
 
     def remove(self, key: ChunkKey) -> None:
-        """A chunk left for another reason than eviction. Unknown keys are ignored."""
+        """Drop a chunk that left for another reason than eviction. Unknown keys are ignored."""
         ...
 
     def evict(self, evictable: Callable[[ChunkKey], bool]) -> ChunkKey | None:
