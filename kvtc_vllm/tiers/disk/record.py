@@ -25,7 +25,7 @@ class NamespaceRecord(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     model: str
-    """Its name or directory."""
+    """Its name, or the last part of its directory."""
     codec: str
     """Name of the codec."""
     dtype: str
@@ -35,7 +35,7 @@ class NamespaceRecord(msgspec.Struct, frozen=True, kw_only=True):
     tp_size: int
     """Number of tensor-parallel ranks."""
     artifact: str = ""
-    """Its name or directory; empty for raw."""
+    """Hex of its fingerprint; empty for raw."""
     ratio: float = 1.0
     """Target ratio; 1 for raw."""
     vllm_version: str = ""
