@@ -66,7 +66,10 @@ _DROP = 0
 
 @dataclass(frozen=True)
 class _Candidate:
-    """One (size, type) choice; `gain[start]` is the error it removes from coefficient `start`."""
+    """One (size, type) choice; `gain[start]` is the error that it removes at `start`.
+
+    cost: in units of the allocation's table.
+    """
 
     size: int
     type: str

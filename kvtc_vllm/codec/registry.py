@@ -28,10 +28,10 @@ class ArtifactRules:
     """How a rank file's section coders are read for a codec.
 
     read_coder: (tensors, target ratio, expected error, columns of the basis) -> section coder;
-    raises ArtifactError. wrong_sections: what is wrong with all sections together, in words;
-    None if nothing is. max_bytes: (elements of a row of K and one of V together, target ratio,
-    coded tokens) -> most bytes that both take in a blob, for any section coders that
-    `wrong_sections` lets pass.
+    raises ArtifactError.
+    wrong_sections: what is wrong with all sections together, in words; None if nothing is.
+    max_bytes: (elements of a row of K and one of V together, target ratio, coded tokens) -> most
+    bytes that both take in a blob, for any section coders that `wrong_sections` lets pass.
     """
 
     read_coder: Callable[[CoderTensors, float, float, int], SectionCoder]
@@ -138,9 +138,9 @@ def open_codec(
 ) -> ChunkCodec:
     """The codec of this name for a cache of elements `dtype`.
 
-    With an artifact a codec that needs one, at a target ratio that it has plans for; without
-    one a codec that does not, for a cache of this geometry. identity, device: see `ChunkCodec`;
-    deflate_level: see `TransformCodec`. Raises ArtifactError if the artifact does not go with the
+    artifact, ratio: for a codec that needs an artifact; it must have plans for the ratio.
+    geometry: for a codec that needs none. identity, device: see `ChunkCodec`. deflate_level: see
+    `TransformCodec`. Raises ArtifactError if the artifact does not go with the
     codec, ValueError for a name that is not in `CODECS` or arguments that do not go with it.
     """
     if name not in CODECS:
