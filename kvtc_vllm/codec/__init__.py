@@ -13,7 +13,7 @@ True
 """
 
 from kvtc_vllm.codec.artifact import Geometry, RankArtifact
-from kvtc_vllm.codec.codec import Blob, ChunkCodec, DecodedChunk, DecodedGroup
+from kvtc_vllm.codec.base import Blob, ChunkCodec, DecodedChunk, DecodedGroup
 from kvtc_vllm.codec.errors import ArtifactError, CodecError, ContainerError
 from kvtc_vllm.codec.frame import TransformCodec
 from kvtc_vllm.codec.registry import CODECS, max_blob_bytes, open_codec

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind, RankArtifact
-from kvtc_vllm.codec.codec import (
+from kvtc_vllm.codec.base import (
     ChunkCodec,
     DecodedGroup,
     ExpectedSection,

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from kvtc_vllm.codec.codec import (
+from kvtc_vllm.codec.base import (
     ChunkCodec,
     DecodedGroup,
     ExpectedSection,

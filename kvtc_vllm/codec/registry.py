@@ -13,8 +13,8 @@ from typing import overload
 import torch
 
 from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind, RankArtifact, SectionBasis
+from kvtc_vllm.codec.base import ChunkCodec
 from kvtc_vllm.codec.bitplan import budget_bytes, over_budget
-from kvtc_vllm.codec.codec import ChunkCodec
 from kvtc_vllm.codec.container import NO_FINGERPRINT
 from kvtc_vllm.codec.frame import TransformCodec, largest_blob
 from kvtc_vllm.codec.kvtc import KvtcCodec

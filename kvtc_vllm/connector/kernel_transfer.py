@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from kvtc_vllm.codec.codec import Blob
+from kvtc_vllm.codec.base import Blob
 from kvtc_vllm.codec.errors import CodecError, ContainerError
 from kvtc_vllm.codec.kernels.paged_codec import PagedKvtcCodec
 from kvtc_vllm.connector.messages import LoadItem, StoreItem

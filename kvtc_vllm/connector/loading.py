@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from vllm.logger import init_logger
 
-from kvtc_vllm.codec.codec import Blob
+from kvtc_vllm.codec.base import Blob
 from kvtc_vllm.codec.errors import ContainerError
 from kvtc_vllm.codec.kernels.streams import Event, SideStream
 from kvtc_vllm.config import KVTCConfig

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from kvtc_vllm.codec.codec import Blob, Coder
+from kvtc_vllm.codec.base import Blob, Coder
 from kvtc_vllm.codec.errors import CodecError, ContainerError
 from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.connector.messages import LoadItem, StoreItem

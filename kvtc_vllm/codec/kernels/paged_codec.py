@@ -20,7 +20,7 @@ from itertools import accumulate
 import torch
 
 from kvtc_vllm.codec.artifact import KINDS, Kind, RankArtifact
-from kvtc_vllm.codec.codec import Blob, read_section
+from kvtc_vllm.codec.base import Blob, read_section
 from kvtc_vllm.codec.container import NO_FINGERPRINT, ContainerInfo, NewSection, Section, build
 from kvtc_vllm.codec.entropy import DEFLATE, unit_lengths
 from kvtc_vllm.codec.errors import CodecError, ContainerError

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from kvtc_vllm.codec.codec import read_section
+from kvtc_vllm.codec.base import read_section
 from kvtc_vllm.codec.container import Section
 from kvtc_vllm.codec.entropy import DEFLATE, MAX_UNIT_BYTES, Unit, aligned
 from kvtc_vllm.codec.entropy.unit_table import SectionBody, unit_table, unsound_units
