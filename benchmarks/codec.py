@@ -25,7 +25,7 @@ import torch
 from kvtc_vllm.artifact.directory import load_rank_artifact
 from kvtc_vllm.artifact.identity import model_identity
 from kvtc_vllm.artifact.registry import find
-from kvtc_vllm.codec.codec import ChunkCodec
+from kvtc_vllm.codec.base import ChunkCodec
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.raw import RawCodec
 

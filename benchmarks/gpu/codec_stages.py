@@ -45,8 +45,8 @@ def measure(
     blobs = fixture.encode(chunk)
     loads = fixture.loads(chunk, blobs)
     encode = seconds(lambda: fixture.encode(chunk), device, rounds)
-    decode = seconds(lambda: fixture.codec.load(loads), device, rounds)
-    failed = [error for error in fixture.codec.load(loads) if error is not None]
+    decode = seconds(lambda: fixture.codec.load(loads, chunk), device, rounds)
+    failed = [error for error in fixture.codec.load(loads, chunk) if error is not None]
     if failed:
         raise failed[0]
     stored = sum(map(len, blobs))

@@ -6,12 +6,11 @@ import torch
 
 from benchmarks.gpu.models import SHAPES, Shape, deviations, synthetic_artifact
 from kvtc_vllm.codec.artifact import KINDS
-from kvtc_vllm.codec.kernels.chunks import LoadChunk, StoreChunk
-from kvtc_vllm.codec.kernels.matmul import Precision, product
-from kvtc_vllm.codec.kernels.paged import PagedCache, block_slots
+from kvtc_vllm.codec.kernels.numeric import Precision, product
+from kvtc_vllm.codec.kernels.paged import PagedCache, block_slots, within
 from kvtc_vllm.codec.kernels.paged_codec import PagedKvtcCodec
-from kvtc_vllm.codec.kernels.rotation import within
-from kvtc_vllm.codec.kernels.scatter import scatter_rows
+from kvtc_vllm.codec.kernels.paged_io import scatter_rows
+from tests.codec.kernels.requests import Load, Store
 
 BLOCK_SIZE = 16
 _FILL_TOKENS = 1024
@@ -63,18 +62,18 @@ class PagedFixture:
         """Uncompressed KV of all tokens, in the cache's dtype."""
         return self.tokens * self.shape.token_bytes
 
-    def stores(self, chunk_tokens: int) -> list[StoreChunk]:
+    def stores(self, chunk_tokens: int) -> list[Store]:
         """All tokens, as chunks."""
         size = chunk_tokens // self.block_size
         return [
-            StoreChunk(self.block_ids[first : first + size], first * self.block_size)
+            Store(self.block_ids[first : first + size], first * self.block_size)
             for first in range(0, len(self.block_ids), size)
         ]
 
-    def loads(self, chunk_tokens: int, blobs: list[bytes]) -> list[LoadChunk]:
+    def loads(self, chunk_tokens: int, blobs: list[bytes]) -> list[tuple[Load, bytes]]:
         """Back to where they came from."""
         return [
-            LoadChunk(blob, store.start, chunk_tokens, store.block_ids)
+            (Load(store.start, store.block_ids), blob)
             for blob, store in zip(blobs, self.stores(chunk_tokens), strict=True)
         ]
 
@@ -106,7 +105,7 @@ class PagedFixture:
                     x = laplace / 2**0.5 * deviations(p, rank, part.device)
                     rows = product(x.to(section.basis.dtype), section.basis.T)
                     scatter_rows(
-                        self.cache.k if kind == "k" else self.cache.v,
+                        self.cache.tensor(kind),
                         part,
                         positions,
                         within(resident.rotations[kind], start, end),

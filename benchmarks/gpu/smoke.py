@@ -19,10 +19,8 @@ from benchmarks.gpu.paged_fixture import PagedFixture
 from benchmarks.gpu.report import machine, parser
 from kvtc_vllm.codec.entropy import DEFLATE
 from kvtc_vllm.codec.kernels.deflate_nvcomp import NVCOMP, NvcompDeflate
-from kvtc_vllm.codec.kernels.gather import gather_rows
-from kvtc_vllm.codec.kernels.paged import PagedSide, block_slots
-from kvtc_vllm.codec.kernels.rotation import rotations
-from kvtc_vllm.codec.kernels.scatter import scatter_rows
+from kvtc_vllm.codec.kernels.paged import PagedTensor, block_slots, rotations
+from kvtc_vllm.codec.kernels.paged_io import gather_rows, scatter_rows
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.rope import Rope
 
@@ -59,15 +57,15 @@ def check_codec(device: torch.device) -> str:
     fixture = PagedFixture("tiny", 2, 4.0, 16, device)
     blobs = fixture.encode(CHUNK)
     reference = KvtcCodec(fixture.codec.artifact, 4.0, fixture.codec.dtype)
-    errors = fixture.codec.load(fixture.loads(CHUNK, blobs))
+    errors = fixture.codec.load(fixture.loads(CHUNK, blobs), CHUNK)
     assert errors == [None, None], errors
     worst = 0.0
     for store, blob in zip(fixture.stores(CHUNK), blobs, strict=True):
         wanted = reference.decode(blob, store.start, CHUNK)
         slots = block_slots(store.block_ids, fixture.block_size).to(device)
-        for side, x in ((fixture.cache.k, wanted.k), (fixture.cache.v, wanted.v)):
-            page, offset = slots // side.page_tokens, slots % side.page_tokens
-            found = torch.stack([view[page, :, offset] for view in side.views], dim=1).cpu()
+        for tensor, x in ((fixture.cache.k, wanted.k), (fixture.cache.v, wanted.v)):
+            page, offset = slots // tensor.page_tokens, slots % tensor.page_tokens
+            found = torch.stack([view[page, :, offset] for view in tensor.views], dim=1).cpu()
             worst = max(worst, float((found.float() - x.float()).abs().max() / x.abs().max()))
     assert worst < 0.01, worst
     return f"largest difference {worst:.1e} of the largest value"
@@ -78,12 +76,12 @@ def check_rope(device: torch.device) -> str:
     size = SHAPES["llama-3.1-8b"].head_size
     keys = (torch.randn(4, 2, 16, size) * 5).bfloat16().to(device)
     before = keys.clone()
-    side = PagedSide.of([keys])
-    runs = rotations([Rope(rope_table(size, 4096))], keys.device)
+    tensor = PagedTensor.of([keys])
+    spans = rotations([Rope(rope_table(size, 4096))], keys.device)
     slots = torch.arange(64, device=device)
     rows = torch.empty(64, 2 * size, device=device)
-    gather_rows(side, slots, slots + 4000, runs, None, rows)
-    scatter_rows(side, slots, slots + 4000, runs, None, rows)
+    gather_rows(tensor, slots, slots + 4000, spans, None, rows)
+    scatter_rows(tensor, slots, slots + 4000, spans, None, rows)
     changed = int((keys != before).sum())
     assert changed <= 1e-3 * keys.numel(), changed
     return f"{changed} of {keys.numel()} elements changed"
@@ -122,7 +120,7 @@ def check_large(device: torch.device) -> str:
     """The headline case once, without timing it."""
     fixture = PagedFixture("llama-3.1-8b", 8, 16.0, 8192, device)
     blobs = fixture.encode(128)
-    errors = [e for e in fixture.codec.load(fixture.loads(128, blobs)) if e is not None]
+    errors = [e for e in fixture.codec.load(fixture.loads(128, blobs), 128) if e is not None]
     assert not errors, errors[0]
     ratio = fixture.raw_bytes / sum(map(len, blobs))
     peak = torch.cuda.max_memory_allocated(device) / 2**30

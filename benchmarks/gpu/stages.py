@@ -10,13 +10,11 @@ from benchmarks.gpu.paged_fixture import PagedFixture
 from benchmarks.gpu.report import seconds
 from kvtc_vllm.codec.artifact import KINDS
 from kvtc_vllm.codec.container import parse
-from kvtc_vllm.codec.kernels.chunks import in_row_order, runs_of
-from kvtc_vllm.codec.kernels.dequantize import decode_payloads
-from kvtc_vllm.codec.kernels.matmul import product
-from kvtc_vllm.codec.kernels.paged import block_slots
-from kvtc_vllm.codec.kernels.quantize import encode_payloads
-from kvtc_vllm.codec.kernels.rotation import within
-from kvtc_vllm.codec.kernels.scatter import scatter_rows
+from kvtc_vllm.codec.kernels.chunks import batches_of, in_row_order
+from kvtc_vllm.codec.kernels.numeric import product
+from kvtc_vllm.codec.kernels.paged import block_slots, within
+from kvtc_vllm.codec.kernels.paged_io import scatter_rows
+from kvtc_vllm.codec.kernels.payload_kernels import decode_payloads, encode_payloads
 from kvtc_vllm.codec.kernels.unit_coders import unit_coder
 
 
@@ -30,10 +28,10 @@ def stage_ms(fixture: PagedFixture, chunk_tokens: int, rounds: int) -> dict[str,
     device, resident = codec.device, codec.resident
     stores = fixture.stores(chunk_tokens)
     chunks = len(stores)
-    runs = runs_of([chunk_tokens] * chunks)
-    slots = in_row_order(runs, lambda i: block_slots(stores[i].block_ids, fixture.block_size)).to(
-        device
-    )
+    batches = batches_of([chunk_tokens] * chunks)
+    slots = in_row_order(
+        batches, lambda i: block_slots(stores[i].block_ids, fixture.block_size)
+    ).to(device)
     positions = torch.arange(fixture.tokens, device=device)
     staged = codec.stage(stores)
     rows = {kind: x[: fixture.tokens] for kind, x in staged.rows.items()}
@@ -60,7 +58,7 @@ def stage_ms(fixture: PagedFixture, chunk_tokens: int, rounds: int) -> dict[str,
             operand = torch.empty(fixture.tokens, tables.rank, dtype=basis.dtype, device=device)
             damaged = torch.zeros(chunks, dtype=torch.int32, device=device)
             restored = product(operand.zero_(), basis.T)
-            side = fixture.cache.k if kind == "k" else fixture.cache.v
+            tensor = fixture.cache.tensor(kind)
             layers = within(resident.rotations[kind], first, end)
 
             # Called before the loop goes on.
@@ -76,7 +74,7 @@ def stage_ms(fixture: PagedFixture, chunk_tokens: int, rounds: int) -> dict[str,
             add(
                 "scatter",
                 lambda: scatter_rows(
-                    side,  # noqa: B023
+                    tensor,  # noqa: B023
                     slots,
                     positions,
                     layers,  # noqa: B023

@@ -20,6 +20,7 @@ from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.codec.section_coder import SectionCoder
 
 Kind = Literal["k", "v"]
+"""Which tensor: K or V."""
 KINDS: tuple[Kind, Kind] = ("k", "v")
 
 
@@ -51,10 +52,10 @@ class Geometry:
                 f"layer_groups {self.layer_groups} cover {expected} layers, not {self.num_layers}"
             )
 
-    def row_size(self, group: int, kind: Kind) -> int:
+    def row_size(self, group: int, tensor: Kind) -> int:
         """Length p of a row of this layer group."""
         first, end = self.layer_groups[group]
-        dim = self.head_size if kind == "k" else self.head_size_v
+        dim = self.head_size if tensor == "k" else self.head_size_v
         return (end - first) * self.num_kv_heads * dim
 
     def token_elements(self) -> int:

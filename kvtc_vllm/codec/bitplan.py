@@ -1,8 +1,8 @@
 """Bit allocation: the exact dynamic program of KVTC (arXiv 2511.01815, section 3.2, app. B.17).
 
 Coefficients are cut into contiguous groups; every group has a size and a type,
-or is dropped. A stored group costs its payload plus a float16 shift and scale
-a token. The program finds the cut with the least squared error for every
+or is dropped. A stored group costs its payload plus one float16 shift and scale
+per token. The program finds the cut with the least squared error for every
 budget at once, where the error of each possible group is *simulated* with the
 codec's own quantisers:
 
@@ -17,10 +17,10 @@ One pass at the largest budget serves every ratio: each plan is traced back
 from its own budget column.
 
 Cost. The table takes rank x 15 vector operations of length budget / 2 (every
-cost is even) and one byte of back-pointer a cell. Measured on one shared CPU
+cost is even) and one byte of back-pointer per cell. Measured on one shared CPU
 core at p = 32768 with rank 2000 and scaled to rank 10000: 12 s for 8x and up,
 22 s for 4x and up, 0.6 and 1.1 GiB (`table_bytes`). Simulation at that size is
-about 1.7e9 elements, each through every quantiser, at 2e7 a second and core:
+about 1.7e9 elements, each through every quantiser, at 2e7 per second and core:
 about 90 s of CPU. At p = rank = 1024 both together take 3 to 10 s.
 """
 
@@ -37,7 +37,7 @@ import torch
 
 from kvtc_vllm.codec.artifact import KINDS, Kind, SectionBasis
 from kvtc_vllm.codec.entropy import MAX_UNIT_BYTES, UNIT_ALIGNMENT, UNIT_BYTES
-from kvtc_vllm.codec.payload import SIDE_STREAMS, BitPlan, CoefficientGroup, bit_plan
+from kvtc_vllm.codec.payload import SCALE_STREAMS, BitPlan, CoefficientGroup, bit_plan
 from kvtc_vllm.codec.quantizers import REGISTRY, Quantizer, group_cost_bits
 
 GROUP_SIZES: tuple[int, ...] = (1, 16, 64, 256, 1024)
@@ -66,7 +66,10 @@ _DROP = 0
 
 @dataclass(frozen=True)
 class _Candidate:
-    """One (size, type) choice; `gain[start]` is the error it removes from coefficient `start`."""
+    """One (size, type) choice; `gain[start]` is the error that it removes at `start`.
+
+    cost: in units of the allocation's table.
+    """
 
     size: int
     type: str
@@ -75,7 +78,7 @@ class _Candidate:
 
 
 def budget_bits(row_size: int, ratio: float) -> int:
-    """Bits a row of `row_size` elements may take at a target ratio: floor(16 p / ratio)."""
+    """Bits that a row of `row_size` elements may take at a target ratio: floor(16 p / ratio)."""
     return math.floor(CACHE_BITS * row_size / ratio)
 
 
@@ -89,7 +92,7 @@ def budget_bytes(row_size: int, ratio: float, tokens: int) -> int:
     bits = budget_bits(row_size, ratio)
     least_group = min(group_cost_bits(q.bits, 1) for q in REGISTRY.values())
     payload = bits * tokens // 8 + 1 + bits // least_group
-    streams = 2 * (SIDE_STREAMS + len(REGISTRY))
+    streams = 2 * (SCALE_STREAMS + len(REGISTRY))
     units = streams + payload // MAX_UNIT_BYTES
     return payload + units * (UNIT_BYTES + UNIT_ALIGNMENT)
 
@@ -105,13 +108,13 @@ def over_budget(sections: Mapping[tuple[int, Kind], SectionBasis]) -> str | None
     K and V of a layer group share one budget, of which either may have more than half.
     """
     for group in sorted({group for group, _ in sections}):
-        pair = [(kind, sections[group, kind]) for kind in KINDS]
+        pair = [(tensor, sections[group, tensor]) for tensor in KINDS]
         for ratio in sorted({ratio for _, section in pair for ratio in section.plans}):
-            there = [(kind, section) for kind, section in pair if ratio in section.plans]
-            taken = {kind: plan_bits(bit_plan(section, ratio)) for kind, section in there}
+            there = [(tensor, section) for tensor, section in pair if ratio in section.plans]
+            taken = {name: plan_bits(bit_plan(section, ratio)) for name, section in there}
             allowed = budget_bits(sum(len(section.mean) for _, section in there), ratio)
             if sum(taken.values()) > allowed:
-                each = " and ".join(f"{kind.upper()} {bits}" for kind, bits in taken.items())
+                each = " and ".join(f"{name.upper()} {bits}" for name, bits in taken.items())
                 return (
                     f"the plans of layer group {group} at ratio {ratio:g} take {each} bits a "
                     f"row, the budget is {allowed}"

@@ -67,27 +67,34 @@ class SectionKind(IntEnum):
 
 @dataclass(frozen=True)
 class Header:
-    """Fixed-size part of a container. Counts and sizes are of elements, not bytes.
-
-    codec_id: 0 raw, 1 kvtc v1. dtype_code: value of `DTYPE_CODES`. sinks: how
-    many leading tokens are stored exactly. start: position of the first token.
-    ratio: target ratio of the bit plan, 0 for raw. artifact, identity: 16
-    bytes each, zero if there is none.
-    """
+    """Fixed-size part of a container. Counts and sizes are of elements, not bytes."""
 
     codec_id: int
+    """0 raw, 1 kvtc v1; see `kvtc_vllm.codec.registry.name_of`."""
     dtype_code: int
+    """Cache dtype, a value of `DTYPE_CODES`."""
     sinks: int
+    """Leading tokens that are stored exactly."""
     num_layers: int
+    """Of the whole model."""
     num_kv_heads: int
+    """Per layer, of one rank."""
     head_size: int
+    """Elements per head of K."""
     head_size_v: int
+    """Elements per head of V."""
     num_layer_groups: int
+    """Their bounds are the artifact's."""
     tokens: int
+    """1 to `MAX_TOKENS`."""
     start: int
+    """Position of the first token."""
     ratio: float
+    """Target ratio of the bit plans, 0 for raw."""
     artifact: bytes
+    """Fingerprint, 16 bytes; zero if there is none."""
     identity: bytes
+    """16 bytes: the set-up and the chunk's name; zero if there is none."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +102,19 @@ class Section:
     """One entry of the section table and where its body lies in the blob."""
 
     kind: int
+    """A `SectionKind`, unchecked."""
     coder_id: int
+    """Number of the entropy coder, unchecked."""
     group: int
+    """Number of the layer group; `ALL_LAYERS` for a section of all layers."""
     raw_length: int
+    """Bytes of the payload."""
     offset: int
+    """Where the body begins in the blob."""
     stored_length: int
+    """Bytes of the body, without padding."""
     units: Sequence[Unit]
+    """Its rows of the unit table, in order."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +132,11 @@ class NewSection:
 
     kind: SectionKind
     coder_id: int
+    """Number of the entropy coder that made `encoded`."""
     group: int
+    """Number of the layer group; `ALL_LAYERS` for a section of all layers."""
     raw_length: int
+    """Bytes of the payload before entropy coding."""
     encoded: EncodedSection
 
 

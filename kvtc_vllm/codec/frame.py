@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind, RankArtifact
-from kvtc_vllm.codec.codec import (
+from kvtc_vllm.codec.base import (
     ChunkCodec,
     DecodedGroup,
     ExpectedSection,
@@ -39,8 +39,8 @@ from kvtc_vllm.codec.container import (
 )
 from kvtc_vllm.codec.entropy import DeflateCoder, max_stored_bytes
 from kvtc_vllm.codec.errors import ArtifactError, CodecError, ContainerError
-from kvtc_vllm.codec.planes import join_planes, split_planes
 from kvtc_vllm.codec.section_coder import SectionCoder
+from kvtc_vllm.codec.shuffle import shuffle, unshuffle
 from kvtc_vllm.codec.transform import (
     chunk_rows,
     from_coefficients,
@@ -113,14 +113,18 @@ class TransformCodec(ChunkCodec):
             sections.append(self._sink_section(k[:sinks], v[:sinks]))
         if sinks < tokens:
             positions = self._positions(start + sinks, start + tokens)
-            for group, kind in self._section_keys():
-                rows = chunk_rows(k[sinks:], v[sinks:], group, kind, self.artifact, positions)
-                section = self._sections[group, kind]
+            for group, tensor in self._section_keys():
+                rows = chunk_rows(k[sinks:], v[sinks:], group, tensor, self.artifact, positions)
+                section = self._sections[group, tensor]
                 plan = section.plans[self.ratio]
                 coded = plan.encode(to_coefficients(rows, section, plan.rank), self._entropy)
                 sections.append(
                     NewSection(
-                        SECTION_KIND[kind], coded.coder_id, group, coded.raw_length, coded.encoded
+                        SECTION_KIND[tensor],
+                        coded.coder_id,
+                        group,
+                        coded.raw_length,
+                        coded.encoded,
                     )
                 )
         header = self._new_header(tokens, start, sinks, self.ratio, self.artifact.fingerprint, key)
@@ -137,7 +141,7 @@ class TransformCodec(ChunkCodec):
 
     def _sink_section(self, k: torch.Tensor, v: torch.Tensor) -> NewSection:
         """k [S, L, H, D] and v [S, L, H, Dv] in the cache dtype, exactly."""
-        streams = split_planes(k) + split_planes(v)
+        streams = shuffle(k) + shuffle(v)
         encoded = self._entropy.encode(streams)
         raw_length = sum(map(len, streams))
         return NewSection(
@@ -165,10 +169,10 @@ class TransformCodec(ChunkCodec):
             expected.append(ExpectedSection(SectionKind.SINKS, ALL_LAYERS, length))
         coded = header.tokens - header.sinks
         if coded:
-            for group, kind in self._section_keys():
-                coder = self._coder(group, kind, header.ratio)
-                length = coder.raw_length(coded)
-                expected.append(ExpectedSection(SECTION_KIND[kind], group, length, coder.coder_ids))
+            for group, tensor in self._section_keys():
+                coder = self._coder(group, tensor, header.ratio)
+                kind, length = SECTION_KIND[tensor], coder.raw_length(coded)
+                expected.append(ExpectedSection(kind, group, length, coder.coder_ids))
         return expected
 
     def _groups(self, info: ContainerInfo, blob: memoryview) -> Iterator[DecodedGroup]:
@@ -187,14 +191,14 @@ class TransformCodec(ChunkCodec):
                 parts["k"].append(sink_k[:, first:end])
                 parts["v"].append(sink_v[:, first:end])
             if coded:
-                for kind in KINDS:
+                for tensor in KINDS:
                     section = next(sections)
-                    coder = self._coder(group, kind, header.ratio)
+                    coder = self._coder(group, tensor, header.ratio)
                     body = stored_body(section, blob)
                     coefficients = coder.decode(section, body, coded, self.device)
-                    rows = from_coefficients(coefficients, self._sections[group, kind])
-                    parts[kind].append(
-                        rows_to_cache(rows, group, kind, self.artifact, positions, self.dtype)
+                    rows = from_coefficients(coefficients, self._sections[group, tensor])
+                    parts[tensor].append(
+                        rows_to_cache(rows, group, tensor, self.artifact, positions, self.dtype)
                     )
             k, v = (p[0] if len(p) == 1 else torch.cat(p) for p in parts.values())
             yield DecodedGroup(first, end, k, v)
@@ -207,8 +211,8 @@ class TransformCodec(ChunkCodec):
         v_bytes = sinks * geometry.num_layers * geometry.num_kv_heads * geometry.head_size_v
         v_bytes *= self.dtype.itemsize
         return (
-            join_planes(data[:-v_bytes], self.dtype).view(k_shape),
-            join_planes(data[-v_bytes:], self.dtype).view(v_shape),
+            unshuffle(data[:-v_bytes], self.dtype).view(k_shape),
+            unshuffle(data[-v_bytes:], self.dtype).view(v_shape),
         )
 
     def _sinks(self, start: int, tokens: int) -> int:
@@ -217,11 +221,11 @@ class TransformCodec(ChunkCodec):
     def _positions(self, first: int, end: int) -> torch.Tensor:
         return torch.arange(first, end, device=self.device)
 
-    def _coder(self, group: int, kind: Kind, ratio: float) -> SectionCoder:
-        return self._sections[group, kind].plans[ratio]
+    def _coder(self, group: int, tensor: Kind, ratio: float) -> SectionCoder:
+        return self._sections[group, tensor].plans[ratio]
 
     def _section_keys(self) -> list[tuple[int, Kind]]:
-        return [(g, kind) for g in range(len(self.geometry.layer_groups)) for kind in KINDS]
+        return [(g, tensor) for g in range(len(self.geometry.layer_groups)) for tensor in KINDS]
 
 
 def largest_blob(
@@ -239,8 +243,8 @@ def largest_blob(
     sizes = (geometry.head_size, geometry.head_size_v)
 
     def bound(sinks: int) -> int:
-        planes = [sinks * row_elements * size for size in sizes for _ in range(dtype.itemsize)]
-        exact = [max_stored_bytes(planes)] if sinks else []
+        streams = [sinks * row_elements * size for size in sizes for _ in range(dtype.itemsize)]
+        exact = [max_stored_bytes(streams)] if sinks else []
         coded = coded_bytes(tokens - sinks) if sinks < tokens else []
         return container_bytes(exact + coded)
 

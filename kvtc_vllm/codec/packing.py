@@ -1,8 +1,8 @@
 """Bit packing of 2-, 4- and 8-bit codes, least significant bits first.
 
-Element i of a run occupies bits [i * bits, (i + 1) * bits) of the run, bit 0
-being the least significant bit of byte 0. A run is padded with zero bits to a
-whole byte, so the place of any element is known without reading the others.
+Code i of a sequence occupies its bits [i * bits, (i + 1) * bits), bit 0 being the least
+significant bit of byte 0. A sequence is padded with zero bits to a whole byte, so the place of
+any code is known without reading the others.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ SUPPORTED_BITS = (2, 4, 8)
 
 
 def packed_size(count: int, bits: int) -> int:
-    """Bytes of a packed run of `count` codes of `bits` bits."""
+    """Bytes of `count` packed codes of `bits` bits."""
     return (count * bits + 7) // 8
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack runs of codes along the last dimension.
+    """Pack sequences of codes along the last dimension.
 
     codes: uint8 [..., count], every value below 2**bits. Returns uint8
     [..., packed_size(count, bits)]. Raises ValueError for other widths.

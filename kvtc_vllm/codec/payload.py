@@ -1,20 +1,19 @@
 """Version 1's section coder: a bit plan, and the payload that it makes of coefficients.
 
-Groups are stored in *stored order*: ascending (type id, size, start). Then the
-groups that share a quantiser and a size lie side by side, and each such batch
-is one tensor operation here and one regular strided region for a kernel.
+Coefficient groups, here called groups, are stored in *stored order*: ascending (type id, size,
+start). Then the groups that share a quantiser and a size lie next to each other, and each such
+batch is one tensor operation here and one regular strided region for a kernel.
 
 Streams, in order; n groups, T tokens:
 
 1. high bytes of all shifts     [n, T]
 2. high bytes of all scales     [n, T]
 3. low bytes of all shifts [n, T], then low bytes of all scales [n, T]
-4. for every type in use: its groups one after the other, each a packed run of
-   T * size codes, token-major: the code of coefficient c of token t is
-   element t * size + c of the run.
+4. for every type in use: the packed codes of its groups one after the other, T * size codes
+   each, token-major: the code of coefficient c of token t is element t * size + c.
 
 Each stream is a unit of its own: one Huffman table for a mixture costs 6 to 8 %.
-FORMAT.md has the measurements. Token-major and component-major runs come within
+FORMAT.md has the measurements. Token-major and component-major codes come within
 1.3 % of each other; token-major is the friendlier order for a decoder.
 """
 
@@ -34,21 +33,21 @@ from kvtc_vllm.codec.container import Section
 from kvtc_vllm.codec.entropy import GENERAL_CODER_IDS, EntropyCoder, max_stored_bytes
 from kvtc_vllm.codec.errors import ArtifactError, CodecError, ContainerError
 from kvtc_vllm.codec.packing import pack, packed_size, unpack
-from kvtc_vllm.codec.planes import to_bytes
 from kvtc_vllm.codec.quantizers import BY_TYPE_ID, REGISTRY, Quantizer
 from kvtc_vllm.codec.quantizers.base import FP16_MAX
 from kvtc_vllm.codec.section_coder import CodedSection, CoderTensors, read_body
+from kvtc_vllm.codec.shuffle import to_bytes
 from kvtc_vllm.codec.transform import magnitude
 
 FP16_BYTES = 2
-SIDE_STREAMS = 3
-"""Streams of a payload before those of codes."""
+SCALE_STREAMS = 3
+"""Streams of shifts and scales, which come before those of codes."""
 _GROUP = struct.Struct("<IIB")
 
 
 @dataclass(frozen=True)
 class CoefficientGroup:
-    """`size` consecutive coefficients that share one shift and scale a token.
+    """`size` consecutive coefficients that share one shift and scale per token.
 
     `type` is a key of `kvtc_vllm.codec.quantizers.REGISTRY`.
     """
@@ -157,7 +156,7 @@ class Batch:
     def count(self) -> int:
         return len(self.starts)
 
-    def run_bytes(self, tokens: int) -> int:
+    def packed_bytes(self, tokens: int) -> int:
         """Bytes of one group's packed codes."""
         return packed_size(tokens * self.size, self.quantizer.bits)
 
@@ -190,12 +189,12 @@ def batches(plan: BitPlan) -> tuple[Batch, ...]:
 
 def stream_lengths(plan: BitPlan, tokens: int) -> list[int]:
     """Bytes of every stream of the payload of `tokens` rows under `plan`, in order."""
-    plane = len(plan.groups) * tokens
+    scales = len(plan.groups) * tokens
     codes: dict[int, int] = {}
     for batch in batches(plan):
         type_id = batch.quantizer.type_id
-        codes[type_id] = codes.get(type_id, 0) + batch.count * batch.run_bytes(tokens)
-    return [plane, plane, FP16_BYTES * plane, *codes.values()]
+        codes[type_id] = codes.get(type_id, 0) + batch.count * batch.packed_bytes(tokens)
+    return [scales, scales, FP16_BYTES * scales, *codes.values()]
 
 
 def payload_length(plan: BitPlan, tokens: int) -> int:
@@ -210,20 +209,20 @@ def encode_payload(coefficients: torch.Tensor, plan: BitPlan) -> list[bytes]:
     `payload_length(plan, T)` bytes.
     """
     tokens = coefficients.shape[0]
-    side = torch.empty(
+    scales = torch.empty(
         (2, len(plan.groups), tokens), dtype=torch.float16, device=coefficients.device
     )
     code_streams: dict[int, list[bytes]] = {}
     for batch in batches(plan):
         x = coefficients[:, batch.columns].view(tokens, batch.count, batch.size)
         codes, shift, scale = batch.quantizer.quantize(x)
-        side[0, batch.first : batch.first + batch.count] = shift.T
-        side[1, batch.first : batch.first + batch.count] = scale.T
-        runs = pack(codes.transpose(0, 1).flatten(1), batch.quantizer.bits)
-        code_streams.setdefault(batch.quantizer.type_id, []).append(to_bytes(runs))
-    low, high = side.view(torch.uint8).view(*side.shape, FP16_BYTES).unbind(-1)
-    planes = [to_bytes(high[0]), to_bytes(high[1]), to_bytes(low)]
-    return planes + [b"".join(parts) for parts in code_streams.values()]
+        scales[0, batch.first : batch.first + batch.count] = shift.T
+        scales[1, batch.first : batch.first + batch.count] = scale.T
+        packed = pack(codes.transpose(0, 1).flatten(1), batch.quantizer.bits)
+        code_streams.setdefault(batch.quantizer.type_id, []).append(to_bytes(packed))
+    low, high = scales.view(torch.uint8).view(*scales.shape, FP16_BYTES).unbind(-1)
+    scale_streams = [to_bytes(high[0]), to_bytes(high[1]), to_bytes(low)]
+    return scale_streams + [b"".join(parts) for parts in code_streams.values()]
 
 
 def decode_payload(
@@ -238,16 +237,16 @@ def decode_payload(
     if not payload:
         return coefficients
     data = torch.frombuffer(payload, dtype=torch.uint8).to(device)
-    planes = 2 * len(plan.groups) * tokens
-    high_low = torch.stack((data[planes : 2 * planes], data[:planes]), dim=-1)
-    side = high_low.view(torch.float16).view(2, len(plan.groups), tokens)
-    offset = 2 * planes
+    half = 2 * len(plan.groups) * tokens
+    high_low = torch.stack((data[half : 2 * half], data[:half]), dim=-1)
+    scales = high_low.view(torch.float16).view(2, len(plan.groups), tokens)
+    offset = 2 * half
     for batch in batches(plan):
-        run_bytes = batch.run_bytes(tokens)
-        packed = data[offset : offset + batch.count * run_bytes].view(batch.count, run_bytes)
-        offset += batch.count * run_bytes
+        size = batch.packed_bytes(tokens)
+        packed = data[offset : offset + batch.count * size].view(batch.count, size)
+        offset += batch.count * size
         codes = unpack(packed, batch.quantizer.bits, tokens * batch.size)
-        shift, scale = side[:, batch.first : batch.first + batch.count]
+        shift, scale = scales[:, batch.first : batch.first + batch.count]
         x = batch.quantizer.dequantize(codes.view(batch.count, tokens, batch.size), shift, scale)
         coefficients[:, batch.columns] = x.transpose(0, 1).flatten(1)
     if not magnitude(coefficients) < math.inf:

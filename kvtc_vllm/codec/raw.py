@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from kvtc_vllm.codec.codec import (
+from kvtc_vllm.codec.base import (
     ChunkCodec,
     DecodedGroup,
     ExpectedSection,
@@ -25,7 +25,7 @@ from kvtc_vllm.codec.container import (
 )
 from kvtc_vllm.codec.entropy import RAW, UNIT_ALIGNMENT, aligned
 from kvtc_vllm.codec.errors import ContainerError
-from kvtc_vllm.codec.planes import to_bytes
+from kvtc_vllm.codec.shuffle import to_bytes
 
 
 def max_raw_blob_bytes(chunk_bytes: int) -> int:

@@ -1,4 +1,4 @@
-"""Chunk codecs by name, and what opens them. One file a codec, one row here.
+"""Chunk codecs by name, and what opens them. One file per codec, one row here.
 
 codec = open_codec("kvtc", torch.bfloat16, artifact=artifact, ratio=16.0)
 codec = open_codec("raw", torch.bfloat16, geometry=geometry)
@@ -13,8 +13,8 @@ from typing import overload
 import torch
 
 from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind, RankArtifact, SectionBasis
+from kvtc_vllm.codec.base import ChunkCodec
 from kvtc_vllm.codec.bitplan import budget_bytes, over_budget
-from kvtc_vllm.codec.codec import ChunkCodec
 from kvtc_vllm.codec.container import NO_FINGERPRINT
 from kvtc_vllm.codec.frame import TransformCodec, largest_blob
 from kvtc_vllm.codec.kvtc import KvtcCodec
@@ -28,10 +28,10 @@ class ArtifactRules:
     """How a rank file's section coders are read for a codec.
 
     read_coder: (tensors, target ratio, expected error, columns of the basis) -> section coder;
-    raises ArtifactError. wrong_sections: what is wrong with all sections together, in words;
-    None if nothing is. max_bytes: (elements of a row of K and one of V together, target ratio,
-    coded tokens) -> most bytes that both take in a blob, for any section coders that
-    `wrong_sections` lets pass.
+    raises ArtifactError.
+    wrong_sections: what is wrong with all sections together, in words; None if nothing is.
+    max_bytes: (elements of a row of K and one of V together, target ratio, coded tokens) -> most
+    bytes that both take in a blob, for any section coders that `wrong_sections` lets pass.
     """
 
     read_coder: Callable[[CoderTensors, float, float, int], SectionCoder]
@@ -138,9 +138,9 @@ def open_codec(
 ) -> ChunkCodec:
     """The codec of this name for a cache of elements `dtype`.
 
-    With an artifact a codec that needs one, at a target ratio that it has plans for; without
-    one a codec that does not, for a cache of this geometry. identity, device: see `ChunkCodec`;
-    deflate_level: see `TransformCodec`. Raises ArtifactError if the artifact does not go with the
+    artifact, ratio: for a codec that needs an artifact; it must have plans for the ratio.
+    geometry: for a codec that needs none. identity, device: see `ChunkCodec`. deflate_level: see
+    `TransformCodec`. Raises ArtifactError if the artifact does not go with the
     codec, ValueError for a name that is not in `CODECS` or arguments that do not go with it.
     """
     if name not in CODECS:

@@ -10,7 +10,9 @@ bf16 keys bit for bit in all but about one element in 10^5 (reference: vLLM
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 import xxhash
@@ -89,3 +91,15 @@ class Rope:
         if self.rotary_dim == keys.shape[-1]:
             return rotated
         return torch.cat((rotated, keys[..., self.rotary_dim :].float()), dim=-1)
+
+
+def rope_spans(ropes: Sequence[Rope | None]) -> Iterator[tuple[int, int, Rope | None]]:
+    """Longest spans (first, end, rope) of neighbouring layers that share a rotation.
+
+    ropes: one entry per layer, None for a layer whose keys are not rotated.
+    """
+    first = 0
+    for _, members in groupby(ropes, key=id):
+        span = list(members)
+        yield first, first + len(span), span[0]
+        first += len(span)

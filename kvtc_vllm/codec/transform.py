@@ -7,13 +7,12 @@ Everything between the cache dtype and the coefficients is float32
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Sequence
 
 import torch
 
 from kvtc_vllm.codec.artifact import Kind, RankArtifact, SectionBasis
-from kvtc_vllm.codec.rope import Rope
+from kvtc_vllm.codec.rope import Rope, rope_spans
 
 SATURATING = (torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
 """Cache dtypes in which a finite float32 may be out of range."""
@@ -28,21 +27,12 @@ def layer_ropes(artifact: RankArtifact, group: int) -> tuple[Rope | None, ...]:
 
 
 def layer_scales(
-    artifact: RankArtifact, kind: Kind, first: int, end: int, device: torch.device
+    artifact: RankArtifact, tensor: Kind, first: int, end: int, device: torch.device
 ) -> torch.Tensor | None:
     """Scales of layers first .. end - 1, float32 [l, 1, 1]; None where all are 1."""
     if artifact.scales is None:
         return None
-    return artifact.scales[kind][first:end, None, None].to(device)
-
-
-def _runs(ropes: Sequence[Rope | None]) -> Iterator[tuple[int, int, Rope | None]]:
-    """Maximal runs (first, end, rope) of neighbouring layers that share a rotation."""
-    first = 0
-    for _, members in groupby(ropes, key=id):
-        run = list(members)
-        yield first, first + len(run), run[0]
-        first += len(run)
+    return artifact.scales[tensor][first:end, None, None].to(device)
 
 
 def rows_from_keys(
@@ -50,12 +40,12 @@ def rows_from_keys(
 ) -> torch.Tensor:
     """Post-RoPE keys [T, l, H, D] of one layer group -> pre-RoPE rows float32 [T, l*H*D].
 
-    ropes: one entry a layer. positions: int64 [T], ascending. Raises
+    ropes: one entry per layer. positions: int64 [T], ascending. Raises
     ValueError for a position outside a RoPE table.
     """
     parts = [
         keys[:, first:end].float() if rope is None else rope.invert(keys[:, first:end], positions)
-        for first, end, rope in _runs(ropes)
+        for first, end, rope in rope_spans(ropes)
     ]
     return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).flatten(1)
 
@@ -70,7 +60,7 @@ def keys_from_rows(
     keys = rows.view(len(rows), len(ropes), num_kv_heads, -1)
     parts = [
         keys[:, first:end] if rope is None else rope.apply(keys[:, first:end], positions)
-        for first, end, rope in _runs(ropes)
+        for first, end, rope in rope_spans(ropes)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
@@ -79,7 +69,7 @@ def chunk_rows(
     k: torch.Tensor,
     v: torch.Tensor,
     group: int,
-    kind: Kind,
+    tensor: Kind,
     artifact: RankArtifact,
     positions: torch.Tensor,
 ) -> torch.Tensor:
@@ -89,11 +79,11 @@ def chunk_rows(
     as in the cache. positions: int64 [T], ascending.
     """
     first, end = artifact.geometry.layer_groups[group]
-    values = (k if kind == "k" else v)[:, first:end].float()
-    scales = layer_scales(artifact, kind, first, end, values.device)
+    values = (k if tensor == "k" else v)[:, first:end].float()
+    scales = layer_scales(artifact, tensor, first, end, values.device)
     if scales is not None:
         values = values * scales
-    if kind == "v":
+    if tensor == "v":
         return values.flatten(1)
     return rows_from_keys(values, layer_ropes(artifact, group), positions)
 
@@ -101,7 +91,7 @@ def chunk_rows(
 def rows_to_cache(
     rows: torch.Tensor,
     group: int,
-    kind: Kind,
+    tensor: Kind,
     artifact: RankArtifact,
     positions: torch.Tensor,
     dtype: torch.dtype,
@@ -109,12 +99,12 @@ def rows_to_cache(
     """Inverse of `chunk_rows` for one section: [T, l, H, D or Dv] in the cache dtype."""
     geometry = artifact.geometry
     first, end = geometry.layer_groups[group]
-    if kind == "v":
+    if tensor == "v":
         cache = rows.view(len(rows), end - first, geometry.num_kv_heads, -1)
     else:
         ropes = layer_ropes(artifact, group)
         cache = keys_from_rows(rows, ropes, positions, geometry.num_kv_heads)
-    return to_cache(cache, layer_scales(artifact, kind, first, end, cache.device), dtype)
+    return to_cache(cache, layer_scales(artifact, tensor, first, end, cache.device), dtype)
 
 
 def to_cache(values: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
@@ -156,11 +146,19 @@ def from_coefficients(coefficients: torch.Tensor, section: SectionBasis) -> torc
 
 
 def magnitude(x: torch.Tensor) -> float:
-    """Largest absolute value of x; NaN if there is one. Much faster than torch.isfinite."""
+    """Largest absolute value of x; NaN if there is one, 0 if x is empty. Waits for the device."""
     if x.numel() == 0:
         return 0.0
     if x.dtype.itemsize == 1:
         # Without their sign, fp8 codes are in the order of their values, infinity and NaN last.
         return float((x.view(torch.uint8) & 0x7F).amax().view(x.dtype))
-    low, high = torch.aminmax(x)
-    return float(torch.maximum(-low, high))
+    return float(magnitudes(x))
+
+
+def magnitudes(x: torch.Tensor, dim: int | None = None) -> torch.Tensor:
+    """Largest absolute values along `dim`, or of all of x; NaN where there is one.
+
+    x: not fp8, not empty. Returns the dtype of x. Much faster than torch.isfinite.
+    """
+    low, high = torch.aminmax(x, dim=dim)
+    return torch.maximum(-low, high)

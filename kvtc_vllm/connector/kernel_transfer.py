@@ -7,9 +7,8 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from kvtc_vllm.codec.codec import Blob
+from kvtc_vllm.codec.base import Blob
 from kvtc_vllm.codec.errors import CodecError, ContainerError
-from kvtc_vllm.codec.kernels.chunks import LoadChunk, StoreChunk
 from kvtc_vllm.codec.kernels.paged_codec import PagedKvtcCodec
 from kvtc_vllm.offload.messages import LoadItem, StoreItem
 from kvtc_vllm.offload.transfer import Staged
@@ -33,19 +32,11 @@ class KernelTransfer:
         return self.codec.staging_bytes(blocks * self.codec.block_size)
 
     def stage(self, items: Sequence[StoreItem]) -> Staged:
-        return self.codec.stage(
-            [StoreChunk(item.block_ids, item.start, item.key) for item in items]
-        )
+        return self.codec.stage(items)
 
     def encode(self, staged: Any) -> list[bytes | CodecError]:
         return self.codec.encode_staged(staged)
 
     def load(self, items: Sequence[tuple[LoadItem, Blob]]) -> list[ContainerError | None]:
-        chunks = [
-            LoadChunk(
-                blob, item.start, self._chunk_tokens, item.block_ids, item.first_block, item.key
-            )
-            for item, blob in items
-        ]
         with self._loading:
-            return self.codec.load(chunks)
+            return self.codec.load(items, self._chunk_tokens)

@@ -17,7 +17,7 @@ from typing import Protocol
 
 import torch
 
-from kvtc_vllm.codec.kernels.paged import PagedCache, PagedSide
+from kvtc_vllm.codec.kernels.paged import PagedCache, PagedTensor
 from kvtc_vllm.connector.cache_dtype import is_fp8
 from kvtc_vllm.connector.compat import UnsupportedError
 from kvtc_vllm.offload.geometry import CacheGroup
@@ -80,8 +80,10 @@ class _PermutedOrder:
     def sides(self, tensors: Sequence[torch.Tensor]) -> PagedCache:
         k_place, v_place = self._places
         return PagedCache(
-            PagedSide.of([self._view(x, k_place, 0) for x in tensors]),
-            PagedSide.of([self._view(x, v_place, self._tokens * self._head_size) for x in tensors]),
+            PagedTensor.of([self._view(x, k_place, 0) for x in tensors]),
+            PagedTensor.of(
+                [self._view(x, v_place, self._tokens * self._head_size) for x in tensors]
+            ),
         )
 
     def _view(self, pages: torch.Tensor, places: torch.Tensor, first: int) -> torch.Tensor:

@@ -17,7 +17,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from kvtc_vllm.artifact.directory import load_rank_artifact
 from kvtc_vllm.artifact.identity import model_identity, public_model_name
 from kvtc_vllm.codec.artifact import RankArtifact
-from kvtc_vllm.codec.codec import ChunkCodec, Coder
+from kvtc_vllm.codec.base import ChunkCodec, Coder
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.frame import TransformCodec
 from kvtc_vllm.codec.registry import CODECS, open_codec

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvtc_vllm.codec.codec import Blob, Coder
+from kvtc_vllm.codec.base import Blob, Coder
 from kvtc_vllm.codec.errors import CodecError, ContainerError
 from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.offload.messages import LoadItem, StoreItem

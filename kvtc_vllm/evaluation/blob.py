@@ -7,7 +7,7 @@ import struct
 import torch
 import xxhash
 
-from kvtc_vllm.codec.codec import Blob, DecodedChunk
+from kvtc_vllm.codec.base import Blob, DecodedChunk
 from kvtc_vllm.codec.container import CHECKSUM_BYTES, HEADER_BYTES
 from kvtc_vllm.codec.errors import ContainerError
 from kvtc_vllm.evaluation.baselines.base import Baseline

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from kvtc_vllm.artifact.rank_file import read_rank_file
-from kvtc_vllm.codec.codec import Coder
+from kvtc_vllm.codec.base import Coder
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.config import load_config
 from kvtc_vllm.connector.connector import KVTCConnector

@@ -10,8 +10,8 @@ import torch
 
 from kvtc_vllm.artifact.fingerprint import artifact_fingerprint
 from kvtc_vllm.codec.artifact import Kind, RankArtifact, SectionBasis
+from kvtc_vllm.codec.base import Blob, DecodedChunk
 from kvtc_vllm.codec.bitplan import budget_bits
-from kvtc_vllm.codec.codec import Blob, DecodedChunk
 from kvtc_vllm.codec.container import parse
 from kvtc_vllm.codec.frame import TransformCodec
 from kvtc_vllm.codec.payload import BitPlan, CoefficientGroup, bit_plan

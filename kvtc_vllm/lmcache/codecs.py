@@ -13,7 +13,7 @@ from kvtc_vllm.artifact import registry
 from kvtc_vllm.artifact.card import load_card
 from kvtc_vllm.artifact.directory import load_rank_artifact
 from kvtc_vllm.artifact.identity import model_identity
-from kvtc_vllm.codec.codec import ChunkCodec
+from kvtc_vllm.codec.base import ChunkCodec
 from kvtc_vllm.codec.container import FORMAT_VERSION
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.frame import TransformCodec

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from kvtc_vllm.codec.codec import Blob, ChunkCodec
+from kvtc_vllm.codec.base import Blob, ChunkCodec
 from kvtc_vllm.codec.container import DTYPE_CODES, parse
 from kvtc_vllm.codec.errors import ArtifactError, CodecError, ContainerError
 from kvtc_vllm.lmcache.codecs import CodecBook, RankCodecs

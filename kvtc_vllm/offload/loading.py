@@ -7,12 +7,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
+from kvtc_vllm.codec.streams import Event, SideStream
 from kvtc_vllm.offload.messages import LoadItem, LoadJob
 from kvtc_vllm.offload.names import Proof
 from kvtc_vllm.offload.rank_context import RankContext, batches
-from kvtc_vllm.offload.streams import SideStream
 from kvtc_vllm.offload.threads import thread_pool
 from kvtc_vllm.tiers.blob_store import StoreError
 from kvtc_vllm.tiers.keys import RecordKey
@@ -37,7 +35,7 @@ class _Load:
     at_once: int
     proof: Proof
     same_adapter: bool
-    point: torch.cuda.Event | None
+    point: Event
     failed: bool = False
     seconds: float = 0.0
 
@@ -64,7 +62,7 @@ class LoadPipeline:
             at_once=min(len(parts), self._num_threads),
             proof=proof,
             same_adapter=same_adapter,
-            point=self._stream.mark(),
+            point=Event(self._stream.device),
         )
         for batch in parts:
             self._threads.submit(self._load, batch, request)
@@ -129,6 +127,7 @@ class LoadPipeline:
         try:
             with self._stream.after(request.point):
                 errors = iter(self._transfers[items[0].group].load(found) if found else [])
+            self._stream.synchronize()
         except Exception:
             logger.exception(
                 "kvtc: loading %d chunks of request %s failed, recomputing",

@@ -14,7 +14,7 @@ from functools import partial
 
 import xxhash
 
-from kvtc_vllm.codec.codec import ChunkCodec
+from kvtc_vllm.codec.base import ChunkCodec
 from kvtc_vllm.offload.adapters import LoadedAdapters
 from kvtc_vllm.offload.disk_worker import Namespace
 from kvtc_vllm.offload.setup_identity import SetupIdentity

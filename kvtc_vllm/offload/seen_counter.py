@@ -11,7 +11,7 @@ REMEMBERED = 1 << 17
 
 
 class SeenCounter:
-    """How many requests contained each chunk. Used by one thread (the scheduler's).
+    """Counts how many requests contained each chunk. Used by one thread (the scheduler's).
 
     threshold: requests after which a chunk is admitted; 1 admits all and remembers nothing.
     """

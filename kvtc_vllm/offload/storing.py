@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 
 from kvtc_vllm.codec.errors import CodecError
+from kvtc_vllm.codec.streams import Event, SideStream
 from kvtc_vllm.offload.messages import StoreItem
 from kvtc_vllm.offload.names import Proof
 from kvtc_vllm.offload.rank_context import RankContext, batches
-from kvtc_vllm.offload.streams import SideStream
 from kvtc_vllm.offload.threads import Throttle, share_of_thread, thread_pool
 from kvtc_vllm.offload.transfer import Staged
 from kvtc_vllm.tiers.blob_store import StoreError
@@ -99,7 +99,7 @@ class StorePipeline:
             self.drop(items, epoch, "out_of_memory" if memory else "error")
             self._release(items)
             return
-        point = self._stream.mark()
+        point = Event(self._stream.device)
         self._threads.submit(self._encode, items, staged, epoch, proof, point)
 
     def _encode(
@@ -108,13 +108,14 @@ class StorePipeline:
         staged: Staged,
         epoch: int,
         proof: Proof,
-        point: torch.cuda.Event | None,
+        point: Event,
     ) -> None:
         started = time.perf_counter()
         try:
             with self._stream.after(point):
                 self._stream.adopt(*staged.tensors)
                 blobs = self._transfers[items[0].group].encode(staged)
+            self._stream.synchronize()
         except Exception:
             logger.exception("kvtc: %d chunks not stored", len(items))
             self.drop(items, epoch, "error")

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from kvtc_vllm.codec.codec import Blob
+from kvtc_vllm.codec.base import Blob
 from kvtc_vllm.codec.errors import CodecError, ContainerError
 from kvtc_vllm.offload.messages import LoadItem, StoreItem
 

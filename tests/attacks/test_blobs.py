@@ -17,7 +17,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from kvtc_vllm.codec.codec import ChunkCodec
+from kvtc_vllm.codec.base import ChunkCodec
 from kvtc_vllm.codec.container import CHECKSUM_BYTES, HEADER_BYTES, checksum
 from kvtc_vllm.codec.errors import ContainerError
 from kvtc_vllm.codec.kvtc import KvtcCodec

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from kvtc_vllm.codec.artifact import RankArtifact, SectionBasis
+from kvtc_vllm.codec.base import ChunkCodec
 from kvtc_vllm.codec.bitplan import allocate
-from kvtc_vllm.codec.codec import ChunkCodec
 from kvtc_vllm.codec.container import CHECKSUM_BYTES, HEADER_BYTES
 from kvtc_vllm.codec.errors import ContainerError
 from kvtc_vllm.codec.registry import CODECS, max_blob_bytes, open_codec

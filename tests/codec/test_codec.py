@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvtc_vllm.codec.artifact import Geometry, RankArtifact
-from kvtc_vllm.codec.codec import ChunkCodec
+from kvtc_vllm.codec.base import ChunkCodec
 from kvtc_vllm.codec.container import SectionKind, parse
 from kvtc_vllm.codec.errors import ArtifactError, CodecError, ContainerError
 from kvtc_vllm.codec.kvtc import KvtcCodec

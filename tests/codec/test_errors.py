@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from kvtc_vllm.codec.codec import ChunkCodec
+from kvtc_vllm.codec.base import ChunkCodec
 from kvtc_vllm.codec.entropy import UnitList
 from kvtc_vllm.codec.errors import ArtifactError, CodecError, ContainerError
 from tests.codec.contract import MODEL, open_made_up

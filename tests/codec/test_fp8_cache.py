@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtc_vllm.codec.artifact import KINDS, RankArtifact
-from kvtc_vllm.codec.codec import DecodedChunk
+from kvtc_vllm.codec.base import DecodedChunk
 from kvtc_vllm.codec.container import parse
 from kvtc_vllm.codec.errors import CodecError
 from kvtc_vllm.codec.kvtc import KvtcCodec

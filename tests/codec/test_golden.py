@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from kvtc_vllm.codec.artifact import KINDS
-from kvtc_vllm.codec.codec import read_section
+from kvtc_vllm.codec.base import read_section
 from kvtc_vllm.codec.container import parse
 from tests.golden.formula import GEOMETRY, GOLDEN, IDENTITY, SCALES, Golden, artifact
 from tests.golden.plain_reader import PlainRope, PlainSection, read_blob

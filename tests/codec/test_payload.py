@@ -15,8 +15,8 @@ from kvtc_vllm.codec.payload import (
     encode_payload,
     payload_length,
 )
-from kvtc_vllm.codec.planes import join_planes, split_planes
 from kvtc_vllm.codec.quantizers import REGISTRY
+from kvtc_vllm.codec.shuffle import shuffle, unshuffle
 
 # Sizes and types out of order, a gap at 3..5 and at 54..59, several groups in one batch.
 GROUPS = (
@@ -106,9 +106,9 @@ def test_values_that_are_not_finite_are_refused(place):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_byte_planes(dtype):
+def test_byte_shuffle(dtype):
     x = torch.randn(3, 5).to(dtype)
-    planes = split_planes(x)
-    assert planes[0][1] == x.view(torch.uint8).flatten()[2 * dtype.itemsize - 1]
-    data = torch.frombuffer(bytearray(b"".join(planes)), dtype=torch.uint8)
-    assert torch.equal(join_planes(data, dtype).view(3, 5), x)
+    streams = shuffle(x)
+    assert streams[0][1] == x.view(torch.uint8).flatten()[2 * dtype.itemsize - 1]
+    data = torch.frombuffer(bytearray(b"".join(streams)), dtype=torch.uint8)
+    assert torch.equal(unshuffle(data, dtype).view(3, 5), x)

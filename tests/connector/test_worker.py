@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from kvtc_vllm.codec.codec import ChunkCodec
+from kvtc_vllm.codec.base import ChunkCodec
 from kvtc_vllm.codec.errors import CodecError
 from kvtc_vllm.codec.raw import RawCodec
 from kvtc_vllm.config import load_config

@@ -16,7 +16,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 from kvtc_vllm.artifact import registry
 from kvtc_vllm.artifact.identity import model_identity
 from kvtc_vllm.artifact.rank_file import rank_file_name
-from kvtc_vllm.codec.codec import DecodedChunk
+from kvtc_vllm.codec.base import DecodedChunk
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.evaluation import variants
 from kvtc_vllm.evaluation.job import Errand, Job

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kvtc_vllm.codec.codec import read_section
+from kvtc_vllm.codec.base import read_section
 from kvtc_vllm.codec.container import parse
 from tests.golden.formula import GOLDEN
 

@@ -1,4 +1,4 @@
-"""Entropy coders by name and by number. One file a coder, one row here.
+"""Entropy coders by name and by number. One file per coder, one row here.
 
 What codes the same bytes on a GPU is `kvtc_vllm.codec.kernels.deflate_nvcomp`.
 """

@@ -23,8 +23,7 @@ UNIT_ALIGNMENT = 4
 MAX_UNIT_BYTES = 65536
 """Largest raw unit: the limit of nvCOMP's DEFLATE and of the 16-bit unit table."""
 UNIT_BYTES = 4
-"""Of a unit's entry in that table."""
-
+"""Bytes of a unit's entry in the unit table."""
 
 Bytes = TypeVar("Bytes", int, npt.NDArray[np.int64])
 
@@ -145,7 +144,7 @@ class EntropyCoder(Protocol):
         ...
 
     def decode(self, units: Sequence[Unit], body: memoryview, raw_length: int) -> bytearray:
-        """Give back exactly `raw_length` bytes, a length that the caller has already checked.
+        """Inverse of `encode`: exactly `raw_length` bytes, a length that the caller has checked.
 
         Never produces more than `raw_length` bytes in all. Raises
         ContainerError("entropy") if units and body do not give exactly that.

@@ -16,27 +16,29 @@ Lengths = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class SectionBody:
-    """One section in a buffer: stored_length bytes from `start` on, which decode to raw_length."""
+    """One section in a buffer."""
 
     units: Sequence[Unit]
     start: int
+    """Where its stored bytes begin in the buffer."""
     stored_length: int
+    """Bytes stored, the units' padding included."""
     raw_length: int
+    """Bytes that they decode to."""
 
 
 @dataclass(frozen=True)
 class UnitTable:
-    """Units of several sections; int64 [n] each, in bytes.
-
-    offsets: where each is in the buffer that holds the sections, a multiple of
-    `UNIT_ALIGNMENT`. places: where its raw bytes belong if sections are decoded one after the
-    other.
-    """
+    """Units of several sections; int64 [n] each, in bytes."""
 
     raw: Lengths
+    """Lengths before coding."""
     stored: Lengths
+    """Lengths in the buffer that holds the sections, without padding."""
     offsets: Lengths
+    """Where each is in that buffer, a multiple of `UNIT_ALIGNMENT`."""
     places: Lengths
+    """Where the raw bytes belong if sections are decoded one after the other."""
 
 
 def unit_table(

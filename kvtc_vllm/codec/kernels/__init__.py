@@ -2,8 +2,8 @@
 
 The CPU reference (`rope`, `transform`, `quantizers`, `payload`) defines what they compute:
 integer codes and elementwise float32 results are equal bit for bit, only matrix products may
-differ in the order of their sums. Nothing here is imported unless a fast path is asked for, as
-importing it needs Triton.
+differ in the order of their sums. Only `chunks`, `paged` and `streams` are imported unless a fast
+path is asked for: importing the others needs Triton.
 
 Stream contract, of every function in this package: kernels run on the caller's current stream
 (on CPU: at once, in Triton's interpreter), nothing waits for the device unless the docstring

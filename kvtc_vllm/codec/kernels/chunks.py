@@ -1,53 +1,68 @@
-"""Batches of chunks: requests, and the runs of equal length that kernels work on.
+"""Chunks that kernels work on: what a caller tells of them, and batches of equal length.
 
-Rows of a batch lie run after run, and inside a run chunk after chunk, so that a run is a
-[chunks * tokens, p] matrix and its payloads a [chunks, bytes] one. Full chunks make one run; the
-one with the sinks, whose coded part is shorter, makes another.
+The rows of several chunks lie batch after batch, and inside a batch chunk after chunk, so that a
+batch is a [chunks * tokens, p] matrix and its payloads a [chunks, bytes] one. Full chunks make
+one batch; the one with the sinks, whose coded part is shorter, makes another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from kvtc_vllm.codec.codec import Blob
+
+class StoreChunk(Protocol):
+    """A chunk to encode: whole blocks of the paged cache."""
+
+    @property
+    def block_ids(self) -> Sequence[int]:
+        """Its blocks, in the order of their tokens."""
+        ...
+
+    @property
+    def start(self) -> int:
+        """Position of the first token."""
+        ...
+
+    @property
+    def key(self) -> bytes:
+        """See `ChunkCodec.encode`."""
+        ...
+
+
+class LoadChunk(Protocol):
+    """A chunk to decode into the paged cache."""
+
+    @property
+    def block_ids(self) -> Sequence[int]:
+        """Where its blocks first_block .. go; its other blocks are not wanted."""
+        ...
+
+    @property
+    def first_block(self) -> int:
+        """Number, inside the chunk, of the first wanted block."""
+        ...
+
+    @property
+    def start(self) -> int:
+        """Position of the first token that the blob must hold."""
+        ...
+
+    @property
+    def key(self) -> bytes:
+        """The name that the blob was written under, see `ChunkCodec.encode`."""
+        ...
 
 
 @dataclass(frozen=True)
-class StoreChunk:
-    """A chunk to encode: whole blocks of the paged cache, in order.
+class Batch:
+    """Chunks with the same number of coded tokens, by their numbers in what the caller gave.
 
-    start: position of the first token. key: see `ChunkCodec.encode`.
-    """
-
-    block_ids: Sequence[int]
-    start: int
-    key: bytes = b""
-
-
-@dataclass(frozen=True)
-class LoadChunk:
-    """A chunk to decode into the paged cache.
-
-    start, tokens: what the blob must hold. block_ids: where its blocks first_block .. go;
-    other blocks of the chunk are not wanted.
-    """
-
-    blob: Blob
-    start: int
-    tokens: int
-    block_ids: Sequence[int]
-    first_block: int = 0
-    key: bytes = b""
-
-
-@dataclass(frozen=True)
-class Run:
-    """Chunks of a batch with the same number of coded tokens.
-
-    members: their numbers in the batch. first_row: where their rows begin.
+    tokens: coded tokens per chunk. members: the chunks' numbers. first_row: where their rows
+    begin among those of all batches.
     """
 
     tokens: int
@@ -63,23 +78,23 @@ class Run:
         return slice(self.first_row, self.first_row + self.num_rows)
 
 
-def runs_of(coded: Sequence[int]) -> tuple[Run, ...]:
-    """Runs of chunks with the given numbers of coded tokens; chunks with none are in no run."""
+def batches_of(coded: Sequence[int]) -> tuple[Batch, ...]:
+    """Batches of chunks with the given numbers of coded tokens; chunks with none are in none."""
     by_length: dict[int, list[int]] = {}
     for index, tokens in enumerate(coded):
         if tokens:
             by_length.setdefault(tokens, []).append(index)
-    runs: list[Run] = []
+    batches: list[Batch] = []
     first_row = 0
     for tokens, members in by_length.items():
-        runs.append(Run(tokens, tuple(members), first_row))
-        first_row += runs[-1].num_rows
-    return tuple(runs)
+        batches.append(Batch(tokens, tuple(members), first_row))
+        first_row += batches[-1].num_rows
+    return tuple(batches)
 
 
-def in_row_order(runs: Sequence[Run], part: Callable[[int], torch.Tensor]) -> torch.Tensor:
+def in_row_order(batches: Sequence[Batch], part: Callable[[int], torch.Tensor]) -> torch.Tensor:
     """Concatenate part(chunk), int64 [tokens of the chunk], in the order of the rows."""
-    parts = [part(index) for run in runs for index in run.members]
+    parts = [part(index) for batch in batches for index in batch.members]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
 

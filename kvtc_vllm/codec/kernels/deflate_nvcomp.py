@@ -21,17 +21,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import triton.language as tl
 
-from kvtc_vllm.codec.entropy.base import (
-    MAX_UNIT_BYTES,
-    EncodedSection,
-    Unit,
-    aligned,
-)
+from kvtc_vllm.codec.entropy.base import MAX_UNIT_BYTES, EncodedSection, Unit, aligned
 from kvtc_vllm.codec.entropy.deflate_cpu import DEFLATE
 from kvtc_vllm.codec.entropy.unit_table import Lengths, UnitTable, checked_table
-from kvtc_vllm.codec.kernels.byte_ranges import copy_ranges
-from kvtc_vllm.codec.kernels.lanes import upload
+from kvtc_vllm.codec.kernels.jit import jit
+from kvtc_vllm.codec.streams import upload
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +36,7 @@ ENTROPY_ONLY = 0
 SLAB_UNITS = 512
 """Units compressed at once: their worst-case output takes 148256 bytes each, 76 MB in all."""
 _ALIGNMENT = 16
+_COPY_TILE = 4096
 
 
 class NvcompUnavailable(Exception):
@@ -78,8 +75,7 @@ class NvcompDeflate:
     def decompress(self, body: torch.Tensor, units: UnitTable, out: torch.Tensor) -> object:
         """Decode verified units of a contiguous uint8 tensor to their places in `out`.
 
-        Does not wait for the device. What is returned
-        must be kept until the work has run.
+        Does not wait for the device. What is returned must be kept until the work has run.
         """
         plain = units.stored == units.raw
         kept: list[object] = []
@@ -141,6 +137,7 @@ class NvcompDeflate:
     def _copy(
         sources: Lengths, targets: Lengths, lengths: Lengths, device: torch.device
     ) -> list[object]:
+        """`copy_ranges` of host arrays. What is returned must be kept until the work has run."""
         table = upload(torch.from_numpy(np.stack((sources, targets, lengths))), device)
         copy_ranges(table[0], table[1], table[2])
         return [table]
@@ -164,6 +161,26 @@ class NvcompDeflate:
         whole = torch.empty(MAX_UNIT_BYTES, dtype=torch.uint8, device=raw.device)
         bound = int(codec.get_max_comp_buffer_size(self._nvcomp.as_array(whole)))
         return -(-bound // _ALIGNMENT) * _ALIGNMENT
+
+
+def copy_ranges(sources: torch.Tensor, targets: torch.Tensor, lengths: torch.Tensor) -> None:
+    """Copy lengths[i] bytes from address sources[i] to targets[i], all int64 [n] on one device.
+
+    Ranges must not overlap, and none may be longer than MAX_UNIT_BYTES.
+    """
+    if len(lengths):
+        grid = (len(lengths), MAX_UNIT_BYTES // _COPY_TILE)
+        _copy_kernel[grid](sources, targets, lengths, TILE=_COPY_TILE)
+
+
+@jit()
+def _copy_kernel(sources, targets, lengths, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    index = tl.program_id(0)
+    place = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside = place < tl.load(lengths + index)
+    source = tl.load(sources + index).to(tl.pointer_type(tl.uint8))
+    target = tl.load(targets + index).to(tl.pointer_type(tl.uint8))
+    tl.store(target + place, tl.load(source + place, mask=inside, other=0), mask=inside)
 
 
 class NvcompCoder:
@@ -218,7 +235,7 @@ def nvcomp_or_none() -> NvcompDeflate | None:
 
 
 def encode_on_threads(streams: Sequence[bytes]) -> EncodedSection:
-    """What `DEFLATE.encode` gives, one host thread a unit."""
+    """What `DEFLATE.encode` gives, one host thread per unit."""
     pieces = [
         stream[first : first + MAX_UNIT_BYTES]
         for stream in streams
@@ -230,7 +247,7 @@ def encode_on_threads(streams: Sequence[bytes]) -> EncodedSection:
 
 
 def decode_on_threads(units: Sequence[Unit], body: memoryview, raw_length: int) -> bytearray:
-    """What `DEFLATE.decode` gives, one host thread a unit."""
+    """What `DEFLATE.decode` gives, one host thread per unit."""
     offsets = checked_table(units, body, raw_length).offsets.tolist()
 
     def decode_unit(index: int) -> bytearray:

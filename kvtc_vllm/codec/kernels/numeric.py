@@ -1,4 +1,4 @@
-"""Exact number conversions inside kernels.
+"""Number formats: operands of matrix products, and exact conversions inside kernels.
 
 bfloat16 and float8 are converted with integer arithmetic: the results then do not depend on the
 GPU's generation, and Triton's interpreter, which truncates, gives the same ones.
@@ -6,10 +6,37 @@ GPU's generation, and Triton's interpreter, which truncates, gives the same ones
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import triton.language as tl
 
 from kvtc_vllm.codec.kernels.jit import jit
+from kvtc_vllm.codec.quantizers import base, fp8
+
+FP16_MAX = tl.constexpr(base.FP16_MAX)
+E4M3_MAX = tl.constexpr(fp8.E4M3_MAX)
+E5M2_MAX = tl.constexpr(torch.finfo(torch.float8_e5m2).max)
+
+Precision = Literal["float32", "float16"]
+"""Type of the operands of matrix products.
+
+float16 is enough: a basis is float16 to begin with, and rows and coefficients lose no more than
+TF32 would take, at twice its rate and half its bytes.
+"""
+OPERAND: dict[Precision, torch.dtype] = {"float32": torch.float32, "float16": torch.float16}
+
+
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b summed in float32, as float32; both operands float32 or both float16.
+
+    Sets no global flag of torch.
+    """
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.device.type == "cuda" and a.numel():
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
 
 
 def storage(x: torch.Tensor) -> torch.Tensor:
@@ -49,7 +76,7 @@ def widen(stored):  # type: ignore[no-untyped-def]
 @jit()
 def saturate_fp16(x):  # type: ignore[no-untyped-def]
     """float32 -> float16, to nearest even, largest finite value instead of infinity."""
-    return tl.minimum(tl.maximum(x, -65504.0), 65504.0).to(tl.float16)
+    return tl.minimum(tl.maximum(x, -FP16_MAX), FP16_MAX).to(tl.float16)
 
 
 @jit()
@@ -62,9 +89,9 @@ def narrow(x, stored_type: tl.constexpr):  # type: ignore[no-untyped-def]
     elif stored_type == tl.float16:
         stored = saturate_fp16(x)
     elif stored_type == tl.uint8:
-        stored = with_sign(e4m3_encode(tl.minimum(tl.abs(x), 448.0)), x).to(tl.uint8)
+        stored = with_sign(e4m3_encode(tl.minimum(tl.abs(x), E4M3_MAX)), x).to(tl.uint8)
     elif stored_type == tl.int8:
-        stored = with_sign(e5m2_encode(tl.minimum(tl.abs(x), 57344.0)), x).to(tl.int8)
+        stored = with_sign(e5m2_encode(tl.minimum(tl.abs(x), E5M2_MAX)), x).to(tl.int8)
     else:
         stored = x
     return stored

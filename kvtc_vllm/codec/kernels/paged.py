@@ -1,4 +1,4 @@
-"""The paged KV cache as kernels address it: a pointer a layer, and strides.
+"""The paged KV cache as kernels address it: a pointer per layer, strides, and the layers' RoPE.
 
 A *slot* is the place of one token: page * page_tokens + offset. It does not depend on the memory
 layout, and a scheduler block that a backend splits into several pages has consecutive slots.
@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from kvtc_vllm.codec.artifact import Kind
+from kvtc_vllm.codec.rope import Rope, rope_spans
 
 
 @dataclass(frozen=True)
-class PagedSide:
+class PagedTensor:
     """K or V of all layers.
 
-    views: one tensor a layer [pages, H, page_tokens, D], same shape, strides and dtype, any
+    views: one tensor per layer [pages, H, page_tokens, D], same shape, strides and dtype, any
     strides. pointers: int64 [L] on the cache's device, the address of each view. scales: float32
     [L] there: an element times its layer's scale is the model's value; None: elements are values.
     """
@@ -28,7 +29,7 @@ class PagedSide:
     scales: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, views: Sequence[torch.Tensor]) -> PagedSide:
+    def of(cls, views: Sequence[torch.Tensor]) -> PagedTensor:
         """Raises ValueError if the layers are not alike."""
         first = views[0]
         for index, view in enumerate(views):
@@ -47,7 +48,7 @@ class PagedSide:
         pointers = torch.tensor([view.data_ptr() for view in views], dtype=torch.int64)
         return cls(tuple(views), pointers.to(first.device))
 
-    def scaled(self, scales: torch.Tensor | None) -> PagedSide:
+    def scaled(self, scales: torch.Tensor | None) -> PagedTensor:
         """The same memory, read and written as the model's values."""
         return replace(self, scales=None if scales is None else scales.to(self.device))
 
@@ -89,18 +90,22 @@ class PagedSide:
 
 @dataclass(frozen=True)
 class PagedCache:
-    """Both sides of the cache of one rank."""
+    """K and V of one rank."""
 
-    k: PagedSide
-    v: PagedSide
+    k: PagedTensor
+    v: PagedTensor
 
     @classmethod
     def packed(cls, tensors: Sequence[torch.Tensor], head_size: int) -> PagedCache:
         """From tensors [pages, H, page_tokens, D + Dv], K first in the last dimension."""
         return cls(
-            PagedSide.of([tensor[..., :head_size] for tensor in tensors]),
-            PagedSide.of([tensor[..., head_size:] for tensor in tensors]),
+            PagedTensor.of([tensor[..., :head_size] for tensor in tensors]),
+            PagedTensor.of([tensor[..., head_size:] for tensor in tensors]),
         )
+
+    def tensor(self, tensor: Kind) -> PagedTensor:
+        """K or V."""
+        return self.k if tensor == "k" else self.v
 
     def scaled(self, scales: Mapping[Kind, torch.Tensor] | None) -> PagedCache:
         """The same memory with `RankArtifact.scales`."""
@@ -113,3 +118,38 @@ def block_slots(block_ids: Sequence[int], block_size: int) -> torch.Tensor:
     """Slots of whole blocks in order: int64 [len(block_ids) * block_size], on the CPU."""
     ids = torch.tensor(list(block_ids), dtype=torch.int64)
     return (ids.unsqueeze(1) * block_size + torch.arange(block_size)).flatten()
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """A span of layers first .. end - 1 that one launch covers: they are rotated alike.
+
+    rope: its table on the cache's device; None where keys are not rotated.
+    """
+
+    first: int
+    end: int
+    rope: Rope | None
+
+    @property
+    def half(self) -> int:
+        """Number of rotated pairs per head."""
+        return 0 if self.rope is None else self.rope.rotary_dim // 2
+
+
+def rotations(ropes: Sequence[Rope | None], device: torch.device) -> tuple[Rotation, ...]:
+    """Spans of all layers (one entry of `ropes` per layer), each table on `device` once."""
+    resident: dict[int, Rope] = {
+        id(rope): Rope(rope.cos_sin.to(device).contiguous(), rope.neox)
+        for rope in ropes
+        if rope is not None
+    }
+    return tuple(
+        Rotation(first, end, resident.get(id(rope))) for first, end, rope in rope_spans(ropes)
+    )
+
+
+def within(spans: Sequence[Rotation], first: int, end: int) -> list[Rotation]:
+    """The parts of `spans` that lie in layers first .. end - 1, still numbered from layer 0."""
+    clipped = [Rotation(max(span.first, first), min(span.end, end), span.rope) for span in spans]
+    return [span for span in clipped if span.first < span.end]

@@ -1,9 +1,11 @@
 """The fast path: batches of chunks between the paged cache and blobs.
 
     codec = PagedKvtcCodec(artifact, 16.0, cache, block_size=16, identity=identity)
-    staged = codec.stage([StoreChunk(block_ids, start, key), ...])   # on the compute stream
-    blobs = codec.encode_staged(staged)                              # on a side stream
-    results = codec.load([LoadChunk(blob, start, tokens, block_ids), ...])
+    staged = codec.stage(stores)                              # on the compute stream
+    blobs = codec.encode_staged(staged)                       # on a side stream
+    errors = codec.load(list(zip(loads, blobs)), chunk_tokens)
+
+`stores` are of `StoreChunk`, `loads` of `LoadChunk`.
 
 Blobs are those of `KvtcCodec`: each reads the other's. Integer codes are the same for the same
 coefficients; coefficients differ by the order of summation and by the operand precision.
@@ -18,52 +20,42 @@ from itertools import accumulate
 import torch
 
 from kvtc_vllm.codec.artifact import KINDS, Kind, RankArtifact
-from kvtc_vllm.codec.codec import read_section
-from kvtc_vllm.codec.container import (
-    NO_FINGERPRINT,
-    ContainerInfo,
-    NewSection,
-    Section,
-    build,
-)
+from kvtc_vllm.codec.base import Blob, read_section
+from kvtc_vllm.codec.container import NO_FINGERPRINT, ContainerInfo, NewSection, Section, build
 from kvtc_vllm.codec.entropy import DEFLATE, unit_lengths
 from kvtc_vllm.codec.errors import CodecError, ContainerError
 from kvtc_vllm.codec.frame import NON_FINITE, SECTION_KIND
 from kvtc_vllm.codec.kernels.chunks import (
     LoadChunk,
     StoreChunk,
+    batches_of,
     in_row_order,
-    runs_of,
     steps,
 )
-from kvtc_vllm.codec.kernels.decoder import (
-    DecodeBatch,
-    decode_batch,
-    workspace_bytes_per_token,
-)
+from kvtc_vllm.codec.kernels.decoder import DecodeStep, decode_step, workspace_bytes_per_token
 from kvtc_vllm.codec.kernels.deflate_nvcomp import host_threads
 from kvtc_vllm.codec.kernels.encoder import CodedChunk, StagedChunks, encode_rows
-from kvtc_vllm.codec.kernels.gather import gather_rows
-from kvtc_vllm.codec.kernels.lanes import Lane, upload
-from kvtc_vllm.codec.kernels.matmul import OPERAND, Precision
-from kvtc_vllm.codec.kernels.paged import PagedCache, block_slots
+from kvtc_vllm.codec.kernels.numeric import OPERAND, Precision
+from kvtc_vllm.codec.kernels.paged import PagedCache, block_slots, rotations
+from kvtc_vllm.codec.kernels.paged_io import SKIP, gather_rows, scatter_rows
 from kvtc_vllm.codec.kernels.resident import ResidentArtifact
-from kvtc_vllm.codec.kernels.rotation import rotations
-from kvtc_vllm.codec.kernels.scatter import SKIP, scatter_rows
 from kvtc_vllm.codec.kernels.unit_coders import UnitCoder, unit_coder
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.quantizers.base import FP16_MAX
+from kvtc_vllm.codec.streams import SideStream, upload
 
-_CODED: dict[int, Kind] = {section: kind for kind, section in SECTION_KIND.items()}
+_CODED: dict[int, Kind] = {section: tensor for tensor, section in SECTION_KIND.items()}
 
 
 class PagedKvtcCodec(KvtcCodec):
     """`KvtcCodec` that also works on batches, straight from and to one paged cache.
 
     cache: of the artifact's geometry, fp8 elements viewed as such, without scales: those are the
-    artifact's (`self.cache` has them). block_size: tokens of a scheduler block. precision: of the
+    artifact's (`self.cache` has them). block_size: tokens per scheduler block. precision: of the
     operands of matrix products. workspace_bytes: device memory that one step of encoding or
-    decoding may take beside the resident artifact and the staged rows; batches are cut to fit.
+    decoding may take beside the resident artifact and the staged rows; work is cut to fit. coder:
+    None for the best that works on the device. Raises ValueError if the cache is of another
+    geometry, and what `TransformCodec` raises.
     """
 
     def __init__(
@@ -79,7 +71,6 @@ class PagedKvtcCodec(KvtcCodec):
     ) -> None:
         operand, device = OPERAND[precision], cache.k.device
         super().__init__(artifact, ratio, cache.k.dtype, identity, device=device, operand=operand)
-        self._operand = operand
         geometry = artifact.geometry
         found = (cache.k.num_layers, cache.k.num_heads, cache.k.head_size, cache.v.head_size)
         wanted = (
@@ -93,10 +84,11 @@ class PagedKvtcCodec(KvtcCodec):
         self.cache = cache.scaled(artifact.scales)
         self._exact = cache
         self.block_size = block_size
+        self._operand = operand
         self.workspace_bytes = workspace_bytes
         self.resident = ResidentArtifact(artifact, self._sections, self.device)
         self._units = unit_coder(self.device) if coder is None else coder
-        self._inflating = Lane(self.device)
+        self._inflating = SideStream(self.device)
         self._unrotated = rotations([None] * geometry.num_layers, self.device)
 
     @property
@@ -124,15 +116,16 @@ class PagedKvtcCodec(KvtcCodec):
             0 if index in refused else self._sinks(chunk.start, tokens[index])
             for index, chunk in enumerate(chunks)
         )
-        runs = runs_of([0 if i in refused else tokens[i] - sinks[i] for i in range(len(chunks))])
+        coded = [0 if i in refused else tokens[i] - sinks[i] for i in range(len(chunks))]
+        batches = batches_of(coded)
         slots = [block_slots(chunk.block_ids, self.block_size) for chunk in chunks]
         rows = self._gather(
-            in_row_order(runs, lambda i: slots[i][sinks[i] :]),
-            in_row_order(runs, lambda i: chunks[i].start + torch.arange(sinks[i], tokens[i])),
+            in_row_order(batches, lambda i: slots[i][sinks[i] :]),
+            in_row_order(batches, lambda i: chunks[i].start + torch.arange(sinks[i], tokens[i])),
         )
         sink_slots = [own[:count] for own, count in zip(slots, sinks, strict=True)]
         sink_rows = self._gather_exact(torch.cat([torch.empty(0, dtype=torch.int64), *sink_slots]))
-        return StagedChunks(tuple(chunks), tokens, sinks, runs, rows, sink_rows, refused)
+        return StagedChunks(tuple(chunks), tokens, sinks, batches, rows, sink_rows, refused)
 
     def encode_staged(self, staged: StagedChunks) -> list[bytes | CodecError]:
         """Encode on the current stream: a blob for each chunk, or why there is none.
@@ -141,24 +134,26 @@ class PagedKvtcCodec(KvtcCodec):
         """
         coded = encode_rows(staged, self.resident, self.ratio, self._units, self.workspace_bytes)
         sink_ends = list(accumulate(staged.sinks))
-        exact = {kind: staged.sink_rows[kind].cpu() for kind in KINDS}
+        exact = {tensor: staged.sink_rows[tensor].cpu() for tensor in KINDS}
         results: list[bytes | CodecError] = []
         for index, end in enumerate(sink_ends):
-            sinks = {kind: exact[kind][end - staged.sinks[index] : end] for kind in KINDS}
+            sinks = {tensor: exact[tensor][end - staged.sinks[index] : end] for tensor in KINDS}
             try:
                 results.append(self._blob(staged, index, coded.get(index), sinks))
             except CodecError as error:
                 results.append(error)
         return results
 
-    def load(self, chunks: Sequence[LoadChunk]) -> list[ContainerError | None]:
-        """Verify and decode chunks into their blocks, on the current stream.
+    def load(
+        self, chunks: Sequence[tuple[LoadChunk, Blob]], tokens: int
+    ) -> list[ContainerError | None]:
+        """Verify and decode chunks of `tokens` tokens into their blocks, on the current stream.
 
         Gives for every chunk None, or the error for which its blocks must be recomputed: they
         may have been written. Waits for the device.
         """
         errors: list[ContainerError | None] = [None] * len(chunks)
-        infos = list(host_threads().map(self._verify, chunks))
+        infos = list(host_threads().map(lambda c: self._verify(c[0], c[1], tokens), chunks))
         good: list[tuple[int, ContainerInfo]] = []
         for index, info in enumerate(infos):
             if isinstance(info, ContainerError):
@@ -176,14 +171,17 @@ class PagedKvtcCodec(KvtcCodec):
 
     def _load_step(
         self,
-        chunks: Sequence[LoadChunk],
+        chunks: Sequence[tuple[LoadChunk, Blob]],
         members: Sequence[tuple[int, ContainerInfo]],
         ratio: float,
     ) -> dict[int, ContainerError]:
         """Decode chunks that fit the workspace together; errors by the chunk's number."""
-        blobs = [memoryview(chunks[index].blob) for index, _ in members]
-        slots = [self._wanted_slots(chunks[index]) for index, _ in members]
+        blobs = [memoryview(chunks[index][1]) for index, _ in members]
         headers = [info.header for _, info in members]
+        slots = [
+            self._wanted_slots(chunks[index][0], header.tokens)
+            for (index, _), header in zip(members, headers, strict=True)
+        ]
         failed: dict[int, ContainerError] = {}
         for (index, info), blob, own in zip(members, blobs, slots, strict=True):
             if info.header.sinks:
@@ -191,41 +189,42 @@ class PagedKvtcCodec(KvtcCodec):
                     self._load_sinks(info, blob, own[: info.header.sinks])
                 except ContainerError as error:
                     failed[index] = error
-        runs = runs_of([header.tokens - header.sinks for header in headers])
-        if not runs:
+        batches = batches_of([header.tokens - header.sinks for header in headers])
+        if not batches:
             return failed
-        batch = DecodeBatch(
+        step = DecodeStep(
             ratio,
-            runs,
+            batches,
             [_coded_sections(info) for _, info in members],
-            upload(in_row_order(runs, lambda i: slots[i][headers[i].sinks :]), self.device),
+            upload(in_row_order(batches, lambda i: slots[i][headers[i].sinks :]), self.device),
             upload(
                 in_row_order(
-                    runs,
+                    batches,
                     lambda i: headers[i].start + torch.arange(headers[i].sinks, headers[i].tokens),
                 ),
                 self.device,
             ),
         )
         reader = self._units.open(blobs)
-        damaged, flags = decode_batch(batch, reader, self.resident, self.cache, self._inflating)
-        for run, flag in flags:
+        damaged, flags = decode_step(step, reader, self.resident, self.cache, self._inflating)
+        for batch, flag in flags:
             for place, not_finite in enumerate(flag.tolist()):
                 if not_finite:
                     damaged.setdefault(
-                        run.members[place],
+                        batch.members[place],
                         ContainerError("bounds", "a decoded coefficient is not finite"),
                     )
         return {members[place][0]: wrong for place, wrong in damaged.items()} | failed
 
-    def _verify(self, chunk: LoadChunk) -> ContainerInfo | ContainerError:
+    def _verify(self, chunk: LoadChunk, blob: Blob, tokens: int) -> ContainerInfo | ContainerError:
         try:
-            return self._verified(chunk.blob, chunk.start, chunk.tokens, chunk.key)
+            return self._verified(blob, chunk.start, tokens, chunk.key)
         except ContainerError as error:
             return error
 
-    def _wanted_slots(self, chunk: LoadChunk) -> torch.Tensor:
-        slots = torch.full((chunk.tokens,), SKIP, dtype=torch.int64)
+    def _wanted_slots(self, chunk: LoadChunk, tokens: int) -> torch.Tensor:
+        """A slot per token, int64 [tokens], `SKIP` for those in blocks that are not wanted."""
+        slots = torch.full((tokens,), SKIP, dtype=torch.int64)
         first = chunk.first_block * self.block_size
         wanted = block_slots(chunk.block_ids, self.block_size)
         slots[first : first + len(wanted)] = wanted
@@ -235,29 +234,30 @@ class PagedKvtcCodec(KvtcCodec):
         """Rows of coded tokens in the operand dtype."""
         slots, positions = upload(slots, self.device), upload(positions, self.device)
         rows: dict[Kind, torch.Tensor] = {}
-        for kind, mean in self.resident.means.items():
-            rows[kind] = mean.new_empty((len(slots), len(mean)), dtype=self._operand)
-            side = self.cache.k if kind == "k" else self.cache.v
-            runs = self.resident.rotations[kind]
-            gather_rows(side, slots, positions, runs, mean, rows[kind])
+        for tensor, mean in self.resident.means.items():
+            rows[tensor] = mean.new_empty((len(slots), len(mean)), dtype=self._operand)
+            spans = self.resident.rotations[tensor]
+            gather_rows(self.cache.tensor(tensor), slots, positions, spans, mean, rows[tensor])
         return rows
 
     def _gather_exact(self, slots: torch.Tensor) -> dict[Kind, torch.Tensor]:
         """Cache rows as they are, without scales, float32."""
         slots = upload(slots, self.device)
         rows: dict[Kind, torch.Tensor] = {}
-        for kind, mean in self.resident.means.items():
-            rows[kind] = mean.new_empty((len(slots), len(mean)))
-            side = self._exact.k if kind == "k" else self._exact.v
-            gather_rows(side, slots, slots, self._unrotated, None, rows[kind])
+        for tensor, mean in self.resident.means.items():
+            rows[tensor] = mean.new_empty((len(slots), len(mean)))
+            exact = self._exact.tensor(tensor)
+            gather_rows(exact, slots, slots, self._unrotated, None, rows[tensor])
         return rows
 
     def _load_sinks(self, info: ContainerInfo, blob: memoryview, slots: torch.Tensor) -> None:
         payload = read_section(info.sections[0], blob)
         slots = upload(slots, self.device)
         sinks = self._decode_sinks(payload, info.header.sinks)
-        for side, exact in zip((self._exact.k, self._exact.v), sinks, strict=True):
-            scatter_rows(side, slots, slots, self._unrotated, None, exact.flatten(1).float())
+        for tensor, values in zip(KINDS, sinks, strict=True):
+            rows = values.flatten(1).float()
+            exact = self._exact.tensor(tensor)
+            scatter_rows(exact, slots, slots, self._unrotated, None, rows)
 
     def _blob(
         self,
@@ -273,17 +273,20 @@ class PagedKvtcCodec(KvtcCodec):
         if count:
             if not all(bool(x.isfinite().all()) for x in sinks.values()):
                 raise CodecError("non_finite", NON_FINITE)
-            k, v = (sinks[kind].to(self.dtype) for kind in KINDS)
+            k, v = (sinks[tensor].to(self.dtype) for tensor in KINDS)
             sections.append(self._sink_section(k, v))
         if coded is not None:
             if not coded.magnitude < math.inf:
                 raise CodecError("non_finite", NON_FINITE)
             if coded.magnitude > FP16_MAX:
                 raise CodecError("range", "a coefficient is outside the float16 range")
-            for (group, kind), encoded in zip(self._section_keys(), coded.sections, strict=True):
+            for (layer_group, tensor), encoded in zip(
+                self._section_keys(), coded.sections, strict=True
+            ):
+                kind = SECTION_KIND[tensor]
                 raw_length = int(unit_lengths(encoded.units)[:, 0].sum())
                 sections.append(
-                    NewSection(SECTION_KIND[kind], DEFLATE.coder_id, group, raw_length, encoded)
+                    NewSection(kind, DEFLATE.coder_id, layer_group, raw_length, encoded)
                 )
         header = self._new_header(
             staged.tokens[index],

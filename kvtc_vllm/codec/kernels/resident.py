@@ -1,22 +1,89 @@
-"""What of an artifact stays on the device: bases, means, rotary tables, plan tables."""
+"""What of an artifact stays on the device: bases, means, rotary tables, and plans as tables.
+
+The tables of a bit plan hold all that a kernel needs to find a code or a shift: where each
+coefficient group starts, and where its packed codes lie in the payload. Packed codes are cut into
+tiles of equal size, listed over all coefficient groups, so that one launch covers groups of 1 and
+of 1024 coefficients without idle programs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
 from kvtc_vllm.codec.artifact import KINDS, Kind, RankArtifact, SectionBasis
-from kvtc_vllm.codec.kernels.plan_tables import PlanTables
-from kvtc_vllm.codec.kernels.rotation import Rotation, rotations
-from kvtc_vllm.codec.payload import bit_plan
+from kvtc_vllm.codec.entropy import cut_units
+from kvtc_vllm.codec.kernels.paged import Rotation, rotations
+from kvtc_vllm.codec.payload import (
+    FP16_BYTES,
+    BitPlan,
+    batches,
+    bit_plan,
+    payload_length,
+    stream_lengths,
+)
+
+TILE_BYTES = 256
+"""Bytes of packed codes that one program of a kernel handles."""
+
+
+@dataclass(frozen=True)
+class PlanTables:
+    """A bit plan for chunks of one length, resident on a device."""
+
+    rank: int
+    """Leading basis columns that the plan reads."""
+    tokens: int
+    """Coded tokens per chunk."""
+    payload_bytes: int
+    """Bytes per chunk before entropy coding."""
+    has_gaps: bool
+    """Whether some coefficients below `rank` are in no coefficient group."""
+    groups: torch.Tensor
+    """Coefficient groups in stored order, int64 [n, 4]: first coefficient, size, type id, offset
+    of the packed codes in the payload."""
+    tiles: torch.Tensor
+    """int32 [m, 2]: number of the coefficient group, first byte of its packed codes."""
+    unit_lengths: tuple[int, ...]
+    """Raw bytes of the entropy coder's units, in order; a unit never crosses the end of a stream
+    (see `payload`)."""
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.groups)
+
+    @classmethod
+    def build(cls, plan: BitPlan, tokens: int, device: torch.device) -> PlanTables:
+        """Tables of `plan` for chunks of `tokens` coded tokens."""
+        groups: list[tuple[int, int, int, int]] = []
+        tiles: list[tuple[int, int]] = []
+        offset = 2 * FP16_BYTES * len(plan.groups) * tokens
+        for batch in batches(plan):
+            packed_bytes = batch.packed_bytes(tokens)
+            type_id = batch.quantizer.type_id
+            for start in batch.starts:
+                tiles += [(len(groups), first) for first in range(0, packed_bytes, TILE_BYTES)]
+                groups.append((start, batch.size, type_id, offset))
+                offset += packed_bytes
+        return cls(
+            rank=plan.rank,
+            tokens=tokens,
+            payload_bytes=payload_length(plan, tokens),
+            has_gaps=sum(group.size for group in plan.groups) < plan.rank,
+            groups=torch.tensor(groups, dtype=torch.int64).view(-1, 4).to(device),
+            tiles=torch.tensor(tiles, dtype=torch.int32).view(-1, 2).to(device),
+            unit_lengths=tuple(cut_units(stream_lengths(plan, tokens))),
+        )
 
 
 class ResidentArtifact:
-    """sections: bases [p, rank] in the operand dtype and float32 means [p], on the device.
+    """An artifact as kernels take it, on one device.
 
-    analysis, synthesis: what rows and coefficients are multiplied by, [p, rank] in the operand
-    dtype: the bases, with the rows' weights in them where there are some.
+    sections: as `TransformCodec` keeps them: bases [p, rank] in the operand dtype, float32 means
+    [p]. analysis, synthesis: what rows and coefficients are multiplied by, [p, rank] in the
+    operand dtype: the bases, with the rows' weights in them where there are some.
     """
 
     def __init__(
@@ -41,24 +108,27 @@ class ResidentArtifact:
             "v": rotations([None] * layers, device),
         }
         self.means: dict[Kind, torch.Tensor] = {
-            kind: torch.cat([sections[group, kind].mean for group in self.groups]) for kind in KINDS
+            tensor: torch.cat(
+                [sections[layer_group, tensor].mean for layer_group in self.layer_groups]
+            )
+            for tensor in KINDS
         }
 
     @property
-    def groups(self) -> range:
+    def layer_groups(self) -> range:
         return range(len(self.geometry.layer_groups))
 
-    def columns(self, group: int, kind: Kind) -> slice:
+    def columns(self, layer_group: int, tensor: Kind) -> slice:
         """Where the layer group lies in a row of all layers."""
-        first, end = self.geometry.layer_groups[group]
-        per_layer = self.geometry.row_size(group, kind) // (end - first)
+        first, end = self.geometry.layer_groups[layer_group]
+        per_layer = self.geometry.row_size(layer_group, tensor) // (end - first)
         return slice(first * per_layer, end * per_layer)
 
-    def tables(self, group: int, kind: Kind, ratio: float, tokens: int) -> PlanTables:
+    def tables(self, layer_group: int, tensor: Kind, ratio: float, tokens: int) -> PlanTables:
         """The section's plan for chunks of `tokens` coded tokens; made once."""
-        key = (group, kind, ratio, tokens)
+        key = (layer_group, tensor, ratio, tokens)
         if key not in self._tables:
-            plan = bit_plan(self.sections[group, kind], ratio)
+            plan = bit_plan(self.sections[layer_group, tensor], ratio)
             self._tables[key] = PlanTables.build(plan, tokens, self._device)
         return self._tables[key]
 
@@ -71,7 +141,7 @@ class ResidentArtifact:
         tensors = list({id(basis): basis for basis in bases}.values())
         tensors += self.means.values()
         tensors += [section.mean for section in self.sections.values()]
-        tables = {id(run.rope): run.rope.cos_sin for run in self.rotations["k"] if run.rope}
+        tables = {id(span.rope): span.rope.cos_sin for span in self.rotations["k"] if span.rope}
         return sum(x.nbytes for x in tensors) + sum(x.nbytes for x in tables.values())
 
 

@@ -13,17 +13,13 @@ from typing import Protocol
 
 import torch
 
-from kvtc_vllm.codec.codec import read_section
+from kvtc_vllm.codec.base import read_section
 from kvtc_vllm.codec.container import Section
 from kvtc_vllm.codec.entropy import DEFLATE, MAX_UNIT_BYTES, Unit, aligned
 from kvtc_vllm.codec.entropy.unit_table import SectionBody, unit_table, unsound_units
 from kvtc_vllm.codec.errors import ContainerError
-from kvtc_vllm.codec.kernels.deflate_nvcomp import (
-    NvcompDeflate,
-    host_threads,
-    nvcomp_or_none,
-)
-from kvtc_vllm.codec.kernels.lanes import host_buffer
+from kvtc_vllm.codec.kernels.deflate_nvcomp import NvcompDeflate, host_threads, nvcomp_or_none
+from kvtc_vllm.codec.streams import host_buffer
 
 
 class UnitReader(Protocol):

@@ -1,4 +1,4 @@
-"""Quantisers by name. One file a method, one row here.
+"""Quantisers by name. One file per method, one row here.
 
 The allocation's fourth type, "none", stores nothing and reads back as zero; it
 is the absence of a group and so has no row.

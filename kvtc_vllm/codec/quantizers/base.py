@@ -13,14 +13,14 @@ import torch
 
 FP16_MAX = 65504.0
 SHIFT_SCALE_BITS = 32
-"""Side information a group and token: float16 shift + float16 scale (paper, section 3.2)."""
+"""Bits of the scales per coefficient group and token: float16 shift + scale (paper, 3.2)."""
 
 
 class Quantizer(Protocol):
     """A type of the allocation's alphabet.
 
     name: key in the registry and in stored plans. type_id: its number in the
-    file format, never reused. bits: payload bits an element.
+    file format, never reused. bits: payload bits per element.
     """
 
     @property
@@ -48,7 +48,7 @@ class Quantizer(Protocol):
 
 
 def group_cost_bits(bits: int, size: int) -> int:
-    """Bits that one stored group costs a token: payload + shift + scale."""
+    """Bits per token that one stored coefficient group costs: payload + shift + scale."""
     return bits * size + SHIFT_SCALE_BITS
 
 
@@ -62,7 +62,7 @@ def group_scale(step: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> to
 
     Zero for a constant group, hence for every group of one element: it is its
     shift. Spending a scale on the rounding error of the shift would cost
-    DEFLATE 16 bits of noise a token.
+    DEFLATE 16 bits of noise per token.
     """
     return to_fp16(step * (high > low))
 

@@ -1,4 +1,4 @@
-"""int2 and int4: asymmetric uniform quantiser, min/max a token and group.
+"""int2 and int4: asymmetric uniform quantiser, min/max per token and coefficient group.
 
 The paper (section 3.2) takes KIVI's quantiser: shift = min,
 scale = (max - min) / (2^b - 1), q = round((x - shift) / scale). Shift and

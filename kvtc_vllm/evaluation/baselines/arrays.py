@@ -11,7 +11,7 @@ from kvtc_vllm.codec.quantizers.base import to_fp16
 
 
 def from_bytes(data: memoryview, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
-    """Inverse of `codec.planes.to_bytes`. Raises RuntimeError where size and shape disagree."""
+    """Inverse of `codec.shuffle.to_bytes`. Raises RuntimeError where size and shape disagree."""
     if not data.nbytes:  # which torch.frombuffer refuses
         return torch.empty(0, dtype=dtype).reshape(*shape)
     return torch.frombuffer(bytearray(data), dtype=dtype).reshape(*shape)

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind
-from kvtc_vllm.codec.planes import to_bytes
 from kvtc_vllm.codec.rope import Rope
+from kvtc_vllm.codec.shuffle import to_bytes
 from kvtc_vllm.evaluation.baselines.arrays import from_bytes, to_cache
 from kvtc_vllm.evaluation.baselines.base import Baseline
 from kvtc_vllm.evaluation.baselines.cachegen_codes import (

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kvtc_vllm.codec.artifact import Kind
-from kvtc_vllm.codec.planes import join_planes, split_planes
+from kvtc_vllm.codec.shuffle import shuffle, unshuffle
 from kvtc_vllm.evaluation.baselines.cachegen_codes import (
     ANCHOR_SYMBOLS,
     Symbols,
@@ -44,8 +44,8 @@ class SymbolCounts:
         )
 
     def to_bytes(self) -> list[bytes]:
-        """For a chunk that carries its own counts, which are mostly zeros: DEFLATEd byte planes."""
-        return [zlib.compress(b"".join(split_planes(x))) for x in (self.anchors, self.deltas)]
+        """For a chunk that carries its own counts, mostly zeros: byte shuffle, DEFLATE."""
+        return [zlib.compress(b"".join(shuffle(x))) for x in (self.anchors, self.deltas)]
 
     @classmethod
     def from_bytes(cls, anchors: memoryview, deltas: memoryview, channels: int) -> SymbolCounts:
@@ -123,6 +123,6 @@ def _count(symbols: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _inflate(data: memoryview, channels: int, symbols: int) -> torch.Tensor:
-    """DEFLATEd byte planes -> int32 [L, C, symbols]."""
-    planes = torch.frombuffer(bytearray(zlib.decompress(data)), dtype=torch.uint8)
-    return join_planes(planes, torch.int32).view(-1, channels, symbols)
+    """Inverse of byte shuffle and DEFLATE: int32 [L, C, symbols]."""
+    streams = torch.frombuffer(bytearray(zlib.decompress(data)), dtype=torch.uint8)
+    return unshuffle(streams, torch.int32).view(-1, channels, symbols)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from kvtc_vllm.codec.packing import pack, packed_size, unpack
-from kvtc_vllm.codec.planes import to_bytes
 from kvtc_vllm.codec.quantizers.uniform import INT2
+from kvtc_vllm.codec.shuffle import to_bytes
 from kvtc_vllm.evaluation.baselines.arrays import from_bytes
 
 PARTS = 3

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from kvtc_vllm.codec.artifact import Geometry
-from kvtc_vllm.codec.planes import to_bytes
 from kvtc_vllm.codec.rope import Rope
+from kvtc_vllm.codec.shuffle import to_bytes
 from kvtc_vllm.evaluation.baselines.arrays import from_bytes, to_cache
 from kvtc_vllm.evaluation.baselines.base import Baseline
 from kvtc_vllm.evaluation.baselines.groups import PARTS, dequantize_groups, quantize_groups

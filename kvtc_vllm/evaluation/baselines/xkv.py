@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from kvtc_vllm.codec.planes import to_bytes
+from kvtc_vllm.codec.shuffle import to_bytes
 from kvtc_vllm.codec.transform import keys_from_rows, rows_from_keys
 from kvtc_vllm.evaluation.baselines.arrays import from_bytes, to_cache
 from kvtc_vllm.evaluation.baselines.base import Baseline

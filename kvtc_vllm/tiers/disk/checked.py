@@ -1,7 +1,4 @@
-"""The one exception of the disk tier, and a file system that raises nothing else.
-
-Its calls repeat what is to be repeated.
-"""
+"""The one exception of the disk tier, and a file system that raises nothing else."""
 
 from __future__ import annotations
 
@@ -86,7 +83,10 @@ class DiskError(StoreError):
 
 
 class CheckedFileSystem:
-    """Wraps a FileSystem. Same threading contract."""
+    """The calls of a FileSystem, repeated while interrupted; all raise DiskError only.
+
+    Called from any thread.
+    """
 
     def __init__(self, filesystem: FileSystem) -> None:
         self._raw = filesystem
@@ -95,16 +95,16 @@ class CheckedFileSystem:
         return _call(f"open {path}", self._raw.open, path, flags)
 
     def close(self, fd: int) -> None:
-        """Raises if the file system reports a late write error."""
+        """Free the descriptor. Raises if the file system reports a late write error."""
         _call("close", self._close, fd)
 
     def close_quietly(self, fd: int) -> None:
-        """Close where nothing depends on what was written."""
+        """Free the descriptor, ignoring errors: nothing may depend on what was written."""
         with suppress(DiskError):
             self.close(fd)
 
     def read_all(self, fd: int, length: int) -> bytes:
-        """Exactly the first `length` bytes. Raises "corrupt" if there are fewer."""
+        """Read exactly the first `length` bytes. Raises "corrupt" if there are fewer."""
         parts: list[bytes] = []
         have = 0
         while have < length:
@@ -132,7 +132,7 @@ class CheckedFileSystem:
         return _call("fstat", self._raw.fstat, fd)
 
     def stat(self, path: str) -> FileInfo | None:
-        """None if there is no such file."""
+        """Size, modification time and inode; None if there is no such file."""
         try:
             return _call(f"stat {path}", self._raw.stat, path)
         except DiskError as error:
@@ -140,7 +140,7 @@ class CheckedFileSystem:
             return None
 
     def list(self, path: str) -> list[Listed]:
-        """Empty if there is no such directory."""
+        """Entries of a directory; none if there is no such directory."""
         try:
             return _call(f"list {path}", self._raw.list, path)
         except DiskError as error:
@@ -157,7 +157,7 @@ class CheckedFileSystem:
         _call(f"rename to {target}", self._raw.rename, source, target)
 
     def unlink(self, path: str) -> bool:
-        """False if there was no such file."""
+        """Remove a file; False if there was none."""
         try:
             _call(f"unlink {path}", self._raw.unlink, path)
         except DiskError as error:

@@ -31,8 +31,8 @@ def drop_namespace(fs: CheckedFileSystem, space: Space, root: str, namespace: st
     removed = 0
     for first in range(0, len(paths), REMOVE_AT_ONCE):
         removed += space.remove(namespace, paths[first : first + REMOVE_AT_ONCE])
-    space.count(namespace)  # takes the temporaries of dead writers
-    with space.locked() as page:
+    space.count(namespace)  # for its effect: it removes the temporaries of dead writers
+    with space.locked() as ledger:
         for name, *_ in fs.list(directory):
             if is_fan_out(name) or name == TEMPORARY_DIRECTORY:
                 with suppress(DiskError):  # something is in it
@@ -44,5 +44,5 @@ def drop_namespace(fs: CheckedFileSystem, space: Space, root: str, namespace: st
         with suppress(DiskError):
             fs.rmdir(directory)
         if fs.stat(directory) is None:
-            page.accounts.pop(namespace, None)
+            ledger.accounts.pop(namespace, None)
     return removed

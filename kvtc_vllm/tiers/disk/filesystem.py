@@ -15,7 +15,7 @@ in nanoseconds since the epoch. A plain tuple, because there are hundreds of tho
 
 
 class FileInfo(NamedTuple):
-    """One file. size: bytes. mtime_ns: nanoseconds since the epoch."""
+    """One file. size: bytes. mtime_ns: last modification, nanoseconds since the epoch."""
 
     size: int
     mtime_ns: int
@@ -46,19 +46,19 @@ class FileSystem(Protocol):
         ...
 
     def fstat(self, fd: int) -> FileInfo:
-        """The open file."""
+        """Size, modification time and inode of an open file."""
         ...
 
     def stat(self, path: str) -> FileInfo:
-        """The file, not following a symbolic link."""
+        """The same of the file at a path, not following a symbolic link."""
         ...
 
     def list(self, path: str) -> list[Listed]:
-        """What is in a directory, in no order; entries that vanish meanwhile are left out."""
+        """Entries of a directory, in no order; those that vanish meanwhile are left out."""
         ...
 
     def mkdir(self, path: str) -> None:
-        """Make a directory (mode 0700) and its parents; fine if it exists."""
+        """Make a directory (mode 0700) and its parents; leave one that exists."""
         ...
 
     def rmdir(self, path: str) -> None:
@@ -66,7 +66,7 @@ class FileSystem(Protocol):
         ...
 
     def rename(self, source: str, target: str) -> None:
-        """Atomically."""
+        """Move a file to `target` in one step, in the place of a file that is there."""
         ...
 
     def unlink(self, path: str) -> None:
@@ -90,12 +90,12 @@ class FileSystem(Protocol):
         ...
 
     def unlock(self, fd: int) -> None:
-        """Give the flock back."""
+        """Release the flock of an open file."""
         ...
 
 
 class OsFileSystem:
-    """The real one. Stateless."""
+    """The operating system's. Stateless."""
 
     def open(self, path: str, flags: int) -> int:
         return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

@@ -32,15 +32,15 @@ class InUseMark:
         self._closed = False
 
     def set(self) -> None:
-        """Mark the directory that is there now; an earlier mark is given back."""
+        """Mark the directory that is there now; release an earlier mark."""
         self._put(self._take())
 
     def clear(self) -> None:
-        """Give the mark back."""
+        """Release the mark; `set` may mark again."""
         self._put(None)
 
     def close(self) -> None:
-        """Give the mark back for good."""
+        """Release the mark; `set` marks nothing any more."""
         with self._mutex:
             self._closed = True
         self._put(None)

@@ -57,7 +57,7 @@ class IoHandle(Generic[T]):
         return self._result  # type: ignore[return-value]  # None is then what the call returned
 
     def run(self) -> None:
-        """Make the call, on a pool's thread. Never raises."""
+        """Make the call and keep its outcome for `wait`. Never raises. On a pool's thread."""
         try:
             self._result = self._call()
         except BaseException as error:
@@ -65,7 +65,7 @@ class IoHandle(Generic[T]):
         self._ended.set()
 
     def refuse(self, error: DiskError) -> None:
-        """End it without a call."""
+        """Let `wait` raise `error`, without a call; tells whoever asked to be told."""
         self._error = error
         self._ended.set()
         if self._refused is not None:
@@ -117,7 +117,7 @@ class IoPool:
         return handle
 
     def _enqueue(self, handle: IoHandle[Any], expired: list[IoHandle[Any]]) -> None:
-        """Put it in the queue; `expired` gets those that make room for it."""
+        """Put a call in the queue; those that make room for it are appended to `expired`."""
         with self._changed:
             if self._closed:
                 raise DiskError("closed", "the pool was closed")

@@ -13,7 +13,7 @@ from kvtc_vllm.tiers.keys import RecordKey
 LAYOUT_VERSION = 1
 NAMESPACE_BYTES = 16
 MAX_KEY_BYTES = 100
-"""A file name holds two characters a byte and at most 255."""
+"""A file name holds two characters per byte and at most 255 in all."""
 BLOCK_BYTES = 4096
 LAYOUT_FILE = "layout.json"
 LEDGER_FILE = "ledger.json"

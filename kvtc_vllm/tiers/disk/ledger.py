@@ -29,8 +29,8 @@ class Account(msgspec.Struct):
     hits: int = 0
 
 
-class Page:
-    """The ledger while its lock is held.
+class LedgerState:
+    """What the ledger says while its lock is held.
 
     accounts: by directory name of the namespace. known: False if the file was new or
     unreadable, so that the root must be counted before anything else is decided.
@@ -57,7 +57,7 @@ class Page:
         return self.accounts.setdefault(namespace, Account())
 
     def save(self) -> None:
-        """Write the accounts if they are known and changed.
+        """Write the accounts if they are known and changed. Raises DiskError.
 
         The file is padded to whole blocks and never shrinks: one write over allocated
         space, which a kill cannot tear and a full disk cannot refuse.
@@ -84,8 +84,8 @@ class Ledger:
         self._fd: int | None = None
 
     @contextmanager
-    def locked(self) -> Iterator[Page]:
-        """Hold the root's lock; what was changed is saved at the end, errors or not.
+    def locked(self) -> Iterator[LedgerState]:
+        """Hold the root's lock; save what the block changed, also if the block raises.
 
         Raises DiskError "busy" if the lock cannot be had in time, and any of the file system.
         """
@@ -95,14 +95,14 @@ class Ledger:
         try:
             fd = self._lock(deadline)
             try:
-                page = Page(self._fs, fd)
+                ledger = LedgerState(self._fs, fd)
                 try:
-                    yield page
+                    yield ledger
                 except BaseException:
                     with suppress(DiskError):
-                        page.save()
+                        ledger.save()
                     raise
-                page.save()
+                ledger.save()
             finally:
                 self._unlock(fd)
         finally:

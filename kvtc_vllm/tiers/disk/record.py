@@ -22,25 +22,32 @@ class NamespaceRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Facts about a namespace for `kvtc inspect`; engines decide nothing by them.
 
     `kvtc gc` decides one thing by them: a generation that nobody uses has ended.
-
-    artifact: its name or directory, empty for raw. ratio: target, 1 for raw. created:
-    seconds since the epoch. generation: hex of the nonce that is part of the namespace's
-    identity; empty for a namespace that every engine with the same set-up names again.
-    facts: name -> short digest or text of what makes up the identity, to see in what two
-    namespaces differ.
     """
 
     model: str
+    """Its name, or the last part of its directory."""
     codec: str
+    """Name of the codec."""
     dtype: str
+    """Of the cache."""
     rank: int
+    """Tensor-parallel rank whose chunks these are, from 0."""
     tp_size: int
+    """Number of tensor-parallel ranks."""
     artifact: str = ""
+    """Hex of its fingerprint; empty for raw."""
     ratio: float = 1.0
+    """Target ratio; 1 for raw."""
     vllm_version: str = ""
+    """Of the engine that made the namespace."""
     created: int = 0
+    """Seconds since the epoch."""
     generation: str = ""
+    """Hex of the nonce that is part of the namespace's identity; empty for a namespace that every
+    engine with the same set-up names again."""
     facts: dict[str, str] = msgspec.field(default_factory=dict)
+    """Name -> short digest or text of what makes up the identity, to see in what two namespaces
+    differ."""
 
 
 class _Layout(msgspec.Struct):
@@ -60,7 +67,7 @@ def read_small(fs: CheckedFileSystem, path: str) -> bytes:
 
 
 def write_small(fs: CheckedFileSystem, directory: str, path: str, content: bytes) -> None:
-    """Put a small file at `path`, by way of a temporary of the namespace in `directory`.
+    """Write a small file at `path`, by way of a temporary of the namespace in `directory`.
 
     Call under the root's lock, under which a temporary needs no lock of its own.
     """

@@ -31,7 +31,7 @@ class ChunkFile(NamedTuple):
 
 @contextmanager
 def without_collector() -> Iterator[None]:
-    """Keep Python's cycle collector out of a scan.
+    """Stop Python's cycle collector while the block runs.
 
     Hundreds of thousands of small objects, none in a cycle, would make it walk the heap of
     the whole process several times. A race of two threads only ends the pause early.

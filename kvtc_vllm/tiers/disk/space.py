@@ -20,7 +20,7 @@ from operator import itemgetter
 from kvtc_vllm.tiers.disk import scan
 from kvtc_vllm.tiers.disk.checked import CheckedFileSystem, DiskError
 from kvtc_vllm.tiers.disk.layout import chunk_path, disk_bytes, new_temporary
-from kvtc_vllm.tiers.disk.ledger import LOCK_WAIT_SECONDS, Account, Ledger, Page
+from kvtc_vllm.tiers.disk.ledger import LOCK_WAIT_SECONDS, Account, Ledger, LedgerState
 from kvtc_vllm.tiers.disk.scan import ChunkFile
 
 MIN_CANDIDATES = 1024
@@ -47,10 +47,7 @@ class Temporary:
 
 
 class Recency:
-    """Last use, kept as the modification time of a chunk's file.
-
-    Stamps files, each later than the one before. Thread-safe.
-    """
+    """Writes the last use of chunks: the modification times of their files. Thread-safe."""
 
     def __init__(self, fs: CheckedFileSystem) -> None:
         self._fs = fs
@@ -58,7 +55,7 @@ class Recency:
         self._lock = threading.Lock()
 
     def touch(self, path: str) -> None:
-        """Make the file the most recently used of this process. Raises DiskError."""
+        """Stamp the file later than all that this process stamped before. Raises DiskError."""
         with self._lock:
             # The clock may stand still between two calls, and may be set back.
             self._last = max(time.time_ns(), self._last + 1)
@@ -95,24 +92,24 @@ class Space:
         self._hits_lock = threading.Lock()
 
     @contextmanager
-    def locked(self) -> Iterator[Page]:
+    def locked(self) -> Iterator[LedgerState]:
         """Hold the root's lock, with a ledger that covers every namespace."""
-        with self._ledger.locked() as page:
-            if not page.known:
-                self._survey(page)
+        with self._ledger.locked() as ledger:
+            if not ledger.known:
+                self._survey(ledger)
             with self._hits_lock:
                 hits, self._hits = self._hits, Counter()
             for namespace, number in hits.items():
-                page.account(namespace).hits += number
-            yield page
+                ledger.account(namespace).hits += number
+            yield ledger
 
     def add_hits(self, namespace: str, number: int) -> None:
-        """Note verified reads; they reach the ledger with the next use of the lock."""
+        """Count verified reads; they enter the ledger when the lock is held next."""
         with self._hits_lock:
             self._hits[namespace] += number
 
     def close(self) -> None:
-        """Free the descriptor."""
+        """Close the ledger's file."""
         self._ledger.close()
 
     def reserve(self, namespace: str, target: str, length: int) -> Temporary | None:
@@ -122,15 +119,15 @@ class Space:
         namespace's directory is gone.
         """
         size = disk_bytes(length)
-        with self.locked() as page:
+        with self.locked() as ledger:
             if self._fs.stat(target) is not None:
                 return None
-            self._make_room(page, size)
+            self._make_room(ledger, size)
             path = new_temporary(f"{self._root}/{namespace}")
-            account = page.account(namespace)
+            account = ledger.account(namespace)
             account.used += size
             try:
-                page.save()
+                ledger.save()
                 fd = self._fs.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
                 temporary = Temporary(path, fd, size)
             except DiskError:
@@ -142,26 +139,26 @@ class Space:
                     raise DiskError("busy", f"{path} was locked by somebody else")
                 self._fs.truncate(temporary.open_fd, length)
             except DiskError:
-                self._discard(page, namespace, temporary)
+                self._discard(ledger, namespace, temporary)
                 raise
             return temporary
 
     def publish(self, namespace: str, temporary: Temporary, target: str) -> bool:
         """Rename to `target`; False (and the temporary is gone) if that exists by now."""
-        with self.locked() as page:
+        with self.locked() as ledger:
             fresh = self._fs.stat(target) is None
             if fresh:
                 self._close(temporary)
                 self._rename(temporary.path, target)
             else:
-                self._discard(page, namespace, temporary)
+                self._discard(ledger, namespace, temporary)
         return fresh
 
     def abandon(self, namespace: str, temporary: Temporary) -> None:
         """Undo `reserve`, best effort: what cannot be undone now is an orphan for `scan`."""
         try:
-            with self.locked() as page:
-                self._discard(page, namespace, temporary)
+            with self.locked() as ledger:
+                self._discard(ledger, namespace, temporary)
         except DiskError:
             # Without the lock the ledger must not be touched; too high is safe.
             with suppress(DiskError):
@@ -172,10 +169,10 @@ class Space:
         """Unlink chunks; returns how many there were. Others are removed if one fails."""
         removed = 0
         failure: DiskError | None = None
-        with self.locked() as page:
+        with self.locked() as ledger:
             for path in paths:
                 try:
-                    removed += self._unlink(page, namespace, path) is not None
+                    removed += self._unlink(ledger, namespace, path) is not None
                 except DiskError as error:
                     failure = error
         if failure is not None:
@@ -183,77 +180,77 @@ class Space:
         return removed
 
     def count(self, namespace: str) -> list[ChunkFile]:
-        """Remove orphans of one namespace, correct its account, return its chunks."""
-        with self.locked() as page:
-            page.account(namespace).used, found = self._count(namespace)
+        """Remove orphans of one namespace and correct its account; returns its chunks."""
+        with self.locked() as ledger:
+            ledger.account(namespace).used, found = self._count(namespace)
         return found
 
     def count_all(self) -> None:
-        """The same for the whole root."""
-        with self.locked() as page:
-            self._survey(page)
+        """Remove orphans and correct the accounts of all namespaces."""
+        with self.locked() as ledger:
+            self._survey(ledger)
 
     def shrink(self) -> None:
         """Evict until the cap and the minimum of free space hold, as far as chunks go."""
-        with self.locked() as page:
-            self._survey(page)
+        with self.locked() as ledger:
+            self._survey(ledger)
             try:
-                self._make_room(page, 0)
+                self._make_room(ledger, 0)
             except DiskError as error:
                 if error.reason != "full":
                     raise
 
-    def _make_room(self, page: Page, size: int) -> None:
+    def _make_room(self, ledger: LedgerState, size: int) -> None:
         if size > self._capacity:
             raise DiskError("full", f"{size} bytes exceed the tier's {self._capacity}")
         surveyed = False
-        missing = self._missing(page, size)
+        missing = self._missing(ledger, size)
         while missing > 0:
             if self._candidates:
-                missing -= self._evict(page, *self._candidates.popleft())
+                missing -= self._evict(ledger, *self._candidates.popleft())
             elif surveyed:
                 raise DiskError("full", f"no room for {size} bytes and nothing left to evict")
             else:
-                self._survey(page)
+                self._survey(ledger)
                 surveyed = True
-                missing = self._missing(page, size)
+                missing = self._missing(ledger, size)
 
-    def _missing(self, page: Page, size: int) -> int:
+    def _missing(self, ledger: LedgerState, size: int) -> int:
         """Bytes to evict before `size` more fit. Free space counts once, then what is freed:
         file systems may take a while to give it back."""
-        over_cap = page.used + size - self._capacity
+        over_cap = ledger.used + size - self._capacity
         return max(over_cap, self._min_free + size - self._fs.free_bytes(self._root))
 
-    def _evict(self, page: Page, namespace: str, chunk: ChunkFile) -> int:
+    def _evict(self, ledger: LedgerState, namespace: str, chunk: ChunkFile) -> int:
         """Bytes freed: 0 if the chunk is gone or was used since the survey."""
         path = chunk_path(f"{self._root}/{namespace}", chunk.key)
         there = self._fs.stat(path)
         if there is None or there.mtime_ns != chunk.mtime_ns:
             return 0
-        freed = self._unlink(page, namespace, path)
+        freed = self._unlink(ledger, namespace, path)
         if freed is None:
             return 0
         self._evicted(namespace, chunk)
         return freed
 
-    def _unlink(self, page: Page, namespace: str, path: str) -> int | None:
+    def _unlink(self, ledger: LedgerState, namespace: str, path: str) -> int | None:
         """Bytes freed, None if there was no such file."""
         there = self._fs.stat(path)
         if there is None or not self._fs.unlink(path):
             return None
         freed = disk_bytes(there.size)
-        page.account(namespace).used -= freed
+        ledger.account(namespace).used -= freed
         return freed
 
-    def _survey(self, page: Page) -> None:
+    def _survey(self, ledger: LedgerState) -> None:
         """Count every namespace and choose the next candidates for eviction."""
         accounts: dict[str, Account] = {}
         found: list[tuple[str, ChunkFile]] = []
         for name in scan.namespaces(self._fs, self._root):
             used, chunks = self._count(name)
-            accounts[name] = Account(used, page.account(name).hits)
+            accounts[name] = Account(used, ledger.account(name).hits)
             found += [(name, chunk) for chunk in chunks]
-        page.accounts, page.known = accounts, True
+        ledger.accounts, ledger.known = accounts, True
         share = max(MIN_CANDIDATES, len(found) // CANDIDATE_SHARE)
         self._candidates = deque(heapq.nsmallest(share, found, key=itemgetter(1)))
 
@@ -274,14 +271,14 @@ class Space:
             self._fs.mkdir(os.path.dirname(target))
             self._fs.rename(source, target)
 
-    def _discard(self, page: Page, namespace: str, temporary: Temporary) -> None:
+    def _discard(self, ledger: LedgerState, namespace: str, temporary: Temporary) -> None:
         self._close_quietly(temporary)
         try:
             gone = self._fs.unlink(temporary.path)
         except DiskError:
             return  # still there and still entered; an orphan
         if gone:
-            page.account(namespace).used -= temporary.size
+            ledger.account(namespace).used -= temporary.size
 
     def _close(self, temporary: Temporary) -> None:
         fd, temporary.fd = temporary.fd, None

@@ -25,22 +25,28 @@ _UNBOUNDED = 2**63
 
 @dataclass(frozen=True)
 class NamespaceSummary:
-    """One namespace. used: bytes on disk. stored: bytes of its blobs. hits: verified reads so far.
-
-    oldest, newest: last use of the chunk used longest ago and most recently, seconds since
-    the epoch, 0 if there is none. in_use: a living process has it open.
-    """
+    """One namespace."""
 
     name: str
+    """Of its directory: the fingerprint in hex."""
     record: record.NamespaceRecord | None
+    """None if absent or unreadable."""
     chunks: int
+    """Number of chunks."""
     stored: int
+    """Bytes of their blobs."""
     used: int
+    """Bytes that they take on disk."""
     oldest: float
+    """Last use of the chunk used longest ago, seconds since the epoch; 0 without chunks."""
     newest: float
+    """Last use of the chunk used most recently, seconds since the epoch; 0 without chunks."""
     hits: int
+    """Verified reads so far."""
     temporaries: int
+    """Number of files still being written, dead writers' included."""
     in_use: bool
+    """Whether a living process has it open."""
 
 
 class Survey:
@@ -61,11 +67,11 @@ class Survey:
         return sorted(scan.chunks(self._fs, self._directory(namespace)))
 
     def path(self, namespace: str, key: RecordKey) -> str:
-        """Where a chunk lies."""
+        """Path of a chunk's file, whether it exists or not."""
         return chunk_path(self._directory(namespace), key)
 
     def summaries(self) -> Iterator[NamespaceSummary]:
-        """What is there. Changes nothing but the ledger, if it was lost."""
+        """All namespaces. Changes nothing but the ledger, if it was lost."""
         return self._summaries(self.namespaces())
 
     def ended(self) -> Iterator[NamespaceSummary]:
@@ -120,8 +126,8 @@ class Survey:
     def _summaries(self, names: Iterable[str]) -> Iterator[NamespaceSummary]:
         space = self._space(_UNBOUNDED)
         try:
-            with space.locked() as page:
-                hits = {name: account.hits for name, account in page.accounts.items()}
+            with space.locked() as ledger:
+                hits = {name: account.hits for name, account in ledger.accounts.items()}
         finally:
             space.close()
         for name in names:

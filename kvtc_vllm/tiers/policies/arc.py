@@ -43,7 +43,7 @@ class _SizedList:
 
 
 class ARCPolicy:
-    """Balances recency and frequency by what it wrongly evicted before."""
+    """Evicts by recency and frequency, shifted to whichever it wrongly evicted by before."""
 
     name = "arc"
 

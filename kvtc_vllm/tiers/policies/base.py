@@ -18,11 +18,11 @@ class EvictionPolicy(Protocol):
     name: str
 
     def insert(self, key: RecordKey, size: int) -> None:
-        """A record of `size` bytes became resident."""
+        """Track a record of `size` bytes that became resident."""
         ...
 
     def hit(self, key: RecordKey) -> None:
-        """A resident record was asked for again. Unknown keys are ignored."""
+        """Count a use of a resident record. Unknown keys are ignored."""
         ...
 
     def refresh(self, key: RecordKey) -> None:
@@ -30,7 +30,7 @@ class EvictionPolicy(Protocol):
         ...
 
     def remove(self, key: RecordKey) -> None:
-        """A record left for another reason than eviction. Unknown keys are ignored."""
+        """Drop a record that left for another reason than eviction. Unknown keys are ignored."""
         ...
 
     def evict(self, evictable: Callable[[RecordKey], bool]) -> RecordKey | None:

@@ -2,7 +2,7 @@
 
     python -m tests.codec.kernels.compile_all [80 90 100]
 
-Prints one line a kernel. Fails if one does not compile, or if one whose results must equal the
+Prints one line per kernel. Fails if one does not compile, or if one whose results must equal the
 CPU's contains a fused multiply-add, flushes subnormals, or divides approximately.
 """
 
@@ -23,11 +23,9 @@ from triton.compiler import ASTSource
 torch.cuda.is_available = lambda: True
 
 from kvtc_vllm.codec.kernels import (  # noqa: E402
-    byte_ranges,
-    dequantize,
-    gather,
-    quantize,
-    scatter,
+    deflate_nvcomp,
+    paged_io,
+    payload_kernels,
 )
 
 INEXACT = re.compile(r"fma\.rn|\.ftz|div\.full|div\.approx|rcp\.approx")
@@ -76,17 +74,20 @@ def cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
             }
             types = {**PAGED, "cos_sin": table, "rows": rows}
             name = f"{element} half={half} neox={neox} {rows}"
-            yield f"gather {name}", gather._gather_kernel, types, constants
-            yield f"scatter {name}", scatter._scatter_kernel, types, constants
-    tile = {"TOKEN_TILE": quantize._TOKEN_TILE, "TILE": quantize._COEFFICIENT_TILE}
-    yield "range", quantize._range_kernel, PLAN, tile
-    yield "pack", quantize._pack_kernel, PLAN, {"BYTES": quantize.TILE_BYTES}
-    for element in ("*fp32", "*fp16"):
+            yield f"gather {name}", paged_io._gather_kernel, types, constants
+            yield f"scatter {name}", paged_io._scatter_kernel, types, constants
+    tile = {"TOKEN_TILE": payload_kernels._TOKEN_TILE, "TILE": payload_kernels._COEFFICIENT_TILE}
+    yield "range", payload_kernels._range_kernel, PLAN, tile
+    for name, element, pack in (
+        ("pack", "*fp32", True),
+        ("unpack *fp32", "*fp32", False),
+        ("unpack *fp16", "*fp16", False),
+    ):
         types = {**PLAN, "coefficients": element}
-        constants = {"BYTES": dequantize.TILE_BYTES}
-        yield f"unpack {element}", dequantize._unpack_kernel, types, constants
+        constants = {"BYTES": payload_kernels.TILE_BYTES, "PACK": pack}
+        yield name, payload_kernels._codes_kernel, types, constants
     types = dict.fromkeys(("sources", "targets", "lengths"), "*i64")
-    yield "copy", byte_ranges._copy_kernel, types, {"TILE": byte_ranges._TILE}
+    yield "copy", deflate_nvcomp._copy_kernel, types, {"TILE": deflate_nvcomp._COPY_TILE}
 
 
 def main(capabilities: list[int]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kvtc_vllm.codec.kernels.paged import PagedCache, PagedSide
+from kvtc_vllm.codec.kernels.paged import PagedCache, PagedTensor
 
 LAYOUTS = ("NHD", "HND", "apart", "interleaved layers")
 
@@ -38,10 +38,10 @@ def paged_cache(
         return PagedCache.packed([together[:, i] for i in range(layers)], head_size)
     keys = [noise(pages, heads, head_size, page_tokens).transpose(2, 3) for _ in range(layers)]
     values = [noise(pages, heads, page_tokens, head_size_v) for _ in range(layers)]
-    return PagedCache(PagedSide.of(keys), PagedSide.of(values))
+    return PagedCache(PagedTensor.of(keys), PagedTensor.of(values))
 
 
-def read_slots(side: PagedSide, slots: torch.Tensor) -> torch.Tensor:
+def read_slots(tensor: PagedTensor, slots: torch.Tensor) -> torch.Tensor:
     """[T, L, H, D] by plain indexing: what a kernel must read."""
-    page, offset = slots // side.page_tokens, slots % side.page_tokens
-    return torch.stack([view[page, :, offset] for view in side.views], dim=1)
+    page, offset = slots // tensor.page_tokens, slots % tensor.page_tokens
+    return torch.stack([view[page, :, offset] for view in tensor.views], dim=1)

@@ -13,10 +13,13 @@ from tests.codec.kernels.devices import DEVICES
 from tests.codec.kernels.paged_caches import LAYOUTS, paged_cache, read_slots
 from tests.codec.synthetic import rope_table
 
-from kvtc_vllm.codec.kernels.gather import gather_rows  # isort: skip
-from kvtc_vllm.codec.kernels.paged import PagedSide, block_slots  # isort: skip
-from kvtc_vllm.codec.kernels.rotation import rotations, within  # isort: skip
-from kvtc_vllm.codec.kernels.scatter import SKIP, scatter_rows  # isort: skip
+from kvtc_vllm.codec.kernels.paged import (  # isort: skip
+    PagedTensor,
+    block_slots,
+    rotations,
+    within,
+)
+from kvtc_vllm.codec.kernels.paged_io import SKIP, gather_rows, scatter_rows  # isort: skip
 
 FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, *FP8]
@@ -208,7 +211,7 @@ def test_extreme_values_round_as_on_the_cpu(device, dtype):
 
 def test_layers_that_are_not_alike_are_refused():
     with pytest.raises(ValueError, match="layer 1"):
-        PagedSide.of([torch.zeros(2, 1, 4, 8), torch.zeros(2, 1, 4, 8, dtype=torch.float16)])
+        PagedTensor.of([torch.zeros(2, 1, 4, 8), torch.zeros(2, 1, 4, 8, dtype=torch.float16)])
 
 
 def test_block_slots():

@@ -14,13 +14,13 @@ from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.transform import to_cache
 from tests.codec.kernels.devices import DEVICES
 from tests.codec.kernels.paged_caches import paged_cache, read_slots
+from tests.codec.kernels.requests import Load, Store
 from tests.codec.synthetic import SyntheticModel
 
-from kvtc_vllm.codec.kernels.chunks import LoadChunk, StoreChunk, runs_of, steps  # isort: skip
-from kvtc_vllm.codec.kernels.paged import block_slots  # isort: skip
+from kvtc_vllm.codec.kernels.chunks import batches_of, steps  # isort: skip
+from kvtc_vllm.codec.kernels.paged import block_slots, rotations  # isort: skip
 from kvtc_vllm.codec.kernels.paged_codec import PagedKvtcCodec  # isort: skip
-from kvtc_vllm.codec.kernels.rotation import rotations  # isort: skip
-from kvtc_vllm.codec.kernels.scatter import scatter_rows  # isort: skip
+from kvtc_vllm.codec.kernels.paged_io import scatter_rows  # isort: skip
 
 # Some ten seconds each in the interpreter.
 pytestmark = pytest.mark.slow
@@ -60,9 +60,9 @@ def make(artifact, device, dtype=torch.bfloat16, precision="float32", layout="NH
 
 
 STORES = [
-    StoreChunk([3, 9], 0, b"first"),
-    StoreChunk([1, 0], TOKENS, b"second"),
-    StoreChunk([7, 2], 2 * TOKENS, b"third"),
+    Store([3, 9], 0, b"first"),
+    Store([1, 0], TOKENS, b"second"),
+    Store([7, 2], 2 * TOKENS, b"third"),
 ]
 
 
@@ -131,8 +131,8 @@ def test_weights_are_in_the_matrices(artifact, device):
         wanted = reference.decode(expected, store.start, TOKENS, store.key)
         assert differing(decoded.k, wanted.k) < 0.02
         assert differing(decoded.v, wanted.v) < 0.02
-        load = LoadChunk(expected, store.start, TOKENS, blocks, key=store.key)
-        assert codec.load([load]) == [None]
+        load = Load(store.start, blocks, key=store.key)
+        assert codec.load([(load, expected)], TOKENS) == [None]
         slots = block_slots(blocks, BLOCK)
         loaded = [read_slots(side, slots) for side in (codec.cache.k, codec.cache.v)]
         assert differing(loaded[0], wanted.k) < 0.02
@@ -151,10 +151,10 @@ def test_loading_gives_what_the_cpu_codec_gives(artifact, device, dtype, layout)
     ]
     targets = [[4, 11], [15, 6], [5, 10]]
     loads = [
-        LoadChunk(blob, store.start, TOKENS, blocks, key=store.key)
+        (Load(store.start, blocks, key=store.key), blob)
         for blob, store, blocks in zip(blobs, STORES, targets, strict=True)
     ]
-    assert codec.load(loads) == [None] * 3
+    assert codec.load(loads, TOKENS) == [None] * 3
     for blob, store, blocks in zip(blobs, STORES, targets, strict=True):
         slots = block_slots(blocks, BLOCK).to(device)
         wanted = reference.decode(blob, store.start, TOKENS, store.key)
@@ -177,8 +177,8 @@ def test_float16_operands_cost_little(artifact, device):
         for x, exact_x, our_x in ((k, exact.k, ours.k), (v, exact.v, ours.v)):
             error = (exact_x.float() - x.float()).square().sum()
             assert (our_x.float() - x.float()).square().sum() < 1.02 * error
-    loads = [LoadChunk(b, s.start, TOKENS, s.block_ids, key=s.key) for b, s in zip(blobs, STORES)]  # noqa: B905
-    assert codec.load(loads) == [None] * 3
+    loads = [(Load(s.start, s.block_ids, key=s.key), b) for b, s in zip(blobs, STORES, strict=True)]
+    assert codec.load(loads, TOKENS) == [None] * 3
     for store, blob in zip(STORES, blobs, strict=True):
         wanted = reference.decode(blob, store.start, TOKENS, store.key)
         slots = block_slots(store.block_ids, BLOCK).to(device)
@@ -194,7 +194,7 @@ def test_only_wanted_blocks_are_written(artifact, device, start):
     blob = reference.encode(k, v, start)
     everything = torch.arange(32 * PAGE, device=device)
     before = read_slots(codec.cache.k, everything).clone()
-    assert codec.load([LoadChunk(blob, start, TOKENS, [12], first_block=1)]) == [None]
+    assert codec.load([(Load(start, [12], first_block=1), blob)], TOKENS) == [None]
     after = read_slots(codec.cache.k, everything)
     written = block_slots([12], BLOCK).to(device)
     wanted = reference.decode(blob).k[BLOCK:]
@@ -211,8 +211,8 @@ def test_a_small_workspace_gives_the_same(artifact, device):
     filled(tight)
     blobs = encoded(roomy)
     assert encoded(tight) == blobs
-    loads = [LoadChunk(b, s.start, TOKENS, s.block_ids, key=s.key) for b, s in zip(blobs, STORES)]  # noqa: B905
-    assert roomy.load(loads) == tight.load(loads) == [None] * 3
+    loads = [(Load(s.start, s.block_ids, key=s.key), b) for b, s in zip(blobs, STORES, strict=True)]
+    assert roomy.load(loads, TOKENS) == tight.load(loads, TOKENS) == [None] * 3
     everything = torch.arange(32 * PAGE, device=device)
     for mine, other in ((roomy.cache.k, tight.cache.k), (roomy.cache.v, tight.cache.v)):
         assert torch.equal(read_slots(mine, everything), read_slots(other, everything))
@@ -228,19 +228,19 @@ def test_bad_chunks_fail_alone(artifact, device):
     other = KvtcCodec(artifact, 4.0, torch.bfloat16, IDENTITY)
     k, v = MODEL.chunk(TOKENS, TOKENS, 6)
     loads = [
-        LoadChunk(bytes(damaged), TOKENS, TOKENS, [0, 1], key=b"second"),
-        LoadChunk(good, TOKENS, TOKENS, [2, 3], key=b"second"),
-        LoadChunk(good, TOKENS, TOKENS, [4, 5], key=b"third"),
-        LoadChunk(_with_a_longer_body(good), TOKENS, TOKENS, [6, 7], key=b"second"),
-        LoadChunk(other.encode(k, v, TOKENS), TOKENS, TOKENS, [8, 9]),
+        (Load(TOKENS, [0, 1], key=b"second"), bytes(damaged)),
+        (Load(TOKENS, [2, 3], key=b"second"), good),
+        (Load(TOKENS, [4, 5], key=b"third"), good),
+        (Load(TOKENS, [6, 7], key=b"second"), _with_a_longer_body(good)),
+        (Load(TOKENS, [8, 9]), other.encode(k, v, TOKENS)),
     ]
-    errors = codec.load(loads)
+    errors = codec.load(loads, TOKENS)
     reasons = [None if error is None else error.reason for error in errors]
     assert reasons == ["checksum", None, "fingerprint", "entropy", None]
     slots = block_slots([2, 3], BLOCK).to(device)
     wanted = reference.decode(good, key=b"second")
     assert differing(read_slots(codec.cache.k, slots), wanted.k) < 0.02
-    wanted = other.decode(loads[4].blob)
+    wanted = other.decode(loads[4][1])
     slots = block_slots([8, 9], BLOCK).to(device)
     assert differing(read_slots(codec.cache.k, slots), wanted.k) < 0.02
 
@@ -284,10 +284,10 @@ def test_chunks_that_cannot_be_coded_are_refused_alone(artifact, device, token, 
         assert isinstance(results[0], CodecError)
         assert ("non-finite" in str(results[0])) == (value != 3e38)
     assert isinstance(results[1], bytes)
-    late = StoreChunk([3, 9], MODEL.max_positions - 1)
+    late = Store([3, 9], MODEL.max_positions - 1)
     assert "RoPE" in str(codec.encode_staged(codec.stage([late]))[0])
     assert codec.encode_staged(codec.stage([])) == []
-    assert codec.load([]) == []
+    assert codec.load([], TOKENS) == []
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -306,9 +306,12 @@ def test_sizes_are_reported(artifact, device):
     assert bases < codec.resident.nbytes < bases + 2**20
 
 
-def test_runs_and_steps():
-    runs = runs_of([12, 16, 0, 16])
-    assert [(r.tokens, r.members, r.first_row) for r in runs] == [(12, (0,), 0), (16, (1, 3), 12)]
+def test_batches_and_steps():
+    batches = batches_of([12, 16, 0, 16])
+    assert [(b.tokens, b.members, b.first_row) for b in batches] == [
+        (12, (0,), 0),
+        (16, (1, 3), 12),
+    ]
     assert steps([5, 5, 20, 1], 10) == [slice(0, 2), slice(2, 3), slice(3, 4)]
     assert steps([], 10) == []
     assert issubclass(ContainerError, CodecError)

@@ -11,9 +11,8 @@ from kvtc_vllm.codec.entropy import MAX_UNIT_BYTES, DeflateCoder
 from kvtc_vllm.codec.payload import BitPlan, CoefficientGroup, decode_payload, encode_payload
 from tests.codec.kernels.devices import DEVICES
 
-from kvtc_vllm.codec.kernels.dequantize import decode_payloads  # isort: skip
-from kvtc_vllm.codec.kernels.plan_tables import PlanTables  # isort: skip
-from kvtc_vllm.codec.kernels.quantize import encode_payloads  # isort: skip
+from kvtc_vllm.codec.kernels.payload_kernels import decode_payloads, encode_payloads  # isort: skip
+from kvtc_vllm.codec.kernels.resident import PlanTables  # isort: skip
 
 TYPES = ("int2", "int4", "fp8")
 SIZES = (1, 3, 16, 40, 64)

@@ -1,4 +1,4 @@
-"""Streams and events, all in one place; on a CPU every operation here does nothing."""
+"""CUDA streams and events beside the engine's; on a CPU, everything here does nothing."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 
 
-class Mark:
-    """A point in the work of the current stream, recorded when made."""
+class Event:
+    """A point in the work of the stream that is current when it is made."""
 
     def __init__(self, device: torch.device) -> None:
         self._event: torch.cuda.Event | None = None
@@ -23,17 +23,18 @@ class Mark:
             torch.cuda.current_stream().wait_event(self._event)
 
 
-class Lane:
-    """A second stream that works beside the caller's."""
+class SideStream:
+    """A second stream, whose work runs beside that of the caller's."""
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
-    def after(self, *points: Mark | None) -> Iterator[None]:
-        """Run the block's work on this lane, after the given points."""
+    def after(self, *points: Event | None) -> Iterator[None]:
+        """Run the block's work on this stream, after the given points; the host does not wait."""
         if self._stream is None:
             yield
             return
@@ -42,6 +43,17 @@ class Lane:
                 if point is not None:
                     point.wait()
             yield
+
+    def adopt(self, *tensors: torch.Tensor) -> None:
+        """Tell the allocator that this stream uses tensors made on another."""
+        if self._stream is not None:
+            for tensor in tensors:
+                tensor.record_stream(self._stream)  # type: ignore[no-untyped-call]
+
+    def synchronize(self) -> None:
+        """Wait on the host until the stream's work has run."""
+        if self._stream is not None:
+            self._stream.synchronize()
 
 
 def host_buffer(size: int, device: torch.device) -> torch.Tensor:

@@ -56,15 +56,15 @@ class DecodedGroup:
 
 @dataclass(frozen=True)
 class ExpectedSection:
-    """What a reader requires of one entry of the section table.
-
-    coder_ids: numbers of the entropy coders that it can read the section of.
-    """
+    """What a reader requires of one entry of the section table."""
 
     kind: SectionKind
     group: int
+    """Number of the layer group; `ALL_LAYERS` for a section of all layers."""
     raw_length: int
+    """Bytes of the payload."""
     coder_ids: Collection[int] = GENERAL_CODER_IDS
+    """Numbers of the entropy coders that the reader can read the section of."""
 
 
 class Coder(Protocol):
@@ -86,12 +86,15 @@ class Coder(Protocol):
 
 
 class ChunkCodec(ABC):
-    """Encodes chunks of one model on one rank.
+    """Encodes chunks of one model on one rank. Thread-safe.
 
-    geometry: shape of the cache. dtype: cache dtype, a key of
-    `DTYPE_CODES`. identity: 16 bytes that name the model set-up, or zeros; a blob
-    written under another identity is refused. device: where decoded tensors
-    live and where the arithmetic runs.
+    geometry: shape of the cache.
+    dtype: cache dtype, a key of `DTYPE_CODES`.
+    identity: 16 bytes that name the model set-up, or zeros; a blob written under another
+    identity is refused.
+    device: where decoded tensors live and where the arithmetic runs.
+
+    Raises ValueError for another dtype or an identity of another length.
     """
 
     codec_id: ClassVar[int]
@@ -119,11 +122,11 @@ class ChunkCodec(ABC):
     def encode(self, k: torch.Tensor, v: torch.Tensor, start: int, key: bytes = b"") -> bytes:
         """Encode positions start .. start + T - 1.
 
-        k: [T, L, H, D] post-RoPE, v: [T, L, H, Dv], cache dtype, any device
-        and strides. key: the name under which the blob will be kept; it
-        decodes under no other name. Raises CodecError if the chunk cannot be coded (the
-        caller then drops that store), ValueError for tensors of the wrong
-        shape or dtype.
+        k: [T, L, H, D] post-RoPE, v: [T, L, H, Dv], cache dtype, any device and strides.
+        key: the name under which the blob will be kept; it decodes under no other name.
+
+        Raises CodecError if the chunk cannot be coded, after which the caller drops that store,
+        and ValueError for tensors of the wrong shape or dtype.
         """
 
     @abstractmethod
