@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from lmcache.lmcache_native import Bitmap
-from lmcache.v1.distributed.api import KeyListPage, MemoryLayoutDesc, ObjectKey
+from lmcache.v1.distributed.api import KeyEntry, KeyListPage, MemoryLayoutDesc, ObjectKey
 from lmcache.v1.distributed.internal_api import L2AdapterListener, L2StoreResult
 from lmcache.v1.distributed.l2_adapters.base import AdapterUsage, L2AdapterInterface
 from lmcache.v1.memory_management import MemoryObj
@@ -28,11 +28,9 @@ from kvtc_vllm.config import ConfigError
 # Importing serde registers it. LMCache builds a plugin adapter before the adapter's serde, so on
 # the plain plugin route this import is what makes the serde known.
 from kvtc_vllm.lmcache import serde as _registers_the_serde  # noqa: F401
-from kvtc_vllm.lmcache.blocking import BlockingL2
 from kvtc_vllm.lmcache.counters import logger
-from kvtc_vllm.lmcache.inner import build_inner
-from kvtc_vllm.lmcache.listing import OwnKeysListener, own_entries
-from kvtc_vllm.lmcache.records import record_key
+from kvtc_vllm.lmcache.inner import BlockingL2, build_inner
+from kvtc_vllm.lmcache.records import original_key, record_key
 from kvtc_vllm.lmcache.settings import load_settings
 from kvtc_vllm.lmcache.sized_io import SizedIO
 from kvtc_vllm.lmcache.transcoder import Refused, transcoder
@@ -184,11 +182,11 @@ class KvtcSizedL2Adapter(L2AdapterInterface):
     ) -> KeyListPage:
         """Keys of our blobs. A page may hold fewer than `page_size`, as records are left out."""
         page = self._inner.list_l2_keys(page_size=page_size, cursor=cursor)
-        return KeyListPage(own_entries(page.entries, model_name), page.next_page_token)
+        return KeyListPage(_own_entries(page.entries, model_name), page.next_page_token)
 
     def register_listener(self, listener: L2AdapterListener) -> None:
         """Tell `listener` of blobs under LMCache's own keys."""
-        self._inner.register_listener(OwnKeysListener(listener))
+        self._inner.register_listener(_OwnKeysListener(listener))
 
     def set_backend_identity(self, name: str, shared: bool = False) -> None:
         """The inner adapter publishes the events, and so carries the name."""
@@ -265,3 +263,41 @@ def _bitmap(size: int, indices: Iterable[int]) -> Bitmap:
     for index in indices:
         bitmap.set(index)
     return bitmap
+
+
+def _own_entries(entries: Iterable[KeyEntry], model_name: str | None) -> tuple[KeyEntry, ...]:
+    """Entries of blobs, renamed; all models if `model_name` is None."""
+    renamed = ((original_key(entry.key), entry.size_bytes) for entry in entries)
+    return tuple(
+        KeyEntry(key, size)
+        for key, size in renamed
+        if key is not None and model_name in (None, key.model_name)
+    )
+
+
+class _OwnKeysListener(L2AdapterListener):
+    """Passes on what concerns blobs; an eviction policy that saw records would evict them alone."""
+
+    def __init__(self, listener: L2AdapterListener) -> None:
+        self._listener = listener
+
+    def on_l2_keys_stored(self, keys: list[ObjectKey], sizes: list[int]) -> None:
+        """Called on the inner adapter's thread."""
+        pairs = [(original_key(key), size) for key, size in zip(keys, sizes, strict=True)]
+        kept = [(key, size) for key, size in pairs if key is not None]
+        if kept:
+            self._listener.on_l2_keys_stored([k for k, _ in kept], [s for _, s in kept])
+
+    def on_l2_keys_accessed(self, keys: list[ObjectKey]) -> None:
+        """Called on the inner adapter's thread."""
+        if kept := _own_keys(keys):
+            self._listener.on_l2_keys_accessed(kept)
+
+    def on_l2_keys_deleted(self, keys: list[ObjectKey]) -> None:
+        """Called on the inner adapter's thread."""
+        if kept := _own_keys(keys):
+            self._listener.on_l2_keys_deleted(kept)
+
+
+def _own_keys(keys: Iterable[ObjectKey]) -> list[ObjectKey]:
+    return [key for key in map(original_key, keys) if key is not None]

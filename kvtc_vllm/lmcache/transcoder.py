@@ -12,15 +12,13 @@ from typing import Protocol
 import torch
 
 from kvtc_vllm.codec.codec import Blob, ChunkCodec
-from kvtc_vllm.codec.container import DTYPE_CODES, parse
+from kvtc_vllm.codec.container import DTYPES, parse
 from kvtc_vllm.codec.errors import ArtifactError, CodecError, ContainerError
 from kvtc_vllm.lmcache.codecs import CodecBook, RankCodecs
 from kvtc_vllm.lmcache.counters import Counters, logger
 from kvtc_vllm.lmcache.layout import LayoutRefused, check_chunk, load_page_reader, view_chunk
 from kvtc_vllm.lmcache.positions import BOOK, PositionBook
 from kvtc_vllm.lmcache.settings import LMCacheSettings
-
-_DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 
 class Key(Protocol):
@@ -117,7 +115,7 @@ class Transcoder:
         """Check everything about a blob that needs no decoding. Raises Refused."""
         self._check_model(key)
         try:
-            dtype = _DTYPES.get(parse(blob).header.dtype_code)
+            dtype = DTYPES.get(parse(blob).header.dtype_code)
             if dtype is None:
                 raise ContainerError("geometry", "written for an unknown cache dtype")
             codecs = self._codecs.of(key.kv_rank, dtype)
@@ -133,10 +131,10 @@ class Transcoder:
         """The KVTC container of a chunk, None if it can't be or should not be coded."""
         start = self._positions.start_of(key.chunk_hash, self.settings.position_wait)
         source = "event"
-        if start is None or not codecs.fit.fits(k, v, start):
+        if start is None or not codecs.recognition.recognises(k, v, start):
             if start is not None:
                 self.counters.add("position_contradicted")
-            source, start = "recovered", codecs.fit.find_start(k, v)
+            source, start = "recovered", codecs.recognition.find_start(k, v)
         if start is None:
             self.counters.warn(
                 "position_unknown",

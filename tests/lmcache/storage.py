@@ -22,7 +22,7 @@ from lmcache.v1.distributed.l2_adapters.base import L2AdapterInterface
 from lmcache.v1.memory_management import MemoryFormat, MemoryObj, MemoryObjMetadata, TensorMemoryObj
 
 from kvtc_vllm.lmcache.adapter import KvtcSizedL2Adapter
-from kvtc_vllm.lmcache.spec import adapter_spec
+from kvtc_vllm.lmcache.command import adapter_spec
 
 STORAGES = ("fs", "fs_native", "resp", "s3")
 CAPACITY = 1 << 20

@@ -29,8 +29,8 @@ from lmcache.v1.distributed.config import add_storage_manager_args, parse_args_t
 from lmcache.v1.distributed.storage_manager import StorageManager
 from storage import key
 
+from kvtc_vllm.lmcache.command import adapter_spec
 from kvtc_vllm.lmcache.settings import load_settings
-from kvtc_vllm.lmcache.spec import adapter_spec
 from kvtc_vllm.lmcache.transcoder import transcoder
 
 LAYOUT = MemoryLayoutDesc([chunk(0).shape], [torch.bfloat16])
