@@ -24,7 +24,7 @@ from kvtc_vllm.config import ConfigError
 
 if TYPE_CHECKING:
     from kvtc_vllm.evaluation.ablations import Plan
-    from kvtc_vllm.evaluation.results import Row
+    from kvtc_vllm.evaluation.reporting.results import Row
 
 DEFAULT_METHODS = "raw,kvtc-8x,kvtc-16x,kvtc-32x,kvtc-64x,fp8-e4m3,kivi-2bit,gear-2bit"
 DEFAULT_LENGTHS = "512,1024"
@@ -63,8 +63,9 @@ def run(args: argparse.Namespace) -> int:
         return _run_harness(args)
     if args.limit is not None or args.few_shot is not None:
         raise ConfigError("--limit and --few-shot go with --lm-eval; --tasks have --count")
-    from kvtc_vllm.evaluation import ablations, suite
+    from kvtc_vllm.evaluation import ablations
     from kvtc_vllm.evaluation.methods import MethodError
+    from kvtc_vllm.evaluation.processes import suite
     from kvtc_vllm.evaluation.tasks import TASKS
 
     if args.ablation == "list":
@@ -98,8 +99,8 @@ def _run_harness(args: argparse.Namespace) -> int:
         raise ConfigError("--lm-eval can't be combined with --ablation or --card")
     require("--lm-eval", "eval", "lm_eval")
     from kvtc_vllm.evaluation import methods
-    from kvtc_vllm.evaluation.harness_suite import HarnessJob, run_harness
-    from kvtc_vllm.evaluation.suite import SuiteError
+    from kvtc_vllm.evaluation.processes.harness_suite import HarnessJob, run_harness
+    from kvtc_vllm.evaluation.processes.suite import SuiteError
 
     engine = {**_engine_defaults(), **_engine(args.engine)}
     try:
@@ -131,7 +132,7 @@ def _plan(
     work: Path,
 ) -> Plan:
     from kvtc_vllm.evaluation import ablations, methods
-    from kvtc_vllm.evaluation.job import Errand
+    from kvtc_vllm.evaluation.job import Workload
 
     if args.ablation:
         return ablations.plan(
@@ -144,13 +145,13 @@ def _plan(
             engine,
             work,
         )
-    errands = [
-        Errand(task=task, context=length, count=_sessions(task, args.count))
+    workloads = [
+        Workload(task=task, context=length, count=_sessions(task, args.count))
         for task in tasks
         for length in lengths
     ]
     chosen = [methods.find(name, args.artifact) for name in args.methods.split(",")]
-    return [(method, errands) for method in chosen]
+    return [(method, workloads) for method in chosen]
 
 
 def _sessions(task: str, count: int) -> int:
@@ -185,8 +186,8 @@ def _engine(text: str) -> dict[str, Any]:
 def _write_card(args: argparse.Namespace, command: str, found: list[Row]) -> Path:
     from kvtc_vllm.artifact import registry
     from kvtc_vllm.artifact.identity import model_identity
-    from kvtc_vllm.evaluation.card import write_card
-    from kvtc_vllm.evaluation.suite import describe
+    from kvtc_vllm.evaluation.processes.suite import describe
+    from kvtc_vllm.evaluation.reporting.quality_card import write_card
 
     ratio = min(float(row.plan.rstrip("x")) for row in found if row.method.startswith("kvtc-"))
     directory = registry.find(

@@ -11,7 +11,7 @@ from kvtc_vllm.evaluation.scores import Scores
 from kvtc_vllm.evaluation.tasks import Example
 
 
-class Errand(msgspec.Struct, frozen=True, kw_only=True):
+class Workload(msgspec.Struct, frozen=True, kw_only=True):
     """One task at one context, with so many sessions."""
 
     task: str
@@ -24,7 +24,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     method: Method
-    errands: list[Errand]
+    workloads: list[Workload]
     seed: int
     engine: dict[str, Any]
     out: str

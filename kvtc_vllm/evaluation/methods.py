@@ -27,8 +27,8 @@ class Method:
     """How to store and reload.
 
     name: as shown in results. plan: what of the method was set, for people.
-    codec: "kvtc" or "raw". ratio: kvtc's target. substitute: options of
-    `connector.Substitute` when something else takes the codec's place.
+    codec: "kvtc" or "raw". ratio: kvtc's target. override: options of
+    `CodecOverride` when something else takes the codec's place.
     whole_prompt: one chunk for a whole prefix. eviction: run by transformers, since
     it drops tokens instead of storing them.
     """
@@ -38,7 +38,7 @@ class Method:
     codec: str = "raw"
     ratio: float | None = None
     artifact: str | None = None
-    substitute: dict[str, Any] = field(default_factory=dict)
+    override: dict[str, Any] = field(default_factory=dict)
     whole_prompt: bool = False
     eviction: str | None = None
     window: int = DEFAULT_RECENT_WINDOW
@@ -57,7 +57,7 @@ class Method:
             # Everything that can be reloaded must be, however slowly.
             "load_gate": False,
             "encode_share": 1.0,
-            "evaluation": self.substitute,
+            "evaluation": self.override,
         }
         if self.codec == "kvtc":
             extra["ratio"] = self.ratio
@@ -83,7 +83,7 @@ def find(name: str, artifact: str | None = None) -> Method:
         return Method(
             name,
             baseline.source,
-            substitute={"baseline": name},
+            override={"baseline": name},
             whole_prompt=baseline.whole_prompt,
         )
     if name in EVICTIONS:

@@ -14,7 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
 from kvtc_vllm.connector import connector as served
 from kvtc_vllm.connector.geometry import CacheGeometry
-from kvtc_vllm.evaluation.connector import KVTCEvaluationConnector
+from kvtc_vllm.evaluation.replay.connector import KVTCEvaluationConnector
 
 GEOMETRY = CacheGeometry(("layers.0", "layers.1"), 32, 2, 64, 64, torch.bfloat16, 1)
 

@@ -3,9 +3,10 @@
     python -m tests.lmcache.client '{"lmcache_port": 5555, "prompts": 3, "tokens": 1100}'
     python -m tests.lmcache.client '{"kvtc": {...}, "prompts": 3, "tokens": 1100}'
 
-lmcache_port: LMCache's connector; its server then stores what this engine computes. kvtc: extra
-configuration of our own connector; every prompt is then asked twice, the second time with an empty prefix
-cache. Neither: no connector. transfer: LMCache's transfer mode. linger: seconds before the end.
+lmcache_port: LMCache's connector; its server then stores what this engine computes.
+kvtc: our own connector, with this extra configuration; every prompt is then asked twice, the
+second time with an empty prefix cache. Neither: no connector. transfer: LMCache's transfer mode.
+linger: seconds before the end.
 """
 
 from __future__ import annotations

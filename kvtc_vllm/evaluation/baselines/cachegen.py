@@ -10,7 +10,6 @@ import torch
 from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind
 from kvtc_vllm.codec.planes import to_bytes
 from kvtc_vllm.codec.rope import Rope
-from kvtc_vllm.evaluation.baselines.arrays import from_bytes, to_cache
 from kvtc_vllm.evaluation.baselines.base import Baseline
 from kvtc_vllm.evaluation.baselines.cachegen_codes import (
     Symbols,
@@ -24,6 +23,7 @@ from kvtc_vllm.evaluation.baselines.cachegen_profile import (
     probabilities,
 )
 from kvtc_vllm.evaluation.baselines.entropy import decode_columns, encode_columns
+from kvtc_vllm.evaluation.baselines.formats import from_bytes, to_cache
 
 _SECTION_PARTS = 4
 

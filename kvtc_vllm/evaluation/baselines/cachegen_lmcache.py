@@ -9,9 +9,9 @@ import numpy.typing as npt
 import torch
 
 from kvtc_vllm.codec.planes import to_bytes
-from kvtc_vllm.evaluation.baselines.arrays import from_bytes, to_cache
 from kvtc_vllm.evaluation.baselines.base import Baseline
 from kvtc_vllm.evaluation.baselines.entropy import decode_columns, encode_columns, histogram
+from kvtc_vllm.evaluation.baselines.formats import from_bytes, to_cache
 
 FINE_BINS = 32
 COARSE_BINS = 16

@@ -8,8 +8,8 @@ import torch
 
 from kvtc_vllm.codec.planes import to_bytes
 from kvtc_vllm.codec.quantizers.fp8 import E4M3_MAX
-from kvtc_vllm.evaluation.baselines.arrays import from_bytes
 from kvtc_vllm.evaluation.baselines.base import Baseline
+from kvtc_vllm.evaluation.baselines.formats import from_bytes
 
 
 class Fp8(Baseline):

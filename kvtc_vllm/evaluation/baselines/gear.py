@@ -9,17 +9,19 @@ import torch
 from kvtc_vllm.codec.artifact import Geometry
 from kvtc_vllm.codec.planes import to_bytes
 from kvtc_vllm.codec.rope import Rope
-from kvtc_vllm.evaluation.baselines.arrays import (
+from kvtc_vllm.evaluation.baselines.base import Baseline
+from kvtc_vllm.evaluation.baselines.formats import (
+    PARTS,
+    dequantize_groups,
     from_bytes,
+    low_rank,
     pack_positions,
+    quantize_groups,
     sixteen_bit,
     to_cache,
     to_sixteen_bit,
     unpack_positions,
 )
-from kvtc_vllm.evaluation.baselines.base import Baseline
-from kvtc_vllm.evaluation.baselines.groups import PARTS, dequantize_groups, quantize_groups
-from kvtc_vllm.evaluation.baselines.low_rank import low_rank
 
 GROUP = 64
 RANK = 4

@@ -9,9 +9,14 @@ import torch
 from kvtc_vllm.codec.artifact import Geometry
 from kvtc_vllm.codec.planes import to_bytes
 from kvtc_vllm.codec.rope import Rope
-from kvtc_vllm.evaluation.baselines.arrays import from_bytes, to_cache
 from kvtc_vllm.evaluation.baselines.base import Baseline
-from kvtc_vllm.evaluation.baselines.groups import PARTS, dequantize_groups, quantize_groups
+from kvtc_vllm.evaluation.baselines.formats import (
+    PARTS,
+    dequantize_groups,
+    from_bytes,
+    quantize_groups,
+    to_cache,
+)
 
 GROUP = 32
 

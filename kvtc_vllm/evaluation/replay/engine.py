@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvtc_vllm.evaluation import connector
 from kvtc_vllm.evaluation.methods import Method
-from kvtc_vllm.evaluation.scoring import PROCESSOR, Scores, forced
+from kvtc_vllm.evaluation.replay import connector
+from kvtc_vllm.evaluation.replay.scoring import PROCESSOR, Scores, forced
 from kvtc_vllm.evaluation.tasks import Example
 
 DRAIN_STEPS = 100_000

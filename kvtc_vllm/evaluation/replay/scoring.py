@@ -21,7 +21,7 @@ from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 from kvtc_vllm.evaluation.scores import REFERENCE_TOKENS, Floats, Scores, divergence
 
 ARGUMENT = "kvtc_scoring"
-PROCESSOR = "kvtc_vllm.evaluation.scoring:ForcedScoring"
+PROCESSOR = "kvtc_vllm.evaluation.replay.scoring:ForcedScoring"
 
 __all__ = ["PROCESSOR", "ForcedScoring", "Scores", "divergence", "forced"]
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import msgspec
 
-from kvtc_vllm.evaluation import report
 from kvtc_vllm.evaluation.methods import Method
-from kvtc_vllm.evaluation.results import Row
-from kvtc_vllm.evaluation.suite import SuiteError, describe, run_child
+from kvtc_vllm.evaluation.processes.suite import SuiteError, describe, run_child
+from kvtc_vllm.evaluation.reporting import report
+from kvtc_vllm.evaluation.reporting.results import Row
 
 
 class HarnessJob(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,7 +58,7 @@ def run_harness(jobs: Sequence[HarnessJob], out: Path, command: str) -> list[Row
         if job.method.eviction or job.method.whole_prompt:
             print("    skipped: it can't store the chunks of prompts of different lengths")
             continue
-        outcome = run_child("kvtc_vllm.evaluation.harness", name, job, HarnessOutcome)
+        outcome = run_child("kvtc_vllm.evaluation.processes.harness", name, job, HarnessOutcome)
         known = {row.task for row in found}
         found += [row for row in outcome.exact if row.task not in known]
         found += outcome.replay

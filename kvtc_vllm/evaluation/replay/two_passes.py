@@ -10,8 +10,8 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from kvtc_vllm.evaluation.engine import ReplayEngine, Request
 from kvtc_vllm.evaluation.job import Record, StoredBytes, make_record
+from kvtc_vllm.evaluation.replay.engine import ReplayEngine, Request
 from kvtc_vllm.evaluation.scores import Scores
 from kvtc_vllm.evaluation.tasks import Session
 
