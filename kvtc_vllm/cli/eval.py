@@ -12,7 +12,6 @@ must confirm it. Writes results.json, results.md and, without --lm-eval, results
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvtc_vllm.cli.extras import require
+from kvtc_vllm.cli.options import add_engine, parse_engine
 from kvtc_vllm.config import ConfigError
 
 if TYPE_CHECKING:
@@ -45,15 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--few-shot", type=int, help="examples before each --lm-eval question")
     add("--calibration-data", nargs="+", metavar="PATH", help="text for ablations that fit anew")
     add("--artifact", help="artifact directory; default: looked up in the registry")
-    add("--card", action="store_true", help="write the report card into the artifact's directory")
+    add("--card", action="store_true", help="write the quality card into the artifact's directory")
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("kvtc-eval"), help="directory for the results")
-    add(
-        "--engine",
-        default="{}",
-        metavar="JSON",
-        help='further vllm.LLM arguments, such as {"tensor_parallel_size": 2}',
-    )
+    add_engine(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -78,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         if name not in TASKS:
             raise ConfigError(f"--tasks {name!r} is not known; give one of {', '.join(TASKS)}")
     command = "kvtc " + shlex.join(sys.argv[1:])
-    engine = {**_engine_defaults(), **_engine(args.engine)}
+    engine = {**_engine_defaults(), **parse_engine(args.engine)}
     try:
         with tempfile.TemporaryDirectory(prefix="kvtc-ablation-") as work:
             plan = _plan(args, names, lengths, engine, Path(work))
@@ -89,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(str(error)) from None
     print((args.out / "results.md").read_text())
     if args.card:
-        print(f"report card: {_write_card(args, command, found)}")
+        print(f"quality card: {_write_card(args, command, found)}")
     print(f"results: {args.out / 'results.json'}")
     return 0
 
@@ -102,7 +97,7 @@ def _run_harness(args: argparse.Namespace) -> int:
     from kvtc_vllm.evaluation.processes.harness_suite import HarnessJob, run_harness
     from kvtc_vllm.evaluation.processes.suite import SuiteError
 
-    engine = {**_engine_defaults(), **_engine(args.engine)}
+    engine = {**_engine_defaults(), **parse_engine(args.engine)}
     try:
         jobs = [
             HarnessJob(
@@ -171,16 +166,6 @@ def _engine_defaults() -> dict[str, Any]:
     import torch
 
     return {} if torch.cuda.is_available() else {"block_size": 32}
-
-
-def _engine(text: str) -> dict[str, Any]:
-    try:
-        engine = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"--engine {text!r} is not JSON: {error}") from None
-    if not isinstance(engine, dict):
-        raise ConfigError(f'--engine {text!r}: give an object, such as {{"max_model_len": 8192}}')
-    return engine
 
 
 def _write_card(args: argparse.Namespace, command: str, found: list[Row]) -> Path:

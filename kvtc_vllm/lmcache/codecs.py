@@ -1,4 +1,4 @@
-"""The codecs of one model: one pair a worker and cache dtype, made when first needed."""
+"""The codecs of one model: one pair per worker and cache dtype, made when first needed."""
 
 from __future__ import annotations
 

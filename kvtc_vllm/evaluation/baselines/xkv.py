@@ -1,4 +1,4 @@
-"""xKV: one singular value decomposition a prompt and group of layers."""
+"""xKV: one singular value decomposition per prompt and group of layers."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def run_harness(jobs: Sequence[HarnessJob], out: Path, command: str) -> list[Row
 
 
 def markdown(about: dict[str, Any], found: Sequence[Row]) -> str:
-    """A table a task, a line a method, with lm-eval's metrics."""
+    """A table per task, a line per method, with lm-eval's metrics."""
     lines = ["# lm-eval tasks over reloaded prefixes", ""]
     lines += [f"- {key}: {value}" for key, value in about.items() if key != "warnings"]
     lines += [

@@ -16,7 +16,7 @@ EXACT = "exact"
 """Method name of the run without any reload."""
 
 MAX_KL = 0.02
-"""Nats a token of divergence from the exact run above which a task counts as damaged."""
+"""Nats per token of divergence from the exact run above which a task counts as damaged."""
 MAX_ACCURACY_DROP = 0.1
 """Share of answers lost above which a task counts as damaged."""
 
