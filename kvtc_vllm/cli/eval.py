@@ -54,33 +54,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, report, say where the results are."""
     require("kvtc eval", "eval")
-    if args.lm_eval:
-        return _run_harness(args)
-    if args.limit is not None or args.few_shot is not None:
+    if args.lm_eval and (args.ablation or args.card):
+        raise ConfigError("--lm-eval can't be combined with --ablation or --card")
+    if not args.lm_eval and (args.limit is not None or args.few_shot is not None):
         raise ConfigError("--limit and --few-shot go with --lm-eval; --tasks have --count")
-    from kvtc_vllm.evaluation import ablations
+    from kvtc_vllm.evaluation.ablations import ABLATIONS
     from kvtc_vllm.evaluation.methods import MethodError
-    from kvtc_vllm.evaluation.processes import suite
-    from kvtc_vllm.evaluation.tasks import TASKS
+    from kvtc_vllm.evaluation.processes.suite import SuiteError
 
     if args.ablation == "list":
-        for ablation in ablations.ABLATIONS.values():
+        for ablation in ABLATIONS.values():
             print(f"{ablation.name:16} {ablation.description}")
         return 0
-    lengths = _lengths(args.lengths)
-    names = list(TASKS) if args.tasks == "all" else args.tasks.split(",")
-    for name in names:
-        if name not in TASKS:
-            raise ConfigError(f"--tasks {name!r} is not known; give one of {', '.join(TASKS)}")
     command = "kvtc " + shlex.join(sys.argv[1:])
     engine = {**_engine_defaults(), **parse_engine(args.engine)}
+    measure = _run_harness if args.lm_eval else _run_tasks
     try:
-        with tempfile.TemporaryDirectory(prefix="kvtc-ablation-") as work:
-            plan = _plan(args, names, lengths, engine, Path(work))
-            found = suite.run_suite(
-                args.model, plan, seed=args.seed, engine=engine, out=args.out, command=command
-            )
-    except (MethodError, suite.SuiteError) as error:
+        found = measure(args, engine, command)
+    except (MethodError, SuiteError) as error:
         raise ConfigError(str(error)) from None
     print((args.out / "results.md").read_text())
     if args.card:
@@ -89,34 +80,40 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run_harness(args: argparse.Namespace) -> int:
-    if args.ablation or args.card:
-        raise ConfigError("--lm-eval can't be combined with --ablation or --card")
+def _run_tasks(args: argparse.Namespace, engine: dict[str, Any], command: str) -> list[Row]:
+    from kvtc_vllm.evaluation.processes.suite import run_suite
+    from kvtc_vllm.evaluation.tasks import TASKS
+
+    lengths = _lengths(args.lengths)
+    names = list(TASKS) if args.tasks == "all" else args.tasks.split(",")
+    for name in names:
+        if name not in TASKS:
+            raise ConfigError(f"--tasks {name!r} is not known; give one of {', '.join(TASKS)}")
+    with tempfile.TemporaryDirectory(prefix="kvtc-ablation-") as work:
+        plan = _plan(args, names, lengths, engine, Path(work))
+        return run_suite(
+            args.model, plan, seed=args.seed, engine=engine, out=args.out, command=command
+        )
+
+
+def _run_harness(args: argparse.Namespace, engine: dict[str, Any], command: str) -> list[Row]:
     require("--lm-eval", "eval", "lm_eval")
     from kvtc_vllm.evaluation import methods
     from kvtc_vllm.evaluation.processes.harness_suite import HarnessJob, run_harness
-    from kvtc_vllm.evaluation.processes.suite import SuiteError
 
-    engine = {**_engine_defaults(), **parse_engine(args.engine)}
-    try:
-        jobs = [
-            HarnessJob(
-                model=args.model,
-                method=methods.find(name, args.artifact),
-                tasks=args.lm_eval.split(","),
-                task_path=None if args.lm_eval_path is None else str(args.lm_eval_path),
-                limit=args.limit,
-                few_shot=args.few_shot,
-                engine=engine,
-            )
-            for name in args.methods.split(",")
-        ]
-        run_harness(jobs, args.out, "kvtc " + shlex.join(sys.argv[1:]))
-    except (methods.MethodError, SuiteError) as error:
-        raise ConfigError(str(error)) from None
-    print((args.out / "results.md").read_text())
-    print(f"results: {args.out / 'results.json'}")
-    return 0
+    jobs = [
+        HarnessJob(
+            model=args.model,
+            method=methods.find(name, args.artifact),
+            tasks=args.lm_eval.split(","),
+            task_path=None if args.lm_eval_path is None else str(args.lm_eval_path),
+            limit=args.limit,
+            few_shot=args.few_shot,
+            engine=engine,
+        )
+        for name in args.methods.split(",")
+    ]
+    return run_harness(jobs, args.out, command)
 
 
 def _plan(

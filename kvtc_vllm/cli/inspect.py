@@ -21,7 +21,7 @@ from kvtc_vllm.tiers.disk.layout import LAYOUT_FILE
 from kvtc_vllm.tiers.disk.survey import NamespaceSummary, Survey
 
 RATIO_SAMPLE = 16
-"""Chunks a namespace whose headers are read for its ratio."""
+"""Chunks per namespace whose headers are read for its ratio."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -142,14 +142,10 @@ def _allocation(setting: Setting) -> Plan:
     plan: Plan = []
     for ratio in (16.0, 32.0):
         plan.append((setting.changed("allocated", ratio, "unchanged"), workloads))
-        for kind in ("fp8", "int4"):
-            options = {"type": kind, "size": 16}
-            plan.append(
-                (
-                    setting.changed(f"truncated {kind}", ratio, "truncated", options=options),
-                    workloads,
-                )
-            )
+        for name in ("fp8", "int4"):
+            options = {"type": name, "size": 16}
+            method = setting.changed(f"truncated {name}", ratio, "truncated", options=options)
+            plan.append((method, workloads))
     return plan
 
 

@@ -24,24 +24,25 @@ class MethodError(ValueError):
 
 @dataclass(frozen=True)
 class Method:
-    """How to store and reload.
-
-    name: as shown in results. plan: what of the method was set, for people.
-    codec: "kvtc" or "raw". ratio: kvtc's target. override: options of
-    `CodecOverride` when something else takes the codec's place.
-    whole_prompt: one chunk for a whole prefix. eviction: run by transformers, since
-    it drops tokens instead of storing them.
-    """
+    """How to store and reload."""
 
     name: str
+    """As shown in results."""
     plan: str
+    """What of the method was set, for people."""
     codec: str = "raw"
+    """Or "kvtc"."""
     ratio: float | None = None
+    """Target ratio of kvtc."""
     artifact: str | None = None
     override: dict[str, Any] = field(default_factory=dict)
+    """Fields of `CodecOverride`, for something else in the codec's place."""
     whole_prompt: bool = False
+    """One chunk for a whole prefix."""
     eviction: str | None = None
+    """Name of a token eviction. It is run by transformers: it drops tokens, and stores none."""
     window: int = DEFAULT_RECENT_WINDOW
+    """Recent window in tokens."""
     chunk_tokens: int = 128
 
     def connector_config(self, chunk_tokens: int) -> dict[str, Any]:

@@ -16,22 +16,22 @@ from kvtc_vllm.evaluation.reporting.results import Row
 
 
 class HarnessJob(msgspec.Struct, frozen=True, kw_only=True):
-    """What one process does.
-
-    tasks: names, groups or patterns known to lm-eval. task_path: directory with further
-    definitions. limit: documents of each task. few_shot: examples before each question,
-    None for the task's own number. engine: further `vllm.LLM` arguments. out: file for
-    the outcome.
-    """
+    """What one process does."""
 
     model: str
     method: Method
     tasks: list[str]
+    """Names, groups or patterns known to lm-eval."""
     task_path: str | None
+    """Directory with further definitions."""
     limit: int | None
+    """Documents of each task."""
     few_shot: int | None
+    """Examples before each question; None for the task's own number."""
     engine: dict[str, Any]
+    """Further `vllm.LLM` arguments."""
     out: str = ""
+    """File for the outcome."""
 
 
 class HarnessOutcome(msgspec.Struct, frozen=True, kw_only=True):

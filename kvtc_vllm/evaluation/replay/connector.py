@@ -29,17 +29,18 @@ MODULE = "kvtc_vllm.evaluation.replay.connector"
 
 
 class CodecOverride(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What takes the codec's place; nothing given: the codec stays.
-
-    baseline: name in `BASELINES`. options: its keyword arguments, or what the variant
-    takes. variant: name in `VARIANTS`, applied to the rank file `artifact` at `ratio`.
-    """
+    """What takes the codec's place. The codec stays if neither baseline nor variant is given."""
 
     baseline: str | None = None
+    """Name in `BASELINES`."""
     variant: str | None = None
+    """Name in `VARIANTS`."""
     artifact: str | None = None
+    """Rank file that the variant changes."""
     ratio: float | None = None
+    """Target ratio of the variant."""
     options: dict[str, Any] = {}
+    """Keyword arguments of the baseline, or what the variant takes."""
 
 
 class KVTCEvaluationConnector(KVTCConnector):

@@ -13,7 +13,8 @@ from typing import Any
 
 from kvtc_vllm.evaluation.methods import Method
 from kvtc_vllm.evaluation.replay import connector
-from kvtc_vllm.evaluation.replay.scoring import PROCESSOR, Scores, forced
+from kvtc_vllm.evaluation.replay.scoring import PROCESSOR, forced
+from kvtc_vllm.evaluation.scores import Scores
 from kvtc_vllm.evaluation.tasks import Example
 
 DRAIN_STEPS = 100_000

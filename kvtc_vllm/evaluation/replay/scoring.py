@@ -18,12 +18,10 @@ import torch
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
-from kvtc_vllm.evaluation.scores import REFERENCE_TOKENS, Floats, Scores, divergence
+from kvtc_vllm.evaluation.scores import REFERENCE_TOKENS, Floats, divergence
 
 ARGUMENT = "kvtc_scoring"
 PROCESSOR = "kvtc_vllm.evaluation.replay.scoring:ForcedScoring"
-
-__all__ = ["PROCESSOR", "ForcedScoring", "Scores", "divergence", "forced"]
 
 
 def forced(

@@ -22,22 +22,22 @@ MAX_ACCURACY_DROP = 0.1
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """One figure. ci95: interval of a bootstrap over sessions. n: examples.
-
-    label: "" for all examples of a task and context, else a depth, turn, ... .
-    real_ratio: bytes of the KV in the cache's dtype over bytes stored for it.
-    """
+    """One figure."""
 
     task: str
     method: str
     plan: str
     real_ratio: float
+    """Bytes of the KV in the cache's dtype over bytes stored for it."""
     context: int
     label: str
+    """Depth, turn, ...; "" for all examples of a task and context."""
     metric: str
     value: float
     ci95: tuple[float, float]
+    """Interval of a bootstrap over sessions."""
     n: int
+    """Examples."""
 
 
 @dataclass(frozen=True)
