@@ -111,11 +111,7 @@ def _registry(args: argparse.Namespace) -> Path | None:
     try:
         identity = model_identity(args.model)
         match = registry.find(
-            identity,
-            args.tp,
-            args.ratio,
-            model_name=args.model,
-            registries=args.registry,
+            identity, args.tp, args.ratio, model_name=args.model, registries=args.registry
         )
     except ArtifactError as error:
         _line(False, "match", str(error))

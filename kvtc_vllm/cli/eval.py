@@ -127,15 +127,9 @@ def _plan(
     from kvtc_vllm.evaluation.job import Workload
 
     if args.ablation:
+        data = args.calibration_data or ()
         return ablations.plan(
-            args.ablation,
-            args.model,
-            args.artifact,
-            args.calibration_data or (),
-            args.count,
-            max(lengths),
-            engine,
-            work,
+            args.ablation, args.model, args.artifact, data, args.count, max(lengths), engine, work
         )
     workloads = [
         Workload(task=task, context=length, count=_sessions(task, args.count))

@@ -76,15 +76,15 @@ class KvtcSizedL2Adapter(L2AdapterInterface):
     # Event descriptors
 
     def get_store_event_fd(self) -> int:
-        """Signalled when a store task ends."""
+        """Descriptor that becomes readable when a store task ends."""
         return self._stores.descriptor
 
     def get_lookup_and_lock_event_fd(self) -> int:
-        """Signalled when a lookup task ends."""
+        """Descriptor that becomes readable when a lookup task ends."""
         return self._lookups.descriptor
 
     def get_load_event_fd(self) -> int:
-        """Signalled when a load task ends."""
+        """Descriptor that becomes readable when a load task ends."""
         return self._loads.descriptor
 
     # Store
@@ -160,7 +160,7 @@ class KvtcSizedL2Adapter(L2AdapterInterface):
         self._inner.register_listener(_OwnKeysListener(listener))
 
     def set_backend_identity(self, name: str, shared: bool = False) -> None:
-        """The inner adapter publishes the events, and so carries the name."""
+        """Name the inner adapter, which publishes the events."""
         self._inner.set_backend_identity(name, shared)
 
     @property
@@ -170,7 +170,7 @@ class KvtcSizedL2Adapter(L2AdapterInterface):
 
     @property
     def supports_global_eviction(self) -> bool:
-        """As the inner adapter says."""
+        """Whether the inner adapter supports it."""
         return bool(self._inner.supports_global_eviction)
 
     def get_usage(self) -> AdapterUsage:
@@ -286,19 +286,19 @@ class _OwnKeysListener(L2AdapterListener):
         self._listener = listener
 
     def on_l2_keys_stored(self, keys: list[ObjectKey], sizes: list[int]) -> None:
-        """Called on the inner adapter's thread."""
+        """Report stored blobs. Called on the inner adapter's thread."""
         pairs = [(original_key(key), size) for key, size in zip(keys, sizes, strict=True)]
         kept = [(key, size) for key, size in pairs if key is not None]
         if kept:
             self._listener.on_l2_keys_stored([k for k, _ in kept], [s for _, s in kept])
 
     def on_l2_keys_accessed(self, keys: list[ObjectKey]) -> None:
-        """Called on the inner adapter's thread."""
+        """Report blobs that were read. Called on the inner adapter's thread."""
         if kept := _own_keys(keys):
             self._listener.on_l2_keys_accessed(kept)
 
     def on_l2_keys_deleted(self, keys: list[ObjectKey]) -> None:
-        """Called on the inner adapter's thread."""
+        """Report deleted blobs. Called on the inner adapter's thread."""
         if kept := _own_keys(keys):
             self._listener.on_l2_keys_deleted(kept)
 

@@ -77,24 +77,16 @@ class BlockingL2:
 
     def store(self, batches: Sequence[Batch]) -> list[bool]:
         """Store batches; one result per batch. Raises Abandoned."""
-        tasks = self._submit(self._inner.submit_store_task, batches)
-        results = []
-        for task, (_, objs) in zip(tasks, batches, strict=True):
-            done = None if task is None else self._wait(partial(self._stored, task), objs)
-            results.append(done is not None and done.is_successful())
-        return results
+        done = self._run(self._inner.submit_store_task, self._stored, batches)
+        return [result is not None and result.is_successful() for result in done]
 
     def load(self, batches: Sequence[Batch]) -> list[list[bool]]:
         """Load batches; one result per object. Raises Abandoned."""
-        tasks = self._submit(self._inner.submit_load_task, batches)
-        results = []
-        for task, (_, objs) in zip(tasks, batches, strict=True):
-            if task is None:
-                results.append([False] * len(objs))
-                continue
-            found = self._wait(partial(self._inner.query_load_result, task), objs)
-            results.append([bool(found.test(i)) for i in range(len(objs))])
-        return results
+        done = self._run(self._inner.submit_load_task, self._inner.query_load_result, batches)
+        return [
+            [found is not None and bool(found.test(i)) for i in range(len(objs))]
+            for found, (_, objs) in zip(done, batches, strict=True)
+        ]
 
     def lookup_and_lock(self, keys: list[ObjectKey]) -> list[bool]:
         """Which objects there are; those are locked. Raises Abandoned."""
@@ -113,10 +105,13 @@ class BlockingL2:
         self._stopping.set()
         self._thread.join()
 
-    def _submit(
-        self, submit: Callable[[list[ObjectKey], list[MemoryObj]], int], batches: Sequence[Batch]
-    ) -> list[int | None]:
-        """Task numbers; None for a batch that was not taken. Those taken are waited for anyway."""
+    def _run(
+        self,
+        submit: Callable[[list[ObjectKey], list[MemoryObj]], int],
+        query: Callable[[int], Result | None],
+        batches: Sequence[Batch],
+    ) -> list[Result | None]:
+        """Submit all batches, then wait for each. None for a batch that was not taken."""
         tasks: list[int | None] = []
         for keys, objs in batches:
             try:
@@ -125,7 +120,10 @@ class BlockingL2:
                 # Whatever an adapter raises here means the same: this batch is not done.
                 logger.warning("kvtc: the storage took no batch of %d: %r", len(keys), error)
                 tasks.append(None)
-        return tasks
+        return [
+            None if task is None else self._wait(partial(query, task), objs)
+            for task, (_, objs) in zip(tasks, batches, strict=True)
+        ]
 
     def _stored(self, task: int) -> L2StoreResult | None:
         """Called with the lock held: tasks are popped all together, whoever they belong to."""

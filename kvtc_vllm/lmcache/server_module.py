@@ -45,7 +45,7 @@ class KvtcModule:
         return {"kvtc": self._transcoder.counters.snapshot()}
 
     def close(self) -> None:
-        """The adapters are the storage manager's, which closes them."""
+        """Do nothing: the storage manager closes the adapters."""
 
     @server_module_handler("kvtc.stats")
     def stats(self, payload: bytes) -> bytes:
@@ -83,5 +83,5 @@ def _attach(storage_manager: Any, inner: Mapping[str, Any], kvtc: Mapping[str, A
 
 
 def _learn_positions(event: Event) -> None:
-    """Called on LMCache's event thread."""
+    """Note the positions of an event. Called on LMCache's event thread."""
     BOOK.learn(event.metadata["chunk_hashes"], event.metadata["token_offsets"])

@@ -22,11 +22,7 @@ class LMCacheSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """One model whose chunks are coded; made by `load_settings`."""
 
     model: Annotated[
-        str,
-        Meta(
-            title="a directory or hub id",
-            description="The model that vLLM serves.",
-        ),
+        str, Meta(title="a directory or hub id", description="The model that vLLM serves.")
     ]
     model_names: Annotated[
         tuple[ModelName, ...],
@@ -69,9 +65,7 @@ class LMCacheSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     position_wait: Annotated[
         float,
         Meta(
-            ge=0,
-            le=60,
-            description="Seconds to wait for the event that says where a chunk starts.",
+            ge=0, le=60, description="Seconds to wait for the event that says where a chunk starts."
         ),
     ] = 0.5
     fallback: Annotated[

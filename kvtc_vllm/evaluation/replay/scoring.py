@@ -55,7 +55,7 @@ class ForcedScoring(AdapterLogitsProcessor):
         self._runs: dict[str, _Run] = {}
 
     def is_argmax_invariant(self) -> bool:
-        """No: it decides which token comes."""
+        """False: the processor decides which token comes."""
         return False
 
     def new_req_logits_processor(self, params: SamplingParams) -> Any:
@@ -113,7 +113,7 @@ class _Run:
             self._kl[position] = divergence(exact, log_probs[ids])
 
     def write(self) -> None:
-        """Leave the file that `Scores.load` reads."""
+        """Write the file that `Scores.load` reads."""
         arrays: dict[str, Any] = {"nll": self._nll, "top": self._top}
         if self._kl is not None:
             arrays["kl"] = self._kl

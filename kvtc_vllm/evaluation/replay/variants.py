@@ -38,7 +38,7 @@ class VariantContext:
         return open_codec(artifact.codec, self.dtype, artifact=artifact, ratio=self.ratio)
 
     def with_plans(self, make: Callable[[SectionBasis, Kind], BitPlan]) -> TransformCodec:
-        """Our codec with another plan at the ratio, a section each."""
+        """Our codec with another plan at the ratio, one per section."""
         sections = {
             (group, kind): replace(section, plans={self.ratio: make(section, kind)})
             for (group, kind), section in self.artifact.sections.items()
@@ -47,7 +47,7 @@ class VariantContext:
 
 
 def unchanged(context: VariantContext) -> TransformCodec:
-    """As it is: for artifacts fitted in another way."""
+    """Our codec as it is, for artifacts fitted in another way."""
     return context.codec()
 
 
@@ -99,7 +99,7 @@ class StoredWindowCodec:
         self._raw_from = raw_from
 
     def encode(self, k: torch.Tensor, v: torch.Tensor, start: int, key: bytes = b"") -> bytes:
-        """Coded before the window, raw in it."""
+        """Encode with the codec before the window, raw in it."""
         codec = self._raw if start >= self._raw_from else self._coded
         return codec.encode(k, v, start, key)
 
@@ -110,7 +110,7 @@ class StoredWindowCodec:
         expect_tokens: int | None = None,
         key: bytes = b"",
     ) -> DecodedChunk:
-        """Whichever codec wrote it."""
+        """Decode with the codec that wrote the blob."""
         raw = parse(blob).header.codec_id == CODECS["raw"].codec_id
         codec = self._raw if raw else self._coded
         return codec.decode(blob, expect_start, expect_tokens, key)

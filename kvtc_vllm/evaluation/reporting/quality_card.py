@@ -7,13 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kvtc_vllm.evaluation.reporting.report import label_table
-from kvtc_vllm.evaluation.reporting.results import (
-    EXACT,
-    MAX_ACCURACY_DROP,
-    MAX_KL,
-    Row,
-    damaged,
-)
+from kvtc_vllm.evaluation.reporting.results import EXACT, MAX_ACCURACY_DROP, MAX_KL, Row, damaged
 
 FILE = "quality.md"
 
