@@ -1,4 +1,4 @@
-"""The `kvtc` command. One file a sub-command, one row in `COMMANDS`."""
+"""The `kvtc` command. One file per sub-command, one row in `COMMANDS`."""
 
 from __future__ import annotations
 

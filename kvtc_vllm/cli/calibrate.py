@@ -9,9 +9,9 @@ serves one tensor-parallel size.
 from __future__ import annotations
 
 import argparse
-import json
 
 from kvtc_vllm.cli.extras import require
+from kvtc_vllm.cli.options import add_engine, parse_engine
 from kvtc_vllm.config import ConfigError
 
 
@@ -46,12 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", help="where to fit; default: cuda if there is one")
     add("--seed", type=int, default=0)
     add("--spool", help="directory for captured rows, kept; default: temporary")
-    add(
-        "--engine",
-        default="{}",
-        metavar="JSON",
-        help='further vllm.LLM arguments, such as {"max_model_len": 8192}',
-    )
+    add_engine(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         layers_per_group=_layers_per_group(args.layers_per_group),
         heldout_fraction=_fraction("--heldout", args.heldout),
         seed=args.seed,
-        engine=_engine(args.engine),
+        engine=parse_engine(args.engine),
     )
     ratios = _ratios(args.ratios)
     fit = FitSettings(
@@ -110,16 +105,6 @@ def _layers_per_group(text: str) -> int | None:
     if not text.isdigit() or int(text) < 1:
         raise ConfigError(f'--layers-per-group {text!r}: give "all" or a number of layers')
     return int(text)
-
-
-def _engine(text: str) -> dict[str, object]:
-    try:
-        engine = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"--engine {text!r} is not JSON: {error}") from None
-    if not isinstance(engine, dict):
-        raise ConfigError(f'--engine {text!r}: give an object, such as {{"max_model_len": 8192}}')
-    return engine
 
 
 def _positive(option: str, value: int) -> int:

@@ -7,7 +7,8 @@ lists them.
 
     kvtc config --describe
 
-prints every key with its default, its allowed values and its meaning.
+prints every key with its default, its allowed values and its meaning; `kvtc config lmcache
+--describe` does it for the settings below LMCache.
 
     kvtc config lmcache [fs | fs-native | redis | s3] model=MODEL [KEY=VALUE ...]
 
@@ -21,17 +22,21 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+from collections.abc import Sequence
 
 import yaml
 
 from kvtc_vllm.config import (
     ConfigError,
+    ConfigKey,
     describe,
     kv_transfer_config,
     preset_description,
     preset_names,
 )
+from kvtc_vllm.config.keys import describe_keys
 from kvtc_vllm.lmcache.command import commands, lmcache_presets
+from kvtc_vllm.lmcache.settings import LMCacheSettings
 
 LMCACHE = "lmcache"
 
@@ -46,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print JSON, commands, the list of presets or the table of keys."""
     if args.describe:
-        print(described())
+        keys = describe_keys(LMCacheSettings) if args.preset == LMCACHE else describe()
+        print(_table(keys))
         return 0
     if args.preset is None:
         for name in preset_names():
@@ -58,11 +64,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def described() -> str:
-    """The table of all keys, in Markdown."""
-    rows = [
-        f"| `{key.name}` | {key.default} | {key.values} | {key.meaning} |" for key in describe()
-    ]
+def _table(keys: Sequence[ConfigKey]) -> str:
+    """The keys in Markdown."""
+    rows = [f"| `{key.name}` | {key.default} | {key.values} | {key.meaning} |" for key in keys]
     return "\n".join(["| key | default | values | meaning |", "|---|---|---|---|", *rows])
 
 

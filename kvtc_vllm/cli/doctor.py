@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one line a check."""
+    """Print one line per check."""
     healthy = _environment()
     healthy &= _plugin()
     directory = _registry(args)
@@ -111,11 +111,7 @@ def _registry(args: argparse.Namespace) -> Path | None:
     try:
         identity = model_identity(args.model)
         match = registry.find(
-            identity,
-            args.tp,
-            args.ratio,
-            model_name=args.model,
-            registries=args.registry,
+            identity, args.tp, args.ratio, model_name=args.model, registries=args.registry
         )
     except ArtifactError as error:
         _line(False, "match", str(error))

@@ -12,7 +12,6 @@ must confirm it. Writes results.json, results.md and, without --lm-eval, results
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 import tempfile
@@ -20,11 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvtc_vllm.cli.extras import require
+from kvtc_vllm.cli.options import add_engine, parse_engine
 from kvtc_vllm.config import ConfigError
 
 if TYPE_CHECKING:
     from kvtc_vllm.evaluation.ablations import Plan
-    from kvtc_vllm.evaluation.results import Row
+    from kvtc_vllm.evaluation.reporting.results import Row
 
 DEFAULT_METHODS = "raw,kvtc-8x,kvtc-16x,kvtc-32x,kvtc-64x,fp8-e4m3,kivi-2bit,gear-2bit"
 DEFAULT_LENGTHS = "512,1024"
@@ -45,82 +45,75 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--few-shot", type=int, help="examples before each --lm-eval question")
     add("--calibration-data", nargs="+", metavar="PATH", help="text for ablations that fit anew")
     add("--artifact", help="artifact directory; default: looked up in the registry")
-    add("--card", action="store_true", help="write the report card into the artifact's directory")
+    add("--card", action="store_true", help="write the quality card into the artifact's directory")
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("kvtc-eval"), help="directory for the results")
-    add(
-        "--engine",
-        default="{}",
-        metavar="JSON",
-        help='further vllm.LLM arguments, such as {"tensor_parallel_size": 2}',
-    )
+    add_engine(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, report, say where the results are."""
     require("kvtc eval", "eval")
-    if args.lm_eval:
-        return _run_harness(args)
-    if args.limit is not None or args.few_shot is not None:
+    if args.lm_eval and (args.ablation or args.card):
+        raise ConfigError("--lm-eval can't be combined with --ablation or --card")
+    if not args.lm_eval and (args.limit is not None or args.few_shot is not None):
         raise ConfigError("--limit and --few-shot go with --lm-eval; --tasks have --count")
-    from kvtc_vllm.evaluation import ablations, suite
+    from kvtc_vllm.evaluation.ablations import ABLATIONS
     from kvtc_vllm.evaluation.methods import MethodError
-    from kvtc_vllm.evaluation.tasks import TASKS
+    from kvtc_vllm.evaluation.processes.suite import SuiteError
 
     if args.ablation == "list":
-        for ablation in ablations.ABLATIONS.values():
+        for ablation in ABLATIONS.values():
             print(f"{ablation.name:16} {ablation.description}")
         return 0
+    command = "kvtc " + shlex.join(sys.argv[1:])
+    engine = {**_engine_defaults(), **parse_engine(args.engine)}
+    measure = _run_harness if args.lm_eval else _run_tasks
+    try:
+        found = measure(args, engine, command)
+    except (MethodError, SuiteError) as error:
+        raise ConfigError(str(error)) from None
+    print((args.out / "results.md").read_text())
+    if args.card:
+        print(f"quality card: {_write_card(args, command, found)}")
+    print(f"results: {args.out / 'results.json'}")
+    return 0
+
+
+def _run_tasks(args: argparse.Namespace, engine: dict[str, Any], command: str) -> list[Row]:
+    from kvtc_vllm.evaluation.processes.suite import run_suite
+    from kvtc_vllm.evaluation.tasks import TASKS
+
     lengths = _lengths(args.lengths)
     names = list(TASKS) if args.tasks == "all" else args.tasks.split(",")
     for name in names:
         if name not in TASKS:
             raise ConfigError(f"--tasks {name!r} is not known; give one of {', '.join(TASKS)}")
-    command = "kvtc " + shlex.join(sys.argv[1:])
-    engine = {**_engine_defaults(), **_engine(args.engine)}
-    try:
-        with tempfile.TemporaryDirectory(prefix="kvtc-ablation-") as work:
-            plan = _plan(args, names, lengths, engine, Path(work))
-            found = suite.run_suite(
-                args.model, plan, seed=args.seed, engine=engine, out=args.out, command=command
-            )
-    except (MethodError, suite.SuiteError) as error:
-        raise ConfigError(str(error)) from None
-    print((args.out / "results.md").read_text())
-    if args.card:
-        print(f"report card: {_write_card(args, command, found)}")
-    print(f"results: {args.out / 'results.json'}")
-    return 0
+    with tempfile.TemporaryDirectory(prefix="kvtc-ablation-") as work:
+        plan = _plan(args, names, lengths, engine, Path(work))
+        return run_suite(
+            args.model, plan, seed=args.seed, engine=engine, out=args.out, command=command
+        )
 
 
-def _run_harness(args: argparse.Namespace) -> int:
-    if args.ablation or args.card:
-        raise ConfigError("--lm-eval can't be combined with --ablation or --card")
+def _run_harness(args: argparse.Namespace, engine: dict[str, Any], command: str) -> list[Row]:
     require("--lm-eval", "eval", "lm_eval")
     from kvtc_vllm.evaluation import methods
-    from kvtc_vllm.evaluation.harness_suite import HarnessJob, run_harness
-    from kvtc_vllm.evaluation.suite import SuiteError
+    from kvtc_vllm.evaluation.processes.harness_suite import HarnessJob, run_harness
 
-    engine = {**_engine_defaults(), **_engine(args.engine)}
-    try:
-        jobs = [
-            HarnessJob(
-                model=args.model,
-                method=methods.find(name, args.artifact),
-                tasks=args.lm_eval.split(","),
-                task_path=None if args.lm_eval_path is None else str(args.lm_eval_path),
-                limit=args.limit,
-                few_shot=args.few_shot,
-                engine=engine,
-            )
-            for name in args.methods.split(",")
-        ]
-        run_harness(jobs, args.out, "kvtc " + shlex.join(sys.argv[1:]))
-    except (methods.MethodError, SuiteError) as error:
-        raise ConfigError(str(error)) from None
-    print((args.out / "results.md").read_text())
-    print(f"results: {args.out / 'results.json'}")
-    return 0
+    jobs = [
+        HarnessJob(
+            model=args.model,
+            method=methods.find(name, args.artifact),
+            tasks=args.lm_eval.split(","),
+            task_path=None if args.lm_eval_path is None else str(args.lm_eval_path),
+            limit=args.limit,
+            few_shot=args.few_shot,
+            engine=engine,
+        )
+        for name in args.methods.split(",")
+    ]
+    return run_harness(jobs, args.out, command)
 
 
 def _plan(
@@ -131,26 +124,20 @@ def _plan(
     work: Path,
 ) -> Plan:
     from kvtc_vllm.evaluation import ablations, methods
-    from kvtc_vllm.evaluation.job import Errand
+    from kvtc_vllm.evaluation.job import Workload
 
     if args.ablation:
+        data = args.calibration_data or ()
         return ablations.plan(
-            args.ablation,
-            args.model,
-            args.artifact,
-            args.calibration_data or (),
-            args.count,
-            max(lengths),
-            engine,
-            work,
+            args.ablation, args.model, args.artifact, data, args.count, max(lengths), engine, work
         )
-    errands = [
-        Errand(task=task, context=length, count=_sessions(task, args.count))
+    workloads = [
+        Workload(task=task, context=length, count=_sessions(task, args.count))
         for task in tasks
         for length in lengths
     ]
     chosen = [methods.find(name, args.artifact) for name in args.methods.split(",")]
-    return [(method, errands) for method in chosen]
+    return [(method, workloads) for method in chosen]
 
 
 def _sessions(task: str, count: int) -> int:
@@ -172,21 +159,11 @@ def _engine_defaults() -> dict[str, Any]:
     return {} if torch.cuda.is_available() else {"block_size": 32}
 
 
-def _engine(text: str) -> dict[str, Any]:
-    try:
-        engine = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"--engine {text!r} is not JSON: {error}") from None
-    if not isinstance(engine, dict):
-        raise ConfigError(f'--engine {text!r}: give an object, such as {{"max_model_len": 8192}}')
-    return engine
-
-
 def _write_card(args: argparse.Namespace, command: str, found: list[Row]) -> Path:
     from kvtc_vllm.artifact import registry
     from kvtc_vllm.artifact.identity import model_identity
-    from kvtc_vllm.evaluation.card import write_card
-    from kvtc_vllm.evaluation.suite import describe
+    from kvtc_vllm.evaluation.processes.suite import describe
+    from kvtc_vllm.evaluation.reporting.quality_card import write_card
 
     ratio = min(float(row.plan.rstrip("x")) for row in found if row.method.startswith("kvtc-"))
     directory = registry.find(

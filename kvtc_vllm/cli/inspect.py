@@ -21,7 +21,7 @@ from kvtc_vllm.tiers.disk.layout import LAYOUT_FILE
 from kvtc_vllm.tiers.disk.survey import NamespaceSummary, Survey
 
 RATIO_SAMPLE = 16
-"""Chunks a namespace whose headers are read for its ratio."""
+"""Chunks per namespace whose headers are read for its ratio."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +71,7 @@ def describe_artifact(directory: Path) -> dict[str, Any]:
 
 def describe_blob(path: Path) -> dict[str, Any]:
     """Header and sections of a container. Raises ContainerError if it is damaged."""
-    from kvtc_vllm.codec.container import DTYPE_CODES, SectionKind, parse
+    from kvtc_vllm.codec.container import DTYPES, SectionKind, parse
     from kvtc_vllm.codec.entropy import BY_CODER_ID
     from kvtc_vllm.codec.registry import name_of
 
@@ -80,8 +80,7 @@ def describe_blob(path: Path) -> dict[str, Any]:
     except ContainerError as error:
         raise ContainerError(error.reason, f"{path}: {error}") from error
     header = info.header
-    dtypes = {code: dtype for dtype, code in DTYPE_CODES.items()}
-    dtype = dtypes.get(header.dtype_code)
+    dtype = DTYPES.get(header.dtype_code)
     width = header.head_size + header.head_size_v
     raw = header.tokens * header.num_layers * header.num_kv_heads * width
     raw *= dtype.itemsize if dtype is not None else 0

@@ -52,7 +52,7 @@ DTYPE_CODES: dict[torch.dtype, int] = {
     torch.float8_e4m3fn: 4,
     torch.float8_e5m2: 5,
 }
-"""Cache dtypes."""
+DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 
 class SectionKind(IntEnum):

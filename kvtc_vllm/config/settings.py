@@ -8,15 +8,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
+from kvtc_vllm.config.keys import (
+    ConfigKey,
+    PathText,
+    Threads,
+    allowed_values,
+    convert_keys,
+    describe_keys,
+    field_extra,
+    key_fields,
+)
 from kvtc_vllm.config.presets import load_preset, preset_names
-from kvtc_vllm.config.values import ConfigError, parse_bytes, shown, size_text
+from kvtc_vllm.config.values import ConfigError, parse_bytes, shown
 
 CONNECTOR_NAME = "KVTCConnector"
 DEFAULT_RATIO = 16.0
@@ -27,9 +36,7 @@ _MIB = 1 << 20
 _MOST_BYTES = 1 << 50
 
 Ratio = Annotated[float, Meta(gt=1, le=1024)]
-Threads = Annotated[int, Meta(ge=1, le=64)]
 Window = Annotated[int, Meta(ge=0, le=1 << 20)]
-PathText = Annotated[str, Meta(title="a path")]
 Size = int | str
 """Bytes, or a string such as "8GiB". The field's Meta has its limits under `size`."""
 
@@ -201,91 +208,18 @@ class KVTCConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return parse_bytes("staging_bytes", self.staging_bytes)
 
 
-class ConfigKey(NamedTuple):
-    """One row of the table of keys, as text."""
-
-    name: str
-    default: str
-    values: str
-    meaning: str
-
-
 def describe() -> list[ConfigKey]:
     """Every key of `kv_connector_extra_config`, in the order of the fields."""
     preset = ConfigKey(
         "preset", "none", ", ".join(preset_names()), "Sets the keys of a file of `configs/`."
     )
-    return [preset, *(_describe(field) for field in _fields().values())]
-
-
-def _describe(field: msgspec.inspect.Field) -> ConfigKey:
-    assert isinstance(field.type, msgspec.inspect.Metadata)
-    meaning = (field.type.extra_json_schema or {})["description"]
-    default = (field.type.extra or {}).get("default", _default(field.default))
-    return ConfigKey(field.name, default, _values(field), meaning)
-
-
-def _default(value: object) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value or "none")
-
-
-def _values(field: msgspec.inspect.Field) -> str:
-    """What a key may be set to: "1 to 64", "lru, arc"."""
-    assert isinstance(field.type, msgspec.inspect.Metadata)
-    extra = field.type.extra or {}
-    if "size" not in extra:
-        return _values_of(field.type)
-    low, high = (size_text(size) for size in extra["size"])
-    word = f"{extra['word']}, or " if "word" in extra else ""
-    return f"{word}{low} to {high}"
-
-
-def _values_of(kind: msgspec.inspect.Type) -> str:
-    match kind:
-        case msgspec.inspect.Metadata():
-            title = (kind.extra_json_schema or {}).get("title")
-            return str(title) if title else _values_of(kind.type)
-        case msgspec.inspect.UnionType():
-            optional = (t for t in kind.types if not isinstance(t, msgspec.inspect.NoneType))
-            return _values_of(next(optional))
-        case msgspec.inspect.VarTupleType():
-            return "a list of paths"
-        case msgspec.inspect.LiteralType():
-            return ", ".join(str(value) for value in kind.values)
-        case msgspec.inspect.IntType() | msgspec.inspect.FloatType():
-            low = f"{kind.ge:g}" if kind.ge is not None else f"above {kind.gt:g},"
-            return f"{low} to {kind.le}"
-        case _:
-            return "true, false"
-
-
-@cache
-def _fields() -> dict[str, msgspec.inspect.Field]:
-    kind = msgspec.inspect.type_info(KVTCConfig)
-    assert isinstance(kind, msgspec.inspect.StructType)
-    return {field.name: field for field in kind.fields}
+    return [preset, *describe_keys(KVTCConfig)]
 
 
 def load_config(extra: Mapping[str, Any]) -> KVTCConfig:
     """Build the configuration from `kv_connector_extra_config`. Raises ConfigError."""
-    merged = _expand(extra)
-    types = {field.name: field.type for field in msgspec.structs.fields(KVTCConfig)}
-    values = {}
-    for key, value in merged.items():
-        if key not in types:
-            raise ConfigError(
-                f"unknown key {shown(key)} in kv_connector_extra_config; "
-                f"allowed: preset, {', '.join(types)}"
-            )
-        try:
-            values[key] = msgspec.convert(value, types[key])
-        except msgspec.ValidationError as error:
-            raise ConfigError(
-                f"{key}={shown(value)} can't be used ({error}); give {_values(_fields()[key])}"
-            ) from None
-    config = KVTCConfig(**values)
+    place = "kv_connector_extra_config"
+    config = convert_keys(KVTCConfig, _expand(extra), place, also=("preset",))
     _check_sizes(config)
     _check_contradictions(config)
     if config.disk_path is not None:
@@ -306,15 +240,16 @@ def _expand(extra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_sizes(config: KVTCConfig) -> None:
-    for name, field in _fields().items():
-        assert isinstance(field.type, msgspec.inspect.Metadata)
-        extra = field.type.extra or {}
+    for name, field in key_fields(KVTCConfig).items():
+        extra = field_extra(field)
         value = getattr(config, name)
         if "size" not in extra or value == extra.get("word"):
             continue
         low, high = extra["size"]
         if not low <= parse_bytes(name, value) <= high:
-            raise ConfigError(f"{name}={shown(value)} is out of range; give {_values(field)}")
+            raise ConfigError(
+                f"{name}={shown(value)} is out of range; give {allowed_values(field)}"
+            )
 
 
 def _check_contradictions(config: KVTCConfig) -> None:

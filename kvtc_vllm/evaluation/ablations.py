@@ -11,7 +11,7 @@ from kvtc_vllm.artifact import registry
 from kvtc_vllm.artifact.identity import model_identity
 from kvtc_vllm.artifact.rank_file import rank_file_name
 from kvtc_vllm.evaluation.data import corpus
-from kvtc_vllm.evaluation.job import Errand
+from kvtc_vllm.evaluation.job import Workload
 from kvtc_vllm.evaluation.methods import Method, MethodError
 from kvtc_vllm.evaluation.refit import capture, refit
 
@@ -20,7 +20,7 @@ DOMAIN_CHARACTERS = 1_500_000
 KEY_SHARES = (1 / 4, 1 / 3, 0.4, 1 / 2, 0.6, 2 / 3)
 """Of the bits of both, those of the keys. Half is the paper's: the same ratio for both."""
 
-Plan = list[tuple[Method, list[Errand]]]
+Plan = list[tuple[Method, list[Workload]]]
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Setting:
     engine: dict[str, Any]
     work: Path
 
-    def errands(self, *tasks: str) -> list[Errand]:
+    def workloads(self, *tasks: str) -> list[Workload]:
         """These tasks: running text and needles at the usual context, tables and chains at half.
 
         A small model looks up one of many entries well only where there are not too many.
         """
         half = ("litm", "variable-tracking")
         return [
-            Errand(
+            Workload(
                 task=task,
                 context=self.context // 2 if task in half else self.context,
                 count=self.count,
@@ -70,13 +70,27 @@ class Setting:
         **method: Any,
     ) -> Method:
         """Our codec with a variant of the artifact."""
-        substitute = {
+        override = {
             "variant": variant,
             "artifact": str(rank_file or self.rank_file),
             "ratio": ratio,
             "options": options or {},
         }
-        return Method(f"kvtc-{ratio:g}x {label}", label, substitute=substitute, **method)
+        return Method(f"kvtc-{ratio:g}x {label}", label, override=override, **method)
+
+    def refitted(
+        self,
+        label: str,
+        ratios: Sequence[float],
+        rank_file: Path,
+        workloads: list[Workload],
+        variant: str = "unchanged",
+    ) -> Plan:
+        """One artifact at several ratios."""
+        return [
+            (self.changed(label, ratio, variant, rank_file=rank_file), workloads)
+            for ratio in ratios
+        ]
 
 
 @dataclass(frozen=True)
@@ -89,9 +103,9 @@ class Ablation:
 
 
 def _sinks(setting: Setting) -> Plan:
-    errands = setting.errands("prose", "litm", "variable-tracking", "needle")
+    workloads = setting.workloads("prose", "litm", "variable-tracking", "needle")
     return [
-        (setting.changed(label, ratio, variant), errands)
+        (setting.changed(label, ratio, variant), workloads)
         for ratio in (16.0, 64.0)
         for label, variant in (("sinks exact", "unchanged"), ("sinks coded", "coded-sinks"))
     ]
@@ -107,7 +121,7 @@ def _window(setting: Setting) -> Plan:
             f"recomputed window {window}", ratio, "unchanged", window=window, chunk_tokens=chunk
         )
         plan.append(
-            (method, [Errand(task="prose", context=c, count=setting.count) for c in contexts])
+            (method, [Workload(task="prose", context=c, count=setting.count) for c in contexts])
         )
     for window in (64, 128):
         for context in contexts:
@@ -119,20 +133,19 @@ def _window(setting: Setting) -> Plan:
                 window=0,
                 chunk_tokens=chunk,
             )
-            plan.append((method, [Errand(task="prose", context=context, count=setting.count)]))
+            plan.append((method, [Workload(task="prose", context=context, count=setting.count)]))
     return plan
 
 
 def _allocation(setting: Setting) -> Plan:
-    errands = setting.errands("prose", "litm", "needle")
+    workloads = setting.workloads("prose", "litm", "needle")
     plan: Plan = []
     for ratio in (16.0, 32.0):
-        plan.append((setting.changed("allocated", ratio, "unchanged"), errands))
-        for kind in ("fp8", "int4"):
-            options = {"type": kind, "size": 16}
-            plan.append(
-                (setting.changed(f"truncated {kind}", ratio, "truncated", options=options), errands)
-            )
+        plan.append((setting.changed("allocated", ratio, "unchanged"), workloads))
+        for name in ("fp8", "int4"):
+            options = {"type": name, "size": 16}
+            method = setting.changed(f"truncated {name}", ratio, "truncated", options=options)
+            plan.append((method, workloads))
     return plan
 
 
@@ -141,7 +154,7 @@ def _keys_values(setting: Setting) -> Plan:
 
     Each of keys and values is coded by the plan of a ratio of its own.
     """
-    errands = setting.errands("prose", "litm", "variable-tracking", "needle")
+    workloads = setting.workloads("prose", "litm", "variable-tracking", "needle")
     divided = {
         (ratio, share): {
             "k": round(ratio / (2 * share), 6),
@@ -157,43 +170,38 @@ def _keys_values(setting: Setting) -> Plan:
             setting.changed(
                 f"keys {share:.0%}", ratio, "mixed-ratios", rank_file=fitted, options=pair
             ),
-            errands,
+            workloads,
         )
         for (ratio, share), pair in divided.items()
     ]
 
 
 def _layers(setting: Setting) -> Plan:
-    spool, errands, ratios = (
-        setting.spool(),
-        setting.errands("prose", "litm", "needle"),
-        (16.0, 32.0),
-    )
+    spool, ratios = setting.spool(), (16.0, 32.0)
+    workloads = setting.workloads("prose", "litm", "needle")
     plan: Plan = []
     for layers in (None, 4, 2, 1):
         name = "all layers" if layers is None else f"{layers} layers a group"
         fitted = refit(spool, setting.work / f"layers-{layers}", ratios, layers_per_group=layers)
-        plan += [
-            (setting.changed(name, ratio, "unchanged", rank_file=fitted), errands)
-            for ratio in ratios
-        ]
+        plan += setting.refitted(name, ratios, fitted, workloads)
     return plan
 
 
 def _calibration_size(setting: Setting) -> Plan:
-    spool, errands, ratios = setting.spool(), setting.errands("prose", "litm", "needle"), (32.0,)
+    spool, workloads, ratios = (
+        setting.spool(),
+        setting.workloads("prose", "litm", "needle"),
+        (32.0,),
+    )
     plan: Plan = []
     for rows in (1250, 5000, 20_000, 40_000):
         fitted = refit(spool, setting.work / f"rows-{rows}", ratios, rows=rows)
-        plan += [
-            (setting.changed(f"{rows} rows", ratio, "unchanged", rank_file=fitted), errands)
-            for ratio in ratios
-        ]
+        plan += setting.refitted(f"{rows} rows", ratios, fitted, workloads)
     return plan
 
 
 def _domain(setting: Setting) -> Plan:
-    errands, ratios = setting.errands("prose", "code", "litm", "needle"), (16.0, 32.0)
+    workloads, ratios = setting.workloads("prose", "code", "litm", "needle"), (16.0, 32.0)
     plan: Plan = []
     for domain, documents in (
         ("prose", corpus.prose_documents("train")),
@@ -205,18 +213,18 @@ def _domain(setting: Setting) -> Plan:
         capture(setting.model, [str(text)], CAPTURE_TOKENS // 2, setting.engine, spool)
         fitted = refit(spool / "rank0", setting.work / f"domain-{domain}", ratios)
         plan += [
-            (setting.changed(f"fitted on {domain}", ratio, "unchanged", rank_file=fitted), errands)
+            (
+                setting.changed(f"fitted on {domain}", ratio, "unchanged", rank_file=fitted),
+                workloads,
+            )
             for ratio in ratios
         ]
     return plan
 
 
 def _rope(setting: Setting) -> Plan:
-    spool, errands, ratios = (
-        setting.spool(),
-        setting.errands("prose", "litm", "needle"),
-        (16.0, 32.0),
-    )
+    spool, ratios = setting.spool(), (16.0, 32.0)
+    workloads = setting.workloads("prose", "litm", "needle")
     plan: Plan = []
     for label, variant, kept in (
         ("RoPE undone", "unchanged", False),
@@ -224,7 +232,8 @@ def _rope(setting: Setting) -> Plan:
     ):
         fitted = refit(spool, setting.work / f"rope-{kept}", ratios, rope_kept=kept)
         plan += [
-            (setting.changed(label, ratio, variant, rank_file=fitted), errands) for ratio in ratios
+            (setting.changed(label, ratio, variant, rank_file=fitted), workloads)
+            for ratio in ratios
         ]
     return plan
 

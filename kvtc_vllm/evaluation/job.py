@@ -11,8 +11,8 @@ from kvtc_vllm.evaluation.scores import Scores
 from kvtc_vllm.evaluation.tasks import Example
 
 
-class Errand(msgspec.Struct, frozen=True, kw_only=True):
-    """One task at one context, with so many sessions."""
+class Workload(msgspec.Struct, frozen=True, kw_only=True):
+    """`count` sessions of one task at one context (tokens)."""
 
     task: str
     context: int
@@ -20,14 +20,16 @@ class Errand(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What one process does. engine: further `vllm.LLM` arguments. out: file for the outcome."""
+    """What one process does."""
 
     model: str
     method: Method
-    errands: list[Errand]
+    workloads: list[Workload]
     seed: int
     engine: dict[str, Any]
+    """Further `vllm.LLM` arguments."""
     out: str
+    """File for the outcome."""
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):

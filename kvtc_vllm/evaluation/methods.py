@@ -24,24 +24,25 @@ class MethodError(ValueError):
 
 @dataclass(frozen=True)
 class Method:
-    """How to store and reload.
-
-    name: as shown in results. plan: what of the method was set, for people.
-    codec: "kvtc" or "raw". ratio: kvtc's target. substitute: options of
-    `connector.Substitute` when something else takes the codec's place.
-    whole_prompt: one chunk for a whole prefix. eviction: run by transformers, since
-    it drops tokens instead of storing them.
-    """
+    """How to store and reload."""
 
     name: str
+    """As shown in results."""
     plan: str
+    """What of the method was set, for people."""
     codec: str = "raw"
+    """Or "kvtc"."""
     ratio: float | None = None
+    """Target ratio of kvtc."""
     artifact: str | None = None
-    substitute: dict[str, Any] = field(default_factory=dict)
+    override: dict[str, Any] = field(default_factory=dict)
+    """Fields of `CodecOverride`, for something else in the codec's place."""
     whole_prompt: bool = False
+    """One chunk for a whole prefix."""
     eviction: str | None = None
+    """Name of a token eviction. It is run by transformers: it drops tokens, and stores none."""
     window: int = DEFAULT_RECENT_WINDOW
+    """Recent window in tokens."""
     chunk_tokens: int = 128
 
     def connector_config(self, chunk_tokens: int) -> dict[str, Any]:
@@ -57,7 +58,7 @@ class Method:
             # Everything that can be reloaded must be, however slowly.
             "load_gate": False,
             "encode_share": 1.0,
-            "evaluation": self.substitute,
+            "evaluation": self.override,
         }
         if self.codec == "kvtc":
             extra["ratio"] = self.ratio
@@ -83,7 +84,7 @@ def find(name: str, artifact: str | None = None) -> Method:
         return Method(
             name,
             baseline.source,
-            substitute={"baseline": name},
+            override={"baseline": name},
             whole_prompt=baseline.whole_prompt,
         )
     if name in EVICTIONS:

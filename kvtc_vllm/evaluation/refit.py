@@ -1,7 +1,7 @@
 """Artifacts fitted in other ways than `kvtc calibrate` does, for the ablations.
 
-One capture serves many fits. Rank files are written without card and gate: an
-ablation wants to see what a bad fit does, not to be refused.
+One capture serves many fits. Rank files are written without a card and without
+acceptance: an ablation measures what a bad fit does.
 """
 
 from __future__ import annotations

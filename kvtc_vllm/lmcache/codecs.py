@@ -1,4 +1,4 @@
-"""The codecs of one model: one pair a worker and cache dtype, made when first needed."""
+"""The codecs of one model: one pair per worker and cache dtype, made when first needed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kvtc_vllm.codec.container import FORMAT_VERSION
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.frame import TransformCodec
 from kvtc_vllm.codec.registry import open_codec
-from kvtc_vllm.lmcache.fit import FitTest
+from kvtc_vllm.lmcache.positions import Recognition
 from kvtc_vllm.lmcache.ranks import Shard, layers_of_stage, shard_of, stage_layers
 from kvtc_vllm.lmcache.settings import LMCacheSettings
 
@@ -29,7 +29,7 @@ class RankCodecs:
 
     kvtc: TransformCodec
     raw: ChunkCodec
-    fit: FitTest
+    recognition: Recognition
 
 
 class CodecBook:
@@ -37,7 +37,7 @@ class CodecBook:
 
     Raises ArtifactError at construction if the model can't be found. The RoPE tables are those of
     the artifact: a server has no live model to ask. An engine that rotates keys otherwise (another
-    rope_scaling, say) does not pass the fit test.
+    rope_scaling, say) is not recognised.
     """
 
     def __init__(self, settings: LMCacheSettings) -> None:
@@ -94,7 +94,7 @@ class CodecBook:
             deflate_level=settings.deflate_level,
         )
         raw = open_codec("raw", dtype, geometry=artifact.geometry, identity=identity)
-        return RankCodecs(codec, raw, FitTest(artifact, probe))
+        return RankCodecs(codec, raw, Recognition(artifact, probe))
 
 
 def find_artifact(settings: LMCacheSettings, tp_size: int) -> Path:

@@ -1,4 +1,4 @@
-"""The two commands that put KVTC below an LMCache server; imports no LMCache."""
+"""What LMCache is started with: JSON of adapters, and whole commands. Imports no LMCache."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import yaml
 
 from kvtc_vllm.config import ConfigError, preset_directory
 from kvtc_vllm.lmcache.settings import LMCacheSettings, load_settings
-from kvtc_vllm.lmcache.spec import adapter_spec
 
 PREFIX = "lmcache-"
 SERVER_KEYS = ("host", "port", "http-port", "chunk-size", "l1-size-gb", "eviction-policy")
 """Options of `lmcache server` that may be given as KEY=VALUE, with "server." before them."""
+OUTER_KEYS = ("affinity_tag", "eviction", "persist", "shared")
+"""Keys of an adapter's JSON that LMCache reads before the adapter does."""
 ROUTES = ("server-module", "plugin")
 DEFAULT_PORT = 5555
 
@@ -79,4 +80,22 @@ def _transfer(server: Mapping[str, Any]) -> dict[str, Any]:
             "lmcache.mp.host": f"tcp://{server.get('host', 'localhost')}",
             "lmcache.mp.port": server["port"],
         },
+    }
+
+
+def adapter_spec(inner: Mapping[str, Any], kvtc: Mapping[str, Any]) -> dict[str, Any]:
+    """A plugin adapter around `inner`, with the serde; both get the settings `kvtc`.
+
+    inner: JSON of a built-in adapter, as one would give it to LMCache without KVTC.
+    """
+    return {
+        "type": "plugin",
+        "module_path": "kvtc_vllm.lmcache.adapter",
+        "class_name": "KvtcSizedL2Adapter",
+        "adapter_params": {
+            "inner": {key: value for key, value in inner.items() if key not in OUTER_KEYS},
+            "kvtc": dict(kvtc),
+        },
+        "serde": {"type": "kvtc", **kvtc},
+        **{key: inner[key] for key in OUTER_KEYS if key in inner},
     }

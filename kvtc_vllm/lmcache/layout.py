@@ -67,7 +67,7 @@ def tokens_of(shape: Sequence[int]) -> int:
 def view_chunk(chunk: torch.Tensor, geometry: Geometry, page_tokens: int | None) -> ChunkView:
     """How to read and write this chunk.
 
-    chunk: contiguous, on the CPU, of one of the shapes above. page_tokens: tokens a page of the
+    chunk: contiguous, on the CPU, of one of the shapes above. page_tokens: tokens per page of the
     CPU backend, None for the packed order. Raises LayoutRefused.
     """
     if tokens_of(chunk.shape) == 0:
@@ -131,7 +131,7 @@ class _Pages:
     def __init__(self, rows: torch.Tensor, geometry: Geometry, page_tokens: int) -> None:
         tokens = rows.shape[1]
         if tokens % page_tokens:
-            raise LayoutRefused(f"{tokens} tokens a chunk are not whole pages of {page_tokens}")
+            raise LayoutRefused(f"{tokens} tokens per chunk are not whole pages of {page_tokens}")
         pages = rows.unflatten(1, (tokens // page_tokens, page_tokens)).transpose(2, 3)
         self._blocks = list(range(tokens // page_tokens))
         self._layout = _paged_layout(pages, geometry, page_tokens)

@@ -24,9 +24,9 @@ from lmcache.v1.memory_management import MemoryObj
 
 from kvtc_vllm.codec.raw import max_raw_blob_bytes
 from kvtc_vllm.lmcache.counters import logger
-from kvtc_vllm.lmcache.layout import LayoutRefused, check_chunk
+from kvtc_vllm.lmcache.layout import check_chunk
 from kvtc_vllm.lmcache.settings import load_settings
-from kvtc_vllm.lmcache.transcoder import Refused, Transcoder, transcoder
+from kvtc_vllm.lmcache.transcoder import Refused, Transcoder, refusals, transcoder
 
 SERDE_TYPE = "kvtc"
 
@@ -85,10 +85,8 @@ def create_kvtc_serde(values: dict[str, object]) -> SerdeProcessor:
 
 
 def _only_tensor(chunk: MemoryObj) -> torch.Tensor:
-    try:
+    with refusals():
         check_chunk(chunk.get_shapes(), chunk.get_dtypes())
-    except LayoutRefused as error:
-        raise Refused("layout", str(error)) from error
     return chunk.tensor
 
 

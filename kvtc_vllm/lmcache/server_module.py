@@ -21,11 +21,10 @@ from lmcache.v1.multiprocess.ext_server_module import (
 )
 
 from kvtc_vllm.config import ConfigError
-from kvtc_vllm.lmcache.counters import logger
-from kvtc_vllm.lmcache.metrics import export_counters
+from kvtc_vllm.lmcache.command import adapter_spec
+from kvtc_vllm.lmcache.counters import export_counters, logger
 from kvtc_vllm.lmcache.positions import BOOK
 from kvtc_vllm.lmcache.settings import load_settings
-from kvtc_vllm.lmcache.spec import adapter_spec
 from kvtc_vllm.lmcache.transcoder import Transcoder, transcoder
 
 
@@ -46,7 +45,7 @@ class KvtcModule:
         return {"kvtc": self._transcoder.counters.snapshot()}
 
     def close(self) -> None:
-        """The adapters are the storage manager's, which closes them."""
+        """Do nothing: the storage manager closes the adapters."""
 
     @server_module_handler("kvtc.stats")
     def stats(self, payload: bytes) -> bytes:
@@ -69,7 +68,7 @@ def build_server_modules(build: ExtServerModuleBuildContext) -> KvtcModule:
         _attach(build.server_context.storage_manager, inner, build.config["kvtc"])
     export_counters(owner.counters)
     logger.info(
-        "kvtc: %d L2 adapter(s), %d tokens a chunk, positions from %s",
+        "kvtc: %d L2 adapter(s), %d tokens per chunk, positions from %s",
         len(build.config["l2_adapters"]),
         build.server_context.chunk_size,
         "events" if bus.enabled else "the data (observability is disabled)",
@@ -84,5 +83,5 @@ def _attach(storage_manager: Any, inner: Mapping[str, Any], kvtc: Mapping[str, A
 
 
 def _learn_positions(event: Event) -> None:
-    """Called on LMCache's event thread."""
+    """Note the positions of an event. Called on LMCache's event thread."""
     BOOK.learn(event.metadata["chunk_hashes"], event.metadata["token_offsets"])

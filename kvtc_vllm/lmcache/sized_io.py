@@ -4,17 +4,35 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from lmcache.v1.distributed.api import ObjectKey
 from lmcache.v1.memory_management import MemoryFormat, MemoryObj, MemoryObjMetadata, TensorMemoryObj
 
-from kvtc_vllm.lmcache.blocking import Batch, BlockingL2
+from kvtc_vllm.lmcache.inner import Batch, BlockingL2
 from kvtc_vllm.lmcache.records import RECORD_BYTES, blob_key, pack_record, unpack_record
 from kvtc_vllm.lmcache.transcoder import Refused, Transcoder
 
+T = TypeVar("T")
+
 LOAD_ATTEMPTS = 2
 """A record, or a blob that its record promises, that can't be loaded then is deleted."""
+
+
+@dataclass
+class _Load:
+    """One blob on its way from the storage to LMCache."""
+
+    record: ObjectKey
+    key: ObjectKey
+    """LMCache's own, under which the blob verifies."""
+    buffer: MemoryObj
+    length: int | None
+    """As recorded: None without a record, 0 if the record is damaged."""
+    read: bool = False
+    good: bool = False
 
 
 class SizedIO:
@@ -47,7 +65,7 @@ class SizedIO:
             for record, blob, has in zip(records, blobs, there, strict=True)
             if not has
         ]
-        groups = _by_size(wanted)
+        groups = _by_size(wanted, lambda pair: pair[1])
         results = self._storage.store([_named_by_length(group) for group in groups])
         stored = [pair for group, ok in zip(groups, results, strict=True) if ok for pair in group]
         if stored:
@@ -65,44 +83,23 @@ class SizedIO:
 
         wanted: LMCache's own key, under which the blob verifies, and the buffer, of each record.
         """
-        lengths = self._lengths(records)
-        if gone := [
-            record for record, length in zip(records, lengths, strict=True) if length is None
-        ]:
+        loads = [
+            _Load(record, key, buffer, length)
+            for record, (key, buffer), length in zip(
+                records, wanted, self._lengths(records), strict=True
+            )
+        ]
+        if gone := [load.record for load in loads if load.length is None]:
             # LMCache asked because a lookup found them. S3's client remembers what there was,
             # whoever deleted it since, and would take it for stored until it is told.
             self._delete(gone)
-        fitting, bad = [], []
-        for i, length in enumerate(lengths):
-            if length is None:
-                continue
-            capacity = wanted[i][1].get_size()
-            if 0 < length <= capacity:
-                wanted[i][1].set_used_size(length)
-                fitting.append(i)
-            else:
-                self._count("size", f"a blob of {length} bytes for a buffer of {capacity}")
-                bad.append(i)
-        there = self._there([blob_key(records[i], lengths[i] or 0) for i in fitting])
-        pending = [i for i, has in zip(fitting, there, strict=True) if has]
-        loaded: list[int] = []
-        for _ in range(LOAD_ATTEMPTS):
-            loaded += self._load_some([(i, records[i], wanted[i][1]) for i in pending])
-            pending = sorted(set(pending) - set(loaded))
-        for i in sorted(set(fitting) - set(loaded)):
-            self._count("missing", "a blob that has a record can't be loaded")
-            bad.append(i)
-        good = [False] * len(records)
-        for i in loaded:
-            key, blob = wanted[i]
-            try:
-                self._transcoder.verify(memoryview(blob.byte_array).cast("B"), key)
-                good[i] = True
-            except Refused as error:
-                self._count(error.reason, str(error))
-                bad.append(i)
-        self._delete_all([(records[i], lengths[i] or 0) for i in bad])
-        return good
+        recorded = [load for load in loads if load.length is not None]
+        fitting = [load for load in recorded if self._narrowed(load)]
+        self._read(fitting)
+        for load in fitting:
+            load.good = self._verified(load)
+        self._delete_all([(load.record, load.length or 0) for load in recorded if not load.good])
+        return [load.good for load in loads]
 
     def delete_by_record(self, records: Sequence[ObjectKey]) -> None:
         """Delete records and the blobs that they promise."""
@@ -116,7 +113,7 @@ class SizedIO:
             self._delete([record for record, _ in entries])
             self._delete([blob_key(record, length) for record, length in entries])
 
-    def _there(self, keys: list[ObjectKey] | Sequence[ObjectKey]) -> list[bool]:
+    def _there(self, keys: Sequence[ObjectKey]) -> list[bool]:
         """Which objects there are; nothing stays locked."""
         if not keys:
             return []
@@ -141,23 +138,44 @@ class SizedIO:
             for obj, has in zip(objects, loaded, strict=True)
         ]
 
-    def _load_some(self, wanted: Sequence[tuple[int, ObjectKey, MemoryObj]]) -> list[int]:
-        """Indices of what was loaded."""
-        index = {id(blob): i for i, _, blob in wanted}
-        batches = [_named_by_length(group) for group in _by_size([(r, b) for _, r, b in wanted])]
-        return [
-            index[id(blob)]
-            for (_, blobs), result in zip(batches, self._storage.load(batches), strict=True)
-            for blob, ok in zip(blobs, result, strict=True)
-            if ok
-        ]
+    def _narrowed(self, load: _Load) -> bool:
+        """Narrow the buffer to the recorded length. False if the blob can't be that long."""
+        length, capacity = load.length or 0, load.buffer.get_size()
+        if 0 < length <= capacity:
+            load.buffer.set_used_size(length)
+            return True
+        self._count("size", f"a blob of {length} bytes for a buffer of {capacity}")
+        return False
+
+    def _read(self, loads: Sequence[_Load]) -> None:
+        """Read into narrowed buffers, and mark the loads of those that were filled."""
+        there = self._there([blob_key(load.record, load.length or 0) for load in loads])
+        pending = [load for load, has in zip(loads, there, strict=True) if has]
+        for _ in range(LOAD_ATTEMPTS):
+            groups = _by_size(pending, lambda load: load.buffer)
+            batches = [_named_by_length((x.record, x.buffer) for x in group) for group in groups]
+            for group, results in zip(groups, self._storage.load(batches), strict=True):
+                for load, done in zip(group, results, strict=True):
+                    load.read = done
+            pending = [load for load in pending if not load.read]
+
+    def _verified(self, load: _Load) -> bool:
+        if not load.read:
+            self._count("missing", "a blob that has a record can't be loaded")
+            return False
+        try:
+            self._transcoder.verify(memoryview(load.buffer.byte_array).cast("B"), load.key)
+        except Refused as error:
+            self._count(error.reason, str(error))
+            return False
+        return True
 
     def _count(self, reason: str, message: str) -> None:
         self._transcoder.counters.warn(f"failed_loads/{reason}", message)
 
 
 def record_object(length: int) -> MemoryObj:
-    """A buffer of LMCache's kind that holds the record of a blob."""
+    """A buffer of LMCache's type that holds the record of a blob."""
     data = torch.frombuffer(bytearray(pack_record(length)), dtype=torch.uint8)
     shape = torch.Size([RECORD_BYTES])
     metadata = MemoryObjMetadata(
@@ -173,18 +191,15 @@ def record_object(length: int) -> MemoryObj:
     return TensorMemoryObj(data, metadata, parent_allocator=None)
 
 
-Pair = tuple[ObjectKey, MemoryObj]
+def _by_size(items: Iterable[T], buffer: Callable[[T], MemoryObj]) -> list[list[T]]:
+    """One group per size: LMCache's Redis client takes buffers of one size in a batch."""
+    groups: dict[int, list[T]] = defaultdict(list)
+    for item in items:
+        groups[buffer(item).get_size()].append(item)
+    return list(groups.values())
 
 
-def _by_size(pairs: Iterable[Pair]) -> list[list[Pair]]:
-    """One group a size: LMCache's Redis client takes buffers of one size in a batch."""
-    by_size: dict[int, list[Pair]] = defaultdict(list)
-    for record, blob in pairs:
-        by_size[blob.get_size()].append((record, blob))
-    return list(by_size.values())
-
-
-def _named_by_length(pairs: Iterable[Pair]) -> Batch:
+def _named_by_length(pairs: Iterable[tuple[ObjectKey, MemoryObj]]) -> Batch:
     """A batch of blobs under their own names."""
     named = [(blob_key(record, blob.get_size()), blob) for record, blob in pairs]
     return [key for key, _ in named], [blob for _, blob in named]

@@ -5,22 +5,21 @@ Nothing here knows LMCache's classes: a chunk is a tensor, a key is five plain v
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
 
 from kvtc_vllm.codec.base import Blob, ChunkCodec
-from kvtc_vllm.codec.container import DTYPE_CODES, parse
+from kvtc_vllm.codec.container import DTYPES, parse
 from kvtc_vllm.codec.errors import ArtifactError, CodecError, ContainerError
 from kvtc_vllm.lmcache.codecs import CodecBook, RankCodecs
 from kvtc_vllm.lmcache.counters import Counters, logger
 from kvtc_vllm.lmcache.layout import LayoutRefused, check_chunk, load_page_reader, view_chunk
 from kvtc_vllm.lmcache.positions import BOOK, PositionBook
 from kvtc_vllm.lmcache.settings import LMCacheSettings
-
-_DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 
 class Key(Protocol):
@@ -46,6 +45,22 @@ class Refused(Exception):
         self.reason = reason
 
 
+@contextlib.contextmanager
+def refusals(layout: str = "layout") -> Iterator[None]:
+    """Raise what is wrong with a chunk, its blob or its artifact as Refused.
+
+    layout: reason for a LayoutRefused.
+    """
+    try:
+        yield
+    except LayoutRefused as error:
+        raise Refused(layout, str(error)) from error
+    except ArtifactError as error:
+        raise Refused("artifact", str(error)) from error
+    except ContainerError as error:
+        raise Refused(error.reason, str(error)) from error
+
+
 class Transcoder:
     """Codes the chunks of one model. Thread-safe.
 
@@ -67,10 +82,8 @@ class Transcoder:
         Raises Refused.
         """
         self._check_model(key)
-        try:
+        with refusals():
             return self._codecs.fingerprint(key.kv_rank)
-        except ArtifactError as error:
-            raise Refused("artifact", str(error)) from error
 
     def encode(self, chunk: torch.Tensor, key: Key) -> bytes:
         """The container of a chunk. Raises Refused if it is not to be stored.
@@ -78,10 +91,8 @@ class Transcoder:
         chunk: CPU tensor of a shape that `kvtc_vllm.lmcache.layout` knows.
         """
         codecs = self._rank_codecs(key, chunk.shape, chunk.dtype)
-        try:
+        with refusals():
             view = view_chunk(chunk, codecs.kvtc.geometry, self.settings.block_size)
-        except LayoutRefused as error:
-            raise Refused("layout", str(error)) from error
         k, v = view.read()
         blob = self._encode_lossy(codecs, k, v, key)
         if blob is None:
@@ -101,14 +112,10 @@ class Transcoder:
         Raises Refused, before anything is written, if the blob is damaged or not this key's.
         """
         codecs = self._rank_codecs(key, chunk.shape, chunk.dtype)
-        try:
+        with refusals():
             view = view_chunk(chunk, codecs.kvtc.geometry, self.settings.block_size)
             codec = _codec_of(blob, codecs)
             decoded = codec.decode(blob, expect_tokens=chunk.shape[-2], key=bound_name(key))
-        except LayoutRefused as error:
-            raise Refused("layout", str(error)) from error
-        except ContainerError as error:
-            raise Refused(error.reason, str(error)) from error
         view.write(decoded.k, decoded.v)
         self.counters.add("loaded_chunks")
         self.counters.add("loaded_bytes", len(blob))
@@ -116,16 +123,12 @@ class Transcoder:
     def verify(self, blob: Blob, key: Key) -> None:
         """Check everything about a blob that needs no decoding. Raises Refused."""
         self._check_model(key)
-        try:
-            dtype = _DTYPES.get(parse(blob).header.dtype_code)
+        with refusals():
+            dtype = DTYPES.get(parse(blob).header.dtype_code)
             if dtype is None:
                 raise ContainerError("geometry", "written for an unknown cache dtype")
             codecs = self._codecs.of(key.kv_rank, dtype)
             _codec_of(blob, codecs).decode_groups(blob, key=bound_name(key))
-        except ContainerError as error:
-            raise Refused(error.reason, str(error)) from error
-        except ArtifactError as error:
-            raise Refused("artifact", str(error)) from error
 
     def _encode_lossy(
         self, codecs: RankCodecs, k: torch.Tensor, v: torch.Tensor, key: Key
@@ -133,10 +136,10 @@ class Transcoder:
         """The KVTC container of a chunk, None if it can't be or should not be coded."""
         start = self._positions.start_of(key.chunk_hash, self.settings.position_wait)
         source = "event"
-        if start is None or not codecs.fit.fits(k, v, start):
+        if start is None or not codecs.recognition.recognises(k, v, start):
             if start is not None:
                 self.counters.add("position_contradicted")
-            source, start = "recovered", codecs.fit.find_start(k, v)
+            source, start = "recovered", codecs.recognition.find_start(k, v)
         if start is None:
             self.counters.warn(
                 "position_unknown",
@@ -153,12 +156,8 @@ class Transcoder:
 
     def _rank_codecs(self, key: Key, shape: Sequence[int], dtype: torch.dtype) -> RankCodecs:
         self._check_model(key)
-        try:
+        with refusals(layout="dtype"):
             return self._codecs.of(key.kv_rank, check_chunk([torch.Size(shape)], [dtype]))
-        except LayoutRefused as error:
-            raise Refused("dtype", str(error)) from error
-        except ArtifactError as error:
-            raise Refused("artifact", str(error)) from error
 
     def _check_model(self, key: Key) -> None:
         if key.model_name not in self.settings.served_names:

@@ -53,12 +53,12 @@ def test_every_ablation_changes_one_thing(
         name, str(reference_model), None, ["text"], 4, 1024, {"block_size": 32}, tmp_path
     )
     assert len(plan) >= 4
-    described = [(method, tuple(errands)) for method, errands in plan]
-    labels = [(method.name, errands) for method, errands in described]
+    described = [(method, tuple(workloads)) for method, workloads in plan]
+    labels = [(method.name, workloads) for method, workloads in described]
     assert len(set(map(str, labels))) == len(labels)
-    for method, errands in described:
-        assert errands
-        assert method.substitute["artifact"]
+    for method, workloads in described:
+        assert workloads
+        assert method.override["artifact"]
         assert method.connector_config(method.chunk_tokens)["recent_window"] == method.window
 
 
@@ -76,7 +76,7 @@ def test_keys_and_values_divide_one_budget(
         ablations, "refit", lambda spool, out, ratios, **_: fitted.extend(ratios) or out
     )
     plan = ablations.plan("keys-values", str(reference_model), None, ("x",), 4, 1024, {}, tmp_path)
-    divided = [(m.substitute["ratio"], m.substitute["options"]) for m, _ in plan]
+    divided = [(m.override["ratio"], m.override["options"]) for m, _ in plan]
     assert {single for _, pair in divided for single in pair.values()} <= set(fitted)
     for ratio in (16.0, 32.0):
         assert (ratio, {"k": ratio, "v": ratio}) in divided

@@ -13,7 +13,7 @@ pytest.importorskip("vllm")
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
 from kvtc_vllm.connector import connector as served
-from kvtc_vllm.evaluation.connector import KVTCEvaluationConnector
+from kvtc_vllm.evaluation.replay.connector import KVTCEvaluationConnector
 from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup
 
 GROUP = CacheGroup(("layers.0", "layers.1"), 32, 2, 64, 64, torch.bfloat16)

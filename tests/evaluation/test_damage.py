@@ -18,18 +18,18 @@ from kvtc_vllm.artifact.identity import model_identity
 from kvtc_vllm.artifact.rank_file import rank_file_name
 from kvtc_vllm.codec.base import DecodedChunk
 from kvtc_vllm.codec.kvtc import KvtcCodec
-from kvtc_vllm.evaluation import variants
-from kvtc_vllm.evaluation.job import Errand, Job
+from kvtc_vllm.evaluation.job import Job, Workload
 from kvtc_vllm.evaluation.methods import Method
-from kvtc_vllm.evaluation.results import damaged, rows
+from kvtc_vllm.evaluation.replay import variants
+from kvtc_vllm.evaluation.reporting.results import damaged, rows
 from kvtc_vllm.evaluation.tasks import TASKS
 
 pytestmark = pytest.mark.vllm
 
 LONG = ("multi-turn", "needle")
 """Chats need the room; and a needle is found by content, whose keys turn little in 500 tokens."""
-ERRANDS = [
-    Errand(task=task, context=1280 if task in LONG else 512, count=6 if task in LONG else 10)
+WORKLOADS = [
+    Workload(task=task, context=1280 if task in LONG else 512, count=6 if task in LONG else 10)
     for task in TASKS
 ]
 
@@ -76,7 +76,7 @@ def run(model: Path, monkeypatch: pytest.MonkeyPatch, damage: Any) -> set[str]:
     """Names of the tasks that count as damaged."""
     from transformers import AutoTokenizer
 
-    from kvtc_vllm.evaluation import run_method
+    from kvtc_vllm.evaluation.processes import run_method
 
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     if damage is not None:
@@ -84,7 +84,7 @@ def run(model: Path, monkeypatch: pytest.MonkeyPatch, damage: Any) -> set[str]:
             variants.VARIANTS, "unchanged", lambda base: Broken(base.codec(), damage)
         )
     directory = registry.find(model_identity(str(model)), 1, 8.0, model_name="reference")
-    substitute = {
+    override = {
         "variant": "unchanged",
         "artifact": str(directory / rank_file_name(0, 1)),
         "ratio": 8.0,
@@ -92,8 +92,8 @@ def run(model: Path, monkeypatch: pytest.MonkeyPatch, damage: Any) -> set[str]:
     job = Job(
         model=str(model),
         # A short window leaves less to exact recomputation, so that less data tells.
-        method=Method("under test", "8x", substitute=substitute, window=32),
-        errands=ERRANDS,
+        method=Method("under test", "8x", override=override, window=32),
+        workloads=WORKLOADS,
         seed=1,
         engine={"block_size": 32},
         out="",

@@ -16,10 +16,11 @@ import yaml
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 from kvtc_vllm.cli import main
-from kvtc_vllm.evaluation import harness_suite, methods
+from kvtc_vllm.evaluation import methods
 from kvtc_vllm.evaluation.data import generators
-from kvtc_vllm.evaluation.harness_suite import HarnessJob, HarnessOutcome
-from kvtc_vllm.evaluation.results import Row
+from kvtc_vllm.evaluation.processes import harness_suite
+from kvtc_vllm.evaluation.processes.harness_suite import HarnessJob, HarnessOutcome
+from kvtc_vllm.evaluation.reporting.results import Row
 
 DOCUMENTS = 6
 PAIRS = 30
@@ -103,8 +104,8 @@ def outcome(
     """All tasks with the raw codec."""
     from lm_eval.tasks import TaskManager
 
-    from kvtc_vllm.evaluation.engine import replay_engine
-    from kvtc_vllm.evaluation.harness import measure
+    from kvtc_vllm.evaluation.processes.harness import measure
+    from kvtc_vllm.evaluation.replay.engine import replay_engine
 
     options = {"dtype": "float32", "max_model_len": 1024, "block_size": 32}
     job = HarnessJob(
@@ -194,8 +195,8 @@ def test_a_replay_that_reloads_nothing_is_an_error(reference_model: Path, tmp_pa
     from lm_eval.api.instance import Instance
     from transformers import AutoTokenizer
 
-    from kvtc_vllm.evaluation.harness import TwoPassLM
-    from kvtc_vllm.evaluation.replay import ReplayError
+    from kvtc_vllm.evaluation.processes.two_pass_lm import TwoPassLM
+    from kvtc_vllm.evaluation.replay.two_passes import ReplayError
 
     model: Any = TwoPassLM(Forgetful(AutoTokenizer.from_pretrained(reference_model)), tmp_path)
     request = Instance("generate_until", {}, ("A question?", {"until": ["\n"]}), 0, ("t", 0, 1))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvtc_vllm.evaluation.replay import ReplayError, replay
+from kvtc_vllm.evaluation.replay.two_passes import ReplayError, replay
 from kvtc_vllm.evaluation.scores import Scores, divergence
 from kvtc_vllm.evaluation.tasks import Example, Session
 

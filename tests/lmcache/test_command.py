@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 
 from kvtc_vllm.cli import main
-from kvtc_vllm.config import preset_names
+from kvtc_vllm.config import ConfigError, preset_names
 from kvtc_vllm.lmcache.command import lmcache_presets
+from kvtc_vllm.lmcache.settings import load_settings
 
 
 def printed(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[list[str], list[str]]:
@@ -61,3 +63,26 @@ def test_mistakes(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 def test_without_a_name_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "lmcache"]) == 0
     assert capsys.readouterr().out.count("\n") == len(lmcache_presets())
+
+
+def test_the_documented_settings_are_the_described_ones(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["config", "lmcache", "--describe"]) == 0
+    table = capsys.readouterr().out
+    page = (Path(__file__).parents[2] / "docs" / "lmcache.md").read_text()
+    assert table in page, "replace the table by the output of `kvtc config lmcache --describe`"
+    defaults = {
+        row.split("|")[1].strip(" `"): row.split("|")[2].strip() for row in table.splitlines()[2:]
+    }
+    settings = load_settings({"model": "m"})
+    assert defaults.pop("model") == "required"
+    for name, default in defaults.items():
+        value = getattr(settings, name)
+        assert default == (f"{value:g}" if isinstance(value, float) else str(value or "none"))
+
+
+@pytest.mark.parametrize("given", [{}, {"model": "m", "max_workers": 65}, {"model": "m", "x": 1}])
+def test_a_bad_setting_is_named_with_what_would_be_right(given: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=r"(model|max_workers|'x').*(give|allowed)"):
+        load_settings(given)

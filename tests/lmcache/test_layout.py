@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 from kvtc_vllm.codec.artifact import Geometry
 from kvtc_vllm.lmcache.layout import LayoutRefused, check_chunk, tokens_of, view_chunk

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 pytest.importorskip("lmcache", reason="LMCache is tested by `make test-lmcache`")
 
-from chunks import SETTINGS, chunk, error
 from lmcache.v1.distributed.api import (
     GroupedObjectKeys,
     MemoryLayoutDesc,
@@ -27,11 +23,12 @@ from lmcache.v1.distributed.api import (
 )
 from lmcache.v1.distributed.config import add_storage_manager_args, parse_args_to_config
 from lmcache.v1.distributed.storage_manager import StorageManager
-from storage import key
 
+from kvtc_vllm.lmcache.command import adapter_spec
 from kvtc_vllm.lmcache.settings import load_settings
-from kvtc_vllm.lmcache.spec import adapter_spec
 from kvtc_vllm.lmcache.transcoder import transcoder
+from tests.lmcache.chunks import SETTINGS, chunk, error
+from tests.lmcache.storage import key
 
 LAYOUT = MemoryLayoutDesc([chunk(0).shape], [torch.bfloat16])
 

@@ -2,17 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "codec"))
-
-from chunks import Key
-from synthetic import SyntheticModel
 
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.kvtc import KvtcCodec
@@ -25,6 +16,8 @@ from kvtc_vllm.lmcache.records import (
     record_key,
     unpack_record,
 )
+from tests.codec.synthetic import SyntheticModel
+from tests.lmcache.chunks import Key
 
 
 def test_kv_rank() -> None:

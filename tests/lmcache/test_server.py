@@ -5,7 +5,6 @@ Each test starts one engine, and relies on what the engines before it stored.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,10 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 pytest.importorskip("lmcache", reason="LMCache is tested by `make test-lmcache`")
 
-from server import lmcache_server, run_client
-from storage import redis_server
+from tests.lmcache.server import lmcache_server, run_client
+from tests.lmcache.storage import redis_server
 
 pytestmark = pytest.mark.vllm
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from chunks import SETTINGS, TOKENS, Key, chunk, error, fused, kv
 
 from kvtc_vllm.codec.container import parse
 from kvtc_vllm.config import ConfigError
 from kvtc_vllm.lmcache.positions import PositionBook
 from kvtc_vllm.lmcache.settings import load_settings
 from kvtc_vllm.lmcache.transcoder import Refused, Transcoder
+from tests.lmcache.chunks import SETTINGS, TOKENS, Key, chunk, error, fused, kv
 
 KEY = Key(b"\x01" * 32)
 

@@ -1,4 +1,4 @@
-"""Storage methods of other papers and products, by name. One file a method, one row here."""
+"""Storage methods of other papers and products, by name. One file per method, one row here."""
 
 from __future__ import annotations
 

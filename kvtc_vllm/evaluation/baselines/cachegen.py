@@ -10,7 +10,6 @@ import torch
 from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.codec.shuffle import to_bytes
-from kvtc_vllm.evaluation.baselines.arrays import from_bytes, to_cache
 from kvtc_vllm.evaluation.baselines.base import Baseline
 from kvtc_vllm.evaluation.baselines.cachegen_codes import (
     Symbols,
@@ -24,6 +23,7 @@ from kvtc_vllm.evaluation.baselines.cachegen_profile import (
     probabilities,
 )
 from kvtc_vllm.evaluation.baselines.entropy import decode_columns, encode_columns
+from kvtc_vllm.evaluation.baselines.formats import from_bytes, to_cache
 
 _SECTION_PARTS = 4
 
@@ -33,18 +33,18 @@ class CacheGen(Baseline):
 
     Followed: groups of 10 tokens; the first, the anchor, is quantised to 8 bits by
     itself; the others are stored as deltas to it, in bins of 0.5, 1 and 1.5 in the
-    first, middle and last third of the layers; one scale a vector (token, layer and
-    kind); arithmetic coding with a distribution of anchors and one of deltas for every
+    first, middle and last third of the layers; one scale per vector (token, layer and
+    K or V); arithmetic coding with a distribution of anchors and one of deltas for every
     layer and channel, profiled once per model. Keys post-RoPE.
-    Charged: the coded symbols and a float16 scale a token, layer and kind. A given
+    Charged: the coded symbols and a float16 scale per token, layer and K or V. A given
     `profile` (or the path of one) is not charged, as KVTC's basis is not (its size:
     `CacheGenProfile.nbytes`). Without one the symbols are counted in the chunk and the
     counts, DEFLATEd, travel with it.
     Departures: the bin widths are read as multiples of the root mean square of the
     token's delta; the authors' code has no deltas to settle their unit. Normal noise
-    then takes 3.1 bits an element with a profile, and caches less, where the paper
+    then takes 3.1 bits per element with a profile, and caches less, where the paper
     reports about 2. Deltas are taken to the anchor as restored, so that errors do not
-    add up. The range coder is `constriction`'s, one stream for all channels of a kind.
+    add up. The range coder is `constriction`'s, one stream for all channels of K or of V.
     Streaming and the choice of a level by bandwidth are no part of the format.
     """
 

@@ -19,7 +19,7 @@ ANCHOR_SYMBOLS = 2 * ANCHOR_TOP + 1
 
 @dataclass(frozen=True)
 class Symbols:
-    """Quantised vectors of some tokens: one scale a token and layer.
+    """Quantised vectors of some tokens: one scale per token and layer.
 
     values: int32 [n, L, C], not negative. scale: float16 [n, L].
     """

@@ -9,9 +9,9 @@ import numpy.typing as npt
 import torch
 
 from kvtc_vllm.codec.shuffle import to_bytes
-from kvtc_vllm.evaluation.baselines.arrays import from_bytes, to_cache
 from kvtc_vllm.evaluation.baselines.base import Baseline
 from kvtc_vllm.evaluation.baselines.entropy import decode_columns, encode_columns, histogram
+from kvtc_vllm.evaluation.baselines.formats import from_bytes, to_cache
 
 FINE_BINS = 32
 COARSE_BINS = 16
@@ -30,8 +30,8 @@ class CacheGenLmcache(Baseline):
     the first 10 layers for keys and the first 2 for values, 16 after them; 32 everywhere
     in a model of fewer than 10 layers. Distributions a layer and channel are counted
     over the chunk and travel with it as 16-bit cumulative tables.
-    Charged: one maximum a token, layer and kind in the cache dtype; the tables, bins + 1
-    entries of 16 bits a layer and channel, as LMCache stores them; the coded bins.
+    Charged: one maximum per token, layer and K or V in the cache dtype; the tables, bins + 1
+    entries of 16 bits per layer and channel, as LMCache stores them; the coded bins.
     Departures: LMCache codes every channel and 256 tokens as a stream of its own,
     stores 32-bit lengths for them and pickles the whole; here one stream holds all
     channels and nothing of that is charged, which saves LMCache 2 to 3 %. A token whose

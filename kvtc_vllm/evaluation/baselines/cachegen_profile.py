@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import load_file, save_file
 
-from kvtc_vllm.codec.artifact import Kind
+from kvtc_vllm.codec.artifact import KINDS, Kind
 from kvtc_vllm.codec.shuffle import shuffle, unshuffle
 from kvtc_vllm.evaluation.baselines.cachegen_codes import (
     ANCHOR_SYMBOLS,
@@ -25,10 +25,12 @@ PRIOR_TOKENS = 8.0
 """Weight of the layer's pooled distribution in that of a channel, in tokens: what
 the channel itself has rarely or never shown is not yet impossible."""
 
+_NAMES = ("anchors", "deltas")
+
 
 @dataclass(frozen=True)
 class SymbolCounts:
-    """How often each symbol occurred in each channel of one kind.
+    """How often each symbol occurred in each channel of K or of V.
 
     anchors, deltas: int32 [L, C, symbols].
     """
@@ -44,7 +46,7 @@ class SymbolCounts:
         )
 
     def to_bytes(self) -> list[bytes]:
-        """For a chunk that carries its own counts, mostly zeros: byte shuffle, DEFLATE."""
+        """For a chunk that carries its own counts, which are mostly zeros: DEFLATEd byte planes."""
         return [zlib.compress(b"".join(shuffle(x))) for x in (self.anchors, self.deltas)]
 
     @classmethod
@@ -67,8 +69,8 @@ class CacheGenProfile:
         """From K [T, L, H, D] (post-RoPE) and V [T, L, H, Dv] of one run of consecutive tokens."""
         return cls(
             {
-                "k": SymbolCounts.of(*quantize(k.flatten(2).float())),
-                "v": SymbolCounts.of(*quantize(v.flatten(2).float())),
+                kind: SymbolCounts.of(*quantize(x.flatten(2).float()))
+                for kind, x in zip(KINDS, (k, v), strict=True)
             }
         )
 
@@ -96,17 +98,15 @@ class CacheGenProfile:
         """Inverse of `save`."""
         stored = load_file(path)
         return cls(
-            {
-                "k": SymbolCounts(stored["k.anchors"], stored["k.deltas"]),
-                "v": SymbolCounts(stored["v.anchors"], stored["v.deltas"]),
-            }
+            {kind: SymbolCounts(*(stored[f"{kind}.{name}"] for name in _NAMES)) for kind in KINDS}
         )
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        tensors: dict[str, torch.Tensor] = {}
-        for kind, counts in self.counts.items():
-            tensors |= {f"{kind}.anchors": counts.anchors, f"{kind}.deltas": counts.deltas}
-        return tensors
+        return {
+            f"{kind}.{name}": getattr(counts, name)
+            for kind, counts in self.counts.items()
+            for name in _NAMES
+        }
 
 
 def probabilities(counts: torch.Tensor) -> npt.NDArray[np.float32]:
@@ -123,6 +123,6 @@ def _count(symbols: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _inflate(data: memoryview, channels: int, symbols: int) -> torch.Tensor:
-    """Inverse of byte shuffle and DEFLATE: int32 [L, C, symbols]."""
-    streams = torch.frombuffer(bytearray(zlib.decompress(data)), dtype=torch.uint8)
-    return unshuffle(streams, torch.int32).view(-1, channels, symbols)
+    """DEFLATEd byte planes -> int32 [L, C, symbols]."""
+    planes = torch.frombuffer(bytearray(zlib.decompress(data)), dtype=torch.uint8)
+    return unshuffle(planes, torch.int32).view(-1, channels, symbols)

@@ -8,8 +8,8 @@ import torch
 
 from kvtc_vllm.codec.quantizers.fp8 import E4M3_MAX
 from kvtc_vllm.codec.shuffle import to_bytes
-from kvtc_vllm.evaluation.baselines.arrays import from_bytes
 from kvtc_vllm.evaluation.baselines.base import Baseline
+from kvtc_vllm.evaluation.baselines.formats import from_bytes
 
 
 class Fp8(Baseline):
@@ -17,7 +17,7 @@ class Fp8(Baseline):
 
     Followed: every element is rounded to E4M3 with scale 1; what lies beyond 448
     saturates (a cast of torch alone would give NaN there).
-    Charged: 1 byte an element, hence 2x of a 16-bit cache. Nothing else is stored.
+    Charged: 1 byte per element, hence 2x of a 16-bit cache. Nothing else is stored.
     Departures: attention of this bench reads the cache in its own dtype again, where
     vLLM may also compute attention in fp8.
     """

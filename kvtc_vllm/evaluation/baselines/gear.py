@@ -9,17 +9,19 @@ import torch
 from kvtc_vllm.codec.artifact import Geometry
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.codec.shuffle import to_bytes
-from kvtc_vllm.evaluation.baselines.arrays import (
+from kvtc_vllm.evaluation.baselines.base import Baseline
+from kvtc_vllm.evaluation.baselines.formats import (
+    PARTS,
+    dequantize_groups,
     from_bytes,
+    low_rank,
     pack_positions,
+    quantize_groups,
     sixteen_bit,
     to_cache,
     to_sixteen_bit,
     unpack_positions,
 )
-from kvtc_vllm.evaluation.baselines.base import Baseline
-from kvtc_vllm.evaluation.baselines.groups import PARTS, dequantize_groups, quantize_groups
-from kvtc_vllm.evaluation.baselines.low_rank import low_rank
 
 GROUP = 64
 RANK = 4
@@ -35,9 +37,9 @@ class Gear(Baseline):
     Followed: groups of 64 (keys per channel along the tokens, values per token along
     the concatenated heads); before quantising, the largest 1 % and the smallest 1 % of
     every vector (a channel's keys, a token's values) are replaced by the vector's mean
-    and kept in 16 bits; rank 4 a head (the prefill rank) for what the groups leave.
+    and kept in 16 bits; rank 4 per head (the prefill rank) for what the groups leave.
     Keys post-RoPE. GEAR's full-precision buffer of 64 tokens is the replay's window.
-    Charged: 2 bits an element and 32 bits a group; both low-rank factors in float16;
+    Charged: 2 bits per element and 32 bits per group; both low-rank factors in float16;
     16 bits an outlier and its position in the vector in ceil(log2(vector length)) bits;
     the last T mod 64 tokens' keys in the cache dtype.
     Outliers: the KVTC paper names group, gap and ranks but no outlier share, and lists
@@ -66,7 +68,7 @@ class Gear(Baseline):
         self._value_channels = geometry.num_kv_heads * geometry.head_size_v
         if self._value_channels % GROUP:
             raise ValueError(
-                f"{self._value_channels} values a token are no whole groups of {GROUP}"
+                f"{self._value_channels} values per token are no whole groups of {GROUP}"
             )
 
     def compress(self, k: torch.Tensor, v: torch.Tensor, start: int) -> list[bytes]:

@@ -9,9 +9,14 @@ import torch
 from kvtc_vllm.codec.artifact import Geometry
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.codec.shuffle import to_bytes
-from kvtc_vllm.evaluation.baselines.arrays import from_bytes, to_cache
 from kvtc_vllm.evaluation.baselines.base import Baseline
-from kvtc_vllm.evaluation.baselines.groups import PARTS, dequantize_groups, quantize_groups
+from kvtc_vllm.evaluation.baselines.formats import (
+    PARTS,
+    dequantize_groups,
+    from_bytes,
+    quantize_groups,
+    to_cache,
+)
 
 GROUP = 32
 
@@ -19,12 +24,12 @@ GROUP = 32
 class Kivi(Baseline):
     """KIVI-2 (arXiv 2402.02750) with the settings of the KVTC paper: 2 bits, groups of 32.
 
-    Followed: post-RoPE keys are quantised per channel, 32 consecutive tokens a group;
-    values per token, 32 channels of one head a group; asymmetric between the group's
+    Followed: post-RoPE keys are quantised per channel, 32 consecutive tokens per group;
+    values per token, 32 channels of one head per group; asymmetric between the group's
     minimum and maximum. KIVI's residual of the newest 128 tokens in full precision is
     not kept here: the replay recomputes the newest 128 tokens exactly for every method.
-    Charged: 2 bits an element, a float16 zero point and a float16 scale a group (3 bits
-    an element in all, 5.3x), and the last T mod 32 tokens' keys in the cache dtype.
+    Charged: 2 bits per element, a float16 zero point and scale per group (3 bits per
+    element in all, 5.3x), and the last T mod 32 tokens' keys in the cache dtype.
     Departures: zero point and scale are rounded to float16 before the codes are
     computed, not after, so that rounding adds no error of its own; they are float16
     for bf16 caches too. Both favour KIVI.

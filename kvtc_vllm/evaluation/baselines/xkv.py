@@ -1,4 +1,4 @@
-"""xKV: one singular value decomposition a prompt and group of layers."""
+"""xKV: one singular value decomposition per prompt and group of layers."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import torch
 
 from kvtc_vllm.codec.shuffle import to_bytes
 from kvtc_vllm.codec.transform import keys_from_rows, rows_from_keys
-from kvtc_vllm.evaluation.baselines.arrays import from_bytes, to_cache
 from kvtc_vllm.evaluation.baselines.base import Baseline
-from kvtc_vllm.evaluation.baselines.low_rank import low_rank
+from kvtc_vllm.evaluation.baselines.formats import from_bytes, low_rank, to_cache
 
 GROUP_LAYERS = 4
 KEY_RANK = 512 / 4096

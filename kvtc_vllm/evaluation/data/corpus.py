@@ -58,7 +58,7 @@ def _docstrings(source: str) -> list[str]:
 
 @lru_cache(maxsize=2)
 def code_documents(split: Split) -> tuple[str, ...]:
-    """Standard library source files of one split, one string a file."""
+    """Standard library source files of one split, one string per file."""
     return tuple(
         text
         for name, path in _library_files()

@@ -1,4 +1,4 @@
-"""Token eviction by name. One file a method, one row here."""
+"""Token eviction by name. One file per method, one row here."""
 
 from __future__ import annotations
 

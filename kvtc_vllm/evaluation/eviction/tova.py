@@ -12,7 +12,7 @@ from kvtc_vllm.evaluation.eviction.base import Attention, Eviction
 class Tova(Eviction):
     """Token Omission Via Attention (arXiv 2401.06104) with the settings of the KVTC paper.
 
-    One decision a layer: the newest query's attention, averaged over the query heads.
+    One decision per layer: the newest query's attention, averaged over the query heads.
     Nothing protects recent tokens. Of equals the oldest stays.
     """
 

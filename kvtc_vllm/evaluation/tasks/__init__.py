@@ -1,4 +1,4 @@
-"""Tasks by name. One file a task or family, one row here."""
+"""Tasks by name. One file per task or family, one row here."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What a task of the quality bench is: sessions of prompts with targets to be scored.
 
 Scoring is teacher-forced: the engine is made to generate exactly the target, and
-the probabilities that it gave to each target token are recorded (`scoring.py`).
+the probabilities that it gave to each target token are recorded (`replay/scoring.py`).
 That yields the loss, the divergence from the uncompressed run and, for an answer,
 whether greedy decoding would have produced it: it would if and only if every
 token of the target is the most likely one.
@@ -10,11 +10,8 @@ token of the target is the most likely one.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
-
-from kvtc_vllm.evaluation.data.generators import Exercise
 
 
 class Tokenizer(Protocol):
@@ -67,39 +64,3 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids of a prompt, with the model's beginning-of-sequence token if it has one."""
     ids = tokenizer.encode(text, add_special_tokens=False)
     return ids if tokenizer.bos_token_id is None else [tokenizer.bos_token_id, *ids]
-
-
-def encode_example(tokenizer: Tokenizer, prompt: str, answer: str, label: str = "") -> Example:
-    """An answer to be scored after a prompt."""
-    return Example(
-        prompt=encode_prompt(tokenizer, prompt),
-        target=tokenizer.encode(answer, add_special_tokens=False),
-        is_answer=True,
-        label=label,
-    )
-
-
-def largest_fitting(
-    make: Callable[[int], Exercise], tokenizer: Tokenizer, context: int, size: int
-) -> tuple[str, str]:
-    """Prompt and answer of the largest exercise whose prompt is at most `context` tokens.
-
-    make: an exercise of a given size (characters, pairs, ...), growing with it; size:
-    where to begin. Raises ValueError if even the smallest is too long.
-    """
-    low, high = 0, size
-
-    def tokens(candidate: int) -> int:
-        return len(encode_prompt(tokenizer, make(candidate).example()[0]))
-
-    while tokens(high) <= context:
-        low, high = high, 2 * high
-    while high - low > max(1, low // 64):
-        middle = (low + high) // 2
-        if tokens(middle) <= context:
-            low = middle
-        else:
-            high = middle
-    if low == 0:
-        raise ValueError(f"no exercise fits {context} tokens")
-    return make(low).example()

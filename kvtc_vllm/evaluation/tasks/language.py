@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 from kvtc_vllm.evaluation.data import corpus
@@ -15,7 +15,7 @@ SCORED_TOKENS = 64
 class _Text(Task):
     """Windows of held-out documents: `context` tokens, then 64 that are scored."""
 
-    kind: ClassVar[str]
+    documents: ClassVar[Callable[[corpus.Split], tuple[str, ...]]]
 
     def sessions(self, tokenizer: Tokenizer, context: int, count: int, seed: int) -> list[Session]:
         windows = self._windows(tokenizer, context + SCORED_TOKENS, seed)
@@ -24,13 +24,9 @@ class _Text(Task):
             raise ValueError(f"{self.name}: held-out text has no {count} windows of {context}")
         return [Session([Example(ids[:context], ids[context:], is_answer=False)]) for ids in found]
 
-    def _documents(self) -> tuple[str, ...]:
-        prose = self.kind == "prose"
-        return corpus.prose_documents("eval") if prose else corpus.code_documents("eval")
-
     def _windows(self, tokenizer: Tokenizer, length: int, seed: int) -> Iterator[list[int]]:
         """Windows that begin where a document does; short documents are joined."""
-        documents = list(self._documents())
+        documents = list(type(self).documents("eval"))
         seeded("eval", seed, self.name).shuffle(documents)
         start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         ids = list(start)
@@ -46,7 +42,7 @@ class Prose(_Text):
 
     name = "prose"
     description = "held-out prose: loss, KL and top-1 agreement over 64 tokens"
-    kind = "prose"
+    documents = staticmethod(corpus.prose_documents)
 
 
 class Code(_Text):
@@ -54,4 +50,4 @@ class Code(_Text):
 
     name = "code"
     description = "held-out Python code: loss, KL and top-1 agreement over 64 tokens"
-    kind = "code"
+    documents = staticmethod(corpus.code_documents)

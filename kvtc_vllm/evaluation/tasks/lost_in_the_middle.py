@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-from kvtc_vllm.evaluation.data.generators import Exercise, kv_retrieval, seeded
-from kvtc_vllm.evaluation.tasks.base import (
-    Session,
-    Task,
-    Tokenizer,
-    encode_example,
-    largest_fitting,
-)
+import random
 
-DEPTHS = (0.0, 0.2, 0.4, 0.6)
-"""Where the pair is, as a share of the table: the end of a short one is in the recent window."""
+from kvtc_vllm.evaluation.data.generators import Exercise, kv_retrieval
+from kvtc_vllm.evaluation.tasks.exercise import ExerciseTask
 
 
-class LostInTheMiddle(Task):
+class LostInTheMiddle(ExerciseTask):
     """One pair is asked for; the table fills the context."""
 
     name = "litm"
     description = "key-value retrieval by depth (as LITM)"
+    # No deeper: the end of a short table is in the recent window.
+    depths = (0.0, 0.2, 0.4, 0.6)
+    first_size = 8
 
-    def sessions(self, tokenizer: Tokenizer, context: int, count: int, seed: int) -> list[Session]:
-        sessions = []
-        for number in range(count):
-            depth = DEPTHS[number % len(DEPTHS)]
-
-            def make(pairs: int, number: int = number, depth: float = depth) -> Exercise:
-                rng = seeded("eval", f"{seed}-{number}", self.name)
-                return kv_retrieval(rng, "eval", pairs, asked=[int(depth * pairs)])
-
-            prompt, answer = largest_fitting(make, tokenizer, context, size=8)
-            sessions.append(
-                Session([encode_example(tokenizer, prompt, answer, f"depth {depth:g}")])
-            )
-        return sessions
+    def exercise(self, rng: random.Random, size: int, depth: float) -> Exercise:
+        return kv_retrieval(rng, "eval", size, asked=[int(depth * size)])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvtc_vllm.codec.artifact import Geometry
-from kvtc_vllm.evaluation.baselines.arrays import pack_positions, unpack_positions
+from kvtc_vllm.evaluation.baselines.formats import pack_positions, unpack_positions
 from kvtc_vllm.evaluation.baselines.fp8 import Fp8
 from kvtc_vllm.evaluation.baselines.gear import Gear
 from kvtc_vllm.evaluation.baselines.kivi import Kivi

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvtc_vllm.evaluation.baselines.low_rank import low_rank
+from kvtc_vllm.evaluation.baselines.formats import low_rank
 from kvtc_vllm.evaluation.baselines.xkv import Xkv
 from tests.evaluation.baselines.samples import (
     GEOMETRY,

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvtc_vllm.evaluation import connector
 from kvtc_vllm.evaluation.methods import Method
-from kvtc_vllm.evaluation.scoring import PROCESSOR, Scores, forced
+from kvtc_vllm.evaluation.replay.connector import MODULE, NAME
+from kvtc_vllm.evaluation.replay.scoring import PROCESSOR, forced
+from kvtc_vllm.evaluation.scores import Scores
 from kvtc_vllm.evaluation.tasks import Example
 
 DRAIN_STEPS = 100_000
@@ -68,8 +69,8 @@ class ReplayEngine:
         self._llm = LLM(
             model=model,
             kv_transfer_config=KVTransferConfig(
-                kv_connector=connector.NAME,
-                kv_connector_module_path=connector.MODULE,
+                kv_connector=NAME,
+                kv_connector_module_path=MODULE,
                 kv_role="kv_both",
                 kv_connector_extra_config=method.connector_config(chunk_tokens),
             ),
@@ -81,34 +82,22 @@ class ReplayEngine:
 
     def run(self, requests: Sequence[Request]) -> list[Scores]:
         """Score requests; returns when all their chunks are stored."""
-        self._generate(
-            requests,
-            [
-                forced(
-                    request.example.target,
-                    request.result,
-                    reference=request.reference,
-                    exact=request.exact,
-                )
-                for request in requests
-            ],
-        )
+        sampling = [
+            forced(r.example.target, r.result, reference=r.reference, exact=r.exact)
+            for r in requests
+        ]
+        self._generate(requests, sampling)
         return [Scores.load(request.result) for request in requests]
 
     def generate(self, requests: Sequence[OpenRequest]) -> list[str]:
         """Greedy continuations without their stop strings; returns when all chunks are stored."""
         from vllm import SamplingParams
 
-        outputs = self._generate(
-            requests,
-            [
-                SamplingParams(
-                    temperature=0.0, max_tokens=request.max_tokens, stop=list(request.stop)
-                )
-                for request in requests
-            ],
-        )
-        return [output.outputs[0].text for output in outputs]
+        sampling = [
+            SamplingParams(temperature=0.0, max_tokens=r.max_tokens, stop=list(r.stop))
+            for r in requests
+        ]
+        return [output.outputs[0].text for output in self._generate(requests, sampling)]
 
     def drop_gpu_cache(self) -> None:
         """Forget every cached block of the engine; the tier keeps its chunks."""
@@ -163,9 +152,9 @@ class ReplayEngine:
     def _drain(self) -> None:
         """Step until running stores are reported, as a server's loop does by itself."""
         core = self._llm.llm_engine.engine_core.engine_core
-        scheduler_side = core.scheduler.connector
+        connector = core.scheduler.connector
         for _ in range(DRAIN_STEPS):
-            if not scheduler_side.has_pending_push_work():
+            if not connector.has_pending_push_work():
                 return
             self._llm.llm_engine.step()
         raise RuntimeError("stores did not finish")

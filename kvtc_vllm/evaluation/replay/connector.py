@@ -15,8 +15,8 @@ from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.config import load_config
 from kvtc_vllm.connector.connector import KVTCConnector
 from kvtc_vllm.evaluation.baselines import BASELINES
-from kvtc_vllm.evaluation.blob import BaselineCodec
-from kvtc_vllm.evaluation.variants import VARIANTS, Base
+from kvtc_vllm.evaluation.replay.baseline_codec import BaselineCodec
+from kvtc_vllm.evaluation.replay.variants import VARIANTS, VariantContext
 from kvtc_vllm.offload.geometry import CacheGroup, codec_geometry
 
 if TYPE_CHECKING:
@@ -25,21 +25,22 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 NAME = "KVTCEvaluationConnector"
-MODULE = "kvtc_vllm.evaluation.connector"
+MODULE = "kvtc_vllm.evaluation.replay.connector"
 
 
-class Substitute(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What takes the codec's place; nothing given: the codec stays.
-
-    baseline: name in `BASELINES`. options: its keyword arguments, or what the variant
-    takes. variant: name in `VARIANTS`, applied to the rank file `artifact` at `ratio`.
-    """
+class CodecOverride(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What takes the codec's place. The codec stays if neither baseline nor variant is given."""
 
     baseline: str | None = None
+    """Name in `BASELINES`."""
     variant: str | None = None
+    """Name in `VARIANTS`."""
     artifact: str | None = None
+    """Rank file that the variant changes."""
     ratio: float | None = None
+    """Target ratio of the variant."""
     options: dict[str, Any] = {}
+    """Keyword arguments of the baseline, or what the variant takes."""
 
 
 class KVTCEvaluationConnector(KVTCConnector):
@@ -50,19 +51,19 @@ class KVTCEvaluationConnector(KVTCConnector):
     ) -> None:
         assert vllm_config.kv_transfer_config is not None
         extra = dict(vllm_config.kv_transfer_config.kv_connector_extra_config)
-        wanted = msgspec.convert(extra.pop("evaluation", {}), Substitute)
+        wanted = msgspec.convert(extra.pop("evaluation", {}), CodecOverride)
         stays = wanted.baseline is None and wanted.variant is None
         super().__init__(
             vllm_config,
             role,
             kv_cache_config,
             config=load_config(extra),
-            codec_factory=None if stays else partial(substitute, wanted),
+            codec_factory=None if stays else partial(override_codec, wanted),
         )
 
 
-def substitute(
-    wanted: Substitute,
+def override_codec(
+    wanted: CodecOverride,
     group: CacheGroup,
     ropes: tuple[Rope, ...],
     layer_rope: tuple[int | None, ...],
@@ -79,4 +80,5 @@ def substitute(
     assert wanted.ratio is not None
     artifact, _ = read_rank_file(Path(wanted.artifact), 0, 1)
     artifact = replace(artifact, ropes=ropes, layer_rope=layer_rope)
-    return VARIANTS[wanted.variant](Base(artifact, wanted.ratio, group.dtype, wanted.options))
+    context = VariantContext(artifact, wanted.ratio, group.dtype, wanted.options)
+    return VARIANTS[wanted.variant](context)

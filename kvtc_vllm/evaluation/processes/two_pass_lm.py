@@ -1,6 +1,4 @@
-"""lm-evaluation-harness tasks through the two passes, and the child process that runs them.
-
-    python -m kvtc_vllm.evaluation.harness JOB.json
+"""lm-evaluation-harness's view of a replay engine: every request in two passes.
 
 `lm_eval --model vllm` computes each prompt once and never reloads a block, so its
 figures say nothing about a codec. Here lm-eval runs twice over one engine. The first
@@ -15,32 +13,23 @@ two would differ by chance. A context too long for the model loses its beginning
 from __future__ import annotations
 
 import itertools
-import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import msgspec
-from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import maybe_truncate, normalize_gen_kwargs
-from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from kvtc_vllm.evaluation.engine import OpenRequest, ReplayEngine, Request, replay_engine, scratch
-from kvtc_vllm.evaluation.harness_suite import HarnessJob, HarnessOutcome
-from kvtc_vllm.evaluation.replay import BATCH, ReplayError, confirmed, grown
-from kvtc_vllm.evaluation.results import EXACT, Row
+from kvtc_vllm.evaluation.replay.engine import OpenRequest, ReplayEngine, Request
+from kvtc_vllm.evaluation.replay.two_passes import BATCH, ReplayError, confirmed, grown
 from kvtc_vllm.evaluation.tasks import Example
 
 ROLLING_TOKENS = 128
 """Tokens of running text scored after each reload."""
-BOOTSTRAP = 1000
-"""Resamples for the standard error of metrics that aren't means."""
 
 Q = TypeVar("Q", Request, OpenRequest)
 A = TypeVar("A")
@@ -49,13 +38,15 @@ T = TypeVar("T")
 
 @dataclass
 class Tally:
-    """What the replays of one task did. longest: tokens of its longest prompt. Bytes of KV."""
+    """What the replays of one task did."""
 
     prompts: int = 0
     longest: int = 0
+    """Tokens of the longest prompt."""
     prompt_tokens: int = 0
     reloaded_tokens: int = 0
     raw_bytes: int = 0
+    """Of KV in the cache's dtype."""
     stored_bytes: int = 0
 
     def __add__(self, other: Tally) -> Tally:
@@ -214,20 +205,20 @@ class TwoPassLM(TemplateLM):
         result = self._directory / f"{number}.npz"
         return Request(example, f"{self._task}/{group}", result)
 
-    def _score(self, kind: str, requests: list[Request]) -> list[tuple[float, bool]]:
+    def _score(self, request_type: str, requests: list[Request]) -> list[tuple[float, bool]]:
         def run(batch: Sequence[Request]) -> list[tuple[float, bool]]:
             return [
                 (-float(scores.nll.sum()), scores.top.tolist() == request.example.target)
                 for request, scores in zip(batch, self._engine.run(batch), strict=True)
             ]
 
-        return self._answer(kind, requests, run)
+        return self._answer(request_type, requests, run)
 
     def _answer(
-        self, kind: str, requests: list[Q], run: Callable[[Sequence[Q]], list[A]]
+        self, request_type: str, requests: list[Q], run: Callable[[Sequence[Q]], list[A]]
     ) -> list[A]:
         """Answers of the mode's pass. Requests with the same salt must share their prefixes."""
-        name = f"{self._task}/{kind}"
+        name = f"{self._task}/{request_type}"
         if self.mode == "replay":
             asked, answers = self._kept[name]
             if asked != requests:
@@ -280,119 +271,3 @@ def _batches(requests: Sequence[Request | OpenRequest]) -> Iterator[list[list[in
     for first in range(0, len(groups), BATCH):
         rounds = itertools.zip_longest(*groups[first : first + BATCH])
         yield [[number for number in numbers if number is not None] for numbers in rounds]
-
-
-def measure(
-    engine: ReplayEngine, manager: TaskManager, job: HarnessJob, directory: Path
-) -> HarnessOutcome:
-    """Run a job's tasks on an engine in this process. Raises ReplayError.
-
-    manager: knows the tasks. directory: for score files. Prints a warning for each task of
-    which nothing is reloaded.
-    """
-    # lm-eval would otherwise fork this process, engine and all, to resample.
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    model = TwoPassLM(engine, directory)
-
-    def evaluate() -> dict[str, Any]:
-        results = simple_evaluate(
-            model=model,
-            tasks=list(manager.match_tasks(job.tasks)),
-            task_manager=manager,
-            num_fewshot=job.few_shot,
-            limit=job.limit,
-            bootstrap_iters=BOOTSTRAP,
-            log_samples=False,
-        )
-        assert results is not None
-        return dict(results)
-
-    exact = evaluate()
-    model.mode = "replay"
-    replayed = evaluate()
-    warnings = [_too_short(engine, *item) for item in model.tallies.items()]
-    warnings = [text for text in warnings if text]
-    for text in warnings:
-        print(f"WARNING: {text}", file=sys.stderr, flush=True)
-    return HarnessOutcome(
-        exact=list(_rows(exact, model.tallies, None)),
-        replay=list(_rows(replayed, model.tallies, job)),
-        warnings=warnings,
-    )
-
-
-def _too_short(engine: ReplayEngine, task: str, tally: Tally) -> str:
-    if tally.reloaded_tokens:
-        return ""
-    return (
-        f"{task}: nothing was reloaded, so its figures say nothing about the method; its longest "
-        f"prompt has {tally.longest} tokens, and a reload needs {engine.shortest_reloadable()} "
-        "(more few-shot examples make prompts longer)"
-    )
-
-
-def _rows(
-    results: dict[str, Any], tallies: dict[str, Tally], job: HarnessJob | None
-) -> Iterator[Row]:
-    """Rows of every task and group. job: that of the replays, None for the exact runs."""
-    for name, figures in results["results"].items():
-        leaves = _leaves(name, results["group_subtasks"])
-        tally = sum((tallies[leaf] for leaf in leaves), Tally())
-        common: dict[str, Any] = {
-            "task": f"lm-eval/{name}",
-            "method": EXACT if job is None else job.method.name,
-            "plan": "recomputed" if job is None else job.method.plan,
-            "real_ratio": 1.0 if job is None else tally.ratio(),
-            "context": tally.longest,
-            "label": "",
-        }
-        metrics = [key for key, value in figures.items() if _is_metric(key, value)]
-        for key in metrics:
-            metric, _, answer_filter = key.partition(",")
-            value = float(figures[key])
-            error = figures.get(f"{metric}_stderr,{answer_filter}")
-            margin = 1.96 * float(error) if isinstance(error, float) else float("inf")
-            yield Row(
-                **common,
-                metric=metric if answer_filter == "none" else key,
-                value=value,
-                ci95=(value - margin, value + margin),
-                n=figures["sample_len"],
-            )
-        if metrics and job is not None:
-            share = tally.reloaded_tokens / tally.prompt_tokens
-            yield Row(
-                **common, metric="reloaded_share", value=share, ci95=(share, share), n=tally.prompts
-            )
-
-
-def _is_metric(key: str, value: object) -> bool:
-    """Whether this is an entry "metric,filter": number of lm-eval's figures of a task."""
-    metric, comma, _ = key.partition(",")
-    return bool(comma) and not metric.endswith("_stderr") and not isinstance(value, str)
-
-
-def _leaves(name: str, children: dict[str, list[str]]) -> list[str]:
-    """Tasks of a group, or the task itself."""
-    if name not in children:
-        return [name]
-    return [leaf for child in children[name] for leaf in _leaves(child, children)]
-
-
-def main() -> None:
-    """Read the job, run it, write the outcome."""
-    job = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=HarnessJob)
-    manager = TaskManager(include_path=job.task_path)
-    unknown = [name for name in job.tasks if not manager.match_tasks([name])]
-    if unknown:
-        sys.exit(f"lm-eval knows no task {', '.join(unknown)}")
-    with (
-        scratch() as directory,
-        replay_engine(job.model, job.method, job.method.chunk_tokens, job.engine) as engine,
-    ):
-        outcome = measure(engine, manager, job, directory)
-    Path(job.out).write_bytes(msgspec.msgpack.encode(outcome))
-
-
-if __name__ == "__main__":
-    main()

@@ -20,7 +20,7 @@ from kvtc_vllm.codec.registry import CODECS, open_codec
 
 
 @dataclass(frozen=True)
-class Base:
+class VariantContext:
     """What a variant starts from: an artifact with the live RoPE tables, and a target ratio."""
 
     artifact: RankArtifact
@@ -38,7 +38,7 @@ class Base:
         return open_codec(artifact.codec, self.dtype, artifact=artifact, ratio=self.ratio)
 
     def with_plans(self, make: Callable[[SectionBasis, Kind], BitPlan]) -> TransformCodec:
-        """Our codec with another plan at the ratio, a section each."""
+        """Our codec with another plan at the ratio, one per section."""
         sections = {
             (group, kind): replace(section, plans={self.ratio: make(section, kind)})
             for (group, kind), section in self.artifact.sections.items()
@@ -46,45 +46,45 @@ class Base:
         return self.codec(sections=sections)
 
 
-def unchanged(base: Base) -> TransformCodec:
-    """As it is: for artifacts fitted in another way."""
-    return base.codec()
+def unchanged(context: VariantContext) -> TransformCodec:
+    """Our codec as it is, for artifacts fitted in another way."""
+    return context.codec()
 
 
-def coded_sinks(base: Base) -> TransformCodec:
+def coded_sinks(context: VariantContext) -> TransformCodec:
     """The oldest tokens go through the transform like all others."""
-    return base.codec(sink_tokens=0)
+    return context.codec(sink_tokens=0)
 
 
-def rope_kept(base: Base) -> TransformCodec:
+def rope_kept(context: VariantContext) -> TransformCodec:
     """Keys are coded as they lie in the cache; the artifact must have been fitted on such."""
-    return base.codec(layer_rope=(None,) * base.artifact.geometry.num_layers)
+    return context.codec(layer_rope=(None,) * context.artifact.geometry.num_layers)
 
 
-def mixed_ratios(base: Base) -> TransformCodec:
+def mixed_ratios(context: VariantContext) -> TransformCodec:
     """Keys at the plan of ratio `options["k"]`, values at that of `options["v"]`."""
 
     def plan(section: SectionBasis, kind: Kind) -> BitPlan:
-        return replace(bit_plan(section, float(base.options[kind])), ratio=base.ratio)
+        return replace(bit_plan(section, float(context.options[kind])), ratio=context.ratio)
 
-    return base.with_plans(plan)
+    return context.with_plans(plan)
 
 
-def truncated(base: Base) -> TransformCodec:
+def truncated(context: VariantContext) -> TransformCodec:
     """PCA without allocation: as many leading coefficients as the bits allow, all of one type.
 
     options: type, a quantiser; size, coefficients that share a scale.
     """
-    bits, size = REGISTRY[base.options["type"]].bits, int(base.options["size"])
-    cost = group_cost_bits(bits, size)
+    name, size = context.options["type"], int(context.options["size"])
+    cost = group_cost_bits(REGISTRY[name].bits, size)
 
     def plan(section: SectionBasis, kind: Kind) -> BitPlan:
         row_size, rank = section.basis.shape
-        count = min(budget_bits(row_size, base.ratio) // cost, rank // size)
-        groups = tuple(CoefficientGroup(i * size, size, base.options["type"]) for i in range(count))
-        return BitPlan(base.ratio, groups, float("nan"))
+        count = min(budget_bits(row_size, context.ratio) // cost, rank // size)
+        groups = tuple(CoefficientGroup(i * size, size, name) for i in range(count))
+        return BitPlan(context.ratio, groups, float("nan"))
 
-    return base.with_plans(plan)
+    return context.with_plans(plan)
 
 
 class StoredWindowCodec:
@@ -99,7 +99,7 @@ class StoredWindowCodec:
         self._raw_from = raw_from
 
     def encode(self, k: torch.Tensor, v: torch.Tensor, start: int, key: bytes = b"") -> bytes:
-        """Coded before the window, raw in it."""
+        """Encode with the codec before the window, raw in it."""
         codec = self._raw if start >= self._raw_from else self._coded
         return codec.encode(k, v, start, key)
 
@@ -110,18 +110,18 @@ class StoredWindowCodec:
         expect_tokens: int | None = None,
         key: bytes = b"",
     ) -> DecodedChunk:
-        """Whichever codec wrote it."""
+        """Decode with the codec that wrote the blob."""
         raw = parse(blob).header.codec_id == CODECS["raw"].codec_id
         codec = self._raw if raw else self._coded
         return codec.decode(blob, expect_start, expect_tokens, key)
 
 
-def stored_window(base: Base) -> StoredWindowCodec:
+def stored_window(context: VariantContext) -> StoredWindowCodec:
     """options: raw_from, first position stored raw."""
-    return StoredWindowCodec(base.codec(), int(base.options["raw_from"]))
+    return StoredWindowCodec(context.codec(), int(context.options["raw_from"]))
 
 
-VARIANTS: dict[str, Callable[[Base], Any]] = {
+VARIANTS: dict[str, Callable[[VariantContext], Any]] = {
     "unchanged": unchanged,
     "coded-sinks": coded_sinks,
     "rope-kept": rope_kept,

@@ -1,6 +1,6 @@
 """Body of one child process: all tasks with one method, results to a file.
 
-    python -m kvtc_vllm.evaluation.run_method JOB.json
+    python -m kvtc_vllm.evaluation.processes.run_method JOB.json
 
 A process of its own, because vLLM keeps process-wide state, and so that a method
 that fails takes nothing else with it.
@@ -18,18 +18,18 @@ import msgspec
 from tqdm import tqdm
 
 from kvtc_vllm.evaluation.baselines.cachegen import CacheGen
-from kvtc_vllm.evaluation.engine import replay_engine, scratch
-from kvtc_vllm.evaluation.job import Errand, Job, Outcome, Record, StoredBytes, make_record
+from kvtc_vllm.evaluation.job import Job, Outcome, Record, StoredBytes, Workload, make_record
 from kvtc_vllm.evaluation.methods import Method
-from kvtc_vllm.evaluation.profiles import cachegen_profile
-from kvtc_vllm.evaluation.replay import replay
+from kvtc_vllm.evaluation.processes.profiles import cachegen_profile
+from kvtc_vllm.evaluation.replay.engine import replay_engine, scratch
+from kvtc_vllm.evaluation.replay.two_passes import replay
 from kvtc_vllm.evaluation.tasks import TASKS, Session
 
-Work = list[tuple[Errand, list[Session]]]
+Work = list[tuple[Workload, list[Session]]]
 
 
 def run(job: Job, tokenizer: Any) -> Outcome:
-    """Run all errands of a job in this process. Raises ReplayError."""
+    """Run all workloads of a job in this process. Raises ReplayError."""
     work, skipped = _sessions(job, tokenizer)
     records: list[Record] = []
     stored: list[StoredBytes] = []
@@ -45,15 +45,15 @@ def run(job: Job, tokenizer: Any) -> Outcome:
 def _sessions(job: Job, tokenizer: Any) -> tuple[Work, list[str]]:
     work: Work = []
     skipped = []
-    for errand in job.errands:
+    for workload in job.workloads:
         try:
-            sessions = TASKS[errand.task]().sessions(
-                tokenizer, errand.context, errand.count, job.seed
+            sessions = TASKS[workload.task]().sessions(
+                tokenizer, workload.context, workload.count, job.seed
             )
         except ValueError as error:
-            skipped.append(f"{errand.task} at {errand.context}: {error}")
+            skipped.append(f"{workload.task} at {workload.context}: {error}")
             continue
-        work.append((errand, sessions))
+        work.append((workload, sessions))
     return work, skipped
 
 
@@ -62,19 +62,19 @@ def _run_tier(job: Job, work: Work, bar: Any) -> Iterator[tuple[list[Record], St
         method = _with_profile(job, directory)
         for chunk_tokens, part in _by_chunk(job, work):
             with replay_engine(job.model, method, chunk_tokens, job.engine) as engine:
-                for errand, sessions in part:
+                for workload, sessions in part:
                     yield replay(
-                        engine, errand.task, errand.context, sessions, directory, bar.update
+                        engine, workload.task, workload.context, sessions, directory, bar.update
                     )
 
 
 def _with_profile(job: Job, directory: Path) -> Method:
     """CacheGen's distributions are profiled once per model, as our basis is fitted."""
-    if job.method.substitute.get("baseline") != CacheGen.name:
+    if job.method.override.get("baseline") != CacheGen.name:
         return job.method
     path = cachegen_profile(job.model, directory / "profile.safetensors")
-    substitute = {**job.method.substitute, "options": {"profile": str(path)}}
-    return replace(job.method, substitute=substitute)
+    override = {**job.method.override, "options": {"profile": str(path)}}
+    return replace(job.method, override=override)
 
 
 def _by_chunk(job: Job, work: Work) -> Iterator[tuple[int, Work]]:
@@ -87,10 +87,10 @@ def _by_chunk(job: Job, work: Work) -> Iterator[tuple[int, Work]]:
         yield job.method.chunk_tokens, work
         return
     block = int(job.engine.get("block_size", 16))
-    for errand, sessions in work:
+    for workload, sessions in work:
         shortest = min(len(session.turns[0].prompt) for session in sessions)
         chunk = shortest - job.method.window
-        yield chunk - chunk % block, [(errand, sessions)]
+        yield chunk - chunk % block, [(workload, sessions)]
 
 
 def _run_eviction(job: Job, work: Work, bar: Any) -> Iterator[tuple[list[Record], StoredBytes]]:
@@ -99,15 +99,15 @@ def _run_eviction(job: Job, work: Work, bar: Any) -> Iterator[tuple[list[Record]
 
     assert job.method.eviction is not None
     runner = EvictionRunner(job.model, EVICTIONS[job.method.eviction]())
-    for errand, sessions in work:
+    for workload, sessions in work:
         records = []
         full = kept = 0
         for number, session in enumerate(sessions):
             turns = runner.score_session(session, job.method.window, job.method.chunk_tokens)
             records += [
                 make_record(
-                    errand.task,
-                    errand.context,
+                    workload.task,
+                    workload.context,
                     number,
                     turn.example,
                     turn.prefix_tokens,
@@ -119,7 +119,10 @@ def _run_eviction(job: Job, work: Work, bar: Any) -> Iterator[tuple[list[Record]
             full += turns[-1].bytes_full
             kept += turns[-1].bytes_kept
             bar.update(2 * len(turns))
-        yield records, StoredBytes(task=errand.task, context=errand.context, raw=full, stored=kept)
+        yield (
+            records,
+            StoredBytes(task=workload.task, context=workload.context, raw=full, stored=kept),
+        )
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ def cachegen_profile(model: str, path: Path) -> Path:
     profile: CacheGenProfile | None = None
     for ids in _prompts(tokenizer):
         layers = network(input_ids=torch.tensor([ids]), use_cache=True).past_key_values.layers
-        # [1, H, T, D] a layer -> [T, L, H, D]
+        # [1, H, T, D] per layer -> [T, L, H, D]
         k, v = (
             torch.stack([getattr(layer, name)[0] for layer in layers]).permute(2, 0, 1, 3)
             for name in ("keys", "values")
@@ -41,7 +41,7 @@ def _prompts(tokenizer: Any) -> list[list[int]]:
     streams = (corpus.prose_documents("train"), corpus.code_documents("train"))
     prompts = []
     for documents in streams:
-        # Eight characters a token are more than any tokeniser makes of text.
+        # Eight characters per token are more than any tokeniser makes of text.
         text = "\n\n".join(documents)[: 8 * PROMPT_TOKENS * PROMPTS]
         ids = encode_prompt(tokenizer, text)
         half = PROMPTS // len(streams)

@@ -18,12 +18,10 @@ import torch
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
-from kvtc_vllm.evaluation.scores import REFERENCE_TOKENS, Floats, Scores, divergence
+from kvtc_vllm.evaluation.scores import REFERENCE_TOKENS, Floats, divergence
 
 ARGUMENT = "kvtc_scoring"
-PROCESSOR = "kvtc_vllm.evaluation.scoring:ForcedScoring"
-
-__all__ = ["PROCESSOR", "ForcedScoring", "Scores", "divergence", "forced"]
+PROCESSOR = "kvtc_vllm.evaluation.replay.scoring:ForcedScoring"
 
 
 def forced(
@@ -57,7 +55,7 @@ class ForcedScoring(AdapterLogitsProcessor):
         self._runs: dict[str, _Run] = {}
 
     def is_argmax_invariant(self) -> bool:
-        """No: it decides which token comes."""
+        """False: the processor decides which token comes."""
         return False
 
     def new_req_logits_processor(self, params: SamplingParams) -> Any:
@@ -115,7 +113,7 @@ class _Run:
             self._kl[position] = divergence(exact, log_probs[ids])
 
     def write(self) -> None:
-        """Leave the file that `Scores.load` reads."""
+        """Write the file that `Scores.load` reads."""
         arrays: dict[str, Any] = {"nll": self._nll, "top": self._top}
         if self._kl is not None:
             arrays["kl"] = self._kl

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from kvtc_vllm.evaluation.results import EXACT, Row, damaged
+from kvtc_vllm.evaluation.reporting.results import EXACT, Row, damaged
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,13 +45,13 @@ def read(path: Path) -> list[Row]:
 
 
 def markdown(about: dict[str, Any], found: Sequence[Row]) -> str:
-    """One table a task and context: a line a method, in order of real ratio."""
+    """A table per task and context: a line per method, in order of real ratio."""
     lines = ["# Quality of reloaded prefixes", ""]
     lines += [f"- {key}: {value}" for key, value in about.items()]
     lines += [
         "",
         "Every prompt was computed exactly and stored, the GPU cache dropped, and the prompt "
-        "replayed with its prefix from the tier. NLL and KL are nats a token of the scored "
+        "replayed with its prefix from the tier. NLL and KL are nats per token of the scored "
         "target; changes are against the exact run of the same prompt; brackets are 95 % "
         "bootstrap intervals over prompts. Real ratio: bytes of the KV in the cache's dtype over "
         "bytes stored, all headers, scales and sinks counted.",
@@ -63,14 +63,16 @@ def markdown(about: dict[str, Any], found: Sequence[Row]) -> str:
         lines += _table([row for row in here if not row.label])
         labelled = [row for row in here if row.label]
         if labelled:
-            lines += _label_table(labelled)
+            methods = dict.fromkeys(row.method for row in labelled)
+            table = label_table("method", labelled, [(method, method) for method in methods])
+            lines += ["Accuracy:", "", *table, ""]
     return "\n".join(lines)
 
 
 def _table(found: Sequence[Row]) -> list[str]:
     has_answers = any(row.metric == "accuracy" for row in found)
     head = ["method", "real ratio", "NLL", "NLL change", "KL", "same top token"]
-    head += ["right answers"] if has_answers else []
+    head += ["accuracy"] if has_answers else []
     lines = ["| " + " | ".join([*head, "damaged"]) + " |", "|" + "---|" * (len(head) + 1)]
     methods = sorted(dict.fromkeys((r.real_ratio, r.method) for r in found))
     for real_ratio, method in methods:
@@ -85,16 +87,18 @@ def _table(found: Sequence[Row]) -> list[str]:
     return [*lines, ""]
 
 
-def _label_table(found: Sequence[Row]) -> list[str]:
-    """Right answers, or where there are none the same top token, by depth or turn."""
-    labels = sorted(dict.fromkeys(row.label for row in found))
-    lines = ["Right answers:", "", "| method | " + " | ".join(labels) + " |"]
-    lines.append("|" + "---|" * (len(labels) + 1))
-    for method in dict.fromkeys(row.method for row in found):
-        own = {r.label: r for r in found if r.method == method and r.metric == "accuracy"}
-        cells = [f"{own[label].value:.0%}" if label in own else "" for label in labels]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return [*lines, ""]
+def label_table(head: str, found: Sequence[Row], lines: Sequence[tuple[str, str]]) -> list[str]:
+    """Accuracy of one task and context by label: a line per method, a column per label.
+
+    head: what the first column is. lines: text of the first column, and the method, of each line.
+    """
+    labels = sorted({row.label for row in found})
+    table = [f"| {head} | " + " | ".join(labels) + " |", "|" + "---|" * (len(labels) + 1)]
+    for text, method in lines:
+        own = {r.label: r.value for r in found if r.method == method and r.metric == "accuracy"}
+        cells = [f"{own[label]:.0%}" if label in own else "" for label in labels]
+        table.append(f"| {text} | " + " | ".join(cells) + " |")
+    return table
 
 
 def _cell(own: dict[str, Row], metric: str, form: str, interval: bool = True) -> str:
@@ -108,7 +112,7 @@ def _cell(own: dict[str, Row], metric: str, form: str, interval: bool = True) ->
 
 
 def plot(path: Path, found: Sequence[Row]) -> None:
-    """A panel a task: KL against real ratio, a line through the ratios of each variant of kvtc."""
+    """A panel per task: KL against real ratio, a line per variant of kvtc."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -143,6 +147,9 @@ def _panel(panel: Axes, found: Sequence[Row]) -> None:
             panel.plot([row.real_ratio], [value], "s", color="grey")
         panel.annotate(row.method, (row.real_ratio, value), fontsize="x-small", rotation=20)
     panel.set(
-        xscale="log", yscale="log", xlabel="real ratio", ylabel="KL to the exact run, nats a token"
+        xscale="log",
+        yscale="log",
+        xlabel="real ratio",
+        ylabel="KL to the exact run, nats per token",
     )
     panel.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""The report card of an artifact: what an operator reads before choosing a ratio."""
+"""The quality card of an artifact: what an operator reads before choosing a ratio."""
 
 from __future__ import annotations
 
@@ -6,13 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvtc_vllm.evaluation.results import (
-    EXACT,
-    MAX_ACCURACY_DROP,
-    MAX_KL,
-    Row,
-    damaged,
-)
+from kvtc_vllm.evaluation.reporting.report import label_table
+from kvtc_vllm.evaluation.reporting.results import EXACT, MAX_ACCURACY_DROP, MAX_KL, Row, damaged
 
 FILE = "quality.md"
 
@@ -39,8 +34,8 @@ def card(name: str, about: dict[str, Any], found: Sequence[Row]) -> str:
         "",
         *(f"- {key}: {value}" for key, value in about.items()),
         "",
-        "Prefixes were stored, dropped from the GPU cache, and reloaded. NLL change: nats a token "
-        "against the exact run, with 95 % interval. Right answers: exact run -> reloaded.",
+        "Prefixes were stored, dropped from the GPU cache, and reloaded. NLL change: nats per "
+        "token against the exact run, with 95 % interval. Accuracy: exact run -> reloaded.",
         "",
         "| plan | real ratio | "
         + " | ".join(f"{task} {context}" for task, context in tasks)
@@ -55,8 +50,8 @@ def card(name: str, about: dict[str, Any], found: Sequence[Row]) -> str:
         lines.append(f"| {plan} | {span} | " + " | ".join(cells) + " |")
     lines += ["", "## Where it breaks", ""]
     lines.append(
-        f"A task counts as damaged when the whole interval lies beyond {MAX_KL} nats of KL a "
-        f"token or {MAX_ACCURACY_DROP:.0%} of right answers lost."
+        f"A task counts as damaged when the whole interval lies beyond {MAX_KL} nats per token "
+        f"of KL or {MAX_ACCURACY_DROP:.0%} of accuracy lost."
     )
     lines.append("")
     for plan, method in plans:
@@ -80,16 +75,11 @@ def _summary(own: Sequence[Row], task: str, context: int) -> str:
 
 
 def _by_label(found: Sequence[Row], plans: Sequence[tuple[str, str]]) -> list[str]:
-    """Right answers by depth, hops or turn: a table a task and context."""
+    """Accuracy by depth, hops or turn: a table per task and context."""
     labelled = [r for r in found if r.label and r.metric == "accuracy"]
     lines = []
     for task, context in dict.fromkeys((r.task, r.context) for r in labelled):
         here = [r for r in labelled if (r.task, r.context) == (task, context)]
-        labels = sorted({r.label for r in here})
-        lines += ["", f"## Right answers: {task}, context {context}", ""]
-        lines += ["| plan | " + " | ".join(labels) + " |", "|" + "---|" * (len(labels) + 1)]
-        for plan, method in [("recomputed", EXACT), *plans]:
-            own = {r.label: r.value for r in here if r.method == method}
-            cells = [f"{own[label]:.0%}" if label in own else "" for label in labels]
-            lines.append(f"| {plan} | " + " | ".join(cells) + " |")
+        lines += ["", f"## Accuracy: {task}, context {context}", ""]
+        lines += label_table("plan", here, [("recomputed", EXACT), *plans])
     return lines

@@ -14,12 +14,14 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from kvtc_vllm.evaluation import report
-from kvtc_vllm.evaluation.job import Errand, Job, Outcome
+from kvtc_vllm.evaluation.job import Job, Outcome, Workload
 from kvtc_vllm.evaluation.methods import Method
-from kvtc_vllm.evaluation.results import Row, exact_rows, rows
+from kvtc_vllm.evaluation.reporting import report
+from kvtc_vllm.evaluation.reporting.results import Row, exact_rows, rows
 
 T = TypeVar("T")
+
+CHILD = "kvtc_vllm.evaluation.processes.run_method"
 
 
 class SuiteError(RuntimeError):
@@ -28,14 +30,14 @@ class SuiteError(RuntimeError):
 
 def run_suite(
     model: str,
-    plan: Sequence[tuple[Method, list[Errand]]],
+    plan: Sequence[tuple[Method, list[Workload]]],
     *,
     seed: int,
     engine: dict[str, Any],
     out: Path,
     command: str,
 ) -> list[Row]:
-    """Measure every method on its errands and write the report after each. Raises SuiteError
+    """Measure every method on its workloads and write the report after each. Raises SuiteError
     in the end if a method failed; the others are measured nevertheless.
 
     The report on disk always holds what has been measured so far.
@@ -43,11 +45,11 @@ def run_suite(
     found: list[Row] = []
     failures: list[str] = []
     about = describe(model, command, seed)
-    for number, (method, errands) in enumerate(plan, start=1):
+    for number, (method, workloads) in enumerate(plan, start=1):
         print(f"[{number}/{len(plan)}] {method.name}", flush=True)
-        job = Job(model=model, method=method, errands=errands, seed=seed, engine=engine, out="")
+        job = Job(model=model, method=method, workloads=workloads, seed=seed, engine=engine, out="")
         try:
-            outcome = run_child("kvtc_vllm.evaluation.run_method", method.name, job, Outcome)
+            outcome = run_child(CHILD, method.name, job, Outcome)
         except SuiteError as error:
             print(f"    failed: {error}")
             failures.append(str(error))

@@ -9,29 +9,29 @@ from typing import Any
 
 import msgspec
 
-from kvtc_vllm.evaluation import report
 from kvtc_vllm.evaluation.methods import Method
-from kvtc_vllm.evaluation.results import Row
-from kvtc_vllm.evaluation.suite import SuiteError, describe, run_child
+from kvtc_vllm.evaluation.processes.suite import SuiteError, describe, run_child
+from kvtc_vllm.evaluation.reporting import report
+from kvtc_vllm.evaluation.reporting.results import Row
 
 
 class HarnessJob(msgspec.Struct, frozen=True, kw_only=True):
-    """What one process does.
-
-    tasks: names, groups or patterns known to lm-eval. task_path: directory with further
-    definitions. limit: documents of each task. few_shot: examples before each question,
-    None for the task's own number. engine: further `vllm.LLM` arguments. out: file for
-    the outcome.
-    """
+    """What one process does."""
 
     model: str
     method: Method
     tasks: list[str]
+    """Names, groups or patterns known to lm-eval."""
     task_path: str | None
+    """Directory with further definitions."""
     limit: int | None
+    """Documents of each task."""
     few_shot: int | None
+    """Examples before each question; None for the task's own number."""
     engine: dict[str, Any]
+    """Further `vllm.LLM` arguments."""
     out: str = ""
+    """File for the outcome."""
 
 
 class HarnessOutcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,7 +58,7 @@ def run_harness(jobs: Sequence[HarnessJob], out: Path, command: str) -> list[Row
         if job.method.eviction or job.method.whole_prompt:
             print("    skipped: it can't store the chunks of prompts of different lengths")
             continue
-        outcome = run_child("kvtc_vllm.evaluation.harness", name, job, HarnessOutcome)
+        outcome = run_child("kvtc_vllm.evaluation.processes.harness", name, job, HarnessOutcome)
         known = {row.task for row in found}
         found += [row for row in outcome.exact if row.task not in known]
         found += outcome.replay
@@ -71,7 +71,7 @@ def run_harness(jobs: Sequence[HarnessJob], out: Path, command: str) -> list[Row
 
 
 def markdown(about: dict[str, Any], found: Sequence[Row]) -> str:
-    """A table a task, a line a method, with lm-eval's metrics."""
+    """A table per task, a line per method, with lm-eval's metrics."""
     lines = ["# lm-eval tasks over reloaded prefixes", ""]
     lines += [f"- {key}: {value}" for key, value in about.items() if key != "warnings"]
     lines += [

@@ -16,28 +16,28 @@ EXACT = "exact"
 """Method name of the run without any reload."""
 
 MAX_KL = 0.02
-"""Nats a token of divergence from the exact run above which a task counts as damaged."""
+"""Nats per token of divergence from the exact run above which a task counts as damaged."""
 MAX_ACCURACY_DROP = 0.1
 """Share of answers lost above which a task counts as damaged."""
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """One figure. ci95: interval of a bootstrap over sessions. n: examples.
-
-    label: "" for all examples of a task and context, else a depth, turn, ... .
-    real_ratio: bytes of the KV in the cache's dtype over bytes stored for it.
-    """
+    """One figure."""
 
     task: str
     method: str
     plan: str
     real_ratio: float
+    """Bytes of the KV in the cache's dtype over bytes stored for it."""
     context: int
     label: str
+    """Depth, turn, ...; "" for all examples of a task and context."""
     metric: str
     value: float
     ci95: tuple[float, float]
+    """Interval of a bootstrap over sessions."""
     n: int
+    """Examples."""
 
 
 @dataclass(frozen=True)

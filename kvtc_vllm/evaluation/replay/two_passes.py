@@ -10,8 +10,8 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from kvtc_vllm.evaluation.engine import ReplayEngine, Request
 from kvtc_vllm.evaluation.job import Record, StoredBytes, make_record
+from kvtc_vllm.evaluation.replay.engine import ReplayEngine, Request
 from kvtc_vllm.evaluation.scores import Scores
 from kvtc_vllm.evaluation.tasks import Session
 
@@ -60,9 +60,10 @@ def _replay_batch(
 ) -> Iterator[Record]:
     place = directory / f"{task}-{context}"
     place.mkdir(exist_ok=True)
-    chats = any(len(session.turns) > 1 for _, session in batch)
+    turns = range(max(len(session.turns) for _, session in batch))
+    chats = len(turns) > 1
     exact: dict[tuple[int, int], Scores] = {}
-    for turn in range(max(len(session.turns) for _, session in batch)):
+    for turn in turns:
         present = [(number, s.turns[turn]) for number, s in batch if turn < len(s.turns)]
         # A chat's replays store their own chunks; its exact run must not leave any for them.
         requests = [
@@ -78,17 +79,15 @@ def _replay_batch(
         exact |= {(number, turn): s for (number, _), s in zip(present, scores, strict=True)}
         progress(len(present))
     engine.drop_gpu_cache()
-    records = []
-    for turn in range(max(len(session.turns) for _, session in batch)):
-        left = [(number, s) for number, s in batch if turn < len(s.turns)]
+    for turn in turns:
+        left = [(number, s.turns) for number, s in batch if turn < len(s.turns)]
         requests, reloads = [], []
-        for number, session in left:
-            example = session.turns[turn]
-            stored = 0 if chats and turn == 0 else len(session.turns[max(0, turn - 1)].prompt)
-            reloads.append(engine.reloadable(stored, len(example.prompt)))
+        for number, own in left:
+            stored = 0 if chats and turn == 0 else len(own[max(0, turn - 1)].prompt)
+            reloads.append(engine.reloadable(stored, len(own[turn].prompt)))
             requests.append(
                 Request(
-                    example,
+                    own[turn],
                     salt=_salt(task, context, number, ""),
                     result=place / f"replay-{number}-{turn}.npz",
                     reference=place / f"exact-{number}-{turn}.npz",
@@ -96,16 +95,12 @@ def _replay_batch(
             )
         scores = _run_checked(engine, requests, expected=sum(reloads))
         engine.drop_gpu_cache()
-        for (number, session), reloaded, score in zip(left, reloads, scores, strict=True):
-            records.append(
-                make_record(
-                    task, context, number, session.turns[turn], reloaded, exact[number, turn], score
-                )
-            )
+        for (number, own), reloaded, score in zip(left, reloads, scores, strict=True):
+            before = exact[number, turn]
+            yield make_record(task, context, number, own[turn], reloaded, before, score)
         progress(len(left))
     for path in place.iterdir():
         path.unlink()
-    return iter(records)
 
 
 def _run_checked(engine: ReplayEngine, requests: list[Request], expected: int) -> list[Scores]:

@@ -1,0 +1,140 @@
+"""The child process that runs lm-evaluation-harness tasks with one method.
+
+python -m kvtc_vllm.evaluation.processes.harness JOB.json
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+
+from kvtc_vllm.evaluation.processes.harness_suite import HarnessJob, HarnessOutcome
+from kvtc_vllm.evaluation.processes.two_pass_lm import Tally, TwoPassLM
+from kvtc_vllm.evaluation.replay.engine import ReplayEngine, replay_engine, scratch
+from kvtc_vllm.evaluation.reporting.results import EXACT, Row
+
+BOOTSTRAP = 1000
+"""Resamples for the standard error of metrics that aren't means."""
+
+
+def measure(
+    engine: ReplayEngine, manager: TaskManager, job: HarnessJob, directory: Path
+) -> HarnessOutcome:
+    """Run a job's tasks on an engine in this process. Raises ReplayError.
+
+    manager: knows the tasks. directory: for score files. Prints a warning for each task of
+    which nothing is reloaded.
+    """
+    # lm-eval would otherwise fork this process, engine and all, to resample.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    model = TwoPassLM(engine, directory)
+
+    def evaluate() -> dict[str, Any]:
+        results = simple_evaluate(
+            model=model,
+            tasks=list(manager.match_tasks(job.tasks)),
+            task_manager=manager,
+            num_fewshot=job.few_shot,
+            limit=job.limit,
+            bootstrap_iters=BOOTSTRAP,
+            log_samples=False,
+        )
+        assert results is not None
+        return dict(results)
+
+    exact = evaluate()
+    model.mode = "replay"
+    replayed = evaluate()
+    warnings = [_too_short(engine, *item) for item in model.tallies.items()]
+    warnings = [text for text in warnings if text]
+    for text in warnings:
+        print(f"WARNING: {text}", file=sys.stderr, flush=True)
+    return HarnessOutcome(
+        exact=list(_rows(exact, model.tallies, None)),
+        replay=list(_rows(replayed, model.tallies, job)),
+        warnings=warnings,
+    )
+
+
+def _too_short(engine: ReplayEngine, task: str, tally: Tally) -> str:
+    if tally.reloaded_tokens:
+        return ""
+    return (
+        f"{task}: nothing was reloaded, so its figures say nothing about the method; its longest "
+        f"prompt has {tally.longest} tokens, and a reload needs {engine.shortest_reloadable()} "
+        "(more few-shot examples make prompts longer)"
+    )
+
+
+def _rows(
+    results: dict[str, Any], tallies: dict[str, Tally], job: HarnessJob | None
+) -> Iterator[Row]:
+    """Rows of every task and group. job: that of the replays, None for the exact runs."""
+    for name, figures in results["results"].items():
+        leaves = _leaves(name, results["group_subtasks"])
+        tally = sum((tallies[leaf] for leaf in leaves), Tally())
+        common: dict[str, Any] = {
+            "task": f"lm-eval/{name}",
+            "method": EXACT if job is None else job.method.name,
+            "plan": "recomputed" if job is None else job.method.plan,
+            "real_ratio": 1.0 if job is None else tally.ratio(),
+            "context": tally.longest,
+            "label": "",
+        }
+        metrics = [key for key, value in figures.items() if _is_metric(key, value)]
+        for key in metrics:
+            metric, _, answer_filter = key.partition(",")
+            value = float(figures[key])
+            error = figures.get(f"{metric}_stderr,{answer_filter}")
+            margin = 1.96 * float(error) if isinstance(error, float) else float("inf")
+            yield Row(
+                **common,
+                metric=metric if answer_filter == "none" else key,
+                value=value,
+                ci95=(value - margin, value + margin),
+                n=figures["sample_len"],
+            )
+        if metrics and job is not None:
+            share = tally.reloaded_tokens / tally.prompt_tokens
+            yield Row(
+                **common, metric="reloaded_share", value=share, ci95=(share, share), n=tally.prompts
+            )
+
+
+def _is_metric(key: str, value: object) -> bool:
+    """Whether this is an entry "metric,filter": number of lm-eval's figures of a task."""
+    metric, comma, _ = key.partition(",")
+    return bool(comma) and not metric.endswith("_stderr") and not isinstance(value, str)
+
+
+def _leaves(name: str, children: dict[str, list[str]]) -> list[str]:
+    """Tasks of a group, or the task itself."""
+    if name not in children:
+        return [name]
+    return [leaf for child in children[name] for leaf in _leaves(child, children)]
+
+
+def main() -> None:
+    """Read the job, run it, write the outcome."""
+    job = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=HarnessJob)
+    manager = TaskManager(include_path=job.task_path)
+    unknown = [name for name in job.tasks if not manager.match_tasks([name])]
+    if unknown:
+        sys.exit(f"lm-eval knows no task {', '.join(unknown)}")
+    with (
+        scratch() as directory,
+        replay_engine(job.model, job.method, job.method.chunk_tokens, job.engine) as engine,
+    ):
+        outcome = measure(engine, manager, job, directory)
+    Path(job.out).write_bytes(msgspec.msgpack.encode(outcome))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Prefixes stored with one method in a vLLM engine, dropped, and reloaded."""
