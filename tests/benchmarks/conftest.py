@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.models import Unreachable, smollm2
+from benchmarks.models import ModelError, Unreachable, smollm2
 
 OF_THE_TESTS = "kvtc-tests-"
 """How the cache directory begins that tests get for themselves (tests/conftest.py)."""
@@ -17,9 +17,8 @@ OF_THE_TESTS = "kvtc-tests-"
 def smollm2_model() -> Path:
     """Directory of SmolLM2 135M Instruct, from the user's cache; downloaded the first time.
 
-    Skips where it is not there and cannot be downloaded. Tests that ask for it are `slow`.
+    Skips where it is not there and cannot be downloaded, or gguf is missing. Tests that ask for it are `slow`.
     """
-    pytest.importorskip("gguf", reason="conversion needs gguf: pip install 'kvtc-vllm[dev]'")
     with pytest.MonkeyPatch.context() as patch:
         # A cache that ends with the tests would have them download 93 MB every time.
         if Path(os.environ["KVTC_CACHE_DIR"]).name.startswith(OF_THE_TESTS):
@@ -28,3 +27,8 @@ def smollm2_model() -> Path:
             return smollm2()
         except Unreachable as error:
             pytest.skip(f"SmolLM2 is not in the cache and cannot be downloaded: {error}")
+        except ModelError:
+            pytest.importorskip(
+                "gguf", reason="conversion needs gguf: pip install 'kvtc-vllm[dev]'"
+            )
+            raise
