@@ -17,7 +17,8 @@ OF_THE_TESTS = "kvtc-tests-"
 def smollm2_model() -> Path:
     """Directory of SmolLM2 135M Instruct, from the user's cache; downloaded the first time.
 
-    Skips where it is not there and cannot be downloaded, or gguf is missing. Tests that ask for it are `slow`.
+    Skips where it is not there and cannot be downloaded, or gguf is missing. Tests that ask for
+    it are `slow`.
     """
     with pytest.MonkeyPatch.context() as patch:
         # A cache that ends with the tests would have them download 93 MB every time.
