@@ -84,7 +84,7 @@ def remember(states: Sequence[FileState], mode: str, compute: Callable[[], str])
     if key not in _known:
         if _are_fresh(states):
             return compute()
-        directory = _directory()
+        directory = cache_directory()
         _known[key] = compute() if directory is None else _look_up(directory, key, compute)
     return _known[key]
 
@@ -110,8 +110,8 @@ def _look_up(directory: Path, key: str, compute: Callable[[], str]) -> str:
     return fingerprint
 
 
-def _directory() -> Path | None:
-    """Where the cache is, made if need be; None if it can be nowhere."""
+def cache_directory() -> Path | None:
+    """The user's cache directory of this project, made if need be; None if it can be nowhere."""
     chosen, base = os.environ.get(CACHE_VARIABLE), os.environ.get("XDG_CACHE_HOME", "")
     try:
         # The XDG specification has relative paths ignored.

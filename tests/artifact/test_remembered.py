@@ -286,13 +286,13 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv(remembered.CACHE_VARIABLE, raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    assert remembered._directory() == tmp_path / ".cache" / "kvtc"
+    assert remembered.cache_directory() == tmp_path / ".cache" / "kvtc"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert remembered._directory() == tmp_path / "xdg" / "kvtc"
+    assert remembered.cache_directory() == tmp_path / "xdg" / "kvtc"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert remembered._directory() == tmp_path / ".cache" / "kvtc"
+    assert remembered.cache_directory() == tmp_path / ".cache" / "kvtc"
     monkeypatch.setenv(remembered.CACHE_VARIABLE, str(tmp_path / "own"))
-    assert remembered._directory() == tmp_path / "own"
+    assert remembered.cache_directory() == tmp_path / "own"
 
 
 def test_what_was_used_longest_ago_is_forgotten_first(
@@ -325,7 +325,7 @@ def test_a_lock_that_cannot_be_had_is_waited_for_no_longer_than_that(
     cache: Path, model: Path, later: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remembered, "WAIT_SECONDS", 0.1)
-    directory = remembered._directory()
+    directory = remembered.cache_directory()
     assert directory is not None
     with remembered._locked(directory):
         assert len(weights_fingerprint(model)) == 32
