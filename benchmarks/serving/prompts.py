@@ -38,7 +38,7 @@ def prompts(model: Path, lengths: Sequence[int], rounds: int) -> list[Prompt]:
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     text = "\n\n".join(_pages[name] for name in _LONG_PAGES)
-    return cut(tokenizer.encode(text), lengths, rounds)
+    return cut(tokenizer.encode(text, verbose=False), lengths, rounds)
 
 
 def cut(token_ids: Sequence[int], lengths: Sequence[int], rounds: int) -> list[Prompt]:
