@@ -6,7 +6,8 @@ Serves SmolLM2 135M Instruct with a paged cache for one conversation and holds t
 about pages of text round-robin, so that each returns to find its blocks evicted. Five times:
 without offload, with uncompressed offload that has room for everything, and under one byte
 budget that is a seventh of that: uncompressed, and with KVTC at 8x and 16x. All see the same
-prompts. Writes report.json and report.png. The first run calibrates an artifact and keeps it.
+prompts. Writes report.json, report.md (the README's table) and report.png. The first run
+calibrates an artifact and keeps it.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ import msgspec
 from benchmarks.demo import documents
 from benchmarks.demo.artifact import describe, find_or_calibrate
 from benchmarks.demo.conversations import Answers, RunReport, hold, summarise
-from benchmarks.demo.report import plot, side_by_side, table
-from benchmarks.demo.server import serve
+from benchmarks.demo.report import markdown, plot, side_by_side, table
+from benchmarks.demo.server import end_on_sigterm, serve
 from benchmarks.models import ModelError, smollm2
 from kvtc_vllm.artifact.registry import user_registry
+from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.config import kv_transfer_config, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,10 +61,11 @@ def main() -> int:
     parser.add_argument("--registry", type=Path, default=user_registry(), help="of the artifact")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "demo")
     args = parser.parse_args()
+    end_on_sigterm()
     try:
         chats = documents.chats(args.chats, args.turns)
         report = Demo(args.out).run(args.model, args.registry, chats)
-    except (ModelError, RuntimeError, ValueError) as error:
+    except (ArtifactError, ModelError, RuntimeError, ValueError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
     print(report)
@@ -77,13 +80,15 @@ class Demo:
         self._out = out
         self._reports: dict[str, RunReport] = {}
         self._answers: dict[str, Answers] = {}
+        self._contexts: tuple[int, int] = (0, 0)
         self._seconds: dict[str, float] = {}
 
     def run(self, model: Path | None, registry: Path, chats: list[list[str]]) -> str:
         """Hold the conversations in every run; returns what to print.
 
-        Raises ModelError if there is no model, RuntimeError if a server or the calibration fails
-        or the counters of a run disagree, ValueError if the text to calibrate on is missing.
+        Raises ModelError or ArtifactError if there is no model, RuntimeError if a server or the
+        calibration fails or the counters of a run disagree, ValueError if the text to calibrate
+        on is missing.
         """
         load = os.getloadavg()[0]
         started = time.monotonic()
@@ -104,6 +109,7 @@ class Demo:
             "runs": msgspec.to_builtins(self._reports),
             "sample": self._sample(chats),
             "conversations": len(chats),
+            "context_tokens": self._contexts,
             "calibration": describe(artifact),
             "seconds": {name: round(spent, 1) for name, spent in self._seconds.items()},
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {load:.1f} at start",
@@ -113,6 +119,8 @@ class Demo:
             },
         }
         (self._out / "report.json").write_text(json.dumps(content, indent=1) + "\n")
+        readme = markdown(self._reports, len(chats), RECOMPUTE)
+        (self._out / "report.md").write_text(readme + "\n")
         plot(self._reports, len(chats), RECOMPUTE, self._out / "report.png")
         return "\n".join(
             [
@@ -136,6 +144,8 @@ class Demo:
         arguments = _arguments(None if name == RECOMPUTE else extra)
         with serve(model, arguments, log) as server:
             run = hold(server, chats, self._answers.get(RECOMPUTE), name, documents.SYSTEM)
+        lengths = [turn.prompt_tokens for turn in run.turns]
+        self._contexts = (min(lengths), max(lengths))
         self._answers[name] = run.answers
         self._reports[name] = summarise(
             run,

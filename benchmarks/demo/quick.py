@@ -24,7 +24,7 @@ import msgspec
 
 from benchmarks.demo.conversations import Answers, RunReport, hold, summarise
 from benchmarks.demo.report import plot, table
-from benchmarks.demo.server import serve
+from benchmarks.demo.server import end_on_sigterm, serve
 from kvtc_vllm.config import kv_transfer_config, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,6 +46,7 @@ def main() -> int:
     parser.add_argument("--runs", default=",".join(RUNS), help="none, or names of presets")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "demo-quick")
     args = parser.parse_args()
+    end_on_sigterm()
     args.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     chats = _chats(args.chats, args.turns)

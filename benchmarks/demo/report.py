@@ -52,6 +52,24 @@ def table(runs: dict[str, RunReport], chats: int, baseline: str) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+def markdown(runs: dict[str, RunReport], chats: int, baseline: str) -> str:
+    """The table of the README. baseline: the run without offload."""
+    lines = [
+        f"| run | host memory | real ratio | found again, of {chats} | mean time to first token "
+        "| of recompute | p95 | answers equal |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, r in runs.items():
+        memory = f"{r.budget_bytes / 2**20:,.0f} MiB" if r.budget_bytes else "-"
+        lines.append(
+            f"| {name} | {memory} | {f'{r.ratio:.1f}' if r.ratio else '-'} "
+            f"| {r.conversations_resident} | {1e3 * r.ttft_mean_s:.0f} ms "
+            f"| {r.ttft_mean_s / runs[baseline].ttft_mean_s:.2f} | {1e3 * r.ttft_p95_s:.0f} ms "
+            f"| {100 * r.answers_equal_fraction:.0f} % |"
+        )
+    return "\n".join(lines)
+
+
 def side_by_side(sample: dict[str, Any]) -> str:
     """One question and what every run answered. sample: as in the demo's report.json."""
     width = max(map(len, sample["answers"]))

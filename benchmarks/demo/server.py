@@ -143,6 +143,11 @@ class Server:
         return values
 
 
+def end_on_sigterm() -> None:
+    """Have SIGTERM end this process as an exception does, so that its servers are stopped too."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
 def tail(log: Path) -> str:
     """The last lines of a log, to be shown with an error."""
     lines = log.read_text(errors="replace").splitlines()[-25:]

@@ -25,11 +25,12 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.demo.artifact import describe, find_or_calibrate
-from benchmarks.demo.server import Server, serve
+from benchmarks.demo.server import Server, end_on_sigterm, serve
 from benchmarks.models import ModelError, smollm2
 from benchmarks.serving.measure import Row, measure, table
 from benchmarks.serving.prompts import NEW_TOKENS, prompts
 from kvtc_vllm.artifact.registry import user_registry
+from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.config import kv_transfer_config, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,13 +51,14 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="after one that is not counted")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "serving.json")
     args = parser.parse_args()
+    end_on_sigterm()
     try:
         lengths = parse_lengths(args.lengths)
         if args.rounds < 1:
             raise ValueError(f"--rounds {args.rounds}: give a number of at least 1")
         args.out.parent.mkdir(parents=True, exist_ok=True)
         run(args.model, args.artifact, lengths, args.rounds, args.out)
-    except (ModelError, RuntimeError, ValueError) as error:
+    except (ArtifactError, ModelError, RuntimeError, ValueError) as error:
         print(f"serving: {error}", file=sys.stderr)
         return 1
     return 0
