@@ -100,9 +100,7 @@ def test_the_table_of_the_readme_is_that_of_the_demo() -> None:
     for name, title in (("raw", "`raw` (no compression)"), ("kvtc-8x", "`kvtc-8x`")):
         assert row(title, runs[name]) in readme
     assert row("`kvtc-16x`", runs["kvtc-16x"]) in readme
-    other = json.loads((ROOT / "benchmarks" / "results" / "demo-32x.json").read_text())["runs"]
-    for run in (runs["none"], other["none"]):
-        assert f"{1000 * run['ttft_mean_s']:.0f} ms" in readme
+    for run in runs.values():
         assert f"{run['prompt_tokens']:,}" in readme
         assert run["budget_bytes"] in (0, 12 << 20)
 
