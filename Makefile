@@ -60,7 +60,7 @@ check: setup  ## lint, format, types and the fast tests
 soak: setup  ## the long reliability tests, MINUTES=20; writes benchmarks/reliability/results.json
 	$(RUN) benchmarks.reliability.soak --minutes $(or $(MINUTES),20)
 
-demo: setup  ## long chats with a public language model, evicted and reloaded; about 12 minutes
+demo: setup  ## long chats with a public language model, evicted and reloaded
 	$(RUN) benchmarks.demo $(if $(MODEL),--model $(MODEL))
 
 demo-quick: setup  ## the same with a small stand-in model, without a download; some minutes
