@@ -106,15 +106,16 @@ class KVTCScheduler:
         limit = request.num_tokens - max(1, self._config.window)
         limit -= limit % self._block_size
         chunks = self._lookup.chunks(request, state.adapter)
+        records = self._lookup.records(chunks)
         first = num_computed_tokens // self._chunk_tokens
-        found = self._lookup.found(chunks, first)
+        found = self._lookup.found(records, first)
         wanted = chunks[first : -(-max(0, limit) // self._chunk_tokens)]
         if self._promotions is not None:
             in_memory = self._lookup.records(wanted[: found - first])
-            records = self._lookup.records(wanted)
-            if self._promotions.must_wait(request.request_id, records, len(in_memory)):
+            of_wanted = self._lookup.records(wanted)
+            if self._promotions.must_wait(request.request_id, of_wanted, len(in_memory)):
                 return None
-            found = self._lookup.found(chunks, first)
+            found = self._lookup.found(records, first)
         if self._loads.should_wait(request, self._lookup.records(wanted[: found - first])):
             self._stats.add("shared_load_waits", not state.waited)
             state.waited = True
@@ -174,7 +175,7 @@ class KVTCScheduler:
         assert state.adapter is not None
         chunks = self._lookup.chunks(request, state.adapter)
         end = start + tokens
-        items = self._lookup.load_items(chunks, start, end, tables)
+        items = self._lookup.load_items(self._lookup.records(chunks), start, end, tables)
         # vLLM may defer this call by a step; what was evicted since is reported as missing.
         pinned = self.index.pin(item.key for item in items)
         self._loads.begin(request, [item.key for item in items], pinned)
@@ -196,6 +197,8 @@ class KVTCScheduler:
             if progress.resumed:
                 state.next_chunk = 0
             computed = progress.computed + progress.scheduled
+            if computed < (state.next_chunk + 1) * self._chunk_tokens:
+                continue  # as in nearly every step that generates
             stores += self._stores.completed(state, self._tables.ids[request_id], computed)
         for request_id in scheduler_output.finished_req_ids:
             self._requests.forget(request_id)
