@@ -77,7 +77,7 @@ PARTS = (
     ),
     Part(
         "calibration",
-        "what only fitting needs: documents, capture, spool, PCA, fit, gate, writing, report",
+        "what only fitting needs: documents, capture, spool, PCA, fit, acceptance, writing, report",
         "codec, artifact, connector",
         "datasets, matplotlib, msgspec, numpy, safetensors, torch, tqdm, vllm, xxhash",
     ),

@@ -44,7 +44,7 @@ def chunk_bound(model: Any, config: KVTCConfig, geometry: CacheGeometry) -> int:
         name,
         dtype,
         tokens,
-        geometry=card.geometry.geometry(),
+        geometry=card.geometry,
         sink_tokens=card.sink_tokens,
         ratio=config.target_ratio,
     )

@@ -11,7 +11,7 @@ from kvtc_vllm.calibration.fit import (
     heldout_error,
     own_ratio,
 )
-from kvtc_vllm.calibration.gate import check_artifact
+from kvtc_vllm.calibration.acceptance import check_artifact
 from kvtc_vllm.calibration.spool import SpoolReader
 from kvtc_vllm.codec.artifact import KINDS
 from kvtc_vllm.codec.bitplan import budget_bits, plan_bits
@@ -57,7 +57,7 @@ def test_heldout_error_follows_the_prediction(fit: RankFit) -> None:
 
 
 def test_heldout_error_is_what_the_codec_does(fit: RankFit, reader: SpoolReader) -> None:
-    """The promised error is that of real blobs."""
+    """The held-out error is that of real blobs."""
     artifact = fit.artifact
     rows = reader.rows(0, "v", heldout=True)
     values = toy_rows(SIZE_V, 2)[DOCS - 1].bfloat16()
