@@ -96,7 +96,7 @@ PARTS = (
     ),
     Part(
         "cli",
-        "`kvtc calibrate`, `config`, `doctor`, `eval`, `gc`, `inspect`, `verify`",
+        "`kvtc calibrate`, `config`, `doctor`, `eval`, `fit`, `gc`, `inspect`, `verify`",
         "codec, tiers, tiers/disk, artifact, config, connector, calibration, lmcache, evaluation",
         "msgspec, torch, yaml",
     ),

@@ -7,8 +7,8 @@ vLLM runs. Requests steer it through `kv_transfer_params`:
     {"kvtc_doc": int, "kvtc_heldout": bool, "kvtc_keep": float}   sample this prompt
     {"kvtc_close": true}                                          finish the spool
 
-`kv_connector_extra_config`: {"spool": DIR, "seed": int, "sink_tokens": int,
-"layers_per_group": int or null}. Rank r writes to DIR/rank{r}.
+`kv_connector_extra_config`: {"spool": DIR, "seed": int, "sink_tokens": int}. Rank r writes to
+DIR/rank{r}.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from kvtc_vllm.calibration.spool import DTYPES, SpoolHeader, SpoolWriter
 from kvtc_vllm.connector.blocks import BlockTables
 from kvtc_vllm.connector.cache_dtype import is_fp8
 from kvtc_vllm.connector.compat import UnsupportedError, check_version, vllm_version
-from kvtc_vllm.connector.geometry import CacheGeometry, read_geometry
+from kvtc_vllm.connector.geometry import codec_geometry, read_geometry
 from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.connector.rotary import find_ropes
 
@@ -66,7 +66,6 @@ class KVTCCaptureConnector(KVConnectorBase_V1, SupportsHMA):
         self._directory = Path(extra["spool"])
         self._seed = int(extra.get("seed", 0))
         self._sinks = int(extra.get("sink_tokens", 4))
-        self._layers_per_group: int | None = extra.get("layers_per_group")
         self._geometry = read_geometry(vllm_config, kv_cache_config)
         if is_fp8(self._geometry.dtype):
             raise UnsupportedError(
@@ -90,11 +89,8 @@ class KVTCCaptureConnector(KVConnectorBase_V1, SupportsHMA):
         ropes, layer_rope = find_ropes(self._vllm_config, geometry.layer_names)
         rank = get_tensor_model_parallel_rank()
         header = SpoolHeader(
-            num_layers=len(geometry.layer_names),
-            num_kv_heads=geometry.num_kv_heads,
-            head_size=geometry.head_size,
-            head_size_v=geometry.head_size_v,
-            layer_groups=layer_groups(geometry, self._layers_per_group),
+            geometry=codec_geometry(geometry),
+            total_kv_heads=self._vllm_config.model_config.get_total_num_kv_heads(),
             dtype=next(name for name, dtype in DTYPES.items() if dtype == geometry.dtype),
             layer_names=geometry.layer_names,
             layer_rope=layer_rope,
@@ -186,12 +182,3 @@ class KVTCCaptureConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[bool, dict[str, Any] | None]:
         """Blocks are free at once."""
         return False, None
-
-
-def layer_groups(
-    geometry: CacheGeometry, layers_per_group: int | None
-) -> tuple[tuple[int, int], ...]:
-    """Consecutive groups of `layers_per_group` layers (the last may be smaller); None: one."""
-    layers = len(geometry.layer_names)
-    step = layers_per_group or layers
-    return tuple((first, min(first + step, layers)) for first in range(0, layers, step))

@@ -23,8 +23,8 @@ from kvtc_vllm.artifact.card import (
 from kvtc_vllm.artifact.directory import checksum, rope_fingerprints
 from kvtc_vllm.artifact.identity import ModelIdentity
 from kvtc_vllm.artifact.rank_file import Probe, rank_file_name, write_rank_file
-from kvtc_vllm.calibration.fit import RankFit
 from kvtc_vllm.calibration.acceptance import check_artifact
+from kvtc_vllm.calibration.fit import RankFit
 from kvtc_vllm.calibration.report import write_report
 from kvtc_vllm.codec.artifact import RankArtifact
 from kvtc_vllm.codec.errors import ArtifactError

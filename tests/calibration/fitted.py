@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvtc_vllm.calibration.fit import FitSettings, RankFit, fit_rank
+from kvtc_vllm.calibration.fit import RankFit, fit_rank
+from kvtc_vllm.calibration.fit_settings import FitSettings
 from kvtc_vllm.calibration.spool import SpoolReader, SpoolWriter
 from kvtc_vllm.calibration.writing import Description, write_artifact
 from tests.calibration.toy import (

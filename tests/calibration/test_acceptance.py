@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from kvtc_vllm.calibration.fit import RankFit
 from kvtc_vllm.calibration.acceptance import check_artifact
+from kvtc_vllm.calibration.fit import RankFit
 from kvtc_vllm.codec.artifact import RankArtifact
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.payload import CoefficientGroup
