@@ -28,6 +28,12 @@ from tests.calibration.toy import (
 @pytest.fixture(scope="session")
 def spool(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("spool")
+    fill(directory)
+    return directory
+
+
+def fill(directory: Path) -> None:
+    """Write the toy model's spool."""
     rope = toy_rope()
     keys, values = toy_rows(SIZE, 1), toy_rows(SIZE_V, 2)
     positions = torch.arange(4, 4 + DOC_TOKENS)
@@ -38,7 +44,6 @@ def spool(tmp_path_factory: pytest.TempPathFactory) -> Path:
             writer.append(
                 rotated.bfloat16(), values[doc].bfloat16(), positions, doc, doc == DOCS - 1
             )
-    return directory
 
 
 @pytest.fixture(scope="session")
