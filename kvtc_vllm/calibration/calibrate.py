@@ -96,8 +96,8 @@ def _fit(source: RankRows, rank: int, settings: ArtifactSettings, sink_tokens: i
     estimate = estimate_fit(source.geometry, rows, settings.ratios, settings.fit)
     print(
         f"rank {rank}: {2 * len(source.geometry.layer_groups)} sections of {rows} rows by "
-        f"{'+'.join(sorted(set(estimate.methods.values())))}, peak memory about "
-        f"{estimate.peak_bytes / 2**30:.2f} GiB on {settings.fit.device} and host together",
+        f"{'+'.join(estimate.solvers)}, peak memory about {estimate.peak_bytes / 2**30:.2f} GiB "
+        f"on {settings.fit.device} and host together",
         flush=True,
     )
     with FitProgress(rank) as progress:

@@ -14,14 +14,9 @@ from typing import Protocol
 import torch
 
 from kvtc_vllm.artifact.fingerprint import artifact_fingerprint
-from kvtc_vllm.calibration.fit_settings import FitSettings, own_ratios, rank_cap
+from kvtc_vllm.calibration.fit_settings import FitSettings, choose_solver, own_ratios
 from kvtc_vllm.calibration.pca import Rows, fit_basis
-from kvtc_vllm.calibration.solvers import (
-    block_rows,
-    device_memory,
-    effective_rank,
-    resolve_method,
-)
+from kvtc_vllm.calibration.solvers import block_rows
 from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind, RankArtifact, SectionBasis
 from kvtc_vllm.codec.bitplan import allocate, apply_plan
 from kvtc_vllm.codec.errors import ArtifactError
@@ -79,7 +74,13 @@ class SectionFit:
 
 @dataclass(frozen=True)
 class RankFit:
-    """A fitted rank and how the fit went."""
+    """A fitted rank and how the fit went.
+
+    artifact: with a fingerprint, ready to be written.
+    sections: one per section of the artifact.
+    seconds: of the whole fit.
+    key_share: see `FitSettings`.
+    """
 
     artifact: RankArtifact
     sections: dict[tuple[int, Kind], SectionFit]
@@ -177,18 +178,14 @@ def _fit_section(
         for part in index.split(block_rows(len(index), row_size)):
             yield source.take(group, kind, part)
 
-    cap = rank_cap(row_size, min(ratios.values()), settings)
-    rank = effective_rank(len(index), row_size, cap)
     device = torch.device(settings.device)
-    solver = resolve_method(
-        settings.method, len(index), row_size, rank, device.type, device_memory(device)
-    )
+    solver, rank = choose_solver(len(index), row_size, min(ratios.values()), settings)
     # Only this solver passes over the rows more than once.
     rows = source.take(group, kind, index) if solver == "rsvd" else None
     principal = fit_basis(
         Rows(len(index), row_size, lambda: blocks(index)) if rows is None else rows,
         method=solver,
-        rank_cap=cap,
+        rank_cap=rank,
         device=device,
         seed=settings.seed,
         progress=report,

@@ -11,6 +11,7 @@ import torch
 from kvtc_vllm.calibration.solvers import (
     RANK_CAP,
     Method,
+    Solver,
     device_memory,
     effective_rank,
     peak_bytes,
@@ -93,15 +94,16 @@ def own_ratios(
 
 @dataclass(frozen=True)
 class FitEstimate:
-    """What a fit will take.
+    """What the fit of a rank will take.
 
     peak_bytes: host and device memory together, the program itself left out.
-    pca_seconds: per section, at the rates in `solvers`; None: not known for this device.
+    pca_seconds: of all sections, at the rates in `solvers`; reading and allocation come on top.
+    solvers: those that will be used.
     """
 
     peak_bytes: int
-    pca_seconds: dict[tuple[int, Kind], float]
-    methods: dict[tuple[int, Kind], str]
+    pca_seconds: float
+    solvers: tuple[Solver, ...]
 
 
 def estimate_fit(
@@ -110,18 +112,13 @@ def estimate_fit(
     """Predict memory, solvers and their time. train_rows: how many there are."""
     rows = min(train_rows, settings.train_rows or train_rows)
     peak = 0
-    seconds: dict[tuple[int, Kind], float] = {}
-    methods: dict[tuple[int, Kind], str] = {}
-    device = torch.device(settings.device)
+    seconds = 0.0
+    methods: set[Solver] = set()
     for group in range(len(geometry.layer_groups)):
         for kind in KINDS:
             p = geometry.row_size(group, kind)
-            own = own_ratios(geometry, group, kind, ratios, settings)
-            lowest = min(own.values())
-            rank = effective_rank(rows, p, rank_cap(p, lowest, settings))
-            solver = resolve_method(
-                settings.method, rows, p, rank, device.type, device_memory(device)
-            )
+            lowest = min(own_ratios(geometry, group, kind, ratios, settings).values())
+            solver, rank = choose_solver(rows, p, lowest, settings)
             held = rows * p * 4 if solver == "rsvd" else 0
             pca = held + peak_bytes(rows, p, solver, rank)
             sample = min(rows, settings.simulation_rows)
@@ -129,16 +126,31 @@ def estimate_fit(
             table = p * rank * (4 + 2 + 4) + sample * (p + 2 * rank) * 4
             table += table_bytes(rank, p, lowest, settings.sizes)
             peak = max(peak, pca, table)
-            methods[group, kind] = solver
-            seconds[group, kind] = predicted_seconds(rows, p, solver, rank, device.type)
-    return FitEstimate(peak, seconds, methods)
+            methods.add(solver)
+            seconds += predicted_seconds(rows, p, solver, rank, torch.device(settings.device).type)
+    return FitEstimate(peak, seconds, tuple(sorted(methods)))
 
 
-def rank_cap(row_size: int, ratio: float, settings: FitSettings) -> int:
-    """Most columns that a plan can read: all stored as cheaply as can be."""
+def choose_solver(
+    rows: int, row_size: int, ratio: float, settings: FitSettings
+) -> tuple[Solver, int]:
+    """Solver of a section and the columns to fit: no more than its lowest ratio can use.
+
+    rows: of the fit. ratio: the section's lowest own target ratio.
+    """
+    rank = effective_rank(
+        rows, row_size, min(settings.rank_cap, usable_rank(row_size, ratio, settings.sizes))
+    )
+    device = torch.device(settings.device)
+    memory = device_memory(device)
+    return resolve_method(settings.method, rows, row_size, rank, device.type, memory), rank
+
+
+def usable_rank(row_size: int, ratio: float, sizes: Sequence[int]) -> int:
+    """Most columns that a plan can read: all its bits in groups of the cheapest kind."""
     cheapest = min(
         group_cost_bits(quantizer.bits, size) / size
         for quantizer in REGISTRY.values()
-        for size in settings.sizes
+        for size in sizes
     )
-    return min(settings.rank_cap, math.ceil(budget_bits(row_size, ratio) / cheapest))
+    return max(1, math.ceil(budget_bits(row_size, ratio) / cheapest))

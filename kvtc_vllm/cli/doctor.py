@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one line a check."""
+    """Print one line per check."""
     healthy = _environment()
     healthy &= _plugin()
     directory = _registry(args)

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one line a removal, and one for each ended generation that is left."""
+    """Print one line per removal, and one for each ended generation that is left."""
     capacity = None if args.capacity is None else parse_bytes("--capacity", args.capacity)
     age = None if args.unused_for is None else _age(args.unused_for)
     survey = Survey(args.directory)

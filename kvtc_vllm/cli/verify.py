@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one line a bad file and one a namespace."""
+    """Print one line per bad file and one per namespace."""
     survey = Survey(args.directory)
     found_bad = False
     for namespace in survey.namespaces():

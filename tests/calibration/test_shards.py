@@ -49,9 +49,7 @@ def captured(directory: Path, tp: int, heads: int = HEADS, first: int = 4) -> li
 def test_heads_as_vllm_divides_them() -> None:
     assert [list(rank_heads(8, 4, rank)) for rank in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert [list(rank_heads(2, 4, rank)) for rank in range(4)] == [[0], [0], [1], [1]]
-    with pytest.raises(
-        ArtifactError, match=r"--tp 2: the model's 3 KV heads .* 1, 3 or a"
-    ):
+    with pytest.raises(ArtifactError, match=r"--tp 2: the model's 3 KV heads .* 1, 3 or a"):
         rank_heads(3, 2, 0)
 
 
