@@ -8,25 +8,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from kvtc_vllm.artifact.fingerprint import artifact_fingerprint
+from kvtc_vllm.calibration.allocation import make_plans
 from kvtc_vllm.calibration.fit_settings import FitSettings, choose_solver, own_ratios
 from kvtc_vllm.calibration.pca import Rows, fit_basis
 from kvtc_vllm.calibration.solvers import block_rows
 from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind, RankArtifact, SectionBasis
-from kvtc_vllm.codec.bitplan import allocate, apply_plan
+from kvtc_vllm.codec.bitplan import apply_plan
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.payload import BitPlan
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.codec.transform import from_coefficients, to_coefficients
 
 SectionProgress = Callable[[str, str, int, int], None]
-"""Called as (section such as "k0", stage, done, total); stages: those of `pca.Progress`, simulate,
-allocate, held-out."""
+"""Called as (section such as "k0", stage, done, total); stages: those of `pca.Progress`, sample,
+simulate, allocate, held-out."""
 
 
 class RowSource(Protocol):
@@ -144,12 +145,13 @@ def heldout_errors(
     """
     errors = dict.fromkeys(plans, 0.0)
     total = 0.0
+    rank = max(plan.rank for plan in plans.values())
     for block in blocks:
         mean = section.mean.to(block.device)
         total += float((block - mean).double().square().sum())
+        coefficients = to_coefficients(block, section, rank)
         for ratio, plan in plans.items():
-            coefficients = to_coefficients(block, section, plan.rank)
-            restored = from_coefficients(apply_plan(coefficients, plan), section)
+            restored = from_coefficients(apply_plan(coefficients[:, : plan.rank], plan), section)
             errors[ratio] += float((block - restored).double().square().sum())
     return {ratio: error / total if total > 0 else 0.0 for ratio, error in errors.items()}
 
@@ -191,11 +193,12 @@ def _fit_section(
         progress=report,
     )
     del rows
+    report("sample", 0, 1)
     basis = principal.basis.half().to(device)
     full = SectionBasis(mean=principal.mean.to(device), basis=basis, plans={})
     drawn = torch.randperm(len(index), generator=generator)[: settings.simulation_rows]
     sample = source.take(group, kind, index[drawn]).to(device)
-    plans = _plans(full, sample, ratios, settings, report)
+    plans = make_plans(full, principal.variance, sample, ratios, settings, report)
     del sample
 
     rank = max(1, *(plan.rank for plan in plans.values()))
@@ -203,7 +206,6 @@ def _fit_section(
     unseen = source.select(heldout=True, limit=settings.heldout_rows, generator=generator)
     report("held-out", 0, len(unseen))
     errors = heldout_errors(trimmed, plans, (block.to(device) for block in blocks(unseen)))
-    report("held-out", len(unseen), len(unseen))
     section = SectionBasis(
         mean=trimmed.mean.cpu(), basis=trimmed.basis.cpu(), plans=plans, heldout_error=errors
     )
@@ -217,34 +219,6 @@ def _fit_section(
         seconds=time.monotonic() - started,
     )
     return section, detail
-
-
-def _plans(
-    section: SectionBasis,
-    sample: torch.Tensor,
-    ratios: Mapping[float, float],
-    settings: FitSettings,
-    report: Callable[[str, int, int], None],
-) -> dict[float, BitPlan]:
-    """Allocate on the coefficients of `sample` [n, p]; `section` has no plans yet.
-
-    ratios: target ratio, under which a plan is kept -> that of this section.
-    """
-    row_size, rank = section.basis.shape
-    coefficients = to_coefficients(sample, section, rank)
-    total = float((sample - section.mean).double().square().sum())
-    inside = float(coefficients.double().square().sum())
-    found = allocate(
-        coefficients,
-        row_size,
-        tuple(ratios.values()),
-        residual_energy=max(0.0, total - inside),
-        sizes=settings.sizes,
-        window_samples=settings.window_samples,
-        device=settings.device,
-        progress=report,
-    )
-    return {ratio: replace(found[own], ratio=ratio) for ratio, own in ratios.items()}
 
 
 def orthonormality_defect(basis: torch.Tensor) -> float:

@@ -109,10 +109,10 @@ def fit_basis(
         mean, covariance = _covariance(source, where, report)
         total = float(covariance.diagonal().double().sum())
         if solver == "eigh":
+            # One call, whose steps cannot be seen.
             report("eigh", 0, 1)
             values, vectors = torch.linalg.eigh(covariance.double())
             basis, variance = vectors.flip(1)[:, :rank], values.flip(0)[:rank]
-            report("eigh", 1, 1)
         else:
             basis, variance = _iterate_covariance(covariance, rank, seed, report)
     return PrincipalBasis(
@@ -133,6 +133,7 @@ def _mean(rows: Rows, device: torch.device, report: Progress) -> torch.Tensor:
     """float64 [p] on the device."""
     total = torch.zeros(rows.row_size, dtype=torch.float64, device=device)
     done = 0
+    report("mean", done, rows.count)
     for block in rows.blocks():
         total += block.to(device).double().sum(dim=0)
         done += len(block)
@@ -153,6 +154,7 @@ def _covariance(
     shift = torch.zeros(row_size, dtype=dtype, device=device)
     panels = _panels(row_size)
     done = 0
+    report("covariance", done, rows.count)
     for block in rows.blocks():
         held = block.to(device)
         if done == 0:

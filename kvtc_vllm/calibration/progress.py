@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 from tqdm import tqdm
 
 REFRESH_SECONDS = 2.0
-"""Between two redraws of a bar, also while an eigendecomposition makes no steps."""
+"""Between two redraws of a bar while an eigendecomposition makes no steps."""
+LOG_REFRESH_SECONDS = 60.0
+"""The same where every redraw is a line of a log."""
 
 
 class FitProgress:
@@ -38,6 +41,7 @@ class FitProgress:
                 self._section, self._stage, self._started = section, stage, time.monotonic()
                 label = f"rank {self._rank} {section.upper()} {stage}"
                 self._bar = tqdm(desc=label, total=total, leave=False, mininterval=1.0)
+            self._bar.total = total
             self._bar.update(done - self._bar.n)
 
     def __enter__(self) -> FitProgress:
@@ -51,7 +55,8 @@ class FitProgress:
         self._end_section()
 
     def _refresh(self) -> None:
-        while not self._ended.wait(REFRESH_SECONDS):
+        interval = REFRESH_SECONDS if sys.stderr.isatty() else LOG_REFRESH_SECONDS
+        while not self._ended.wait(interval):
             with self._lock:
                 if self._bar is not None:
                     self._bar.refresh()
