@@ -153,4 +153,4 @@ def usable_rank(row_size: int, ratio: float, sizes: Sequence[int]) -> int:
         for quantizer in REGISTRY.values()
         for size in sizes
     )
-    return max(1, math.ceil(budget_bits(row_size, ratio) / cheapest))
+    return max(1, math.floor(budget_bits(row_size, ratio) / cheapest))
