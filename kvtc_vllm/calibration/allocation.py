@@ -6,7 +6,8 @@ that they are shown, and the last of them get no bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,20 +16,45 @@ from kvtc_vllm.calibration.fit_settings import FitSettings
 from kvtc_vllm.codec.artifact import SectionBasis
 from kvtc_vllm.codec.bitplan import allocate, budget_bits
 from kvtc_vllm.codec.payload import BitPlan
+from kvtc_vllm.codec.quantizers import REGISTRY, group_cost_bits
 from kvtc_vllm.codec.transform import to_coefficients
 
+MARGIN = 1.05
+"""Columns shown, over those that `live_columns` expects to be coded."""
 
-def live_columns(variance: torch.Tensor, bits: int) -> int:
-    """Columns that an ideal coder would give bits (reverse water-filling), at least 1.
+_NORMAL_ROWS = 256
 
-    variance: float64 [r], falling. bits: per row. Real quantisers pay for scales and can't spend
-    fractions of a bit, so they code fewer columns.
+
+def live_columns(variance: torch.Tensor, bits: int, sizes: Sequence[int]) -> int:
+    """Columns that plans of `bits` bits per row are expected to code, at least 1.
+
+    variance: float64 [r], falling. sizes: of coefficient groups. Every column is given the size
+    and type that remove most error at one price per bit, as if coefficients were normal and those
+    of a group alike. On keys of SmolLM2-135M it is within 1 % of the plans for 8x, 16x
+    and 32x, and 11 % above that for 64x.
     """
-    logs = variance.double().clamp_min(torch.finfo(torch.float64).tiny).log2()
-    count = torch.arange(1, len(logs) + 1, dtype=torch.float64)
-    # With the first k columns coded, each has half of log2(its variance / level) bits.
-    level = (logs.cumsum(0) - 2 * bits) / count
-    return max(1, int((logs > level).sum()))
+    generator = torch.Generator().manual_seed(0)
+    costs, removed = [], []
+    for size in sizes:
+        normal = torch.randn(_NORMAL_ROWS, size, generator=generator)
+        for quantizer in REGISTRY.values():
+            error = quantizer.dequantize(*quantizer.quantize(normal)) - normal
+            removed.append(1 - float(error.square().sum() / normal.square().sum()))
+            costs.append(group_cost_bits(quantizer.bits, size) / size)
+    cost = torch.tensor(costs, dtype=torch.float64)
+    gain = variance.double()[:, None] * torch.tensor(removed, dtype=torch.float64)
+
+    def bits_taken(columns: int) -> float:
+        """If the last of these columns is just worth its bits."""
+        price = float((gain[columns - 1] / cost).max())
+        best, kind = (gain - price * cost).max(dim=1)
+        return float(cost[kind][best >= 0].sum())
+
+    low, high = 1, len(variance)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if bits_taken(middle) <= bits else (low, middle - 1)
+    return low
 
 
 def make_plans(
@@ -49,7 +75,8 @@ def make_plans(
     coefficients = to_coefficients(sample, section, rank)
     total = float((sample - section.mean).double().square().sum())
     margin = max(settings.sizes)
-    shown = live_columns(variance, budget_bits(row_size, min(ratios.values()))) + margin
+    budget = budget_bits(row_size, min(ratios.values()))
+    shown = math.ceil(MARGIN * live_columns(variance, budget, settings.sizes)) + margin
     while True:
         shown = min(shown, rank)
         leading = coefficients[:, :shown]

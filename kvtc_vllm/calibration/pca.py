@@ -1,6 +1,6 @@
 """Mean and principal directions of a matrix of rows, by one of three solvers.
 
-`eigh`: eigendecomposition of the covariance in float64. Exact.
+`eigh`: eigendecomposition of the covariance. Exact.
 `subspace`: subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4) on the
 covariance, for a rank well below the row length.
 `rsvd`: the same iteration on the rows, which multiplies all of them in every iteration. For rows
@@ -111,7 +111,7 @@ def fit_basis(
         if solver == "eigh":
             # One call, whose steps cannot be seen.
             report("eigh", 0, 1)
-            values, vectors = torch.linalg.eigh(covariance.double())
+            values, vectors = torch.linalg.eigh(covariance)
             basis, variance = vectors.flip(1)[:, :rank], values.flip(0)[:rank]
         else:
             basis, variance = _iterate_covariance(covariance, rank, seed, report)

@@ -23,10 +23,11 @@ ITERATIONS = 9
 """One and the paper's count of eight; it says nothing about oversampling."""
 
 DOUBLE_LIMIT = 2048
-"""Longest row whose covariance is summed in float64.
+"""Longest row whose covariance is summed and decomposed in float64.
 
-Longer ones are multiplied in float32, which takes half the time and memory. It is off by 1e-7 of
-the leading variance; the float16 of the stored basis by more than 1e-4.
+Longer ones are in float32, which takes a third of the time and half the memory. On keys of
+SmolLM2-135M (rows of 5,760) the columns are orthonormal to 2e-6 and capture the same variance to
+4e-7. Rounding the stored basis to float16 costs more.
 """
 
 USABLE_MEMORY = 0.8
@@ -40,21 +41,22 @@ class Rates:
     """Floating-point operations per second.
 
     product, product64: of matrix products in float32 and float64.
-    eigh: of `torch.linalg.eigh` in float64, counted as 9 p^3.
+    eigh, eigh64: of `torch.linalg.eigh`, counted as 9 p^3.
     qr: of `torch.linalg.qr` in float32 with Q, counted as 4 p w^2.
     """
 
     product: float
     product64: float
     eigh: float
+    eigh64: float
     qr: float
 
 
 RATES = {
-    # Measured on two cores of a Xeon with AVX-512, at p = 5760.
-    "cpu": Rates(product=110e9, product64=64e9, eigh=20e9, qr=47e9),
-    # Not measured. Of one data-centre GPU, products without TF32.
-    "cuda": Rates(product=40e12, product64=30e12, eigh=0.5e12, qr=4e12),
+    # Measured on keys of SmolLM2-135M (p = 5760), per core of a Xeon with AVX-512.
+    "cpu": Rates(product=158e9, product64=79e9, eigh=185e9, eigh64=52e9, qr=120e9),
+    # Not measured. Products: what the paper's 86 s for 160,000 rows on an H100 come to.
+    "cuda": Rates(product=30e12, product64=15e12, eigh=1e12, eigh64=0.5e12, qr=4e12),
 }
 
 
@@ -88,14 +90,14 @@ def resolve_method(
 def predicted_seconds(
     rows: int, row_size: int, solver: Solver, rank: int, device_type: str = "cpu"
 ) -> float:
-    """Time of `fit_basis` at `RATES`, reading the rows left out."""
+    """Time of `fit_basis` on one core or GPU at `RATES`, reading the rows left out."""
     rates = RATES.get(device_type, RATES["cpu"])
     width = iteration_width(row_size, rank)
     double = product_dtype(row_size) == torch.float64
     covariance = 9 / 8 * rows * row_size**2 / (rates.product64 if double else rates.product)
     if solver == "eigh":
-        return covariance + 9 * row_size**3 / rates.eigh
-    orthogonal = ITERATIONS * 4 * row_size * width**2 / rates.qr + 9 * width**3 / rates.eigh
+        return covariance + 9 * row_size**3 / (rates.eigh64 if double else rates.eigh)
+    orthogonal = ITERATIONS * 4 * row_size * width**2 / rates.qr + 9 * width**3 / rates.eigh64
     if solver == "subspace":
         return covariance + (ITERATIONS + 1) * 2 * row_size**2 * width / rates.product + orthogonal
     return (ITERATIONS + 0.5) * 4 * rows * row_size * width / rates.product + orthogonal
@@ -105,22 +107,17 @@ def peak_bytes(rows: int, row_size: int, solver: Solver, rank: int) -> int:
     """Device memory that `fit_basis` needs besides rows that are held, in bytes."""
     block = block_rows(rows, row_size)
     width = iteration_width(row_size, rank)
-    single = 0 if product_dtype(row_size) == torch.float64 else 4
+    itemsize = product_dtype(row_size).itemsize
+    summing = row_size**2 * itemsize + block * row_size * (4 + itemsize)
     if solver == "eigh":
-        # Covariance, eigenvectors and LAPACK's workspace (2 p^2), all float64; what was summed.
-        after = row_size**2 * (4 * 8 + single)
-        return max(after, _covariance_bytes(row_size, block))
+        # Covariance, eigenvectors and LAPACK's workspace, or two more copies of the basis.
+        return max(4 * row_size**2 * itemsize, summing)
     # Subspace, its image, QR's copy and Q; the small eigenproblem.
     iterating = 4 * 4 * row_size * width + 8 * 4 * width**2
     if solver == "subspace":
-        held = row_size**2 * (single or 8 + 4)
-        return max(held + iterating, _covariance_bytes(row_size, block))
+        single = 0 if itemsize == 4 else 4
+        return max(row_size**2 * (itemsize + single) + iterating, summing)
     return iterating + 4 * 2 * block * (row_size + width)
-
-
-def _covariance_bytes(row_size: int, block: int) -> int:
-    itemsize = product_dtype(row_size).itemsize
-    return row_size**2 * itemsize + block * row_size * (4 + itemsize)
 
 
 def effective_rank(rows: int, row_size: int, rank_cap: int = RANK_CAP) -> int:

@@ -10,6 +10,7 @@ from kvtc_vllm.calibration.allocation import live_columns, make_plans
 from kvtc_vllm.calibration.fit_settings import FitSettings
 from kvtc_vllm.calibration.pca import fit_basis
 from kvtc_vllm.codec.artifact import SectionBasis
+from kvtc_vllm.codec.bitplan import budget_bits
 from kvtc_vllm.codec.payload import BitPlan
 
 P = 256
@@ -17,21 +18,20 @@ SETTINGS = FitSettings(sizes=(1, 16, 32))
 RATIOS = {16.0: 16.0, 32.0: 32.0}
 
 
-def test_live_columns_of_two_levels() -> None:
-    # 4 columns of variance 16 over 4 of variance 1: 2 bits each bring the first to level 1.
-    variance = torch.tensor([16.0] * 4 + [1.0] * 4)
-    assert live_columns(variance, 7) == 4
-    assert live_columns(variance, 9) == 8
-    assert live_columns(torch.zeros(5), 3) >= 1
+def test_live_columns_grow_with_the_bits() -> None:
+    falling = torch.logspace(2, -4, 200, dtype=torch.float64)
+    counts = [live_columns(falling, bits, SETTINGS.sizes) for bits in (50, 100, 200, 400, 800)]
+    assert counts == sorted(set(counts))
+    # 2 bits and 32 / 32 of scales are the least per column.
+    assert counts[2] <= 200 / 3
+    assert live_columns(falling, 200 * 34, SETTINGS.sizes) == 200
+    assert live_columns(torch.zeros(5), 3, SETTINGS.sizes) >= 1
 
 
-def test_live_columns_solve_the_water_filling() -> None:
-    variance = torch.logspace(2, -4, 200, dtype=torch.float64)
-    for bits in (20, 100, 400):
-        k = live_columns(variance, bits)
-        level = 2 ** float((variance[:k].log2().sum() - 2 * bits) / k)
-        assert variance[k - 1] > level >= variance[k]
-        assert float((variance[:k] / level).log2().sum() / 2) == pytest.approx(bits)
+def test_live_columns_are_about_those_of_the_plans() -> None:
+    for ratio, plan in plans().items():
+        expected = live_columns(variance(), budget_bits(P, ratio), SETTINGS.sizes)
+        assert abs(plan.rank - expected) <= 16
 
 
 class Shown:
@@ -47,13 +47,20 @@ class Shown:
         return self._allocate(coefficients, *args, **more)  # type: ignore[arg-type]
 
 
-def plans() -> dict[float, BitPlan]:
+def rows() -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(1000, P, generator=generator) * torch.logspace(0, -3, P)
-    principal = fit_basis(rows)
+    return torch.randn(1000, P, generator=generator) * torch.logspace(0, -3, P)
+
+
+def variance() -> torch.Tensor:
+    return fit_basis(rows()).variance
+
+
+def plans() -> dict[float, BitPlan]:
+    principal = fit_basis(rows())
     section = SectionBasis(principal.mean, principal.basis.half(), {})
     return make_plans(
-        section, principal.variance, rows, RATIOS, SETTINGS, lambda stage, done, total: None
+        section, principal.variance, rows(), RATIOS, SETTINGS, lambda stage, done, total: None
     )
 
 
@@ -62,17 +69,18 @@ def test_the_plans_are_those_of_all_columns(monkeypatch: pytest.MonkeyPatch) -> 
     few = plans()
     assert len(shown.columns) == 1
     assert shown.columns[0] < 0.6 * P
-    monkeypatch.setattr(allocation, "live_columns", lambda variance, bits: P)
+    monkeypatch.setattr(allocation, "live_columns", lambda variance, bits, sizes: P)
     every = plans()
     assert shown.columns[1] == P
     for ratio, plan in every.items():
+        assert plan.rank <= shown.columns[0] - max(SETTINGS.sizes)
         assert few[ratio].groups == plan.groups
         assert few[ratio].predicted_error == pytest.approx(plan.predicted_error, rel=1e-4)
 
 
 def test_a_plan_that_reaches_the_end_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = plans()
-    monkeypatch.setattr(allocation, "live_columns", lambda variance, bits: 1)
+    monkeypatch.setattr(allocation, "live_columns", lambda variance, bits, sizes: 1)
     shown = Shown(monkeypatch)
     found = plans()
     assert len(shown.columns) > 1
