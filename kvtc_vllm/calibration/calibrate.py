@@ -94,10 +94,12 @@ def fit_spool(spool: Path, settings: ArtifactSettings) -> Path:
 def _fit(source: RankRows, rank: int, settings: ArtifactSettings, sink_tokens: int) -> RankFit:
     rows = source.count(heldout=False)
     estimate = estimate_fit(source.geometry, rows, settings.ratios, settings.fit)
+    sections = 2 * len(source.geometry.layer_groups)
+    where = "a GPU" if settings.fit.device.startswith("cuda") else "one core"
     print(
-        f"rank {rank}: {2 * len(source.geometry.layer_groups)} sections of {rows} rows by "
-        f"{'+'.join(estimate.solvers)}, peak memory about {estimate.peak_bytes / 2**30:.2f} GiB "
-        f"on {settings.fit.device} and host together",
+        f"rank {rank}: {sections} sections of {rows} rows by {'+'.join(estimate.solvers)}, "
+        f"peak memory about {estimate.peak_bytes / 2**30:.2f} GiB on {settings.fit.device} and "
+        f"host together, PCA about {estimate.pca_seconds / 60:.1f} min on {where}",
         flush=True,
     )
     with FitProgress(rank) as progress:

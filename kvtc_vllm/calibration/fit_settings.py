@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kvtc_vllm.calibration.rows import READING_BYTES
 from kvtc_vllm.calibration.solvers import (
     RANK_CAP,
     Method,
@@ -120,7 +121,7 @@ def estimate_fit(
             lowest = min(own_ratios(geometry, group, kind, ratios, settings).values())
             solver, rank = choose_solver(rows, p, lowest, settings)
             held = rows * p * 4 if solver == "rsvd" else 0
-            pca = held + peak_bytes(rows, p, solver, rank)
+            pca = held + READING_BYTES + peak_bytes(rows, p, solver, rank)
             sample = min(rows, settings.simulation_rows)
             # The basis in float32, in float16 and as an operand; the sample and its coefficients.
             table = p * rank * (4 + 2 + 4) + sample * (p + 2 * rank) * 4

@@ -112,7 +112,10 @@ def fit_basis(
             # One call, whose steps cannot be seen.
             report("eigh", 0, 1)
             values, vectors = torch.linalg.eigh(covariance)
-            basis, variance = vectors.flip(1)[:, :rank], values.flip(0)[:rank]
+            # Rows are long: each of these holds p^2 elements.
+            del covariance
+            basis, variance = vectors[:, -rank:].flip(1), values.flip(0)[:rank]
+            del vectors
         else:
             basis, variance = _iterate_covariance(covariance, rank, seed, report)
     return PrincipalBasis(
@@ -249,6 +252,7 @@ def _iterate_rows(
 
 
 def _fix_signs(basis: torch.Tensor) -> torch.Tensor:
+    """In place: of each column the entry of largest magnitude becomes positive."""
     largest = basis.abs().argmax(dim=0, keepdim=True)
     signs = torch.sign(basis.gather(0, largest))
-    return basis * torch.where(signs == 0, torch.ones_like(signs), signs)
+    return basis.mul_(torch.where(signs == 0, torch.ones_like(signs), signs))

@@ -13,7 +13,10 @@ from kvtc_vllm.codec.quantizers.base import to_fp16
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.codec.transform import rows_from_keys
 
-_BLOCK_BYTES = 64 * 2**20
+READING_BYTES = 128 * 2**20
+"""Memory that `take` needs besides its result."""
+
+_BLOCK_BYTES = 16 * 2**20
 
 
 class CapturedRows(ABC):
@@ -69,7 +72,7 @@ class CapturedRows(ABC):
     def take(self, group: int, kind: Kind, index: torch.Tensor) -> torch.Tensor:
         """Rows of one layer group, keys un-rotated: float32 [n, p], in the order of `index`.
 
-        Needs 64 MiB of memory besides them.
+        Needs `READING_BYTES` of memory besides them.
         """
         first, end = self.geometry.layer_groups[group]
         result = torch.empty(len(index), self.geometry.row_size(group, kind))
