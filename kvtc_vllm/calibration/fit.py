@@ -29,6 +29,8 @@ SectionProgress = Callable[[str, str, int, int], None]
 """Called as (section such as "k0", stage, done, total); stages: those of `pca.Progress`, sample,
 simulate, allocate, held-out."""
 
+_HELDOUT_BYTES = 16 * 2**20
+
 
 class RowSource(Protocol):
     """Where rows come from: `kvtc_vllm.calibration.rows.CapturedRows`."""
@@ -176,8 +178,8 @@ def _fit_section(
     index = source.select(heldout=False, limit=settings.train_rows, generator=generator)
     row_size = geometry.row_size(group, kind)
 
-    def blocks(index: torch.Tensor) -> Iterator[torch.Tensor]:
-        for part in index.split(block_rows(len(index), row_size)):
+    def blocks(index: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
+        for part in index.split(size):
             yield source.take(group, kind, part)
 
     device = torch.device(settings.device)
@@ -185,7 +187,9 @@ def _fit_section(
     # Only this solver passes over the rows more than once.
     rows = source.take(group, kind, index) if solver == "rsvd" else None
     principal = fit_basis(
-        Rows(len(index), row_size, lambda: blocks(index)) if rows is None else rows,
+        Rows(len(index), row_size, lambda: blocks(index, block_rows(len(index), row_size)))
+        if rows is None
+        else rows,
         method=solver,
         rank_cap=rank,
         device=device,
@@ -194,26 +198,38 @@ def _fit_section(
     )
     del rows
     report("sample", 0, 1)
-    basis = principal.basis.half().to(device)
-    full = SectionBasis(mean=principal.mean.to(device), basis=basis, plans={})
+    variance, total_variance = principal.variance, principal.total_variance
+    full = SectionBasis(principal.mean.to(device), principal.basis.half().to(device), plans={})
+    # By far the largest thing here.
+    del principal
     drawn = torch.randperm(len(index), generator=generator)[: settings.simulation_rows]
     sample = source.take(group, kind, index[drawn]).to(device)
-    plans = make_plans(full, principal.variance, sample, ratios, settings, report)
+    plans = make_plans(full, variance, sample, ratios, settings, report)
     del sample
 
     rank = max(1, *(plan.rank for plan in plans.values()))
-    trimmed = SectionBasis(mean=full.mean, basis=basis[:, :rank].contiguous(), plans=plans)
+    stored = full.basis[:, :rank].contiguous()
+    # In the type of the product, or every block would convert it.
+    trimmed = SectionBasis(mean=full.mean, basis=stored.float(), plans=plans)
+    del full
     unseen = source.select(heldout=True, limit=settings.heldout_rows, generator=generator)
-    report("held-out", 0, len(unseen))
-    errors = heldout_errors(trimmed, plans, (block.to(device) for block in blocks(unseen)))
+
+    def unseen_blocks() -> Iterator[torch.Tensor]:
+        done = 0
+        for block in blocks(unseen, max(1, _HELDOUT_BYTES // (4 * row_size))):
+            report("held-out", done, len(unseen))
+            yield block.to(device)
+            done += len(block)
+
+    errors = heldout_errors(trimmed, plans, unseen_blocks())
     section = SectionBasis(
-        mean=trimmed.mean.cpu(), basis=trimmed.basis.cpu(), plans=plans, heldout_error=errors
+        mean=trimmed.mean.cpu(), basis=stored.cpu(), plans=plans, heldout_error=errors
     )
     detail = SectionFit(
-        variance=principal.variance,
-        total_variance=principal.total_variance,
+        variance=variance,
+        total_variance=total_variance,
         orthonormality_defect=orthonormality_defect(section.basis),
-        method=principal.method,
+        method=solver,
         train_rows=len(index),
         heldout_rows=len(unseen),
         seconds=time.monotonic() - started,

@@ -123,8 +123,8 @@ def estimate_fit(
             held = rows * p * 4 if solver == "rsvd" else 0
             pca = held + READING_BYTES + peak_bytes(rows, p, solver, rank)
             sample = min(rows, settings.simulation_rows)
-            # The basis in float32, in float16 and as an operand; the sample and its coefficients.
-            table = p * rank * (4 + 2 + 4) + sample * (p + 2 * rank) * 4
+            # The basis in float16 and as an operand; the sample, its squares and coefficients.
+            table = p * rank * (2 + 4) + sample * (p * (4 + 8 + 8) + rank * (4 + 4))
             table += table_bytes(rank, p, lowest, settings.sizes)
             peak = max(peak, pca, table)
             methods.add(solver)
