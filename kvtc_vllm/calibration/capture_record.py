@@ -36,24 +36,26 @@ class CaptureSource(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Everything that decides which rows a capture holds, the tensor-parallel size left out.
 
     model: fingerprints of configuration and weights, see `kvtc_vllm.artifact.identity`.
-    tokenizer, texts: hex of xxh3-128 of the tokeniser's files and of all text that was read.
+    tokenizer: hex of xxh3-128 of the tokeniser's files.
     tokens: rows asked for.
     max_len: longest document in tokens.
     sink_tokens: first positions of every document, which are left out.
     heldout_fraction: of the documents.
     seed: of cutting and sampling.
     engine: further arguments of `vllm.LLM`.
+    texts: hex of xxh3-128 of all text that was read. How much depends on `tokens`, so this is
+    compared last.
     """
 
     model: str
     tokenizer: str
-    texts: str
     tokens: int
     max_len: int
     sink_tokens: int
     heldout_fraction: float
     seed: int
     engine: dict[str, Any]
+    texts: str
 
 
 class CaptureRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
