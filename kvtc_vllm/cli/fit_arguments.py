@@ -48,7 +48,7 @@ def artifact_settings(args: argparse.Namespace) -> ArtifactSettings:
         rank_cap=positive("--rank-cap", args.rank_cap),
         simulation_rows=positive("--simulation-rows", args.simulation_rows),
         key_share=_key_share(args.key_share, min(ratios)),
-        device=args.device or _default_device(),
+        device=_device(args.device),
     )
     return ArtifactSettings(
         ratios=ratios,
@@ -99,7 +99,15 @@ def _key_share(value: float | None, lowest_ratio: float) -> float | None:
     return value
 
 
-def _default_device() -> str:
+def _device(name: str | None) -> str:
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    there = torch.cuda.is_available()
+    if name is None:
+        return "cuda" if there else "cpu"
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
+        raise ConfigError(f"--device {name!r}: give cpu, cuda or cuda:N")
+    if kind == "cuda" and not there:
+        raise ConfigError(f"--device {name!r}: there is no GPU that torch can use; give cpu")
+    return name
