@@ -35,7 +35,7 @@ def kvtc_commands() -> list[tuple[str, ...]]:
 
 
 def test_commands_are_found_in_the_documents() -> None:
-    assert {"calibrate", "doctor", "config", "inspect", "verify", "gc", "eval"} == {
+    assert {"calibrate", "doctor", "config", "fit", "inspect", "verify", "gc", "eval"} == {
         words[0] for words in kvtc_commands()
     }
 

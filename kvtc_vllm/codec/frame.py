@@ -252,7 +252,7 @@ def largest_blob(
 
 
 def check_artifact(artifact: RankArtifact) -> None:
-    """Raise ArtifactError unless sections, shapes, ropes and fingerprint fit together."""
+    """Raise ArtifactError unless sections, shapes, scales and fingerprint fit together."""
     geometry = artifact.geometry
     if not 0 <= artifact.sink_tokens <= MAX_SINK_TOKENS:
         raise ArtifactError(
@@ -260,10 +260,6 @@ def check_artifact(artifact: RankArtifact) -> None:
         )
     if len(artifact.fingerprint) != FINGERPRINT_BYTES:
         raise ArtifactError(f"fingerprint of {len(artifact.fingerprint)} bytes")
-    if len(artifact.layer_rope) != geometry.num_layers:
-        raise ArtifactError(f"layer_rope has {len(artifact.layer_rope)} entries")
-    if any(i is not None and not 0 <= i < len(artifact.ropes) for i in artifact.layer_rope):
-        raise ArtifactError(f"layer_rope {artifact.layer_rope} names a rope that is not there")
     for kind, scales in (artifact.scales or {}).items():
         good = scales.shape == (geometry.num_layers,) and scales.dtype == torch.float32
         if not good or not bool((scales.isfinite() & (scales > 0)).all()):

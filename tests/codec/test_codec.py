@@ -253,8 +253,6 @@ def test_wrong_constructor_arguments(artifact):
         RawCodec(MODEL.geometry, torch.bfloat16, b"abc")
     for broken in (
         replace(artifact, fingerprint=b"short"),
-        replace(artifact, layer_rope=(0,)),
-        replace(artifact, layer_rope=(1,) * 5),
         replace(artifact, sections={}),
         replace(artifact, sections={**artifact.sections, (0, "k"): artifact.sections[0, "v"]}),
         replace(artifact, scales={"k": torch.ones(5)}),
@@ -265,6 +263,9 @@ def test_wrong_constructor_arguments(artifact):
     ):
         with pytest.raises(ArtifactError):
             KvtcCodec(broken, 8.0, torch.bfloat16)
+    for layer_rope in ((0,), (1,) * 5, (0, None, -1, 0, 0)):
+        with pytest.raises(ValueError, match="layer_rope"):
+            replace(artifact, layer_rope=layer_rope)
     with pytest.raises(ArtifactError, match=r"ratio 5\.0"):
         KvtcCodec(artifact, 5.0, torch.bfloat16)
 
