@@ -8,7 +8,7 @@ threads at once.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -29,7 +29,7 @@ from kvtc_vllm.codec.container import (
     parse,
 )
 from kvtc_vllm.codec.entropy import GENERAL_CODER_IDS
-from kvtc_vllm.codec.errors import ContainerError
+from kvtc_vllm.codec.errors import CodecError, ContainerError
 from kvtc_vllm.codec.section_coder import read_body
 
 Blob = bytes | bytearray | memoryview
@@ -42,6 +42,26 @@ class DecodedChunk:
     k: torch.Tensor
     v: torch.Tensor
     start: int
+
+
+@dataclass(frozen=True)
+class NewChunk:
+    """A chunk to encode: the arguments of `ChunkCodec.encode`."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    start: int
+    key: bytes = b""
+
+
+@dataclass(frozen=True)
+class StoredChunk:
+    """A chunk to decode: the arguments of `ChunkCodec.decode`."""
+
+    blob: Blob
+    start: int | None = None
+    tokens: int | None = None
+    key: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -163,6 +183,18 @@ class ChunkCodec(ABC):
         v = torch.cat([group.v for group in groups], dim=1)
         return DecodedChunk(k, v, info.header.start)
 
+    def encode_many(self, chunks: Sequence[NewChunk]) -> list[bytes | CodecError]:
+        """Encode chunks, in order: a blob for each, or why there is none.
+
+        Chunks are independent of each other; together they may be faster. Raises ValueError for
+        tensors of the wrong shape or dtype.
+        """
+        return [_blob_or_error(self, chunk) for chunk in chunks]
+
+    def decode_many(self, chunks: Sequence[StoredChunk]) -> list[DecodedChunk | ContainerError]:
+        """Decode blobs, in order: a chunk for each, or why it is refused."""
+        return [_chunk_or_error(self, chunk) for chunk in chunks]
+
     @abstractmethod
     def _check_header(self, header: Header) -> None:
         """Raise ContainerError if the codec's own fields are not what it expects."""
@@ -246,6 +278,20 @@ class ChunkCodec(ABC):
             if section.coder_id not in entry.coder_ids:
                 raise ContainerError("version", f"unknown entropy coder {section.coder_id}")
         return info
+
+
+def _blob_or_error(codec: ChunkCodec, chunk: NewChunk) -> bytes | CodecError:
+    try:
+        return codec.encode(chunk.k, chunk.v, chunk.start, chunk.key)
+    except CodecError as error:
+        return error
+
+
+def _chunk_or_error(codec: ChunkCodec, chunk: StoredChunk) -> DecodedChunk | ContainerError:
+    try:
+        return codec.decode(chunk.blob, chunk.start, chunk.tokens, chunk.key)
+    except ContainerError as error:
+        return error
 
 
 def read_section(section: Section, blob: memoryview) -> bytearray:
