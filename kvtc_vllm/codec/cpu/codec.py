@@ -21,6 +21,7 @@ from kvtc_vllm.codec.codec import (
     read_section,
 )
 from kvtc_vllm.codec.container import NO_FINGERPRINT, ContainerInfo, Header, NewSection, build
+from kvtc_vllm.codec.cpu.products import Operand
 from kvtc_vllm.codec.cpu.rotation import Rotation
 from kvtc_vllm.codec.cpu.rows import Elements, Floats, centre, largest_bits16, uncentre
 from kvtc_vllm.codec.cpu.section import FastSection
@@ -31,7 +32,7 @@ from kvtc_vllm.codec.transform import layer_ropes, layer_scales, to_cache
 
 logger = logging.getLogger(__name__)
 
-TILE_TOKENS = 512
+TILE_TOKENS = 256
 """Most tokens whose rows are held at once, apart from a single chunk's."""
 
 
@@ -154,15 +155,15 @@ class CpuKvtcCodec(KvtcCodec):
         spans = self._spans([(i, chunks[i].start, chunks[i].k.shape[0]) for i in written])
         for key, section in self._fast_sections(self.ratio).items() if spans else ():
             group, kind = key
-            rows = np.empty((spans[-1].rows.stop, len(section.mean)), np.float32)
+            operand = section.forward.empty(spans[-1].rows.stop)
             for span in spans:
-                self._centre(chunks[span.number], span, key, section, rows[span.rows])
-            product, factors = section.forward(torch.from_numpy(rows))
+                self._centre(chunks[span.number], span, key, section, operand.part(span.rows))
+            product = section.forward.of(operand)
             for span in spans:
                 if span.number not in written:
                     continue
                 try:
-                    streams = section.payload(product[span.rows], factors[span.rows])
+                    streams = section.payload(product[span.rows], operand.factors[span.rows])
                 except CodecError as error:
                     results[span.number] = error
                     del written[span.number]
@@ -202,7 +203,7 @@ class CpuKvtcCodec(KvtcCodec):
             except ContainerError as error:
                 results[i] = error
         for key, section in sections.items() if spans else ():
-            product, factors = section.inverse(torch.from_numpy(coefficients.pop(key)))
+            product, factors = section.inverse.of_rows(coefficients.pop(key))
             for span in spans:
                 chunk = results[span.number]
                 if isinstance(chunk, DecodedChunk):
@@ -248,7 +249,7 @@ class CpuKvtcCodec(KvtcCodec):
         span: _Span,
         key: tuple[int, Kind],
         section: FastSection,
-        rows: Floats,
+        operand: Operand,
     ) -> None:
         group, kind = key
         first, end = self.geometry.layer_groups[group]
@@ -271,7 +272,9 @@ class CpuKvtcCodec(KvtcCodec):
             rotation.rope_of_layer,
             rotation.halves,
             rotation.neox,
-            rows,
+            operand.rows,
+            operand.codes,
+            operand.factors,
         )
 
     def _uncentre(

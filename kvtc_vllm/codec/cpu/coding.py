@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from kvtc_vllm.codec.cpu.bits import bits_of, float_of
 from kvtc_vllm.codec.cpu.jit import jit
-from kvtc_vllm.codec.cpu.rounding import clamped, e4m3_bits, fp16_bits, fp16_value
-from kvtc_vllm.codec.cpu.rows import Bytes, Floats, Integers, largest_bits
+from kvtc_vllm.codec.cpu.rows import Bytes, Floats, Integers
 
 _ZERO = np.float32(0.0)
 _HALF = np.float32(0.5)
@@ -18,27 +18,81 @@ _ROUNDER = np.float32(12582912.0)
 _E4M3_MAX = np.float32(448.0)
 _FP8 = 8
 """Bits of the one type that is not uniform."""
+_FP16_MAX = np.float32(65504.0)
+_FP16_NORMAL = np.uint32(0x38800000)
+_FP16_REBIAS = np.uint32((112 << 23) - 0xFFF)
+_FP32_HALF = np.uint32(126 << 23)
+_FP32_REST = np.uint32(0x7FFFFFFF)
+_FP32_SIGN = np.uint32(0x80000000)
+_FP32_INFINITY = np.uint32(0x7F800000)
+_E4M3_NORMAL = np.uint32(121 << 23)
+_E4M3_REBIAS = np.uint32((120 << 23) - 0x7FFFF)
+# Of this size float32 has the ulp of the least E4M3 number.
+_E4M3_ULP = np.float32(2.0**14)
+_E4M3_ULP_BITS = np.uint32(141 << 23)
+
+
+@jit
+def _clamped(x: np.float32, low: np.float32, high: np.float32) -> np.float32:
+    """x between low and high."""
+    x = low if x < low else x
+    return high if x > high else x
+
+
+@jit
+def _fp16_bits(x: np.float32) -> np.uint16:
+    """x clamped to the float16 range, then rounded."""
+    bits = bits_of(_clamped(x, -_FP16_MAX, _FP16_MAX))
+    size = np.uint32(bits & _FP32_REST)
+    if size >= _FP16_NORMAL:
+        odd = np.uint32(np.uint32(size >> 13) & 1)
+        half = np.uint32(np.uint32(size - _FP16_REBIAS + odd) >> 13)
+    else:
+        # The sum has the ulp of the least float16.
+        half = np.uint32(bits_of(float_of(size) + np.float32(0.5)) - _FP32_HALF)
+    return np.uint16(half | np.uint32(np.uint32(bits & _FP32_SIGN) >> 16))
+
+
+@jit
+def _fp16_value(bits: np.uint16) -> np.float32:
+    """The float32 of a float16, infinities and NaN included."""
+    size = np.uint32(bits & np.uint16(0x7FFF))
+    if size >= np.uint32(0x7C00):
+        x = float_of(np.uint32(size << 13) | _FP32_INFINITY)
+    elif size >= np.uint32(0x400):
+        x = float_of(np.uint32(size << 13) + np.uint32(112 << 23))
+    else:
+        x = np.float32(size) * np.float32(2.0**-24)
+    return -x if bits & np.uint16(0x8000) else x
+
+
+@jit
+def _e4m3_bits(x: np.float32) -> np.uint8:
+    """Of x within +-448."""
+    bits = bits_of(x)
+    size = np.uint32(bits & _FP32_REST)
+    odd = np.uint32(np.uint32(size >> 20) & 1)
+    normal = np.uint32(np.uint32(size - _E4M3_REBIAS + odd) >> 20)
+    tiny = np.uint32(bits_of(float_of(size) + _E4M3_ULP) - _E4M3_ULP_BITS)
+    code = normal if size >= _E4M3_NORMAL else tiny
+    return np.uint8(code | np.uint32(np.uint32(bits & _FP32_SIGN) >> 24))
+
+
+@jit
+def _ordered(bits: np.int32) -> np.int32:
+    """Bits of a float32 as an integer that is larger for larger floats; its own inverse."""
+    return np.int32(bits ^ np.int32(np.int32(bits >> 31) & np.int32(0x7FFFFFFF)))
 
 
 @jit
 def _range(x: Floats) -> tuple[np.float32, np.float32]:
-    """Least and greatest of 16 lanes at a time: a plain loop over floats does not vectorise."""
-    low, high = x[0], x[0]
-    whole = len(x) // 16 * 16
-    if whole:
-        lows, highs = x[:16].copy(), x[:16].copy()
-        for start in range(16, whole, 16):
-            lanes = x[start : start + 16]
-            for i in range(16):
-                lows[i] = lanes[i] if lanes[i] < lows[i] else lows[i]
-                highs[i] = lanes[i] if lanes[i] > highs[i] else highs[i]
-        for i in range(16):
-            low = lows[i] if lows[i] < low else low
-            high = highs[i] if highs[i] > high else high
-    for i in range(whole, len(x)):
-        low = x[i] if x[i] < low else low
-        high = x[i] if x[i] > high else high
-    return low, high
+    """Least and greatest element, as integers because those vectorise."""
+    bits = x.view(np.int32)
+    low = high = _ordered(bits[0])
+    for i in range(len(bits)):
+        element = _ordered(bits[i])
+        low, high = min(low, element), max(high, element)
+    return float_of(np.uint32(_ordered(low))), float_of(np.uint32(_ordered(high)))
 
 
 @jit
@@ -47,26 +101,26 @@ def _quantise(x: Floats, bits: int, codes: Bytes) -> tuple[np.uint16, np.uint16]
     low, high = _range(x)
     top = np.float32((1 << bits) - 1)
     if bits == _FP8:
-        shift = fp16_bits(low * _HALF + high * _HALF)
-        centre = fp16_value(shift)
+        shift = _fp16_bits(low * _HALF + high * _HALF)
+        centre = _fp16_value(shift)
         step = max(high - centre, centre - low) / _E4M3_MAX
     else:
-        shift = fp16_bits(low)
-        centre = fp16_value(shift)
+        shift = _fp16_bits(low)
+        centre = _fp16_value(shift)
         step = max(high - centre, _ZERO) / top
-    scale = fp16_bits(step) if high > low else np.uint16(0)
-    divisor = fp16_value(scale)
+    scale = _fp16_bits(step) if high > low else np.uint16(0)
+    divisor = _fp16_value(scale)
     if divisor == 0:
         codes[: len(x)] = 0
     elif bits == _FP8:
         for i in range(len(x)):
-            y = clamped((x[i] - centre) / divisor, -_E4M3_MAX, _E4M3_MAX)
+            y = _clamped((x[i] - centre) / divisor, -_E4M3_MAX, _E4M3_MAX)
             # Adding zero turns -0 into code 0.
-            codes[i] = e4m3_bits(y + _ZERO)
+            codes[i] = _e4m3_bits(y + _ZERO)
     else:
         for i in range(len(x)):
-            y = clamped((x[i] - centre) / divisor, _ZERO, top)
-            codes[i] = np.uint8((y + _ROUNDER) - _ROUNDER)
+            y = _clamped((x[i] - centre) / divisor, _ZERO, top)
+            codes[i] = np.uint8(bits_of(y + _ROUNDER))
     return shift, scale
 
 
@@ -160,10 +214,10 @@ def decode_groups(payload: Bytes, groups: Integers, values: Floats, coefficients
         for token in range(tokens):
             place = g * tokens + token
             high, low = np.uint16(payload[place]), np.uint16(payload[2 * plane + place])
-            shift = fp16_value(np.uint16((high << 8) | low))
+            shift = _fp16_value(np.uint16((high << 8) | low))
             high = np.uint16(payload[plane + place])
             low = np.uint16(payload[3 * plane + place])
-            scale = fp16_value(np.uint16((high << 8) | low))
+            scale = _fp16_value(np.uint16((high << 8) | low))
             _unpack(data, bits, token * size, codes)
             out = coefficients[token, first : first + size]
             if bits == _FP8:
@@ -172,15 +226,3 @@ def decode_groups(payload: Bytes, groups: Integers, values: Floats, coefficients
             else:
                 for i in range(size):
                     out[i] = np.float32(codes[i]) * scale + shift
-
-
-@jit
-def scale_rows(rows: Floats, factors: Floats) -> np.uint32:
-    """Multiply rows [T, n] by factors [T] in place; gives the largest magnitude, as bits."""
-    largest = np.uint32(0)
-    for token in range(len(rows)):
-        row, factor = rows[token], factors[token]
-        for i in range(len(row)):
-            row[i] *= factor
-        largest = max(largest, largest_bits(row.view(np.uint32)))
-    return largest

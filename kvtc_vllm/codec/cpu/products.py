@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from kvtc_vllm.codec.cpu.rows import SECOND_TERM, ZERO_POINT, Floats, to_int8
+from kvtc_vllm.codec.cpu.rows import SECOND_TERM, ZERO_POINT, Bytes, Floats, to_int8
 
 ONE_TERM_ERROR = 0.01
 TWO_TERMS_ERROR = 0.004
@@ -39,6 +39,22 @@ def has_int8_products() -> bool:
     return bool(torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported())
 
 
+@dataclass(frozen=True)
+class Operand:
+    """Rows to be multiplied: float32 `rows` [T, m], or if they are [0, m], `codes` and `factors`.
+
+    codes: uint8 [T, terms, m]. factors: float32 [T], to be multiplied into the rows of a product.
+    """
+
+    rows: Floats
+    codes: Bytes
+    factors: Floats
+
+    def part(self, rows: slice) -> Operand:
+        """Views of some rows."""
+        return Operand(self.rows[rows], self.codes[rows], self.factors[rows])
+
+
 class Product(Protocol):
     """One direction of one section. Immutable: any number of threads may call it at once."""
 
@@ -47,8 +63,16 @@ class Product(Protocol):
         """Memory that it keeps."""
         ...
 
-    def __call__(self, rows: torch.Tensor) -> tuple[torch.Tensor, Floats]:
-        """float32 [T, m] -> float32 [T, n] and float32 [T]: their product row by row is meant."""
+    def empty(self, tokens: int) -> Operand:
+        """Room for so many rows."""
+        ...
+
+    def of(self, operand: Operand) -> torch.Tensor:
+        """float32 [T, n], without the operand's factors."""
+        ...
+
+    def of_rows(self, rows: Floats) -> tuple[torch.Tensor, Floats]:
+        """Of float32 [T, m]: float32 [T, n], and the factors that its rows lack."""
         ...
 
 
@@ -62,14 +86,22 @@ class Float32Product:
     def nbytes(self) -> int:
         return self._matrix.nbytes
 
-    def __call__(self, rows: torch.Tensor) -> tuple[torch.Tensor, Floats]:
-        return rows @ self._matrix, np.ones(len(rows), np.float32)
+    def empty(self, tokens: int) -> Operand:
+        shape = (tokens, len(self._matrix))
+        no_codes = np.empty((tokens, 0, shape[1]), np.uint8)
+        return Operand(np.empty(shape, np.float32), no_codes, np.ones(tokens, np.float32))
+
+    def of(self, operand: Operand) -> torch.Tensor:
+        return torch.from_numpy(operand.rows) @ self._matrix
+
+    def of_rows(self, rows: Floats) -> tuple[torch.Tensor, Floats]:
+        return torch.from_numpy(rows) @ self._matrix, np.ones(len(rows), np.float32)
 
 
 class Int8Product:
     """rows @ matrix with both rounded to 8 bits.
 
-    terms: 1 or 2, of a row. leading: so many first columns of rows are multiplied in float32.
+    terms: 1 or 2, of a row. leading: so many first columns of `of_rows` are multiplied in float32.
     """
 
     def __init__(self, matrix: torch.Tensor, terms: int, leading: int = 0) -> None:
@@ -79,6 +111,7 @@ class Int8Product:
         steps = rest.abs().amax(dim=0) / _INT8_MAX
         steps[steps == 0] = 1.0
         codes = (rest / steps).round_().to(torch.int8).T.contiguous()
+        self._columns = codes.shape[1]
         self._steps = steps
         self._zeros = torch.zeros(len(steps), dtype=torch.int64)
         self._packed: Any = torch.ops.onednn.qlinear_prepack(codes, None)
@@ -88,14 +121,14 @@ class Int8Product:
     def nbytes(self) -> int:
         return self._bytes + self._leading.nbytes + self._steps.nbytes + self._zeros.nbytes
 
-    def __call__(self, rows: torch.Tensor) -> tuple[torch.Tensor, Floats]:
-        leading = len(self._leading)
-        tokens, columns = rows.shape
-        codes = torch.empty((self._terms, tokens, columns - leading), dtype=torch.uint8)
-        factors = np.empty(tokens, np.float32)
-        to_int8(rows.numpy(), leading, codes.numpy(), factors)
-        product = torch.ops.onednn.qlinear_pointwise(
-            codes.flatten(0, 1),
+    def empty(self, tokens: int) -> Operand:
+        codes = np.empty((tokens, self._terms, self._columns), np.uint8)
+        no_rows = np.empty((0, self._columns), np.float32)
+        return Operand(no_rows, codes, np.empty(tokens, np.float32))
+
+    def of(self, operand: Operand) -> torch.Tensor:
+        product: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
+            torch.from_numpy(operand.codes.reshape(-1, self._columns)),
             1.0,
             ZERO_POINT,
             self._packed,
@@ -109,11 +142,18 @@ class Int8Product:
             [],
             "",
         )
-        result = product[:tokens]
-        if self._terms == 2:
-            result.add_(product[tokens:], alpha=1 / SECOND_TERM)
+        if self._terms == 1:
+            return product
+        first, second = product.view(len(operand.codes), 2, -1).unbind(1)
+        return torch.add(first, second, alpha=1 / SECOND_TERM)
+
+    def of_rows(self, rows: Floats) -> tuple[torch.Tensor, Floats]:
+        operand = self.empty(len(rows))
+        leading = len(self._leading)
+        to_int8(rows, leading, operand.codes, operand.factors)
+        product = self.of(operand)
         if leading:
-            # The rest is in units of `factors`.
-            units = torch.from_numpy(factors).unsqueeze(1)
-            result.addmm_(rows[:, :leading] / units, self._leading)
-        return result, factors
+            # The rest is in units of the factors.
+            units = rows[:, :leading] / operand.factors[:, None]
+            product.addmm_(torch.from_numpy(units), self._leading)
+        return product, operand.factors

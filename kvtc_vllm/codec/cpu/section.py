@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from kvtc_vllm.codec.artifact import SectionBasis
-from kvtc_vllm.codec.cpu.coding import decode_groups, encode_groups, scale_rows
+from kvtc_vllm.codec.cpu.bits import float_of
+from kvtc_vllm.codec.cpu.coding import decode_groups, encode_groups
 from kvtc_vllm.codec.cpu.products import (
     LEADING,
     Float32Product,
@@ -17,8 +18,7 @@ from kvtc_vllm.codec.cpu.products import (
     has_int8_products,
     terms_for,
 )
-from kvtc_vllm.codec.cpu.rounding import float_of
-from kvtc_vllm.codec.cpu.rows import Floats
+from kvtc_vllm.codec.cpu.rows import Floats, largest_bits, scale_rows
 from kvtc_vllm.codec.errors import CodecError, ContainerError
 from kvtc_vllm.codec.payload import batches, bit_plan, payload_length, stream_lengths
 from kvtc_vllm.codec.quantizers.base import FP16_MAX
@@ -79,8 +79,7 @@ class FastSection:
         Raises ContainerError("bounds") as `BitPlan.decode` does.
         """
         decode_groups(np.frombuffer(payload, np.uint8), self._live_groups, _E4M3, out)
-        largest = scale_rows(out, np.ones(len(out), np.float32))
-        if not float_of(largest) < math.inf:
+        if not float_of(largest_bits(out.reshape(-1).view(np.uint32))) < math.inf:
             raise ContainerError("bounds", "a decoded coefficient is not finite")
 
     def _product(self, matrix: torch.Tensor, leading: int) -> Product:
