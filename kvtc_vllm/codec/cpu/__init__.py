@@ -1,6 +1,24 @@
-"""The fast way of version 1 on a CPU: fused loops by numba, products of int8 where they are faster.
+"""The fast way of version 1 on a CPU: compiled loops, and products of int8 where they are faster.
 
-What quantisers, packing and payload do here is `loops`, bit for bit; the coefficients come from
-`products`, whose precision `precision` chooses. Importing `loops` imports numba, so it is imported
-late: vLLM 0.32 for CPU does not start in a process that has imported numba before it.
+`CpuKvtcCodec` in `codec` is the reference's twin: it writes and reads the same blobs. `coding` does
+what quantisers, packing and payload do, bit for bit; `rows` does RoPE, mean and casts; `products`
+gives the coefficients, in a precision that the plan allows. All but this module import numba, so
+they are imported late: vLLM 0.32 for CPU does not start in a process that imported numba before it.
 """
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvtc_vllm.codec.cpu.codec import CpuKvtcCodec
+
+
+def fast_kvtc() -> type[CpuKvtcCodec] | None:
+    """The class, or None where numba is not installed."""
+    if find_spec("numba") is None:
+        return None
+    from kvtc_vllm.codec.cpu.codec import CpuKvtcCodec
+
+    return CpuKvtcCodec

@@ -21,7 +21,7 @@ from kvtc_vllm.codec.codec import (
     read_section,
 )
 from kvtc_vllm.codec.container import NO_FINGERPRINT, ContainerInfo, Header, NewSection, build
-from kvtc_vllm.codec.cpu.products import Operand
+from kvtc_vllm.codec.cpu.products import Operand, has_int8_products
 from kvtc_vllm.codec.cpu.rotation import Rotation
 from kvtc_vllm.codec.cpu.rows import Elements, Floats, centre, largest_bits16, uncentre
 from kvtc_vllm.codec.cpu.section import FastSection
@@ -54,8 +54,11 @@ class CpuKvtcCodec(KvtcCodec):
     """The same blobs both ways, several times faster than `KvtcCodec` on one core.
 
     Codes are those of the reference for the same coefficients. Coefficients, and what is decoded,
-    are off by what `products` says. Compiles when it is made (seconds, if numba's cache is cold).
-    Safe for several threads; takes none of its own beyond torch's.
+    are off by what `products` says. Compiles when it is made, for seconds if numba's cache is cold.
+    Any number of threads may call it at once; it starts none of its own.
+
+    int8: whether products may be of int8 where a plan hides their rounding; None: if the CPU is
+    fast at them.
     """
 
     def __init__(
@@ -65,9 +68,14 @@ class CpuKvtcCodec(KvtcCodec):
         dtype: torch.dtype,
         identity: bytes = NO_FINGERPRINT,
         deflate_level: int = 1,
+        device: torch.device | str = "cpu",
+        int8: bool | None = None,
     ) -> None:
+        if torch.device(device).type != "cpu":
+            raise ValueError(f"device is {device}; this codec runs on a cpu")
         # Bases as they are in the artifact: those that products take are made from them.
         super().__init__(artifact, ratio, dtype, identity, deflate_level, operand=torch.float16)
+        self._int8 = has_int8_products() if int8 is None else int8
         self._lock = threading.Lock()
         self._fast: dict[float, dict[tuple[int, Kind], FastSection]] = {}
         groups = range(len(self.geometry.layer_groups))
@@ -203,12 +211,13 @@ class CpuKvtcCodec(KvtcCodec):
             except ContainerError as error:
                 results[i] = error
         for key, section in sections.items() if spans else ():
-            product, factors = section.inverse.of_rows(coefficients.pop(key))
+            operand = section.inverse.operand(coefficients.pop(key))
+            product = section.inverse.of(operand).numpy()
             for span in spans:
                 chunk = results[span.number]
                 if isinstance(chunk, DecodedChunk):
-                    part = product[span.rows].numpy()
-                    self._uncentre(part, factors[span.rows], span, key, section, chunk)
+                    part, factors = product[span.rows], operand.factors[span.rows]
+                    self._uncentre(part, factors, span, key, section, chunk)
         return results
 
     def _read(
@@ -291,7 +300,6 @@ class CpuKvtcCodec(KvtcCodec):
         whole = (chunk.k if kind == "k" else chunk.v)[span.first - chunk.start :]
         out = whole if self._direct else torch.empty(whole[:, first:end].shape)
         elements = _elements(out)
-        offset = elements.shape[1] // self.geometry.num_layers * first if self._direct else 0
         rotation = self._rotations[key]
         uncentre(
             rows,
@@ -303,7 +311,7 @@ class CpuKvtcCodec(KvtcCodec):
             rotation.halves,
             rotation.neox,
             elements,
-            offset,
+            first * whole[0, 0].numel() if self._direct else 0,
         )
         if not self._direct:
             scales = layer_scales(self.artifact, kind, first, end, out.device)
@@ -325,7 +333,7 @@ class CpuKvtcCodec(KvtcCodec):
         with self._lock:
             if ratio not in self._fast:
                 self._fast[ratio] = {
-                    key: FastSection(self.artifact.sections[key], ratio)
+                    key: FastSection(self.artifact.sections[key], ratio, self._int8)
                     for key in self._section_keys()
                 }
             return self._fast[ratio]

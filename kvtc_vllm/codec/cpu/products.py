@@ -19,8 +19,6 @@ from kvtc_vllm.codec.cpu.rows import SECOND_TERM, ZERO_POINT, Bytes, Floats, to_
 ONE_TERM_ERROR = 0.01
 TWO_TERMS_ERROR = 0.004
 """Least expected errors of plans for which rows of one term, or of two, are exact enough."""
-LEADING = 32
-"""Columns of the inverse that stay float32: leading coefficients are far larger than the rest."""
 _INT8_MAX = 127
 
 
@@ -41,22 +39,24 @@ def has_int8_products() -> bool:
 
 @dataclass(frozen=True)
 class Operand:
-    """Rows to be multiplied: float32 `rows` [T, m], or if they are [0, m], `codes` and `factors`.
+    """Rows to be multiplied: float32 `rows` [T, m], or if they are [0, m], the rest.
 
-    codes: uint8 [T, terms, m]. factors: float32 [T], to be multiplied into the rows of a product.
+    leading: float32 [T, l], the first columns in units of `factors`. codes: the others, uint8
+    [T, terms, m - l]. factors: float32 [T], to be multiplied into the rows of a product.
     """
 
     rows: Floats
+    leading: Floats
     codes: Bytes
     factors: Floats
 
     def part(self, rows: slice) -> Operand:
         """Views of some rows."""
-        return Operand(self.rows[rows], self.codes[rows], self.factors[rows])
+        return Operand(self.rows[rows], self.leading[rows], self.codes[rows], self.factors[rows])
 
 
 class Product(Protocol):
-    """One direction of one section. Immutable: any number of threads may call it at once."""
+    """One matrix. Immutable: any number of threads may call it at once."""
 
     @property
     def nbytes(self) -> int:
@@ -67,12 +67,12 @@ class Product(Protocol):
         """Room for so many rows."""
         ...
 
-    def of(self, operand: Operand) -> torch.Tensor:
-        """float32 [T, n], without the operand's factors."""
+    def operand(self, rows: Floats) -> Operand:
+        """Of float32 [T, m]."""
         ...
 
-    def of_rows(self, rows: Floats) -> tuple[torch.Tensor, Floats]:
-        """Of float32 [T, m]: float32 [T, n], and the factors that its rows lack."""
+    def of(self, operand: Operand) -> torch.Tensor:
+        """float32 [T, n], without the operand's factors."""
         ...
 
 
@@ -87,21 +87,22 @@ class Float32Product:
         return self._matrix.nbytes
 
     def empty(self, tokens: int) -> Operand:
-        shape = (tokens, len(self._matrix))
-        no_codes = np.empty((tokens, 0, shape[1]), np.uint8)
-        return Operand(np.empty(shape, np.float32), no_codes, np.ones(tokens, np.float32))
+        return self.operand(np.empty((tokens, len(self._matrix)), np.float32))
+
+    def operand(self, rows: Floats) -> Operand:
+        tokens, columns = rows.shape
+        codes = np.empty((tokens, 0, columns), np.uint8)
+        nothing = np.empty((tokens, 0), np.float32)
+        return Operand(rows, nothing, codes, np.ones(tokens, np.float32))
 
     def of(self, operand: Operand) -> torch.Tensor:
         return torch.from_numpy(operand.rows) @ self._matrix
-
-    def of_rows(self, rows: Floats) -> tuple[torch.Tensor, Floats]:
-        return torch.from_numpy(rows) @ self._matrix, np.ones(len(rows), np.float32)
 
 
 class Int8Product:
     """rows @ matrix with both rounded to 8 bits.
 
-    terms: 1 or 2, of a row. leading: so many first columns of `of_rows` are multiplied in float32.
+    terms: 1 or 2, of a row. leading: so many first columns of rows are multiplied in float32.
     """
 
     def __init__(self, matrix: torch.Tensor, terms: int, leading: int = 0) -> None:
@@ -122,9 +123,19 @@ class Int8Product:
         return self._bytes + self._leading.nbytes + self._steps.nbytes + self._zeros.nbytes
 
     def empty(self, tokens: int) -> Operand:
-        codes = np.empty((tokens, self._terms, self._columns), np.uint8)
-        no_rows = np.empty((0, self._columns), np.float32)
-        return Operand(no_rows, codes, np.empty(tokens, np.float32))
+        return Operand(
+            np.empty((0, self._columns), np.float32),
+            np.empty((tokens, len(self._leading)), np.float32),
+            np.empty((tokens, self._terms, self._columns), np.uint8),
+            np.empty(tokens, np.float32),
+        )
+
+    def operand(self, rows: Floats) -> Operand:
+        operand = self.empty(len(rows))
+        leading = len(self._leading)
+        to_int8(rows, leading, operand.codes, operand.factors)
+        np.divide(rows[:, :leading], operand.factors[:, None], out=operand.leading)
+        return operand
 
     def of(self, operand: Operand) -> torch.Tensor:
         product: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
@@ -142,18 +153,9 @@ class Int8Product:
             [],
             "",
         )
-        if self._terms == 1:
-            return product
-        first, second = product.view(len(operand.codes), 2, -1).unbind(1)
-        return torch.add(first, second, alpha=1 / SECOND_TERM)
-
-    def of_rows(self, rows: Floats) -> tuple[torch.Tensor, Floats]:
-        operand = self.empty(len(rows))
-        leading = len(self._leading)
-        to_int8(rows, leading, operand.codes, operand.factors)
-        product = self.of(operand)
-        if leading:
-            # The rest is in units of the factors.
-            units = rows[:, :leading] / operand.factors[:, None]
-            product.addmm_(torch.from_numpy(units), self._leading)
-        return product, operand.factors
+        if self._terms == 2:
+            first, second = product.view(len(operand.codes), 2, -1).unbind(1)
+            product = torch.add(first, second, alpha=1 / SECOND_TERM)
+        if len(self._leading):
+            product.addmm_(torch.from_numpy(operand.leading), self._leading)
+        return product

@@ -11,11 +11,9 @@ from kvtc_vllm.codec.artifact import SectionBasis
 from kvtc_vllm.codec.cpu.bits import float_of
 from kvtc_vllm.codec.cpu.coding import decode_groups, encode_groups
 from kvtc_vllm.codec.cpu.products import (
-    LEADING,
     Float32Product,
     Int8Product,
     Product,
-    has_int8_products,
     terms_for,
 )
 from kvtc_vllm.codec.cpu.rows import Floats, largest_bits, scale_rows
@@ -24,6 +22,8 @@ from kvtc_vllm.codec.payload import batches, bit_plan, payload_length, stream_le
 from kvtc_vllm.codec.quantizers.base import FP16_MAX
 from kvtc_vllm.codec.quantizers.fp8 import E4M3_VALUES
 
+COLUMNS_PER_LEADING = 64
+"""Columns per one that stays float32 where rows are restored: the first are far larger."""
 _E4M3 = E4M3_VALUES.numpy()
 
 
@@ -34,10 +34,10 @@ class FastSection:
     call it at once.
     """
 
-    def __init__(self, section: SectionBasis, ratio: float) -> None:
+    def __init__(self, section: SectionBasis, ratio: float, int8: bool) -> None:
         self.plan = bit_plan(section, ratio)
         self.mean = section.mean.to("cpu", torch.float32).contiguous().numpy()
-        self.terms = terms_for(self.plan.expected_error) if has_int8_products() else 0
+        self.terms = terms_for(self.plan.expected_error) if int8 else 0
         stored = [
             (start, batch.size, batch.quantizer.bits)
             for batch in batches(self.plan)
@@ -51,7 +51,9 @@ class FastSection:
         basis = section.basis[:, : self.plan.rank].to("cpu", torch.float32)
         weights = 1.0 if section.weights is None else section.weights.to("cpu").unsqueeze(1)
         self.forward = self._product(basis * weights, 0)
-        self.inverse = self._product((basis[:, columns] / weights).T, LEADING)
+        inverse = (basis[:, columns] / weights).T
+        leading = self.live // COLUMNS_PER_LEADING
+        self.inverse = self._product(inverse, leading)
 
     @property
     def nbytes(self) -> int:
@@ -78,6 +80,8 @@ class FastSection:
 
         Raises ContainerError("bounds") as `BitPlan.decode` does.
         """
+        if not payload:
+            return
         decode_groups(np.frombuffer(payload, np.uint8), self._live_groups, _E4M3, out)
         if not float_of(largest_bits(out.reshape(-1).view(np.uint32))) < math.inf:
             raise ContainerError("bounds", "a decoded coefficient is not finite")
@@ -85,4 +89,4 @@ class FastSection:
     def _product(self, matrix: torch.Tensor, leading: int) -> Product:
         if not self.terms or matrix.numel() == 0:
             return Float32Product(matrix)
-        return Int8Product(matrix, self.terms, min(leading, len(matrix) - 1))
+        return Int8Product(matrix, self.terms, leading)
