@@ -2,8 +2,8 @@
 
 `CpuKvtcCodec` in `codec` is the reference's twin: it writes and reads the same blobs. `coding` does
 what quantisers, packing and payload do, bit for bit; `rows` does RoPE, mean and casts; `products`
-gives the coefficients, in a precision that the plan allows. All but this module import numba, so
-they are imported late: vLLM 0.32 for CPU does not start in a process that imported numba before it.
+gives the coefficients, in a precision that the plan allows. All but this module import numba, which
+takes a second and may be missing, so they are imported late.
 """
 
 from __future__ import annotations

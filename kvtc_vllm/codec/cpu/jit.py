@@ -16,4 +16,18 @@ def jit(function: Callable[P, R]) -> Callable[P, R]:
     """
     import numba
 
-    return cast(Callable[P, R], numba.njit(function, cache=True, nogil=True, boundscheck=False))
+    _let_vllm_scan()
+    return cast(Callable[P, R], numba.njit(function, cache=True, nogil=True))
+
+
+def _let_vllm_scan() -> None:
+    """Let vLLM start in a process that has imported numba.
+
+    vLLM 0.32 for CPU asks everything in every module for its `__dict__`. llvmlite's library object
+    makes a C function of whatever it is asked for, and vLLM stops at one without `get`.
+    """
+    from llvmlite.binding import ffi
+
+    functions = getattr(ffi.lib, "_fntab", None)
+    if isinstance(functions, dict):
+        functions.setdefault("__dict__", {})
