@@ -89,7 +89,7 @@ class CpuKvtcCodec(KvtcCodec):
     @property
     def arithmetic(self) -> str:
         """How products are computed at the codec's ratio, in words."""
-        terms = {section.terms for section in self._fast_sections(self.ratio).values()}
+        terms = {section.terms for section in self.sections(self.ratio).values()}
         names = {0: "float32", 1: "int8", 2: "int8 in two terms"}
         return "compiled loops, products of " + " and ".join(names[t] for t in sorted(terms))
 
@@ -137,11 +137,11 @@ class CpuKvtcCodec(KvtcCodec):
             sizes = [(i, n.header.tokens) for i, n in verified.items() if n.header.ratio == ratio]
             for tile in _tiles(sizes):
                 blobs = {i: (verified[i], memoryview(chunks[i].blob)) for i in tile}
-                results |= self._decode_tile(blobs, self._fast_sections(ratio))
+                results |= self._decode_tile(blobs, self.sections(ratio))
         return [results[i] for i in range(len(chunks))]
 
     def _groups(self, info: ContainerInfo, blob: memoryview) -> Iterator[DecodedGroup]:
-        sections = self._fast_sections(info.header.ratio)
+        sections = self.sections(info.header.ratio)
         chunk = self._decode_tile({0: (info, blob)}, sections)[0]
         if isinstance(chunk, ContainerError):
             raise chunk
@@ -161,7 +161,7 @@ class CpuKvtcCodec(KvtcCodec):
             exact = [self._sink_section(chunk.k[:sinks], chunk.v[:sinks])] if sinks else []
             written[i] = exact
         spans = self._spans([(i, chunks[i].start, chunks[i].k.shape[0]) for i in written])
-        for key, section in self._fast_sections(self.ratio).items() if spans else ():
+        for key, section in self.sections(self.ratio).items() if spans else ():
             group, kind = key
             operand = section.forward.empty(spans[-1].rows.stop)
             for span in spans:
@@ -328,8 +328,8 @@ class CpuKvtcCodec(KvtcCodec):
                 row += end - first
         return found
 
-    def _fast_sections(self, ratio: float) -> dict[tuple[int, Kind], FastSection]:
-        """In the order of a blob's sections. Made when first asked for."""
+    def sections(self, ratio: float) -> dict[tuple[int, Kind], FastSection]:
+        """At one of the artifact's ratios, as a blob has them. Made when first asked for."""
         with self._lock:
             if ratio not in self._fast:
                 self._fast[ratio] = {
