@@ -37,7 +37,7 @@ PARTS = (
         "tensors -> bytes -> tensors: RoPE, transform, quantisers, bit allocation, packing, "
         "entropy coders, container. Pure functions of (artifact, rows, positions)",
         "",
-        "isal, numpy, torch, xxhash",
+        "isal, llvmlite, numba, numpy, torch, xxhash",
     ),
     Part(
         "codec/kernels",

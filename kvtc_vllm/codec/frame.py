@@ -98,15 +98,8 @@ class TransformCodec(ChunkCodec):
     def encode(self, k: torch.Tensor, v: torch.Tensor, start: int, key: bytes = b"") -> bytes:
         self._check_tensors(k, v, start)
         k, v = k.to(self.device), v.to(self.device)
-        if not (magnitude(k) < math.inf and magnitude(v) < math.inf):
-            raise CodecError("non_finite", NON_FINITE)
+        self._check_values(k, v, start)
         tokens = k.shape[0]
-        if start + tokens > self._max_position:
-            raise CodecError(
-                "position",
-                f"positions up to {start + tokens - 1} are outside the RoPE table "
-                f"of {self._max_position}",
-            )
         sinks = self._sinks(start, tokens)
         sections: list[NewSection] = []
         if sinks:
@@ -129,6 +122,21 @@ class TransformCodec(ChunkCodec):
                 )
         header = self._new_header(tokens, start, sinks, self.ratio, self.artifact.fingerprint, key)
         return build(header, sections)
+
+    def _check_values(self, k: torch.Tensor, v: torch.Tensor, start: int) -> None:
+        """Raise CodecError for NaN and infinity, and for positions outside the RoPE table."""
+        if not (self._magnitude(k) < math.inf and self._magnitude(v) < math.inf):
+            raise CodecError("non_finite", NON_FINITE)
+        last = start + k.shape[0] - 1
+        if last >= self._max_position:
+            raise CodecError(
+                "position",
+                f"positions up to {last} are outside the RoPE table of {self._max_position}",
+            )
+
+    def _magnitude(self, x: torch.Tensor) -> float:
+        """As `magnitude`."""
+        return magnitude(x)
 
     def max_blob_bytes(self, tokens: int) -> int:
         def coded_bytes(coded: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import get_args, get_type_hints
 
 import pytest
@@ -13,8 +14,13 @@ from tests.codec.contract import CONTRACT
 
 
 @pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "reference"])
 @pytest.mark.parametrize("promise", CONTRACT, ids=lambda promise: promise.__name__)
-def test_contract(name: str, promise: Callable[[str], None]) -> None:
+def test_contract(
+    name: str, promise: Callable[[str], None], fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not fast:
+        monkeypatch.setitem(CODECS, name, replace(CODECS[name], fast=None))
     promise(name)
 
 
