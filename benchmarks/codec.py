@@ -61,7 +61,15 @@ def main() -> None:
         rows = probe_rows(args.artifact, args.rows)
     ratios = wanted or rows.artifact.ratios()
     result: dict[str, Any] = {
-        "command": "python -m benchmarks.codec" + (" --stages" if args.stages else ""),
+        "command": " ".join(
+            [
+                "python -m benchmarks.codec",
+                *(["--artifact DIR"] if args.artifact else []),
+                *(["--power-law"] if args.power_law else []),
+                *(["--stages"] if args.stages else []),
+                *([f"--ratios {args.ratios}"] if args.ratios else []),
+            ]
+        ),
         "rows_of": rows.source,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, 1 used",
         "versions": {p: version(p) for p in ("kvtc-vllm", "torch", "numba", "isal")},

@@ -22,7 +22,7 @@ from kvtc_vllm.codec.base import (
     read_section,
 )
 from kvtc_vllm.codec.container import NO_FINGERPRINT, ContainerInfo, Header, NewSection, build
-from kvtc_vllm.codec.cpu.products import Operand, has_int8_products
+from kvtc_vllm.codec.cpu.products import Operand
 from kvtc_vllm.codec.cpu.rotation import Rotation
 from kvtc_vllm.codec.cpu.rows import Elements, Floats, centre, largest_bits16, uncentre
 from kvtc_vllm.codec.cpu.section import FastSection
@@ -58,8 +58,8 @@ class CpuKvtcCodec(KvtcCodec):
     are off by what `products` says. Compiles when it is made, for seconds if numba's cache is cold.
     Any number of threads may call it at once; it starts none of its own.
 
-    int8: whether products may be of int8 where a plan hides their rounding; None: if the CPU is
-    fast at them.
+    int8: whether products are of int8 where a plan hides their rounding; None: where the CPU is
+    fast at them and the matrix is large enough to gain.
     """
 
     batch: ClassVar[int] = 4
@@ -78,7 +78,7 @@ class CpuKvtcCodec(KvtcCodec):
             raise ValueError(f"device is {device}; this codec runs on a cpu")
         # Bases as they are in the artifact: those that products take are made from them.
         super().__init__(artifact, ratio, dtype, identity, deflate_level, operand=torch.float16)
-        self._int8 = has_int8_products() if int8 is None else int8
+        self._int8 = int8
         self._lock = threading.Lock()
         self._fast: dict[float, dict[tuple[int, Kind], FastSection]] = {}
         groups = range(len(self.geometry.layer_groups))

@@ -10,14 +10,19 @@ R = TypeVar("R")
 
 
 def jit(function: Callable[P, R]) -> Callable[P, R]:
-    """Compile at the first call; without the GIL, kept in numba's cache directory.
+    """Compile at the first call; without the GIL, kept in numba's cache directory if there is one.
 
     Without fast-math, so that every float32 operation is rounded as written.
     """
     import numba
 
     _let_vllm_scan()
-    return cast(Callable[P, R], numba.njit(function, cache=True, nogil=True))
+    try:
+        compiled = numba.njit(function, cache=True, nogil=True)
+    except RuntimeError:
+        # No directory that numba could keep it in can be written; every process compiles.
+        compiled = numba.njit(function, nogil=True)
+    return cast(Callable[P, R], compiled)
 
 
 def _let_vllm_scan() -> None:

@@ -34,7 +34,9 @@ def terms_for(expected_error: float) -> int:
 
 def has_int8_products() -> bool:
     """Whether this CPU has instructions that multiply int8 without saturating in between."""
-    return bool(torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported())
+    instructions = torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()
+    onednn: Any = torch.backends.mkldnn
+    return bool(instructions and onednn.is_available())
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from kvtc_vllm.codec.cpu.products import (
     Float32Product,
     Int8Product,
     Product,
+    has_int8_products,
     terms_for,
 )
 from kvtc_vllm.codec.cpu.rows import Floats, largest_bits, scale_rows
@@ -22,6 +23,8 @@ from kvtc_vllm.codec.payload import batches, bit_plan, payload_length, stream_le
 from kvtc_vllm.codec.quantizers.base import FP16_MAX
 from kvtc_vllm.codec.quantizers.fp8 import E4M3_VALUES
 
+LEAST_INT8_SIZE = 1 << 17
+"""Elements of a matrix below which rounding rows takes what the product gains."""
 COLUMNS_PER_LEADING = 64
 """Columns per one that stays float32 where rows are restored: the first are far larger."""
 _E4M3 = E4M3_VALUES.numpy()
@@ -30,14 +33,16 @@ _E4M3 = E4M3_VALUES.numpy()
 class FastSection:
     """Coefficients <-> payload bit for bit as `BitPlan`'s; rows <-> coefficients nearly so.
 
-    terms: of the int8 products, 0 for products of float32. Immutable: any number of threads may
-    call it at once.
+    int8: see `CpuKvtcCodec`. terms: of the int8 products, 0 for products of float32. Immutable:
+    any number of threads may call it at once.
     """
 
-    def __init__(self, section: SectionBasis, ratio: float, int8: bool) -> None:
+    def __init__(self, section: SectionBasis, ratio: float, int8: bool | None) -> None:
         self.plan = bit_plan(section, ratio)
         self.mean = section.mean.to("cpu", torch.float32).contiguous().numpy()
-        self.terms = terms_for(self.plan.expected_error) if int8 else 0
+        size = section.basis.shape[0] * self.plan.rank
+        use_int8 = has_int8_products() and size >= LEAST_INT8_SIZE if int8 is None else int8
+        self.terms = terms_for(self.plan.expected_error) if use_int8 else 0
         stored = [
             (start, batch.size, batch.quantizer.bits)
             for batch in batches(self.plan)

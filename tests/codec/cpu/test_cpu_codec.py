@@ -285,6 +285,12 @@ def test_golden_blobs(golden):
     assert distance(found.v, wanted.v) < limit
 
 
+def test_small_matrices_stay_float32_unless_asked(artifact):
+    """They would gain nothing; 64 features by some hundred columns are small."""
+    assert CpuKvtcCodec(artifact, 16.0, torch.bfloat16).arithmetic.endswith(" of float32")
+    assert CpuKvtcCodec(artifact, 16.0, torch.bfloat16, int8=True).arithmetic.endswith(" of int8")
+
+
 def test_what_opens_codecs_takes_it_where_it_runs(artifact, monkeypatch, caplog):
     def opened(**changes: object) -> type[ChunkCodec]:
         return type(open_codec("kvtc", torch.bfloat16, artifact=artifact, ratio=16.0, **changes))
