@@ -23,7 +23,7 @@ def changed(fit: RankFit, **changes: Any) -> RankArtifact:
 
 
 def test_good_artifact_passes(fit: RankFit) -> None:
-    check_artifact(fit.artifact)
+    assert check_artifact(fit.artifact) is None  # type: ignore[func-returns-value]
 
 
 def test_heldout_error_far_above_the_predicted(fit: RankFit) -> None:
