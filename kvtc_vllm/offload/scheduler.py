@@ -233,7 +233,7 @@ class KVTCScheduler:
         )
 
     def apply_report(self, report: WorkerReport | None, finished_loads: set[str] | None) -> None:
-        """Results of a step: sizes, failures, finished loads."""
+        """Take over the results of a step: sizes, failures, finished loads."""
         if report is not None:
             self._load_policy.step_ended(report.step)
         if report is not None and report.epoch == self._epoch:
@@ -262,14 +262,14 @@ class KVTCScheduler:
             self.index.unpin(self._loads.end(request_id))
 
     def _take_naming(self, step: int, other_weights: bool) -> None:
-        """Workers have made the names of this epoch, in `step`."""
+        """Count the names of this epoch as made, in `step`."""
         if other_weights:
             self._stats.add("weight_changes")
             self._requests.take_change(step)
         self._requests.freshness.prove()
 
     def _take_change(self, step: int) -> None:
-        """The weights were found to be others, first in `step`: all names are given up."""
+        """Give up all names: the weights were found to be others, first in `step`."""
         self._requests.take_change(step)
         self._requests.start_again()
         self._begin_epoch()
@@ -281,12 +281,12 @@ class KVTCScheduler:
         return seen
 
     def restore(self, inventories: Mapping[int, Sequence[tuple[RecordKey, int]]]) -> None:
-        """What workers found on disk when they started, by rank."""
+        """Take over what workers found on disk when they started, by rank."""
         if self.disk is not None:
             self.disk.restore(inventories)
 
     def finish(self, request: Request) -> None:
-        """The request ended; its prefix becomes the most recent, head last."""
+        """Make the prefix of a request that ended the most recent, head last."""
         if self._promotions is not None:
             self._promotions.forget(request.request_id)
         self._loads.forget(request)
