@@ -26,7 +26,7 @@ OLD_TESTS := tests/connector/test_contract.py tests/connector/test_restart.py \
 	tests/reliability/test_identity_matrix.py tests/reliability/test_hash_seeds.py \
 	tests/reliability/live/test_weight_updates.py tests/reliability/live/test_adapters.py
 
-.PHONY: help setup setup-old test test-old check soak demo clean
+.PHONY: help setup setup-old test test-old check soak demo demo-quick serving clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -60,8 +60,14 @@ check: setup  ## lint, format, types and the fast tests
 soak: setup  ## the long reliability tests, MINUTES=20; writes benchmarks/reliability/results.json
 	$(RUN) benchmarks.reliability.soak --minutes $(or $(MINUTES),20)
 
-demo: setup  ## from nothing to a compressed and reloaded KV cache, with figures
-	$(RUN) benchmarks.demo
+demo: setup  ## long chats with a public language model, evicted and reloaded; about 12 minutes
+	$(RUN) benchmarks.demo $(if $(MODEL),--model $(MODEL))
+
+demo-quick: setup  ## the same with a small stand-in model, without a download; some minutes
+	$(RUN) benchmarks.demo.quick
+
+serving: setup  ## time to first token of a return against recompute; writes build/serving.json
+	$(RUN) benchmarks.serving $(if $(MODEL),--model $(MODEL))
 
 clean:  ## removes environments, caches and builds
 	rm -rf $(VENV) $(VENV_OLD) $(VENV_LMCACHE) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache

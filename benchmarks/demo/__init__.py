@@ -1,1 +1,1 @@
-"""`make demo`: conversations evicted from vLLM's cache and reloaded through KVTC."""
+"""`make demo` and `make demo-quick`: conversations evicted from vLLM's cache and reloaded."""

@@ -1,86 +1,198 @@
-"""The project's main job, for real, on any machine.
+"""Long chats with a public language model, evicted from vLLM's cache and back, with figures.
 
-Serves the reference model four times with a paged cache too small for more than
-one conversation, and holds a dozen conversations round-robin, so that each
-returns to find its blocks evicted: without offload, with uncompressed offload
-and with KVTC at 8x and 16x, all under the same byte budget. Writes
-build/demo/report.json and build/demo/report.png.
+    python -m benchmarks.demo [--model DIR] [--chats 8] [--turns 3] [--out build/demo]
+
+Serves SmolLM2 135M Instruct with a paged cache for one conversation and holds eight conversations
+about pages of text round-robin, so that each returns to find its blocks evicted. Five times:
+without offload, with uncompressed offload that has room for everything, and under one byte
+budget that is a seventh of that: uncompressed, and with KVTC at 8x and 16x. All see the same
+prompts. Writes report.json, report.md (the README's table), report.png and answers.json. The
+first run calibrates an artifact and keeps it.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
+import os
 import platform
 import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
+from benchmarks.demo import documents
+from benchmarks.demo.artifact import describe, find_or_calibrate
 from benchmarks.demo.conversations import Answers, RunReport, hold, summarise
-from benchmarks.demo.report import plot, table
-from benchmarks.demo.server import serve
+from benchmarks.demo.report import markdown, plot, side_by_side, table
+from benchmarks.demo.server import end_on_sigterm, serve
+from benchmarks.models import ModelError, smollm2
+from kvtc_vllm.artifact.registry import user_registry
+from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.config import kv_transfer_config, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = ROOT / "tests" / "reference_model" / "model"
+CHATS, TURNS = 8, 3
+"""Some eight minutes on two CPU cores, of which two are the calibration."""
 BLOCK_SIZE = 32
-MAX_MODEL_LEN = 2048
+MAX_MODEL_LEN = 4096
 GPU_BLOCKS = MAX_MODEL_LEN // BLOCK_SIZE + 4
 """One conversation of the longest length, and little more."""
 
-RUNS = ("none", "raw", "kvtc-8x", "kvtc-16x")
+RECOMPUTE, ROOMY = "recompute", "raw, with room"
+RUNS = (RECOMPUTE, ROOMY, "raw", "kvtc-8x", "kvtc-16x")
+RATIOS = (8.0, 16.0)
+ROOM = "8GiB"
+BUDGET_SHARE = 7
+"""The budget is what all conversations take uncompressed over this: one of eight fits
+uncompressed, and all fit at a real ratio above it."""
+BUDGET_UNIT = 1 << 20
+SAMPLE_CHAT = 0
+"""The conversation whose last answers are printed side by side."""
+SAMPLE_RUNS = (RECOMPUTE, "kvtc-8x", "kvtc-16x")
 
 
 def main() -> int:
     """Run the demo; exit status 0 if every run's counters agree."""
     parser = argparse.ArgumentParser(prog="benchmarks.demo", description=__doc__)
-    parser.add_argument("--chats", type=int, default=12)
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--budget", default="12MiB", help="byte budget of every run's tier")
-    parser.add_argument("--runs", default=",".join(RUNS), help="none, or names of presets")
+    parser.add_argument("--model", type=Path, help="directory to serve (default: SmolLM2 135M)")
+    parser.add_argument("--chats", type=int, default=CHATS)
+    parser.add_argument("--turns", type=int, default=TURNS)
+    parser.add_argument("--registry", type=Path, default=user_registry(), help="of the artifact")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "demo")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    chats = _chats(args.chats, args.turns)
-    reports: dict[str, RunReport] = {}
-    reference: Answers | None = None
-    for name in args.runs.split(","):
-        offload = name != "none"
-        # Without the gate and the encoder's limit: on two CPU cores a small model's prefill may
-        # well be faster than decoding, and little dearer than encoding.
-        extra = {
-            "preset": name if offload else "raw",
-            "memory_bytes": args.budget,
-            "load_gate": False,
-            "encode_share": 1,
-        }
-        config = load_config(extra)
-        print(f"[{name}] starting vllm serve ...", flush=True)
-        with serve(
-            MODEL, _arguments(extra if offload else None), args.out / f"{name}.log"
-        ) as server:
-            run = hold(server, chats, reference, name)
-        reference = reference or run.answers
-        reports[name] = summarise(
-            run, reference, args.chats, config.window, config.chunk_tokens, config.memory_capacity
-        )
-    seconds = time.monotonic() - started
-    print("\n" + table(reports, args.chats))
-    _write(args.out, reports, seconds)
-    print(f"\n{args.out / 'report.json'}\n{args.out / 'report.png'}\n{seconds:.0f} s")
+    end_on_sigterm()
+    try:
+        chats = documents.chats(args.chats, args.turns)
+        report = Demo(args.out).run(args.model, args.registry, chats)
+    except (ArtifactError, ModelError, RuntimeError, ValueError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+    print(report)
     return 0
 
 
-def _chats(count: int, turns: int) -> list[list[str]]:
-    # The data builder is a folder of scripts beside the model, not a package.
-    sys.path.insert(0, str(MODEL.parent))
-    data = importlib.import_module("data")
-    return list(data.conversations(seed=11, n=count, turns=turns))
+class Demo:
+    """One run of the demo. out: directory for logs and report, made if need be."""
+
+    def __init__(self, out: Path) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self._out = out
+        self._reports: dict[str, RunReport] = {}
+        self._answers: dict[str, Answers] = {}
+        self._contexts: tuple[int, int] = (0, 0)
+        self._seconds: dict[str, float] = {}
+
+    def run(self, model: Path | None, registry: Path, chats: list[list[str]]) -> str:
+        """Hold the conversations in every run; returns what to print.
+
+        Raises ModelError or ArtifactError if there is no model, RuntimeError if a server or the
+        calibration fails or the counters of a run disagree, ValueError if the text to calibrate
+        on is missing.
+        """
+        load = os.getloadavg()[0]
+        started = time.monotonic()
+        model = (model or smollm2()).absolute()
+        started = self._took("model", started)
+        log = self._out / "calibration.log"
+        artifact = find_or_calibrate(model, RATIOS, registry, log)
+        started = self._took("artifact", started)
+        print(describe(artifact), flush=True)
+        budget: int | str = ROOM
+        for name in RUNS:
+            self._hold(name, model, artifact, budget, chats)
+            started = self._took(name, started)
+            if name == ROOMY:
+                budget = _budget(self._reports[name].raw_bytes)
+        content: dict[str, Any] = {
+            "model": model.name,
+            "runs": msgspec.to_builtins(self._reports),
+            "sample": self._sample(chats),
+            "conversations": len(chats),
+            "context_tokens": self._contexts,
+            "calibration": describe(artifact),
+            "seconds": {name: round(spent, 1) for name, spent in self._seconds.items()},
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {load:.1f} at start",
+            "versions": {
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("kvtc-vllm", "vllm", "torch")},
+            },
+        }
+        (self._out / "report.json").write_text(json.dumps(content, indent=1) + "\n")
+        (self._out / "answers.json").write_text(json.dumps(self._answers, indent=1) + "\n")
+        readme = markdown(self._reports, len(chats), RECOMPUTE)
+        (self._out / "report.md").write_text(readme + "\n")
+        plot(self._reports, len(chats), RECOMPUTE, self._out / "report.png")
+        return "\n".join(
+            [
+                "",
+                table(self._reports, len(chats), RECOMPUTE),
+                "",
+                side_by_side(content["sample"]),
+                "",
+                f"seconds: {', '.join(f'{k} {v:.0f}' for k, v in self._seconds.items())}",
+                f"{self._out / 'report.json'}\n{self._out / 'report.png'}",
+            ]
+        )
+
+    def _hold(
+        self, name: str, model: Path, artifact: Path, budget: int | str, chats: list[list[str]]
+    ) -> None:
+        extra = _extra(name, artifact, budget)
+        config = load_config(extra)
+        print(f"[{name}] starting vllm serve ...", flush=True)
+        log = self._out / f"{name.replace(', ', '-').replace(' ', '-')}.log"
+        arguments = _arguments(None if name == RECOMPUTE else extra)
+        with serve(model, arguments, log) as server:
+            run = hold(server, chats, self._answers.get(RECOMPUTE), name, documents.SYSTEM)
+        lengths = [turn.prompt_tokens for turn in run.turns]
+        self._contexts = (min(lengths), max(lengths))
+        self._answers[name] = run.answers
+        self._reports[name] = summarise(
+            run,
+            self._answers[RECOMPUTE],
+            len(chats),
+            config.window,
+            config.chunk_tokens,
+            config.memory_capacity,
+        )
+
+    def _sample(self, chats: list[list[str]]) -> dict[str, Any]:
+        return {
+            "page": documents.TOPICS[SAMPLE_CHAT].page,
+            "question": chats[SAMPLE_CHAT][-1],
+            "answers": {name: self._answers[name][SAMPLE_CHAT][-1] for name in SAMPLE_RUNS},
+        }
+
+    def _took(self, phase: str, started: float) -> float:
+        now = time.monotonic()
+        self._seconds[phase] = now - started
+        return now
+
+
+def _extra(name: str, artifact: Path, budget: int | str) -> dict[str, object]:
+    """The connector's configuration in a run; that of `RECOMPUTE` is only used to count.
+
+    Without the gate and the encoder's limit: on two CPU cores a small model's prefill may well
+    be faster than decoding, and little dearer than encoding.
+    """
+    preset = name if name.startswith("kvtc") else "raw"
+    extra: dict[str, object] = {
+        "preset": preset,
+        "memory_bytes": budget,
+        "load_gate": False,
+        "encode_share": 1,
+    }
+    if preset != "raw":
+        extra["artifact"] = str(artifact)
+    return extra
+
+
+def _budget(raw_bytes: int) -> int:
+    return -(-raw_bytes // (BUDGET_SHARE * BUDGET_UNIT)) * BUDGET_UNIT
 
 
 def _arguments(extra: dict[str, object] | None) -> list[str]:
@@ -95,19 +207,6 @@ def _arguments(extra: dict[str, object] | None) -> list[str]:
     if extra is not None:
         arguments += ["--kv-transfer-config", json.dumps(kv_transfer_config(extra))]
     return arguments
-
-
-def _write(out: Path, reports: dict[str, RunReport], seconds: float) -> None:
-    content = {
-        "runs": msgspec.to_builtins(reports),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("kvtc-vllm", "vllm", "torch")},
-        },
-        "seconds": round(seconds, 1),
-    }
-    (out / "report.json").write_text(json.dumps(content, indent=1) + "\n")
-    plot(reports, out / "report.png")
 
 
 if __name__ == "__main__":

@@ -35,10 +35,13 @@ class RunReport(msgspec.Struct, kw_only=True):
     computed_tokens: of the prompts, by prefill. reloaded_tokens: from the tier.
     stored_bytes: held by the tier at the end, every header and sink counted;
     raw_bytes: the same KV uncompressed; ratio is their quotient. budget_bytes:
-    what the tier may hold. conversations_resident: how many last turns found
+    what the tier may hold. dropped_stores: chunks that were to be stored and were not.
+    conversations_resident: how many last turns found
     their past in the tier (see RESIDENT_SHARE). conversations_fit: how many of
     their mean size the budget holds at this ratio. TTFT is of returns: in a first
-    turn there is nothing to reload.
+    turn there is nothing to reload. answers_equal_fraction: answers that are those of the
+    reference run to the last character. words_equal_fraction: of its words, those before
+    the first difference of their answer.
     """
 
     prompt_tokens: int
@@ -53,6 +56,8 @@ class RunReport(msgspec.Struct, kw_only=True):
     ttft_mean_s: float
     ttft_p95_s: float
     answers_equal_fraction: float
+    words_equal_fraction: float
+    dropped_stores: int
 
 
 @dataclass
@@ -64,23 +69,26 @@ class Run:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-def hold(server: Server, chats: Chats, history: Answers | None, label: str) -> Run:
+def hold(
+    server: Server, chats: Chats, history: Answers | None, label: str, system: str | None = None
+) -> Run:
     """Ask all conversations turn by turn, round-robin.
 
-    history: answers to put into the prompts instead of this run's own, so that every
-    run sees the same prompts.
+    A question is asked when what was to be stored of the last one is stored, as if its reader
+    had taken some time. history: answers to put into the prompts instead of this run's own, so
+    that every run sees the same prompts. system: first message of every conversation.
     """
     run = Run(answers=[[] for _ in chats])
     # The first request pays for start-up work; too short to be stored.
     server.ask([{"role": "user", "content": "Hello."}], MAX_ANSWER_TOKENS)
-    before = server.metrics()
+    before = server.settle()
     turns = len(chats[0])
     with tqdm(total=turns * len(chats), desc=label) as bar:
         for turn in range(turns):
             for number, chat in enumerate(chats):
                 past = (history or run.answers)[number]
-                answer = server.ask(_messages(chat, past, turn), MAX_ANSWER_TOKENS)
-                after = server.metrics()
+                answer = server.ask(_messages(chat, past, turn, system), MAX_ANSWER_TOKENS)
+                after = server.settle()
                 run.answers[number].append(answer.text)
                 run.turns.append(
                     Turn(
@@ -125,11 +133,12 @@ def summarise(
     final_tokens = statistics.fmean(turn.prompt_tokens for turn in run.turns[-chats:])
     size = final_tokens * chunk_bytes / chunk_tokens / ratio if ratio else 0.0
     later = sorted(turn.ttft for turn in run.turns[chats:])
-    equal = [
-        ours == theirs
+    pairs = [
+        pair
         for mine, other in zip(run.answers, reference, strict=True)
-        for ours, theirs in zip(mine, other, strict=True)
+        for pair in zip(mine, other, strict=True)
     ]
+    words = sum(len(theirs.split()) for _, theirs in pairs)
     return RunReport(
         prompt_tokens=prompt,
         computed_tokens=prompt - reloaded - cached,
@@ -142,8 +151,20 @@ def summarise(
         conversations_resident=_resident(run.turns[-chats:], window, chunk_tokens),
         ttft_mean_s=statistics.fmean(later),
         ttft_p95_s=later[min(len(later) - 1, int(0.95 * len(later)))],
-        answers_equal_fraction=sum(equal) / len(equal),
+        answers_equal_fraction=sum(ours == theirs for ours, theirs in pairs) / len(pairs),
+        words_equal_fraction=sum(_words_equal(*pair) for pair in pairs) / max(1, words),
+        dropped_stores=round(run.metrics.get("vllm:kvtc_dropped_stores", 0)),
     )
+
+
+def _words_equal(ours: str, theirs: str) -> int:
+    """Words before the first difference."""
+    count = 0
+    for our_word, their_word in zip(ours.split(), theirs.split(), strict=False):
+        if our_word != their_word:
+            break
+        count += 1
+    return count
 
 
 def _resident(last: list[Turn], window: int, chunk_tokens: int) -> int:
@@ -163,8 +184,10 @@ def _grown(before: dict[str, float], after: dict[str, float], name: str) -> int:
     return round(after.get(name, 0.0) - before.get(name, 0.0))
 
 
-def _messages(chat: list[str], answers: list[str], turn: int) -> list[dict[str, str]]:
-    messages = []
+def _messages(
+    chat: list[str], answers: list[str], turn: int, system: str | None
+) -> list[dict[str, str]]:
+    messages = [] if system is None else [{"role": "system", "content": system}]
     for i in range(turn):
         messages.append({"role": "user", "content": chat[i]})
         messages.append({"role": "assistant", "content": answers[i]})

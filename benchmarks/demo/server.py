@@ -12,12 +12,14 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 START_SECONDS = 240
+REQUEST_SECONDS = 300
+SETTLE_SECONDS = 120
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -53,36 +55,80 @@ class Server:
                 urllib.request.urlopen(f"{self._base}/health", timeout=2).read()
                 return
             time.sleep(0.5)
-        tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-25:])
-        raise RuntimeError(f"vllm serve did not start; the end of {self._log}:\n{tail}")
+        raise RuntimeError(f"vllm serve did not start; {tail(self._log)}")
 
     def ask(self, messages: list[dict[str, str]], max_tokens: int) -> Answer:
-        """One greedy chat completion, streamed to time its first token."""
+        """One greedy chat completion. Raises RuntimeError with what the server says if it fails."""
+        return self._stream("chat/completions", {"messages": messages}, max_tokens)
+
+    def complete(self, token_ids: list[int], max_tokens: int) -> Answer:
+        """One greedy completion of a prompt of token ids. Raises RuntimeError as `ask` does."""
+        return self._stream("completions", {"prompt": token_ids, "ignore_eos": True}, max_tokens)
+
+    def _stream(self, route: str, body: dict[str, Any], max_tokens: int) -> Answer:
+        """One request, streamed to time its first token."""
         body = {
             "model": self._model,
-            "messages": messages,
             "max_tokens": max_tokens,
             "temperature": 0,
             "stream": True,
             "stream_options": {"include_usage": True},
+            **body,
         }
         request = urllib.request.Request(
-            f"{self._base}/v1/chat/completions",
+            f"{self._base}/v1/{route}",
             data=json.dumps(body).encode(),
             headers={"Content-Type": "application/json"},
         )
         started = time.perf_counter()
         ttft: float | None = None
         text, prompt_tokens = "", 0
-        with urllib.request.urlopen(request, timeout=300) as response:
-            for event in _events(response):
-                if event.get("choices"):
-                    ttft = ttft or time.perf_counter() - started
-                    text += event["choices"][0]["delta"].get("content") or ""
-                if event.get("usage"):
-                    prompt_tokens = event["usage"]["prompt_tokens"]
-        assert ttft is not None, "the stream held no choices"
+        try:
+            with urllib.request.urlopen(request, timeout=REQUEST_SECONDS) as response:
+                for event in _events(response):
+                    if event.get("choices"):
+                        ttft = ttft or time.perf_counter() - started
+                        choice = event["choices"][0]
+                        text += choice.get("text") or choice.get("delta", {}).get("content") or ""
+                    if event.get("usage"):
+                        prompt_tokens = event["usage"]["prompt_tokens"]
+        except urllib.error.HTTPError as error:
+            said = error.read().decode(errors="replace")
+            raise RuntimeError(f"/v1/{route} answered {error.code}: {said}") from error
+        if ttft is None:
+            raise RuntimeError(f"/v1/{route} answered without a token; {tail(self._log)}")
         return Answer(text, ttft, prompt_tokens)
+
+    def settle(self) -> dict[str, float]:
+        """Wait until all that was to be stored is stored; returns the metrics then.
+
+        Without a connector there is nothing to wait for. Raises RuntimeError if it takes more
+        than `SETTLE_SECONDS`.
+        """
+        deadline = time.monotonic() + SETTLE_SECONDS
+        calm = 0
+        while time.monotonic() < deadline:
+            metrics = self.metrics()
+            running = metrics.get("vllm:kvtc_tier_reserved_bytes", 0) - metrics.get(
+                "vllm:kvtc_tier_used_bytes", 0
+            )
+            calm = 0 if running else calm + 1
+            # Twice: the step that ended the last request may not be counted at once.
+            if calm == 2:
+                return metrics
+            time.sleep(0.05)
+        raise RuntimeError(f"stores did not end in {SETTLE_SECONDS} s; {tail(self._log)}")
+
+    def forget(self) -> None:
+        """Drop vLLM's own prefix cache, and nothing that the connector holds.
+
+        Needs `VLLM_SERVER_DEV_MODE=1` in the server's environment. Raises RuntimeError if it
+        does not succeed.
+        """
+        request = urllib.request.Request(f"{self._base}/reset_prefix_cache", method="POST")
+        with urllib.request.urlopen(request, timeout=REQUEST_SECONDS) as response:
+            if not json.loads(response.read())["success"]:
+                raise RuntimeError("vLLM did not reset its prefix cache: blocks are in use")
 
     def metrics(self) -> dict[str, float]:
         """Sums over labels of every sample on /metrics, without `_total`."""
@@ -97,6 +143,17 @@ class Server:
         return values
 
 
+def end_on_sigterm() -> None:
+    """Have SIGTERM end this process as an exception does, so that its servers are stopped too."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
+def tail(log: Path) -> str:
+    """The last lines of a log, to be shown with an error."""
+    lines = log.read_text(errors="replace").splitlines()[-25:]
+    return f"the end of {log}:\n" + "\n".join(lines)
+
+
 def _events(response: Any) -> Iterator[dict[str, Any]]:
     for line in response:
         data = line.decode().strip().removeprefix("data: ")
@@ -105,8 +162,14 @@ def _events(response: Any) -> Iterator[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def serve(model: Path, arguments: list[str], log: Path) -> Iterator[Server]:
-    """Run `vllm serve` for the length of the block; its output goes to `log`."""
+def serve(
+    model: Path, arguments: list[str], log: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[Server]:
+    """Run `vllm serve` for the length of the block; its output goes to `log`.
+
+    environment: variables beside `ENVIRONMENT`. Raises RuntimeError with the end of the log if
+    the server does not come up.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -117,7 +180,7 @@ def serve(model: Path, arguments: list[str], log: Path) -> Iterator[Server]:
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **ENVIRONMENT},
+            env={**os.environ, **ENVIRONMENT, **(environment or {})},
             start_new_session=True,
         )
         try:

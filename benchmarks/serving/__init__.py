@@ -1,0 +1,1 @@
+"""Time to first token of a prompt that comes back, against computing it again."""
