@@ -37,7 +37,7 @@ PARTS = (
         "tensors -> bytes -> tensors: RoPE, transform, quantisers, bit allocation, packing, "
         "entropy coders, container. Pure functions of (artifact, rows, positions)",
         "",
-        "isal, numpy, torch, xxhash",
+        "isal, llvmlite, numba, numpy, torch, xxhash",
     ),
     Part(
         "codec/kernels",
@@ -84,7 +84,7 @@ PARTS = (
     ),
     Part(
         "calibration",
-        "what only fitting needs: documents, capture, spool, PCA, fit, gate, writing, report",
+        "what only fitting needs: documents, capture, spool, PCA, fit, acceptance, writing, report",
         "codec, artifact, offload, connector",
         "datasets, matplotlib, msgspec, numpy, safetensors, torch, tqdm, vllm, xxhash",
     ),
@@ -103,7 +103,7 @@ PARTS = (
     ),
     Part(
         "cli",
-        "`kvtc calibrate`, `config`, `doctor`, `eval`, `gc`, `inspect`, `verify`",
+        "`kvtc calibrate`, `config`, `doctor`, `eval`, `fit`, `gc`, `inspect`, `verify`",
         "codec, tiers, tiers/disk, artifact, config, connector, calibration, lmcache, evaluation",
         "msgspec, torch, yaml",
     ),

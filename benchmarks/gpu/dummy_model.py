@@ -24,7 +24,7 @@ from torch import nn
 
 from benchmarks.gpu.models import Shape, synthetic_artifact
 from benchmarks.gpu.random_model import ModelShape
-from kvtc_vllm.artifact.card import ArtifactCard, DataCard, GeometryCard, save_card
+from kvtc_vllm.artifact.card import ArtifactCard, DataCard, save_card
 from kvtc_vllm.artifact.fingerprint import artifact_fingerprint
 from kvtc_vllm.artifact.identity import model_identity
 from kvtc_vllm.artifact.rank_file import PROBE_TOKENS, Probe, rank_file_name, write_rank_file
@@ -145,7 +145,7 @@ def _card(artifact: RankArtifact, model: Path, path: Path) -> ArtifactCard:
         fingerprints=(artifact.fingerprint.hex(),),
         rope_fingerprints=tuple(rope.fingerprint().hex() for rope in artifact.ropes),
         kv_dtype="bfloat16",
-        geometry=GeometryCard.of(artifact.geometry),
+        geometry=artifact.geometry,
         sink_tokens=artifact.sink_tokens,
         data=DataCard(files=(), tokens=0, train_tokens=0, heldout_tokens=PROBE_TOKENS, seed=0),
         ratios=artifact.ratios(),

@@ -14,40 +14,14 @@ FORMAT_VERSION = 1
 CARD_NAME = "card.json"
 
 
-class GeometryCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`kvtc_vllm.codec.artifact.Geometry` of one rank, as JSON."""
-
-    num_layers: int
-    num_kv_heads: int
-    head_size: int
-    head_size_v: int
-    layer_groups: tuple[tuple[int, int], ...]
-
-    @classmethod
-    def of(cls, geometry: Geometry) -> GeometryCard:
-        """The same numbers as a card."""
-        return cls(
-            num_layers=geometry.num_layers,
-            num_kv_heads=geometry.num_kv_heads,
-            head_size=geometry.head_size,
-            head_size_v=geometry.head_size_v,
-            layer_groups=geometry.layer_groups,
-        )
-
-    def geometry(self) -> Geometry:
-        """The same numbers as the codec's value. Raises ValueError for an impossible shape."""
-        sizes = (self.num_layers, self.num_kv_heads, self.head_size, self.head_size_v)
-        if min(sizes) < 1:
-            raise ValueError(f"geometry {sizes} has a size below 1")
-        return Geometry(*sizes, layer_groups=self.layer_groups)
-
-
 class DataCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What an artifact was fitted on.
 
-    files: names without directories. tokens: all tokens run through the
-    model. train_tokens, heldout_tokens: those sampled for the fit and for
-    measuring it. seed: of sampling and fitting.
+    files: names without directories.
+    tokens: all tokens that were run through the model.
+    train_tokens: those sampled for the fit.
+    heldout_tokens: those sampled for measuring it.
+    seed: of sampling and fitting.
     """
 
     files: tuple[str, ...]
@@ -58,7 +32,12 @@ class DataCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class ErrorCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Relative squared errors of one section at one ratio."""
+    """Relative squared errors of one section at one ratio.
+
+    ratio: target ratio.
+    predicted: on the rows that the plan was made for.
+    heldout: on rows that the fit has not seen.
+    """
 
     ratio: float
     predicted: float
@@ -66,7 +45,11 @@ class ErrorCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class SectionCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """K or V of one layer group on one rank."""
+    """K or V of one layer group on one rank.
+
+    row_size: elements per row. basis_rank: columns of the basis.
+    errors: one per ratio.
+    """
 
     rank: int
     group: int
@@ -79,14 +62,25 @@ class SectionCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 class ArtifactCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One artifact directory.
 
-    identity, config_fingerprint, weights_fingerprint: see
-    `kvtc_vllm.artifact.identity`. geometry: of one rank; all ranks have the
-    same. fingerprints: hex, one a rank, see
-    `kvtc_vllm.artifact.fingerprint`. rope_fingerprints: hex, one a table.
-    kv_dtype: cache dtype that was captured. size_bytes, checksums: rank file
-    name -> bytes, and hex of xxh3-128 of the whole file. created: UTC, ISO
-    8601. seconds: of fitting all ranks. key_share: see
-    `kvtc_vllm.calibration.fit.FitSettings`.
+    model_name: for people; artifacts are found by `identity`.
+    identity, config_fingerprint, weights_fingerprint: of the model, see
+    `kvtc_vllm.artifact.identity`.
+    tp_size: tensor-parallel ranks.
+    fingerprints: hex, one per rank, see `kvtc_vllm.artifact.fingerprint`.
+    rope_fingerprints: hex, one per RoPE table.
+    kv_dtype: cache dtype that was captured.
+    geometry: of one rank; all ranks have the same.
+    sink_tokens: first positions that are stored exactly.
+    data: what was fitted on.
+    ratios: target ratios, ascending.
+    sections: all sections of all ranks.
+    size_bytes: rank file name -> bytes.
+    checksums: rank file name -> hex of xxh3-128 of the whole file.
+    created: UTC, ISO 8601.
+    versions: package -> version that fitted.
+    method: how the basis was found, see `kvtc_vllm.calibration.pca`.
+    seconds: of fitting all ranks.
+    key_share: see `kvtc_vllm.calibration.fit.FitSettings`.
     """
 
     model_name: str
@@ -97,7 +91,7 @@ class ArtifactCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     fingerprints: tuple[str, ...]
     rope_fingerprints: tuple[str, ...]
     kv_dtype: str
-    geometry: GeometryCard
+    geometry: Geometry
     sink_tokens: int
     data: DataCard
     ratios: tuple[float, ...]
@@ -137,7 +131,6 @@ def load_card(directory: Path) -> ArtifactCard:
                 f"{path}: format_version is {version}, this program reads {FORMAT_VERSION}"
             )
         card = msgspec.json.decode(data, type=ArtifactCard)
-        card.geometry.geometry()
     except (msgspec.MsgspecError, ValueError) as error:
         raise ArtifactError(f"{path}: {error}") from error
     if not 0 <= card.sink_tokens <= MAX_SINK_TOKENS:

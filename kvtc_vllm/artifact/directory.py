@@ -35,7 +35,7 @@ def load_rank_artifact(directory: Path, rank: int) -> tuple[RankArtifact, Artifa
     artifact, probe = read_rank_file(path, rank, card.tp_size)
     for field, in_card, in_file in (
         ("fingerprints", card.fingerprints[rank], artifact.fingerprint.hex()),
-        ("geometry", card.geometry.geometry(), artifact.geometry),
+        ("geometry", card.geometry, artifact.geometry),
         ("sink_tokens", card.sink_tokens, artifact.sink_tokens),
         ("ratios", card.ratios, artifact.ratios()),
         ("rope_fingerprints", card.rope_fingerprints, rope_fingerprints(artifact)),
@@ -55,7 +55,7 @@ def checksum(path: Path) -> str:
 
 
 def rope_fingerprints(artifact: RankArtifact) -> tuple[str, ...]:
-    """Hex, one a table, as the card has them."""
+    """Hex, one per table, as the card has them."""
     return tuple(rope.fingerprint().hex() for rope in artifact.ropes)
 
 

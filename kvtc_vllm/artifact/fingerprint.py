@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
+from dataclasses import asdict
 
 import torch
 import xxhash
@@ -21,14 +22,7 @@ def artifact_fingerprint(
     output and are left out; RoPE tables belong to the run-time identity.
     """
     digest = xxhash.xxh3_128()
-    header = {
-        "num_layers": geometry.num_layers,
-        "num_kv_heads": geometry.num_kv_heads,
-        "head_size": geometry.head_size,
-        "head_size_v": geometry.head_size_v,
-        "layer_groups": [list(group) for group in geometry.layer_groups],
-        "sink_tokens": sink_tokens,
-    }
+    header = asdict(geometry) | {"sink_tokens": sink_tokens}
     digest.update(json.dumps(header, sort_keys=True).encode())
     for group in range(len(geometry.layer_groups)):
         for kind in KINDS:

@@ -30,7 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from kvtc_vllm.artifact.card import FORMAT_VERSION, GeometryCard
+from kvtc_vllm.artifact.card import FORMAT_VERSION
 from kvtc_vllm.artifact.fingerprint import artifact_fingerprint
 from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind, RankArtifact, SectionBasis
 from kvtc_vllm.codec.container import MAX_SINK_TOKENS
@@ -61,12 +61,21 @@ class Probe:
 
 
 class RankHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The part of a rank file that is not tensors. codec: not named for version 1, "kvtc"."""
+    """The part of a rank file that is not tensors.
+
+    rank, ranks: which of how many tensor-parallel ranks.
+    fingerprint: hex, see `kvtc_vllm.artifact.fingerprint`.
+    geometry: shape of the rank's cache.
+    sink_tokens: first positions that are stored exactly.
+    layer_rope: per layer the number of its table `rope{i}`, or None.
+    rope_neox: per table whether it rotates pairs (i, i + rotary / 2).
+    codec: not named for version 1, "kvtc".
+    """
 
     rank: int
     ranks: int
     fingerprint: str
-    geometry: GeometryCard
+    geometry: Geometry
     sink_tokens: int
     layer_rope: tuple[int | None, ...]
     rope_neox: tuple[bool, ...]
@@ -108,7 +117,7 @@ def write_rank_file(
         rank=rank,
         ranks=ranks,
         fingerprint=artifact.fingerprint.hex(),
-        geometry=GeometryCard.of(artifact.geometry),
+        geometry=artifact.geometry,
         sink_tokens=artifact.sink_tokens,
         layer_rope=artifact.layer_rope,
         rope_neox=tuple(rope.neox for rope in artifact.ropes),
@@ -181,7 +190,7 @@ class _RankReader:
         if spec is None or spec.rules is None:
             raise self._error("codec", f"is {codec!r}, whose artifacts this program does not know")
         rules = spec.rules
-        geometry = header.geometry.geometry()
+        geometry = header.geometry
         ropes = self._ropes(header, geometry)
         sections: dict[tuple[int, Kind], SectionBasis] = {
             (group, kind): self._section(geometry, group, kind, rules)
@@ -249,16 +258,6 @@ class _RankReader:
                     f"and at most the head size {geometry.head_size}",
                 )
             ropes.append(Rope(table, neox))
-        if len(header.layer_rope) != geometry.num_layers:
-            raise self._error(
-                "layer_rope",
-                f"has {len(header.layer_rope)} entries for {geometry.num_layers} layers",
-            )
-        for index in header.layer_rope:
-            if index is not None and not 0 <= index < len(ropes):
-                raise self._error(
-                    "layer_rope", f"names table {index}, but there are {len(ropes)} tables"
-                )
         return tuple(ropes)
 
     def _section(

@@ -138,7 +138,7 @@ def _explicit(directory: Path, wanted: Wanted) -> Path:
         reasons.remove(other_weights)
         logger.warning(
             "artifact %s was calibrated on other weights of the same architecture (%s); "
-            "its promised error may not hold",
+            "its held-out error may not hold",
             directory,
             card.model_name,
         )

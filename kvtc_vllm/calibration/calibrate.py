@@ -1,117 +1,132 @@
-"""Calibration from end to end: capture, fit every rank, gate, write."""
+"""Calibration from end to end: capture, or an earlier spool; fit every rank; accept; write."""
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
 
 from kvtc_vllm.artifact.card import DataCard
-from kvtc_vllm.artifact.identity import model_identity, public_model_name
-from kvtc_vllm.artifact.rank_file import Probe
-from kvtc_vllm.calibration.capture import CaptureResult, CaptureSettings, capture_rows
-from kvtc_vllm.calibration.fit import FitSettings, RankFit, estimate_bytes, fit_rank
+from kvtc_vllm.artifact.identity import ModelIdentity
+from kvtc_vllm.calibration.capture import CaptureSettings, capture_rows
+from kvtc_vllm.calibration.capture_record import CaptureRecord, find_record
+from kvtc_vllm.calibration.fit import RankFit, fit_rank
+from kvtc_vllm.calibration.fit_settings import FitSettings, estimate_fit
+from kvtc_vllm.calibration.progress import FitProgress
+from kvtc_vllm.calibration.shards import RankRows, rank_heads
 from kvtc_vllm.calibration.spool import SpoolReader
 from kvtc_vllm.calibration.writing import Description, write_artifact
+from kvtc_vllm.codec.errors import ArtifactError
+
+
+@dataclass(frozen=True)
+class ArtifactSettings:
+    """What to make of a spool.
+
+    ratios: target ratios, one plan each.
+    fit: how to fit.
+    tp: tensor-parallel size that will serve; None: as captured.
+    layers_per_group: layers coded together; None: all.
+    out: registry directory to write into.
+    name: directory of the artifact; None: see `writing.artifact_name`.
+    model_name: what to call the model on the card; None: as it was captured.
+    """
+
+    ratios: Sequence[float]
+    fit: FitSettings
+    tp: int | None = None
+    layers_per_group: int | None = None
+    out: str = "calibrations"
+    name: str | None = None
+    model_name: str | None = None
 
 
 def calibrate(
-    capture: CaptureSettings,
-    fit: FitSettings,
-    ratios: Sequence[float],
-    *,
-    out: str,
-    name: str | None = None,
-    model_name: str | None = None,
-    spool: str | None = None,
+    capture: CaptureSettings, settings: ArtifactSettings, *, spool: str | None = None
 ) -> Path:
-    """Fit an artifact and write it below the registry directory `out`.
+    """Fit an artifact and write it into a registry; returns its directory.
 
-    model_name: what to call the model on the card, if not as it was given.
-    spool: keep captured rows here instead of a temporary directory. Returns the
-    artifact's directory. Raises DataError for unreadable data, ArtifactError when
-    the reconstruction gate refuses the result; nothing is then written.
+    spool: keep captured rows here, and use those of an earlier run; None: a temporary directory.
+    Raises DataError for unreadable data, ArtifactError for a spool of other settings and for a
+    result that acceptance refuses; nothing is then written.
     """
     with _spool_directory(spool) as directory:
-        result = capture_rows(capture, directory)
-        fits: list[RankFit] = []
-        probes: list[Probe] = []
-        readers = [SpoolReader(directory / f"rank{rank}") for rank in range(capture.tp)]
-        for rank, reader in enumerate(readers):
-            fits.append(_fit(reader, rank, capture, fit, ratios))
-            probes.append(reader.probe())
-        description = _describe(capture, result, readers[0], model_name)
-    return write_artifact(Path(out), description, fits, probes, name=name)
+        capture_rows(capture, directory)
+        return fit_spool(directory, settings)
 
 
-def _fit(
-    reader: SpoolReader,
-    rank: int,
-    capture: CaptureSettings,
-    settings: FitSettings,
-    ratios: Sequence[float],
-) -> RankFit:
-    rows = reader.count(heldout=False)
-    peak = estimate_bytes(reader.geometry, rows, ratios, settings)
+def fit_spool(spool: Path, settings: ArtifactSettings) -> Path:
+    """Fit an artifact to a finished spool and write it; returns its directory.
+
+    Raises ArtifactError for a spool that is missing, unfinished or damaged, for KV heads that do
+    not divide among the ranks, and for a result that acceptance refuses.
+    """
+    record = find_record(spool)
+    if record is None:
+        raise ArtifactError(
+            f"{spool}: holds no finished capture; make one with: kvtc calibrate --spool {spool}"
+        )
+    readers = [SpoolReader(spool / f"rank{rank}") for rank in range(record.tp_size)]
+    # The same draws as `calibrate` from the beginning, hence the same artifact.
+    settings = replace(settings, fit=replace(settings.fit, seed=record.source.seed))
+    tp = record.tp_size if settings.tp is None else settings.tp
+    total = readers[0].header.total_kv_heads
+    sources = [RankRows(readers, tp, rank, settings.layers_per_group) for rank in range(tp)]
+    # Ranks that hold copies of one head have the same fit.
+    by_heads: dict[range, RankFit] = {}
+    fits = []
+    for rank, source in enumerate(sources):
+        heads = rank_heads(total, tp, rank)
+        if heads not in by_heads:
+            by_heads[heads] = _fit(source, rank, settings, record.source.sink_tokens)
+        fits.append(by_heads[heads])
+    return write_artifact(
+        Path(settings.out),
+        _describe(record, readers[0], settings.model_name),
+        fits,
+        [source.probe() for source in sources],
+        name=settings.name,
+    )
+
+
+def _fit(source: RankRows, rank: int, settings: ArtifactSettings, sink_tokens: int) -> RankFit:
+    rows = source.count(heldout=False)
+    estimate = estimate_fit(source.geometry, rows, settings.ratios, settings.fit)
+    sections = 2 * len(source.geometry.layer_groups)
+    where = "a GPU" if settings.fit.device.startswith("cuda") else "one core"
     print(
-        f"rank {rank}: fitting {2 * len(reader.geometry.layer_groups)} sections on {rows} rows, "
-        f"peak memory about {peak / 2**30:.2f} GiB on {settings.device} and host together"
+        f"rank {rank}: {sections} sections of {rows} rows by {'+'.join(estimate.solvers)}, "
+        f"peak memory about {estimate.peak_bytes / 2**30:.2f} GiB on {settings.fit.device} and "
+        f"host together, PCA about {estimate.pca_seconds / 60:.1f} min on {where}",
+        flush=True,
     )
-    progress = _Progress(rank)
-    result = fit_rank(
-        reader,
-        reader.geometry,
-        reader.ropes,
-        reader.layer_rope,
-        ratios,
-        sink_tokens=capture.sink_tokens,
-        settings=settings,
-        progress=progress,
-    )
-    progress.close()
-    return result
+    with FitProgress(rank) as progress:
+        return fit_rank(
+            source,
+            source.geometry,
+            source.ropes,
+            source.layer_rope,
+            settings.ratios,
+            sink_tokens=sink_tokens,
+            settings=settings.fit,
+            progress=progress,
+        )
 
 
-class _Progress:
-    """One bar for each section and stage of the fit."""
-
-    def __init__(self, rank: int) -> None:
-        self._rank = rank
-        self._bar: Any = None
-        self._shown = ""
-
-    def __call__(self, section: str, stage: str, done: int, total: int) -> None:
-        label = f"rank {self._rank} {section.upper()} {stage}"
-        if label != self._shown:
-            self.close()
-            self._bar, self._shown = tqdm(desc=label, total=total, mininterval=1.0), label
-        self._bar.update(done - self._bar.n)
-
-    def close(self) -> None:
-        """End the bar."""
-        if self._bar is not None:
-            self._bar.close()
-
-
-def _describe(
-    capture: CaptureSettings, result: CaptureResult, reader: SpoolReader, model_name: str | None
-) -> Description:
+def _describe(record: CaptureRecord, reader: SpoolReader, model_name: str | None) -> Description:
+    config, _, weights = record.source.model.partition("-")
     return Description(
-        model_name=model_name or public_model_name(capture.model),
-        identity=model_identity(result.model_path, result.revision),
+        model_name=model_name or record.model_name,
+        identity=ModelIdentity(config=config, weights=weights),
         kv_dtype=reader.header.dtype,
         data=DataCard(
-            files=tuple(
-                source if source.startswith("hf:") else Path(source).name for source in capture.data
-            ),
-            tokens=result.tokens,
+            files=record.files,
+            tokens=record.tokens_run,
             train_tokens=reader.count(heldout=False),
             heldout_tokens=reader.count(heldout=True),
-            seed=capture.seed,
+            seed=record.source.seed,
         ),
     )
 
@@ -119,7 +134,6 @@ def _describe(
 @contextlib.contextmanager
 def _spool_directory(spool: str | None) -> Iterator[Path]:
     if spool is not None:
-        Path(spool).mkdir(parents=True, exist_ok=True)
         yield Path(spool)
         return
     with tempfile.TemporaryDirectory(prefix="kvtc-spool-") as directory:

@@ -1,14 +1,26 @@
-"""Runs a model in vLLM and leaves its sampled KV rows in a spool; imports vLLM when called."""
+"""A spool of sampled KV rows: an earlier one, or a model run in vLLM, imported when called."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from kvtc_vllm.artifact.identity import model_directory, model_identity, public_model_name
+from kvtc_vllm.calibration.capture_record import (
+    CaptureRecord,
+    CaptureSource,
+    capturing,
+    check_same,
+    clear,
+    find_record,
+    save_record,
+    texts_fingerprint,
+    tokenizer_fingerprint,
+)
 from kvtc_vllm.calibration.documents import Document, Text, make_documents, read_texts
 
 PREFILL_FACTOR = 2
@@ -19,9 +31,15 @@ PREFILL_FACTOR = 2
 class CaptureSettings:
     """What to run.
 
-    tokens: rows to sample for the fit, sinks left out; held-out rows come on
-    top. max_len: longest document in tokens. engine: further arguments of
-    `vllm.LLM`.
+    model: directory or hub name.
+    data: as `documents.read_texts` takes them.
+    tokens: rows to sample for the fit, sinks left out; held-out rows come on top.
+    max_len: longest document in tokens.
+    tp: tensor-parallel size to run at; the spool serves others too.
+    sink_tokens: first positions of every document, which are left out.
+    heldout_fraction: of the documents, kept from the fit.
+    seed: of cutting and sampling.
+    engine: further arguments of `vllm.LLM`.
     """
 
     model: str
@@ -29,28 +47,69 @@ class CaptureSettings:
     tokens: int = 160_000
     max_len: int = 8192
     tp: int = 1
-    layers_per_group: int | None = None
     sink_tokens: int = 4
     heldout_fraction: float = 0.1
     seed: int = 0
     engine: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class CaptureResult:
-    """What was run. tokens: through the model. model_path, revision: as vLLM resolved them."""
+def capture_rows(
+    settings: CaptureSettings, spool: Path, say: Callable[[str], None] = print
+) -> CaptureRecord:
+    """Fill SPOOL/rank0 .. rank{tp-1}, or use a spool that a run with these settings left.
 
-    tokens: int
-    model_path: str
-    revision: str | None
-
-
-def capture_rows(settings: CaptureSettings, spool: Path) -> CaptureResult:
-    """Run the calibration text and fill SPOOL/rank0 .. rank{tp-1}.
-
-    Raises DataError for unreadable data before any document runs.
+    A capture that did not finish is made again from its beginning. say: is told which of these.
+    Raises DataError for unreadable data before any document runs, ArtifactError for a spool of
+    other settings, or one that another process captures into.
     """
     texts = read_texts(settings.data, PREFILL_FACTOR * settings.tokens)
+    with capturing(spool):
+        found = find_record(spool)
+        if found is not None:
+            revision = settings.engine.get("revision")
+            model = model_directory(settings.model, revision)
+            wanted = _source(settings, texts, model, model_identity(model).identity)
+            check_same(spool, found.source, wanted)
+            say(f"spool {spool}: captured earlier with the same settings, used again")
+            return found
+        if clear(spool):
+            say(f"spool {spool}: the earlier capture did not finish, captured anew")
+        tokens, path, revision = _run_model(settings, texts, spool)
+        model = model_directory(path, revision)
+        record = CaptureRecord(
+            model_name=public_model_name(settings.model),
+            files=tuple(
+                source if source.startswith("hf:") else Path(source).name
+                for source in settings.data
+            ),
+            tp_size=settings.tp,
+            source=_source(settings, texts, model, model_identity(path, revision).identity),
+            tokens_run=tokens,
+        )
+        save_record(spool, record)
+        return record
+
+
+def _source(
+    settings: CaptureSettings, texts: Sequence[Text], model: Path, identity: str
+) -> CaptureSource:
+    return CaptureSource(
+        model=identity,
+        tokenizer=tokenizer_fingerprint(model),
+        texts=texts_fingerprint(texts),
+        tokens=settings.tokens,
+        max_len=settings.max_len,
+        sink_tokens=settings.sink_tokens,
+        heldout_fraction=settings.heldout_fraction,
+        seed=settings.seed,
+        engine=settings.engine,
+    )
+
+
+def _run_model(
+    settings: CaptureSettings, texts: Sequence[Text], spool: Path
+) -> tuple[int, str, str | None]:
+    """Run the text; returns tokens run, and model and revision as vLLM resolved them."""
     from vllm import LLM, SamplingParams
     from vllm.config import KVTransferConfig
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -69,7 +128,6 @@ def capture_rows(settings: CaptureSettings, spool: Path) -> CaptureResult:
                 "spool": str(spool.resolve()),
                 "seed": settings.seed,
                 "sink_tokens": settings.sink_tokens,
-                "layers_per_group": settings.layers_per_group,
             },
         ),
         **{"enforce_eager": True, "seed": settings.seed, **settings.engine},
@@ -95,11 +153,7 @@ def capture_rows(settings: CaptureSettings, spool: Path) -> CaptureResult:
     llm.llm_engine.engine_core.shutdown()
     del llm
     cleanup_dist_env_and_memory()
-    return CaptureResult(
-        tokens=sum(len(d.token_ids) for d in documents),
-        model_path=config.model,
-        revision=config.revision,
-    )
+    return sum(len(d.token_ids) for d in documents), config.model, config.revision
 
 
 def _run(llm: Any, sampling: Any, documents: Sequence[Document], settings: CaptureSettings) -> None:

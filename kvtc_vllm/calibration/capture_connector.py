@@ -7,8 +7,8 @@ vLLM runs. Requests steer it through `kv_transfer_params`:
     {"kvtc_doc": int, "kvtc_heldout": bool, "kvtc_keep": float}   sample this prompt
     {"kvtc_close": true}                                          finish the spool
 
-`kv_connector_extra_config`: {"spool": DIR, "seed": int, "sink_tokens": int,
-"layers_per_group": int or null}. Rank r writes to DIR/rank{r}.
+`kv_connector_extra_config`: {"spool": DIR, "seed": int, "sink_tokens": int}. Rank r writes to
+DIR/rank{r}.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from kvtc_vllm.connector.geometry import read_geometry
 from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.connector.rotary import find_ropes
 from kvtc_vllm.offload.block_tables import BlockTables
-from kvtc_vllm.offload.geometry import CacheGroup
+from kvtc_vllm.offload.geometry import codec_geometry
 
 
 @dataclass
@@ -67,7 +67,6 @@ class KVTCCaptureConnector(KVConnectorBase_V1, SupportsHMA):
         self._directory = Path(extra["spool"])
         self._seed = int(extra.get("seed", 0))
         self._sinks = int(extra.get("sink_tokens", 4))
-        self._layers_per_group: int | None = extra.get("layers_per_group")
         geometry = read_geometry(vllm_config, kv_cache_config)
         self._group, self._tp_size = geometry.only_group, geometry.tp_size
         if is_fp8(self._group.dtype):
@@ -92,11 +91,8 @@ class KVTCCaptureConnector(KVConnectorBase_V1, SupportsHMA):
         ropes, layer_rope = find_ropes(self._vllm_config, group.layer_names)
         rank = get_tensor_model_parallel_rank()
         header = SpoolHeader(
-            num_layers=len(group.layer_names),
-            num_kv_heads=group.num_kv_heads,
-            head_size=group.head_size,
-            head_size_v=group.head_size_v,
-            layer_groups=layer_groups(group, self._layers_per_group),
+            geometry=codec_geometry(group),
+            total_kv_heads=self._vllm_config.model_config.get_total_num_kv_heads(),
             dtype=next(name for name, dtype in DTYPES.items() if dtype == group.dtype),
             layer_names=group.layer_names,
             layer_rope=layer_rope,
@@ -188,10 +184,3 @@ class KVTCCaptureConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[bool, dict[str, Any] | None]:
         """Blocks are free at once."""
         return False, None
-
-
-def layer_groups(group: CacheGroup, layers_per_group: int | None) -> tuple[tuple[int, int], ...]:
-    """Consecutive groups of `layers_per_group` layers (the last may be smaller); None: one."""
-    layers = len(group.layer_names)
-    step = layers_per_group or layers
-    return tuple((first, min(first + step, layers)) for first in range(0, layers, step))

@@ -69,7 +69,7 @@ def _markdown(card: ArtifactCard, fits: Sequence[RankFit]) -> str:
             f"| {section.rank} | {section.kind.upper()} group {section.group} "
             f"| {section.row_size} | {section.basis_rank} | {cells} |"
         )
-    lines += ["", "Bits a row of rank 0, and stored groups:", ""]
+    lines += ["", "Bits per row of rank 0, and stored groups:", ""]
     for (group, kind), basis in fits[0].artifact.sections.items():
         plans = ", ".join(
             f"{ratio:g}x {plan_bits(plan)} bits in {len(plan.groups)} groups"
@@ -128,13 +128,13 @@ def _plot_error(axes: Axes, fit: RankFit) -> None:
 
 
 def _plot_allocation(axes: Axes, fit: RankFit, kind: Kind) -> None:
-    """First layer group: one line a ratio."""
+    """First layer group: one line per ratio."""
     section = fit.artifact.sections[0, kind]
     for ratio in sorted(section.plans):
         bits = bits_per_coefficient(bit_plan(section, ratio), section.basis.shape[1])
         axes.step(range(1, len(bits) + 1), bits.numpy(), where="mid", label=f"{ratio:g}x")
     axes.set(
-        title=f"{kind.upper()} group 0: bits a coefficient, scales included",
+        title=f"{kind.upper()} group 0: bits per coefficient, scales included",
         xlabel="coefficient",
         xscale="log",
         ylim=(0, None),

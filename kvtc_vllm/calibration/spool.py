@@ -1,6 +1,6 @@
 """Captured KV rows on disk, between the model run and the fit.
 
-One directory a rank:
+One directory per rank:
 
     k.bin          cache dtype [n, L, H, D], post-RoPE, exactly as in the cache
     v.bin          cache dtype [n, L, H, Dv]
@@ -24,14 +24,12 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from kvtc_vllm.artifact.rank_file import PROBE_TOKENS, Probe
-from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind
+from kvtc_vllm.calibration.rows import CapturedRows
+from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind, check_layer_rope
 from kvtc_vllm.codec.errors import ArtifactError
-from kvtc_vllm.codec.quantizers.base import to_fp16
 from kvtc_vllm.codec.rope import Rope
-from kvtc_vllm.codec.transform import rows_from_keys
 
-SPOOL_VERSION = 1
+SPOOL_VERSION = 2
 DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -42,23 +40,23 @@ _SIDE_FILES: dict[str, np.dtype] = {
     "docs": np.dtype("<i4"),
     "heldout": np.dtype("u1"),
 }
-_BLOCK_BYTES = 64 * 2**20
 
 
 class SpoolHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything about a spool but its rows.
 
-    dtype: cache dtype, "bfloat16", "float16" or "float32". layer_names: as the
-    engine names them, one a layer. layer_rope: index into the RoPE tables a
-    layer, None = not rotated. rope_neox: pairing order of each table.
+    geometry: of the rank that was captured, all layers in one group.
+    total_kv_heads: per layer, of all ranks together.
+    dtype: cache dtype, "bfloat16", "float16" or "float32".
+    layer_names: as the engine names them, one per layer.
+    layer_rope: per layer the number of its RoPE table; None = not rotated.
+    rope_neox: pairing order of each table.
+    rank, tp_size: which of how many tensor-parallel ranks was captured.
     rows: tokens in the spool; `SpoolWriter.close` fills it in.
     """
 
-    num_layers: int
-    num_kv_heads: int
-    head_size: int
-    head_size_v: int
-    layer_groups: tuple[tuple[int, int], ...]
+    geometry: Geometry
+    total_kv_heads: int
     dtype: str
     layer_names: tuple[str, ...]
     layer_rope: tuple[int | None, ...]
@@ -68,20 +66,10 @@ class SpoolHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     rows: int = 0
     version: int = SPOOL_VERSION
 
-    def geometry(self) -> Geometry:
-        """Shape of the cache on this rank."""
-        return Geometry(
-            num_layers=self.num_layers,
-            num_kv_heads=self.num_kv_heads,
-            head_size=self.head_size,
-            head_size_v=self.head_size_v,
-            layer_groups=self.layer_groups,
-        )
-
     def row_shape(self, kind: Kind) -> tuple[int, int, int]:
         """Shape of one token of K or V: (L, H, D)."""
-        size = self.head_size if kind == "k" else self.head_size_v
-        return (self.num_layers, self.num_kv_heads, size)
+        size = self.geometry.head_size if kind == "k" else self.geometry.head_size_v
+        return (self.geometry.num_layers, self.geometry.num_kv_heads, size)
 
     def token_bytes(self, kind: Kind) -> int:
         """Bytes of one token of K or V in the spool."""
@@ -95,19 +83,16 @@ def _check_header(header: SpoolHeader, ropes: tuple[Rope, ...]) -> None:
         raise ValueError(f"version is {header.version}, this program reads {SPOOL_VERSION}")
     if header.dtype not in DTYPES:
         raise ValueError(f'dtype "{header.dtype}" is not one of {", ".join(DTYPES)}')
-    for name in ("layer_names", "layer_rope"):
-        if len(getattr(header, name)) != header.num_layers:
-            raise ValueError(
-                f"{name} has {len(getattr(header, name))} entries for {header.num_layers} layers"
-            )
+    if len(header.layer_names) != header.geometry.num_layers:
+        raise ValueError(
+            f"layer_names has {len(header.layer_names)} entries "
+            f"for {header.geometry.num_layers} layers"
+        )
     if tuple(rope.neox for rope in ropes) != header.rope_neox:
         raise ValueError(
             f"rope_neox {header.rope_neox} does not match the {len(ropes)} RoPE tables given"
         )
-    bad = [i for i in header.layer_rope if i is not None and not 0 <= i < len(ropes)]
-    if bad:
-        raise ValueError(f"layer_rope names table {bad[0]}, but there are {len(ropes)}")
-    header.geometry()
+    check_layer_rope(header.layer_rope, ropes, header.geometry.num_layers)
 
 
 class SpoolWriter:
@@ -187,11 +172,10 @@ class SpoolWriter:
             self._close_files()
 
 
-class SpoolReader:
-    """Rows of a finished spool, ready for the fit (a `kvtc_vllm.calibration.fit.RowSource`).
+class SpoolReader(CapturedRows):
+    """Rows of a finished spool, for the rank that was captured.
 
-    Files are memory-mapped and read in blocks of 64 MiB, so memory is the
-    returned rows and little more. Raises ArtifactError for a spool that is
+    Files are memory-mapped. Raises ArtifactError for a spool that is
     unfinished, truncated or contradicts itself.
     """
 
@@ -199,92 +183,57 @@ class SpoolReader:
         self.directory = Path(directory)
         path = self.directory / "header.json"
         try:
-            self.header = msgspec.json.decode(path.read_bytes(), type=SpoolHeader)
+            data = path.read_bytes()
+            # The version comes first, or another one would be reported as a missing field.
+            version = msgspec.json.decode(data, type=_Versioned).version
+            if version != SPOOL_VERSION:
+                raise ArtifactError(
+                    f"{path}: version is {version}, this program reads {SPOOL_VERSION}; "
+                    "capture again into another directory"
+                )
+            self.header = msgspec.json.decode(data, type=SpoolHeader)
             tables: dict[str, torch.Tensor] = {}
             if self.header.rope_neox:
                 tables = load_file(self.directory / "ropes.safetensors")
-            self.ropes = tuple(
+            ropes = tuple(
                 Rope(tables[f"rope{i}"], neox) for i, neox in enumerate(self.header.rope_neox)
             )
-            _check_header(self.header, self.ropes)
+            _check_header(self.header, ropes)
         except FileNotFoundError as error:
             raise ArtifactError(
                 f"{error.filename}: missing; the capture into {self.directory} did not finish"
             ) from error
         except (OSError, KeyError, ValueError, msgspec.MsgspecError) as error:
             raise ArtifactError(f"{path}: {error}") from error
-        self.geometry = self.header.geometry()
-        self.layer_rope = self.header.layer_rope
         self._data: dict[str, np.ndarray] = {
             kind: self._open(kind, np.dtype("u1"), self.header.token_bytes(kind)) for kind in KINDS
         }
         side = {name: self._open(name, dtype, 1)[:, 0] for name, dtype in _SIDE_FILES.items()}
-        self.positions = torch.from_numpy(side["positions"].astype(np.int64))
-        self.docs = torch.from_numpy(side["docs"].astype(np.int64))
-        self.heldout = torch.from_numpy(side["heldout"].astype(np.bool_))
+        super().__init__(
+            self.header.geometry,
+            ropes,
+            self.header.layer_rope,
+            torch.from_numpy(side["positions"].astype(np.int64)),
+            torch.from_numpy(side["docs"].astype(np.int64)),
+            torch.from_numpy(side["heldout"].astype(np.bool_)),
+        )
         self._check_positions()
 
-    def count(self, *, heldout: bool) -> int:
-        """Number of training or held-out rows."""
-        return int((self.heldout == heldout).sum())
+    def cache_rows(self, kind: Kind, index: torch.Tensor, first: int, end: int) -> torch.Tensor:
+        """Layers first .. end - 1 of the indexed tokens: cache dtype [n, l, H, D]."""
+        return self.cache_heads(kind, index, first, end, 0, self.header.geometry.num_kv_heads)
 
-    def rows(
-        self,
-        group: int,
-        kind: Kind,
-        *,
-        heldout: bool,
-        limit: int | None = None,
-        generator: torch.Generator | None = None,
+    def cache_heads(
+        self, kind: Kind, index: torch.Tensor, first: int, end: int, head: int, end_head: int
     ) -> torch.Tensor:
-        """Rows of one layer group, keys un-rotated: float32 [n, p], in spool order.
-
-        limit: at most this many, drawn without replacement with `generator`.
-        """
-        chosen = (self.heldout == heldout).nonzero().flatten()
-        if limit is not None and limit < len(chosen):
-            drawn = torch.randperm(len(chosen), generator=generator)[:limit]
-            chosen = chosen[drawn.sort().values]
-        first, end = self.geometry.layer_groups[group]
-        result = torch.empty(len(chosen), self.geometry.row_size(group, kind))
-        ropes = [None if i is None else self.ropes[i] for i in self.layer_rope[first:end]]
-        step = max(1, _BLOCK_BYTES // (4 * result.shape[1]))
-        for start in range(0, len(chosen), step):
-            index = chosen[start : start + step]
-            block = self._cache_rows(kind, index, first, end)
-            if kind == "k":
-                rows = rows_from_keys(block, ropes, self.positions[index])
-            else:
-                rows = block.float().flatten(1)
-            result[start : start + step] = rows
-        return result
-
-    def probe(self, limit: int = PROBE_TOKENS) -> Probe:
-        """The first held-out tokens of the document that has most of them.
-
-        Raises ArtifactError if no row is held out.
-        """
-        if not bool(self.heldout.any()):
-            raise ArtifactError(f"{self.directory}: no held-out rows to take a probe from")
-        docs = self.docs[self.heldout]
-        values, counts = docs.unique(return_counts=True)
-        chosen = (self.heldout & (self.docs == values[counts.argmax()])).nonzero().flatten()
-        chosen = chosen[self.positions[chosen].argsort()][:limit]
-        positions = self.positions[chosen]
-        layers = self.header.num_layers
-        keys = self._cache_rows("k", chosen, 0, layers)
-        ropes = [None if i is None else self.ropes[i] for i in self.layer_rope]
-        k = rows_from_keys(keys, ropes, positions).reshape(keys.shape)
-        v = self._cache_rows("v", chosen, 0, layers)
-        return Probe(k=to_fp16(k), v=to_fp16(v.float()), positions=positions.int())
-
-    def _cache_rows(self, kind: Kind, index: torch.Tensor, first: int, end: int) -> torch.Tensor:
-        """Layers first .. end of the indexed tokens: cache dtype [n, l, H, D]."""
-        _, heads, size = self.header.row_shape(kind)
-        layer_bytes = self.header.token_bytes(kind) // self.header.num_layers
-        window = self._data[kind][:, first * layer_bytes : end * layer_bytes]
+        """The same of heads head .. end_head - 1 alone: cache dtype [n, l, h, D]."""
+        layers, heads, size = self.header.row_shape(kind)
+        head_bytes = size * DTYPES[self.header.dtype].itemsize
+        data = self._data[kind].reshape(self.header.rows, layers, heads * head_bytes)
+        window = data[:, first:end, head * head_bytes : end_head * head_bytes]
         raw = torch.from_numpy(np.ascontiguousarray(window[index.numpy()]))
-        return raw.view(DTYPES[self.header.dtype]).reshape(-1, end - first, heads, size)
+        shape = (len(index), end - first, end_head - head, size)
+        return raw.view(DTYPES[self.header.dtype]).reshape(shape)
 
     def _open(self, name: str, dtype: np.dtype, width: int) -> np.ndarray:
         path = self.directory / f"{name}.bin"
@@ -310,3 +259,7 @@ class SpoolReader:
 
 def _raw(x: torch.Tensor) -> memoryview:
     return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+class _Versioned(msgspec.Struct):
+    version: int = 0

@@ -1,4 +1,4 @@
-"""Writing a fitted artifact: whole or not at all, and only if the gate lets it pass."""
+"""Writing a fitted artifact: whole or not at all, and only if it passes acceptance."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ from kvtc_vllm.artifact.card import (
     ArtifactCard,
     DataCard,
     ErrorCard,
-    GeometryCard,
     SectionCard,
     save_card,
 )
 from kvtc_vllm.artifact.directory import checksum, rope_fingerprints
 from kvtc_vllm.artifact.identity import ModelIdentity
 from kvtc_vllm.artifact.rank_file import Probe, rank_file_name, write_rank_file
+from kvtc_vllm.calibration.acceptance import check_artifact
 from kvtc_vllm.calibration.fit import RankFit
-from kvtc_vllm.calibration.gate import check_artifact
 from kvtc_vllm.calibration.report import write_report
 from kvtc_vllm.codec.artifact import RankArtifact
 from kvtc_vllm.codec.errors import ArtifactError
@@ -68,10 +67,10 @@ def write_artifact(
 ) -> Path:
     """Write all ranks of an artifact; returns its directory.
 
-    fits, probes: one a rank, in order. The directory appears complete or not
-    at all: files are written beside it and renamed. Raises ArtifactError if
-    the reconstruction gate refuses a rank, if the ranks do not fit together,
-    or if the directory exists and `overwrite` is not set.
+    fits, probes: one per rank, in order. The directory appears complete or not
+    at all. Raises ArtifactError for a rank that acceptance refuses, for ranks
+    that do not fit together, and for a directory that exists, unless
+    `overwrite` is set.
     """
     if not fits or len(fits) != len(probes):
         raise ArtifactError(f"{len(fits)} fitted ranks and {len(probes)} probes; one each is right")
@@ -142,7 +141,7 @@ def _card(
         fingerprints=tuple(fit.artifact.fingerprint.hex() for fit in fits),
         rope_fingerprints=rope_fingerprints(first),
         kv_dtype=description.kv_dtype,
-        geometry=GeometryCard.of(first.geometry),
+        geometry=first.geometry,
         sink_tokens=first.sink_tokens,
         data=description.data,
         ratios=first.ratios(),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from kvtc_vllm import __version__
 from kvtc_vllm.calibration.documents import DataError
-from kvtc_vllm.cli import calibrate, config, doctor, eval, gc, inspect, verify
+from kvtc_vllm.cli import calibrate, config, doctor, eval, fit, gc, inspect, verify
 from kvtc_vllm.codec.errors import CodecError
 from kvtc_vllm.config import ConfigError
 from kvtc_vllm.tiers.disk import DiskError
@@ -18,6 +18,7 @@ COMMANDS = {
     "config": config,
     "doctor": doctor,
     "eval": eval,
+    "fit": fit,
     "gc": gc,
     "inspect": inspect,
     "verify": verify,

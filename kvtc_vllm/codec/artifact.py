@@ -10,7 +10,7 @@ is p. K rows are pre-RoPE.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -26,10 +26,15 @@ KINDS: tuple[Kind, Kind] = ("k", "v")
 
 @dataclass(frozen=True)
 class Geometry:
-    """Shape of the KV cache on one rank.
+    """Shape of the KV cache on one rank; in JSON it has the same five fields.
 
-    `layer_groups` are half-open (first, end) ranges of consecutive layers
-    that together cover 0..num_layers.
+    num_layers: of the whole model.
+    num_kv_heads: per layer, of this rank.
+    head_size, head_size_v: elements per head of K and of V.
+    layer_groups: half-open (first, end) ranges of consecutive layers that
+    together cover 0..num_layers.
+
+    Raises ValueError for a size below 1 and for layer groups that do not cover the layers.
     """
 
     num_layers: int
@@ -39,6 +44,9 @@ class Geometry:
     layer_groups: tuple[tuple[int, int], ...]
 
     def __post_init__(self) -> None:
+        sizes = (self.num_layers, self.num_kv_heads, self.head_size, self.head_size_v)
+        if min(sizes) < 1:
+            raise ValueError(f"geometry {sizes} has a size below 1")
         expected = 0
         for first, end in self.layer_groups:
             if first != expected or end <= first:
@@ -94,18 +102,38 @@ class SectionBasis:
         return SectionBasis(mean, basis, self.plans, weights=weights)
 
 
+def check_layer_rope(
+    layer_rope: Sequence[int | None], ropes: Sequence[Rope], num_layers: int
+) -> None:
+    """Raise ValueError unless every layer names a RoPE table that is there, or None."""
+    if len(layer_rope) != num_layers:
+        raise ValueError(f"layer_rope has {len(layer_rope)} entries for {num_layers} layers")
+    for index in layer_rope:
+        if index is not None and not 0 <= index < len(ropes):
+            raise ValueError(
+                f"layer_rope names table {index}, but there are {len(ropes)} RoPE tables"
+            )
+
+
 @dataclass(frozen=True)
 class RankArtifact:
     """All sections of one rank.
 
-    `ropes` are the distinct rotary embeddings of the model and
-    `layer_rope[i]` is the index of layer i's into it, or None for a layer
-    whose keys are not rotated. `fingerprint` is 16 bytes that change whenever
-    any number that influences encoded bytes changes (but not with the RoPE
-    tables and scales: those are part of the run-time identity). `scales` are
-    those of an fp8 cache, float32 [L] each: an element of the cache times its
-    layer's scale is the model's value. None: 1 for every layer. `codec` is the
-    name in `kvtc_vllm.codec.registry.CODECS` of the codec that the plans are of.
+    geometry: shape of the rank's cache.
+    sections: (layer group, K or V) -> basis and plans.
+    ropes: the distinct rotary embeddings of the model.
+    layer_rope: per layer the index of its embedding in `ropes`; None for a
+    layer whose keys are not rotated.
+    fingerprint: 16 bytes that change whenever any number that influences
+    encoded bytes changes. They do not change with RoPE tables and scales, which
+    are part of the run-time identity.
+    sink_tokens: first positions that are stored exactly.
+    scales: of an fp8 cache, float32 [L] for K and for V: an element of the
+    cache times its layer's scale is the model's value. None: 1 for every layer.
+    codec: the name in `kvtc_vllm.codec.registry.CODECS` of the codec that the
+    plans are of.
+
+    Raises ValueError for a `layer_rope` that does not fit the layers and `ropes`.
     """
 
     geometry: Geometry
@@ -116,6 +144,9 @@ class RankArtifact:
     sink_tokens: int = 4
     scales: Mapping[Kind, torch.Tensor] | None = None
     codec: str = "kvtc"
+
+    def __post_init__(self) -> None:
+        check_layer_rope(self.layer_rope, self.ropes, self.geometry.num_layers)
 
     def ratios(self) -> tuple[float, ...]:
         """Target ratios for which every section has a plan, ascending."""

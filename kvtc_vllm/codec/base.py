@@ -8,9 +8,9 @@ threads at once.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 import xxhash
@@ -29,7 +29,7 @@ from kvtc_vllm.codec.container import (
     parse,
 )
 from kvtc_vllm.codec.entropy import GENERAL_CODER_IDS
-from kvtc_vllm.codec.errors import ContainerError
+from kvtc_vllm.codec.errors import CodecError, ContainerError
 from kvtc_vllm.codec.section_coder import read_body
 
 Blob = bytes | bytearray | memoryview
@@ -42,6 +42,26 @@ class DecodedChunk:
     k: torch.Tensor
     v: torch.Tensor
     start: int
+
+
+@dataclass(frozen=True)
+class NewChunk:
+    """A chunk to encode: the arguments of `ChunkCodec.encode`."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    start: int
+    key: bytes = b""
+
+
+@dataclass(frozen=True)
+class StoredChunk:
+    """A chunk to decode: the arguments of `ChunkCodec.decode`."""
+
+    blob: Blob
+    start: int | None = None
+    tokens: int | None = None
+    key: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -67,13 +87,17 @@ class ExpectedSection:
     """Numbers of the entropy coders that the reader can read the section of."""
 
 
-class Coder(Protocol):
+class Coder(ABC):
     """What the connector needs of a codec; see `ChunkCodec` for the contract."""
 
+    batch: ClassVar[int] = 1
+    """Chunks that it codes faster together than one by one."""
+
+    @abstractmethod
     def encode(self, k: torch.Tensor, v: torch.Tensor, start: int, key: bytes = b"") -> bytes:
         """One chunk as a blob."""
-        ...
 
+    @abstractmethod
     def decode(
         self,
         blob: Blob,
@@ -82,10 +106,21 @@ class Coder(Protocol):
         key: bytes = b"",
     ) -> DecodedChunk:
         """The chunk of a blob."""
-        ...
+
+    def encode_many(self, chunks: Sequence[NewChunk]) -> list[bytes | CodecError]:
+        """Encode chunks, in order: a blob for each, or why there is none.
+
+        Chunks are independent of each other; together they may be faster. Raises ValueError for
+        tensors of the wrong shape or dtype.
+        """
+        return [_blob_or_error(self, chunk) for chunk in chunks]
+
+    def decode_many(self, chunks: Sequence[StoredChunk]) -> list[DecodedChunk | ContainerError]:
+        """Decode blobs, in order: a chunk for each, or why it is refused."""
+        return [_chunk_or_error(self, chunk) for chunk in chunks]
 
 
-class ChunkCodec(ABC):
+class ChunkCodec(Coder):
     """Encodes chunks of one model on one rank. Thread-safe.
 
     geometry: shape of the cache.
@@ -249,6 +284,20 @@ class ChunkCodec(ABC):
             if section.coder_id not in entry.coder_ids:
                 raise ContainerError("version", f"unknown entropy coder {section.coder_id}")
         return info
+
+
+def _blob_or_error(codec: Coder, chunk: NewChunk) -> bytes | CodecError:
+    try:
+        return codec.encode(chunk.k, chunk.v, chunk.start, chunk.key)
+    except CodecError as error:
+        return error
+
+
+def _chunk_or_error(codec: Coder, chunk: StoredChunk) -> DecodedChunk | ContainerError:
+    try:
+        return codec.decode(chunk.blob, chunk.start, chunk.tokens, chunk.key)
+    except ContainerError as error:
+        return error
 
 
 def read_section(section: Section, blob: memoryview) -> bytearray:

@@ -98,15 +98,8 @@ class TransformCodec(ChunkCodec):
     def encode(self, k: torch.Tensor, v: torch.Tensor, start: int, key: bytes = b"") -> bytes:
         self._check_tensors(k, v, start)
         k, v = k.to(self.device), v.to(self.device)
-        if not (magnitude(k) < math.inf and magnitude(v) < math.inf):
-            raise CodecError("non_finite", NON_FINITE)
+        self._check_values(k, v, start)
         tokens = k.shape[0]
-        if start + tokens > self._max_position:
-            raise CodecError(
-                "position",
-                f"positions up to {start + tokens - 1} are outside the RoPE table "
-                f"of {self._max_position}",
-            )
         sinks = self._sinks(start, tokens)
         sections: list[NewSection] = []
         if sinks:
@@ -129,6 +122,21 @@ class TransformCodec(ChunkCodec):
                 )
         header = self._new_header(tokens, start, sinks, self.ratio, self.artifact.fingerprint, key)
         return build(header, sections)
+
+    def _check_values(self, k: torch.Tensor, v: torch.Tensor, start: int) -> None:
+        """Raise CodecError for NaN and infinity, and for positions outside the RoPE table."""
+        if not (self._magnitude(k) < math.inf and self._magnitude(v) < math.inf):
+            raise CodecError("non_finite", NON_FINITE)
+        last = start + k.shape[0] - 1
+        if last >= self._max_position:
+            raise CodecError(
+                "position",
+                f"positions up to {last} are outside the RoPE table of {self._max_position}",
+            )
+
+    def _magnitude(self, x: torch.Tensor) -> float:
+        """As `magnitude`."""
+        return magnitude(x)
 
     def max_blob_bytes(self, tokens: int) -> int:
         def coded_bytes(coded: int) -> list[int]:
@@ -252,7 +260,7 @@ def largest_blob(
 
 
 def check_artifact(artifact: RankArtifact) -> None:
-    """Raise ArtifactError unless sections, shapes, ropes and fingerprint fit together."""
+    """Raise ArtifactError unless sections, shapes, scales and fingerprint fit together."""
     geometry = artifact.geometry
     if not 0 <= artifact.sink_tokens <= MAX_SINK_TOKENS:
         raise ArtifactError(
@@ -260,10 +268,6 @@ def check_artifact(artifact: RankArtifact) -> None:
         )
     if len(artifact.fingerprint) != FINGERPRINT_BYTES:
         raise ArtifactError(f"fingerprint of {len(artifact.fingerprint)} bytes")
-    if len(artifact.layer_rope) != geometry.num_layers:
-        raise ArtifactError(f"layer_rope has {len(artifact.layer_rope)} entries")
-    if any(i is not None and not 0 <= i < len(artifact.ropes) for i in artifact.layer_rope):
-        raise ArtifactError(f"layer_rope {artifact.layer_rope} names a rope that is not there")
     for kind, scales in (artifact.scales or {}).items():
         good = scales.shape == (geometry.num_layers,) and scales.dtype == torch.float32
         if not good or not bool((scales.isfinite() & (scales > 0)).all()):

@@ -23,7 +23,7 @@ import math
 import struct
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import groupby
 
 import torch
@@ -75,6 +75,18 @@ class BitPlan:
     def rank(self) -> int:
         """Number of leading basis columns that the plan reads."""
         return max((g.start + g.size for g in self.groups), default=0)
+
+    @cached_property
+    def batches(self) -> tuple[Batch, ...]:
+        """See `batches`; kept here, because a hash of all groups at every look-up takes long."""
+        found: list[Batch] = []
+        first = 0
+        ordered = sorted(self.groups, key=_stored_order)
+        for (type_name, size), members in groupby(ordered, key=lambda g: (g.type, g.size)):
+            starts = tuple(group.start for group in members)
+            found.append(Batch(REGISTRY[type_name], size, first, starts))
+            first += len(starts)
+        return tuple(found)
 
     @property
     def expected_error(self) -> float:
@@ -174,17 +186,9 @@ def _stored_order(group: CoefficientGroup) -> tuple[int, int, int]:
     return REGISTRY[group.type].type_id, group.size, group.start
 
 
-@lru_cache(maxsize=4096)
 def batches(plan: BitPlan) -> tuple[Batch, ...]:
     """The plan's groups in stored order, batched by type and size."""
-    found: list[Batch] = []
-    first = 0
-    ordered = sorted(plan.groups, key=_stored_order)
-    for (type_name, size), members in groupby(ordered, key=lambda g: (g.type, g.size)):
-        starts = tuple(group.start for group in members)
-        found.append(Batch(REGISTRY[type_name], size, first, starts))
-        first += len(starts)
-    return tuple(found)
+    return plan.batches
 
 
 def stream_lengths(plan: BitPlan, tokens: int) -> list[int]:

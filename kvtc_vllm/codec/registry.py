@@ -16,6 +16,7 @@ from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind, RankArtifact, Sectio
 from kvtc_vllm.codec.base import ChunkCodec
 from kvtc_vllm.codec.bitplan import budget_bytes, over_budget
 from kvtc_vllm.codec.container import NO_FINGERPRINT
+from kvtc_vllm.codec.cpu import fast_kvtc
 from kvtc_vllm.codec.frame import TransformCodec, largest_blob
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.payload import read_plan
@@ -43,12 +44,14 @@ class ArtifactRules:
 class CodecSpec:
     """A row of `CODECS`: a codec that needs an artifact is a `TransformCodec` and has rules.
 
-    has_kernels: `kvtc_vllm.codec.kernels` can encode and decode it on a GPU.
+    has_kernels: `kvtc_vllm.codec.kernels` can encode and decode it on a GPU. fast: a subclass of
+    `codec` that reads and writes the same blobs faster on a CPU; None where it can't run.
     """
 
     codec: type[ChunkCodec]
     rules: ArtifactRules | None = None
     has_kernels: bool = False
+    fast: Callable[[], type[TransformCodec] | None] | None = None
 
     @property
     def codec_id(self) -> int:
@@ -63,7 +66,10 @@ class CodecSpec:
 CODECS: dict[str, CodecSpec] = {
     RawCodec.name: CodecSpec(RawCodec),
     KvtcCodec.name: CodecSpec(
-        KvtcCodec, ArtifactRules(read_plan, over_budget, budget_bytes), has_kernels=True
+        KvtcCodec,
+        ArtifactRules(read_plan, over_budget, budget_bytes),
+        has_kernels=True,
+        fast=fast_kvtc,
     ),
 }
 
@@ -122,6 +128,7 @@ def open_codec(
     identity: bytes = NO_FINGERPRINT,
     device: torch.device | str = "cpu",
     deflate_level: int = 1,
+    fast: bool = True,
 ) -> TransformCodec: ...
 
 
@@ -135,13 +142,16 @@ def open_codec(
     identity: bytes = NO_FINGERPRINT,
     device: torch.device | str = "cpu",
     deflate_level: int = 1,
+    fast: bool = True,
 ) -> ChunkCodec:
     """The codec of this name for a cache of elements `dtype`.
 
     artifact, ratio: for a codec that needs an artifact; it must have plans for the ratio.
     geometry: for a codec that needs none. identity, device: see `ChunkCodec`. deflate_level: see
-    `TransformCodec`. Raises ArtifactError if the artifact does not go with the
-    codec, ValueError for a name that is not in `CODECS` or arguments that do not go with it.
+    `TransformCodec`. fast: on a CPU, the codec's fast way if it has one that runs here; its log
+    line and its class tell. False: the reference. Raises ArtifactError if the artifact does not
+    go with the codec, ValueError for a name that is not in `CODECS` or arguments that do not go
+    with it.
     """
     if name not in CODECS:
         raise ValueError(f"codec {name!r} is not known; allowed: {', '.join(CODECS)}")
@@ -155,4 +165,8 @@ def open_codec(
             raise ValueError(f"codec {name!r} needs the geometry of the cache")
         return codec(geometry, dtype, identity, device)
     assert issubclass(codec, TransformCodec)
+    find_fast = CODECS[name].fast
+    if fast and find_fast is not None and torch.device(device).type == "cpu":
+        faster = find_fast()
+        codec = codec if faster is None else faster
     return codec(artifact, ratio, dtype, identity, deflate_level, device)

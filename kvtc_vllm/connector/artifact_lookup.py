@@ -51,7 +51,7 @@ def record_bounds(model: ModelConfig, config: KVTCConfig, geometry: CacheGeometr
         name,
         group.dtype,
         tokens,
-        geometry=card.geometry.geometry(),
+        geometry=card.geometry,
         sink_tokens=card.sink_tokens,
         ratio=config.target_ratio,
     )

@@ -49,7 +49,7 @@ def _scale(name: str, layer: Any, kind: Kind) -> float:
     if scale.numel() != 1:
         raise UnsupportedError(
             f"layer {name} has {scale.numel()} fp8 scales of {kind.upper()}; KVTC reads caches "
-            "with one a layer, not one a head"
+            "with one per layer, not one per head"
         )
     value = float(scale)
     if not (math.isfinite(value) and value > 0):

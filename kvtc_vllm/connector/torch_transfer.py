@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvtc_vllm.codec.base import Blob, Coder
+from kvtc_vllm.codec.base import Blob, Coder, DecodedChunk, NewChunk, StoredChunk
 from kvtc_vllm.codec.errors import CodecError, ContainerError
 from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.offload.messages import LoadItem, StoreItem
@@ -21,15 +21,13 @@ class _CopiedChunks:
 
 
 class TorchTransfer:
-    """One record per call, so that several threads share the chunks of a request."""
-
-    store_batch = 1
-    load_batch = 1
+    """As many records per call as the codec likes, so that threads share those of a request."""
 
     def __init__(self, layout: PagedLayout, codec: Coder, chunk_tokens: int) -> None:
         self._layout = layout
         self.codec = codec
         self._chunk_tokens = chunk_tokens
+        self.store_batch = self.load_batch = codec.batch
 
     def staged_bytes(self, blocks: int) -> int:
         return blocks * self._layout.block_bytes
@@ -38,28 +36,27 @@ class TorchTransfer:
         return _CopiedChunks(items, [self._layout.copy(item.block_ids) for item in items])
 
     def encode(self, staged: _CopiedChunks) -> list[bytes | CodecError]:
-        return [
-            self._encode(item, pages)
-            for item, pages in zip(staged.items, staged.tensors, strict=True)
-        ]
+        return self.codec.encode_many(
+            [
+                NewChunk(*self._layout.unpack(pages), item.start, item.key)
+                for item, pages in zip(staged.items, staged.tensors, strict=True)
+            ]
+        )
 
     def load(self, items: Sequence[tuple[LoadItem, Blob]]) -> list[ContainerError | None]:
-        return [self._load(item, blob) for item, blob in items]
+        chunks = self.codec.decode_many(
+            [StoredChunk(blob, item.start, self._chunk_tokens, item.key) for item, blob in items]
+        )
+        errors: list[ContainerError | None] = []
+        for (item, _), chunk in zip(items, chunks, strict=True):
+            if isinstance(chunk, ContainerError):
+                errors.append(chunk)
+            else:
+                self._scatter(item, chunk)
+                errors.append(None)
+        return errors
 
-    def _encode(self, item: StoreItem, pages: torch.Tensor) -> bytes | CodecError:
-        try:
-            return self.codec.encode(*self._layout.unpack(pages), item.start, item.key)
-        except CodecError as error:
-            return error
-
-    def _load(self, item: LoadItem, blob: Blob) -> ContainerError | None:
-        try:
-            chunk = self.codec.decode(
-                blob, expect_start=item.start, expect_tokens=self._chunk_tokens, key=item.key
-            )
-        except ContainerError as error:
-            return error
+    def _scatter(self, item: LoadItem, chunk: DecodedChunk) -> None:
         size = self._layout.block_size
         wanted = slice(item.first_block * size, (item.first_block + len(item.block_ids)) * size)
         self._layout.scatter(item.block_ids, chunk.k[wanted], chunk.v[wanted])
-        return None

@@ -14,7 +14,9 @@ from typing import Any
 
 from kvtc_vllm.artifact.rank_file import write_rank_file
 from kvtc_vllm.calibration.capture import CaptureSettings, capture_rows
-from kvtc_vllm.calibration.fit import FitSettings, fit_rank
+from kvtc_vllm.calibration.fit import fit_rank
+from kvtc_vllm.calibration.fit_settings import FitSettings
+from kvtc_vllm.calibration.shards import layer_groups
 from kvtc_vllm.calibration.spool import SpoolReader
 
 SINKS = 4
@@ -53,8 +55,7 @@ def refit(
     """
     reader = SpoolReader(spool)
     layers = reader.geometry.num_layers
-    step = layers_per_group or layers
-    groups = tuple((first, min(first + step, layers)) for first in range(0, layers, step))
+    groups = layer_groups(layers, layers_per_group)
     reader.geometry = replace(reader.geometry, layer_groups=groups)
     if rope_kept:
         reader.layer_rope = (None,) * layers

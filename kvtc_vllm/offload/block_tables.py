@@ -43,7 +43,8 @@ class BlockTables:
             blocks = cached.new_block_ids[i]
             if resumed or request_id not in self.ids:
                 self._begin(request_id)
-            self._extend(request_id, blocks or ())
+            if blocks:
+                self._extend(request_id, blocks)
             progress[request_id] = StepProgress(
                 cached.num_computed_tokens[i], scheduled.get(request_id, 0), resumed
             )

@@ -32,20 +32,22 @@ LOST = frozenset({"missing", "corrupt", "foreign"})
 
 @dataclass
 class DiskNews:
-    """What happened since the last time.
-
-    stored: chunks written. found: chunks that a namespace had when it was entered. read: chunks
-    read and verified. failed: reads that gave nothing. lost: chunks not on
-    disk any more. errors: reason -> count.
-    """
+    """What happened since the last time."""
 
     stored: list[tuple[RecordKey, int]] = field(default_factory=list)
+    """Written, with the bytes that they take on disk."""
     found: list[tuple[RecordKey, int]] = field(default_factory=list)
+    """There when the namespace was entered."""
     read: list[tuple[RecordKey, bytes]] = field(default_factory=list)
+    """Read and verified."""
     failed: list[RecordKey] = field(default_factory=list)
+    """Whose reads gave nothing."""
     lost: list[RecordKey] = field(default_factory=list)
+    """Not on disk any more."""
     errors: Counter[str] = field(default_factory=Counter)
+    """Reason -> count."""
     written_bytes: int = 0
+    """Of the blobs in `stored`."""
 
 
 NO_NEWS = DiskNews()
@@ -142,7 +144,8 @@ class DiskWorker:
         self._readers = IoPool(threads, QUEUE, "kvtc-disk-read")
         self._writers = IoPool(threads, QUEUE, "kvtc-disk-write")
         self._reads: list[tuple[RecordKey, IoHandle[bytes]]] = []
-        self._lock = threading.Lock()  # for all that follows
+        # What follows is read and changed under the lock.
+        self._lock = threading.Lock()
         self._news = DiskNews()
         self._epoch = 0
         self._writing: dict[tuple[int, RecordKey], int] = {}
@@ -202,7 +205,7 @@ class DiskWorker:
             self._submit_write(partial(_remove, self._namespace, keys))
 
     def touch(self, keys: Sequence[RecordKey]) -> None:
-        """Chunks were used, the last one most recently."""
+        """Mark records as used, the last one most recently."""
         if keys and self._namespace is not None:
             self._submit_write(partial(self._touch, self._namespace, keys))
 

@@ -21,7 +21,7 @@ class Freshness:
         self._unproven = False
 
     def bind(self, block_pool: BlockPool) -> None:
-        """vLLM's pool of blocks, whose map of cached blocks is a new object after a reset."""
+        """Watch vLLM's pool of blocks: its map of cached blocks is a new object after a reset."""
         self._pool = block_pool
         self._map = self._cached_blocks()
 
@@ -37,21 +37,21 @@ class Freshness:
         return True
 
     def planned(self, step: int, tokens: int) -> None:
-        """A step that computes so many tokens was planned."""
+        """Note a planned step that computes so many tokens."""
         if tokens and self._first_step is None:
             self._first_step = step
 
     def changed(self, step: int, adapter: int | None = None) -> None:
-        """What computes was found in this step to be another than in the steps before."""
+        """Suspect blocks of steps before this one, in which something else was found to compute."""
         if self._first_step is not None and self._first_step < step:
             self._suspects.add(adapter)
 
     def doubt(self) -> None:
-        """The weights may have changed, until `prove`."""
+        """Suspect all blocks until `prove`: the weights may have changed."""
         self._unproven = True
 
     def prove(self) -> None:
-        """The weights had not changed."""
+        """End a doubt: the weights had not changed."""
         self._unproven = False
 
     def suspects(self, adapter: int | None) -> bool:

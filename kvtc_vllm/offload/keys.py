@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from functools import cache
+from typing import cast
 
 from kvtc_vllm.offload.vllm_types import Request
 from kvtc_vllm.tiers.keys import ChunkKey
@@ -15,18 +16,18 @@ LOAD, STORE = "kvtc_load", "kvtc_store"
 """Keys of `kv_transfer_params`; false turns the tier off for one request."""
 
 
-def chunk_keys(request: Request, hashes_per_chunk: int, adapter: bytes) -> list[ChunkKey]:
-    """Keys of all complete chunks of a request, first to last. adapter: digest of its contents.
+def chunk_keys(
+    request: Request, hashes_per_chunk: int, adapter: bytes, first: int = 0, end: int | None = None
+) -> list[ChunkKey]:
+    """Keys of a request's chunks number first .. end - 1, or of all complete ones after the first.
 
-    vLLM's hash covers the *name* of an adapter; chunks may outlive what a name stood for.
+    adapter: digest of its contents. vLLM's hash covers only the *name* of an adapter; chunks may
+    outlive what a name stood for.
     """
-    complete = len(request.block_hashes) // hashes_per_chunk
-    return [chunk_key(request, hashes_per_chunk, chunk, adapter) for chunk in range(complete)]
-
-
-def chunk_key(request: Request, hashes_per_chunk: int, chunk: int, adapter: bytes) -> ChunkKey:
-    """The hash of the chunk's last block, which covers the whole prefix and any cache salt."""
-    return ChunkKey(bytes(request.block_hashes[(chunk + 1) * hashes_per_chunk - 1]) + adapter)
+    # The hash of a chunk's last block covers the whole prefix and any cache salt.
+    last = None if end is None else end * hashes_per_chunk
+    hashes = request.block_hashes[(first + 1) * hashes_per_chunk - 1 : last : hashes_per_chunk]
+    return cast("list[ChunkKey]", [bytes(of_block) + adapter for of_block in hashes])
 
 
 def allowed(request: Request, what: str) -> bool:

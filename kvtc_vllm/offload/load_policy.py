@@ -22,7 +22,7 @@ STEPS_IN_FLIGHT = 64
 
 
 class _Rate:
-    """Seconds a token."""
+    """Median seconds per token."""
 
     def __init__(self) -> None:
         self._samples: deque[float] = deque(maxlen=SAMPLES)
@@ -51,17 +51,17 @@ class LoadPolicy:
         self._last_result = 0.0
 
     def observe_load(self, tokens: int, seconds: float) -> None:
-        """Loads of `tokens` tokens took `seconds`, decoding and scattering."""
+        """Take note of loads of `tokens` tokens that took `seconds`, decoding and scattering."""
         if tokens:
             self._load.add(tokens, seconds)
 
     def step_planned(self, step: int, tokens: int) -> None:
-        """A step that computes `tokens` tokens begins now."""
+        """Start the clock of a step that computes `tokens` tokens."""
         if tokens:
             self._steps.append((step, tokens, time.monotonic()))
 
     def step_ended(self, step: int) -> None:
-        """The results of a step came. Steps may overlap: each counts from the one before."""
+        """Take the time of a step whose results came. Steps overlap: each counts from the last."""
         now = time.monotonic()
         while self._steps and self._steps[0][0] <= step:
             number, tokens, began = self._steps.popleft()
@@ -70,12 +70,12 @@ class LoadPolicy:
                 self._last_result = now
 
     def observe_step(self, tokens: int, seconds: float) -> None:
-        """A step computed `tokens` tokens in `seconds`."""
+        """Take note of a step that computed `tokens` tokens in `seconds`."""
         if tokens >= MIN_PREFILL_TOKENS:
             self._prefill.add(tokens, seconds)
 
     def admits(self) -> bool:
-        """Whether to offer the load of a request; ask once a request."""
+        """Whether to offer the load of a request; ask once per request."""
         if not (self._enabled and self._load.known and self._prefill.known):
             return True
         if self._load.value <= self._prefill.value:

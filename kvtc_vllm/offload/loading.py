@@ -23,21 +23,23 @@ CHANGED = "changed"
 
 @dataclass
 class _Load:
-    """A request's load. left: batches that no thread has ended yet. at_once: threads for it.
-
-    proof: of what its chunks' names assume. same_adapter: whether its LoRA adapter was loaded with
-    these contents. seconds: of all its batches, without the time that they waited for a thread.
-    """
+    """A request's load."""
 
     request_id: str
     tokens: int
     left: int
+    """Batches that no thread has ended yet."""
     at_once: int
+    """Threads that work for it at most."""
     proof: Proof
+    """Of what its records' names assume."""
     same_adapter: bool
+    """Whether its LoRA adapter is loaded with the contents that the names assume."""
     point: Event
+    """On the engine's stream, before which its blocks may still be in use."""
     failed: bool = False
     seconds: float = 0.0
+    """Of all its batches, without the time that they waited for a thread."""
 
 
 class LoadPipeline:

@@ -9,7 +9,7 @@ from kvtc_vllm.offload.keys import chunk_keys
 from kvtc_vllm.offload.messages import AdapterUse, LoadItem
 from kvtc_vllm.offload.vllm_types import Request
 from kvtc_vllm.tiers.index import TierIndex
-from kvtc_vllm.tiers.keys import ChunkKey, RecordKey, record_key
+from kvtc_vllm.tiers.keys import ChunkKey, RecordKey, record_keys
 
 
 class PrefixLookup:
@@ -26,43 +26,35 @@ class PrefixLookup:
         """Keys of all complete chunks of a request, first to last."""
         return chunk_keys(request, self._hashes_per_chunk, adapter.digest)
 
-    def records(self, chunks: Sequence[ChunkKey]) -> list[RecordKey]:
+    def records(self, chunks: Sequence[ChunkKey]) -> Sequence[RecordKey]:
         """Keys of all records of these chunks, chunk by chunk."""
-        groups = range(len(self._groups))
-        return [record_key(chunk, group) for chunk in chunks for group in groups]
+        return record_keys(chunks, len(self._groups))
 
-    def found(self, chunks: Sequence[ChunkKey], first: int) -> int:
-        """End of the run of chunks in memory, with all their records, from number `first` on."""
-        found = first
-        while found < len(chunks) and self._is_ready(chunks[found]):
+    def found(self, records: Sequence[RecordKey], first: int) -> int:
+        """End of the run of chunks in memory, with all their records, from number `first` on.
+
+        records: of all chunks of the request.
+        """
+        found, is_ready = first * len(self._groups), self._index.is_ready
+        while found < len(records) and is_ready(records[found]):
             found += 1
-        return found
+        return found // len(self._groups)
 
     def load_items(
-        self, chunks: Sequence[ChunkKey], start: int, end: int, tables: Sequence[Sequence[int]]
+        self, records: Sequence[RecordKey], start: int, end: int, tables: Sequence[Sequence[int]]
     ) -> list[LoadItem]:
         """Orders to fill tokens start .. end - 1, both at block boundaries.
 
-        tables: the request's block ids by cache group.
+        records: of all chunks of the request. tables: the request's block ids by cache group.
         """
         items = []
-        for chunk in range(start // self._chunk_tokens, -(-end // self._chunk_tokens)):
-            chunk_start = chunk * self._chunk_tokens
-            chunk_end = chunk_start + self._chunk_tokens
-            for number, (group, table) in enumerate(zip(self._groups, tables, strict=True)):
-                size = group.block_size
-                first, last = max(start, chunk_start) // size, min(end, chunk_end) // size
-                items.append(
-                    LoadItem(
-                        key=record_key(chunks[chunk], number),
-                        start=chunk_start,
-                        first_block=first - chunk_start // size,
-                        block_ids=list(table[first:last]),
-                        group=number,
-                    )
-                )
+        length, sizes = self._chunk_tokens, [group.block_size for group in self._groups]
+        for chunk in range(start // length, -(-end // length)):
+            chunk_start = chunk * length
+            begin, stop = max(start, chunk_start), min(end, chunk_start + length)
+            for group, size in enumerate(sizes):
+                key = records[chunk * len(sizes) + group]
+                inside = (begin - chunk_start) // size
+                blocks = list(tables[group][begin // size : stop // size])
+                items.append(LoadItem(key, chunk_start, inside, blocks, group))
         return items
-
-    def _is_ready(self, chunk: ChunkKey) -> bool:
-        groups = range(len(self._groups))
-        return all(self._index.is_ready(record_key(chunk, group)) for group in groups)

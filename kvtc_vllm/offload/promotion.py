@@ -18,10 +18,10 @@ from kvtc_vllm.tiers.keys import RecordKey
 
 @dataclass
 class _Waiting:
-    """keys: chunks wanted from disk. pinned: chunks of the prefix that were in memory."""
-
     keys: list[RecordKey]
+    """Wanted from disk."""
     pinned: list[RecordKey]
+    """Of the prefix, and in memory."""
     deadline: float
 
 
@@ -77,14 +77,14 @@ class Promotions:
         return False
 
     def forget(self, request_id: str) -> None:
-        """The request was scheduled, or ended."""
+        """Unpin what was kept for a request that was scheduled, or ended."""
         waiting = self._waiting.pop(request_id, None)
         if waiting is not None:
             self._memory.unpin(waiting.pinned)
         self._memory.unpin(self._settled.pop(request_id, ()))
 
     def reported(self, keys: Iterable[RecordKey]) -> None:
-        """The memory index has heard of these chunks from a worker."""
+        """Count these records as read, or as failed: a worker has reported them."""
         for key in keys:
             self._is_reading(key)
 
@@ -94,7 +94,7 @@ class Promotions:
         return orders
 
     def clear(self) -> None:
-        """Forget everything; the memory index was cleared."""
+        """Forget everything. Call after the memory index was cleared."""
         self._waiting.clear()
         self._settled.clear()
         self._reading.clear()

@@ -7,41 +7,41 @@ not by weights of before an update, and not on top of blocks of theirs (`Freshne
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from kvtc_vllm.offload.adapters import AdapterDigests, adapter_id
 from kvtc_vllm.offload.freshness import Freshness
 from kvtc_vllm.offload.messages import AdapterUse
 from kvtc_vllm.offload.vllm_types import Request
-from kvtc_vllm.tiers.keys import RecordKey
 
 
 @dataclass
 class RequestState:
-    """One request between its steps.
-
-    adapter: what it computes with, None until workers have told it. nameless: they can't tell.
-    unadmitted: chunks that too few requests have contained. began: first step that works for it.
-    tainted: some of its KV may be of other weights than the present ones, so
-    nothing of it may be stored. next_chunk: first that was not planned to be stored. looked_up:
-    tokens that vLLM's own cache had. withheld: found, but in the recent window. bypassed: it must
-    not or may not load. waited: for another request's load. admitted: the load gate's decision,
-    None until it was asked. gated: tokens that it refused.
-    """
+    """One request between its steps."""
 
     request: Request
     adapter: AdapterUse | None = None
+    """What it computes with; None until workers have told it."""
     nameless: bool = False
-    unadmitted: set[RecordKey] = field(default_factory=set)
+    """Workers can't tell what it computes with."""
     began: int | None = None
+    """First step that works for it."""
     tainted: bool = False
+    """Some of its KV may be of other weights than the present ones: nothing of it is stored."""
     next_chunk: int = 0
+    """First chunk that the store policy was not asked about."""
     looked_up: int = 0
+    """Tokens that vLLM's own cache had at the last lookup."""
     withheld: int = 0
+    """Tokens found in the tier, but in the recent window."""
     bypassed: bool = False
+    """It must not or may not load."""
     waited: bool = False
+    """It has waited for another request's load."""
     admitted: bool | None = None
+    """The load policy's decision; None until it was asked."""
     gated: int = 0
+    """Tokens that the load policy refused."""
 
 
 class RequestStates:
@@ -65,7 +65,7 @@ class RequestStates:
         return self._states.get(request_id)
 
     def forget(self, request_id: str) -> None:
-        """The request ended."""
+        """Drop the state of a request that ended."""
         self._states.pop(request_id, None)
 
     def find_adapter(self, state: RequestState) -> None:
@@ -74,12 +74,12 @@ class RequestStates:
             state.adapter = self.adapters.of(state.request)
 
     def begin(self, state: RequestState, step: int) -> None:
-        """Work for a request, new or preempted, begins in `step` from what vLLM's cache has."""
+        """Note that work for a request, new or preempted, begins in `step` on vLLM's blocks."""
         state.began = step
         state.tainted = self._is_on_suspects(state)
 
     def take_adapter(self, number: int, news: dict[int, bytes | None], step: int) -> None:
-        """Workers told by rank what an adapter contains."""
+        """Take over what workers told, by rank, of an adapter's contents."""
         if self.adapters.report(number, news):
             self.freshness.changed(step, number)
             self._taint(step, number)
@@ -93,17 +93,17 @@ class RequestStates:
                     state.adapter, state.next_chunk = use, 0
 
     def take_change(self, step: int) -> None:
-        """The weights were found in `step` to be others than before."""
+        """Taint what was computed before `step`, in which other weights were found."""
         self.freshness.changed(step)
         self._taint(step)
 
     def start_again(self) -> None:
-        """All names are given up, and what was stored of a request has another name now."""
+        """Have all chunks of all requests considered again, under new names."""
         for state in self._states.values():
             state.next_chunk = 0
 
     def taint_all(self) -> None:
-        """Nothing that has begun can be stored any more."""
+        """Have nothing stored of any request that has begun."""
         for state in self._states.values():
             state.tainted = state.tainted or state.began is not None
 

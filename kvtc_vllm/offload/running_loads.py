@@ -25,7 +25,7 @@ class RunningLoads:
         self._loader: dict[RecordKey, Request] = {}
 
     def begin(self, request: Request, keys: Sequence[RecordKey], pinned: list[RecordKey]) -> None:
-        """A request's load was planned. pinned: chunks to unpin at its end."""
+        """Take note of a planned load. pinned: records to unpin at its end."""
         self._pinned[request.request_id] = pinned
         self._keys[request.request_id] = keys
         for key in keys:
@@ -36,17 +36,17 @@ class RunningLoads:
         return request_id in self._pinned
 
     def end(self, request_id: str) -> list[RecordKey]:
-        """Workers have ended a load, well or not; returns what it pinned."""
+        """Drop a load that workers have ended, well or not; returns what it pinned."""
         return self._pinned.pop(request_id, [])
 
     def forget(self, request: Request) -> None:
-        """The request ended: nobody waits for it any more."""
+        """Have nobody wait for a request that ended."""
         for key in self._keys.pop(request.request_id, ()):
             if self._loader.get(key) is request:
                 del self._loader[key]
 
     def forget_names(self) -> None:
-        """All names were given up; they may come back meanwhile, pinned and loaded by others."""
+        """Unpin and wait for nothing of the names before, which may come back meanwhile."""
         self._pinned = {request_id: [] for request_id in self._pinned}
         self._keys.clear()
         self._loader.clear()

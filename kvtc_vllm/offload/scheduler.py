@@ -106,15 +106,16 @@ class KVTCScheduler:
         limit = request.num_tokens - max(1, self._config.window)
         limit -= limit % self._block_size
         chunks = self._lookup.chunks(request, state.adapter)
+        records = self._lookup.records(chunks)
         first = num_computed_tokens // self._chunk_tokens
-        found = self._lookup.found(chunks, first)
+        found = self._lookup.found(records, first)
         wanted = chunks[first : -(-max(0, limit) // self._chunk_tokens)]
         if self._promotions is not None:
             in_memory = self._lookup.records(wanted[: found - first])
-            records = self._lookup.records(wanted)
-            if self._promotions.must_wait(request.request_id, records, len(in_memory)):
+            of_wanted = self._lookup.records(wanted)
+            if self._promotions.must_wait(request.request_id, of_wanted, len(in_memory)):
                 return None
-            found = self._lookup.found(chunks, first)
+            found = self._lookup.found(records, first)
         if self._loads.should_wait(request, self._lookup.records(wanted[: found - first])):
             self._stats.add("shared_load_waits", not state.waited)
             state.waited = True
@@ -174,7 +175,7 @@ class KVTCScheduler:
         assert state.adapter is not None
         chunks = self._lookup.chunks(request, state.adapter)
         end = start + tokens
-        items = self._lookup.load_items(chunks, start, end, tables)
+        items = self._lookup.load_items(self._lookup.records(chunks), start, end, tables)
         # vLLM may defer this call by a step; what was evicted since is reported as missing.
         pinned = self.index.pin(item.key for item in items)
         self._loads.begin(request, [item.key for item in items], pinned)
@@ -196,6 +197,8 @@ class KVTCScheduler:
             if progress.resumed:
                 state.next_chunk = 0
             computed = progress.computed + progress.scheduled
+            if computed < (state.next_chunk + 1) * self._chunk_tokens:
+                continue  # as in nearly every step that generates
             stores += self._stores.completed(state, self._tables.ids[request_id], computed)
         for request_id in scheduler_output.finished_req_ids:
             self._requests.forget(request_id)
@@ -230,7 +233,7 @@ class KVTCScheduler:
         )
 
     def apply_report(self, report: WorkerReport | None, finished_loads: set[str] | None) -> None:
-        """Results of a step: sizes, failures, finished loads."""
+        """Take over the results of a step: sizes, failures, finished loads."""
         if report is not None:
             self._load_policy.step_ended(report.step)
         if report is not None and report.epoch == self._epoch:
@@ -259,14 +262,14 @@ class KVTCScheduler:
             self.index.unpin(self._loads.end(request_id))
 
     def _take_naming(self, step: int, other_weights: bool) -> None:
-        """Workers have made the names of this epoch, in `step`."""
+        """Count the names of this epoch as made, in `step`."""
         if other_weights:
             self._stats.add("weight_changes")
             self._requests.take_change(step)
         self._requests.freshness.prove()
 
     def _take_change(self, step: int) -> None:
-        """The weights were found to be others, first in `step`: all names are given up."""
+        """Give up all names: the weights were found to be others, first in `step`."""
         self._requests.take_change(step)
         self._requests.start_again()
         self._begin_epoch()
@@ -278,12 +281,12 @@ class KVTCScheduler:
         return seen
 
     def restore(self, inventories: Mapping[int, Sequence[tuple[RecordKey, int]]]) -> None:
-        """What workers found on disk when they started, by rank."""
+        """Take over what workers found on disk when they started, by rank."""
         if self.disk is not None:
             self.disk.restore(inventories)
 
     def finish(self, request: Request) -> None:
-        """The request ended; its prefix becomes the most recent, head last."""
+        """Make the prefix of a request that ended the most recent, head last."""
         if self._promotions is not None:
             self._promotions.forget(request.request_id)
         self._loads.forget(request)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.offload.geometry import CacheGeometry, blocks_per_chunk
-from kvtc_vllm.offload.keys import chunk_key
+from kvtc_vllm.offload.keys import chunk_keys
 from kvtc_vllm.offload.messages import StoreItem
 from kvtc_vllm.offload.requests import RequestState
 from kvtc_vllm.offload.store_policy import Candidate, StorePolicy
 from kvtc_vllm.tiers.index import TierIndex
-from kvtc_vllm.tiers.keys import ChunkKey, record_key
+from kvtc_vllm.tiers.keys import ChunkKey, record_keys
 
 
 class StorePlanner:
@@ -39,22 +39,34 @@ class StorePlanner:
         self._hashes_per_chunk = self._per_chunk[0]
 
     def completed(
-        self, state: RequestState, tables: Sequence[Sequence[int]], computed_tokens: int
+        self, state: RequestState, tables: Sequence[list[int]], computed_tokens: int
     ) -> list[StoreItem]:
         """Stores of the chunks that this step completes.
 
         tables: the request's block ids by cache group. computed_tokens: of the request, after
         this step.
         """
-        if computed_tokens < (state.next_chunk + 1) * self._chunk_tokens:
-            return []  # as in nearly every step that generates
         if state.tainted or state.adapter is None:
             return []  # once workers have told the adapter, all chunks so far are stored
+        request, adapter, length = state.request, state.adapter, self._chunk_tokens
         complete = self._complete_chunks(state, tables, computed_tokens)
-        chunks = range(state.next_chunk, complete)
+        numbers = range(state.next_chunk, complete)
+        keys = chunk_keys(request, self._hashes_per_chunk, adapter.digest, numbers.start, complete)
+        known = self._known(keys)
+        of_groups = list(zip(tables, self._per_chunk, strict=True))
+        unknown = [
+            Candidate(
+                key,
+                request,
+                n * length,
+                (n + 1) * length,
+                tuple([table[n * size : (n + 1) * size] for table, size in of_groups]),
+                adapter,
+            )
+            for n, key in zip(numbers, keys, strict=True)
+            if key not in known
+        ]
         state.next_chunk = max(state.next_chunk, complete)
-        candidates = (self._candidate(state, tables, chunk) for chunk in chunks)
-        unknown = [chunk for chunk in candidates if not self._is_known(chunk.key)]
         return self._reserve(self._policy.completed(unknown)) if unknown else []
 
     def due(self) -> list[StoreItem]:
@@ -70,7 +82,7 @@ class StorePlanner:
         self._policy.clear()
 
     def _complete_chunks(
-        self, state: RequestState, tables: Sequence[Sequence[int]], computed_tokens: int
+        self, state: RequestState, tables: Sequence[list[int]], computed_tokens: int
     ) -> int:
         # Hashes exist for confirmed tokens only, so speculative ones never count.
         hashed = min(computed_tokens // self._block_size, len(state.request.block_hashes))
@@ -79,33 +91,20 @@ class StorePlanner:
             complete = min(complete, len(table) // blocks)
         return complete
 
-    def _candidate(
-        self, state: RequestState, tables: Sequence[Sequence[int]], chunk: int
-    ) -> Candidate:
-        assert state.adapter is not None
-        start = chunk * self._chunk_tokens
-        return Candidate(
-            key=chunk_key(state.request, self._hashes_per_chunk, chunk, state.adapter.digest),
-            request=state.request,
-            start=start,
-            end=start + self._chunk_tokens,
-            block_ids=tuple(
-                list(table[chunk * blocks : (chunk + 1) * blocks])
-                for table, blocks in zip(tables, self._per_chunk, strict=True)
-            ),
-            adapter=state.adapter,
-        )
+    def _known(self, chunks: Sequence[ChunkKey]) -> set[ChunkKey]:
+        """Those of which the index knows every record."""
+        groups, is_known = len(self._per_chunk), self._index.is_known
+        known = [is_known(record) for record in record_keys(chunks, groups)]
+        return {key for n, key in enumerate(chunks) if all(known[n * groups : (n + 1) * groups])}
 
-    def _is_known(self, chunk: ChunkKey) -> bool:
-        groups = range(len(self._per_chunk))
-        return all(self._index.is_known(record_key(chunk, group)) for group in groups)
-
-    def _reserve(self, chunks: Iterable[Candidate]) -> list[StoreItem]:
+    def _reserve(self, chunks: Sequence[Candidate]) -> list[StoreItem]:
         """Stores of records for which there is room; the index knows them from now on."""
         stores = []
+        keys = iter(record_keys([chunk.key for chunk in chunks], len(self._per_chunk)))
+        reserve, bounds = self._index.reserve, self._bounds
         for chunk in chunks:
             for group, block_ids in enumerate(chunk.block_ids):
-                key = record_key(chunk.key, group)
-                if self._index.reserve(key, self._bounds[group]):
+                key = next(keys)
+                if reserve(key, bounds[group]):
                     stores.append(StoreItem(key, chunk.start, block_ids, chunk.adapter, group))
         return stores

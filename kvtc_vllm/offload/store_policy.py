@@ -8,8 +8,7 @@ the step that completes them, and in every step whether any that it has kept bac
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from kvtc_vllm.offload.keys import STORE, allowed
 from kvtc_vllm.offload.messages import AdapterUse
@@ -18,8 +17,7 @@ from kvtc_vllm.offload.vllm_types import Request
 from kvtc_vllm.tiers.keys import ChunkKey
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A chunk that the tier does not have."""
 
     key: ChunkKey
@@ -107,8 +105,10 @@ class _Filter:
 class OptOut(_Filter):
     """Leaves out requests that say so in their `kv_transfer_params`."""
 
-    def takes(self, chunk: Candidate) -> bool:
-        return allowed(chunk.request, STORE)
+    def completed(self, chunks: Sequence[Candidate]) -> Sequence[Candidate]:
+        if chunks and not allowed(chunks[0].request, STORE):
+            return ()
+        return self._inner.completed(chunks)
 
 
 class PromptOnly(_Filter):

@@ -1,10 +1,10 @@
 """The scheduler's index of the disk tier.
 
-Unlike the memory tier's, it learns of chunks after the fact: from what workers found
+Unlike the memory tier's, it learns of records after the fact: from what workers found
 when they started, and from what they have written since. The store below holds the
 byte cap by itself (other processes may share it); this index chooses what goes first,
 by the same policies as in memory, as long as this process is alone. It keeps some way
-below the cap for that, because the store makes room before a chunk is written and this
+below the cap for that, because the store makes room before a record is written and this
 index hears of it afterwards.
 """
 
@@ -21,7 +21,7 @@ HEADROOM = 64
 
 
 class DiskIndex:
-    """Which chunks are on disk, over all ranks. Single-threaded (the scheduler's thread).
+    """Which records are on disk, over all ranks. Single-threaded (the scheduler's thread).
 
     capacity: bytes over all ranks, in whole disk blocks as the store counts them.
     """
@@ -38,9 +38,9 @@ class DiskIndex:
         self.evictions = 0
 
     def restore(self, inventories: Mapping[int, Sequence[tuple[RecordKey, int]]]) -> None:
-        """What each rank found at start, (key, bytes), least recently used first.
+        """Take over what each rank found at start, (key, bytes), least recently used first.
 
-        Chunks that not every rank holds are of no use and are removed.
+        Records that not every rank holds are of no use and are removed.
         """
         parts: dict[RecordKey, dict[int, int]] = {}
         for rank, entries in inventories.items():
@@ -53,7 +53,7 @@ class DiskIndex:
                     self.add(key, rank, size)
 
     def add(self, key: RecordKey, rank: int, size: int) -> None:
-        """A rank has its part on disk, `size` bytes of it."""
+        """Take note that a rank has its part on disk, `size` bytes of it."""
         parts = self._sizes.setdefault(key, {})
         self.used += size - parts.get(rank, 0)
         parts[rank] = size
@@ -66,7 +66,7 @@ class DiskIndex:
             self.evictions += 1
 
     def lose(self, key: RecordKey) -> None:
-        """A rank's part is gone or bad: the other ranks' parts go too."""
+        """Drop a record of which a rank's part is gone or bad; the other ranks' parts go too."""
         if key in self._sizes:
             self._policy.remove(key)
             self._forget(key)
@@ -80,7 +80,7 @@ class DiskIndex:
         return max(self._sizes.get(key, {0: 0}).values())
 
     def hit(self, prefix: Iterable[RecordKey]) -> list[RecordKey]:
-        """A prefix, first chunk first, was asked for; returns those on disk, oldest use first."""
+        """Count a use of a prefix, first record first; returns those on disk, oldest use first."""
         touched = [key for key in reversed(list(prefix)) if self.is_ready(key)]
         for key in touched:
             self._policy.hit(key)
@@ -92,7 +92,7 @@ class DiskIndex:
         return removed
 
     def clear(self) -> None:
-        """Forget everything; the workers delete it by themselves."""
+        """Forget everything; files are left where they are."""
         self._sizes.clear()
         self._partial.clear()
         self._policy.clear()

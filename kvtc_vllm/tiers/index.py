@@ -1,6 +1,6 @@
 """The scheduler's index of a tier: what is resident, how big it is, what goes next.
 
-The scheduler is the only authority. A chunk is *pending* from the moment its
+The scheduler is the only authority. A record is *pending* from the moment its
 store is issued until every rank has reported the real size of its part, then
 *ready*. Room for a store is reserved at an upper bound before it is issued, so
 real bytes never exceed the budget; the reservation shrinks to the real size
@@ -19,14 +19,14 @@ from kvtc_vllm.tiers.policies import EvictionPolicy
 
 @dataclass
 class _Entry:
-    """One chunk. `sizes[rank]` is real once `reported[rank]`, else the reservation."""
+    """One record. `sizes[rank]` is real once `reported[rank]`, else the reservation."""
 
     sizes: list[int]
     reported: list[bool]
     pins: int = 0
     doomed: bool = False
     counted: int = 0
-    """What this chunk adds to the index's `ready_bytes`."""
+    """What this record adds to the index's `ready_bytes`."""
 
     @property
     def complete(self) -> bool:
@@ -36,7 +36,9 @@ class _Entry:
 class TierIndex:
     """Index of one tier over all ranks. Single-threaded (the scheduler's thread).
 
-    capacity: bytes over all ranks; each rank gets an equal share.
+    vLLM's words: `reserve` is `prepare_store`; `commit` and `abandon` are `complete_store`, well
+    or not; `pin` and `unpin` are `prepare_load` and `complete_load`; `hit` and `refresh` are
+    `touch`. capacity: bytes over all ranks; each rank gets an equal share.
     """
 
     def __init__(self, capacity: int, ranks: int, policy: EvictionPolicy) -> None:
@@ -54,7 +56,7 @@ class TierIndex:
         self.evicted_bytes = 0
 
     def reserve(self, key: RecordKey, bound: int) -> bool:
-        """Make room for a chunk of at most `bound` bytes a rank and mark it pending.
+        """Make room for a record of at most `bound` bytes per rank and mark it pending.
 
         Evicts as needed. False if it's already known or no room can be made.
         """
@@ -70,7 +72,7 @@ class TierIndex:
         return True
 
     def commit(self, key: RecordKey, rank: int, size: int) -> None:
-        """A rank stored its part. The chunk becomes ready when all have."""
+        """Take note that a rank stored its part; when all have, the record is ready."""
         entry = self._entries.get(key)
         if entry is None or entry.reported[rank]:
             return
@@ -79,7 +81,7 @@ class TierIndex:
         self._report(key, entry, rank)
 
     def abandon(self, key: RecordKey, rank: int) -> None:
-        """A rank could not store its part: the chunk goes once all have reported."""
+        """Take note that a rank could not store its part; when all have reported, it goes."""
         entry = self._entries.get(key)
         if entry is None or entry.reported[rank]:
             return
@@ -89,7 +91,7 @@ class TierIndex:
         self._report(key, entry, rank)
 
     def discard(self, key: RecordKey) -> None:
-        """Drop a ready chunk that turned out to be bad; pinned ones go when unpinned."""
+        """Drop a ready record that turned out to be bad; pinned ones go when unpinned."""
         entry = self._entries.get(key)
         if entry is None or not entry.complete:
             return
@@ -98,12 +100,12 @@ class TierIndex:
         self._collect(key, entry)
 
     def is_ready(self, key: RecordKey) -> bool:
-        """True if every rank holds the chunk."""
+        """True if every rank holds the record."""
         entry = self._entries.get(key)
         return entry is not None and entry.complete and not entry.doomed
 
     def is_known(self, key: RecordKey) -> bool:
-        """True if the chunk is ready or pending."""
+        """True if the record is ready or pending."""
         return key in self._entries
 
     def is_pending(self, key: RecordKey) -> bool:
@@ -112,7 +114,7 @@ class TierIndex:
         return entry is not None and not entry.complete
 
     def pin(self, keys: Iterable[RecordKey]) -> list[RecordKey]:
-        """Protect ready chunks from eviction; returns those that were, to be unpinned."""
+        """Protect ready records from eviction; returns those that were, to be unpinned."""
         pinned = [key for key in keys if self.is_ready(key)]
         for key in pinned:
             self._entries[key].pins += 1
@@ -127,9 +129,9 @@ class TierIndex:
                 self._collect(key, entry)
 
     def hit(self, prefix: Iterable[RecordKey]) -> None:
-        """A prefix (first chunk first) was asked for.
+        """Count a use of a prefix, given first record first.
 
-        Its first chunk ends up the most recent: a tail without its head is useless,
+        Its first record ends up the most recent: a tail without its head is useless,
         so tails are to be evicted first.
         """
         for key in reversed(list(prefix)):
@@ -146,7 +148,7 @@ class TierIndex:
         return evicted
 
     def take_victims(self) -> list[RecordKey]:
-        """Those of the evicted keys whose chunks were sound and only made room."""
+        """Those of the evicted keys whose records were sound and only made room."""
         victims, self._victims = self._victims, []
         return victims
 
@@ -172,7 +174,7 @@ class TierIndex:
 
     @property
     def ready_bytes(self) -> int:
-        """Real bytes of ready chunks over all ranks."""
+        """Real bytes of ready records over all ranks."""
         return self._ready_bytes
 
     def __len__(self) -> int:
@@ -191,7 +193,7 @@ class TierIndex:
             self._policy.insert(key, entry.counted)
 
     def _collect(self, key: RecordKey, entry: _Entry) -> None:
-        """Remove a doomed chunk that nobody reads any more."""
+        """Remove a doomed record that nobody reads any more."""
         if entry.doomed and entry.pins == 0:
             self._remove(key, entry)
 

@@ -8,7 +8,8 @@ of its own. Indexes, stores and messages know records only.
 
 from __future__ import annotations
 
-from typing import NewType
+from collections.abc import Sequence
+from typing import NewType, cast
 
 ChunkKey = NewType("ChunkKey", bytes)
 """vLLM's hash of the chunk's last block, then the digest of the LoRA adapter if there is one."""
@@ -20,3 +21,10 @@ RecordKey = NewType("RecordKey", bytes)
 def record_key(chunk: ChunkKey, group: int) -> RecordKey:
     """Key of a cache group's record of a chunk. The first group's is the chunk's own."""
     return RecordKey(chunk if group == 0 else chunk + bytes((group,)))
+
+
+def record_keys(chunks: Sequence[ChunkKey], groups: int) -> Sequence[RecordKey]:
+    """Keys of the records of all groups, chunk by chunk."""
+    if groups == 1:  # as for nearly every model, and lookups are frequent and long
+        return cast("Sequence[RecordKey]", chunks)
+    return [record_key(chunk, group) for chunk in chunks for group in range(groups)]

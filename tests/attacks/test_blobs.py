@@ -22,6 +22,7 @@ from kvtc_vllm.codec.container import CHECKSUM_BYTES, HEADER_BYTES, checksum
 from kvtc_vllm.codec.errors import ContainerError
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.raw import RawCodec
+from tests.codec.int8_codec import Int8Codec
 from tests.codec.synthetic import SyntheticModel
 
 MODEL = SyntheticModel(
@@ -31,11 +32,12 @@ TOKENS = 12
 MUTATIONS = 20_000
 
 
-@pytest.fixture(scope="module", params=["raw", "kvtc"])
+@pytest.fixture(scope="module", params=["raw", "kvtc", "kvtc by int8"])
 def codec(request) -> ChunkCodec:
     if request.param == "raw":
         return RawCodec(MODEL.geometry, torch.bfloat16)
-    return KvtcCodec(MODEL.artifact((4.0, 8.0)), 4.0, torch.bfloat16)
+    make = KvtcCodec if request.param == "kvtc" else Int8Codec
+    return make(MODEL.artifact((4.0, 8.0)), 4.0, torch.bfloat16)
 
 
 @pytest.fixture(scope="module")

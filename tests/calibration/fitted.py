@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvtc_vllm.calibration.fit import FitSettings, RankFit, fit_rank
+from kvtc_vllm.calibration.fit import RankFit, fit_rank
+from kvtc_vllm.calibration.fit_settings import FitSettings
 from kvtc_vllm.calibration.spool import SpoolReader, SpoolWriter
 from kvtc_vllm.calibration.writing import Description, write_artifact
 from tests.calibration.toy import (
@@ -27,6 +28,12 @@ from tests.calibration.toy import (
 @pytest.fixture(scope="session")
 def spool(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("spool")
+    fill(directory)
+    return directory
+
+
+def fill(directory: Path) -> None:
+    """Write the toy model's spool."""
     rope = toy_rope()
     keys, values = toy_rows(SIZE, 1), toy_rows(SIZE_V, 2)
     positions = torch.arange(4, 4 + DOC_TOKENS)
@@ -37,7 +44,6 @@ def spool(tmp_path_factory: pytest.TempPathFactory) -> Path:
             writer.append(
                 rotated.bfloat16(), values[doc].bfloat16(), positions, doc, doc == DOCS - 1
             )
-    return directory
 
 
 @pytest.fixture(scope="session")

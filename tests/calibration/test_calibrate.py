@@ -23,7 +23,9 @@ ENGINE = (
 )
 
 
-def test_calibrate_in_layer_groups_then_serve(reference_model: Path, tmp_path: Path) -> None:
+def test_calibrate_in_layer_groups_then_serve(
+    reference_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sys.path.insert(0, str(reference_model.parent))
     import data
 
@@ -36,7 +38,16 @@ def test_calibrate_in_layer_groups_then_serve(reference_model: Path, tmp_path: P
     arguments += ["--spool", str(spool), "--engine", ENGINE]
     assert main(arguments) == 0
 
+    # Again: from the spool, without the engine, with the same outcome.
+    capsys.readouterr()
+    assert main([*arguments, "--out", str(tmp_path / "again")]) == 0
+    assert "used again" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "again").glob("*/*")] == [
+        path.name for path in out.glob("*/*")
+    ]
+
     reader = SpoolReader(spool / "rank0")
+    assert reader.header.total_kv_heads == reader.geometry.num_kv_heads
     assert int(reader.positions.min()) >= 4, "sinks must be left out"
     assert 4000 <= reader.count(heldout=False) <= 6000
     assert not set(reader.docs[reader.heldout].tolist()) & set(

@@ -134,6 +134,8 @@ def test_little_text_still_gives_one_document_of_each_sort() -> None:
         ("--heldout", "0.9", ["--heldout 0.9", "0.5"]),
         ("--key-share", "1.5", ["--key-share 1.5", "below 1"]),
         ("--engine", "[1]", ["--engine", "object"]),
+        ("--device", "gpu", ["--device 'gpu'", "cuda:N"]),
+        ("--tp", "0", ["--tp 0", "at least 1"]),
     ],
 )
 def test_bad_options_are_one_clear_line(

@@ -3,20 +3,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvtc_vllm.calibration.fit import (
-    FitSettings,
-    RankFit,
-    estimate_bytes,
-    fit_rank,
-    heldout_error,
-    own_ratio,
-)
-from kvtc_vllm.calibration.gate import check_artifact
+from kvtc_vllm.calibration.acceptance import check_artifact
+from kvtc_vllm.calibration.fit import RankFit, fit_rank, heldout_errors
+from kvtc_vllm.calibration.fit_settings import FitSettings, estimate_fit, own_ratio
 from kvtc_vllm.calibration.spool import SpoolReader
 from kvtc_vllm.codec.artifact import KINDS
 from kvtc_vllm.codec.bitplan import budget_bits, plan_bits
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.kvtc import KvtcCodec
+from kvtc_vllm.codec.payload import bit_plan
 from kvtc_vllm.codec.transform import to_coefficients
 from tests.calibration.toy import DOCS, RATIOS, SIZE, SIZE_V, toy_rows
 
@@ -57,7 +52,7 @@ def test_heldout_error_follows_the_prediction(fit: RankFit) -> None:
 
 
 def test_heldout_error_is_what_the_codec_does(fit: RankFit, reader: SpoolReader) -> None:
-    """The promised error is that of real blobs."""
+    """The held-out error is that of real blobs."""
     artifact = fit.artifact
     rows = reader.rows(0, "v", heldout=True)
     values = toy_rows(SIZE_V, 2)[DOCS - 1].bfloat16()
@@ -146,7 +141,8 @@ def test_fewer_rows_and_progress(reader: SpoolReader, fit: RankFit) -> None:
 
 def test_heldout_error_of_constant_rows(fit: RankFit) -> None:
     section = fit.artifact.sections[0, "k"]
-    assert heldout_error(section, section.plans[2.0], section.mean.expand(3, -1)) == 0.0
+    plans = {2.0: bit_plan(section, 2.0)}
+    assert heldout_errors(section, plans, [section.mean.expand(3, -1)]) == {2.0: 0.0}
 
 
 def test_missing_rows_are_refused(reader: SpoolReader, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,5 +153,5 @@ def test_missing_rows_are_refused(reader: SpoolReader, monkeypatch: pytest.Monke
 
 def test_estimate_covers_the_rows(reader: SpoolReader) -> None:
     rows = 1000
-    estimate = estimate_bytes(reader.geometry, rows, RATIOS, FitSettings())
-    assert estimate > rows * reader.geometry.row_size(0, "k") * 4
+    estimate = estimate_fit(reader.geometry, rows, RATIOS, FitSettings(method="rsvd"))
+    assert estimate.peak_bytes > rows * reader.geometry.row_size(0, "k") * 4

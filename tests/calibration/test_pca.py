@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
 
-from kvtc_vllm.calibration import pca
+from kvtc_vllm.calibration import pca, solvers
+
+SOLVERS: tuple[solvers.Solver, ...] = get_args(solvers.Solver)
 
 
 def rows(count: int = 400, p: int = 60, seed: int = 0) -> torch.Tensor:
@@ -26,11 +30,12 @@ def test_eigh_equals_numpy_svd() -> None:
     assert fitted.total_variance == pytest.approx(float((singular**2).sum()) / len(x))
 
 
+@pytest.mark.parametrize("method", ["subspace", "rsvd"])
 @pytest.mark.parametrize("rank", [8, 30])
-def test_randomised_is_close_to_exact(rank: int) -> None:
+def test_iterating_is_close_to_exact(rank: int, method: solvers.Method) -> None:
     x = rows(600, 150)
     exact = pca.fit_basis(x, method="eigh", rank_cap=rank)
-    random = pca.fit_basis(x, method="rsvd", rank_cap=rank)
+    random = pca.fit_basis(x, method=method, rank_cap=rank)
     assert random.basis.shape == exact.basis.shape == (150, rank)
     assert random.total_variance == pytest.approx(exact.total_variance, rel=1e-5)
     torch.testing.assert_close(random.variance, exact.variance, rtol=1e-3, atol=0)
@@ -38,8 +43,8 @@ def test_randomised_is_close_to_exact(rank: int) -> None:
     assert float(captured) == pytest.approx(rank, rel=1e-3)
 
 
-@pytest.mark.parametrize("method", ["eigh", "rsvd"])
-def test_orthonormal_signed_and_repeatable(method: pca.Method) -> None:
+@pytest.mark.parametrize("method", SOLVERS)
+def test_orthonormal_signed_and_repeatable(method: solvers.Method) -> None:
     x = rows()
     first = pca.fit_basis(x, method=method, rank_cap=20, seed=3)
     again = pca.fit_basis(x, method=method, rank_cap=20, seed=3)
@@ -53,25 +58,48 @@ def test_orthonormal_signed_and_repeatable(method: pca.Method) -> None:
 def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     x = rows()
     whole = pca.fit_basis(x, method="eigh")
-    monkeypatch.setattr(pca, "_BLOCK_BYTES", 8 * 60 * 37)
+    monkeypatch.setattr(solvers, "_BLOCK_BYTES", 8 * 60 * 37)
     blocks = pca.fit_basis(x, method="eigh")
     torch.testing.assert_close(blocks.basis, whole.basis, atol=1e-5, rtol=1e-4)
 
 
 def test_rank_is_bounded_by_rows() -> None:
-    assert pca.effective_rank(10, 60) == 9
+    assert solvers.effective_rank(10, 60) == 9
     assert pca.fit_basis(rows(10), method="eigh").basis.shape == (60, 9)
-    assert pca.effective_rank(10**6, 60, rank_cap=50) == 50
+    assert solvers.effective_rank(10**6, 60, rank_cap=50) == 50
 
 
-def test_auto_chooses_by_row_length() -> None:
-    assert pca.resolve_method("auto", 4096) == "eigh"
-    assert pca.resolve_method("auto", 4097) == "rsvd"
+@pytest.mark.parametrize(
+    ("rows", "row_size", "rank", "best"),
+    [
+        # SmolLM2-135M, plans for 8x and up, and for 64x alone.
+        (60_000, 5760, 5671, "eigh"),
+        (60_000, 5760, 708, "subspace"),
+        # Llama 3.1 8B, all heads: with the paper's cap, and for 64x alone.
+        (160_000, 32_768, 10_000, "eigh"),
+        (160_000, 32_768, 4033, "subspace"),
+        # Few directions of long rows: a covariance costs more than all iterations.
+        (20_000, 81_920, 200, "rsvd"),
+    ],
+)
+def test_auto_is_the_cheapest_by_prediction(
+    rows: int, row_size: int, rank: int, best: solvers.Solver
+) -> None:
+    assert solvers.resolve_method("auto", rows, row_size, rank) == best
+    seconds = {s: solvers.predicted_seconds(rows, row_size, s, rank) for s in SOLVERS}
+    assert seconds[best] == min(seconds.values())
+
+
+def test_auto_fits_the_memory() -> None:
+    arguments = (160_000, 81_920, 10_000, "cuda")
+    assert solvers.resolve_method("auto", *arguments) == "subspace"
+    assert solvers.resolve_method("auto", *arguments, 24 * 2**30) == "rsvd"
 
 
 def test_peak_bytes_grows_with_the_row() -> None:
-    assert pca.peak_bytes(10_000, 1024) < 200 * 2**20
-    assert 2 * 2**30 < pca.peak_bytes(160_000, 32_768) < 16 * 2**30
+    assert solvers.peak_bytes(10_000, 1024, "eigh", 1024) < 200 * 2**20
+    for solver in ("subspace", "rsvd"):
+        assert 2 * 2**30 < solvers.peak_bytes(160_000, 32_768, solver, 10_000) < 16 * 2**30
 
 
 def test_bad_rows_are_refused() -> None:

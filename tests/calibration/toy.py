@@ -7,6 +7,7 @@ import torch
 from kvtc_vllm.artifact.card import DataCard
 from kvtc_vllm.artifact.identity import ModelIdentity
 from kvtc_vllm.calibration.spool import SpoolHeader
+from kvtc_vllm.codec.artifact import Geometry
 from kvtc_vllm.codec.rope import Rope
 
 LAYERS, HEADS, SIZE, SIZE_V = 4, 2, 8, 4
@@ -35,11 +36,8 @@ def toy_rows(size: int, seed: int) -> torch.Tensor:
 
 def toy_header(**changes: object) -> SpoolHeader:
     fields: dict = {
-        "num_layers": LAYERS,
-        "num_kv_heads": HEADS,
-        "head_size": SIZE,
-        "head_size_v": SIZE_V,
-        "layer_groups": ((0, 2), (2, 4)),
+        "geometry": Geometry(LAYERS, HEADS, SIZE, SIZE_V, ((0, 2), (2, 4))),
+        "total_kv_heads": HEADS,
         "dtype": "bfloat16",
         "layer_names": tuple(f"layers.{i}.attn" for i in range(LAYERS)),
         # Layer 1 is not rotated, as in models that mix the two.

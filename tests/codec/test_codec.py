@@ -25,6 +25,8 @@ MODEL = SyntheticModel(
 )
 IDENTITY = bytes(range(16))
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 
 @pytest.fixture(scope="module")
 def artifact() -> RankArtifact:
@@ -32,7 +34,7 @@ def artifact() -> RankArtifact:
 
 
 @pytest.fixture(params=["raw", "kvtc"])
-def codec(request, artifact) -> ChunkCodec:
+def codec(request, artifact, each_way) -> ChunkCodec:
     if request.param == "raw":
         return RawCodec(MODEL.geometry, torch.bfloat16, IDENTITY)
     return KvtcCodec(artifact, 8.0, torch.bfloat16, IDENTITY)
@@ -251,38 +253,58 @@ def test_wrong_constructor_arguments(artifact):
         RawCodec(MODEL.geometry, torch.float8_e4m3fnuz)
     with pytest.raises(ValueError, match="16 bytes, not 3"):
         RawCodec(MODEL.geometry, torch.bfloat16, b"abc")
-    for broken in (
-        replace(artifact, fingerprint=b"short"),
-        replace(artifact, layer_rope=(0,)),
-        replace(artifact, layer_rope=(1,) * 5),
-        replace(artifact, sections={}),
-        replace(artifact, sections={**artifact.sections, (0, "k"): artifact.sections[0, "v"]}),
-        replace(artifact, scales={"k": torch.ones(5)}),
-        replace(artifact, scales={"k": torch.ones(5), "v": torch.ones(4)}),
-        replace(artifact, scales={"k": torch.ones(5), "v": torch.ones(5).double()}),
-        replace(artifact, scales={"k": torch.ones(5), "v": torch.zeros(5)}),
-        replace(artifact, scales={"k": torch.ones(5), "v": torch.full((5,), float("inf"))}),
+    exchanged = {**artifact.sections, (0, "k"): artifact.sections[0, "v"]}
+    of_v = "scales of v must be a positive float32 for every layer"
+    for change, message in (
+        ({"fingerprint": b"short"}, "fingerprint of 5 bytes"),
+        ({"sections": {}}, r"sections \[\] are not"),
+        ({"sections": exchanged}, "mean or basis of section 0k is not for rows of"),
+        ({"scales": {"k": torch.ones(5)}}, r"scales are of \['k'\], not of k and v"),
+        ({"scales": {"k": torch.ones(5), "v": torch.ones(4)}}, of_v),
+        ({"scales": {"k": torch.ones(5), "v": torch.ones(5).double()}}, of_v),
+        ({"scales": {"k": torch.ones(5), "v": torch.zeros(5)}}, of_v),
+        ({"scales": {"k": torch.ones(5), "v": torch.full((5,), float("inf"))}}, of_v),
     ):
-        with pytest.raises(ArtifactError):
-            KvtcCodec(broken, 8.0, torch.bfloat16)
+        with pytest.raises(ArtifactError, match=message):
+            KvtcCodec(replace(artifact, **change), 8.0, torch.bfloat16)
+    for layer_rope in ((0,), (1,) * 5, (0, None, -1, 0, 0)):
+        with pytest.raises(ValueError, match="layer_rope"):
+            replace(artifact, layer_rope=layer_rope)
     with pytest.raises(ArtifactError, match=r"ratio 5\.0"):
         KvtcCodec(artifact, 5.0, torch.bfloat16)
 
 
 def test_layers_without_rotation(artifact):
+    """They are coded as a rotating model's keys are once these have been turned back."""
     mixed = replace(artifact, layer_rope=(0, None, 0, 0, None))
-    k, v = MODEL.chunk(64, 64)
+    k, v = (x.float() for x in MODEL.chunk(64, 64))
+    still = [1, 4]
+    turned_back = k.clone()
+    turned_back[:, still] = unrotated(k, v, artifact)[:, still]
+    expected = KvtcCodec(artifact, 4.0, torch.float32)
+    expected = expected.decode(expected.encode(k, v, 64))
     codec = KvtcCodec(mixed, 4.0, torch.float32)
-    unrotated = chunk_rows(k, v, 0, "k", mixed, torch.arange(64, 128)).view(64, 2, 2, 16)
-    assert torch.equal(unrotated[:, 1], k[:, 1].float())
-    assert not torch.equal(unrotated[:, 0], k[:, 0].float())
-    k, v = k.float(), v.float()
-    assert codec.decode(codec.encode(k, v, 64)).k.shape == k.shape
+    found = codec.decode(codec.encode(turned_back, v, 64))
+    moved = [0, 2, 3]
+    assert torch.allclose(found.k[:, moved], expected.k[:, moved], atol=1e-4)
+    back = unrotated(expected.k, expected.v, artifact)
+    assert torch.allclose(found.k[:, still], back[:, still], atol=1e-4)
+    assert not torch.allclose(found.k[:, still], expected.k[:, still], atol=1e-1)
+
+
+def unrotated(k, v, artifact):
+    """Keys [64, L, H, D] of tokens 64 to 127 as rows have them."""
+    positions = torch.arange(64, 128)
+    groups = range(len(artifact.geometry.layer_groups))
+    rows = [chunk_rows(k, v, group, "k", artifact, positions) for group in groups]
+    return torch.cat([of_group.view(64, -1, 2, 16) for of_group in rows], dim=1)
 
 
 def test_registry():
-    assert {"raw": RawCodec, "kvtc": KvtcCodec} == {n: spec.codec for n, spec in CODECS.items()}
-    assert {codec_id: name_of(codec_id) for codec_id in (0, 1)} == {0: "raw", 1: "kvtc"}
+    numbers = [spec.codec_id for spec in CODECS.values()]
+    assert len(set(numbers)) == len(numbers)
+    assert {name_of(spec.codec_id): name for name, spec in CODECS.items()} == {n: n for n in CODECS}
+    assert (CODECS["raw"].codec_id, CODECS["kvtc"].codec_id) == (0, 1)  # written into blobs
 
 
 def test_a_blob_decodes_only_under_its_own_name() -> None:

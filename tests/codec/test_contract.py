@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import get_args, get_type_hints
 
 import pytest
@@ -10,11 +11,18 @@ import pytest
 from kvtc_vllm.codec.registry import CODECS
 from kvtc_vllm.config import KVTCConfig
 from tests.codec.contract import CONTRACT
+from tests.codec.int8_codec import Int8Codec
 
 
 @pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("way", ["fast", "int8", "reference"])
 @pytest.mark.parametrize("promise", CONTRACT, ids=lambda promise: promise.__name__)
-def test_contract(name: str, promise: Callable[[str], None]) -> None:
+def test_contract(
+    name: str, promise: Callable[[str], None], way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way != "fast" and CODECS[name].fast is not None:
+        other = {"int8": lambda: Int8Codec, "reference": None}[way]
+        monkeypatch.setitem(CODECS, name, replace(CODECS[name], fast=other))
     promise(name)
 
 

@@ -26,6 +26,8 @@ RATIO = 8.0
 # Largest relative error of rounding to nearest: half a step over the smallest value with it.
 ROUNDING = {torch.float8_e4m3fn: 2**-4, torch.float8_e5m2: 2**-3}
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 
 @pytest.fixture(scope="module")
 def artifact() -> RankArtifact:

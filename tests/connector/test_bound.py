@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("vllm")
 
-from kvtc_vllm.artifact.card import ArtifactCard, DataCard, GeometryCard, save_card
+from kvtc_vllm.artifact.card import ArtifactCard, DataCard, save_card
 from kvtc_vllm.codec.artifact import KINDS, RankArtifact, SectionBasis
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.payload import BitPlan, CoefficientGroup
@@ -56,7 +56,7 @@ def card(sink_tokens: int) -> ArtifactCard:
         fingerprints=("a", "b"),
         rope_fingerprints=(),
         kv_dtype="bfloat16",
-        geometry=GeometryCard.of(GEOMETRY),
+        geometry=GEOMETRY,
         sink_tokens=sink_tokens,
         data=DataCard(files=(), tokens=1, train_tokens=1, heldout_tokens=1, seed=0),
         ratios=(RATIO,),

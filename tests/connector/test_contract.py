@@ -124,7 +124,7 @@ def full_tier(
     reference_model: Path, prompts: list[list[int]]
 ) -> Iterator[tuple[Any, list[list[int]]]]:
     """An engine with KVTC chunks of three prompts in its tier and an empty GPU cache."""
-    # With one thread for loads, a request tries nothing after its first bad chunk.
+    # With one thread for loads, a request tries nothing after its first batch with a bad chunk.
     extra = {"preset": "kvtc-16x", "memory_bytes": "64MiB", "load_threads": 1}
     with engine(reference_model, extra) as llm:
         answers = greedy(llm, prompts[:3], 48)
@@ -147,7 +147,9 @@ def test_a_corrupt_blob_is_recomputed(
     values = metrics(llm)
     failures = {k: v for k, v in values.items() if k.startswith("kvtc_failed_loads") and v}
     assert set(failures) <= {"kvtc_failed_loads/checksum", "kvtc_failed_loads/magic"}
-    assert sum(failures.values()) == 3
+    from kvtc_vllm.codec.cpu.codec import CpuKvtcCodec  # late: it imports numba
+
+    assert 3 <= sum(failures.values()) <= 3 * CpuKvtcCodec.batch
     assert values.get("kvtc_loaded_tokens", 0) == 0
     # The server lives on, and what was recomputed is stored and reloaded again.
     assert llm.reset_prefix_cache()

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from kvtc_vllm.offload.keys import LOAD, STORE, allowed, chunk_key, chunk_keys
+from kvtc_vllm.offload.keys import LOAD, STORE, allowed, chunk_keys
 from tests.connector.fakes import FakeRequest, fill, scheduler, start
 
 
 def test_a_key_is_vllms_hash_and_the_adapters_digest() -> None:
     request = FakeRequest("r", 300)
     assert chunk_keys(request, 4, b"") == [b"a:3", b"a:7"]
-    assert chunk_key(request, 4, 1, b"") == b"a:7"
+    assert chunk_keys(request, 4, b"", 1, 2) == [b"a:7"]
     assert chunk_keys(request, 4, b"digest") == [b"a:3digest", b"a:7digest"]
     assert chunk_keys(FakeRequest("r", 127), 4, b"") == []
 

@@ -38,16 +38,12 @@ def chosen(policy: StorePolicy, *chunks: Candidate) -> list[bytes]:
 
 
 def test_filters_pass_on_what_they_take() -> None:
-    chunks = [
-        candidate(0),
-        candidate(1),
-        candidate(2, prompt=CHUNK),
-        candidate(3, kvtc_store=False),
-    ]
-    assert chosen(Eager(), *chunks) == [b"chunk 0", b"chunk 1", b"chunk 2", b"chunk 3"]
+    chunks = [candidate(0), candidate(1), candidate(2, prompt=CHUNK)]
+    assert chosen(Eager(), *chunks) == [b"chunk 0", b"chunk 1", b"chunk 2"]
     assert chosen(Nothing(), *chunks) == []
     assert chosen(OptOut(Eager()), *chunks) == [b"chunk 0", b"chunk 1", b"chunk 2"]
-    assert chosen(PromptOnly(Eager()), *chunks) == [b"chunk 0", b"chunk 1", b"chunk 3"]
+    assert chosen(OptOut(Eager()), candidate(3, kvtc_store=False)) == []
+    assert chosen(PromptOnly(Eager()), *chunks) == [b"chunk 0", b"chunk 1"]
     assert chosen(OptOut(PromptOnly(Eager())), *chunks) == [b"chunk 0", b"chunk 1"]
 
 
@@ -70,11 +66,12 @@ def test_a_configuration_makes_what_it_says(
     policy = make_store_policy(
         stores=stores, prompt_only=prompt_only, threshold=threshold, refused=lambda: None
     )
-    generated, refusing = candidate(1, prompt=CHUNK), candidate(2, kvtc_store=False)
+    generated = candidate(1, prompt=CHUNK)
     expected = []
     if stores and threshold == 1:
         expected = [b"chunk 0"] if prompt_only else [b"chunk 0", b"chunk 1"]
-    assert chosen(policy, candidate(), generated, refusing) == expected
+    assert chosen(policy, candidate(), generated) == expected
+    assert chosen(policy, candidate(2, kvtc_store=False)) == []
 
 
 class OneStepLater(Eager):

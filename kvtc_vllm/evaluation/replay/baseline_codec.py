@@ -7,7 +7,7 @@ import struct
 import torch
 import xxhash
 
-from kvtc_vllm.codec.base import Blob, DecodedChunk
+from kvtc_vllm.codec.base import Blob, Coder, DecodedChunk
 from kvtc_vllm.codec.container import CHECKSUM_BYTES, HEADER_BYTES
 from kvtc_vllm.codec.errors import ContainerError
 from kvtc_vllm.evaluation.baselines.base import Baseline
@@ -16,7 +16,7 @@ _COUNTS = struct.Struct("<IQ")
 _LENGTH = struct.Struct("<I")
 
 
-class BaselineCodec:
+class BaselineCodec(Coder):
     """`encode` and `decode` as `ChunkCodec` has them.
 
     Every blob is charged the same header and checksum as one of ours, then a length

@@ -1,4 +1,4 @@
-"""The reconstruction gate: an artifact that cannot hold its own promise is not written."""
+"""Acceptance: an artifact whose held-out error is above what its plans predict is not written."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MAX_LOWEST_RATIO_ERROR = 0.25
 
 
 def check_artifact(artifact: RankArtifact, rank: int = 0) -> None:
-    """Raise ArtifactError, one clear line, unless every section keeps its promise."""
+    """Raise ArtifactError, one clear line, unless every section is fit to serve."""
     excess = over_budget(artifact.sections)
     if excess is not None:
         raise ArtifactError(f"rank {rank}: {excess}")

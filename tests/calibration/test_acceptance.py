@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from kvtc_vllm.calibration.acceptance import check_artifact
 from kvtc_vllm.calibration.fit import RankFit
-from kvtc_vllm.calibration.gate import check_artifact
 from kvtc_vllm.codec.artifact import RankArtifact
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.payload import CoefficientGroup
@@ -23,10 +23,10 @@ def changed(fit: RankFit, **changes: Any) -> RankArtifact:
 
 
 def test_good_artifact_passes(fit: RankFit) -> None:
-    check_artifact(fit.artifact)
+    assert check_artifact(fit.artifact) is None  # type: ignore[func-returns-value]
 
 
-def test_heldout_above_promise(fit: RankFit) -> None:
+def test_heldout_error_far_above_the_predicted(fit: RankFit) -> None:
     errors = dict(fit.artifact.sections[SECTION].heldout_error)
     errors[8.0] = 0.95
     with pytest.raises(ArtifactError, match=r"rank 3 section k1 ratio 8: held-out error 0\.95"):

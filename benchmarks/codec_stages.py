@@ -1,0 +1,164 @@
+"""Where the codec's time goes: its own steps one by one, reference and fast way."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from benchmarks.codec_rows import Rows
+from kvtc_vllm.codec.container import checksum, parse
+from kvtc_vllm.codec.cpu.codec import CpuKvtcCodec
+from kvtc_vllm.codec.cpu.rotation import Rotation
+from kvtc_vllm.codec.cpu.rows import Floats, centre, largest_bits16, uncentre
+from kvtc_vllm.codec.cpu.section import FastSection
+from kvtc_vllm.codec.entropy import DeflateCoder
+from kvtc_vllm.codec.kvtc import KvtcCodec
+from kvtc_vllm.codec.payload import bit_plan, decode_payload, encode_payload
+from kvtc_vllm.codec.transform import (
+    centred_rows,
+    chunk_rows,
+    layer_ropes,
+    magnitude,
+    rows_to_cache,
+)
+
+ROUNDS = 7
+T = TypeVar("T")
+
+
+def stages(rows: Rows, ratios: tuple[float, ...]) -> list[dict[str, float | str]]:
+    """Microseconds per token of every step, both sections together, for an artifact in one group.
+
+    rest: of the whole call, what is in no step: sinks, headers, Python.
+    """
+    if len(rows.artifact.geometry.layer_groups) != 1:
+        raise ValueError("stages are of artifacts with all layers in one group")
+    found: list[dict[str, float | str]] = []
+    for ratio in ratios:
+        codecs = {
+            "reference": KvtcCodec(rows.artifact, ratio, rows.k.dtype),
+            "fast": CpuKvtcCodec(rows.artifact, ratio, rows.k.dtype),
+        }
+        for way, codec in codecs.items():
+            blob = codec.encode(rows.k, rows.v, rows.start)
+            whole: dict[str, Callable[[], object]] = {
+                "encode": functools.partial(codec.encode, rows.k, rows.v, rows.start),
+                "decode": functools.partial(codec.decode, blob),
+            }
+            steps = _fast_steps if way == "fast" else _reference_steps
+            for call, times in steps(rows, ratio, blob).items():
+                row: dict[str, float | str] = {"ratio": ratio, "way": way, "call": call}
+                total = _time(whole[call]) / rows.tokens * 1e6
+                row |= {name: round(t / rows.tokens * 1e6, 2) for name, t in times.items()}
+                row["rest"] = round(total - sum(times.values()) / rows.tokens * 1e6, 2)
+                row["whole"] = round(total, 2)
+                found.append(row)
+    return found
+
+
+def _reference_steps(rows: Rows, ratio: float, blob: bytes) -> dict[str, dict[str, float]]:
+    encode: dict[str, float] = {}
+    decode: dict[str, float] = {}
+    _add(encode, "finite", lambda: (magnitude(rows.k), magnitude(rows.v)))
+    _add(encode, "checksum", lambda: checksum(blob))
+    _add(decode, "parse and checksum", lambda: parse(blob))
+    positions = torch.arange(rows.start, rows.start + rows.tokens)
+    for (group, kind), resident in rows.artifact.sections.items():
+        section = resident.on(torch.device("cpu"))
+        plan = bit_plan(section, ratio)
+        basis = section.basis[:, : plan.rank]
+        cache = functools.partial(chunk_rows, rows.k, rows.v, group, kind, rows.artifact, positions)
+        plain = _add(encode, "cast and RoPE", cache)
+        centred = _add(encode, "mean", functools.partial(centred_rows, plain, section))
+        x = _add(encode, "product", functools.partial(torch.mm, centred, basis))
+        streams = _add(encode, "quantise and pack", functools.partial(encode_payload, x, plan))
+        payload = _deflate(encode, decode, streams)
+        x = _add(
+            decode,
+            "unpack and dequantise",
+            functools.partial(decode_payload, payload, plan, rows.tokens),
+        )
+        restored = _add(
+            decode, "product and mean", functools.partial(torch.addmm, section.mean, x, basis.T)
+        )
+        back = functools.partial(
+            rows_to_cache, restored, group, kind, rows.artifact, positions, rows.k.dtype
+        )
+        _add(decode, "RoPE and cast", back)
+    return {"encode": encode, "decode": decode}
+
+
+def _fast_steps(rows: Rows, ratio: float, blob: bytes) -> dict[str, dict[str, float]]:
+    encode: dict[str, float] = {}
+    decode: dict[str, float] = {}
+    flat = {
+        kind: x.flatten(1).view(torch.uint16).numpy() for kind, x in (("k", rows.k), ("v", rows.v))
+    }
+    _add(encode, "finite", lambda: [largest_bits16(x.reshape(-1)) for x in flat.values()])
+    _add(encode, "checksum", lambda: checksum(blob))
+    _add(decode, "parse and checksum", lambda: parse(blob))
+    end = rows.start + rows.tokens
+    codec = CpuKvtcCodec(rows.artifact, ratio, rows.k.dtype)
+    for (group, kind), section in codec.sections(ratio).items():
+        ropes = layer_ropes(rows.artifact, group)
+        rotation = Rotation(ropes if kind == "k" else [None])
+        turn = rotation.rope_of_layer, rotation.halves, rotation.neox
+        size = (rows.k if kind == "k" else rows.v).shape[-1]
+        operand = section.forward.empty(rows.tokens)
+        out = operand.rows, operand.codes, operand.factors
+        back, there = rotation.inverse_angles(rows.start, end), rotation.angles(rows.start, end)
+        take = functools.partial(centre, flat[kind], 0, section.mean, size, back, *turn, *out)
+        _add(encode, "cast, RoPE, mean, int8", take)
+        product = _add(encode, "product", functools.partial(section.forward.of, operand))
+        code = functools.partial(_payload_of_copy, section, product, operand.factors)
+        copying = _time(product.clone)
+        streams = _add(encode, "quantise and pack", code, copying)
+        payload = _deflate(encode, decode, streams)
+        x = np.zeros((rows.tokens, section.live), np.float32)
+        _add(decode, "unpack and dequantise", functools.partial(section.coefficients, payload, x))
+        taken = _add(decode, "int8", functools.partial(section.inverse.operand, x))
+        restored = _add(decode, "product", functools.partial(section.inverse.of, taken)).numpy()
+        cache = np.empty_like(flat[kind])
+        give = functools.partial(
+            uncentre, restored, taken.factors, section.mean, size, there, *turn, cache, 0
+        )
+        _add(decode, "mean, RoPE, cast", give)
+    return {"encode": encode, "decode": decode}
+
+
+def _payload_of_copy(section: FastSection, product: torch.Tensor, factors: Floats) -> list[bytes]:
+    return section.payload(product.clone(), factors)
+
+
+def _deflate(encode: dict[str, float], decode: dict[str, float], streams: list[bytes]) -> bytearray:
+    coder = DeflateCoder()
+    coded = _add(encode, "DEFLATE", functools.partial(coder.encode, streams))
+    length = sum(map(len, streams))
+    return _add(
+        decode,
+        "inflate",
+        functools.partial(coder.decode, coded.units, memoryview(coded.body), length),
+    )
+
+
+def _add(times: dict[str, float], name: str, call: Callable[[], T], less: float = 0.0) -> T:
+    """Add a call's time but for `less` seconds of it; gives its result."""
+    times[name] = times.get(name, 0.0) + _time(call) - less
+    return call()
+
+
+def _time(call: Callable[[], object]) -> float:
+    """Median CPU time of a call, after one that is not counted."""
+    call()
+    taken = []
+    for _ in range(ROUNDS):
+        started = time.process_time()
+        call()
+        taken.append(time.process_time() - started)
+    return statistics.median(taken)

@@ -1,0 +1,113 @@
+"""Arguments that `kvtc calibrate` and `kvtc fit` share: what to make of captured rows."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, get_args
+
+from kvtc_vllm.calibration.solvers import RANK_CAP, Method
+from kvtc_vllm.config import ConfigError
+
+if TYPE_CHECKING:
+    from kvtc_vllm.calibration.calibrate import ArtifactSettings
+
+
+def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare them; `--tp` is the command's own."""
+    add = parser.add_argument
+    add("--out", default="calibrations", help="registry directory to write into")
+    add("--name", help="directory of the artifact; default: tp{N}-{groups}-{contents}")
+    add("--model-name", help="what to call the model; default: MODEL, or its last directory")
+    add("--ratios", default="4,8,16,32,64", help="target ratios (default 4,8,16,32,64)")
+    add("--layers-per-group", default="all", help='layers coded together, or "all"')
+    add("--rank-cap", type=int, default=RANK_CAP, help="most basis columns kept")
+    add(
+        "--method",
+        choices=get_args(Method),
+        default="auto",
+        help="PCA: eigh (exact), subspace (iterates on the covariance), rsvd (on the rows); "
+        "default: the fastest by predicted cost",
+    )
+    add("--simulation-rows", type=int, default=2048, help="rows the allocation quantises")
+    add(
+        "--key-share",
+        type=float,
+        help="share of the bits for keys, such as 0.33; default: K and V at the same ratio",
+    )
+    add("--device", help="where to fit; default: cuda if there is one")
+
+
+def artifact_settings(args: argparse.Namespace) -> ArtifactSettings:
+    """Parsed arguments as settings. Raises ConfigError, naming the option, for a bad value."""
+    from kvtc_vllm.calibration.calibrate import ArtifactSettings
+    from kvtc_vllm.calibration.fit_settings import FitSettings
+
+    ratios = _ratios(args.ratios)
+    fit = FitSettings(
+        method=args.method,
+        rank_cap=positive("--rank-cap", args.rank_cap),
+        simulation_rows=positive("--simulation-rows", args.simulation_rows),
+        key_share=_key_share(args.key_share, min(ratios)),
+        device=_device(args.device),
+    )
+    return ArtifactSettings(
+        ratios=ratios,
+        fit=fit,
+        tp=None if args.tp is None else positive("--tp", args.tp),
+        layers_per_group=_layers_per_group(args.layers_per_group),
+        out=args.out,
+        name=args.name,
+        model_name=args.model_name,
+    )
+
+
+def positive(option: str, value: int) -> int:
+    """The value, if it is at least 1. Raises ConfigError."""
+    if value < 1:
+        raise ConfigError(f"{option} {value}: give a number of at least 1")
+    return value
+
+
+def _ratios(text: str) -> tuple[float, ...]:
+    try:
+        ratios = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        ratios = ()
+    if not ratios or any(ratio <= 1 for ratio in ratios):
+        raise ConfigError(f"--ratios {text!r}: give numbers above 1, such as 4,8,16,32,64")
+    return ratios
+
+
+def _layers_per_group(text: str) -> int | None:
+    if text == "all":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(f'--layers-per-group {text!r}: give "all" or a number of layers')
+    return int(text)
+
+
+def _key_share(value: float | None, lowest_ratio: float) -> float | None:
+    if value is None:
+        return None
+    # The larger part must not get more bits than the cache has.
+    most = min(lowest_ratio / 2, 1.0)
+    if not 1 - most <= value <= most or not 0 < value < 1:
+        raise ConfigError(
+            f"--key-share {value:g}: give a share above 0 and below 1, and with a ratio of "
+            f"{lowest_ratio:g} from {1 - most:g} to {most:g}"
+        )
+    return value
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    there = torch.cuda.is_available()
+    if name is None:
+        return "cuda" if there else "cpu"
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
+        raise ConfigError(f"--device {name!r}: give cpu, cuda or cuda:N")
+    if kind == "cuda" and not there:
+        raise ConfigError(f"--device {name!r}: there is no GPU that torch can use; give cpu")
+    return name

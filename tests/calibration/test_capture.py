@@ -1,0 +1,207 @@
+"""A spool is captured once: used again, refused or made anew. The model's run is replaced."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kvtc_vllm.artifact.directory import load_rank_artifact
+from kvtc_vllm.artifact.identity import model_identity
+from kvtc_vllm.calibration import capture as capture_module
+from kvtc_vllm.calibration.calibrate import ArtifactSettings, calibrate, fit_spool
+from kvtc_vllm.calibration.capture import CaptureSettings, capture_rows
+from kvtc_vllm.calibration.capture_record import capturing
+from kvtc_vllm.calibration.documents import Text
+from kvtc_vllm.calibration.fit_settings import FitSettings
+from kvtc_vllm.calibration.spool import SpoolWriter
+from kvtc_vllm.cli import main
+from kvtc_vllm.codec.errors import ArtifactError
+from tests.calibration.fitted import fill
+from tests.calibration.toy import HEADS, RATIOS, toy_header, toy_rope
+
+FIT = ["--ratios", "2,4,8", "--simulation-rows", "512", "--layers-per-group", "2"]
+
+
+Change = Callable[[CaptureSettings], CaptureSettings]
+
+
+class Killed(RuntimeError):
+    """The process ended in the middle of a capture."""
+
+
+class Runs:
+    """In the place of vLLM: leaves the toy model's spool, and counts."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.die = False
+
+    def __call__(
+        self, settings: CaptureSettings, texts: Sequence[Text], spool: Path
+    ) -> tuple[int, str, str | None]:
+        self.count += 1
+        if self.die:
+            SpoolWriter(spool / "rank0", toy_header(), (toy_rope(),))
+            raise Killed
+        fill(spool / "rank0")
+        return 1500, settings.model, None
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
+    counting = Runs()
+    monkeypatch.setattr(capture_module, "_run_model", counting)
+    return counting
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> CaptureSettings:
+    model = tmp_path / "my-model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"model_type": "toy"}))
+    (model / "tokenizer.json").write_text("{}")
+    text = tmp_path / "text.txt"
+    text.write_text("words " * 100)
+    return CaptureSettings(model=str(model), data=(str(text),), tokens=1200)
+
+
+def test_the_same_settings_use_the_spool_again(
+    runs: Runs, settings: CaptureSettings, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    first = capture_rows(settings, tmp_path / "spool", said.append)
+    assert (runs.count, said) == (1, [])
+    # Another tensor-parallel size too: ranks are slices.
+    for again in (settings, replace(settings, tp=2)):
+        assert capture_rows(again, tmp_path / "spool", said.append) == first
+    assert runs.count == 1
+    assert "used again" in said[-1]
+    assert first.model_name == "my-model"
+    assert first.files == ("text.txt",)
+    assert first.source.model == model_identity(settings.model).identity
+
+
+def changed_text(settings: CaptureSettings) -> CaptureSettings:
+    Path(settings.data[0]).write_text("other " * 100)
+    return settings
+
+
+def changed_model(settings: CaptureSettings) -> CaptureSettings:
+    (Path(settings.model) / "config.json").write_text(json.dumps({"model_type": "other"}))
+    return settings
+
+
+def changed_tokenizer(settings: CaptureSettings) -> CaptureSettings:
+    (Path(settings.model) / "tokenizer.json").write_text("[]")
+    return settings
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: replace(s, tokens=900), "with tokens 1200, not 900"),
+        (lambda s: replace(s, max_len=100), "with max_len 8192, not 100"),
+        (lambda s: replace(s, seed=1), "with seed 0, not 1"),
+        (lambda s: replace(s, sink_tokens=8), "with sink_tokens 4, not 8"),
+        (lambda s: replace(s, heldout_fraction=0.2), "with heldout_fraction 0.1, not 0.2"),
+        (lambda s: replace(s, engine={"dtype": "float16"}), "with engine {}, not {'dtype'"),
+        (changed_text, "with texts"),
+        (changed_model, "with model"),
+        (changed_tokenizer, "with tokenizer"),
+    ],
+)
+def test_other_settings_are_refused(
+    runs: Runs, settings: CaptureSettings, tmp_path: Path, change: Change, message: str
+) -> None:
+    capture_rows(settings, tmp_path / "spool")
+    with pytest.raises(ArtifactError) as caught:
+        capture_rows(change(settings), tmp_path / "spool")
+    assert message in str(caught.value)
+    assert "kvtc fit" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert runs.count == 1
+
+
+def test_an_unfinished_capture_is_made_again(
+    runs: Runs, settings: CaptureSettings, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    runs.die = True
+    with pytest.raises(Killed):
+        capture_rows(settings, tmp_path / "spool", said.append)
+    with pytest.raises(ArtifactError, match="holds no finished capture"):
+        fit_spool(tmp_path / "spool", ArtifactSettings(RATIOS, FitSettings()))
+    runs.die = False
+    capture_rows(settings, tmp_path / "spool", said.append)
+    assert runs.count == 2
+    assert ["captured anew" in line for line in said] == [True]
+
+
+def test_two_processes_do_not_share_a_capture(
+    runs: Runs, settings: CaptureSettings, tmp_path: Path
+) -> None:
+    with (
+        capturing(tmp_path / "spool"),
+        pytest.raises(ArtifactError, match="another process captures into it"),
+    ):
+        capture_rows(settings, tmp_path / "spool")
+    assert runs.count == 0
+    capture_rows(settings, tmp_path / "spool")
+
+
+def test_calibrate_and_fit_make_the_same_artifact(
+    runs: Runs, settings: CaptureSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spool = tmp_path / "spool"
+    made = ArtifactSettings(
+        RATIOS,
+        FitSettings(simulation_rows=512, seed=7),
+        layers_per_group=2,
+        out=str(tmp_path / "a"),
+    )
+    one = calibrate(replace(settings, seed=7), made, spool=str(spool))
+    printed = capsys.readouterr().out
+    assert "sections of 1200 rows by eigh, peak memory about" in printed
+    assert "rank 0 V1: covariance" in printed
+    assert main(["fit", str(spool), *FIT, "--out", str(tmp_path / "b")]) == 0
+    two = Path(capsys.readouterr().out.splitlines()[-1].removeprefix("artifact: "))
+    assert one.name == two.name, "named by contents"
+    assert two.parent.name == "my-model"
+    card = load_rank_artifact(two, 0)[1]
+    assert card.identity == model_identity(settings.model).identity
+    assert (card.data.tokens, card.data.train_tokens, card.data.seed) == (1500, 1200, 7)
+    assert runs.count == 1
+
+
+def test_fit_for_more_ranks(
+    runs: Runs, settings: CaptureSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spool = tmp_path / "spool"
+    capture_rows(settings, spool)
+    # All layers together, or rows of one head are too short to be coded well.
+    out = ["--out", str(tmp_path / "out"), "--layers-per-group", "all"]
+    # Two heads on four ranks: the first two ranks hold copies of one head.
+    assert main(["fit", str(spool), *FIT, *out, "--tp", "4", "--name", "four"]) == 0
+    ranks = [load_rank_artifact(tmp_path / "out/my-model/four", rank) for rank in range(4)]
+    for artifact, card, probe in ranks:
+        assert artifact.geometry.num_kv_heads == 1
+        assert card.tp_size == 4
+        assert probe.k.shape[2] == 1
+    prints = [artifact.fingerprint for artifact, _, _ in ranks]
+    assert prints[0] == prints[1] != prints[2] == prints[3]
+    assert main(["fit", str(spool), *FIT, *out, "--tp", "3"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"--tp 3: the model's {HEADS} KV heads do not divide among 3 ranks" in error
+
+
+def test_fit_of_no_spool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", str(tmp_path / "none")]) == 2
+    assert "holds no finished capture" in capsys.readouterr().err
+    (tmp_path / "capture.json").write_text("{}")
+    assert main(["fit", str(tmp_path)]) == 2
+    assert "capture.json: " in capsys.readouterr().err
