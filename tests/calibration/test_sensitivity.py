@@ -25,7 +25,7 @@ from kvtc_vllm.calibration.sensitivity import (
 )
 from kvtc_vllm.calibration.spool import SpoolReader
 from kvtc_vllm.calibration.writing import Description, write_artifact
-from kvtc_vllm.codec.artifact import KINDS
+from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind
 from kvtc_vllm.codec.bitplan import budget_bits, plan_bits
 from kvtc_vllm.codec.cpu.codec import CpuKvtcCodec
 from kvtc_vllm.codec.errors import ArtifactError
@@ -168,14 +168,21 @@ def test_a_layer_group_has_one_budget(weighted: RankFit) -> None:
             assert taken["v"] > both * sizes["v"] / sum(sizes.values())
 
 
-def test_a_key_share_overrides_the_common_budget(reader: SpoolReader) -> None:
+def test_a_key_share_overrides_the_common_budget(weighted: RankFit, reader: SpoolReader) -> None:
     shared = fit_weighted(reader, key_share=0.6)
+
+    def bits(fit: RankFit, group: int, kind: Kind, ratio: float) -> int:
+        return plan_bits(bit_plan(fit.artifact.sections[group, kind], ratio))
+
     for group in (0, 1):
         both = sum(reader.geometry.row_size(group, kind) for kind in KINDS)
         for ratio in RATIOS:
-            keys = plan_bits(bit_plan(shared.artifact.sections[group, "k"], ratio))
-            budget = 0.6 * budget_bits(both, ratio)
-            assert 0.8 * budget < keys <= budget
+            budget = budget_bits(both, ratio)
+            assert bits(shared, group, "k", ratio) <= 0.6 * budget
+            assert bits(shared, group, "v", ratio) <= 0.4 * budget + 1
+        # By itself the allocation gives keys, which weigh little here, far less.
+        for ratio in RATIOS[1:]:
+            assert bits(shared, group, "k", ratio) > bits(weighted, group, "k", ratio)
 
 
 def test_weights_are_part_of_the_fingerprint(weighted: RankFit, reader: SpoolReader) -> None:
@@ -185,9 +192,10 @@ def test_weights_are_part_of_the_fingerprint(weighted: RankFit, reader: SpoolRea
     assert fit_weighted(reader).artifact.fingerprint == weighted.artifact.fingerprint
 
 
-def test_a_common_budget_costs_memory(reader: SpoolReader) -> None:
-    plain = estimate_fit(reader.geometry, 1000, RATIOS, FitSettings())
-    both = estimate_fit(reader.geometry, 1000, RATIOS, FitSettings(sensitivity=FOUND))
+def test_a_common_budget_costs_memory() -> None:
+    large = Geometry(LAYERS, 8, 128, 128, ((0, LAYERS),))
+    plain = estimate_fit(large, 10_000, RATIOS, FitSettings())
+    both = estimate_fit(large, 10_000, RATIOS, FitSettings(sensitivity=FOUND))
     assert both.peak_bytes > plain.peak_bytes
 
 
