@@ -10,7 +10,8 @@ with those on the uncompressed cache. Ratios are of whole blobs, headers and sin
 intervals are 95 %, bootstrapped over documents.
 
 `--data` has essays.jsonl.gz and gsm8k-test.jsonl. Documents are those whose number modulo 4 is 3,
-which no calibration and no tuning uses: long enough essays, and eight GSM8K problems each.
+which no calibration and no tuning uses: five essays that are long enough, and five times ten
+GSM8K problems.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,8 @@ from kvtc_vllm.codec.registry import open_codec
 ROOT = Path(__file__).resolve().parents[1]
 PREFIX, WINDOW, SCORED = 768, 128, 128
 CHUNK = 128
-ESSAYS, PROBLEM_SETS, PROBLEMS = 6, 4, 8
+OF_EACH = 5
+PROBLEMS = 10
 RESAMPLES = 10_000
 
 
@@ -76,13 +79,11 @@ def main() -> None:
     }
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    names, rows = measure(model, tokenizer, args.data, artifacts, ratios)
     result: dict[str, Any] = {
         "command": "python -m benchmarks.sensitivity --model DIR --data DIR --plain ARTIFACT "
         "--weighted ARTIFACT",
         "model": args.model.name,
         "artifacts": {name: artifact.fingerprint.hex() for name, artifact in artifacts.items()},
-        "documents": names,
         "prefix_tokens": PREFIX,
         "exact_tokens": WINDOW,
         "scored_tokens": SCORED,
@@ -90,10 +91,19 @@ def main() -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} used",
         "versions": {p: version(p) for p in ("kvtc-vllm", "torch", "transformers")},
         "unit": "KL in nats per token, mean over documents; [low, high] is 95 %",
-        "rows": rows,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    rows: list[dict[str, Any]] = []
+    # After every document: the whole takes long on a small machine.
+    for names, rows in measure(model, tokenizer, args.data, artifacts, ratios):
+        finished = result | {"documents": names, "rows": rows}
+        args.out.write_text(json.dumps(finished, indent=1) + "\n")
+    for row in rows:
+        low, high = row["interval"]
+        print(
+            f"{row['artifact']:9} {row['target_ratio']:g}x: real {row['real_ratio']:.1f}, "
+            f"KL {row['kl']:.5f} [{low:.5f}, {high:.5f}]"
+        )
 
 
 def measure(
@@ -102,8 +112,8 @@ def measure(
     data: Path,
     artifacts: dict[str, RankArtifact],
     ratios: Sequence[float],
-) -> tuple[list[str], list[dict[str, Any]]]:
-    """Names of the documents, and a row per artifact and ratio."""
+) -> Iterator[tuple[list[str], list[dict[str, Any]]]]:
+    """After every document: names so far, and a row per artifact and ratio."""
     codecs = {
         (name, ratio): open_codec("kvtc", torch.bfloat16, artifact=artifact, ratio=ratio)
         for name, artifact in artifacts.items()
@@ -111,7 +121,8 @@ def measure(
     }
     stored = dict.fromkeys(codecs, 0)
     divergence: dict[tuple[str, float], list[float]] = {key: [] for key in codecs}
-    names, raw = [], 0
+    names: list[str] = []
+    raw = 0
     for name, ids in documents(data, tokenizer):
         started = time.monotonic()
         prefix = compute_prefix(model, name, ids)
@@ -122,49 +133,51 @@ def measure(
             stored[key] += taken
             divergence[key].append(kl(prefix.exact, score(model, ids, k, v)))
         print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
-    rows = []
-    for (name, ratio), values in divergence.items():
-        low, high = interval(values)
-        rows.append(
-            {
-                "artifact": name,
-                "target_ratio": ratio,
-                "real_ratio": round(raw / stored[name, ratio], 2),
-                "bytes": stored[name, ratio],
-                "kl": round(sum(values) / len(values), 6),
-                "interval": [round(low, 6), round(high, 6)],
-                "by_document": [round(value, 6) for value in values],
-            }
-        )
-        print(
-            f"{name:9} {ratio:g}x: real {rows[-1]['real_ratio']:.1f}, KL {rows[-1]['kl']:.5f} "
-            f"[{low:.5f}, {high:.5f}]",
-            flush=True,
-        )
-    return names, rows
+        yield names, [row(*key, divergence[key], raw, stored[key]) for key in codecs]
+
+
+def row(
+    name: str, ratio: float, divergence: Sequence[float], raw: int, stored: int
+) -> dict[str, Any]:
+    """Of one artifact at one ratio. divergence: KL of each document; raw, stored: bytes of all."""
+    low, high = interval(divergence)
+    return {
+        "artifact": name,
+        "target_ratio": ratio,
+        "real_ratio": round(raw / stored, 2),
+        "bytes": stored,
+        "kl": round(sum(divergence) / len(divergence), 6),
+        "interval": [round(low, 6), round(high, 6)],
+        "by_document": [round(value, 6) for value in divergence],
+    }
 
 
 def documents(data: Path, tokenizer: Any) -> Iterator[tuple[str, list[int]]]:
-    """Names and token ids of documents to report on, of one length."""
+    """Names and token ids of documents to report on, of one length, essays and problems in turn."""
     length = PREFIX + WINDOW + SCORED
-    with gzip.open(data / "essays.jsonl.gz", "rt") as lines:
-        essays = [json.loads(line)["text"] for line in lines]
-    found = 0
-    for number in range(3, len(essays), 4):
-        ids = tokenizer.encode(essays[number])
-        if len(ids) >= length and found < ESSAYS:
-            found += 1
-            yield f"essay {number}", ids[:length]
+    with gzip.open(data / "essays.jsonl.gz", "rt") as file:
+        essays = [json.loads(line)["text"] for line in file]
+    prose = ((f"essay {number}", essays[number]) for number in range(3, len(essays), 4))
     lines = (data / "gsm8k-test.jsonl").read_text().splitlines()
-    problems = [json.loads(line) for line in lines[3::4]]
-    for first in range(0, PROBLEM_SETS * PROBLEMS, PROBLEMS):
-        text = "\n\n".join(
-            f"Question: {p['question']}\nAnswer: {p['answer']}"
-            for p in problems[first : first + PROBLEMS]
-        )
-        ids = tokenizer.encode(text)
-        if len(ids) >= length:
-            yield f"gsm8k-test from {3 + 4 * first}", ids[:length]
+    solved = [
+        f"Question: {p['question']}\nAnswer: {p['answer']}" for p in map(json.loads, lines[3::4])
+    ]
+    problems = (
+        (f"gsm8k-test {3 + 4 * first} and on", "\n\n".join(solved[first : first + PROBLEMS]))
+        for first in range(0, len(solved), PROBLEMS)
+    )
+    for pair in zip(
+        _long(prose, length, tokenizer), _long(problems, length, tokenizer), strict=False
+    ):
+        yield from pair
+
+
+def _long(
+    texts: Iterator[tuple[str, str]], length: int, tokenizer: Any
+) -> Iterator[tuple[str, list[int]]]:
+    """The first `OF_EACH` that are long enough."""
+    encoded = ((name, tokenizer.encode(text)) for name, text in texts)
+    return islice(((name, ids[:length]) for name, ids in encoded if len(ids) >= length), OF_EACH)
 
 
 @torch.no_grad()
