@@ -11,7 +11,7 @@ intervals are 95 %, bootstrapped over documents.
 
 `--data` has essays.jsonl.gz and gsm8k-test.jsonl. Documents are those whose number modulo 4 is 3,
 which no calibration and no tuning uses: five essays that are long enough, and five times ten
-GSM8K problems.
+GSM8K problems, 1,024 tokens of each.
 """
 
 from __future__ import annotations

@@ -174,11 +174,12 @@ def test_small_elements_of_high_weight_survive_rounding(artifact, int8):
             for group, (first, end) in enumerate(MODEL.geometry.layer_groups)
         ]
         rows[kind] = torch.cat(parts, dim=1)
-    for codec in (reference, fast):
-        decoded = codec.decode(codec.encode(rows["k"], rows["v"], 64))
-        for kind, found in (("k", decoded.k), ("v", decoded.v)):
-            small = rows[kind].flatten(1)[:, ::2]
-            assert distance(found.flatten(1)[:, ::2], small) < 0.02
+    wanted = reference.decode(reference.encode(rows["k"], rows["v"], 64))
+    found = fast.decode(fast.encode(rows["k"], rows["v"], 64))
+    for kind, mine, other in (("k", found.k, wanted.k), ("v", found.v, wanted.v)):
+        small = [x.flatten(1)[:, ::2] for x in (mine, other, rows[kind])]
+        assert distance(small[0], small[2]) < 1.05 * distance(small[1], small[2])
+        assert distance(small[0], small[1]) < 0.01
 
 
 @pytest.mark.parametrize("int8", PRECISIONS)
