@@ -21,7 +21,7 @@ from tqdm import tqdm
 from kvtc_vllm.artifact.identity import model_directory
 from kvtc_vllm.calibration.capture import PREFILL_FACTOR, CaptureSettings
 from kvtc_vllm.calibration.capture_record import CaptureRecord, texts_fingerprint
-from kvtc_vllm.calibration.documents import Document, Text, make_documents, read_texts
+from kvtc_vllm.calibration.documents import DataError, Document, Text, make_documents, read_texts
 from kvtc_vllm.calibration.sensitivity import (
     SENSITIVITY_NAME,
     Sensitivity,
@@ -258,10 +258,17 @@ def measure_sensitivity(
         ids = document.token_ids[: source.prefix_tokens + source.continuation_tokens]
         share = source.prefix_tokens / (source.prefix_tokens + source.continuation_tokens)
         prefix = min(source.prefix_tokens, round(share * len(ids)))
+        if prefix <= source.sink_tokens:
+            continue
         squares = model.squared_gradients(ids, prefix, shape, generator)
         for total, of_kind in zip(totals, squares, strict=True):
             total += of_kind[:, source.sink_tokens :].sum(dim=1)
         tokens += prefix - source.sink_tokens
+    if tokens < 1:
+        raise DataError(
+            f"--sensitivity gradient: documents of {source.max_len} tokens have none past the "
+            f"{source.sink_tokens} sinks to take gradients of; give a larger --max-len"
+        )
     per_element = [
         totals[i] / (tokens * shape.kv_heads * size)
         for i, size in enumerate((shape.head_size, shape.head_size_v))

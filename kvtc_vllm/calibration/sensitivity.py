@@ -23,7 +23,7 @@ SENSITIVITY_VERSION = 1
 LEAST_WEIGHT = 0.02
 """No layer is weighted less than this, the root mean square of all weights being 1.
 
-Below it a layer gets no bits anyway. A layer that the sample never reached would have a weight of
+Below it a layer hardly counts. A layer that the sample never reached would have a weight of
 0, which cannot be undone."""
 
 

@@ -5,20 +5,29 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from kvtc_vllm.calibration import gradients
 from kvtc_vllm.calibration.capture import CaptureSettings
 from kvtc_vllm.calibration.capture_record import CaptureRecord, CaptureSource
-from kvtc_vllm.calibration.documents import Document
+from kvtc_vllm.calibration.documents import DataError, Document
 from kvtc_vllm.calibration.gradients import (
     CacheShape,
     Differentiable,
     GradientSettings,
     check_supported,
     draw_documents,
+    measure_sensitivity,
     spool_sensitivity,
 )
 from kvtc_vllm.calibration.sensitivity import load_sensitivity
@@ -103,6 +112,37 @@ def test_gradients_are_the_slopes_of_the_likelihood(model: Path) -> None:
                 slope = (above - below).gather(1, labels).sum() / 2e-2
                 squares += float(slope) ** 2
         assert float(found[layer, token]) == pytest.approx(squares, rel=1e-2)
+
+
+@pytest.mark.usefixtures("letters")
+def test_layers_with_a_window_are_differentiated_within_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=HEADS,
+        head_dim=SIZE,
+        max_position_embeddings=512,
+        sliding_window=8,
+        initializer_range=0.2,
+    )
+    MistralForCausalLM(config).save_pretrained(tmp_path)
+    keys, values = Differentiable(tmp_path, "cpu").squared_gradients(
+        IDS, PREFIX, SHAPE, torch.Generator().manual_seed(0)
+    )
+    for squares in (keys, values):
+        assert not squares[:, : PREFIX - 8].any(), "no later token sees these"
+        assert bool((squares[:, -7:] > 0).all())
+
+
+@pytest.mark.usefixtures("letters")
+def test_documents_of_nothing_but_sinks_are_refused(model: Path) -> None:
+    source = msgspec.structs.replace(SOURCE, max_len=4)
+    with pytest.raises(DataError, match="documents of 4 tokens have none past the 4 sinks"):
+        measure_sensitivity(model, ["words " * 20], SHAPE, source, total_tokens=100)
 
 
 @pytest.mark.usefixtures("letters")
