@@ -113,7 +113,8 @@ def _fast_steps(rows: Rows, ratio: float, blob: bytes) -> dict[str, dict[str, fl
         operand = section.forward.empty(rows.tokens)
         out = operand.rows, operand.codes, operand.factors
         back, there = rotation.inverse_angles(rows.start, end), rotation.angles(rows.start, end)
-        take = functools.partial(centre, flat[kind], 0, section.mean, size, back, *turn, *out)
+        fixed = section.mean, section.weights, size, back
+        take = functools.partial(centre, flat[kind], 0, *fixed, *turn, *out)
         _add(encode, "cast, RoPE, mean, int8", take)
         product = _add(encode, "product", functools.partial(section.forward.of, operand))
         code = functools.partial(_payload_of_copy, section, product, operand.factors)

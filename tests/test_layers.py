@@ -84,9 +84,11 @@ PARTS = (
     ),
     Part(
         "calibration",
-        "what only fitting needs: documents, capture, spool, PCA, fit, acceptance, writing, report",
+        "what only fitting needs: documents, capture, spool, sensitivity, PCA, fit, acceptance, "
+        "writing, report",
         "codec, artifact, offload, connector",
-        "datasets, matplotlib, msgspec, numpy, safetensors, torch, tqdm, vllm, xxhash",
+        "datasets, matplotlib, msgspec, numpy, safetensors, torch, tqdm, transformers, vllm, "
+        "xxhash",
     ),
     Part(
         "lmcache",

@@ -37,11 +37,14 @@ class ErrorCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     ratio: target ratio.
     predicted: on the rows that the plan was made for.
     heldout: on rows that the fit has not seen.
+    heldout_plain: the same without the weights that rows are multiplied by; the other two are with
+    them. Unset if there are none.
     """
 
     ratio: float
     predicted: float
     heldout: float
+    heldout_plain: float | msgspec.UnsetType = msgspec.UNSET
 
 
 class SectionCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -57,6 +60,24 @@ class SectionCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     row_size: int
     basis_rank: int
     errors: tuple[ErrorCard, ...]
+
+
+class SensitivityCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What rows were weighted by; the weights themselves are in the rank files.
+
+    method: how sensitivities were found, "gradient".
+    documents: numbers of the calibration documents they were found on.
+    tokens: of these, over which was averaged.
+    seed: of what was drawn.
+    key_weights, value_weights: one per layer.
+    """
+
+    method: str
+    documents: tuple[int, ...]
+    tokens: int
+    seed: int
+    key_weights: tuple[float, ...]
+    value_weights: tuple[float, ...]
 
 
 class ArtifactCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -80,7 +101,8 @@ class ArtifactCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     versions: package -> version that fitted.
     method: how the basis was found, see `kvtc_vllm.calibration.pca`.
     seconds: of fitting all ranks.
-    key_share: see `kvtc_vllm.calibration.fit.FitSettings`.
+    key_share: see `kvtc_vllm.calibration.fit_settings.FitSettings`.
+    sensitivity: unset if rows are not weighted.
     """
 
     model_name: str
@@ -103,6 +125,7 @@ class ArtifactCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     method: str
     seconds: float
     key_share: float | None = None
+    sensitivity: SensitivityCard | msgspec.UnsetType = msgspec.UNSET
     format_version: int = FORMAT_VERSION
 
 

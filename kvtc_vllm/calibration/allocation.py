@@ -1,4 +1,4 @@
-"""Bit plans of one section, allocated on no more columns than they can use.
+"""Bit allocation of one section, on no more columns than plans can use, and of K and V together.
 
 The dynamic program and the simulation before it take time and memory in proportion to the columns
 that they are shown, and the last of them get no bits.
@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
+import numpy as np
 import torch
 
 from kvtc_vllm.calibration.fit_settings import FitSettings
-from kvtc_vllm.codec.artifact import SectionBasis
-from kvtc_vllm.codec.bitplan import allocate, budget_bits
-from kvtc_vllm.codec.payload import BitPlan
+from kvtc_vllm.codec.artifact import Kind, SectionBasis
+from kvtc_vllm.codec.bitplan import AllocationTable, tabulate
 from kvtc_vllm.codec.quantizers import REGISTRY, group_cost_bits
-from kvtc_vllm.codec.transform import to_coefficients
+from kvtc_vllm.codec.transform import centred_rows, to_coefficients
 
 MARGIN = 1.05
 """Columns shown, over those that `live_columns` expects to be coded."""
@@ -57,41 +56,58 @@ def live_columns(variance: torch.Tensor, bits: int, sizes: Sequence[int]) -> int
     return low
 
 
-def make_plans(
+def make_table(
     section: SectionBasis,
     variance: torch.Tensor,
     sample: torch.Tensor,
-    ratios: Mapping[float, float],
+    budgets: Sequence[int],
     settings: FitSettings,
     report: Callable[[str, int, int], None],
-) -> dict[float, BitPlan]:
-    """Allocate on the coefficients of some rows.
+) -> AllocationTable:
+    """The best plan for every budget, from the coefficients of some rows.
 
-    section: mean and basis [p, r]; it has no plans yet. variance: float64 [r], falling.
+    section: mean, basis [p, r] and weights; it has no plans yet. variance: float64 [r], falling.
     sample: float32 [n, p] in random order, where the simulation runs.
-    ratios: target ratio, under which a plan is kept -> that of this section.
+    budgets: bits per row, up to the most of which plans will be asked for.
     """
     row_size, rank = section.basis.shape
     coefficients = to_coefficients(sample, section, rank)
-    total = float((sample - section.mean).double().square().sum())
+    total = float(centred_rows(sample, section).double().square().sum())
     margin = max(settings.sizes)
-    budget = budget_bits(row_size, min(ratios.values()))
-    shown = math.ceil(MARGIN * live_columns(variance, budget, settings.sizes)) + margin
+    most = max(budgets)
+    shown = math.ceil(MARGIN * live_columns(variance, most, settings.sizes)) + margin
     while True:
         shown = min(shown, rank)
         leading = coefficients[:, :shown]
         inside = float(leading.double().square().sum())
-        found = allocate(
+        table = tabulate(
             leading,
             row_size,
-            tuple(ratios.values()),
+            most,
             residual_energy=max(0.0, total - inside),
             sizes=settings.sizes,
             window_samples=settings.window_samples,
             device=settings.device,
             progress=report,
         )
+        read = max(
+            (g.start + g.size for bits in budgets for g in table.groups(bits)),
+            default=0,
+        )
         # A plan that ends a whole group before the last column shown had no use for it.
-        if shown == rank or max(plan.rank for plan in found.values()) + margin <= shown:
-            return {ratio: replace(found[own], ratio=ratio) for ratio, own in ratios.items()}
+        if shown == rank or read + margin <= shown:
+            return table
         shown *= 2
+
+
+def divide_budget(tables: Mapping[Kind, AllocationTable], bits: int) -> dict[Kind, int]:
+    """Bits of K and of V, at most `bits` together, that leave least squared error of both.
+
+    tables: of equally many rows, in units in which an error of K costs what one of V does.
+    """
+    keys, values = tables["k"], tables["v"]
+    of_keys = np.arange(len(keys.errors)) * keys.unit
+    of_keys = of_keys[of_keys <= bits]
+    of_values = np.minimum((bits - of_keys) // values.unit, len(values.errors) - 1)
+    best = int((keys.errors[: len(of_keys)] + values.errors[of_values]).argmin())
+    return {"k": int(of_keys[best]), "v": int(of_values[best]) * values.unit}

@@ -9,12 +9,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvtc_vllm.artifact.card import DataCard
-from kvtc_vllm.artifact.identity import ModelIdentity
+from kvtc_vllm.artifact.identity import ModelIdentity, model_directory
 from kvtc_vllm.calibration.capture import CaptureSettings, capture_rows
 from kvtc_vllm.calibration.capture_record import CaptureRecord, find_record
 from kvtc_vllm.calibration.fit import RankFit, fit_rank
 from kvtc_vllm.calibration.fit_settings import FitSettings, estimate_fit
+from kvtc_vllm.calibration.gradients import (
+    GradientSettings,
+    check_supported,
+    spool_sensitivity,
+)
 from kvtc_vllm.calibration.progress import FitProgress
+from kvtc_vllm.calibration.sensitivity import load_sensitivity
 from kvtc_vllm.calibration.shards import RankRows, rank_heads
 from kvtc_vllm.calibration.spool import SpoolReader
 from kvtc_vllm.calibration.writing import Description, write_artifact
@@ -44,24 +50,43 @@ class ArtifactSettings:
 
 
 def calibrate(
-    capture: CaptureSettings, settings: ArtifactSettings, *, spool: str | None = None
+    capture: CaptureSettings,
+    settings: ArtifactSettings,
+    *,
+    spool: str | None = None,
+    sensitivity: GradientSettings | None = None,
 ) -> Path:
     """Fit an artifact and write it into a registry; returns its directory.
 
     spool: keep captured rows here, and use those of an earlier run; None: a temporary directory.
-    Raises DataError for unreadable data, ArtifactError for a spool of other settings and for a
-    result that acceptance refuses; nothing is then written.
+    sensitivity: weigh rows by gradients, found as this says; None: do not weigh them.
+    Raises DataError for unreadable data, ArtifactError for a spool of other settings, for a
+    model that gradients cannot be had of and for a result that acceptance refuses; nothing is then
+    written.
     """
+    if sensitivity is not None:
+        # Before a capture, which takes long.
+        check_supported(
+            model_directory(capture.model, capture.engine.get("revision")),
+            trust_remote_code=bool(capture.engine.get("trust_remote_code")),
+        )
     with _spool_directory(spool) as directory:
-        capture_rows(capture, directory)
-        return fit_spool(directory, settings)
+        record = capture_rows(capture, directory)
+        weights = None
+        if sensitivity is not None:
+            weights = spool_sensitivity(
+                capture, record, directory, sensitivity, settings.fit.device
+            )
+        return fit_spool(directory, settings, weights)
 
 
-def fit_spool(spool: Path, settings: ArtifactSettings) -> Path:
+def fit_spool(spool: Path, settings: ArtifactSettings, sensitivity: Path | None = None) -> Path:
     """Fit an artifact to a finished spool and write it; returns its directory.
 
-    Raises ArtifactError for a spool that is missing, unfinished or damaged, for KV heads that do
-    not divide among the ranks, and for a result that acceptance refuses.
+    sensitivity: the file that rows are weighted by, see `sensitivity.load_sensitivity`; None: rows
+    are not weighted. Raises ArtifactError for a spool that is missing, unfinished or damaged, for a
+    sensitivity of another model, for KV heads that do not divide among the ranks, and for a result
+    that acceptance refuses.
     """
     record = find_record(spool)
     if record is None:
@@ -70,7 +95,16 @@ def fit_spool(spool: Path, settings: ArtifactSettings) -> Path:
         )
     readers = [SpoolReader(spool / f"rank{rank}") for rank in range(record.tp_size)]
     # The same draws as `calibrate` from the beginning, hence the same artifact.
-    settings = replace(settings, fit=replace(settings.fit, seed=record.source.seed))
+    fit = replace(settings.fit, seed=record.source.seed)
+    if sensitivity is not None:
+        found = load_sensitivity(sensitivity, readers[0].geometry.num_layers)
+        if found.source.model != record.source.model:
+            raise ArtifactError(
+                f"{sensitivity}: is of model {found.source.model}, the spool of "
+                f"{record.source.model}; give the file that its own calibration left"
+            )
+        fit = replace(fit, sensitivity=found)
+    settings = replace(settings, fit=fit)
     tp = record.tp_size if settings.tp is None else settings.tp
     total = readers[0].header.total_kv_heads
     sources = [RankRows(readers, tp, rank, settings.layers_per_group) for rank in range(tp)]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from kvtc_vllm.calibration.rows import READING_BYTES
+from kvtc_vllm.calibration.sensitivity import Sensitivity
 from kvtc_vllm.calibration.solvers import (
     RANK_CAP,
     Method,
@@ -42,7 +43,8 @@ class FitSettings:
     keys of the reference model 512, 2048 and 8192 rows gave plans of the same
     held-out error to three digits, and 2048 predict it within 5 %.
     key_share: of the bits of both, those of the keys; None codes K and V at the
-    same ratio, as the paper.
+    same ratio, as the paper, or with a sensitivity, so that their errors cost least together.
+    sensitivity: what rows are weighted by; None: nothing.
     device: where products, eigenproblems and simulation run.
     seed: of what is drawn.
     """
@@ -55,8 +57,14 @@ class FitSettings:
     heldout_rows: int | None = 8192
     simulation_rows: int = 2048
     key_share: float | None = None
+    sensitivity: Sensitivity | None = None
     device: str = "cpu"
     seed: int = 0
+
+    @property
+    def common_budget(self) -> bool:
+        """Whether the allocation divides the bits of a layer group between K and V."""
+        return self.sensitivity is not None and self.key_share is None
 
 
 def own_ratio(geometry: Geometry, group: int, kind: Kind, ratio: float, share: float) -> float:
@@ -93,6 +101,23 @@ def own_ratios(
     return {ratio: own_ratio(geometry, group, kind, ratio, share) for ratio in ratios}
 
 
+def lowest_own_ratio(
+    geometry: Geometry,
+    group: int,
+    kind: Kind,
+    ratios: Sequence[float],
+    settings: FitSettings,
+) -> float:
+    """Lowest ratio that a section may be coded at: that of all bits of both in a common budget.
+
+    Raises ArtifactError as `own_ratio` does.
+    """
+    if settings.common_budget:
+        both = sum(geometry.row_size(group, k) for k in KINDS)
+        return max(1.0, min(ratios) * geometry.row_size(group, kind) / both)
+    return min(own_ratios(geometry, group, kind, ratios, settings).values())
+
+
 @dataclass(frozen=True)
 class FitEstimate:
     """What the fit of a rank will take.
@@ -116,9 +141,10 @@ def estimate_fit(
     seconds = 0.0
     methods: set[Solver] = set()
     for group in range(len(geometry.layer_groups)):
+        held_before = 0
         for kind in KINDS:
             p = geometry.row_size(group, kind)
-            lowest = min(own_ratios(geometry, group, kind, ratios, settings).values())
+            lowest = lowest_own_ratio(geometry, group, kind, ratios, settings)
             solver, rank = choose_solver(rows, p, lowest, settings)
             held = rows * p * 4 if solver == "rsvd" else 0
             pca = held + READING_BYTES + peak_bytes(rows, p, solver, rank)
@@ -126,7 +152,11 @@ def estimate_fit(
             # The basis in float16 and as an operand; the sample, its squares and coefficients.
             table = p * rank * (2 + 4) + sample * (p * (4 + 8 + 8) + rank * (4 + 4))
             table += table_bytes(rank, p, lowest, settings.sizes)
-            peak = max(peak, pca, table)
+            peak = max(peak, held_before + pca, held_before + table)
+            if settings.common_budget:
+                # Basis, table and coefficients of K wait for those of V.
+                held_before = 2 * p * rank + sample * rank * 4
+                held_before += table_bytes(rank, p, lowest, settings.sizes)
             methods.add(solver)
             seconds += predicted_seconds(rows, p, solver, rank, torch.device(settings.device).type)
     return FitEstimate(peak, seconds, tuple(sorted(methods)))

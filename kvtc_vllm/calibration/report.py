@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import torch
 
-from kvtc_vllm.artifact.card import ArtifactCard
+from kvtc_vllm.artifact.card import ArtifactCard, SensitivityCard
 from kvtc_vllm.calibration.fit import RankFit
 from kvtc_vllm.codec.artifact import KINDS, Kind
 from kvtc_vllm.codec.bitplan import plan_bits
@@ -36,7 +37,7 @@ def bits_per_coefficient(plan: BitPlan, rank: int) -> torch.Tensor:
 
 
 def _markdown(card: ArtifactCard, fits: Sequence[RankFit]) -> str:
-    geometry = card.geometry
+    geometry, weights = card.geometry, card.sensitivity
     lines = [
         f"# KVTC artifact for {card.model_name}",
         "",
@@ -53,17 +54,26 @@ def _markdown(card: ArtifactCard, fits: Sequence[RankFit]) -> str:
         f"seed {card.data.seed}",
         f"- fit: {card.method}, {card.seconds:.0f} s; "
         f"{sum(card.size_bytes.values()) / 2**20:.1f} MiB on disk",
+        *_sensitivity_lines(card),
         "",
         "Errors are relative and squared, of rows after mean removal (keys before RoPE): "
-        "predicted on the rows the plan was made for / measured on held-out rows. "
-        "Ratios are targets before DEFLATE, of K and V "
-        + ("each." if card.key_share is None else f"together; K has {card.key_share:.1%} of both."),
+        "predicted on the rows the plan was made for / measured on held-out rows"
+        + (
+            ". "
+            if weights is msgspec.UNSET
+            else ", both of weighted rows / measured on held-out rows without their weights. "
+        )
+        + f"Ratios are targets before DEFLATE, of K and V {_budget(card)}.",
         "",
         "| rank | section | row | basis | " + " | ".join(f"{r:g}x" for r in card.ratios) + " |",
         "|" + "---|" * (4 + len(card.ratios)),
     ]
     for section in card.sections:
-        errors = {e.ratio: f"{e.predicted:.4f} / {e.heldout:.4f}" for e in section.errors}
+        errors = {
+            e.ratio: f"{e.predicted:.4f} / {e.heldout:.4f}"
+            + ("" if e.heldout_plain is msgspec.UNSET else f" / {e.heldout_plain:.4f}")
+            for e in section.errors
+        }
         cells = " | ".join(errors.get(ratio, "") for ratio in card.ratios)
         lines.append(
             f"| {section.rank} | {section.kind.upper()} group {section.group} "
@@ -80,21 +90,53 @@ def _markdown(card: ArtifactCard, fits: Sequence[RankFit]) -> str:
     return "\n".join(lines)
 
 
+def _budget(card: ArtifactCard) -> str:
+    """How K and V divide the bits, in words."""
+    if card.key_share is not None:
+        return f"together; K has {card.key_share:.1%} of both"
+    if card.sensitivity is msgspec.UNSET:
+        return "each"
+    return "together; bits go to either where they save most weighted error"
+
+
+def _sensitivity_lines(card: ArtifactCard) -> list[str]:
+    if card.sensitivity is msgspec.UNSET:
+        return []
+    found = card.sensitivity
+    return [
+        f"- sensitivity: {found.method}, {found.tokens} tokens of {len(found.documents)} documents "
+        f"(numbers {', '.join(map(str, found.documents))}); one weight per layer for K and for V, "
+        "in the picture"
+    ]
+
+
 def _plot(path: Path, card: ArtifactCard, fit: RankFit) -> None:
     # Imported here: matplotlib takes a second, and only writing a report needs it. The figure
     # is made without pyplot, which would pick a backend and keep global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 8), layout="constrained")
+    sensitivity = card.sensitivity
+    rows = 2 if sensitivity is msgspec.UNSET else 3
+    figure = Figure(figsize=(11, 4 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(f"{card.model_name}, rank 0 of {card.tp_size}")
-    axes = figure.subplots(2, 2)
+    axes = figure.subplots(rows, 2)
     _plot_variance(axes[0, 0], fit)
     _plot_error(axes[0, 1], fit)
     for column, kind in enumerate(KINDS):
         _plot_allocation(axes[1, column], fit, kind)
+    if sensitivity is not msgspec.UNSET:
+        _plot_weights(axes[2, 0], sensitivity)
+        axes[2, 1].set_axis_off()
     figure.savefig(path, dpi=110)
+
+
+def _plot_weights(axes: Axes, sensitivity: SensitivityCard) -> None:
+    axes.plot(sensitivity.key_weights, "o-", markersize=3, label="K")
+    axes.plot(sensitivity.value_weights, "s--", markersize=3, label="V")
+    axes.set(title="weight of rows", xlabel="layer", yscale="log")
+    axes.legend(fontsize="small")
 
 
 def _plot_variance(axes: Axes, fit: RankFit) -> None:

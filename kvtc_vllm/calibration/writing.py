@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import msgspec
 import xxhash
 
 from kvtc_vllm.artifact.card import (
@@ -18,6 +19,7 @@ from kvtc_vllm.artifact.card import (
     DataCard,
     ErrorCard,
     SectionCard,
+    SensitivityCard,
     save_card,
 )
 from kvtc_vllm.artifact.directory import checksum, rope_fingerprints
@@ -26,7 +28,9 @@ from kvtc_vllm.artifact.rank_file import Probe, rank_file_name, write_rank_file
 from kvtc_vllm.calibration.acceptance import check_artifact
 from kvtc_vllm.calibration.fit import RankFit
 from kvtc_vllm.calibration.report import write_report
-from kvtc_vllm.codec.artifact import RankArtifact
+from kvtc_vllm.calibration.section_fit import SectionFit
+from kvtc_vllm.calibration.sensitivity import Sensitivity
+from kvtc_vllm.codec.artifact import Kind, RankArtifact
 from kvtc_vllm.codec.errors import ArtifactError
 
 _RECORDED_PACKAGES = ("kvtc-vllm", "vllm", "torch")
@@ -146,7 +150,9 @@ def _card(
         data=description.data,
         ratios=first.ratios(),
         sections=tuple(
-            card for rank, fit in enumerate(fits) for card in section_cards(rank, fit.artifact)
+            card
+            for rank, fit in enumerate(fits)
+            for card in section_cards(rank, fit.artifact, fit.sections)
         ),
         size_bytes=sizes,
         checksums=checksums,
@@ -155,11 +161,35 @@ def _card(
         method="+".join(sorted(methods)),
         seconds=round(sum(fit.seconds for fit in fits), 3),
         key_share=fits[0].key_share,
+        sensitivity=_sensitivity_card(fits[0].sensitivity),
     )
 
 
-def section_cards(rank: int, artifact: RankArtifact) -> list[SectionCard]:
-    """Of every section its sizes and the errors of its plans."""
+def _sensitivity_card(sensitivity: Sensitivity | None) -> SensitivityCard | msgspec.UnsetType:
+    if sensitivity is None:
+        return msgspec.UNSET
+    weights = sensitivity.layer_weights()
+    return SensitivityCard(
+        method="gradient",
+        documents=sensitivity.documents,
+        tokens=sensitivity.tokens,
+        seed=sensitivity.source.seed,
+        key_weights=tuple(weights["k"].tolist()),
+        value_weights=tuple(weights["v"].tolist()),
+    )
+
+
+def section_cards(
+    rank: int,
+    artifact: RankArtifact,
+    details: Mapping[tuple[int, Kind], SectionFit] | None = None,
+) -> list[SectionCard]:
+    """Of every section its sizes and the errors of its plans. details: of the fit, if known."""
+
+    def plain_error(key: tuple[int, Kind], ratio: float) -> float | msgspec.UnsetType:
+        errors = None if details is None else details[key].plain_error
+        return msgspec.UNSET if errors is None else errors[ratio]
+
     return [
         SectionCard(
             rank=rank,
@@ -172,6 +202,7 @@ def section_cards(rank: int, artifact: RankArtifact) -> list[SectionCard]:
                     ratio=ratio,
                     predicted=section.plans[ratio].expected_error,
                     heldout=section.heldout_error[ratio],
+                    heldout_plain=plain_error((group, kind), ratio),
                 )
                 for ratio in sorted(section.plans)
             ),

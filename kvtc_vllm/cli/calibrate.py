@@ -39,6 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep captured rows here, and use those that the same settings left; "
         "default: temporary",
     )
+    add(
+        "--sensitivity",
+        choices=("none", "gradient"),
+        default="none",
+        help="weigh layers by what an error in their K and V costs, found by gradients in "
+        "transformers (default none)",
+    )
     add_engine(parser)
     add_fit_arguments(parser)
 
@@ -48,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     require("kvtc calibrate", "calibrate")
     from kvtc_vllm.calibration.calibrate import calibrate
     from kvtc_vllm.calibration.capture import CaptureSettings
+    from kvtc_vllm.calibration.gradients import GradientSettings
 
     capture = CaptureSettings(
         model=args.model,
@@ -59,7 +67,9 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         engine=parse_engine(args.engine),
     )
-    print(f"artifact: {calibrate(capture, artifact_settings(args), spool=args.spool)}")
+    gradients = GradientSettings() if args.sensitivity == "gradient" else None
+    made = calibrate(capture, artifact_settings(args), spool=args.spool, sensitivity=gradients)
+    print(f"artifact: {made}")
     return 0
 
 

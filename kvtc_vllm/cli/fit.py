@@ -21,6 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tp", type=int, help="tensor-parallel size that will serve; default: as captured"
     )
+    parser.add_argument(
+        "--sensitivity",
+        metavar="FILE|none",
+        help="weigh layers by this file, or not; default: by the one that kvtc calibrate "
+        "--sensitivity left in the spool, if it did",
+    )
     add_fit_arguments(parser)
 
 
@@ -28,6 +34,16 @@ def run(args: argparse.Namespace) -> int:
     """Fit, write and print where the artifact is."""
     require("kvtc fit", "calibrate")
     from kvtc_vllm.calibration.calibrate import fit_spool
+    from kvtc_vllm.calibration.sensitivity import SENSITIVITY_NAME
 
-    print(f"artifact: {fit_spool(Path(args.spool), artifact_settings(args))}")
+    spool = Path(args.spool)
+    sensitivity: Path | None = None
+    if args.sensitivity is None:
+        left = spool / SENSITIVITY_NAME
+        sensitivity = left if left.exists() else None
+    elif args.sensitivity != "none":
+        sensitivity = Path(args.sensitivity)
+    if sensitivity is not None:
+        print(f"layers are weighted by {sensitivity}", flush=True)
+    print(f"artifact: {fit_spool(spool, artifact_settings(args), sensitivity)}")
     return 0

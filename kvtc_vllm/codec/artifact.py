@@ -78,9 +78,10 @@ class SectionBasis:
     mean: float32 [p]. basis: float16 [p, r], columns in order of falling
     variance. plans: target ratio -> how coefficients are coded at it.
     heldout_error: target ratio -> relative squared error measured on rows that
-    the fit did not see. weights: float32 [p], positive: rows are multiplied by
-    them before the projection and divided after it, so that what a fit holds
-    for important loses less. None: 1 for every element.
+    the fit did not see, multiplied by the weights if there are any. weights:
+    float32 [p], positive: rows are multiplied by them before the projection and
+    divided after it, so that what a fit holds for important loses less. None: 1
+    for every element.
     """
 
     mean: torch.Tensor

@@ -27,15 +27,23 @@ about 90 s of CPU. At p = rank = 1024 both together take 3 to 10 s.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from kvtc_vllm.codec.artifact import KINDS, Kind, SectionBasis
+from kvtc_vllm.codec.dynamic_program import (
+    Candidate,
+    Choices,
+    FloatArray,
+    Progress,
+    fill_table,
+    trace_back,
+)
 from kvtc_vllm.codec.entropy import MAX_UNIT_BYTES, UNIT_ALIGNMENT, UNIT_BYTES
 from kvtc_vllm.codec.payload import SCALE_STREAMS, BitPlan, CoefficientGroup, bit_plan
 from kvtc_vllm.codec.quantizers import REGISTRY, Quantizer, group_cost_bits
@@ -52,29 +60,40 @@ same error to three digits as with all rows, predicted and held out, in a quarte
 the time.
 """
 
-Progress = Callable[[str, int, int], None]
-"""Called as (stage, done, total); stage is "simulate" or "allocate"."""
-
-FloatArray = npt.NDArray[np.float64]
-
 # Small enough for the cache of one core and for torch not to split an operation
 # over threads, whose barrier is ruinous on a machine shared with others.
 _CPU_BLOCK_ELEMENTS = 1 << 15
 _DEVICE_BLOCK_ELEMENTS = 1 << 26
-_DROP = 0
 
 
 @dataclass(frozen=True)
-class _Candidate:
-    """One (size, type) choice; `gain[start]` is the error that it removes at `start`.
+class AllocationTable:
+    """The best plan of a section for every budget.
 
-    cost: in units of the allocation's table.
+    errors: float64 [n], never rising: squared error of all rows of `sample` that the program
+    expects of the plan of i * unit bits per row, what lies outside the basis included.
+    sample: float32 [rows, r], coefficients. residual_energy: of the same rows outside the basis.
+    total: energy of the rows.
     """
 
-    size: int
-    type: str
-    cost: int
-    gain: FloatArray
+    errors: FloatArray
+    unit: int
+    sample: torch.Tensor
+    residual_energy: float
+    total: float
+    _candidates: Sequence[Candidate]
+    _choices: Choices
+
+    def plan(self, ratio: float, bits: int) -> BitPlan:
+        """Of at most `bits` bits per row, to be known under `ratio`. Its error is measured."""
+        plan = BitPlan(ratio=ratio, groups=self.groups(bits), predicted_error=0.0)
+        error = float((self.sample - apply_plan(self.sample, plan)).double().square().sum())
+        relative = (error + self.residual_energy) / self.total if self.total > 0 else 0.0
+        return replace(plan, predicted_error=relative)
+
+    def groups(self, bits: int) -> tuple[CoefficientGroup, ...]:
+        """Those of `plan`."""
+        return trace_back(self._choices, self._candidates, bits // self.unit)
 
 
 def budget_bits(row_size: int, ratio: float) -> int:
@@ -163,7 +182,39 @@ def allocate(
     `predicted_error` of the returned plans is measured by quantising all n
     rows with the finished plan. Raises ValueError for arguments out of range.
     """
-    _check(coefficients, row_size, ratios, sizes, residual_energy)
+    if not ratios or any(not math.isfinite(r) or r < 1 for r in ratios):
+        raise ValueError(f"ratios {tuple(ratios)} must be one or more finite numbers, each >= 1")
+    if len(set(ratios)) != len(ratios):
+        raise ValueError(f"ratios {tuple(ratios)} name a ratio twice; each may appear once")
+    budgets = {ratio: budget_bits(row_size, ratio) for ratio in ratios}
+    table = tabulate(
+        coefficients,
+        row_size,
+        max(budgets.values()),
+        residual_energy=residual_energy,
+        sizes=sizes,
+        quantizers=quantizers,
+        window_samples=window_samples,
+        device=device,
+        progress=progress,
+    )
+    return {ratio: table.plan(ratio, bits) for ratio, bits in budgets.items()}
+
+
+def tabulate(
+    coefficients: torch.Tensor,
+    row_size: int,
+    bits: int,
+    *,
+    residual_energy: float = 0.0,
+    sizes: Sequence[int] = GROUP_SIZES,
+    quantizers: Mapping[str, Quantizer] = REGISTRY,
+    window_samples: int | None = WINDOW_SAMPLES,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> AllocationTable:
+    """`allocate` for every budget up to `bits` per row. Raises ValueError as it does."""
+    _check(coefficients, row_size, sizes, residual_energy)
     sample = coefficients.detach().to("cpu", torch.float32).contiguous()
     energy = sample.double().square().sum(dim=0).numpy()
     total = float(energy.sum()) + residual_energy
@@ -174,22 +225,13 @@ def allocate(
     costs = {(size, name): group_cost_bits(quantizers[name].bits, size) for size, name in gains}
     unit = math.gcd(*costs.values()) or 1
     candidates = [
-        _Candidate(size, name, costs[size, name] // unit, gain)
+        Candidate(size, name, costs[size, name] // unit, gain)
         for (size, name), gain in gains.items()
     ]
     # Equal errors go to the earlier candidate: `_worthwhile` needs cheap types first.
     candidates.sort(key=lambda c: (c.size, c.cost))
-    largest = max(budget_bits(row_size, ratio) for ratio in ratios) // unit
-    choices = _fill_table(candidates, len(energy), largest + 1, total, progress)
-
-    plans = {}
-    for ratio in ratios:
-        groups = _trace_back(choices, candidates, budget_bits(row_size, ratio) // unit)
-        plan = BitPlan(ratio=ratio, groups=groups, predicted_error=0.0)
-        error = float((sample - apply_plan(sample, plan)).double().square().sum())
-        relative = (error + residual_energy) / total if total > 0 else 0.0
-        plans[ratio] = BitPlan(ratio=ratio, groups=groups, predicted_error=relative)
-    return plans
+    choices, errors = fill_table(candidates, len(energy), bits // unit + 1, total, progress)
+    return AllocationTable(errors, unit, sample, residual_energy, total, candidates, choices)
 
 
 def table_bytes(rank: int, row_size: int, ratio: float, sizes: Sequence[int] = GROUP_SIZES) -> int:
@@ -201,7 +243,6 @@ def table_bytes(rank: int, row_size: int, ratio: float, sizes: Sequence[int] = G
 def _check(
     coefficients: torch.Tensor,
     row_size: int,
-    ratios: Sequence[float],
     sizes: Sequence[int],
     residual_energy: float,
 ) -> None:
@@ -215,10 +256,6 @@ def _check(
             f"coefficients have {coefficients.shape[1]} columns; "
             f"a row of {row_size} elements has at most {row_size}"
         )
-    if not ratios or any(not math.isfinite(r) or r < 1 for r in ratios):
-        raise ValueError(f"ratios {tuple(ratios)} must be one or more finite numbers, each >= 1")
-    if len(set(ratios)) != len(ratios):
-        raise ValueError(f"ratios {tuple(ratios)} name a ratio twice; each may appear once")
     if not sizes or any(s < 1 for s in sizes) or len(set(sizes)) != len(sizes):
         raise ValueError(f"sizes {tuple(sizes)} must be distinct positive group sizes")
     if not (math.isfinite(residual_energy) and residual_energy >= 0):
@@ -304,74 +341,3 @@ def _energy_share(
     factor = np.full_like(window_energy, len(sample) / rows)
     np.divide(window_energy, seen, out=factor, where=seen > 0)
     return factor
-
-
-def _fill_table(
-    candidates: Sequence[_Candidate],
-    rank: int,
-    columns: int,
-    total: float,
-    progress: Progress | None,
-) -> npt.NDArray[np.uint8]:
-    """Run the program; returns choices [rank + 1, columns]: 0 = drop, k = candidates[k - 1]."""
-    if len(candidates) > 255:
-        raise ValueError(
-            f"{len(candidates)} combinations of size and type; a back-pointer byte holds 255"
-        )
-    depth = max((c.size for c in candidates), default=1) + 1
-    best = np.empty((depth, columns))
-    best[0] = total
-    choices = np.zeros((rank + 1, columns), dtype=np.uint8)
-    trial = np.empty(columns)
-    better = np.empty(columns, dtype=np.bool_)
-    for end in range(1, rank + 1):
-        current = best[end % depth]
-        current[:] = best[(end - 1) % depth]
-        for index, candidate, gain in _worthwhile(candidates, end, columns):
-            width = columns - candidate.cost
-            source = best[(end - candidate.size) % depth]
-            np.subtract(source[:width], gain, out=trial[:width])
-            target = current[candidate.cost :]
-            np.less(trial[:width], target, out=better[:width])
-            np.copyto(target, trial[:width], where=better[:width])
-            np.copyto(choices[end, candidate.cost :], index, where=better[:width])
-        if progress is not None and (end % 64 == 0 or end == rank):
-            progress("allocate", end, rank)
-    return choices
-
-
-def _worthwhile(
-    candidates: Sequence[_Candidate], end: int, columns: int
-) -> Iterator[tuple[int, _Candidate, float]]:
-    """Candidates that can improve some entry of row `end`, with their gains.
-
-    `best` falls with the budget, so a type that gains no more than a cheaper
-    one of the same size, or nothing, can never be part of the minimum.
-    """
-    size, largest_gain = 0, 0.0
-    for index, candidate in enumerate(candidates, start=1):
-        if candidate.size > end or candidate.cost >= columns:
-            continue
-        if candidate.size != size:
-            size, largest_gain = candidate.size, 0.0
-        gain = float(candidate.gain[end - size])
-        if gain > largest_gain:
-            largest_gain = gain
-            yield index, candidate, gain
-
-
-def _trace_back(
-    choices: npt.NDArray[np.uint8], candidates: Sequence[_Candidate], budget: int
-) -> tuple[CoefficientGroup, ...]:
-    groups: list[CoefficientGroup] = []
-    end = choices.shape[0] - 1
-    while end > 0:
-        choice = int(choices[end, budget])
-        if choice == _DROP:
-            end -= 1
-            continue
-        candidate = candidates[choice - 1]
-        end -= candidate.size
-        budget -= candidate.cost
-        groups.append(CoefficientGroup(start=end, size=candidate.size, type=candidate.type))
-    return tuple(reversed(groups))

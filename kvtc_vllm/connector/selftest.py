@@ -145,11 +145,19 @@ def _rows(
 
 
 def _error(codec: TransformCodec, rows: torch.Tensor, other: torch.Tensor, kind: Kind) -> float:
-    """Squared difference over the rows' squared deviation from the mean, as calibrated."""
+    """Squared difference over the rows' squared deviation from the mean, as calibrated.
+
+    Both of weighted rows, where the artifact has weights: its held-out errors are of these.
+    """
     groups = range(len(codec.artifact.geometry.layer_groups))
-    means = [codec.artifact.sections[group, kind].mean for group in groups]
-    total = float((rows - torch.cat(means).to(rows.device)).double().square().sum())
-    return float((rows - other).double().square().sum()) / total if total > 0 else 0.0
+    sections = [codec.artifact.sections[group, kind] for group in groups]
+    weights = torch.cat(
+        [torch.ones_like(s.mean) if s.weights is None else s.weights for s in sections]
+    ).to(rows.device)
+    deviation = (rows - torch.cat([s.mean for s in sections]).to(rows.device)) * weights
+    total = float(deviation.double().square().sum())
+    difference = (rows - other) * weights
+    return float(difference.double().square().sum()) / total if total > 0 else 0.0
 
 
 def held_out_error(codec: TransformCodec, kind: Kind) -> float:

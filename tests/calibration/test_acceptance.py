@@ -55,6 +55,40 @@ def test_basis_not_orthonormal(fit: RankFit) -> None:
         check_artifact(changed(fit, basis=basis))
 
 
+def test_of_weighted_keys_and_values_one_must_be_kept(fit: RankFit) -> None:
+    """They divide one budget; what hardly matters may get no bits of it."""
+    sections = {}
+    for key, section in fit.artifact.sections.items():
+        lost = {ratio: 0.9 for ratio in section.plans} if key == SECTION else section.heldout_error
+        plans = {
+            r: dataclasses.replace(p, predicted_error=lost[r]) for r, p in section.plans.items()
+        }
+        sections[key] = dataclasses.replace(section, plans=plans, heldout_error=lost)
+    lost_keys = dataclasses.replace(fit.artifact, sections=sections)
+    with pytest.raises(ArtifactError, match=r"section k1 ratio 2: held-out error 0\.900 is above"):
+        check_artifact(lost_keys)
+
+    def weighted(artifact: RankArtifact) -> RankArtifact:
+        changed = {
+            key: dataclasses.replace(s, weights=torch.ones_like(s.mean))
+            for key, s in artifact.sections.items()
+        }
+        return dataclasses.replace(artifact, sections=changed)
+
+    check_artifact(weighted(lost_keys))
+    both = dict(sections)
+    both[1, "v"] = dataclasses.replace(
+        sections[1, "v"],
+        plans={
+            r: dataclasses.replace(p, predicted_error=0.8)
+            for r, p in sections[1, "v"].plans.items()
+        },
+        heldout_error={r: 0.8 for r in sections[1, "v"].plans},
+    )
+    with pytest.raises(ArtifactError, match=r"section v1 ratio 2: held-out error 0\.800 is above"):
+        check_artifact(weighted(dataclasses.replace(fit.artifact, sections=both)))
+
+
 def test_budget_exceeded(fit: RankFit) -> None:
     plans = dict(fit.artifact.sections[SECTION].plans)
     groups = tuple(CoefficientGroup(i, 1, "fp8") for i in range(20))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -72,6 +73,36 @@ def test_calibrate_in_layer_groups_then_serve(
     extra = {"codec": "kvtc", "ratio": 8, "registry": [str(out)], "memory_bytes": "64MiB"}
     prompts = texts(reference_model, count=2, tokens=700)
     with engine(reference_model, extra) as llm:
+        greedy(llm, prompts, 8)
+        assert llm.reset_prefix_cache()
+        greedy(llm, prompts, 8)
+        values = metrics(llm)
+    assert values["kvtc_loaded_tokens"] == values["external_prefix_cache_hits"] == 2 * 544
+    assert not any(v for k, v in values.items() if k.startswith("kvtc_failed_loads"))
+
+
+def test_calibrate_by_gradients_then_serve(reference_model: Path, tmp_path: Path) -> None:
+    sys.path.insert(0, str(reference_model.parent))
+    import data
+
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(data.texts("train", "mix", characters=40_000)))
+    arguments = ["calibrate", str(reference_model), "--data", str(text), "--ratios", "4,8"]
+    arguments += ["--tokens", "3000", "--max-len", "900", "--sensitivity", "gradient"]
+    arguments += ["--out", str(tmp_path / "registry"), "--engine", ENGINE]
+    assert main(arguments) == 0
+    (directory,) = (tmp_path / "registry").glob("*/*")
+    artifact, card, _ = load_rank_artifact(directory, 0)
+    assert card.sensitivity is not msgspec.UNSET
+    assert len(card.sensitivity.key_weights) == artifact.geometry.num_layers
+    for (_, kind), section in artifact.sections.items():
+        assert section.weights is not None
+        found = section.weights.view(artifact.geometry.num_layers, -1)
+        weights = card.sensitivity.key_weights if kind == "k" else card.sensitivity.value_weights
+        assert found[:, 0].tolist() == pytest.approx(list(weights))
+    extra = {"codec": "kvtc", "ratio": 8, "registry": [str(tmp_path / "registry")]}
+    prompts = texts(reference_model, count=2, tokens=700)
+    with engine(reference_model, extra | {"memory_bytes": "64MiB"}) as llm:
         greedy(llm, prompts, 8)
         assert llm.reset_prefix_cache()
         greedy(llm, prompts, 8)

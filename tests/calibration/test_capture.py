@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 
+from kvtc_vllm.artifact.card import ArtifactCard, load_card
 from kvtc_vllm.artifact.directory import load_rank_artifact
 from kvtc_vllm.artifact.identity import model_identity
+from kvtc_vllm.calibration import calibrate as calibrate_module
 from kvtc_vllm.calibration import capture as capture_module
+from kvtc_vllm.calibration import gradients
 from kvtc_vllm.calibration.calibrate import ArtifactSettings, calibrate, fit_spool
 from kvtc_vllm.calibration.capture import CaptureSettings, capture_rows
 from kvtc_vllm.calibration.capture_record import capturing
 from kvtc_vllm.calibration.documents import Text
 from kvtc_vllm.calibration.fit_settings import FitSettings
+from kvtc_vllm.calibration.gradients import CacheShape, GradientSettings
+from kvtc_vllm.calibration.sensitivity import load_sensitivity, save_sensitivity
 from kvtc_vllm.calibration.spool import SpoolWriter
 from kvtc_vllm.cli import main
 from kvtc_vllm.codec.errors import ArtifactError
 from tests.calibration.fitted import fill
+from tests.calibration.test_sensitivity import FOUND
 from tests.calibration.toy import HEADS, RATIOS, toy_header, toy_rope
 
 FIT = ["--ratios", "2,4,8", "--simulation-rows", "512", "--layers-per-group", "2"]
@@ -205,3 +214,68 @@ def test_fit_of_no_spool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     (tmp_path / "capture.json").write_text("{}")
     assert main(["fit", str(tmp_path)]) == 2
     assert "capture.json: " in capsys.readouterr().err
+
+
+def test_fit_uses_the_sensitivity_in_the_spool(
+    runs: Runs, settings: CaptureSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spool = tmp_path / "spool"
+    record = capture_rows(settings, spool)
+    source = msgspec.structs.replace(FOUND.source, model=record.source.model)
+    found = msgspec.structs.replace(FOUND, source=source)
+
+    def fitted(*more: str) -> ArtifactCard:
+        arguments = ["fit", str(spool), *FIT, "--out", str(tmp_path / f"out{len(more)}"), *more]
+        assert main(arguments) == 0
+        name = capsys.readouterr().out.splitlines()[-1].removeprefix("artifact: ")
+        card = load_card(Path(name))
+        shutil.rmtree(name)
+        return card
+
+    plain = fitted()
+    assert plain.sensitivity is msgspec.UNSET
+    save_sensitivity(spool / "sensitivity.json", found)
+    weighted = fitted()
+    assert weighted.sensitivity is not msgspec.UNSET
+    assert weighted.fingerprints != plain.fingerprints
+    assert fitted("--sensitivity", "none").fingerprints == plain.fingerprints
+    elsewhere = tmp_path / "mine.json"
+    (spool / "sensitivity.json").rename(elsewhere)
+    assert fitted("--sensitivity", str(elsewhere)).fingerprints == weighted.fingerprints
+    save_sensitivity(elsewhere, FOUND)
+    assert main(["fit", str(spool), "--sensitivity", str(elsewhere)]) == 2
+    assert "mine.json: is of model c-d, the spool of" in capsys.readouterr().err
+
+
+def test_no_capture_for_a_model_without_gradients(
+    runs: Runs, settings: CaptureSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["calibrate", settings.model, "--data", *settings.data, "--out", str(tmp_path)]
+    assert main([*command, "--sensitivity", "gradient"]) == 2
+    error = capsys.readouterr().err
+    assert "--sensitivity gradient: transformers cannot run my-model" in error
+    assert error.rstrip().endswith("give --sensitivity none")
+    assert error.count("\n") == 1
+    assert runs.count == 0
+
+
+def test_calibrate_measures_before_it_fits(
+    runs: Runs, settings: CaptureSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradients themselves are in test_gradients; here what is made of them."""
+    monkeypatch.setattr(calibrate_module, "check_supported", lambda *_, **__: None)
+
+    def measured(directory: Path, texts: object, shape: CacheShape, source: Any, **_: Any) -> Any:
+        assert (shape.layers, shape.kv_heads) == (len(FOUND.keys), HEADS)
+        return msgspec.structs.replace(FOUND, source=source)
+
+    monkeypatch.setattr(gradients, "measure_sensitivity", measured)
+    made = ArtifactSettings(
+        RATIOS, FitSettings(simulation_rows=512), layers_per_group=2, out=str(tmp_path / "a")
+    )
+    spool = tmp_path / "spool"
+    one = calibrate(settings, made, spool=str(spool), sensitivity=GradientSettings())
+    assert load_card(one).sensitivity is not msgspec.UNSET
+    assert load_sensitivity(spool / "sensitivity.json", len(FOUND.keys)).keys == FOUND.keys
+    two = calibrate(settings, replace(made, out=str(tmp_path / "b")), spool=str(spool))
+    assert load_card(two).sensitivity is msgspec.UNSET

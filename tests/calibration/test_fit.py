@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from kvtc_vllm.calibration.acceptance import check_artifact
-from kvtc_vllm.calibration.fit import RankFit, fit_rank, heldout_errors
+from kvtc_vllm.calibration.fit import RankFit, fit_rank
 from kvtc_vllm.calibration.fit_settings import FitSettings, estimate_fit, own_ratio
+from kvtc_vllm.calibration.section_fit import HeldoutErrors, heldout_errors
 from kvtc_vllm.calibration.spool import SpoolReader
 from kvtc_vllm.codec.artifact import KINDS
 from kvtc_vllm.codec.bitplan import budget_bits, plan_bits
@@ -142,7 +143,8 @@ def test_fewer_rows_and_progress(reader: SpoolReader, fit: RankFit) -> None:
 def test_heldout_error_of_constant_rows(fit: RankFit) -> None:
     section = fit.artifact.sections[0, "k"]
     plans = {2.0: bit_plan(section, 2.0)}
-    assert heldout_errors(section, plans, [section.mean.expand(3, -1)]) == {2.0: 0.0}
+    found = heldout_errors(section, plans, [section.mean.expand(3, -1)])
+    assert found == HeldoutErrors(weighted={2.0: 0.0}, plain={2.0: 0.0})
 
 
 def test_missing_rows_are_refused(reader: SpoolReader, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -279,6 +279,7 @@ class CpuKvtcCodec(KvtcCodec):
             elements,
             offset,
             section.mean,
+            section.weights,
             values.shape[-1],
             rotation.inverse_angles(span.first, span.end),
             rotation.rope_of_layer,

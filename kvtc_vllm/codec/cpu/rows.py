@@ -131,6 +131,7 @@ def centre(
     elements: Elements,
     offset: int,
     mean: Floats,
+    weights: Floats,
     head_size: int,
     angles: Floats,
     rope_of_layer: Integers,
@@ -140,9 +141,10 @@ def centre(
     codes: Bytes,
     factors: Floats,
 ) -> None:
-    """Rows of one section without rotation and mean, as float32 or as `to_int8` makes them.
+    """Weighted rows of one section without rotation and mean, as float32 or `to_int8`'s.
 
-    elements: [T, all layers]; those of the section start at `offset` of each token. angles:
+    elements: [T, all layers]; those of the section start at `offset` of each token. weights: [p],
+    or without any: 1 each. angles:
     [ropes, T, 2, most halves], what turns keys back. rows: out, [T, p]; without any, codes and
     factors: out, of p columns.
     """
@@ -158,6 +160,8 @@ def centre(
         _rotate_row(row, token, head_size, angles, rope_of_layer, halves, neox)
         for i in range(p):
             row[i] -= mean[i]
+        for i in range(len(weights)):
+            row[i] *= weights[i]
         if not len(rows):
             _row_to_int8(row, token, codes, factors)
 

@@ -54,16 +54,21 @@ class FastSection:
         self._live_groups[:, 0] = np.searchsorted(np.array(columns, np.int64), self._groups[:, 0])
         self.live = len(columns)
         basis = section.basis[:, : self.plan.rank].to("cpu", torch.float32)
-        weights = 1.0 if section.weights is None else section.weights.to("cpu").unsqueeze(1)
-        self.forward = self._product(basis * weights, 0)
-        inverse = (basis[:, columns] / weights).T
+        weights = torch.empty(0) if section.weights is None else section.weights.to("cpu")
+        # Rows are weighted before they are rounded: one step serves all elements of a row, and
+        # would swallow the small ones that weigh most. The inverse has a step per element.
+        self.weights = weights.numpy()
+        self.forward = self._product(basis, 0)
+        inverse = basis[:, columns].T
+        if len(weights):
+            inverse = inverse / weights
         leading = self.live // COLUMNS_PER_LEADING
         self.inverse = self._product(inverse, leading)
 
     @property
     def nbytes(self) -> int:
         """Memory that mean and matrices take."""
-        return self.mean.nbytes + self.forward.nbytes + self.inverse.nbytes
+        return self.mean.nbytes + self.weights.nbytes + self.forward.nbytes + self.inverse.nbytes
 
     def payload(self, product: torch.Tensor, factors: Floats) -> list[bytes]:
         """Streams of coefficients float32 [T, rank] times factors [T]; the former are overwritten.

@@ -155,6 +155,34 @@ def test_weights_and_scales_as_the_reference(artifact, int8):
 
 
 @pytest.mark.parametrize("int8", PRECISIONS)
+def test_small_elements_of_high_weight_survive_rounding(artifact, int8):
+    """What rows are rounded by is their largest element: weighted, the small ones are not lost."""
+    sections = {}
+    for key, section in with_error(artifact, 0.02).sections.items():
+        # Elements a thousand times smaller, weighted a thousand times more: the same coefficients.
+        scale = torch.ones(len(section.mean))
+        scale[::2] = 1e-3
+        sections[key] = replace(section, mean=section.mean * scale, weights=1 / scale)
+    weighted = replace(artifact, sections=sections, ropes=(), layer_rope=(None,) * 6)
+    reference, fast = pair(weighted, 4.0, torch.float32, int8)
+    rows = {}
+    for kind in ("k", "v"):
+        parts = [
+            (MODEL.rows(64, group, kind, 5) / sections[group, kind].weights).view(
+                64, end - first, 2, -1
+            )
+            for group, (first, end) in enumerate(MODEL.geometry.layer_groups)
+        ]
+        rows[kind] = torch.cat(parts, dim=1)
+    wanted = reference.decode(reference.encode(rows["k"], rows["v"], 64))
+    found = fast.decode(fast.encode(rows["k"], rows["v"], 64))
+    for kind, mine, other in (("k", found.k, wanted.k), ("v", found.v, wanted.v)):
+        small = [x.flatten(1)[:, ::2] for x in (mine, other, rows[kind])]
+        assert distance(small[0], small[2]) < 1.05 * distance(small[1], small[2])
+        assert distance(small[0], small[1]) < 0.01
+
+
+@pytest.mark.parametrize("int8", PRECISIONS)
 def test_a_plan_of_nothing_gives_the_mean(artifact, int8):
     nothing = {
         key: replace(s, plans={4.0: BitPlan(4.0, (), 1.0)}) for key, s in artifact.sections.items()

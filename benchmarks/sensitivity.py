@@ -1,0 +1,236 @@
+"""KL of artifacts with and without layer weights, in real bytes, without an engine.
+
+    python -m benchmarks.sensitivity --model DIR --data DIR --plain ARTIFACT --weighted ARTIFACT
+                                     [--out benchmarks/results/sensitivity.json]
+
+Of every document, transformers computes the first 768 tokens. Their K and V go through the codec
+that serves on a CPU, in blobs of 128 tokens, and back. The next 128 tokens are computed exactly
+on what came back, as the recent window is; over the 128 after them, the predictions are compared
+with those on the uncompressed cache. Ratios are of whole blobs, headers and sinks included;
+intervals are 95 %, bootstrapped over documents.
+
+`--data` has essays.jsonl.gz and gsm8k-test.jsonl. Documents are those whose number modulo 4 is 3,
+which no calibration and no tuning uses: five essays that are long enough, and five times ten
+GSM8K problems, 1,024 tokens of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from kvtc_vllm.artifact.directory import load_rank_artifact
+from kvtc_vllm.codec.artifact import RankArtifact
+from kvtc_vllm.codec.base import ChunkCodec, DecodedChunk
+from kvtc_vllm.codec.registry import open_codec
+
+ROOT = Path(__file__).resolve().parents[1]
+PREFIX, WINDOW, SCORED = 768, 128, 128
+CHUNK = 128
+OF_EACH = 5
+PROBLEMS = 10
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """A document: its name, token ids, and bfloat16 K post-RoPE and V of the prefix [T, L, H, D].
+
+    exact: log-probabilities of the scored tokens on the uncompressed cache, float32 [S, V].
+    """
+
+    name: str
+    ids: Sequence[int]
+    k: torch.Tensor
+    v: torch.Tensor
+    exact: torch.Tensor
+
+
+def main() -> None:
+    """Measure, print a table, write JSON."""
+    parser = argparse.ArgumentParser(prog="benchmarks.sensitivity", description=__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="directory of the model")
+    parser.add_argument("--data", type=Path, required=True, help="directory of the documents")
+    parser.add_argument("--plain", type=Path, required=True, help="artifact without weights")
+    parser.add_argument("--weighted", type=Path, required=True, help="artifact with weights")
+    parser.add_argument("--ratios", default="8,16,32,64", help="target ratios")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/sensitivity.json")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    ratios = [float(ratio) for ratio in args.ratios.split(",")]
+    artifacts = {
+        name: load_rank_artifact(directory, 0)[0]
+        for name, directory in (("plain", args.plain), ("weighted", args.weighted))
+    }
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    result: dict[str, Any] = {
+        "command": "python -m benchmarks.sensitivity --model DIR --data DIR --plain ARTIFACT "
+        "--weighted ARTIFACT",
+        "model": args.model.name,
+        "artifacts": {name: artifact.fingerprint.hex() for name, artifact in artifacts.items()},
+        "prefix_tokens": PREFIX,
+        "exact_tokens": WINDOW,
+        "scored_tokens": SCORED,
+        "chunk_tokens": CHUNK,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} used",
+        "versions": {p: version(p) for p in ("kvtc-vllm", "torch", "transformers")},
+        "unit": "KL in nats per token, mean over documents; [low, high] is 95 %",
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    # After every document: the whole takes long on a small machine.
+    for names, rows in measure(model, tokenizer, args.data, artifacts, ratios):
+        finished = result | {"documents": names, "rows": rows}
+        args.out.write_text(json.dumps(finished, indent=1) + "\n")
+    for row in rows:
+        low, high = row["interval"]
+        print(
+            f"{row['artifact']:9} {row['target_ratio']:g}x: real {row['real_ratio']:.1f}, "
+            f"KL {row['kl']:.5f} [{low:.5f}, {high:.5f}]"
+        )
+
+
+def measure(
+    model: Any,
+    tokenizer: Any,
+    data: Path,
+    artifacts: dict[str, RankArtifact],
+    ratios: Sequence[float],
+) -> Iterator[tuple[list[str], list[dict[str, Any]]]]:
+    """After every document: names so far, and a row per artifact and ratio."""
+    codecs = {
+        (name, ratio): open_codec("kvtc", torch.bfloat16, artifact=artifact, ratio=ratio)
+        for name, artifact in artifacts.items()
+        for ratio in ratios
+    }
+    stored = dict.fromkeys(codecs, 0)
+    divergence: dict[tuple[str, float], list[float]] = {key: [] for key in codecs}
+    names: list[str] = []
+    raw = 0
+    for name, ids in documents(data, tokenizer):
+        started = time.monotonic()
+        prefix = compute_prefix(model, name, ids)
+        names.append(name)
+        raw += prefix.k.nbytes + prefix.v.nbytes
+        for key, codec in codecs.items():
+            taken, k, v = round_trip(codec, prefix)
+            stored[key] += taken
+            divergence[key].append(kl(prefix.exact, score(model, ids, k, v)))
+        print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
+        yield names, [row(*key, divergence[key], raw, stored[key]) for key in codecs]
+
+
+def row(
+    name: str, ratio: float, divergence: Sequence[float], raw: int, stored: int
+) -> dict[str, Any]:
+    """Of one artifact at one ratio. divergence: KL of each document; raw, stored: bytes of all."""
+    low, high = interval(divergence)
+    return {
+        "artifact": name,
+        "target_ratio": ratio,
+        "real_ratio": round(raw / stored, 2),
+        "bytes": stored,
+        "kl": round(sum(divergence) / len(divergence), 6),
+        "interval": [round(low, 6), round(high, 6)],
+        "by_document": [round(value, 6) for value in divergence],
+    }
+
+
+def documents(data: Path, tokenizer: Any) -> Iterator[tuple[str, list[int]]]:
+    """Names and token ids of documents to report on, of one length, essays and problems in turn."""
+    length = PREFIX + WINDOW + SCORED
+    with gzip.open(data / "essays.jsonl.gz", "rt") as file:
+        essays = [json.loads(line)["text"] for line in file]
+    prose = ((f"essay {number}", essays[number]) for number in range(3, len(essays), 4))
+    lines = (data / "gsm8k-test.jsonl").read_text().splitlines()
+    solved = [
+        f"Question: {p['question']}\nAnswer: {p['answer']}" for p in map(json.loads, lines[3::4])
+    ]
+    problems = (
+        (f"gsm8k-test {3 + 4 * first} and on", "\n\n".join(solved[first : first + PROBLEMS]))
+        for first in range(0, len(solved), PROBLEMS)
+    )
+    for pair in zip(
+        _long(prose, length, tokenizer), _long(problems, length, tokenizer), strict=False
+    ):
+        yield from pair
+
+
+def _long(
+    texts: Iterator[tuple[str, str]], length: int, tokenizer: Any
+) -> Iterator[tuple[str, list[int]]]:
+    """The first `OF_EACH` that are long enough."""
+    encoded = ((name, tokenizer.encode(text)) for name, text in texts)
+    return islice(((name, ids[:length]) for name, ids in encoded if len(ids) >= length), OF_EACH)
+
+
+@torch.no_grad()
+def compute_prefix(model: Any, name: str, ids: Sequence[int]) -> Prefix:
+    """Run the prefix and score on its own cache, which is rounded to bfloat16 as in serving."""
+    cache: Any = DynamicCache()
+    model(input_ids=torch.tensor([ids[:PREFIX]]), past_key_values=cache, logits_to_keep=1)
+    k, v = (
+        torch.stack([getattr(layer, which)[0].transpose(0, 1) for layer in cache.layers], dim=1)
+        for which in ("keys", "values")
+    )
+    k, v = k.to(torch.bfloat16), v.to(torch.bfloat16)
+    return Prefix(name, ids, k, v, score(model, ids, k, v))
+
+
+def round_trip(codec: ChunkCodec, prefix: Prefix) -> tuple[int, torch.Tensor, torch.Tensor]:
+    """Bytes of all blobs, and the K and V that they hold."""
+    taken = 0
+    chunks: list[DecodedChunk] = []
+    for start in range(0, PREFIX, CHUNK):
+        part = slice(start, start + CHUNK)
+        blob = codec.encode(prefix.k[part], prefix.v[part], start)
+        taken += len(blob)
+        chunks.append(codec.decode(blob, start, CHUNK))
+    return taken, torch.cat([c.k for c in chunks]), torch.cat([c.v for c in chunks])
+
+
+@torch.no_grad()
+def score(model: Any, ids: Sequence[int], k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities after each scored token, float32 [S, V], on a prefix cache."""
+    cache: Any = DynamicCache()
+    for layer in range(k.shape[1]):
+        keys, values = (x[:, layer].transpose(0, 1)[None].float() for x in (k, v))
+        cache.update(keys.contiguous(), values.contiguous(), layer)
+    output = model(
+        input_ids=torch.tensor([ids[PREFIX:]]), past_key_values=cache, logits_to_keep=SCORED
+    )
+    return torch.log_softmax(output.logits[0].float(), dim=-1)
+
+
+def kl(exact: torch.Tensor, found: torch.Tensor) -> float:
+    """Nats per token."""
+    return float((exact.exp() * (exact - found)).sum(-1).double().mean())
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Of the mean, 95 %: percentiles of resampled documents."""
+    observed = torch.tensor(values, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
+    means = observed[drawn].mean(dim=1).sort().values
+    return float(means[math.floor(0.025 * RESAMPLES)]), float(means[math.ceil(0.975 * RESAMPLES)])
+
+
+if __name__ == "__main__":
+    main()
