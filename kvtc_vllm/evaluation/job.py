@@ -8,7 +8,7 @@ import msgspec
 
 from kvtc_vllm.evaluation.methods import Method
 from kvtc_vllm.evaluation.scores import Scores
-from kvtc_vllm.evaluation.tasks import Example
+from kvtc_vllm.evaluation.tasks import Example, Source
 
 
 class Workload(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,6 +26,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     method: Method
     workloads: list[Workload]
     seed: int
+    source: Source | None
+    """Public documents, for tasks that read them."""
     engine: dict[str, Any]
     """Further `vllm.LLM` arguments."""
     out: str
@@ -68,6 +70,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     records: list[Record]
     stored: list[StoredBytes]
     skipped: list[str]
+    documents: list[str]
+    """Names of the public documents in the prompts."""
 
 
 def make_record(

@@ -23,7 +23,7 @@ from kvtc_vllm.evaluation.methods import Method
 from kvtc_vllm.evaluation.processes.profiles import cachegen_profile
 from kvtc_vllm.evaluation.replay.engine import replay_engine, scratch
 from kvtc_vllm.evaluation.replay.two_passes import replay
-from kvtc_vllm.evaluation.tasks import TASKS, Session
+from kvtc_vllm.evaluation.tasks import DataError, Session, open_task
 
 Work = list[tuple[Workload, list[Session]]]
 
@@ -39,7 +39,13 @@ def run(job: Job, tokenizer: Any) -> Outcome:
         for part, size in runner(job, work, bar):
             records += part
             stored.append(size)
-    return Outcome(method=job.method, records=records, stored=stored, skipped=skipped)
+    return Outcome(
+        method=job.method,
+        records=records,
+        stored=stored,
+        skipped=skipped,
+        documents=sorted({name for _, own in work for s in own for name in s.documents}),
+    )
 
 
 def _sessions(job: Job, tokenizer: Any) -> tuple[Work, list[str]]:
@@ -47,9 +53,11 @@ def _sessions(job: Job, tokenizer: Any) -> tuple[Work, list[str]]:
     skipped = []
     for workload in job.workloads:
         try:
-            sessions = TASKS[workload.task]().sessions(
+            sessions = open_task(workload.task, job.source).sessions(
                 tokenizer, workload.context, workload.count, job.seed
             )
+        except DataError:
+            raise
         except ValueError as error:
             skipped.append(f"{workload.task} at {workload.context}: {error}")
             continue

@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from kvtc_vllm.evaluation.job import Job, Outcome, Workload
 from kvtc_vllm.evaluation.methods import Method
 from kvtc_vllm.evaluation.reporting import report
 from kvtc_vllm.evaluation.reporting.results import Row, exact_rows, rows
+from kvtc_vllm.evaluation.tasks import Source
 
 T = TypeVar("T")
 
@@ -33,6 +34,7 @@ def run_suite(
     plan: Sequence[tuple[Method, list[Workload]]],
     *,
     seed: int,
+    source: Source | None,
     engine: dict[str, Any],
     out: Path,
     command: str,
@@ -44,10 +46,19 @@ def run_suite(
     """
     found: list[Row] = []
     failures: list[str] = []
+    used: dict[str, None] = {}
     about = describe(model, command, seed)
     for number, (method, workloads) in enumerate(plan, start=1):
         print(f"[{number}/{len(plan)}] {method.name}", flush=True)
-        job = Job(model=model, method=method, workloads=workloads, seed=seed, engine=engine, out="")
+        job = Job(
+            model=model,
+            method=method,
+            workloads=workloads,
+            seed=seed,
+            source=source,
+            engine=engine,
+            out="",
+        )
         try:
             outcome = run_child(CHILD, method.name, job, Outcome)
         except SuiteError as error:
@@ -59,6 +70,9 @@ def run_suite(
         known = {(row.task, row.context) for row in found}
         found += [row for row in exact_rows(outcome) if (row.task, row.context) not in known]
         found += rows(outcome)
+        used.update(dict.fromkeys(outcome.documents))
+        if source is not None and used:
+            about["documents"] = describe_documents(source, used)
         report.write(out, about, found)
     if failures:
         raise SuiteError("; ".join(failures))
@@ -97,6 +111,19 @@ def describe(model: str, command: str, seed: int) -> dict[str, Any]:
         "versions": {name: _version(name) for name in ("kvtc-vllm", "vllm", "torch")},
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
     }
+
+
+def describe_documents(source: Source, names: Iterable[str]) -> str:
+    """Which public documents were read, by data set and number, and of which part."""
+    numbers: dict[str, list[int]] = {}
+    for name in names:
+        data_set, _, number = name.rpartition(" ")
+        numbers.setdefault(data_set, []).append(int(number))
+    parts = [f"{name} {', '.join(map(str, sorted(own)))}" for name, own in sorted(numbers.items())]
+    return (
+        f"part {source.part}; numbers modulo 4 are 0 and 1 for calibration, 2 for tuning, 3 for "
+        f"reports: {'; '.join(parts)}"
+    )
 
 
 def _version(name: str) -> str:
