@@ -116,7 +116,7 @@ def _source(args: argparse.Namespace) -> Source | None:
         return None
     if not args.data.is_dir():
         raise ConfigError(f"--data {str(args.data)!r} is not a directory; give one of public data")
-    return Source(args.data, args.part)
+    return Source(str(args.data), args.part)
 
 
 def _tasks(args: argparse.Namespace) -> list[tuple[str, int]]:

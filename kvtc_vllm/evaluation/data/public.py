@@ -70,7 +70,7 @@ class Document:
 class Source:
     """One part of the data sets in a directory."""
 
-    directory: Path
+    directory: str
     part: Part
 
     def documents(self, name: str) -> Sequence[Document]:
@@ -78,7 +78,7 @@ class Source:
 
         name: in `DATA_SETS`, or `LIBRARY`. Raises DataError.
         """
-        lines = _library() if name == LIBRARY else _lines(self.directory, name)
+        lines = _library() if name == LIBRARY else _lines(Path(self.directory), name)
         return [
             Document(f"{name} {number}", content)
             for number, content in enumerate(lines)

@@ -37,12 +37,13 @@ def encode_chat(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 class Question(NamedTuple):
-    """A user's message, how the assistant's reply begins, and how it should go on.
+    """A chat, the last message the user's, how the reply begins, and how it should go on.
 
-    The beginning makes a small model answer in a form that can be compared by token.
+    Earlier messages and the beginning show a small model the form of an answer, so that
+    answers can be compared by token.
     """
 
-    user: str
+    messages: Sequence[Message]
     begun: str
     answer: str
     documents: tuple[str, ...]
@@ -103,7 +104,7 @@ class DialogueTask(DataTask):
             ) -> tuple[list[int], Question]:
                 rng = seeded("eval", f"{seed}-{number}", self.name)
                 question = self.question(own, rng, size, depth)
-                text = chat_text(tokenizer, [("user", question.user)]) + question.begun
+                text = chat_text(tokenizer, question.messages) + question.begun
                 return encode_chat(tokenizer, text), question
 
             size = largest_size(

@@ -29,4 +29,4 @@ class EssayNeedle(DialogueTask):
         sentences, used = essay_sentences(documents, size)
         text = strewn(sentences, [(depth, f"{fact} {number}.")])
         user = f"Read this text.\n\n{text}\n\nWhat is the secret number of {city}?"
-        return Question(user, fact, f" {number}", used)
+        return Question([("user", user)], fact, f" {number}", used)

@@ -17,7 +17,10 @@ LAST_DEPTH = 0.7
 
 
 class EssayVariables(DialogueTask):
-    """Three chains; the answer spells one of them down to its number."""
+    """Three chains; the answer repeats the assignments of one, down to its number.
+
+    The first exchange of the chat is an example, as in RULER.
+    """
 
     name = "essay-variables"
     description = "variable tracking in essays, with 1 and 2 hops (as RULER)"
@@ -30,21 +33,31 @@ class EssayVariables(DialogueTask):
         self, documents: Sequence[Document], rng: random.Random, size: int, depth: float
     ) -> Question:
         links = int(depth) + 1
-        names = rng.sample(words.NOUNS, CHAINS * links)
+        names = rng.sample(words.NOUNS, (CHAINS + 1) * links)
         chains = []
-        for chain in range(CHAINS):
+        for chain in range(CHAINS + 1):
             own = names[chain * links : (chain + 1) * links]
-            chains.append(list(zip(own, [digits(rng, 4), *own], strict=False)))
-        lines = [
-            f"VAR {name} = {value}." for step in zip(*chains, strict=True) for name, value in step
-        ]
+            values = [digits(rng, 4), *own]
+            chains.append([f"VAR {n} = {v}." for n, v in zip(own, values, strict=False)])
+        example = chains.pop()
+        lines = [line for step in zip(*chains, strict=True) for line in step]
         places = sorted(rng.uniform(0, LAST_DEPTH) for _ in lines)
         sentences, used = essay_sentences(documents, size)
         text = strewn(sentences, list(zip(places, lines, strict=True)))
-        asked = list(reversed(rng.choice(chains)))
-        user = (
-            "Read this text. It assigns values to variables.\n\n"
-            f"{text}\n\nFollow the assignments of {asked[0][0]} down to its number."
-        )
-        answer = " = ".join(value for _, value in asked)
-        return Question(user, f"VAR {asked[0][0]} =", f" {answer}", used)
+        asked = rng.choice(chains)
+        messages = [
+            ("user", _request(example, " ".join(example))),
+            ("assistant", _answer(example)),
+            ("user", _request(asked, text)),
+        ]
+        begun, equals, answer = _answer(asked).partition(" =")
+        return Question(messages, begun + equals, answer, used)
+
+
+def _request(chain: Sequence[str], text: str) -> str:
+    name = chain[-1].split()[1]
+    return f"Read this text.\n\n{text}\n\nFollow the assignments of {name} down to its number."
+
+
+def _answer(chain: Sequence[str]) -> str:
+    return " ".join(reversed(chain))

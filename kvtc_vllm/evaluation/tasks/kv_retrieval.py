@@ -11,7 +11,10 @@ from kvtc_vllm.evaluation.tasks.dialogue import DialogueTask, Question
 
 
 class KeyValueRetrieval(DialogueTask):
-    """The first pairs of a record of the data set; one of them is asked for."""
+    """The first pairs of a record of the data set. One is asked for, after another as an example.
+
+    The answer is the value up to its first hyphen, by which values are told apart.
+    """
 
     name = "kv-retrieval"
     description = "a value out of a JSON object of identifiers, by depth (LITM's data)"
@@ -23,8 +26,14 @@ class KeyValueRetrieval(DialogueTask):
     def question(
         self, documents: Sequence[Document], rng: random.Random, size: int, depth: float
     ) -> Question:
-        records = documents[0].content["ordered_kv_records"][:size]
-        key, value = records[int(depth * len(records))] if records else ("", "")
+        records = documents[0].content["ordered_kv_records"][: size + 1]
+        asked = int(depth * len(records))
+        key, value = records[asked]
+        shown_key, shown_value = records[rng.choice([i for i in range(len(records)) if i != asked])]
         pairs = json.dumps(dict(records), indent=1)
-        user = f"Here is a JSON object.\n{pairs}\nWhich value has the key {json.dumps(key)}?"
-        return Question(user, f'"{key}": "', value, (documents[0].name,))
+        messages = [
+            ("user", f'Here is a JSON object.\n{pairs}\nWhich value has the key "{shown_key}"?'),
+            ("assistant", f'"{shown_key}": "{shown_value}"'),
+            ("user", f'Which value has the key "{key}"?'),
+        ]
+        return Question(messages, f'"{key}": "', value.partition("-")[0], (documents[0].name,))

@@ -6,7 +6,9 @@ import random
 from collections.abc import Sequence
 
 from kvtc_vllm.evaluation.data.public import Document
-from kvtc_vllm.evaluation.tasks.dialogue import DialogueTask, Question
+from kvtc_vllm.evaluation.tasks.dialogue import DialogueTask, Message, Question
+
+EXAMPLES = 2
 
 
 def passage(document: Document) -> str:
@@ -16,13 +18,13 @@ def passage(document: Document) -> str:
 
 
 def literal_answer(document: Document) -> str | None:
-    """The first reference answer that its passage contains word for word."""
+    """The shortest reference answer that its passage contains word for word."""
     text = document.content["ctxs"][0]["text"]
-    return next((answer for answer in document.content["answers"] if answer in text), None)
+    return min((a for a in document.content["answers"] if a in text), key=len, default=None)
 
 
 class OpenQuestions(DialogueTask):
-    """The passage that answers is among those of other questions."""
+    """A question about one of several passages, after two about others as examples."""
 
     name = "open-questions"
     description = "questions with passages of which one answers, by depth (NQ-open)"
@@ -34,15 +36,19 @@ class OpenQuestions(DialogueTask):
     def question(
         self, documents: Sequence[Document], rng: random.Random, size: int, depth: float
     ) -> Question:
-        asked = next(d for d in documents if literal_answer(d))
-        others = [d for d in documents if d is not asked][: max(0, size - 1)]
+        answered = [d for d in documents if literal_answer(d)]
+        asked, *others = answered[: size + EXAMPLES]
         shown = list(others)
-        shown.insert(int(depth * size), asked)
-        passages = "\n\n".join(passage(document) for document in shown)
-        user = (
-            f"Read these passages.\n\n{passages}\n\n"
-            f"Question: {asked.content['question']}?\n"
-            "Answer in the words of the passages, as shortly as possible."
-        )
-        answer = literal_answer(asked)
-        return Question(user, "Answer:", f" {answer}", tuple(d.name for d in shown))
+        shown.insert(int(depth * len(others)), asked)
+        text = "\n\n".join(passage(document) for document in shown)
+        messages: list[Message] = []
+        head = f"Read these passages. Answer in their words, shortly.\n\n{text}\n\n"
+        for document in others[-EXAMPLES:]:
+            messages += [
+                ("user", f"{head}Question: {document.content['question']}?"),
+                ("assistant", f"Answer: {literal_answer(document)}"),
+            ]
+            head = ""
+        messages.append(("user", f"Question: {asked.content['question']}?"))
+        answer = f" {literal_answer(asked)}"
+        return Question(messages, "Answer:", answer, tuple(d.name for d in shown))
