@@ -149,6 +149,7 @@ def _run_harness(args: argparse.Namespace, engine: dict[str, Any], command: str)
             tasks=args.lm_eval.split(","),
             task_path=None if args.lm_eval_path is None else str(args.lm_eval_path),
             limit=args.limit,
+            source=_source(args),
             few_shot=args.few_shot,
             engine=engine,
         )

@@ -113,6 +113,7 @@ def outcome(
         method=methods.find("raw"),
         tasks=TASKS,
         task_path=str(task_path),
+        source=None,
         limit=None,
         few_shot=None,
         engine=options,
