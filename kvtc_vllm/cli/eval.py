@@ -54,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--calibration-data", nargs="+", metavar="PATH", help="text for ablations that fit anew")
     add("--artifact", help="artifact directory; default: looked up in the registry")
     add("--card", action="store_true", help="write the quality card into the artifact's directory")
+    add(
+        "--share-exact",
+        action="store_true",
+        help="run exact passes once for all methods and encode chunks when they are loaded: faster",
+    )
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("kvtc-eval"), help="directory for the results")
     add_engine(parser)
@@ -104,6 +109,7 @@ def _run_tasks(args: argparse.Namespace, engine: dict[str, Any], command: str) -
             engine=engine,
             out=args.out,
             command=command,
+            share=args.share_exact,
         )
 
 

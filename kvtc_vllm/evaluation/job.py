@@ -34,6 +34,18 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """File for the outcome."""
 
 
+class SharedJob(msgspec.Struct, frozen=True, kw_only=True):
+    """What one process does with several methods over one exact pass. Fields as in `Job`."""
+
+    model: str
+    methods: list[Method]
+    workloads: list[Workload]
+    seed: int
+    source: Source | None
+    engine: dict[str, Any]
+    out: str
+
+
 class Record(msgspec.Struct, frozen=True, kw_only=True):
     """One example: exact run and replay. Losses are nats, summed over the target."""
 

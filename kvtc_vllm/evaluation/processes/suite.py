@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from kvtc_vllm.evaluation.job import Job, Outcome, Workload
+from kvtc_vllm.evaluation.job import Job, Outcome, SharedJob, Workload
 from kvtc_vllm.evaluation.methods import Method
 from kvtc_vllm.evaluation.reporting import report
 from kvtc_vllm.evaluation.reporting.results import Row, exact_rows, rows
@@ -23,6 +23,7 @@ from kvtc_vllm.evaluation.tasks import Source
 T = TypeVar("T")
 
 CHILD = "kvtc_vllm.evaluation.processes.run_method"
+SHARED_CHILD = "kvtc_vllm.evaluation.processes.run_shared"
 
 
 class SuiteError(RuntimeError):
@@ -38,9 +39,12 @@ def run_suite(
     engine: dict[str, Any],
     out: Path,
     command: str,
+    share: bool = False,
 ) -> list[Row]:
     """Measure every method on its workloads and write the report after each. Raises SuiteError
     in the end if a method failed; the others are measured nevertheless.
+
+    share: methods that can run their replays over one exact pass, in one process.
 
     The report on disk always holds what has been measured so far.
     """
@@ -48,35 +52,62 @@ def run_suite(
     failures: list[str] = []
     used: dict[str, None] = {}
     about = describe(model, command, seed)
-    for number, (method, workloads) in enumerate(plan, start=1):
-        print(f"[{number}/{len(plan)}] {method.name}", flush=True)
-        job = Job(
-            model=model,
-            method=method,
-            workloads=workloads,
-            seed=seed,
-            source=source,
-            engine=engine,
-            out="",
-        )
+    groups = _groups(plan, share)
+    for number, (methods, workloads) in enumerate(groups, start=1):
+        name = ", ".join(method.name for method in methods)
+        print(f"[{number}/{len(groups)}] {name}", flush=True)
+        common: dict[str, Any] = {
+            "model": model,
+            "workloads": workloads,
+            "seed": seed,
+            "source": source,
+            "engine": engine,
+            "out": "",
+        }
         try:
-            outcome = run_child(CHILD, method.name, job, Outcome)
+            if share and methods[0].can_share():
+                shared = SharedJob(methods=methods, **common)
+                outcomes = run_child(SHARED_CHILD, name, shared, list[Outcome])
+            else:
+                single = Job(method=methods[0], **common)
+                outcomes = [run_child(CHILD, name, single, Outcome)]
         except SuiteError as error:
             print(f"    failed: {error}")
             failures.append(str(error))
             continue
-        for reason in outcome.skipped:
+        for reason in outcomes[0].skipped:
             print(f"    skipped: {reason}")
-        known = {(row.task, row.context) for row in found}
-        found += [row for row in exact_rows(outcome) if (row.task, row.context) not in known]
-        found += rows(outcome)
-        used.update(dict.fromkeys(outcome.documents))
+        for outcome in outcomes:
+            known = {(row.task, row.context) for row in found}
+            found += [row for row in exact_rows(outcome) if (row.task, row.context) not in known]
+            found += rows(outcome)
+        used.update(dict.fromkeys(outcomes[0].documents))
         if source is not None and used:
             about["documents"] = describe_documents(source, used)
+        if share:
+            about["exact passes"] = "shared by methods; chunks are encoded when they are loaded"
         report.write(out, about, found)
     if failures:
         raise SuiteError("; ".join(failures))
     return found
+
+
+def _groups(
+    plan: Sequence[tuple[Method, list[Workload]]], share: bool
+) -> list[tuple[list[Method], list[Workload]]]:
+    """Methods that run together, with their workloads; all alone unless they are to share."""
+    groups: list[tuple[list[Method], list[Workload]]] = []
+    for method, workloads in plan:
+        together = [
+            own
+            for own, theirs in groups
+            if share and method.can_share() and own[0].can_share() and theirs == workloads
+        ]
+        if together:
+            together[0].append(method)
+        else:
+            groups.append(([method], workloads))
+    return groups
 
 
 def run_child(module: str, name: str, job: msgspec.Struct, outcome: type[T]) -> T:
