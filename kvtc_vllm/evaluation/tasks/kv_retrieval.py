@@ -11,7 +11,7 @@ from kvtc_vllm.evaluation.tasks.dialogue import DialogueTask, Question
 
 
 class KeyValueRetrieval(DialogueTask):
-    """The first pairs of a record of the data set. One is asked for, after another as an example.
+    """The first pairs of a record of the data set, of which one is asked for.
 
     The answer is the value up to its first hyphen, by which values are told apart.
     """
@@ -26,14 +26,10 @@ class KeyValueRetrieval(DialogueTask):
     def question(
         self, documents: Sequence[Document], rng: random.Random, size: int, depth: float
     ) -> Question:
-        records = documents[0].content["ordered_kv_records"][: size + 1]
+        records = documents[0].content["ordered_kv_records"][:size]
         asked = int(depth * len(records))
         key, value = records[asked]
-        shown_key, shown_value = records[rng.choice([i for i in range(len(records)) if i != asked])]
         pairs = json.dumps(dict(records), indent=1)
-        messages = [
-            ("user", f'Here is a JSON object.\n{pairs}\nWhich value has the key "{shown_key}"?'),
-            ("assistant", f'"{shown_key}": "{shown_value}"'),
-            ("user", f'Which value has the key "{key}"?'),
-        ]
-        return Question(messages, f'"{key}": "', value.partition("-")[0], (documents[0].name,))
+        user = f'Here is a JSON object.\n{pairs}\nWhich value has the key "{key}"?'
+        answer = value.partition("-")[0]
+        return Question([("user", user)], f'"{key}": "', answer, (documents[0].name,))
