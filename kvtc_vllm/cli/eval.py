@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         for ablation in ABLATIONS.values():
             print(f"{ablation.name:16} {ablation.description}")
         return 0
-    command = "kvtc " + shlex.join(sys.argv[1:])
+    command = _shown(sys.argv[1:])
     engine = {**_engine_defaults(), **parse_engine(args.engine)}
     measure = _run_harness if args.lm_eval else _run_tasks
     try:
@@ -184,6 +184,7 @@ def _plan(
             max(_lengths("--lengths", args.lengths)),
             engine,
             work,
+            public=args.data is not None,
         )
     workloads = [
         Workload(task=task, context=length, count=_sessions(task, args.count))
@@ -205,6 +206,13 @@ def _lengths(option: str, text: str) -> list[int]:
     if not all(part.isdigit() and int(part) >= 64 for part in parts):
         raise ConfigError(f"{option} {text!r}: give numbers of at least 64, such as 512,1024")
     return [int(part) for part in parts]
+
+
+def _shown(arguments: list[str]) -> str:
+    """The command for results, which others read: of an absolute path only its last name."""
+    return "kvtc " + shlex.join(
+        Path(part).name if Path(part).is_absolute() else part for part in arguments
+    )
 
 
 def _engine_defaults() -> dict[str, Any]:

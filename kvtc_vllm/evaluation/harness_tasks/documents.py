@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from typing import Any
 
+from datasets import Dataset
+
 from kvtc_vllm.evaluation.data.public import Part, Source
 from kvtc_vllm.evaluation.tasks.open_questions import literal_answer, passage
 
@@ -12,12 +14,14 @@ PASSAGES = 4
 """Passages per prompt; the answers to their questions are the choices."""
 
 
-def gsm8k(data: str, part: Part, **_: Any) -> dict[str, list[dict[str, Any]]]:
+def gsm8k(data: str, part: Part, **_: Any) -> dict[str, Dataset]:
     """Problems with worked answers, in an order that is always the same."""
-    return {"test": _shuffled(Source(data, part), "gsm8k-test")}
+    contents = [document.content for document in Source(data, part).documents("gsm8k-test")]
+    random.Random(0).shuffle(contents)
+    return {"test": Dataset.from_list(contents)}
 
 
-def passage_choice(data: str, part: Part, **_: Any) -> dict[str, list[dict[str, Any]]]:
+def passage_choice(data: str, part: Part, **_: Any) -> dict[str, Dataset]:
     """Questions about one of four passages. The answers to all four questions are the choices."""
     documents = [d for d in Source(data, part).documents("nq-open") if literal_answer(d)]
     random.Random(0).shuffle(documents)
@@ -37,16 +41,10 @@ def passage_choice(data: str, part: Part, **_: Any) -> dict[str, list[dict[str, 
                 "right": asked,
             }
         )
-    return {"test": found}
+    return {"test": Dataset.from_list(found)}
 
 
 def loss(document: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
     """Nats of the reference answer, all tokens together."""
     ((log_likelihood, _),) = results
     return {"nll": -log_likelihood}
-
-
-def _shuffled(source: Source, name: str) -> list[dict[str, Any]]:
-    contents = [document.content for document in source.documents(name)]
-    random.Random(0).shuffle(contents)
-    return contents
