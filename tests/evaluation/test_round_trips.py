@@ -18,7 +18,7 @@ from kvtc_vllm.evaluation.processes.suite import CHILD, SHARED_CHILD, run_child
 from kvtc_vllm.evaluation.replay.baseline_codec import BaselineCodec
 from kvtc_vllm.evaluation.replay.round_trips import TURN, RoundTripCodec
 
-GEOMETRY = Geometry(2, 2, 16, 16, ((0, 2),))
+GEOMETRY = Geometry(2, 2, 32, 32, ((0, 2),))
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def codecs() -> Iterator[tuple[RoundTripCodec, BaselineCodec]]:
 
 def chunk(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    k, v = (torch.randn(64, 2, 2, 16, generator=generator).bfloat16() for _ in range(2))
+    k, v = (torch.randn(64, 2, 2, 32, generator=generator).bfloat16() for _ in range(2))
     return k, v
 
 

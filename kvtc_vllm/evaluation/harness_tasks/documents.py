@@ -25,7 +25,7 @@ def passage_choice(data: str, part: Part, **_: Any) -> dict[str, Dataset]:
     """Questions about one of four passages. The answers to all four questions are the choices."""
     documents = [d for d in Source(data, part).documents("nq-open") if literal_answer(d)]
     random.Random(0).shuffle(documents)
-    found = []
+    found: list[dict[str, Any]] = []
     for first in range(0, len(documents) - PASSAGES + 1, PASSAGES):
         group = documents[first : first + PASSAGES]
         answers = [literal_answer(document) for document in group]

@@ -6,6 +6,7 @@ python -m kvtc_vllm.evaluation.processes.run_shared JOB.json
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,13 @@ from kvtc_vllm.evaluation.tasks import Session
 SHARED = "shared"
 
 
-def run(job: SharedJob, tokenizer: Any) -> list[Outcome]:
-    """Run all workloads of a job in this process, an outcome per method. Raises ReplayError."""
+def run(job: SharedJob, tokenizer: Any) -> Iterator[list[Outcome]]:
+    """Run the workloads of a job in this process; after each, an outcome per method so far.
+
+    Raises ReplayError.
+    """
     work, skipped = make_sessions(job, tokenizer)
+    documents = document_names(work)
     names = [method.name for method in job.methods]
     records: dict[str, list[Record]] = {name: [] for name in names}
     stored: dict[str, list[StoredBytes]] = {name: [] for name in names}
@@ -45,17 +50,16 @@ def run(job: SharedJob, tokenizer: Any) -> list[Outcome]:
                 for name, (own, size) in found.items():
                     records[name] += own
                     stored[name].append(size)
-    documents = document_names(work)
-    return [
-        Outcome(
-            method=method,
-            records=records[method.name],
-            stored=stored[method.name],
-            skipped=skipped,
-            documents=documents,
-        )
-        for method in job.methods
-    ]
+                yield [
+                    Outcome(
+                        method=method,
+                        records=records[method.name],
+                        stored=stored[method.name],
+                        skipped=skipped,
+                        documents=documents,
+                    )
+                    for method in job.methods
+                ]
 
 
 def override(method: Method, job: SharedJob) -> dict[str, Any]:
@@ -101,12 +105,15 @@ def _replay_all(
 
 
 def main() -> None:
-    """Read the job, run it, write the outcomes."""
+    """Read the job, run it, write the outcomes after each workload, whole or not at all."""
     from transformers import AutoTokenizer
 
     job = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=SharedJob)
-    outcomes = run(job, AutoTokenizer.from_pretrained(job.model))
-    Path(job.out).write_bytes(msgspec.msgpack.encode(outcomes))
+    out = Path(job.out)
+    for outcomes in run(job, AutoTokenizer.from_pretrained(job.model)):
+        unfinished = out.with_suffix(".part")
+        unfinished.write_bytes(msgspec.msgpack.encode(outcomes))
+        unfinished.replace(out)
 
 
 if __name__ == "__main__":

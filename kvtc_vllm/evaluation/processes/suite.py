@@ -27,7 +27,11 @@ SHARED_CHILD = "kvtc_vllm.evaluation.processes.run_shared"
 
 
 class SuiteError(RuntimeError):
-    """A method could not be measured."""
+    """A method could not be measured. partial: what its process wrote before it failed."""
+
+    def __init__(self, message: str, partial: Any = None) -> None:
+        super().__init__(message)
+        self.partial = partial
 
 
 def run_suite(
@@ -74,7 +78,9 @@ def run_suite(
         except SuiteError as error:
             print(f"    failed: {error}")
             failures.append(str(error))
-            continue
+            if not isinstance(error.partial, list):
+                continue
+            outcomes = error.partial
         for reason in outcomes[0].skipped:
             print(f"    skipped: {reason}")
         for outcome in outcomes:
@@ -128,9 +134,10 @@ def run_child(module: str, name: str, job: msgspec.Struct, outcome: type[T]) -> 
             "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "2"),
         }
         result = subprocess.run([sys.executable, "-m", module, str(path)], env=environment)
-        if result.returncode or not out.exists():
-            raise SuiteError(f"{name}: its process ended with {result.returncode}")
-        return msgspec.msgpack.decode(out.read_bytes(), type=outcome)
+        written = msgspec.msgpack.decode(out.read_bytes(), type=outcome) if out.exists() else None
+        if result.returncode or written is None:
+            raise SuiteError(f"{name}: its process ended with {result.returncode}", written)
+        return written
 
 
 def describe(model: str, command: str, seed: int) -> dict[str, Any]:
