@@ -104,4 +104,5 @@ def test_shared_and_separate_passes_agree(reference_model: Path) -> None:
     assert sum(record.kl for record in coded.records) > sum(record.kl for record in raw.records)
     for together_size, single_size in zip(coded.stored, alone.stored, strict=True):
         ratio = together_size.raw / together_size.stored
-        assert ratio == pytest.approx(single_size.raw / single_size.stored, rel=0.05)
+        # Only chunks that were loaded count, so the exact sinks of the first weigh more.
+        assert ratio == pytest.approx(single_size.raw / single_size.stored, rel=0.1)
