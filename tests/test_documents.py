@@ -114,7 +114,7 @@ def row(title: str, run: dict[str, float]) -> str:
 
 
 def test_every_divergence_in_the_page_on_quality_is_in_a_result() -> None:
-    results = "".join(path.read_text() for path in ROOT.glob("benchmarks/quality/*/results.md"))
+    results = "".join(path.read_text() for path in ROOT.glob("benchmarks/quality/**/results.md"))
     turns = json.loads((ROOT / "benchmarks/quality/methods/results.json").read_text())["rows"]
     known = set(re.findall(r"\d\.\d{4}\b", results)) | {f"{r['value']:.4f}" for r in turns}
     quoted = set(re.findall(r"\d\.\d{4}\b", (ROOT / "docs" / "quality.md").read_text()))

@@ -100,8 +100,8 @@ PARTS = (
         "evaluation",
         "quality bench: tasks, two-pass replay, baselines, ablations, reports",
         "codec, artifact, config, offload, connector, calibration",
-        "constriction, lm_eval, matplotlib, msgspec, numpy, safetensors, torch, tqdm, "
-        "transformers, vllm, xxhash",
+        "constriction, datasets, lm_eval, matplotlib, msgspec, numpy, safetensors, torch, "
+        "tqdm, transformers, vllm, xxhash",
     ),
     Part(
         "cli",

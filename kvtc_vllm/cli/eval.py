@@ -24,6 +24,7 @@ from kvtc_vllm.config import ConfigError
 
 if TYPE_CHECKING:
     from kvtc_vllm.evaluation.ablations import Plan
+    from kvtc_vllm.evaluation.data.public import Source
     from kvtc_vllm.evaluation.reporting.results import Row
 
 DEFAULT_METHODS = "raw,kvtc-8x,kvtc-16x,kvtc-32x,kvtc-64x,fp8-e4m3,kivi-2bit,gear-2bit"
@@ -34,7 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add = parser.add_argument
     add("model", help="directory or Hugging Face name")
-    add("--tasks", default="all", help="comma-separated; default: all")
+    add(
+        "--tasks",
+        default="all",
+        help="comma-separated, each with an own length as in "
+        "'needle:512' or without; default: all, with --data all that read it",
+    )
+    add("--data", type=Path, metavar="DIR", help="public data sets for the tasks that read them")
+    add("--part", default="report", help="documents to read: 'report' (default) or 'tune'")
     add("--methods", default=DEFAULT_METHODS, help=f"comma-separated; default: {DEFAULT_METHODS}")
     add("--lengths", default=DEFAULT_LENGTHS, help="prompt lengths in tokens, comma-separated")
     add("--count", type=int, default=32, help="prompts of each task and length (chats: a quarter)")
@@ -46,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--calibration-data", nargs="+", metavar="PATH", help="text for ablations that fit anew")
     add("--artifact", help="artifact directory; default: looked up in the registry")
     add("--card", action="store_true", help="write the quality card into the artifact's directory")
+    add(
+        "--share-exact",
+        action="store_true",
+        help="run exact passes once for all methods and encode chunks when they are loaded: faster",
+    )
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("kvtc-eval"), help="directory for the results")
     add_engine(parser)
@@ -59,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.lm_eval and (args.limit is not None or args.few_shot is not None):
         raise ConfigError("--limit and --few-shot go with --lm-eval; --tasks have --count")
     from kvtc_vllm.evaluation.ablations import ABLATIONS
+    from kvtc_vllm.evaluation.data.public import DataError
     from kvtc_vllm.evaluation.methods import MethodError
     from kvtc_vllm.evaluation.processes.suite import SuiteError
 
@@ -66,12 +80,12 @@ def run(args: argparse.Namespace) -> int:
         for ablation in ABLATIONS.values():
             print(f"{ablation.name:16} {ablation.description}")
         return 0
-    command = "kvtc " + shlex.join(sys.argv[1:])
+    command = _shown(sys.argv[1:])
     engine = {**_engine_defaults(), **parse_engine(args.engine)}
     measure = _run_harness if args.lm_eval else _run_tasks
     try:
         found = measure(args, engine, command)
-    except (MethodError, SuiteError) as error:
+    except (DataError, MethodError, SuiteError) as error:
         raise ConfigError(str(error)) from None
     print((args.out / "results.md").read_text())
     if args.card:
@@ -82,18 +96,51 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_tasks(args: argparse.Namespace, engine: dict[str, Any], command: str) -> list[Row]:
     from kvtc_vllm.evaluation.processes.suite import run_suite
-    from kvtc_vllm.evaluation.tasks import TASKS
 
-    lengths = _lengths(args.lengths)
-    names = list(TASKS) if args.tasks == "all" else args.tasks.split(",")
-    for name in names:
-        if name not in TASKS:
-            raise ConfigError(f"--tasks {name!r} is not known; give one of {', '.join(TASKS)}")
+    source = _source(args)
+    tasks = _tasks(args)
     with tempfile.TemporaryDirectory(prefix="kvtc-ablation-") as work:
-        plan = _plan(args, names, lengths, engine, Path(work))
+        plan = _plan(args, tasks, engine, Path(work))
         return run_suite(
-            args.model, plan, seed=args.seed, engine=engine, out=args.out, command=command
+            args.model,
+            plan,
+            seed=args.seed,
+            source=source,
+            engine=engine,
+            out=args.out,
+            command=command,
+            share=args.share_exact,
         )
+
+
+def _source(args: argparse.Namespace) -> Source | None:
+    from kvtc_vllm.evaluation.data.public import Source
+
+    if args.part not in ("tune", "report"):
+        raise ConfigError(f"--part {args.part!r} is not known; give 'tune' or 'report'")
+    if args.data is None:
+        return None
+    if not args.data.is_dir():
+        raise ConfigError(f"--data {str(args.data)!r} is not a directory; give one of public data")
+    return Source(str(args.data), args.part)
+
+
+def _tasks(args: argparse.Namespace) -> list[tuple[str, int]]:
+    """Tasks and prompt lengths in tokens, from --tasks and --lengths."""
+    from kvtc_vllm.evaluation.tasks import DATA_TASKS, TASKS
+
+    lengths = _lengths("--lengths", args.lengths)
+    known = {**TASKS, **DATA_TASKS}
+    every = TASKS if args.data is None else DATA_TASKS
+    found = []
+    for text in every if args.tasks == "all" else args.tasks.split(","):
+        name, _, own = text.partition(":")
+        if name not in known:
+            raise ConfigError(f"--tasks {name!r} is not known; give one of {', '.join(known)}")
+        if name in DATA_TASKS and args.data is None:
+            raise ConfigError(f"--tasks {name!r} reads public documents: give --data DIR")
+        found += [(name, length) for length in (_lengths("--tasks", own) if own else lengths)]
+    return found
 
 
 def _run_harness(args: argparse.Namespace, engine: dict[str, Any], command: str) -> list[Row]:
@@ -108,6 +155,7 @@ def _run_harness(args: argparse.Namespace, engine: dict[str, Any], command: str)
             tasks=args.lm_eval.split(","),
             task_path=None if args.lm_eval_path is None else str(args.lm_eval_path),
             limit=args.limit,
+            source=_source(args),
             few_shot=args.few_shot,
             engine=engine,
         )
@@ -118,8 +166,7 @@ def _run_harness(args: argparse.Namespace, engine: dict[str, Any], command: str)
 
 def _plan(
     args: argparse.Namespace,
-    tasks: list[str],
-    lengths: list[int],
+    tasks: list[tuple[str, int]],
     engine: dict[str, Any],
     work: Path,
 ) -> Plan:
@@ -129,12 +176,19 @@ def _plan(
     if args.ablation:
         data = args.calibration_data or ()
         return ablations.plan(
-            args.ablation, args.model, args.artifact, data, args.count, max(lengths), engine, work
+            args.ablation,
+            args.model,
+            args.artifact,
+            data,
+            args.count,
+            max(_lengths("--lengths", args.lengths)),
+            engine,
+            work,
+            public=args.data is not None,
         )
     workloads = [
         Workload(task=task, context=length, count=_sessions(task, args.count))
-        for task in tasks
-        for length in lengths
+        for task, length in tasks
     ]
     chosen = [methods.find(name, args.artifact) for name in args.methods.split(",")]
     return [(method, workloads) for method in chosen]
@@ -142,14 +196,23 @@ def _plan(
 
 def _sessions(task: str, count: int) -> int:
     """A chat has many prompts, so fewer chats than prompts of other tasks are enough."""
-    return max(2, count // 4) if task == "multi-turn" else count
+    from kvtc_vllm.evaluation.tasks import CHATS
+
+    return max(2, count // 4) if task in CHATS else count
 
 
-def _lengths(text: str) -> list[int]:
+def _lengths(option: str, text: str) -> list[int]:
     parts = text.split(",")
     if not all(part.isdigit() and int(part) >= 64 for part in parts):
-        raise ConfigError(f"--lengths {text!r}: give numbers of at least 64, such as 512,1024")
+        raise ConfigError(f"{option} {text!r}: give numbers of at least 64, such as 512,1024")
     return [int(part) for part in parts]
+
+
+def _shown(arguments: list[str]) -> str:
+    """The command for results, which others read: of an absolute path only its last name."""
+    return "kvtc " + shlex.join(
+        Path(part).name if Path(part).is_absolute() else part for part in arguments
+    )
 
 
 def _engine_defaults() -> dict[str, Any]:

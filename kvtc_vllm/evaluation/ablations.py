@@ -20,12 +20,25 @@ DOMAIN_CHARACTERS = 1_500_000
 KEY_SHARES = (1 / 4, 1 / 3, 0.4, 1 / 2, 0.6, 2 / 3)
 """Of the bits of both, those of the keys. Half is the paper's: the same ratio for both."""
 
+ON_DATA = {
+    "prose": "essays",
+    "code": "library",
+    "litm": "kv-retrieval",
+    "variable-tracking": "essay-variables",
+    "needle": "essay-needle",
+}
+"""By generated task, the task over public documents that asks the same."""
+
 Plan = list[tuple[Method, list[Workload]]]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What an ablation works with. work: a directory for spools and fits, kept during the run."""
+    """What an ablation works with.
+
+    public: tasks over public documents instead of the generated ones. work: a directory for
+    spools and fits, kept during the run.
+    """
 
     model: str
     rank_file: Path
@@ -33,7 +46,13 @@ class Setting:
     count: int
     context: int
     engine: dict[str, Any]
+    public: bool
     work: Path
+
+    def workload(self, task: str, context: int) -> Workload:
+        """A task, or what asks the same of public documents."""
+        name = ON_DATA[task] if self.public else task
+        return Workload(task=name, context=context, count=self.count)
 
     def workloads(self, *tasks: str) -> list[Workload]:
         """These tasks: running text and needles at the usual context, tables and chains at half.
@@ -42,11 +61,7 @@ class Setting:
         """
         half = ("litm", "variable-tracking")
         return [
-            Workload(
-                task=task,
-                context=self.context // 2 if task in half else self.context,
-                count=self.count,
-            )
+            self.workload(task, self.context // 2 if task in half else self.context)
             for task in tasks
         ]
 
@@ -120,9 +135,7 @@ def _window(setting: Setting) -> Plan:
         method = setting.changed(
             f"recomputed window {window}", ratio, "unchanged", window=window, chunk_tokens=chunk
         )
-        plan.append(
-            (method, [Workload(task="prose", context=c, count=setting.count) for c in contexts])
-        )
+        plan.append((method, [setting.workload("prose", c) for c in contexts]))
     for window in (64, 128):
         for context in contexts:
             method = setting.changed(
@@ -133,7 +146,7 @@ def _window(setting: Setting) -> Plan:
                 window=0,
                 chunk_tokens=chunk,
             )
-            plan.append((method, [Workload(task="prose", context=context, count=setting.count)]))
+            plan.append((method, [setting.workload("prose", context)]))
     return plan
 
 
@@ -266,8 +279,12 @@ def plan(
     context: int,
     engine: dict[str, Any],
     work: Path,
+    public: bool = False,
 ) -> Plan:
-    """Methods and tasks of one ablation. Raises MethodError for an unknown name."""
+    """Methods and tasks of one ablation. Raises MethodError for an unknown name.
+
+    public: see `Setting`.
+    """
     if name not in ABLATIONS:
         raise MethodError(f"ablation {name!r} is not known; give one of {', '.join(ABLATIONS)}")
     directory = registry.find(model_identity(model), 1, 16.0, model_name=model, artifact=artifact)
@@ -278,6 +295,7 @@ def plan(
         count=count,
         context=context,
         engine=engine,
+        public=public,
         work=work,
     )
     return ABLATIONS[name].plan(setting)

@@ -8,7 +8,7 @@ import msgspec
 
 from kvtc_vllm.evaluation.methods import Method
 from kvtc_vllm.evaluation.scores import Scores
-from kvtc_vllm.evaluation.tasks import Example
+from kvtc_vllm.evaluation.tasks import Example, Source
 
 
 class Workload(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,10 +26,24 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     method: Method
     workloads: list[Workload]
     seed: int
+    source: Source | None
+    """Public documents, for tasks that read them."""
     engine: dict[str, Any]
     """Further `vllm.LLM` arguments."""
     out: str
     """File for the outcome."""
+
+
+class SharedJob(msgspec.Struct, frozen=True, kw_only=True):
+    """What one process does with several methods over one exact pass. Fields as in `Job`."""
+
+    model: str
+    methods: list[Method]
+    workloads: list[Workload]
+    seed: int
+    source: Source | None
+    engine: dict[str, Any]
+    out: str
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,6 +82,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     records: list[Record]
     stored: list[StoredBytes]
     skipped: list[str]
+    documents: list[str]
+    """Names of the public documents in the prompts."""
 
 
 def make_record(

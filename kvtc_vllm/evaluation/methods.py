@@ -16,6 +16,7 @@ from kvtc_vllm.evaluation.eviction import EVICTIONS
 
 _KVTC = re.compile(r"kvtc-(\d+(?:\.\d+)?)x")
 _MEMORY_BYTES = 8 << 30
+DEFAULT_CHUNK_TOKENS = 128
 
 
 class MethodError(ValueError):
@@ -43,7 +44,7 @@ class Method:
     """Name of a token eviction. It is run by transformers: it drops tokens, and stores none."""
     window: int = DEFAULT_RECENT_WINDOW
     """Recent window in tokens."""
-    chunk_tokens: int = 128
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
 
     def connector_config(self, chunk_tokens: int) -> dict[str, Any]:
         """`kv_connector_extra_config` for the bench's connector."""
@@ -65,6 +66,11 @@ class Method:
             if self.artifact is not None:
                 extra["artifact"] = self.artifact
         return extra
+
+    def can_share(self) -> bool:
+        """Whether it can share an exact pass with others: it stores chunks of the usual size."""
+        usual = (self.window, self.chunk_tokens) == (DEFAULT_RECENT_WINDOW, DEFAULT_CHUNK_TOKENS)
+        return usual and not self.whole_prompt and self.eviction is None
 
 
 def names() -> list[str]:

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from kvtc_vllm.cli import main
+from kvtc_vllm.cli.eval import _shown
 from kvtc_vllm.evaluation import ablations
 from kvtc_vllm.evaluation.methods import MethodError
+from kvtc_vllm.evaluation.tasks import DATA_TASKS
 
 
 @pytest.mark.parametrize(
@@ -16,6 +18,10 @@ from kvtc_vllm.evaluation.methods import MethodError
     [
         (["--tasks", "riddles"], ["riddles", "litm", "multi-turn"]),
         (["--methods", "zip"], ["zip", "kivi-2bit", "h2o"]),
+        (["--tasks", "essays"], ["essays", "--data DIR"]),
+        (["--tasks", "litm:4"], ["--tasks '4'", "at least 64"]),
+        (["--data", "nowhere"], ["--data 'nowhere'", "not a directory"]),
+        (["--part", "calibrate"], ["--part 'calibrate'", "'tune' or 'report'"]),
         (["--lengths", "many"], ["many", "512,1024"]),
         (["--lengths", "8"], ["8", "at least 64"]),
         (["--engine", "{"], ["--engine", "JSON"]),
@@ -82,3 +88,18 @@ def test_keys_and_values_divide_one_budget(
         assert (ratio, {"k": ratio, "v": ratio}) in divided
     for ratio, pair in divided:
         assert 1 / pair["k"] + 1 / pair["v"] == pytest.approx(2 / ratio)
+
+
+def test_ablations_ask_the_same_of_public_documents(reference_model: Path, tmp_path: Path) -> None:
+    arguments = ("sinks", str(reference_model), None, (), 4, 800, {}, tmp_path)
+    generated, public = (ablations.plan(*arguments, public=on) for on in (False, True))
+    assert [method for method, _ in generated] == [method for method, _ in public]
+    for (_, ours), (_, theirs) in zip(generated, public, strict=True):
+        assert [ablations.ON_DATA[w.task] for w in ours] == [w.task for w in theirs]
+        assert [w.context for w in ours] == [w.context for w in theirs]
+        assert {w.task for w in theirs} <= DATA_TASKS.keys()
+
+
+def test_results_show_no_directories_of_the_machine() -> None:
+    shown = _shown(["eval", "/home/me/models/small", "--tasks", "litm:512", "--out", "here/it"])
+    assert shown == "kvtc eval small --tasks litm:512 --out here/it"

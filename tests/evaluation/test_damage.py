@@ -95,6 +95,7 @@ def run(model: Path, monkeypatch: pytest.MonkeyPatch, damage: Any) -> set[str]:
         method=Method("under test", "8x", override=override, window=32),
         workloads=WORKLOADS,
         seed=1,
+        source=None,
         engine={"block_size": 32},
         out="",
     )

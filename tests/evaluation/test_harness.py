@@ -21,6 +21,7 @@ from kvtc_vllm.evaluation.data import generators
 from kvtc_vllm.evaluation.processes import harness_suite
 from kvtc_vllm.evaluation.processes.harness_suite import HarnessJob, HarnessOutcome
 from kvtc_vllm.evaluation.reporting.results import Row
+from tests.evaluation.public_data import write_public_data
 
 DOCUMENTS = 6
 PAIRS = 30
@@ -113,6 +114,7 @@ def outcome(
         method=methods.find("raw"),
         tasks=TASKS,
         task_path=str(task_path),
+        source=None,
         limit=None,
         few_shot=None,
         engine=options,
@@ -216,3 +218,28 @@ def test_without_lm_eval_one_line_says_what_to_install(
     assert main(["eval", "anything", "--lm-eval", "gsm8k"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "pip install 'kvtc-vllm[eval]'" in line
+
+
+def test_our_own_tasks_read_their_part_of_the_data(tmp_path: Path) -> None:
+    from kvtc_vllm.evaluation.data.public import Source
+    from kvtc_vllm.evaluation.processes.harness import task_manager
+
+    job = HarnessJob(
+        model="any",
+        method=methods.find("raw"),
+        tasks=["kvtc_gsm8k", "kvtc_passage_choice"],
+        task_path=None,
+        source=Source(str(write_public_data(tmp_path)), "report"),
+        limit=None,
+        few_shot=None,
+        engine={},
+    )
+    loaded: Any = task_manager(job).load(job.tasks)["tasks"]
+    problems = list(loaded["kvtc_gsm8k"].test_docs())
+    assert {int(problem["answer"].split("#### ")[1]) % 4 for problem in problems} == {3}
+    choice = loaded["kvtc_passage_choice"]
+    for document in choice.test_docs():
+        right = choice.doc_to_choice(document)[choice.doc_to_target(document)]
+        # Person 7 answers "who is number 7".
+        assert right.removeprefix("Person ") == document["question"].removeprefix("who is number ")
+        assert all(f" {answer} is it." in document["passages"] for answer in document["choices"])

@@ -11,7 +11,7 @@ from kvtc_vllm.evaluation.job import Outcome, Record, StoredBytes
 from kvtc_vllm.evaluation.methods import Method, MethodError, find
 from kvtc_vllm.evaluation.reporting import report
 from kvtc_vllm.evaluation.reporting.quality_card import card
-from kvtc_vllm.evaluation.reporting.results import EXACT, damaged, exact_rows, rows
+from kvtc_vllm.evaluation.reporting.results import EXACT, damaged, exact_rows, rows, unanswered
 
 
 def record(session: int, **changes) -> Record:
@@ -36,7 +36,9 @@ def record(session: int, **changes) -> Record:
 
 def outcome(records: list[Record], name: str = "kvtc-16x") -> Outcome:
     stored = [StoredBytes(task="litm", context=512, raw=1600, stored=100)]
-    return Outcome(method=Method(name, "16x"), records=records, stored=stored, skipped=[])
+    return Outcome(
+        method=Method(name, "16x"), records=records, stored=stored, skipped=[], documents=[]
+    )
 
 
 def value(found, metric: str, label: str = "") -> float:
@@ -109,3 +111,17 @@ def test_unknown_method_lists_what_is_known() -> None:
     assert find("h2o").eviction == "h2o"
     with pytest.raises(MethodError, match="kivi-2bit"):
         find("zip")
+
+
+def test_accuracy_is_left_out_where_the_exact_run_fails() -> None:
+    shown = {}
+    for answered in (True, False):
+        measured = outcome([record(n, correct_exact=answered or n == 0) for n in range(4)])
+        found = [*exact_rows(measured), *rows(measured)]
+        assert unanswered(found) == ({} if answered else {("litm", 512): 0.25})
+        shown[answered] = report.markdown({}, found)
+        assert "| kvtc-16x | 16.0 | 0.0100" + (", 100% |" if answered else " |") in shown[answered]
+    assert "Accuracy is left out: the exact run answers 25%." in shown[False]
+    assert "left out" not in shown[True]
+    assert shown[True].count("accuracy |") == 1
+    assert shown[False].count("accuracy |") == 0

@@ -32,7 +32,8 @@ def split_of(name: str) -> Split:
     return "eval" if int.from_bytes(digest[:4], "big") % HOLD_OUT_ONE_IN == 0 else "train"
 
 
-def _library_files() -> list[tuple[str, Path]]:
+def library_files() -> list[tuple[str, Path]]:
+    """Sources of the standard library by name, such as "email/message.py", sorted."""
     root = Path(sysconfig.get_paths().get("stdlib") or os.path.dirname(os.__file__))
     found = []
     for path in sorted(root.rglob("*.py")):
@@ -61,7 +62,7 @@ def code_documents(split: Split) -> tuple[str, ...]:
     """Standard library source files of one split, one string per file."""
     return tuple(
         text
-        for name, path in _library_files()
+        for name, path in library_files()
         if split_of(name) == split
         and len(text := path.read_text(encoding="utf-8", errors="ignore")) > 200
     )
@@ -82,7 +83,7 @@ def prose_documents(split: Split) -> tuple[str, ...]:
         for name, text in sorted(topics.topics.items())
         if split_of(f"topics/{name}") == split
     ]
-    for name, path in _library_files():
+    for name, path in library_files():
         if split_of(name) != split:
             continue
         texts = _docstrings(path.read_text(encoding="utf-8", errors="ignore"))

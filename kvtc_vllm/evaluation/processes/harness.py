@@ -20,6 +20,7 @@ from kvtc_vllm.evaluation.processes.two_pass_lm import Tally, TwoPassLM
 from kvtc_vllm.evaluation.replay.engine import ReplayEngine, replay_engine, scratch
 from kvtc_vllm.evaluation.reporting.results import EXACT, Row
 
+OWN_TASKS = Path(__file__).parents[1] / "harness_tasks"
 BOOTSTRAP = 1000
 """Resamples for the standard error of metrics that aren't means."""
 
@@ -121,10 +122,19 @@ def _leaves(name: str, children: dict[str, list[str]]) -> list[str]:
     return [leaf for child in children[name] for leaf in _leaves(child, children)]
 
 
+def task_manager(job: HarnessJob) -> TaskManager:
+    """What finds lm-eval's tasks, those in the job's directory and, with documents, our own."""
+    paths = [] if job.task_path is None else [job.task_path]
+    if job.source is None:
+        return TaskManager(include_path=paths)
+    metadata: dict[str, Any] = {"data": job.source.directory, "part": job.source.part}
+    return TaskManager(include_path=[*paths, str(OWN_TASKS)], metadata=metadata)
+
+
 def main() -> None:
     """Read the job, run it, write the outcome."""
     job = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=HarnessJob)
-    manager = TaskManager(include_path=job.task_path)
+    manager = task_manager(job)
     unknown = [name for name in job.tasks if not manager.match_tasks([name])]
     if unknown:
         sys.exit(f"lm-eval knows no task {', '.join(unknown)}")

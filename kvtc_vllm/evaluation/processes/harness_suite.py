@@ -13,6 +13,7 @@ from kvtc_vllm.evaluation.methods import Method
 from kvtc_vllm.evaluation.processes.suite import SuiteError, describe, run_child
 from kvtc_vllm.evaluation.reporting import report
 from kvtc_vllm.evaluation.reporting.results import Row
+from kvtc_vllm.evaluation.tasks import Source
 
 
 class HarnessJob(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,6 +25,8 @@ class HarnessJob(msgspec.Struct, frozen=True, kw_only=True):
     """Names, groups or patterns known to lm-eval."""
     task_path: str | None
     """Directory with further definitions."""
+    source: Source | None
+    """Public documents, for our own definitions."""
     limit: int | None
     """Documents of each task."""
     few_shot: int | None
@@ -52,6 +55,8 @@ def run_harness(jobs: Sequence[HarnessJob], out: Path, command: str) -> list[Row
     about = describe(jobs[0].model, command, seed=1234)
     about["versions"]["lm-eval"] = version("lm-eval")
     about["warnings"] = []
+    if jobs[0].source is not None:
+        about["documents"] = f"part {jobs[0].source.part}"
     for number, job in enumerate(jobs, start=1):
         name = job.method.name
         print(f"[{number}/{len(jobs)}] {name}", flush=True)

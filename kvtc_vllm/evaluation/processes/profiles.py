@@ -21,7 +21,10 @@ def cachegen_profile(model: str, path: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    network: Any = AutoModelForCausalLM.from_pretrained(model).eval()
+    network: Any = AutoModelForCausalLM.from_pretrained(
+        model,
+        dtype=torch.float32,  # several times faster than bfloat16 on most CPUs
+    ).eval()
     profile: CacheGenProfile | None = None
     for ids in _prompts(tokenizer):
         layers = network(input_ids=torch.tensor([ids]), use_cache=True).past_key_values.layers

@@ -18,19 +18,27 @@ import msgspec
 from tqdm import tqdm
 
 from kvtc_vllm.evaluation.baselines.cachegen import CacheGen
-from kvtc_vllm.evaluation.job import Job, Outcome, Record, StoredBytes, Workload, make_record
+from kvtc_vllm.evaluation.job import (
+    Job,
+    Outcome,
+    Record,
+    SharedJob,
+    StoredBytes,
+    Workload,
+    make_record,
+)
 from kvtc_vllm.evaluation.methods import Method
 from kvtc_vllm.evaluation.processes.profiles import cachegen_profile
 from kvtc_vllm.evaluation.replay.engine import replay_engine, scratch
 from kvtc_vllm.evaluation.replay.two_passes import replay
-from kvtc_vllm.evaluation.tasks import TASKS, Session
+from kvtc_vllm.evaluation.tasks import DataError, Session, open_task
 
 Work = list[tuple[Workload, list[Session]]]
 
 
 def run(job: Job, tokenizer: Any) -> Outcome:
     """Run all workloads of a job in this process. Raises ReplayError."""
-    work, skipped = _sessions(job, tokenizer)
+    work, skipped = make_sessions(job, tokenizer)
     records: list[Record] = []
     stored: list[StoredBytes] = []
     prompts = sum(len(session.turns) for _, sessions in work for session in sessions)
@@ -39,17 +47,31 @@ def run(job: Job, tokenizer: Any) -> Outcome:
         for part, size in runner(job, work, bar):
             records += part
             stored.append(size)
-    return Outcome(method=job.method, records=records, stored=stored, skipped=skipped)
+    return Outcome(
+        method=job.method,
+        records=records,
+        stored=stored,
+        skipped=skipped,
+        documents=document_names(work),
+    )
 
 
-def _sessions(job: Job, tokenizer: Any) -> tuple[Work, list[str]]:
+def document_names(work: Work) -> list[str]:
+    """Names of the public documents in all sessions."""
+    return sorted({name for _, own in work for session in own for name in session.documents})
+
+
+def make_sessions(job: Job | SharedJob, tokenizer: Any) -> tuple[Work, list[str]]:
+    """The sessions of every workload, and why some have none. Raises DataError."""
     work: Work = []
     skipped = []
     for workload in job.workloads:
         try:
-            sessions = TASKS[workload.task]().sessions(
+            sessions = open_task(workload.task, job.source).sessions(
                 tokenizer, workload.context, workload.count, job.seed
             )
+        except DataError:
+            raise
         except ValueError as error:
             skipped.append(f"{workload.task} at {workload.context}: {error}")
             continue
@@ -59,7 +81,7 @@ def _sessions(job: Job, tokenizer: Any) -> tuple[Work, list[str]]:
 
 def _run_tier(job: Job, work: Work, bar: Any) -> Iterator[tuple[list[Record], StoredBytes]]:
     with scratch() as directory:
-        method = _with_profile(job, directory)
+        method = with_profile(job.method, job.model, directory)
         for chunk_tokens, part in _by_chunk(job, work):
             with replay_engine(job.model, method, chunk_tokens, job.engine) as engine:
                 for workload, sessions in part:
@@ -68,13 +90,12 @@ def _run_tier(job: Job, work: Work, bar: Any) -> Iterator[tuple[list[Record], St
                     )
 
 
-def _with_profile(job: Job, directory: Path) -> Method:
+def with_profile(method: Method, model: str, directory: Path) -> Method:
     """CacheGen's distributions are profiled once per model, as our basis is fitted."""
-    if job.method.override.get("baseline") != CacheGen.name:
-        return job.method
-    path = cachegen_profile(job.model, directory / "profile.safetensors")
-    override = {**job.method.override, "options": {"profile": str(path)}}
-    return replace(job.method, override=override)
+    if method.override.get("baseline") != CacheGen.name:
+        return method
+    path = cachegen_profile(model, directory / "profile.safetensors")
+    return replace(method, override={**method.override, "options": {"profile": str(path)}})
 
 
 def _by_chunk(job: Job, work: Work) -> Iterator[tuple[int, Work]]:

@@ -7,25 +7,31 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
-from kvtc_vllm.evaluation.job import Job, Outcome, Workload
+from kvtc_vllm.evaluation.job import Job, Outcome, SharedJob, Workload
 from kvtc_vllm.evaluation.methods import Method
 from kvtc_vllm.evaluation.reporting import report
 from kvtc_vllm.evaluation.reporting.results import Row, exact_rows, rows
+from kvtc_vllm.evaluation.tasks import Source
 
 T = TypeVar("T")
 
 CHILD = "kvtc_vllm.evaluation.processes.run_method"
+SHARED_CHILD = "kvtc_vllm.evaluation.processes.run_shared"
 
 
 class SuiteError(RuntimeError):
-    """A method could not be measured."""
+    """A method could not be measured. partial: what its process wrote before it failed."""
+
+    def __init__(self, message: str, partial: Any = None) -> None:
+        super().__init__(message)
+        self.partial = partial
 
 
 def run_suite(
@@ -33,36 +39,81 @@ def run_suite(
     plan: Sequence[tuple[Method, list[Workload]]],
     *,
     seed: int,
+    source: Source | None,
     engine: dict[str, Any],
     out: Path,
     command: str,
+    share: bool = False,
 ) -> list[Row]:
     """Measure every method on its workloads and write the report after each. Raises SuiteError
     in the end if a method failed; the others are measured nevertheless.
+
+    share: methods that can run their replays over one exact pass, in one process.
 
     The report on disk always holds what has been measured so far.
     """
     found: list[Row] = []
     failures: list[str] = []
+    used: dict[str, None] = {}
     about = describe(model, command, seed)
-    for number, (method, workloads) in enumerate(plan, start=1):
-        print(f"[{number}/{len(plan)}] {method.name}", flush=True)
-        job = Job(model=model, method=method, workloads=workloads, seed=seed, engine=engine, out="")
+    groups = _groups(plan, share)
+    for number, (methods, workloads) in enumerate(groups, start=1):
+        name = ", ".join(method.name for method in methods)
+        print(f"[{number}/{len(groups)}] {name}", flush=True)
+        common: dict[str, Any] = {
+            "model": model,
+            "workloads": workloads,
+            "seed": seed,
+            "source": source,
+            "engine": engine,
+            "out": "",
+        }
         try:
-            outcome = run_child(CHILD, method.name, job, Outcome)
+            if share and methods[0].can_share():
+                shared = SharedJob(methods=methods, **common)
+                outcomes = run_child(SHARED_CHILD, name, shared, list[Outcome])
+            else:
+                single = Job(method=methods[0], **common)
+                outcomes = [run_child(CHILD, name, single, Outcome)]
         except SuiteError as error:
             print(f"    failed: {error}")
             failures.append(str(error))
-            continue
-        for reason in outcome.skipped:
+            if not isinstance(error.partial, list):
+                continue
+            outcomes = error.partial
+        for reason in outcomes[0].skipped:
             print(f"    skipped: {reason}")
-        known = {(row.task, row.context) for row in found}
-        found += [row for row in exact_rows(outcome) if (row.task, row.context) not in known]
-        found += rows(outcome)
+        for outcome in outcomes:
+            known = {(row.task, row.context) for row in found}
+            found += [row for row in exact_rows(outcome) if (row.task, row.context) not in known]
+            found += rows(outcome)
+        used.update(dict.fromkeys(outcomes[0].documents))
+        if source is not None and used:
+            about["documents"] = describe_documents(source, used)
+        if share:
+            about["exact passes"] = "shared by methods; chunks are encoded when they are loaded"
         report.write(out, about, found)
     if failures:
         raise SuiteError("; ".join(failures))
     return found
+
+
+def _groups(
+    plan: Sequence[tuple[Method, list[Workload]]], share: bool
+) -> list[tuple[list[Method], list[Workload]]]:
+    """Methods that run together, with their workloads; all alone unless they are to share."""
+    groups: list[tuple[list[Method], list[Workload]]] = []
+    for method, workloads in plan:
+        together = [
+            own
+            for own, theirs in groups
+            if share and method.can_share() and own[0].can_share() and theirs == workloads
+        ]
+        if together:
+            together[0].append(method)
+        else:
+            groups.append(([method], workloads))
+    return groups
 
 
 def run_child(module: str, name: str, job: msgspec.Struct, outcome: type[T]) -> T:
@@ -83,9 +134,10 @@ def run_child(module: str, name: str, job: msgspec.Struct, outcome: type[T]) -> 
             "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "2"),
         }
         result = subprocess.run([sys.executable, "-m", module, str(path)], env=environment)
-        if result.returncode or not out.exists():
-            raise SuiteError(f"{name}: its process ended with {result.returncode}")
-        return msgspec.msgpack.decode(out.read_bytes(), type=outcome)
+        written = msgspec.msgpack.decode(out.read_bytes(), type=outcome) if out.exists() else None
+        if result.returncode or written is None:
+            raise SuiteError(f"{name}: its process ended with {result.returncode}", written)
+        return written
 
 
 def describe(model: str, command: str, seed: int) -> dict[str, Any]:
@@ -97,6 +149,19 @@ def describe(model: str, command: str, seed: int) -> dict[str, Any]:
         "versions": {name: _version(name) for name in ("kvtc-vllm", "vllm", "torch")},
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
     }
+
+
+def describe_documents(source: Source, names: Iterable[str]) -> str:
+    """Which public documents were read, by data set and number, and of which part."""
+    numbers: dict[str, list[int]] = {}
+    for name in names:
+        data_set, _, number = name.rpartition(" ")
+        numbers.setdefault(data_set, []).append(int(number))
+    parts = [f"{name} {', '.join(map(str, sorted(own)))}" for name, own in sorted(numbers.items())]
+    return (
+        f"part {source.part}; numbers modulo 4 are 0 and 1 for calibration, 2 for tuning, 3 for "
+        f"reports: {'; '.join(parts)}"
+    )
 
 
 def _version(name: str) -> str:

@@ -11,11 +11,13 @@ import msgspec
 
 from kvtc_vllm.artifact.rank_file import read_rank_file
 from kvtc_vllm.codec.base import Coder
+from kvtc_vllm.codec.registry import open_codec
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.config import load_config
 from kvtc_vllm.connector.connector import KVTCConnector
 from kvtc_vllm.evaluation.baselines import BASELINES
 from kvtc_vllm.evaluation.replay.baseline_codec import BaselineCodec
+from kvtc_vllm.evaluation.replay.round_trips import RoundTripCodec
 from kvtc_vllm.evaluation.replay.variants import VARIANTS, VariantContext
 from kvtc_vllm.offload.geometry import CacheGroup, codec_geometry
 
@@ -41,6 +43,8 @@ class CodecOverride(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Target ratio of the variant."""
     options: dict[str, Any] = {}
     """Keyword arguments of the baseline, or what the variant takes."""
+    round_trips: dict[str, CodecOverride] = {}
+    """By name, methods that share exact chunks; then nothing else is given."""
 
 
 class KVTCEvaluationConnector(KVTCConnector):
@@ -52,7 +56,7 @@ class KVTCEvaluationConnector(KVTCConnector):
         assert vllm_config.kv_transfer_config is not None
         extra = dict(vllm_config.kv_transfer_config.kv_connector_extra_config)
         wanted = msgspec.convert(extra.pop("evaluation", {}), CodecOverride)
-        stays = wanted.baseline is None and wanted.variant is None
+        stays = wanted == CodecOverride()
         super().__init__(
             vllm_config,
             role,
@@ -69,6 +73,15 @@ def override_codec(
     layer_rope: tuple[int | None, ...],
 ) -> Coder:
     """What takes the codec's place; a `CodecFactory` for what is wanted."""
+    exact = open_codec("raw", group.dtype, geometry=codec_geometry(group))
+    if wanted.round_trips:
+        methods = {
+            name: override_codec(method, group, ropes, layer_rope)
+            for name, method in wanted.round_trips.items()
+        }
+        return RoundTripCodec(exact, methods)
+    if wanted == CodecOverride():
+        return exact
     if wanted.baseline is not None:
         geometry = codec_geometry(group)
         per_layer = [None if index is None else ropes[index] for index in layer_rope]

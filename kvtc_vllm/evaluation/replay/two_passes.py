@@ -19,6 +19,12 @@ BATCH = 64
 """Sessions scored in one go: bounds the space for their score files."""
 
 
+Batch = list[tuple[int, Session]]
+"""Sessions and their numbers."""
+Exact = dict[tuple[int, int], Scores]
+"""Of exact runs, by number of the session and of the turn."""
+
+
 class ReplayError(RuntimeError):
     """A replay did not do what it was to measure; its scores are worthless."""
 
@@ -37,9 +43,9 @@ def replay(
     """
     before = engine.counters()
     records: list[Record] = []
-    for first in range(0, len(sessions), BATCH):
-        batch = list(enumerate(sessions[first : first + BATCH], start=first))
-        records += _replay_batch(engine, task, context, batch, directory, progress)
+    for batch in batches(sessions):
+        with exact_pass(engine, task, context, batch, directory, progress) as exact:
+            records += replay_pass(engine, task, context, batch, directory, exact, progress)
     after = engine.counters()
     stored = StoredBytes(
         task=task,
@@ -50,19 +56,30 @@ def replay(
     return records, stored
 
 
-def _replay_batch(
+def batches(sessions: Sequence[Session]) -> Iterator[Batch]:
+    """Sessions with their numbers, `BATCH` at a time."""
+    for first in range(0, len(sessions), BATCH):
+        yield list(enumerate(sessions[first : first + BATCH], start=first))
+
+
+@contextlib.contextmanager
+def exact_pass(
     engine: ReplayEngine,
     task: str,
     context: int,
-    batch: list[tuple[int, Session]],
+    batch: Batch,
     directory: Path,
     progress: Callable[[int], None],
-) -> Iterator[Record]:
+) -> Iterator[Exact]:
+    """Run a batch exactly and store it; what `replay_pass` needs while this lasts.
+
+    Gives scores by session and turn. Raises ReplayError.
+    """
     place = directory / f"{task}-{context}"
     place.mkdir(exist_ok=True)
-    turns = range(max(len(session.turns) for _, session in batch))
+    turns = _turns(batch)
     chats = len(turns) > 1
-    exact: dict[tuple[int, int], Scores] = {}
+    exact: Exact = {}
     for turn in turns:
         present = [(number, s.turns[turn]) for number, s in batch if turn < len(s.turns)]
         # A chat's replays store their own chunks; its exact run must not leave any for them.
@@ -79,6 +96,29 @@ def _replay_batch(
         exact |= {(number, turn): s for (number, _), s in zip(present, scores, strict=True)}
         progress(len(present))
     engine.drop_gpu_cache()
+    yield exact
+    for path in place.iterdir():
+        path.unlink()
+
+
+def replay_pass(
+    engine: ReplayEngine,
+    task: str,
+    context: int,
+    batch: Batch,
+    directory: Path,
+    exact: Exact,
+    progress: Callable[[int], None],
+    method: str = "",
+) -> Iterator[Record]:
+    """Replay a batch that was stored by `exact_pass`, which still lasts. Raises ReplayError.
+
+    method: name of the method, if several replay the same batch. Chats store what they replay,
+    so each method needs chunks of its own.
+    """
+    place = directory / f"{task}-{context}"
+    turns = _turns(batch)
+    chats = len(turns) > 1
     for turn in turns:
         left = [(number, s.turns) for number, s in batch if turn < len(s.turns)]
         requests, reloads = [], []
@@ -88,7 +128,7 @@ def _replay_batch(
             requests.append(
                 Request(
                     own[turn],
-                    salt=_salt(task, context, number, ""),
+                    salt=_salt(task, context, number, method if chats else ""),
                     result=place / f"replay-{number}-{turn}.npz",
                     reference=place / f"exact-{number}-{turn}.npz",
                 )
@@ -99,8 +139,10 @@ def _replay_batch(
             before = exact[number, turn]
             yield make_record(task, context, number, own[turn], reloaded, before, score)
         progress(len(left))
-    for path in place.iterdir():
-        path.unlink()
+
+
+def _turns(batch: Batch) -> range:
+    return range(max(len(session.turns) for _, session in batch))
 
 
 def _run_checked(engine: ReplayEngine, requests: list[Request], expected: int) -> list[Scores]:

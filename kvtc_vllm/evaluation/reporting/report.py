@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from kvtc_vllm.evaluation.reporting.results import EXACT, Row, damaged
+from kvtc_vllm.evaluation.reporting.results import EXACT, Row, damaged, unanswered
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,16 +57,57 @@ def markdown(about: dict[str, Any], found: Sequence[Row]) -> str:
         "bytes stored, all headers, scales and sinks counted.",
         "",
     ]
+    lines += summary(found)
+    silent = unanswered(found)
     for task, context in dict.fromkeys((row.task, row.context) for row in found):
         here = [row for row in found if (row.task, row.context) == (task, context)]
         lines += [f"## {task}, context {context}", ""]
+        if (task, context) in silent:
+            lines += [
+                f"Accuracy is left out: the exact run answers {silent[task, context]:.0%}.",
+                "",
+            ]
+            here = [row for row in here if not row.metric.startswith("accuracy")]
         lines += _table([row for row in here if not row.label])
-        labelled = [row for row in here if row.label]
+        labelled = [row for row in here if row.label and row.metric == "accuracy"]
         if labelled:
             methods = dict.fromkeys(row.method for row in labelled)
             table = label_table("method", labelled, [(method, method) for method in methods])
             lines += ["Accuracy:", "", *table, ""]
     return "\n".join(lines)
+
+
+def summary(found: Sequence[Row]) -> list[str]:
+    """KL, and accuracy where the exact run answers: a line per method, a column per task."""
+    silent = unanswered(found)
+    means = [row for row in found if not row.label]
+    tasks = list(dict.fromkeys((row.task, row.context) for row in means))
+    head = " | ".join(f"{task} {context}" for task, context in tasks)
+    lines = [
+        "## All tasks",
+        "",
+        "KL, and accuracy where the exact run answers enough.",
+        "",
+        f"| method | real ratio | {head} |",
+        "|" + "---|" * (len(tasks) + 2),
+    ]
+    for method in dict.fromkeys(row.method for row in means):
+        own = [row for row in means if row.method == method]
+        ratios = sorted(row.real_ratio for row in own)
+        cells = [method, "" if method == EXACT else _span(ratios[0], ratios[-1])]
+        for task in tasks:
+            figures = {row.metric: row for row in own if (row.task, row.context) == task}
+            texts = [_cell(figures, "kl", "{:.4f}", interval=False)]
+            if task not in silent:
+                texts.append(_cell(figures, "accuracy", "{:.0%}", interval=False))
+            cells.append(", ".join(text for text in texts if text))
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _span(low: float, high: float) -> str:
+    """Two figures with one decimal, or one if they are the same."""
+    return f"{low:.1f}" if f"{low:.1f}" == f"{high:.1f}" else f"{low:.1f}-{high:.1f}"
 
 
 def _table(found: Sequence[Row]) -> list[str]:

@@ -20,6 +20,9 @@ MAX_KL = 0.02
 MAX_ACCURACY_DROP = 0.1
 """Share of answers lost above which a task counts as damaged."""
 
+MIN_EXACT_ACCURACY = 0.3
+"""Share of answers that the exact run must get right, or accuracy says nothing of a method."""
+
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
     """One figure."""
@@ -102,6 +105,18 @@ def damaged(found: Iterable[Row]) -> dict[tuple[str, int], str]:
         if row.metric == "accuracy_change" and row.ci95[1] < -MAX_ACCURACY_DROP:
             reasons[row.task, row.context] = f"accuracy {row.value:+.0%}"
     return reasons
+
+
+def unanswered(found: Iterable[Row]) -> dict[tuple[str, int], float]:
+    """Tasks and contexts whose accuracy says nothing, with the exact run's share of answers."""
+    return {
+        (row.task, row.context): row.value
+        for row in found
+        if row.method == EXACT
+        and row.metric == "accuracy"
+        and not row.label
+        and row.value < MIN_EXACT_ACCURACY
+    }
 
 
 def _rows(

@@ -11,16 +11,23 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 
 class Tokenizer(Protocol):
     """The part of a Hugging Face tokenizer that tasks use."""
 
     bos_token_id: int | None
+    chat_template: str | None
 
     def encode(self, text: str, add_special_tokens: bool = ...) -> list[int]:
         """Token ids of a text."""
+        ...
+
+    def apply_chat_template(
+        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+    ) -> Any:
+        """A conversation as the model was taught to read it; a string unless tokenized."""
         ...
 
 
@@ -44,9 +51,11 @@ class Session:
 
     With several, the prefix of each is reloaded from what the replays of the earlier
     ones stored, so that errors can compound as they would in a chat.
+    documents: names of the public documents in the prompts; none if they are generated.
     """
 
     turns: list[Example]
+    documents: tuple[str, ...] = ()
 
 
 class Task(ABC):

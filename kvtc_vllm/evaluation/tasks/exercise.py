@@ -51,11 +51,20 @@ def largest_fitting(
     make: an exercise of a given size (characters, pairs, ...), growing with it; size:
     where to begin. Raises ValueError if even the smallest is too long.
     """
-    low, high = 0, size
 
     def tokens(candidate: int) -> int:
         return len(encode_prompt(tokenizer, make(candidate).example()[0]))
 
+    return make(largest_size(tokens, context, size)).example()
+
+
+def largest_size(tokens: Callable[[int], int], context: int, size: int) -> int:
+    """Largest size, to a 64th, of which there are at most `context` tokens.
+
+    tokens: number of tokens at a size, growing with it. size: where to begin. Raises
+    ValueError if size 1 is too long already.
+    """
+    low, high = 0, size
     while tokens(high) <= context:
         low, high = high, 2 * high
     while high - low > max(1, low // 64):
@@ -66,4 +75,4 @@ def largest_fitting(
             high = middle
     if low == 0:
         raise ValueError(f"no exercise fits {context} tokens")
-    return make(low).example()
+    return low

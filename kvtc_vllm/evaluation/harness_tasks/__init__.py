@@ -1,0 +1,1 @@
+"""lm-evaluation-harness tasks over public documents (`kvtc eval --lm-eval NAME --data DIR`)."""

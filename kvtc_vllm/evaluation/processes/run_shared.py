@@ -1,0 +1,120 @@
+"""Body of one child process: all tasks with several methods over one exact pass per task.
+
+python -m kvtc_vllm.evaluation.processes.run_shared JOB.json
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from tqdm import tqdm
+
+from kvtc_vllm.artifact import registry
+from kvtc_vllm.artifact.identity import model_identity
+from kvtc_vllm.artifact.rank_file import rank_file_name
+from kvtc_vllm.evaluation.job import Outcome, Record, SharedJob, StoredBytes, Workload
+from kvtc_vllm.evaluation.methods import Method
+from kvtc_vllm.evaluation.processes.run_method import document_names, make_sessions, with_profile
+from kvtc_vllm.evaluation.replay.engine import ReplayEngine, replay_engine, scratch
+from kvtc_vllm.evaluation.replay.round_trips import TURN
+from kvtc_vllm.evaluation.replay.two_passes import batches, exact_pass, replay_pass
+from kvtc_vllm.evaluation.tasks import Session
+
+SHARED = "shared"
+
+
+def run(job: SharedJob, tokenizer: Any) -> Iterator[list[Outcome]]:
+    """Run the workloads of a job in this process; after each, an outcome per method so far.
+
+    Raises ReplayError.
+    """
+    work, skipped = make_sessions(job, tokenizer)
+    documents = document_names(work)
+    names = [method.name for method in job.methods]
+    records: dict[str, list[Record]] = {name: [] for name in names}
+    stored: dict[str, list[StoredBytes]] = {name: [] for name in names}
+    prompts = sum(len(session.turns) for _, sessions in work for session in sessions)
+    with (
+        tqdm(total=(1 + len(names)) * prompts, desc=SHARED, unit="prompt", mininterval=2.0) as bar,
+        scratch() as directory,
+    ):
+        trips = {m.name: override(with_profile(m, job.model, directory), job) for m in job.methods}
+        carrier = Method(SHARED, "bit-exact", override={"round_trips": trips})
+        with replay_engine(job.model, carrier, carrier.chunk_tokens, job.engine) as engine:
+            for workload, sessions in work:
+                found = _replay_all(engine, workload, sessions, names, directory, bar)
+                for name, (own, size) in found.items():
+                    records[name] += own
+                    stored[name].append(size)
+                yield [
+                    Outcome(
+                        method=method,
+                        records=records[method.name],
+                        stored=stored[method.name],
+                        skipped=skipped,
+                        documents=documents,
+                    )
+                    for method in job.methods
+                ]
+
+
+def override(method: Method, job: SharedJob) -> dict[str, Any]:
+    """Fields of `CodecOverride` for a method: our codec too takes the codec's place."""
+    if method.codec != "kvtc":
+        return method.override
+    assert method.ratio is not None
+    artifact = registry.find(
+        model_identity(job.model), 1, method.ratio, model_name=job.model, artifact=method.artifact
+    )
+    rank_file = artifact / rank_file_name(0, 1)
+    return {"variant": "unchanged", "artifact": str(rank_file), "ratio": method.ratio}
+
+
+def _replay_all(
+    engine: ReplayEngine,
+    workload: Workload,
+    sessions: list[Session],
+    names: list[str],
+    directory: Path,
+    bar: Any,
+) -> dict[str, tuple[list[Record], StoredBytes]]:
+    task, context = workload.task, workload.context
+    records: dict[str, list[Record]] = {name: [] for name in names}
+    sizes = dict.fromkeys(names, (0, 0))
+    for batch in batches(sessions):
+        TURN.begin(None)
+        with exact_pass(engine, task, context, batch, directory, bar.update) as exact:
+            for name in names:
+                TURN.begin(name)
+                records[name] += replay_pass(
+                    engine, task, context, batch, directory, exact, bar.update, name
+                )
+                raw, stored = TURN.bytes()
+                sizes[name] = sizes[name][0] + raw, sizes[name][1] + stored
+    return {
+        name: (
+            records[name],
+            StoredBytes(task=task, context=context, raw=sizes[name][0], stored=sizes[name][1]),
+        )
+        for name in names
+    }
+
+
+def main() -> None:
+    """Read the job, run it, write the outcomes after each workload, whole or not at all."""
+    from transformers import AutoTokenizer
+
+    job = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=SharedJob)
+    out = Path(job.out)
+    for outcomes in run(job, AutoTokenizer.from_pretrained(job.model)):
+        unfinished = out.with_suffix(".part")
+        unfinished.write_bytes(msgspec.msgpack.encode(outcomes))
+        unfinished.replace(out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Replays of several methods over one exact pass give what each gives alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kvtc_vllm.codec.artifact import Geometry
+from kvtc_vllm.codec.registry import open_codec
+from kvtc_vllm.evaluation import methods
+from kvtc_vllm.evaluation.baselines import BASELINES
+from kvtc_vllm.evaluation.job import Job, Outcome, SharedJob, Workload
+from kvtc_vllm.evaluation.processes.suite import CHILD, SHARED_CHILD, run_child
+from kvtc_vllm.evaluation.replay.baseline_codec import BaselineCodec
+from kvtc_vllm.evaluation.replay.round_trips import TURN, RoundTripCodec
+
+GEOMETRY = Geometry(2, 2, 32, 32, ((0, 2),))
+
+
+@pytest.fixture
+def codecs() -> Iterator[tuple[RoundTripCodec, BaselineCodec]]:
+    kivi = BaselineCodec(BASELINES["kivi-2bit"](GEOMETRY, torch.bfloat16, [None, None]))
+    exact = open_codec("raw", torch.bfloat16, geometry=GEOMETRY)
+    yield RoundTripCodec(exact, {"kivi-2bit": kivi, "raw": exact}), kivi
+    TURN.begin(None)
+
+
+def chunk(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    k, v = (torch.randn(64, 2, 2, 32, generator=generator).bfloat16() for _ in range(2))
+    return k, v
+
+
+def test_a_load_gives_what_the_method_would_have_stored(codecs: Any) -> None:
+    shared, kivi = codecs
+    k, v = chunk(0)
+    blob = shared.encode(k, v, 128, b"name")
+    coded = kivi.encode(k, v, 128, b"name")
+    alone = kivi.decode(coded, 128, 64, b"name")
+    TURN.begin("kivi-2bit")
+    loaded = shared.decode(blob, 128, 64, b"name")
+    assert torch.equal(loaded.k, alone.k)
+    assert torch.equal(loaded.v, alone.v)
+    assert not torch.equal(loaded.k, k)
+    assert TURN.bytes() == (k.nbytes + v.nbytes, len(coded))
+
+
+def test_before_any_turn_loads_are_exact_and_uncounted(codecs: Any) -> None:
+    shared, _ = codecs
+    k, v = chunk(1)
+    TURN.begin(None)
+    loaded = shared.decode(shared.encode(k, v, 0, b"x"), 0, 64, b"x")
+    assert torch.equal(loaded.k, k)
+    assert TURN.bytes() == (0, 0)
+
+
+def test_a_chunk_counts_once_per_turn(codecs: Any) -> None:
+    shared, _ = codecs
+    k, v = chunk(2)
+    blobs = {key: shared.encode(k, v, 0, key) for key in (b"x", b"y")}
+    for method in ("kivi-2bit", "raw"):
+        TURN.begin(method)
+        for key in (b"x", b"x", b"y"):
+            shared.decode(blobs[key], 0, 64, key)
+        assert TURN.bytes()[0] == 2 * (k.nbytes + v.nbytes)
+
+
+def test_only_methods_of_the_usual_chunks_share() -> None:
+    sharing = [name for name in methods.BASELINES if methods.find(name).can_share()]
+    assert "kivi-2bit" in sharing
+    assert "xkv" not in sharing
+    assert not methods.find("h2o").can_share()
+    assert methods.find("kvtc-16x").can_share()
+    assert not methods.variant(methods.find("kvtc-16x"), "narrow", window=64).can_share()
+
+
+@pytest.mark.vllm
+def test_shared_and_separate_passes_agree(reference_model: Path) -> None:
+    """Engines of their own round alike, but batches of threads may differ: a tolerance."""
+    common: dict[str, Any] = {
+        "model": str(reference_model),
+        "workloads": [
+            Workload(task="litm", context=400, count=3),
+            Workload(task="multi-turn", context=1500, count=2),
+        ],
+        "seed": 0,
+        "source": None,
+        "engine": {"block_size": 32, "max_model_len": 2048},
+        "out": "",
+    }
+    wanted = [methods.find(name) for name in ("raw", "kvtc-16x")]
+    shared = run_child(SHARED_CHILD, "shared", SharedJob(methods=wanted, **common), list[Outcome])
+    alone = run_child(CHILD, "kvtc-16x", Job(method=wanted[1], **common), Outcome)
+    raw, coded = shared
+    assert max(record.kl for record in raw.records) < 0.05
+    assert len(coded.records) == len(alone.records) > 5
+    for together, single in zip(coded.records, alone.records, strict=True):
+        assert together.reloaded_tokens == single.reloaded_tokens
+        assert together.kl == pytest.approx(single.kl, rel=0.3, abs=0.02)
+    assert sum(record.kl for record in coded.records) > sum(record.kl for record in raw.records)
+    for together_size, single_size in zip(coded.stored, alone.stored, strict=True):
+        ratio = together_size.raw / together_size.stored
+        # Only chunks that were loaded count, so the exact sinks of the first weigh more.
+        assert ratio == pytest.approx(single_size.raw / single_size.stored, rel=0.1)
