@@ -52,7 +52,7 @@ TURN = Turn()
 """Of this process: vLLM makes the codec, out of reach of who owns the engine."""
 
 
-class RoundTripCodec:
+class RoundTripCodec(Coder):
     """`encode` and `decode` as `ChunkCodec` has them; blobs are exact.
 
     exact: the bit-exact codec. methods: by name, codecs whose round trip a load makes.
