@@ -108,7 +108,7 @@ def test_scales_are_those_of_the_layers() -> None:
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
-        (layer(k=[0.5, 0.5]), "2 fp8 scales of K; KVTC reads caches with one a layer"),
+        (layer(k=[0.5, 0.5]), "2 fp8 scales of K; KVTC reads caches with one per layer"),
         (layer(v=[1.0, 1.0]), "2 fp8 scales of V"),
         (layer(k=0.0), "the fp8 scale 0.0 of K"),
         (layer(v=float("nan")), "the fp8 scale nan of V"),
