@@ -16,7 +16,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 from kvtc_vllm.artifact import registry
 from kvtc_vllm.artifact.identity import model_identity
 from kvtc_vllm.artifact.rank_file import rank_file_name
-from kvtc_vllm.codec.base import DecodedChunk
+from kvtc_vllm.codec.base import Coder, DecodedChunk
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.evaluation.job import Job, Workload
 from kvtc_vllm.evaluation.methods import Method
@@ -34,7 +34,7 @@ WORKLOADS = [
 ]
 
 
-class Broken:
+class Broken(Coder):
     """Encodes as it should; `damage` is done to what is decoded."""
 
     def __init__(self, sound: KvtcCodec, damage: Callable[[KvtcCodec, DecodedChunk], DecodedChunk]):

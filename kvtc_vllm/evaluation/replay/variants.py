@@ -10,7 +10,7 @@ import torch
 
 from kvtc_vllm.artifact.fingerprint import artifact_fingerprint
 from kvtc_vllm.codec.artifact import Kind, RankArtifact, SectionBasis
-from kvtc_vllm.codec.base import Blob, DecodedChunk
+from kvtc_vllm.codec.base import Blob, Coder, DecodedChunk
 from kvtc_vllm.codec.bitplan import budget_bits
 from kvtc_vllm.codec.container import parse
 from kvtc_vllm.codec.frame import TransformCodec
@@ -87,7 +87,7 @@ def truncated(context: VariantContext) -> TransformCodec:
     return context.with_plans(plan)
 
 
-class StoredWindowCodec:
+class StoredWindowCodec(Coder):
     """The paper's recent window: chunks from position `raw_from` on are stored as they are.
 
     Only the bench can do this, since it knows where a prompt will end when it is stored.
@@ -121,7 +121,7 @@ def stored_window(context: VariantContext) -> StoredWindowCodec:
     return StoredWindowCodec(context.codec(), int(context.options["raw_from"]))
 
 
-VARIANTS: dict[str, Callable[[VariantContext], Any]] = {
+VARIANTS: dict[str, Callable[[VariantContext], Coder]] = {
     "unchanged": unchanged,
     "coded-sinks": coded_sinks,
     "rope-kept": rope_kept,
