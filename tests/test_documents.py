@@ -10,8 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from benchmarks.demo.__main__ import BUDGET_SHARE, BUDGET_UNIT, RECOMPUTE, ROOMY, RUNS
+from benchmarks.demo.conversations import RunReport
+from benchmarks.demo.report import markdown, side_by_side
 from kvtc_vllm.cli import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,23 +98,25 @@ def test_the_python_example_runs() -> None:
     assert 8 < ratio < 32
 
 
-def test_the_table_of_the_readme_is_that_of_the_demo() -> None:
-    runs = json.loads((ROOT / "benchmarks" / "results" / "demo-quick.json").read_text())["runs"]
+def test_the_table_and_the_answers_of_the_readme_are_those_of_the_demo() -> None:
+    report = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
+    runs = msgspec.convert(report["runs"], dict[str, RunReport])
     readme = README.read_text()
-    for name, title in (("raw", "`raw` (no compression)"), ("kvtc-8x", "`kvtc-8x`")):
-        assert row(title, runs[name]) in readme
-    assert row("`kvtc-16x`", runs["kvtc-16x"]) in readme
-    for run in runs.values():
-        assert f"{run['prompt_tokens']:,}" in readme
-        assert run["budget_bytes"] in (0, 12 << 20)
+    assert list(runs) == list(RUNS)
+    assert markdown(runs, report["conversations"], RECOMPUTE) in readme
+    assert side_by_side(report["sample"]) in readme
+    least, most = report["context_tokens"]
+    assert f"{least:,} to {most:,} tokens" in readme
 
 
-def row(title: str, run: dict[str, float]) -> str:
-    return (
-        f"| {title} | {run['ratio']:.1f} | {run['reloaded_tokens']:,} | "
-        f"{run['conversations_fit']} | {1000 * run['ttft_mean_s']:.0f} ms | "
-        f"{100 * run['answers_equal_fraction']:.0f} % |"
-    )
+def test_the_budget_of_the_demo_is_one_in_which_raw_thrashes() -> None:
+    report = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
+    runs = msgspec.convert(report["runs"], dict[str, RunReport])
+    budget = runs["raw"].budget_bytes
+    assert budget == runs["kvtc-8x"].budget_bytes == runs["kvtc-16x"].budget_bytes
+    assert budget == pytest.approx(runs[ROOMY].raw_bytes / BUDGET_SHARE, abs=BUDGET_UNIT)
+    assert runs["raw"].conversations_resident < report["conversations"]
+    assert runs[ROOMY].conversations_resident == report["conversations"]
 
 
 def test_every_divergence_in_the_page_on_quality_is_in_a_result() -> None:
