@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -48,21 +49,27 @@ class Letters:
         return [ord(letter) % VOCABULARY for letter in text]
 
 
+TINY: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": HEADS,
+    "head_dim": SIZE,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+}
+"""Shape of the toy, with random weights large enough to predict something."""
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of the toy's shape, with random weights large enough to predict something."""
     directory = tmp_path_factory.mktemp("models") / "tiny"
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=HEADS,
-        head_dim=SIZE,
-        max_position_embeddings=512,
-        initializer_range=0.2,
+        **TINY,
     )
     LlamaForCausalLM(config).save_pretrained(directory)
     return directory
@@ -118,16 +125,8 @@ def test_gradients_are_the_slopes_of_the_likelihood(model: Path) -> None:
 def test_layers_with_a_window_are_differentiated_within_it(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = MistralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=HEADS,
-        head_dim=SIZE,
-        max_position_embeddings=512,
+        **TINY,
         sliding_window=8,
-        initializer_range=0.2,
     )
     MistralForCausalLM(config).save_pretrained(tmp_path)
     keys, values = Differentiable(tmp_path, "cpu").squared_gradients(
