@@ -1,0 +1,58 @@
+"""Which tokens of a chunk are attention sinks, told by the norm of their values.
+
+Beside the first position a model may use delimiters at arbitrary positions as attention sinks.
+The norm of their values collapses in some layers, to a fifth of the usual or less, so the mean
+of its logarithm over those layers has two modes. Which layers these are and where the modes part
+is fitted per model and rank at calibration.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+_SMALLEST_NORM = 1e-30
+
+
+@dataclass(frozen=True)
+class SinkRule:
+    """A token is a sink if its mean log norm lies below the threshold.
+
+    layers: the layers whose values tell, rising. threshold: natural logarithm of the norm, mean
+    over these layers; norms are over all KV heads of the rank, in the model's units (an fp8 cache
+    times its scales). max_share: at most this share of a chunk's tokens is marked, rounded up,
+    those with the smallest norms first.
+
+    Raises ValueError for layers that are missing, negative or not rising, a threshold that is not
+    finite and a share outside (0, 1].
+    """
+
+    layers: tuple[int, ...]
+    threshold: float
+    max_share: float = 0.05
+
+    def __post_init__(self) -> None:
+        rising = all(a < b for a, b in zip(self.layers, self.layers[1:], strict=False))
+        if not self.layers or self.layers[0] < 0 or not rising:
+            raise ValueError(f"layers {self.layers} of a sink rule must rise from 0 or above")
+        if not math.isfinite(self.threshold):
+            raise ValueError(f"threshold {self.threshold} of a sink rule must be finite")
+        if not 0 < self.max_share <= 1:
+            raise ValueError(f"max_share {self.max_share} of a sink rule must be in (0, 1]")
+
+    def marks(self, values: torch.Tensor) -> torch.Tensor:
+        """The sinks among the tokens: bool [T]. values: floating [T, L, H, Dv] of one rank."""
+        measure = self.measure(values)
+        marks = measure < self.threshold
+        most = math.ceil(self.max_share * len(measure))
+        if int(marks.sum()) > most:
+            kept = torch.argsort(measure, stable=True)[:most]
+            marks = torch.zeros_like(marks).index_fill_(0, kept, True)
+        return marks
+
+    def measure(self, values: torch.Tensor) -> torch.Tensor:
+        """Mean log norm of every token: float32 [T]. values: floating [T, L, H, Dv]."""
+        rows = values[:, list(self.layers)].float().flatten(2)
+        return rows.norm(dim=-1).clamp_min(_SMALLEST_NORM).log().mean(dim=-1)
