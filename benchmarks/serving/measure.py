@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -12,6 +13,10 @@ from benchmarks.demo.server import Answer
 from benchmarks.serving.prompts import Prompt
 
 Metrics = dict[str, float]
+
+SPINNING_SECONDS = 1.5
+"""An engine's processes poll their queue for a second after a request, on a core that the server
+asked next needs (`SpinCondition` of vLLM's shm_broadcast.py)."""
 
 
 class Asked(Protocol):
@@ -53,13 +58,17 @@ class Return(msgspec.Struct, frozen=True):
 
 
 def measure(
-    servers: Mapping[str, Asked], baseline: str, prompts: Sequence[Prompt], expected: Sequence[int]
+    servers: Mapping[str, Asked],
+    baseline: str,
+    prompts: Sequence[Prompt],
+    expected: Sequence[int],
+    pause: float = SPINNING_SECONDS,
 ) -> Iterator[Row]:
     """Rows of one length after the other.
 
     baseline: the server that recomputes. expected: per prompt, tokens that every other server
-    has to reload. The first round is not counted. Raises RuntimeError if counters tell something
-    else than `expected`.
+    has to reload. pause: seconds before every return. The first round is not counted. Raises
+    RuntimeError if counters tell something else than `expected`.
     """
     for prompt, tokens in zip(prompts, expected, strict=True):
         returns: dict[str, list[Return]] = {name: [] for name in servers}
@@ -69,21 +78,23 @@ def measure(
         for number in range(len(prompt.ends)):
             for name in _order(list(servers), number):
                 wanted = 0 if name == baseline else tokens
-                found = one_return(servers[name], prompt.of_round(number), name, wanted)
+                found = one_return(servers[name], prompt.of_round(number), name, wanted, pause)
                 if number:
                     returns[name].append(found)
         for name in servers:
             yield _row(name, prompt.length, returns[name], returns[baseline])
 
 
-def one_return(server: Asked, token_ids: list[int], name: str, wanted: int) -> Return:
+def one_return(server: Asked, token_ids: list[int], name: str, wanted: int, pause: float) -> Return:
     """Drop what vLLM has cached, ask, and check where the prompt came from.
 
-    wanted: tokens that have to come from the tier. Raises RuntimeError if vLLM's counter, the
-    connector's or `wanted` differ, or if vLLM found something in its own cache.
+    wanted: tokens that have to come from the tier. pause: seconds between the two. Raises
+    RuntimeError if vLLM's counter, the connector's or `wanted` differ, or if vLLM found something
+    in its own cache.
     """
     server.forget()
     before = server.settle()
+    time.sleep(pause)
     seconds = server.complete(token_ids, 1).ttft
     after = server.settle()
 

@@ -65,7 +65,7 @@ def prompts() -> list[object]:
 def test_rows_tell_times_ratios_and_bytes() -> None:
     LOG.clear()
     servers = {"recompute": FakeServer("r", 1.0, False), "kvtc-8x": FakeServer("k", 0.25, True)}
-    rows = list(measure(servers, "recompute", prompts(), [384, 896]))  # type: ignore[arg-type]
+    rows = list(measure(servers, "recompute", prompts(), [384, 896], pause=0))  # type: ignore[arg-type]
     assert [(r.name, r.tokens, r.reloaded) for r in rows] == [
         ("recompute", 512, 0),
         ("kvtc-8x", 512, 384),
@@ -85,7 +85,7 @@ def test_rows_tell_times_ratios_and_bytes() -> None:
 def test_a_counter_that_disagrees_is_an_error() -> None:
     servers = {"recompute": FakeServer("r", 1.0, False), "raw": FakeServer("k", 0.2, True, True)}
     with pytest.raises(RuntimeError, match=r"raw, 512 tokens: 384 should come.*'kvtc_loaded_tok"):
-        list(measure(servers, "recompute", prompts(), [384, 896]))  # type: ignore[arg-type]
+        list(measure(servers, "recompute", prompts(), [384, 896], pause=0))  # type: ignore[arg-type]
 
 
 def test_a_return_out_of_vllms_own_cache_is_an_error() -> None:
@@ -95,7 +95,7 @@ def test_a_return_out_of_vllms_own_cache_is_an_error() -> None:
 
     servers = {"recompute": Unforgetting("r", 1.0, False)}
     with pytest.raises(RuntimeError, match="prefix_cache_hits 128"):
-        list(measure(servers, "recompute", prompts(), [384, 896]))  # type: ignore[arg-type]
+        list(measure(servers, "recompute", prompts(), [384, 896], pause=0))  # type: ignore[arg-type]
 
 
 def test_prompts_begin_differently_and_every_end_is_new() -> None:
