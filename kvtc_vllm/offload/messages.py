@@ -6,6 +6,7 @@ record keys, the same on every rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,8 +75,9 @@ class LoadJob:
 class StepMetadata:
     """Scheduler -> workers: the orders of one step.
 
-    Applied in this order: a new epoch; before the forward stage_first, demote, disk_remove,
-    touch, promote, evict, loads; after it stores.
+    Applied in this order: a new epoch; before the forward stage_first; before it or, on vLLM 0.29
+    and later, after it was launched, demote, disk_remove, touch, promote, evict, loads; after it
+    stores and kept.
     """
 
     number: int = 0
@@ -94,6 +96,10 @@ class StepMetadata:
     """LoRA requests of vLLM's whose contents the scheduler must know."""
     stage_first: list[StoreItem] = field(default_factory=list)
     """Stores whose blocks this step may overwrite."""
+    gone: Sequence[RecordKey] = ()
+    """Put off before, and not to be stored from their blocks after this step's forward."""
+    kept: list[StoreItem] = field(default_factory=list)
+    """Stores of what this step completes that are put off, until a later step's `stage_first`."""
     demote: list[RecordKey] = field(default_factory=list)
     """Evicted from memory, to be written to disk first."""
     disk_remove: list[RecordKey] = field(default_factory=list)
