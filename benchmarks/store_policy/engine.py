@@ -116,6 +116,11 @@ class SimEngine:
         self.waiting.append(request)
 
     @property
+    def loads(self) -> int:
+        """Requests that are being loaded."""
+        return len(self._loading)
+
+    @property
     def busy(self) -> bool:
         """Whether a request waits or runs, or the worker has something left."""
         return bool(self.waiting or self.running or self._loading or self._planned) or (
