@@ -74,6 +74,13 @@ class KVTCConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         Literal["lru", "arc"],
         Meta(description="Order in which a tier evicts chunks."),
     ] = "lru"
+    joint: Annotated[
+        Literal["off", "exact"],
+        Meta(
+            description="`exact`: in memory, equal bodies of chunks with other names are kept "
+            "once, within one `cache_salt`."
+        ),
+    ] = "off"
     chunk_tokens: Annotated[
         int,
         Meta(ge=1, le=4096, description="Tokens per chunk; a multiple of vLLM's block size."),

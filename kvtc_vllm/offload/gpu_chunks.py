@@ -29,6 +29,7 @@ class GpuChunk:
     """Each block with the hash that it has as long as it holds this."""
     decoded: bool
     """It came out of the tier."""
+    tenant: bytes = b""
     adapter: AdapterUse = NO_ADAPTER
 
 
@@ -52,7 +53,12 @@ class GpuChunks:
         return key in self._by_key
 
     def follow(
-        self, key: ChunkKey, start: int, block_ids: tuple[list[int], ...], decoded: bool
+        self,
+        key: ChunkKey,
+        start: int,
+        block_ids: tuple[list[int], ...],
+        decoded: bool,
+        tenant: bytes = b"",
     ) -> bool:
         """Follow a chunk that these blocks hold after this step.
 
@@ -68,9 +74,9 @@ class GpuChunks:
             return True  # computed twice at the same time: one of them is enough
         for other in {id(c): c for b, _ in hashes if (c := self._by_block.get(b))}.values():
             self._overwrite(other)
-        if known is not None:
-            self._overwrite(known)
-        chunk = GpuChunk(key, start, block_ids, hashes, decoded)
+        if key in self._by_key:
+            self._overwrite(self._by_key[key])
+        chunk = GpuChunk(key, start, block_ids, hashes, decoded, tenant)
         self._by_key[key] = chunk
         self._by_block.update((block, chunk) for block, _ in hashes)
         return True

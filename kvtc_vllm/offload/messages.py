@@ -45,6 +45,8 @@ class StoreItem:
     """What the key assumes."""
     group: int = 0
     """Number of the cache group."""
+    tenant: bytes = b""
+    """Whose it is, by the request's cache salt; empty for nobody's."""
 
 
 @dataclass
@@ -123,6 +125,8 @@ class WorkerReport:
     epoch: int
     stored: list[tuple[RecordKey, int, int]] = field(default_factory=list)
     """(key, rank, bytes) that memory holds now."""
+    resized: list[tuple[RecordKey, int, int]] = field(default_factory=list)
+    """(key, rank, bytes) of what takes other bytes in memory than when it was stored."""
     dropped: list[tuple[RecordKey, int]] = field(default_factory=list)
     """(key, rank) of stores and promotions that were given up."""
     bad: list[RecordKey] = field(default_factory=list)
@@ -152,6 +156,7 @@ class WorkerReport:
         """True if there is nothing to tell."""
         return not (
             self.stored
+            or self.resized
             or self.dropped
             or self.bad
             or self.disk_stored
@@ -171,6 +176,7 @@ class WorkerReport:
         if other.epoch != self.epoch:
             return self if self.epoch > other.epoch else other
         self.stored += other.stored
+        self.resized += other.resized
         self.dropped += other.dropped
         self.bad += other.bad
         self.disk_stored += other.disk_stored

@@ -81,7 +81,7 @@ class OnEvict:
         if self._gpu is None or chunk.adapter != NO_ADAPTER:
             return False
         decoded = chunk.key in self._loaded.get(chunk.request.request_id, ())
-        return self._gpu.follow(chunk.key, chunk.start, chunk.block_ids, decoded)
+        return self._gpu.follow(chunk.key, chunk.start, chunk.block_ids, decoded, chunk.tenant)
 
     def due(self) -> Sequence[Storable]:
         gpu = self._gpu

@@ -268,6 +268,8 @@ class KVTCScheduler:
                     self.disk.lose(key)
             for key, rank, size in report.stored:
                 self.index.commit(key, rank, size)
+            for key, rank, size in report.resized:
+                self.index.resize(key, rank, size)
             for key, rank in report.dropped:
                 self.index.abandon(key, rank)
             self._stores.settled(

@@ -27,6 +27,8 @@ COUNTERS: dict[str, str] = {
     "stored_chunks": "Chunks encoded and kept, all ranks",
     "stored_raw_bytes": "Uncompressed KV bytes of stored chunks, all ranks",
     "stored_bytes": "Real bytes of stored chunks, all ranks",
+    "shared_chunks": "Chunks of these whose body was in memory already, all ranks",
+    "shared_bytes": "Real bytes that were not kept again for them, all ranks",
     "loaded_chunks": "Chunks decoded into the paged cache, all ranks",
     "loaded_tokens": "Tokens written into the paged cache, all ranks",
     "loaded_raw_bytes": "Uncompressed KV bytes written into the paged cache, all ranks",

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.offload.geometry import CacheGeometry, blocks_per_chunk
-from kvtc_vllm.offload.keys import chunk_keys
+from kvtc_vllm.offload.keys import chunk_keys, tenant_of
 from kvtc_vllm.offload.messages import StoreItem
 from kvtc_vllm.offload.requests import RequestState
 from kvtc_vllm.offload.store_policy import Candidate, Storable, StorePolicy
@@ -58,6 +58,7 @@ class StorePlanner:
         numbers = range(state.next_chunk, complete)
         keys = chunk_keys(request, self._hashes_per_chunk, adapter.digest, numbers.start, complete)
         known, watches = self._tier.known(keys), self._policy.watches
+        tenant = tenant_of(request)
         of_groups = list(zip(tables, self._per_chunk, strict=True))
         chunks = [
             Candidate(
@@ -67,6 +68,7 @@ class StorePlanner:
                 (n + 1) * length,
                 tuple([table[n * size : (n + 1) * size] for table, size in of_groups]),
                 adapter,
+                tenant,
                 key in known,
             )
             for n, key in zip(numbers, keys, strict=True)
@@ -129,7 +131,7 @@ class StorePlanner:
         """One per record."""
         keys = iter(record_keys([chunk.key for chunk in chunks], len(self._per_chunk)))
         return [
-            StoreItem(next(keys), chunk.start, block_ids, chunk.adapter, group)
+            StoreItem(next(keys), chunk.start, block_ids, chunk.adapter, group, chunk.tenant)
             for chunk in chunks
             for group, block_ids in enumerate(chunk.block_ids)
         ]

@@ -38,6 +38,11 @@ class Storable(Protocol):
         """What the key assumes."""
         ...
 
+    @property
+    def tenant(self) -> bytes:
+        """Whose it is."""
+        ...
+
 
 class Candidate(NamedTuple):
     """A chunk that a request's step completes, or that it began with."""
@@ -53,6 +58,8 @@ class Candidate(NamedTuple):
     """Its blocks by cache group."""
     adapter: AdapterUse
     """What the key assumes."""
+    tenant: bytes = b""
+    """Whose it is."""
     stored: bool = False
     """Memory has it, or is about to."""
 

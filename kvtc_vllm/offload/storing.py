@@ -173,7 +173,7 @@ class StorePipeline:
             self._drop(item, epoch, "non_finite" if blob.reason == "non_finite" else "error")
             return
         with self._outbox.open() as out:  # against a reset between the check and the write
-            size = self._write(item.key, blob) if epoch == out.report.epoch else None
+            size = self._write(item, blob) if epoch == out.report.epoch else None
             if size is not None:
                 group = self._groups[item.group]
                 tokens = len(item.block_ids) * group.block_size
@@ -181,15 +181,18 @@ class StorePipeline:
                 out.stats.add("stored_chunks")
                 out.stats.add("stored_raw_bytes", tokens * group.token_bytes)
                 out.stats.add("stored_bytes", size)
+                if size < len(blob):
+                    out.stats.add("shared_chunks")
+                    out.stats.add("shared_bytes", len(blob) - size)
         if size is None:
             self._drop(item, epoch, "tier_full")
         elif self._write_through is not None:
             self._write_through.write(item.key, blob, epoch)
 
-    def _write(self, key: RecordKey, blob: bytes) -> int | None:
+    def _write(self, item: StoreItem, blob: bytes) -> int | None:
         """The bytes that memory keeps for it; None if there is no room."""
         try:
-            return self._memory.write(key, blob)
+            return self._memory.write(item.key, blob, item.tenant)
         except StoreError:
             return None
 

@@ -172,6 +172,10 @@ class KVTCWorker:
         if self._step.adapters:
             # Only now: an adapter that is loaded may take the place of one that just computed.
             self._tell_adapters(self._names.adapters.load(self._step.adapters))
+        resized = self.arena.take_resized()
+        if resized:
+            with self._outbox.open() as out:
+                out.report.resized += [(key, self._rank, size) for key, size in resized]
         finished = self._outbox.take_finished_loads()
         if finished:
             self._check_finished(finished)

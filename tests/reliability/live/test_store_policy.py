@@ -56,7 +56,7 @@ def test_eviction_preemption_and_asynchronous_scheduling(
 def test_what_the_engine_holds_is_not_stored_and_one_step_takes_all_of_it(
     reference_model: Path, prompts: Tokens, before: Tokens
 ) -> None:
-    long = [sum(prompts[3:], [])[:1888]]
+    long = [[*prompts[3], *prompts[4], *prompts[5]][:1888]]
     options = {"num_gpu_blocks_override": 66, "max_num_batched_tokens": 2048}
     with engine(reference_model, late(store_horizon=0), **options) as llm:
         assert greedy(llm, prompts[:3], ANSWER) == before[:3]
