@@ -2,7 +2,8 @@
 
 vLLM's own classes fulfil these protocols in every supported release; the fakes of the tests do.
 Attributes that some releases or requests lack are read by `getattr` where they are used:
-`cache_salt`, `kv_transfer_params`, `lora_request`, `skip_reading_prefix_cache` and `status` of a request.
+`cache_salt`, `kv_transfer_params`, `lora_request`, `skip_reading_prefix_cache` and `status` of a
+request.
 """
 
 from __future__ import annotations

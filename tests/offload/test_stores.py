@@ -83,7 +83,8 @@ def test_what_is_charged_is_what_is_held() -> None:
             expected.pop(key, None)
         charged.update(layer.take_resized())
         assert sum(charged.values()) == inner.used
-        assert {name: layer.read(name) for name in layer.keys()} == expected
+        assert {name: layer.read(name) for name in list(expected)} == expected
+        assert set(layer.keys()) == set(expected)
     layer.clear()
     assert inner.used == 0
 
