@@ -147,6 +147,8 @@ class SimEngine:
         """End a request that waits or runs."""
         if request in self.waiting:
             self.waiting.remove(request)
+            self.side.finish(request)
+            self.pool.free_blocks(list(reversed(request.blocks)))
         elif request in self.running:
             self._end(request)
 
@@ -254,6 +256,8 @@ class SimEngine:
         else:
             tokens = min(budget, max(1, request.num_tokens - request.num_computed_tokens))
             if not self._grow(request, tokens):
+                if not self.running:
+                    self._release_waiting(request)
                 return None
             self.side.plan_load(request, (request.block_ids,), 0)
             self.waiting.remove(request)
@@ -295,6 +299,13 @@ class SimEngine:
         request.status.name = "PREEMPTED"
         self.totals.preemptions += 1
         self.waiting.appendleft(request)
+
+    def _release_waiting(self, kept: SimRequest) -> None:
+        """Take the blocks of other requests that were loaded and wait: nothing else would end."""
+        for request in self.waiting:
+            if request is not kept and request.blocks:
+                self.pool.free_blocks(list(reversed(request.blocks)))
+                request.blocks, request.num_computed_tokens = [], 0
 
     def _end(self, request: SimRequest) -> None:
         if request not in self.running:

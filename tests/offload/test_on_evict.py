@@ -192,7 +192,7 @@ class Model(RuleBasedStateMachine):
     """Any order of requests, ends, aborts and resets, on few blocks, with room in the tier."""
 
     @initialize(
-        blocks=st.integers(16, 40),
+        blocks=st.integers(20, 40),
         ahead=st.integers(0, 1),
         batch=st.sampled_from([BLOCK, 5 * BLOCK, 64 * BLOCK]),
         horizon=st.sampled_from([None, 0, 3, 64]),
@@ -207,7 +207,6 @@ class Model(RuleBasedStateMachine):
         self.running = engine(
             blocks, self.side, ahead=ahead, batch=batch, requests=4, encode_steps=delay
         )
-        self.most = blocks
         self.asked: list[SimRequest] = []
         self.complete: set[bytes] = set()
         self.number = 0
