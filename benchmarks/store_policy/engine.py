@@ -123,9 +123,7 @@ class SimEngine:
     @property
     def busy(self) -> bool:
         """Whether a request waits or runs, or the worker has something left."""
-        return bool(self.waiting or self.running or self._loading or self._planned) or (
-            self.side.has_pending_work()
-        )
+        return bool(self.waiting or self.running or self._loading) or self.side.has_pending_work()
 
     def step(self) -> None:
         """Plan a step, and run the one that is due."""
@@ -135,8 +133,10 @@ class SimEngine:
 
     def drain(self) -> None:
         """Step until nothing is left to do."""
-        while self.busy:
-            self.step()
+        while self.busy or self._planned:
+            while self.busy:
+                self.step()
+            self.settle()
 
     def settle(self) -> None:
         """Run all steps that are planned."""

@@ -139,9 +139,9 @@ class KVTCConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         Annotated[int, Meta(ge=0, le=1 << 20)] | None,
         Meta(
             description="With `on_evict` and `auto`: free blocks, next in line to be reused, whose "
-            "chunks are stored ahead. Without it as many as two steps may take. What a step "
-            "takes beyond it is copied in that step.",
-            extra={"default": "two steps"},
+            "chunks are stored ahead. Without it, as many as a step took lately at most. What a "
+            "step takes beyond it is copied in that step.",
+            extra={"default": "a step's"},
         ),
     ] = None
     exclusive: Annotated[

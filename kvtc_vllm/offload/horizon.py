@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-STEPS = 2
-"""Steps that are looked ahead."""
 FADES = 0.9
 """Per step, of the most blocks that one step took."""
+LARGEST_STEPS = 2
+"""To look ahead where nothing may be left to the last moment."""
 
 
 class Horizon:
@@ -29,8 +29,8 @@ class Horizon:
     def blocks(self) -> int:
         """Of those that are free and handed out first."""
         if self._all_of_it:
-            return max(STEPS * self._step_blocks, self._fixed or 0)
+            return max(LARGEST_STEPS * self._step_blocks, self._fixed or 0)
         if self._fixed is not None:
             return self._fixed
-        # A load may take more than a step's tokens do; so may many short requests.
-        return STEPS * round(self._most)
+        # What lately one step took, the next may take. More is copied when it is taken.
+        return round(self._most)

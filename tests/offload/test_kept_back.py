@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import nn
 
+from kvtc_vllm.codec.raw import RawCodec
 from kvtc_vllm.offload import worker as worker_module
 from kvtc_vllm.offload.disk_worker import DiskWorker, Namespace
+from kvtc_vllm.offload.geometry import codec_geometry
 from kvtc_vllm.offload.messages import StepMetadata, StoreItem
 from kvtc_vllm.offload.weights import WeightsWatch
 from kvtc_vllm.tiers.disk import DiskStore
-from tests.connector.test_worker import Rig
-from tests.reliability.blobs import NAMESPACE
+from tests.connector.test_worker import GROUP, Rig
+from tests.reliability.disk import chunk_files
 
 BLOCKS = [0, 1, 2, 3]
 
@@ -31,18 +33,15 @@ def keep(rig: Rig, *items: StoreItem) -> None:
     rig.worker.store(step)
 
 
-def disk_store(root: Path) -> DiskStore:
-    return DiskStore(root, NAMESPACE, capacity=1 << 22, min_free=0)
+def rig_with_disk(root: Path, **names: Any) -> Rig:
+    codec = RawCodec(codec_geometry(GROUP), torch.bfloat16)
+    # Opened by the first write, when the codec has its identity.
+    namespace = Namespace(lambda: DiskStore(root, codec.identity, capacity=1 << 22, min_free=0))
+    return Rig(codec, names=names, disk=DiskWorker(namespace, 1, 5.0, 1 << 22))
 
 
-def disk_worker(root: Path) -> DiskWorker:
-    namespace = Namespace(lambda: disk_store(root))
-    namespace.open()
-    return DiskWorker(namespace, 1, 5.0, 1 << 22)
-
-
-def on_disk(root: Path) -> set[bytes]:
-    store = disk_store(root)
+def on_disk(root: Path, rig: Rig) -> set[bytes]:
+    store = DiskStore(root, rig.codec.identity, capacity=1 << 22, min_free=0)
     try:
         return {bytes(entry.key) for entry in store.scan()}
     finally:
@@ -94,7 +93,7 @@ def test_chunks_of_the_same_weights_are_stored() -> None:
 
 
 def test_the_end_writes_what_only_the_pages_hold(tmp_path: Path) -> None:
-    rig = Rig(disk=disk_worker(tmp_path))
+    rig = rig_with_disk(tmp_path)
     keep(rig, item(b"stays", BLOCKS), item(b"stored", [4, 5, 6, 7]), item(b"gone", [8, 9, 10, 11]))
     step = StepMetadata(
         number=2,
@@ -106,14 +105,13 @@ def test_the_end_writes_what_only_the_pages_hold(tmp_path: Path) -> None:
     rig.worker.begin_step(step)
     rig.settled()
     rig.worker.shutdown()
-    assert on_disk(tmp_path) == {b"stays", b"stored"}
+    assert on_disk(tmp_path, rig) == {b"stays", b"stored"}
 
 
 @pytest.mark.parametrize("why", ["weights", "epoch", "sleep"])
 def test_the_end_writes_nothing_in_doubt(tmp_path: Path, why: str) -> None:
     model = nn.Linear(64, 64)
-    names = {"weights": WeightsWatch([model]), "may_sleep": why == "sleep"}
-    rig = Rig(names=names, disk=disk_worker(tmp_path))
+    rig = rig_with_disk(tmp_path, weights=WeightsWatch([model]), may_sleep=why == "sleep")
     keep(rig, item(b"kept", BLOCKS))
     if why == "weights":
         with torch.no_grad():
@@ -121,12 +119,12 @@ def test_the_end_writes_nothing_in_doubt(tmp_path: Path, why: str) -> None:
     if why == "epoch":
         rig.worker.begin_step(StepMetadata(number=2, epoch=1, generation=b"new"))
     rig.worker.shutdown()
-    assert on_disk(tmp_path) == set()
+    assert chunk_files(tmp_path) == []
 
 
 def test_the_end_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_module, "SHUTDOWN_SECONDS", 0.0)
-    rig = Rig(disk=disk_worker(tmp_path))
+    rig = rig_with_disk(tmp_path)
     keep(rig, *(item(bytes([n]), BLOCKS) for n in range(8)))
     rig.worker.shutdown()
-    assert on_disk(tmp_path) == set()
+    assert chunk_files(tmp_path) == []

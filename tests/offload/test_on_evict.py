@@ -29,7 +29,7 @@ def keys(asked: SimRequest) -> list[bytes]:
 
 
 def test_what_the_engine_holds_is_not_stored() -> None:
-    running = engine(64)
+    running = engine(80)
     for name in "abc":
         fill(running, name, 4)
     fill(running, "a", 4)
