@@ -147,9 +147,9 @@ def batch_form(prefixes: Sequence[Prefix], alike: Alike) -> tuple[int, Restored,
         fused = fuse(keys, values, [BLOCKS] * len(prefixes), alike)
         kept += len(fused.keys)
         stored += 2 * (fused.keys.numel() + fused.values.numel())
-        stored += len(pack_positions(fused.index, total)) + 2 * 4 * total
+        stored += len(pack_positions(fused.of_block, total)) + 2 * 4 * total
         for pair, directions, rows in ((0, fused.keys, keys), (1, fused.values, values)):
-            shared = directions.to(torch.bfloat16).float()[fused.index]
+            shared = directions.to(torch.bfloat16).float()[fused.of_block]
             back = (shared * rows.norm(dim=1, keepdim=True)).to(torch.bfloat16)
             for number, part in enumerate(back.view(len(prefixes), PREFIX, -1)):
                 target = restored[number][pair][:, layer]

@@ -191,11 +191,12 @@ class SimEngine:
         for request in list(self.waiting):
             if preempted or not budget or len(self.running) >= self._requests:
                 break
-            tokens = self._admit(request, budget)
-            if tokens is None:
+            admitted = self._admit(request, budget)
+            if admitted is None:
                 break
-            if not tokens:
+            if not admitted:
                 continue
+            tokens = admitted
             if request.num_preemptions:
                 cached.req_ids.append(request.request_id)
                 cached.resumed_req_ids.add(request.request_id)
@@ -334,19 +335,18 @@ class SimEngine:
         for job in step.loads:
             loaded.add(job.request_id)
             for item in job.items:
-                blob = self.memory.get(item.key)
-                if blob is None:
+                kept = self.memory.get(item.key)
+                if kept is None:
                     report.bad.append(item.key)
                     bad[job.request_id] = min(bad.get(job.request_id, item.start), item.start)
                     continue
-                held = blob[item.first_block :]
-                for number, own in zip(item.block_ids, held, strict=False):
-                    self._contents[number] = own
+                for number, held in zip(item.block_ids, kept[item.first_block :], strict=False):
+                    self._contents[number] = held
         self._stage(step.stores)
         while self._encoding and self._encoding[0][0] <= self._step:
-            _, item, blob = self._encoding.popleft()
-            self.memory[item.key] = blob
-            report.stored.append((item.key, 0, self._record_bytes))
+            _, stored, blob = self._encoding.popleft()
+            self.memory[stored.key] = blob
+            report.stored.append((stored.key, 0, self._record_bytes))
         self.side.apply_report(report, loaded)
         for name in loaded:
             self._take_loaded(name, bad.get(name))

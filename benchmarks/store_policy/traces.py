@@ -21,7 +21,7 @@ Trace = Iterator[SimRequest]
 
 def _hashes(parts: list[tuple[object, int]]) -> list[bytes]:
     """Block hashes of a prompt made of parts, each a name and its tokens."""
-    found, names, left = [], list[str](), 0
+    found, names, left = list[bytes](), list[str](), 0
     for name, tokens in parts:
         names.append(repr(name))
         left += tokens

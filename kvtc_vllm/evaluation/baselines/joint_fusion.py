@@ -30,12 +30,13 @@ Alike = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 class Fused(NamedTuple):
     """Directions that blocks share.
 
-    keys: float32 [m, d], of norm 1. values: float32 [m, dv]. index: int64 [n], each block's.
+    keys: float32 [m, d], of norm 1. values: float32 [m, dv]. of_block: int64 [n], for each block
+    which.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
-    index: torch.Tensor
+    of_block: torch.Tensor
 
 
 class _Leaf(NamedTuple):
@@ -65,10 +66,10 @@ def fuse(keys: torch.Tensor, values: torch.Tensor, leaves: Sequence[int], alike:
         parts.append(_Leaf(unit_keys[rows], unit_values[rows], norms[rows], members))
         first += count
     whole = _solve(parts, alike)
-    index = torch.empty(len(keys), dtype=torch.int64)
-    for direction, members in enumerate(whole.members):
-        index[torch.tensor(members)] = direction
-    return Fused(whole.keys, whole.values, index)
+    of_block = torch.empty(len(keys), dtype=torch.int64)
+    for direction, blocks in enumerate(whole.members):
+        of_block[torch.tensor(blocks)] = direction
+    return Fused(whole.keys, whole.values, of_block)
 
 
 def _solve(parts: Sequence[_Leaf], alike: Alike) -> _Leaf:
@@ -139,12 +140,12 @@ class JointFusion(Baseline):
             if not self._is_fused(layer, blocks):
                 parts += [self._exact(keys), self._exact(values)]
                 continue
-            rows = [x[:whole].reshape(blocks, -1) for x in (keys, values)]
+            rows = keys[:whole].reshape(blocks, -1), values[:whole].reshape(blocks, -1)
             full, rest = divmod(blocks, LEAF_BLOCKS)
             fused = fuse(*rows, [LEAF_BLOCKS] * full + [rest] * (rest > 0), self.alike)
             parts += [
                 len(fused.keys).to_bytes(4, "little"),
-                pack_positions(fused.index, blocks),
+                pack_positions(fused.of_block, blocks),
                 self._exact(fused.keys),
                 self._exact(fused.values),
                 *(to_bytes(x.norm(dim=1)) for x in rows),

@@ -37,7 +37,7 @@ def test_a_direction_is_the_mean_of_what_is_alike() -> None:
     right = 5 * (left + noise)
     values = rows(2, seed=2)
     fused = fuse(torch.cat((left, right)), values, [1, 1], JointFusion.alike)
-    assert fused.index.tolist() == [0, 0]
+    assert fused.of_block.tolist() == [0, 0]
     mean = left / left.norm() + right / right.norm()
     assert torch.allclose(fused.keys, mean / mean.norm(), atol=1e-6)
     unit = values / values.norm(dim=1, keepdim=True)
@@ -48,7 +48,7 @@ def test_a_right_block_goes_with_the_last_that_it_is_like() -> None:
     base = rows(1)
     left = torch.cat((base + 0.1 * rows(1, seed=1), base + 0.1 * rows(1, seed=2)))
     fused = fuse(torch.cat((left, base)), rows(3), [2, 1], JointFusion.alike)
-    assert fused.index.tolist() == [0, 1, 1]
+    assert fused.of_block.tolist() == [0, 1, 1]
 
 
 def test_equal_runs_cost_their_norms_and_an_index() -> None:
