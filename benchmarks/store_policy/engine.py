@@ -193,6 +193,8 @@ class SimEngine:
                 break
             admitted = self._admit(request, budget)
             if admitted is None:
+                if not self.running and not self._loading:
+                    self._release_waiting(request)
                 break
             if not admitted:
                 continue
@@ -257,8 +259,6 @@ class SimEngine:
         else:
             tokens = min(budget, max(1, request.num_tokens - request.num_computed_tokens))
             if not self._grow(request, tokens):
-                if not self.running:
-                    self._release_waiting(request)
                 return None
             self.side.plan_load(request, (request.block_ids,), 0)
             self.waiting.remove(request)
