@@ -3,7 +3,7 @@
     python -m benchmarks.store_policy.live [--out benchmarks/results/store_policy_live.json]
 
 12 documents of 4 chunks, asked about 96 times, some much more often than others, one request at a
-time. The engine's own cache holds 16 chunks; memory about as many at 16x. Every policy has an
+time. The engine's own cache holds 16 chunks; memory some more at 16x. Every policy has an
 engine of its own in this process, and the same requests. Counters are vLLM's and ours; no times.
 """
 
@@ -24,7 +24,7 @@ MODEL = ROOT / "tests" / "reference_model" / "model"
 DOCUMENTS, REQUESTS = 12, 96
 CHUNKS, QUESTION, ANSWER = 4, 64, 8
 CHUNK, BLOCK = 128, 32
-GPU_CHUNKS, MEMORY_BYTES = 16, 128 << 10
+GPU_CHUNKS, MEMORY_BYTES = 16, 768 << 10
 VOCABULARY = 2000
 POLICIES: dict[str, dict[str, Any]] = {
     "eager": {},
