@@ -134,7 +134,7 @@ class KVTCConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             "the engine's own cache is about to give it up. `auto`: the first while memory has "
             "room and the encoder keeps up, else the second."
         ),
-    ] = "eager"
+    ] = "auto"
     store_horizon: Annotated[
         Annotated[int, Meta(ge=0, le=1 << 20)] | None,
         Meta(
