@@ -1,7 +1,7 @@
 """Joint Encoding's fusion of KV blocks: bytes, KL, and its Poisson model against counted fusions.
 
     python -m benchmarks.joint_fusion --model DIR --data DIR --artifact DIR
-                                      [--out benchmarks/results/joint_fusion.json]
+                                      [--count N] [--out benchmarks/results/joint_fusion.json]
 
 Documents and scores are those of `benchmarks.sensitivity`: 768 tokens of prefix go through a
 method and back, 128 exact tokens follow, KL is over the next 128. The batch form fuses blocks of
@@ -53,7 +53,7 @@ from kvtc_vllm.evaluation.baselines.joint_fusion import (
     fuse,
 )
 
-THRESHOLDS = (0.75, 0.85, 0.9, 0.95)
+THRESHOLDS = (0.75, 0.85, 0.95)
 MODEL_THRESHOLDS = tuple(round(0.3 + 0.05 * n, 2) for n in range(14))
 BLOCKS = PREFIX // BLOCK_TOKENS
 Restored = list[tuple[torch.Tensor, torch.Tensor]]
@@ -78,7 +78,8 @@ def main() -> None:
     rows = measure(model, prefixes, artifact)
     predictions = poisson(prefixes)
     result = {
-        "command": "python -m benchmarks.joint_fusion --model DIR --data DIR --artifact DIR",
+        "command": "python -m benchmarks.joint_fusion --model DIR --data DIR --artifact DIR "
+        f"--count {args.count}",
         "model": args.model.name,
         "documents": [prefix.name for prefix in prefixes],
         "prefix_tokens": PREFIX,
