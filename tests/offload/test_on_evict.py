@@ -189,7 +189,10 @@ def test_a_pool_that_tells_nothing_gets_everything_stored_at_once() -> None:
 
 
 class Model(RuleBasedStateMachine):
-    """Any order of requests, ends, aborts and resets, on few blocks, with room in the tier."""
+    """Any order of requests, ends, aborts and resets, on few blocks.
+
+    tight: with little room in the tier, which then loses chunks, but stores none that is wrong.
+    """
 
     @initialize(
         blocks=st.integers(20, 40),
@@ -198,11 +201,22 @@ class Model(RuleBasedStateMachine):
         horizon=st.sampled_from([None, 0, 3, 64]),
         policy=st.sampled_from(["on_evict", "auto"]),
         delay=st.integers(1, 4),
+        tight=st.booleans(),
     )
     def start(
-        self, blocks: int, ahead: int, batch: int, horizon: int | None, policy: str, delay: int
+        self,
+        blocks: int,
+        ahead: int,
+        batch: int,
+        horizon: int | None,
+        policy: str,
+        delay: int,
+        tight: bool,
     ) -> None:
-        keys = {"store_horizon": horizon} if horizon is not None else {}
+        self.tight = tight
+        keys: dict[str, Any] = {"store_horizon": horizon} if horizon is not None else {}
+        if tight:
+            keys |= {"chunks": 6, "exclusive": True}
         self.side = scheduler_side(store_policy=policy, reuse=BlockReuse(8), **keys)
         self.running = engine(
             blocks, self.side, ahead=ahead, batch=batch, requests=4, encode_steps=delay
