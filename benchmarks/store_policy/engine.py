@@ -73,8 +73,9 @@ class SimEngine:
 
     batch: most tokens per step. ahead: steps that are planned before the first of them has run,
     as with asynchronous scheduling. encode_steps: steps that a store takes. record_bytes: of a
-    blob. wrong: records that were staged from blocks which hold something else. memory: what the
-    worker holds, by key the hashes of its blocks.
+    blob. wrong: records that were staged from blocks which hold something else. filled: hashes of
+    all blocks that any step was to fill. memory: what the worker holds, by key the hashes of its
+    blocks.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class SimEngine:
         self.totals = Totals()
         self.memory: dict[RecordKey, tuple[bytes | None, ...]] = {}
         self.wrong: list[RecordKey] = []
+        self.filled: set[bytes] = set()
         self._record_bytes = record_bytes
         self._batch, self._requests = batch, requests
         self._ahead, self._encode_steps = ahead, encode_steps
@@ -281,6 +283,7 @@ class SimEngine:
         for number in range(first, request.num_computed_tokens // BLOCK):
             block, own = request.blocks[number], request.hashes[number]
             writes.append((block.block_id, own))
+            self.filled.add(own)
             if block.block_hash is None:
                 self.pool.cache(block, own)
         last = request.num_prompt_tokens + request.answer_tokens

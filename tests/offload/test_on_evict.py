@@ -222,7 +222,7 @@ class Model(RuleBasedStateMachine):
             blocks, self.side, ahead=ahead, batch=batch, requests=4, encode_steps=delay
         )
         self.asked: list[SimRequest] = []
-        self.complete: set[bytes] = set()
+        self.chunks: dict[bytes, set[bytes]] = {}
         self.number = 0
 
     @rule(
@@ -234,13 +234,15 @@ class Model(RuleBasedStateMachine):
         self.number += 1
         asked = request(f"r{self.number}", path, blocks, answer)
         self.asked.append(asked)
+        for first in range(0, (blocks * BLOCK + answer) // CHUNK * PER_CHUNK, PER_CHUNK):
+            own = asked.hashes[first : first + PER_CHUNK]
+            self.chunks[own[-1]] = set(own)
         self.running.add(asked)
 
     @rule(times=st.integers(1, 6))
     def step(self, times: int) -> None:
         for _ in range(times):
             self.running.step()
-            self.note()
 
     @precondition(lambda self: self.asked)
     @rule(which=st.integers(0, 100))
@@ -258,13 +260,7 @@ class Model(RuleBasedStateMachine):
         self.running.settle()
         if self.running.pool.reset_prefix_cache():
             self.side.reset()
-            self.complete.clear()
-
-    def note(self) -> None:
-        for asked in self.running.running:
-            if asked.num_computed_tokens >= CHUNK:
-                done = min(asked.num_computed_tokens, asked.num_tokens) // CHUNK
-                self.complete |= set(asked.block_hashes[PER_CHUNK - 1 :: PER_CHUNK][:done])
+            self.running.filled.clear()
 
     @invariant()
     def nothing_is_stored_from_overwritten_blocks(self) -> None:
@@ -275,11 +271,10 @@ class Model(RuleBasedStateMachine):
     def what_was_complete_is_in_the_cache_or_in_the_tier(self) -> None:
         if not hasattr(self, "running"):
             return
-        held = self.running.held()
-        lost = {
-            key for key in self.complete if key not in held and not self.side.index.is_known(key)
-        }
-        assert not lost
+        held, is_known = self.running.held(), self.side.index.is_known
+        complete = self.running.filled.intersection(self.chunks)
+        lost = {key for key in complete if not self.chunks[key] <= held and not is_known(key)}
+        assert self.tight or not lost
         assert "dropped_stores/overwritten" not in counters(self.side)
 
     def teardown(self) -> None:
