@@ -28,7 +28,8 @@ PYTEST := pytest -n $(JOBS) --dist loadfile
 RUN := $(VENV)/bin/python -m
 OLD_TESTS := tests/connector/test_contract.py tests/connector/test_restart.py \
 	tests/reliability/test_identity_matrix.py tests/reliability/test_hash_seeds.py \
-	tests/reliability/live/test_weight_updates.py tests/reliability/live/test_adapters.py
+	tests/reliability/live/test_weight_updates.py tests/reliability/live/test_adapters.py \
+	tests/reliability/live/test_store_policy.py
 
 .PHONY: help setup setup-old test test-old check soak demo demo-quick serving clean
 

@@ -74,6 +74,13 @@ class KVTCConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         Literal["lru", "arc"],
         Meta(description="Order in which a tier evicts chunks."),
     ] = "lru"
+    joint: Annotated[
+        Literal["off", "exact"],
+        Meta(
+            description="`exact`: in memory, equal bodies of chunks with other names are kept "
+            "once, within one `cache_salt`."
+        ),
+    ] = "off"
     chunk_tokens: Annotated[
         int,
         Meta(ge=1, le=4096, description="Tokens per chunk; a multiple of vLLM's block size."),
@@ -120,6 +127,30 @@ class KVTCConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         bool,
         Meta(description="Also store blocks filled while generating. Multi-turn chat needs it."),
     ] = True
+    store_policy: Annotated[
+        Literal["eager", "on_evict", "auto"],
+        Meta(
+            description="When a chunk is stored. `eager`: when it is complete. `on_evict`: when "
+            "the engine's own cache is about to give it up. `auto`: the first while memory has "
+            "room and the encoder keeps up, else the second."
+        ),
+    ] = "auto"
+    store_horizon: Annotated[
+        Annotated[int, Meta(ge=0, le=1 << 20)] | None,
+        Meta(
+            description="With `on_evict` and `auto`: free blocks, next in line to be reused, whose "
+            "chunks are stored ahead. Without it, as many as a step took lately at most. What a "
+            "step takes beyond it is copied in that step.",
+            extra={"default": "a step's"},
+        ),
+    ] = None
+    exclusive: Annotated[
+        bool,
+        Meta(
+            description="With `on_evict` and `auto`: chunks that were loaded into the engine's own "
+            "cache are the first that memory evicts, until the engine gives them up."
+        ),
+    ] = False
     store_threshold: Annotated[
         int,
         Meta(ge=1, le=1 << 16, description="Requests that must contain a chunk before it is kept."),
@@ -259,6 +290,13 @@ def _check_contradictions(config: KVTCConfig) -> None:
                 raise ConfigError(
                     f"{key}={getattr(config, key)!r} contradicts codec='raw', which stores KV "
                     f"uncompressed; remove {key} or set codec='kvtc'"
+                )
+    if config.store_policy == "eager":
+        for key, default in (("exclusive", False), ("store_horizon", None)):
+            if (value := getattr(config, key)) != default:
+                raise ConfigError(
+                    f"{key}={shown(value)} contradicts store_policy='eager', which does not watch "
+                    f"what the engine evicts; remove {key} or set store_policy='on_evict'"
                 )
     if config.artifact is not None and config.registry:
         raise ConfigError(

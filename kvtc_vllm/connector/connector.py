@@ -26,6 +26,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 
 from kvtc_vllm.config import KVTCConfig, load_config
 from kvtc_vllm.connector.artifact_lookup import record_bounds
+from kvtc_vllm.connector.block_reuse import block_reuse
 from kvtc_vllm.connector.compat import (
     check_stable_hashes,
     check_version,
@@ -92,6 +93,7 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
                 or vllm_config.speculative_config is not None,
                 loads=transfer.is_kv_consumer,
                 stores=transfer.is_kv_producer,
+                reuse=block_reuse(vllm_config, kv_cache_config, self._geometry),
             )
             if transfer.kv_load_failure_policy != "recompute":
                 # Read by vLLM's scheduler after it has made its connector.
@@ -118,6 +120,11 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
         """What this rank has on disk. Called once, after the caches were registered."""
         entries = self._live_worker.inventory()
         return None if entries is None else DiskInventory(entries)
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        """Stage what this step's forward is going to overwrite: vLLM calls it before, always."""
+        assert isinstance(kv_connector_metadata, StepMessage)
+        self._live_worker.before_forward(kv_connector_metadata.step)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Start this step's asynchronous loads."""
@@ -161,7 +168,7 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
         self._live_scheduler.restore({rank: found.entries for rank, found in metadata.items()})
 
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
-        """Lets the scheduler's side see when vLLM's own prefix cache was emptied."""
+        """Lets the scheduler's side see what vLLM's own prefix cache evicts, and its resets."""
         self._live_scheduler.bind_gpu_blocks(gpu_block_pool)
 
     def get_num_new_matched_tokens(

@@ -18,6 +18,7 @@ from kvtc_vllm.artifact.directory import load_rank_artifact
 from kvtc_vllm.artifact.identity import model_identity, public_model_name
 from kvtc_vllm.codec.artifact import RankArtifact
 from kvtc_vllm.codec.base import ChunkCodec, Coder
+from kvtc_vllm.codec.container import CHECKSUM_BYTES, HEADER_BYTES
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.frame import TransformCodec
 from kvtc_vllm.codec.registry import CODECS, open_codec
@@ -41,7 +42,10 @@ from kvtc_vllm.offload.setup_identity import SetupIdentity
 from kvtc_vllm.offload.transfer import Transfer
 from kvtc_vllm.offload.weights import WeightsWatch
 from kvtc_vllm.offload.worker import KVTCWorker
+from kvtc_vllm.tiers.blob_store import MemoryStore
 from kvtc_vllm.tiers.disk import DiskError, DiskStore, NamespaceRecord
+from kvtc_vllm.tiers.memory import MemoryArena
+from kvtc_vllm.tiers.once_store import OnceStore
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -143,7 +147,12 @@ def build_worker(
     )
     names.rename(b"")
     disk = _open_disk(config, geometry, names, rank, plan.staging)
-    return KVTCWorker(config, geometry, [transfer], layout.device, plan.staging, rank, names, disk)
+    memory: MemoryStore = MemoryArena(config.memory_capacity // geometry.tp_size)
+    if config.joint == "exact":
+        memory = OnceStore(memory, HEADER_BYTES, CHECKSUM_BYTES)
+    return KVTCWorker(
+        config, geometry, [transfer], layout.device, plan.staging, rank, names, disk, memory
+    )
 
 
 def check_digested(setup: SetupIdentity, config: KVTCConfig) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from functools import cache
 from typing import cast
 
+import xxhash
+
 from kvtc_vllm.offload.vllm_types import Request
 from kvtc_vllm.tiers.keys import ChunkKey
 
@@ -28,6 +30,12 @@ def chunk_keys(
     last = None if end is None else end * hashes_per_chunk
     hashes = request.block_hashes[(first + 1) * hashes_per_chunk - 1 : last : hashes_per_chunk]
     return cast("list[ChunkKey]", [bytes(of_block) + adapter for of_block in hashes])
+
+
+def tenant_of(request: Request) -> bytes:
+    """Whose chunks a request's are: 16 bytes for each cache salt, and for none."""
+    salt = getattr(request, "cache_salt", None)
+    return xxhash.xxh3_128_digest(b"" if salt is None else b"salt" + str(salt).encode())
 
 
 def allowed(request: Request, what: str) -> bool:

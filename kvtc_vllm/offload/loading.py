@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvtc_vllm.codec.streams import Event, SideStream
@@ -69,9 +69,13 @@ class LoadPipeline:
         for batch in parts:
             self._threads.submit(self._load, batch, request)
 
-    def check(self, proof: Proof) -> None:
-        """Report if the weights are not those of the names."""
-        self._threads.submit(self._holds, proof)
+    def check(self, proof: Proof, holds: Callable[[Proof], None]) -> None:
+        """Report if the weights are not those of the names, else call `holds` on a thread."""
+        self._threads.submit(self._check, proof, holds)
+
+    def _check(self, proof: Proof, holds: Callable[[Proof], None]) -> None:
+        if self._holds(proof):
+            holds(proof)
 
     def _holds(self, proof: Proof) -> bool:
         holds = proof.holds

@@ -6,6 +6,7 @@ record keys, the same on every rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +45,8 @@ class StoreItem:
     """What the key assumes."""
     group: int = 0
     """Number of the cache group."""
+    tenant: bytes = b""
+    """Whose it is, by the request's cache salt; empty for nobody's."""
 
 
 @dataclass
@@ -74,8 +77,9 @@ class LoadJob:
 class StepMetadata:
     """Scheduler -> workers: the orders of one step.
 
-    Applied in this order: a new epoch; before the forward stage_first, demote, disk_remove,
-    touch, promote, evict, loads; after it stores.
+    Applied in this order: a new epoch; before the forward stage_first; before it or, on vLLM 0.29
+    and later, after it was launched, demote, disk_remove, touch, promote, evict, loads; after it
+    stores and kept.
     """
 
     number: int = 0
@@ -94,6 +98,10 @@ class StepMetadata:
     """LoRA requests of vLLM's whose contents the scheduler must know."""
     stage_first: list[StoreItem] = field(default_factory=list)
     """Stores whose blocks this step may overwrite."""
+    gone: Sequence[RecordKey] = ()
+    """Put off before, and not to be stored from their blocks after this step's forward."""
+    kept: list[StoreItem] = field(default_factory=list)
+    """Stores of what this step completes that are put off, until a later step's `stage_first`."""
     demote: list[RecordKey] = field(default_factory=list)
     """Evicted from memory, to be written to disk first."""
     disk_remove: list[RecordKey] = field(default_factory=list)
@@ -117,6 +125,8 @@ class WorkerReport:
     epoch: int
     stored: list[tuple[RecordKey, int, int]] = field(default_factory=list)
     """(key, rank, bytes) that memory holds now."""
+    resized: list[tuple[RecordKey, int, int]] = field(default_factory=list)
+    """(key, rank, bytes) of what takes other bytes in memory than when it was stored."""
     dropped: list[tuple[RecordKey, int]] = field(default_factory=list)
     """(key, rank) of stores and promotions that were given up."""
     bad: list[RecordKey] = field(default_factory=list)
@@ -146,6 +156,7 @@ class WorkerReport:
         """True if there is nothing to tell."""
         return not (
             self.stored
+            or self.resized
             or self.dropped
             or self.bad
             or self.disk_stored
@@ -165,6 +176,7 @@ class WorkerReport:
         if other.epoch != self.epoch:
             return self if self.epoch > other.epoch else other
         self.stored += other.stored
+        self.resized += other.resized
         self.dropped += other.dropped
         self.bad += other.bad
         self.disk_stored += other.disk_stored

@@ -15,18 +15,22 @@ from kvtc_vllm.offload.keys import LOAD, allowed
 from kvtc_vllm.offload.load_policy import LoadPolicy
 from kvtc_vllm.offload.lookup import PrefixLookup
 from kvtc_vllm.offload.messages import LoadJob, StepMetadata, StoreItem, WorkerReport
+from kvtc_vllm.offload.on_evict import BlockReuse
 from kvtc_vllm.offload.promotion import Promotions
 from kvtc_vllm.offload.requests import RequestState, RequestStates
 from kvtc_vllm.offload.running_loads import RunningLoads
 from kvtc_vllm.offload.stats import Stats
 from kvtc_vllm.offload.store_planner import StorePlanner
 from kvtc_vllm.offload.store_policy import StorePolicy, make_store_policy
+from kvtc_vllm.offload.store_timing import make_timing
 from kvtc_vllm.offload.tier_stats import TierStats
+from kvtc_vllm.offload.tier_view import TierView
 from kvtc_vllm.offload.vllm_types import BlockPool, Request, SchedulerOutput
 from kvtc_vllm.tiers import policies
 from kvtc_vllm.tiers.disk_index import DiskIndex
 from kvtc_vllm.tiers.index import TierIndex
 from kvtc_vllm.tiers.keys import RecordKey
+from kvtc_vllm.tiers.policies.spare_first import SpareFirst
 
 NONCE_BYTES = 8
 """Of a generation."""
@@ -37,7 +41,8 @@ class KVTCScheduler:
 
     bounds: by cache group, most bytes of a record on any rank. prompt_only: never store blocks
     filled while generating. loads, stores: what the engine's role among others allows.
-    store_policy: instead of what the configuration asks for.
+    store_policy: instead of what the configuration asks for. reuse: what the engine does with
+    blocks.
     """
 
     def __init__(
@@ -49,6 +54,7 @@ class KVTCScheduler:
         loads: bool = True,
         stores: bool = True,
         store_policy: StorePolicy | None = None,
+        reuse: BlockReuse | None = None,
     ) -> None:
         self._loads_allowed = loads
         self._config = config
@@ -56,7 +62,9 @@ class KVTCScheduler:
         self._chunk_tokens = config.chunk_tokens
         capacity, ranks = config.memory_capacity, geometry.tp_size
         eviction = policies.REGISTRY[config.eviction]
-        self.index = TierIndex(capacity, ranks, eviction(capacity))
+        order = eviction(capacity)
+        self._spare = SpareFirst(order) if config.exclusive else None
+        self.index = TierIndex(capacity, ranks, self._spare or order)
         self.disk: DiskIndex | None = None
         self._promotions: Promotions | None = None
         if config.disk_path is not None:
@@ -65,13 +73,20 @@ class KVTCScheduler:
             self._promotions = Promotions(self.index, self.disk, config.load_deadline)
         self._stats = Stats()
         self._lookup = PrefixLookup(config.chunk_tokens, geometry, self.index)
+        tier = TierView(self.index, self.disk, len(geometry.groups), self._spare)
         policy = store_policy or make_store_policy(
             stores=stores,
             prompt_only=prompt_only,
             threshold=config.store_threshold,
             refused=lambda: self._stats.add("unadmitted_chunks"),
+            timing=make_timing(
+                config,
+                tier,
+                reuse or BlockReuse(step_blocks=0),
+                lambda name, amount, label: self._stats.add(name, amount, label),
+            ),
         )
-        self._stores = StorePlanner(config, geometry, bounds, self.index, policy)
+        self._stores = StorePlanner(config, geometry, bounds, self.index, tier, policy)
         self._load_policy = LoadPolicy(config.load_gate)
         self._touched: list[RecordKey] = []
         self._step_number = 0
@@ -86,8 +101,12 @@ class KVTCScheduler:
         self._tier_stats = TierStats(self.index, self.disk, self._promotions)
 
     def bind_gpu_blocks(self, block_pool: BlockPool) -> None:
-        """vLLM's pool of KV blocks, from which resets of its prefix cache can be seen."""
+        """vLLM's pool of KV blocks, from which resets and evictions of its prefix cache are seen.
+
+        Called once, before the first step.
+        """
         self._requests.freshness.bind(block_pool)
+        self._stores.bind(block_pool)
 
     def match(self, request: Request, num_computed_tokens: int) -> int | None:
         """Tokens after `num_computed_tokens` that the tier can supply; None: ask again later.
@@ -179,7 +198,9 @@ class KVTCScheduler:
         # vLLM may defer this call by a step; what was evicted since is reported as missing.
         pinned = self.index.pin(item.key for item in items)
         self._loads.begin(request, [item.key for item in items], pinned)
-        used = self._lookup.records(chunks[: -(-end // self._chunk_tokens)])
+        last = -(-end // self._chunk_tokens)
+        self._stores.loaded(request.request_id, chunks[start // self._chunk_tokens : last])
+        used = self._lookup.records(chunks[:last])
         self.index.hit(used)
         if self.disk is not None:
             self._touched += self.disk.hit(used)
@@ -188,7 +209,7 @@ class KVTCScheduler:
     def plan_step(self, scheduler_output: SchedulerOutput) -> StepMetadata:
         """Everything the workers have to do in this step."""
         self._look_for_reset()
-        due = self._stores.due()
+        due, gone = self._stores.due(), self._stores.take_gone()
         stores: list[StoreItem] = []
         for request_id, progress in self._tables.update(scheduler_output).items():
             state = self._requests.get(request_id)
@@ -222,6 +243,7 @@ class KVTCScheduler:
             check=check,
             adapters=self._requests.adapters.take_wanted(),
             stage_first=due,
+            gone=gone,
             demote=self._to_demote(self.index.take_victims()),
             disk_remove=self.disk.take_removed() if self.disk is not None else [],
             touch=touched,
@@ -229,6 +251,7 @@ class KVTCScheduler:
             evict=evicted,
             loads=loads,
             stores=stores,
+            kept=self._stores.take_kept(),
             idle=not tokens and self.has_pending_work(),
         )
 
@@ -245,8 +268,15 @@ class KVTCScheduler:
                     self.disk.lose(key)
             for key, rank, size in report.stored:
                 self.index.commit(key, rank, size)
+            for key, rank, size in report.resized:
+                self.index.resize(key, rank, size)
             for key, rank in report.dropped:
                 self.index.abandon(key, rank)
+            self._stores.settled(
+                key
+                for key in (*(k for k, _, _ in report.stored), *(k for k, _ in report.dropped))
+                if not self.index.is_pending(key)
+            )
             for key in report.bad:
                 self.index.discard(key)
             if self._promotions is not None:
@@ -259,7 +289,10 @@ class KVTCScheduler:
             if report.stale_since:
                 self._take_change(report.stale_since)
         for request_id in finished_loads or ():
-            self.index.unpin(self._loads.end(request_id))
+            loaded = self._loads.end(request_id)
+            self.index.unpin(loaded)
+            if self._spare is not None:
+                self._spare.spare(key for key in loaded if self.index.is_ready(key))
 
     def _take_naming(self, step: int, other_weights: bool) -> None:
         """Count the names of this epoch as made, in `step`."""

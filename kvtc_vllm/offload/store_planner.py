@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.offload.geometry import CacheGeometry, blocks_per_chunk
-from kvtc_vllm.offload.keys import chunk_keys
+from kvtc_vllm.offload.keys import chunk_keys, tenant_of
 from kvtc_vllm.offload.messages import StoreItem
 from kvtc_vllm.offload.requests import RequestState
-from kvtc_vllm.offload.store_policy import Candidate, StorePolicy
+from kvtc_vllm.offload.store_policy import Candidate, Storable, StorePolicy
+from kvtc_vllm.offload.tier_view import TierView
+from kvtc_vllm.offload.vllm_types import BlockPool
 from kvtc_vllm.tiers.index import TierIndex
-from kvtc_vllm.tiers.keys import ChunkKey, record_keys
+from kvtc_vllm.tiers.keys import ChunkKey, RecordKey, record_keys
 
 
 class StorePlanner:
@@ -27,12 +29,15 @@ class StorePlanner:
         geometry: CacheGeometry,
         bounds: Sequence[int],
         index: TierIndex,
+        tier: TierView,
         policy: StorePolicy,
     ) -> None:
         self._chunk_tokens = config.chunk_tokens
         self._bounds = bounds
         self._index = index
+        self._tier = tier
         self._policy = policy
+        self._late: dict[RecordKey, int] = {}
         # vLLM hashes blocks of the first group.
         self._block_size = geometry.groups[0].block_size
         self._per_chunk = [blocks_per_chunk(config, group) for group in geometry.groups]
@@ -52,9 +57,10 @@ class StorePlanner:
         complete = self._complete_chunks(state, tables, computed_tokens)
         numbers = range(state.next_chunk, complete)
         keys = chunk_keys(request, self._hashes_per_chunk, adapter.digest, numbers.start, complete)
-        known = self._known(keys)
+        known, watches = self._tier.known(keys), self._policy.watches
+        tenant = tenant_of(request)
         of_groups = list(zip(tables, self._per_chunk, strict=True))
-        unknown = [
+        chunks = [
             Candidate(
                 key,
                 request,
@@ -62,16 +68,45 @@ class StorePlanner:
                 (n + 1) * length,
                 tuple([table[n * size : (n + 1) * size] for table, size in of_groups]),
                 adapter,
+                tenant,
+                key in known,
             )
             for n, key in zip(numbers, keys, strict=True)
-            if key not in known
+            if watches or key not in known
         ]
         state.next_chunk = max(state.next_chunk, complete)
-        return self._reserve(self._policy.completed(unknown)) if unknown else []
+        return self._reserve(self._policy.completed(chunks)) if chunks else []
 
     def due(self) -> list[StoreItem]:
         """Stores of chunks of earlier steps, to be staged before this step's forward."""
-        return self._reserve(self._policy.due())
+        stores = self._reserve(self._policy.due())
+        self._late.update((item.key, item.start) for item in stores)
+        return stores
+
+    def take_kept(self) -> list[StoreItem]:
+        """Stores that were put off in this step, until their blocks are about to be reused."""
+        return self._items(self._policy.take_kept())
+
+    def take_gone(self) -> Sequence[RecordKey]:
+        """Records that the engine's own cache holds no longer than until this step."""
+        return record_keys(self._policy.take_gone(), len(self._per_chunk))
+
+    def settled(self, keys: Iterable[RecordKey]) -> None:
+        """Note that these records are stored, or given up.
+
+        Parts of one prefix may come in any order and over many steps; heads are to be evicted
+        last.
+        """
+        late = {key: self._late.pop(key) for key in keys if key in self._late}
+        self._index.refresh(sorted(late, key=late.__getitem__))
+
+    def bind(self, pool: BlockPool) -> None:
+        """Give the policy vLLM's pool of blocks."""
+        self._policy.bind(pool)
+
+    def loaded(self, request_id: str, chunks: Iterable[ChunkKey]) -> None:
+        """Note that these chunks of a request come out of the tier."""
+        self._policy.loaded(request_id, chunks)
 
     def forget(self, request_id: str) -> None:
         """Drop what is kept for a request that ended."""
@@ -79,6 +114,7 @@ class StorePlanner:
 
     def clear(self) -> None:
         """Drop what is kept for later: all names were given up."""
+        self._late.clear()
         self._policy.clear()
 
     def _complete_chunks(
@@ -91,20 +127,16 @@ class StorePlanner:
             complete = min(complete, len(table) // blocks)
         return complete
 
-    def _known(self, chunks: Sequence[ChunkKey]) -> set[ChunkKey]:
-        """Those of which the index knows every record."""
-        groups, is_known = len(self._per_chunk), self._index.is_known
-        known = [is_known(record) for record in record_keys(chunks, groups)]
-        return {key for n, key in enumerate(chunks) if all(known[n * groups : (n + 1) * groups])}
-
-    def _reserve(self, chunks: Sequence[Candidate]) -> list[StoreItem]:
-        """Stores of records for which there is room; the index knows them from now on."""
-        stores = []
+    def _items(self, chunks: Sequence[Storable]) -> list[StoreItem]:
+        """One per record."""
         keys = iter(record_keys([chunk.key for chunk in chunks], len(self._per_chunk)))
+        return [
+            StoreItem(next(keys), chunk.start, block_ids, chunk.adapter, group, chunk.tenant)
+            for chunk in chunks
+            for group, block_ids in enumerate(chunk.block_ids)
+        ]
+
+    def _reserve(self, chunks: Sequence[Storable]) -> list[StoreItem]:
+        """Stores of records for which there is room; the index knows them from now on."""
         reserve, bounds = self._index.reserve, self._bounds
-        for chunk in chunks:
-            for group, block_ids in enumerate(chunk.block_ids):
-                key = next(keys)
-                if reserve(key, bounds[group]):
-                    stores.append(StoreItem(key, chunk.start, block_ids, chunk.adapter, group))
-        return stores
+        return [item for item in self._items(chunks) if reserve(item.key, bounds[item.group])]

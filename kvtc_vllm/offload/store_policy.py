@@ -7,18 +7,45 @@ the step that completes them, and in every step whether any that it has kept bac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from kvtc_vllm.offload.keys import STORE, allowed
 from kvtc_vllm.offload.messages import AdapterUse
 from kvtc_vllm.offload.seen_counter import SeenCounter
-from kvtc_vllm.offload.vllm_types import Request
+from kvtc_vllm.offload.vllm_types import BlockPool, Request
 from kvtc_vllm.tiers.keys import ChunkKey
 
 
+class Storable(Protocol):
+    """What a store needs to know of a chunk."""
+
+    @property
+    def key(self) -> ChunkKey: ...
+
+    @property
+    def start(self) -> int:
+        """Token position of its first token."""
+        ...
+
+    @property
+    def block_ids(self) -> tuple[list[int], ...]:
+        """Its blocks by cache group."""
+        ...
+
+    @property
+    def adapter(self) -> AdapterUse:
+        """What the key assumes."""
+        ...
+
+    @property
+    def tenant(self) -> bytes:
+        """Whose it is."""
+        ...
+
+
 class Candidate(NamedTuple):
-    """A chunk that the tier does not have."""
+    """A chunk that a request's step completes, or that it began with."""
 
     key: ChunkKey
     request: Request
@@ -31,20 +58,48 @@ class Candidate(NamedTuple):
     """Its blocks by cache group."""
     adapter: AdapterUse
     """What the key assumes."""
+    tenant: bytes = b""
+    """Whose it is."""
+    stored: bool = False
+    """Memory has it, or is about to."""
 
 
 class StorePolicy(Protocol):
     """Used by the scheduler's thread only."""
 
-    def completed(self, chunks: Sequence[Candidate]) -> Sequence[Candidate]:
-        """Those of a request's chunks to be stored after this step, which completes them."""
+    @property
+    def watches(self) -> bool:
+        """Whether it wants to hear of chunks that are stored already."""
         ...
 
-    def due(self) -> Sequence[Candidate]:
-        """Chunks of earlier steps to be staged before this step's forward.
+    def bind(self, pool: BlockPool) -> None:
+        """Take vLLM's pool of blocks. Called once, before the first step."""
+        ...
+
+    def completed(self, chunks: Sequence[Candidate]) -> Sequence[Candidate]:
+        """Those of a request's chunks to be stored after this step, which completes them.
+
+        Those that are stored already may be among them, and are not stored again.
+        """
+        ...
+
+    def due(self) -> Sequence[Storable]:
+        """Chunks of earlier steps to be staged before this step's forward. Once per step.
 
         Their blocks must still hold them: it is for the policy to know.
         """
+        ...
+
+    def loaded(self, request_id: str, chunks: Iterable[ChunkKey]) -> None:
+        """Note that these chunks of a request come out of the tier."""
+        ...
+
+    def take_kept(self) -> Sequence[Storable]:
+        """Chunks that were kept back since the last call."""
+        ...
+
+    def take_gone(self) -> Sequence[ChunkKey]:
+        """Chunks whose blocks hold them no longer than until this step. After `due`."""
         ...
 
     def forget(self, request_id: str) -> None:
@@ -59,10 +114,24 @@ class StorePolicy(Protocol):
 class Eager:
     """Stores every chunk as soon as it is complete."""
 
+    watches = False
+
+    def bind(self, pool: BlockPool) -> None:
+        pass
+
     def completed(self, chunks: Sequence[Candidate]) -> Sequence[Candidate]:
         return chunks
 
-    def due(self) -> Sequence[Candidate]:
+    def due(self) -> Sequence[Storable]:
+        return ()
+
+    def loaded(self, request_id: str, chunks: Iterable[ChunkKey]) -> None:
+        pass
+
+    def take_kept(self) -> Sequence[Storable]:
+        return ()
+
+    def take_gone(self) -> Sequence[ChunkKey]:
         return ()
 
     def forget(self, request_id: str) -> None:
@@ -89,11 +158,27 @@ class _Filter:
         """Whether the other policy hears of this chunk."""
         raise NotImplementedError
 
+    @property
+    def watches(self) -> bool:
+        return self._inner.watches
+
+    def bind(self, pool: BlockPool) -> None:
+        self._inner.bind(pool)
+
     def completed(self, chunks: Sequence[Candidate]) -> Sequence[Candidate]:
         return self._inner.completed([chunk for chunk in chunks if self.takes(chunk)])
 
-    def due(self) -> Sequence[Candidate]:
+    def due(self) -> Sequence[Storable]:
         return self._inner.due()
+
+    def loaded(self, request_id: str, chunks: Iterable[ChunkKey]) -> None:
+        self._inner.loaded(request_id, chunks)
+
+    def take_kept(self) -> Sequence[Storable]:
+        return self._inner.take_kept()
+
+    def take_gone(self) -> Sequence[ChunkKey]:
+        return self._inner.take_gone()
 
     def forget(self, request_id: str) -> None:
         self._inner.forget(request_id)
@@ -133,6 +218,8 @@ class SeenOften(_Filter):
         self._counted: dict[str, set[ChunkKey]] = {}
 
     def takes(self, chunk: Candidate) -> bool:
+        if chunk.stored:
+            return True
         counted = self._counted.setdefault(chunk.request.request_id, set())
         if chunk.key in counted:
             return False  # a request that is preempted counts once
@@ -148,16 +235,21 @@ class SeenOften(_Filter):
 
 
 def make_store_policy(
-    *, stores: bool, prompt_only: bool, threshold: int, refused: Callable[[], None]
+    *,
+    stores: bool,
+    prompt_only: bool,
+    threshold: int,
+    refused: Callable[[], None],
+    timing: StorePolicy | None = None,
 ) -> StorePolicy:
     """The policy that a configuration asks for.
 
     stores: whether the engine's role allows it at all. threshold: requests with a chunk before it
-    is stored; 1 stores at once.
+    may be stored. timing: when what may be stored is; at once if not given.
     """
     if not stores:
         return Nothing()
-    policy: StorePolicy = Eager()
+    policy: StorePolicy = timing if timing is not None else Eager()
     if threshold > 1:
         policy = SeenOften(policy, threshold, refused)
     if prompt_only:

@@ -21,6 +21,9 @@ from kvtc_vllm.tiers.keys import RecordKey
 
 logger = logging.getLogger("vllm.kvtc")
 
+LAST_BATCH = 4
+"""Records that are encoded at once when the engine stops, so that time is kept."""
+
 
 class StorePipeline:
     """The stores of one rank. What finds no room in staging memory is dropped and counted."""
@@ -65,10 +68,41 @@ class StorePipeline:
         for item in items:
             self._drop(item, epoch, reason)
 
-    def shutdown(self) -> None:
-        """Finish what runs, drop what waits."""
+    def encode_now(
+        self, items: Sequence[StoreItem], proof: Proof, until: float
+    ) -> list[tuple[RecordKey, bytes]]:
+        """Encode records on the engine's thread, the first first; what fails is left out.
+
+        until: on the monotonic clock, after which no more are begun. None if the proof fails.
+        """
+        blobs: list[tuple[RecordKey, bytes]] = []
+        if not items or not proof.holds:
+            return blobs
+        for batch in batches(items, [LAST_BATCH] * len(self._transfers)):
+            if time.monotonic() >= until:
+                break
+            try:
+                transfer = self._transfers[batch[0].group]
+                found = transfer.encode(transfer.stage(batch))
+            except Exception as error:  # what is left can still be written
+                logger.warning("kvtc: %d chunks not stored: %s", len(batch), error)
+                continue
+            pairs = zip(batch, found, strict=True)
+            blobs += [(item.key, blob) for item, blob in pairs if isinstance(blob, bytes)]
+        return blobs
+
+    def shutdown(self, until: float | None = None) -> None:
+        """Finish what runs; drop what waits, after `until` on the monotonic clock if given."""
         self._share.engine_computes(False)
+        while until is not None and self._waits and time.monotonic() < until:
+            self._outbox.wait(until - time.monotonic())
+            self._outbox.clear()
         self._threads.shutdown(wait=True, cancel_futures=True)
+
+    @property
+    def _waits(self) -> bool:
+        with self._lock:
+            return self._staged > 0
 
     def _with_room(self, items: Sequence[StoreItem]) -> Sequence[StoreItem]:
         """The first items, for which there is staging memory; it is theirs now.
@@ -139,7 +173,7 @@ class StorePipeline:
             self._drop(item, epoch, "non_finite" if blob.reason == "non_finite" else "error")
             return
         with self._outbox.open() as out:  # against a reset between the check and the write
-            size = self._write(item.key, blob) if epoch == out.report.epoch else None
+            size = self._write(item, blob) if epoch == out.report.epoch else None
             if size is not None:
                 group = self._groups[item.group]
                 tokens = len(item.block_ids) * group.block_size
@@ -147,15 +181,18 @@ class StorePipeline:
                 out.stats.add("stored_chunks")
                 out.stats.add("stored_raw_bytes", tokens * group.token_bytes)
                 out.stats.add("stored_bytes", size)
+                if size < len(blob):
+                    out.stats.add("shared_chunks")
+                    out.stats.add("shared_bytes", len(blob) - size)
         if size is None:
             self._drop(item, epoch, "tier_full")
         elif self._write_through is not None:
             self._write_through.write(item.key, blob, epoch)
 
-    def _write(self, key: RecordKey, blob: bytes) -> int | None:
+    def _write(self, item: StoreItem, blob: bytes) -> int | None:
         """The bytes that memory keeps for it; None if there is no room."""
         try:
-            return self._memory.write(key, blob)
+            return self._memory.write(item.key, blob, item.tenant)
         except StoreError:
             return None
 

@@ -2,14 +2,15 @@
 
 vLLM's own classes fulfil these protocols in every supported release; the fakes of the tests do.
 Attributes that some releases or requests lack are read by `getattr` where they are used:
-`kv_transfer_params`, `lora_request`, `skip_reading_prefix_cache` and `status` of a request.
+`cache_salt`, `kv_transfer_params`, `lora_request`, `skip_reading_prefix_cache` and `status` of a
+request.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Request(Protocol):
@@ -87,10 +88,61 @@ class SchedulerOutput(Protocol):
     def finished_req_ids(self) -> AbstractSet[str]: ...
 
 
+class Block(Protocol):
+    """`vllm.v1.core.kv_cache_utils.KVCacheBlock`."""
+
+    @property
+    def block_id(self) -> int: ...
+
+    @property
+    def ref_cnt(self) -> int:
+        """Requests that hold it; 0 if it is free."""
+        ...
+
+    @property
+    def block_hash(self) -> bytes | None:
+        """Of the prefix that it ends, with its cache group; None if it can't be found."""
+        ...
+
+    @property
+    def is_null(self) -> bool:
+        """Whether it stands for no block."""
+        ...
+
+    @property
+    def prev_free_block(self) -> Block | None: ...
+
+    @property
+    def next_free_block(self) -> Block | None:
+        """The one that is handed out after it; None if it is not free."""
+        ...
+
+
+class FreeBlocks(Protocol):
+    """`vllm.v1.core.kv_cache_utils.FreeKVCacheBlockQueue`: the next to be handed out first."""
+
+    @property
+    def fake_free_list_head(self) -> Block:
+        """What is before the first; what is after the last has no next."""
+        ...
+
+
 class BlockPool(Protocol):
     """`vllm.v1.core.block_pool.BlockPool`."""
+
+    metrics_collector: Any
+    """Told of blocks that are handed out, evicted and used again, and of resets; None if nobody
+    is."""
 
     @property
     def cached_block_hash_to_block(self) -> object:
         """Another object after every reset of the prefix cache."""
         ...
+
+    @property
+    def blocks(self) -> Sequence[Block]:
+        """By number."""
+        ...
+
+    @property
+    def free_block_queue(self) -> FreeBlocks: ...

@@ -9,8 +9,10 @@ longer than the staging of the blocks to store.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -18,6 +20,7 @@ import torch
 from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.offload.disk_worker import NO_NEWS, DiskWorker
 from kvtc_vllm.offload.geometry import CacheGeometry
+from kvtc_vllm.offload.kept_back import KeptBack
 from kvtc_vllm.offload.loading import LoadPipeline
 from kvtc_vllm.offload.messages import (
     NO_ADAPTER,
@@ -85,7 +88,9 @@ class KVTCWorker:
             memory = MemoryArena(config.memory_capacity // geometry.tp_size)
         self.arena: MemoryStore = memory
         self._step = StepMetadata()
+        self._opened: StepMetadata | None = None
         self._proof: Proof | None = None
+        self._kept = KeptBack()
         self._outbox = Outbox()
         context = RankContext(
             config,
@@ -101,16 +106,25 @@ class KVTCWorker:
         self._stores = StorePipeline(context)
         self._loads = LoadPipeline(context)
 
+    def before_forward(self, step: StepMetadata) -> None:
+        """Copy the blocks that the step is going to overwrite. Before anything else in a step."""
+        self._kept.forget(step.gone)
+        if not step.stage_first:
+            return
+        self._opened = step
+        self._open(step)
+        self._look_at_model(step)
+        self._store(step, step.stage_first)
+
     def begin_step(self, step: StepMetadata) -> None:
         """Apply reset and evictions, start this step's promotions and loads."""
-        self._step = step
-        self._stores.engine_computes(bool(step.tokens))
-        if step.epoch != self._outbox.epoch:
-            self._begin_epoch(step)
-        if step.tokens or step.loads or step.stores or step.stage_first:
+        if step is not self._opened:
+            self.before_forward(step)
+        self._opened = None
+        self._open(step)
+        if step.tokens or step.loads or step.stores:
+            # Again, if it was before the forward: adapters may have been loaded since.
             self._look_at_model(step)
-        # Before the loads, which may fill the same blocks.
-        self._store(step, step.stage_first)
         if self._disk is not None:
             for key, blob in self._held(step.demote):
                 self._disk.write(key, blob, step.epoch)
@@ -126,16 +140,27 @@ class KVTCWorker:
     def store(self, step: StepMetadata) -> None:
         """Copy the blocks that this step filled to staging and hand them to the encoders."""
         self._store(step, step.stores)
+        if step.kept:
+            proof = self._prove(step)
+            self._kept.keep(step.kept, proof)
+            self._loads.check(proof, self._kept.holds)
+
+    def _open(self, step: StepMetadata) -> None:
+        self._step = step
+        self._stores.engine_computes(bool(step.tokens))
+        if step.epoch != self._outbox.epoch:
+            self._begin_epoch(step)
 
     def _store(self, step: StepMetadata, items: Sequence[StoreItem]) -> None:
         if not items:
             return
+        self._kept.forget(item.key for item in items)
         sound: list[StoreItem] = []
         others: list[StoreItem] = []
         for item in items:
             (sound if self._is_loaded(item.adapter) else others).append(item)
         self._stores.drop(others, step.epoch, "changed")
-        self._stores.store(sound, step.epoch, self._prove(step))
+        self._stores.store(sound, step.epoch, self._kept.prove(self._prove(step)))
 
     def poll(self, idle: bool) -> set[str]:
         """Requests whose loads ended, well or not, since the last call."""
@@ -147,6 +172,10 @@ class KVTCWorker:
         if self._step.adapters:
             # Only now: an adapter that is loaded may take the place of one that just computed.
             self._tell_adapters(self._names.adapters.load(self._step.adapters))
+        resized = self.arena.take_resized()
+        if resized:
+            with self._outbox.open() as out:
+                out.report.resized += [(key, self._rank, size) for key, size in resized]
         finished = self._outbox.take_finished_loads()
         if finished:
             self._check_finished(finished)
@@ -167,15 +196,24 @@ class KVTCWorker:
         return self._outbox.take_stats()
 
     def shutdown(self) -> None:
-        """Stop the threads; running work is finished, waiting work is dropped."""
-        self._names.release()
-        self._stores.shutdown()
-        self._loads.shutdown()
-        if self._disk is not None:
+        """Stop the threads; running work is finished, waiting work is dropped.
+
+        What the disk tier lacks of memory and of the paged cache is written to it, for as long as
+        there is time.
+        """
+        if self._disk is None:
+            self._stores.shutdown()
+            self._loads.shutdown()
+        else:
+            started = time.monotonic()
+            self._stores.shutdown(started + SHUTDOWN_SECONDS / 3)
+            self._loads.shutdown()
+            last = self._only_in_pages(started + SHUTDOWN_SECONDS * 2 / 3)
             behind = self._config.disk_write == "behind"
             # The newest first: what does not fit into the time is the least likely to return.
-            keys = reversed(self.arena.keys()) if behind else ()
-            self._disk.close(self._held(keys), SHUTDOWN_SECONDS)
+            held = self._held(reversed(self.arena.keys()) if behind else ())
+            self._disk.close(chain(last, held), started + SHUTDOWN_SECONDS - time.monotonic())
+        self._names.release()
 
     def inventory(self) -> list[tuple[RecordKey, int]] | None:
         """(key, bytes) of what this rank has on disk; None without a disk tier."""
@@ -187,9 +225,21 @@ class KVTCWorker:
             with suppress(StoreError):
                 yield key, self.arena.read(key)
 
+    def _only_in_pages(self, until: float) -> list[tuple[RecordKey, bytes]]:
+        """What was put off and is in the paged cache only, newest first, encoded in time.
+
+        Nothing where the memory of the cache or the weights may have been taken away.
+        """
+        kept = self._kept.take_all()
+        if not kept or self._names.may_sleep:
+            return []
+        proof = self._names.prove(self._step.number, self._outbox.epoch)
+        return self._stores.encode_now(kept, self._kept.prove(proof), until)
+
     def _begin_epoch(self, step: StepMetadata) -> None:
         self._outbox.begin_epoch(step.epoch)
         self.arena.clear()
+        self._kept.clear()
         if self._disk is not None:
             self._disk.leave(step.epoch)
         self._generation = step.generation
@@ -215,7 +265,7 @@ class KVTCWorker:
                 out.report.other_weights = other_weights
         self._tell_adapters(self._names.adapters.refresh())
         if step.check:
-            self._loads.check(self._prove(step))
+            self._loads.check(self._prove(step), self._kept.holds)
 
     def _prove(self, step: StepMetadata) -> Proof:
         """One sample a step serves all that it stores and loads."""

@@ -22,11 +22,12 @@ class StoreError(Exception):
 class BlobStore(Protocol):
     """Blobs of one rank, under a byte cap. Safe for many threads; raises only StoreError."""
 
-    def write(self, key: RecordKey, blob: bytes) -> int:
+    def write(self, key: RecordKey, blob: bytes, tenant: bytes = b"") -> int:
         """Keep a blob under its name.
 
-        Returns the *marginal* bytes: those that removing it would free. Raises StoreError and
-        keeps nothing if there is no room.
+        tenant: whose it is; a layer that shares bytes shares them within a tenant, and none of
+        nobody's. Returns the *marginal* bytes: those that removing it would free. Raises
+        StoreError and keeps nothing if there is no room.
         """
         ...
 
@@ -48,4 +49,11 @@ class MemoryStore(BlobStore, Protocol):
 
     def keys(self) -> list[RecordKey]:
         """Names of all blobs, oldest first."""
+        ...
+
+    def take_resized(self) -> list[tuple[RecordKey, int]]:
+        """Blobs whose marginal bytes changed since they were written, with what they are now.
+
+        Those since the last call.
+        """
         ...

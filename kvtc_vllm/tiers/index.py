@@ -80,6 +80,18 @@ class TierIndex:
         entry.sizes[rank] = size
         self._report(key, entry, rank)
 
+    def resize(self, key: RecordKey, rank: int, size: int) -> None:
+        """Take note that a rank's part of a record takes other bytes than when it was stored."""
+        entry = self._entries.get(key)
+        if entry is None or not entry.reported[rank]:
+            return
+        change = size - entry.sizes[rank]
+        entry.sizes[rank] = size
+        self._used[rank] += change
+        if entry.counted:
+            entry.counted += change
+            self._ready_bytes += change
+
     def abandon(self, key: RecordKey, rank: int) -> None:
         """Take note that a rank could not store its part; when all have reported, it goes."""
         entry = self._entries.get(key)

@@ -22,7 +22,7 @@ class MemoryArena:
         self._used = 0
         self._lock = threading.Lock()
 
-    def write(self, key: RecordKey, blob: bytes) -> int:
+    def write(self, key: RecordKey, blob: bytes, tenant: bytes = b"") -> int:
         """Keep a blob; returns its bytes. Raises StoreError "full", and keeps nothing."""
         with self._lock:
             used = self._used - len(self._blobs.get(key, b"")) + len(blob)
@@ -71,3 +71,7 @@ class MemoryArena:
         """Snapshot of the keys, oldest first."""
         with self._lock:
             return list(self._blobs)
+
+    def take_resized(self) -> list[tuple[RecordKey, int]]:
+        """None: nothing is shared."""
+        return []

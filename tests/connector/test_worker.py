@@ -19,6 +19,7 @@ from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.connector.sizing import divide
 from kvtc_vllm.connector.torch_transfer import TorchTransfer
 from kvtc_vllm.offload.adapters import LoadedAdapters
+from kvtc_vllm.offload.disk_worker import DiskWorker
 from kvtc_vllm.offload.geometry import codec_geometry
 from kvtc_vllm.offload.messages import (
     AdapterUse,
@@ -48,6 +49,7 @@ class Rig:
         codec: ChunkCodec | None = None,
         names: dict[str, Any] | None = None,
         memory: MemoryStore | None = None,
+        disk: DiskWorker | None = None,
         **extra: Any,
     ) -> None:
         self.caches = {
@@ -68,6 +70,7 @@ class Rig:
             plan.staging,
             rank=0,
             names=self.names,
+            disk=disk,
             memory=memory,
         )
 

@@ -7,10 +7,20 @@ from kvtc_vllm.evaluation.baselines.cachegen import CacheGen
 from kvtc_vllm.evaluation.baselines.cachegen_lmcache import CacheGenLmcache
 from kvtc_vllm.evaluation.baselines.fp8 import Fp8
 from kvtc_vllm.evaluation.baselines.gear import Gear
+from kvtc_vllm.evaluation.baselines.joint_fusion import JointFusion, JointFusionStrict
 from kvtc_vllm.evaluation.baselines.kivi import Kivi
 from kvtc_vllm.evaluation.baselines.xkv import Xkv
 
-_METHODS: tuple[type[Baseline], ...] = (Fp8, Kivi, Gear, Xkv, CacheGen, CacheGenLmcache)
+_METHODS: tuple[type[Baseline], ...] = (
+    Fp8,
+    Kivi,
+    Gear,
+    Xkv,
+    CacheGen,
+    CacheGenLmcache,
+    JointFusion,
+    JointFusionStrict,
+)
 BASELINES: dict[str, type[Baseline]] = {method.name: method for method in _METHODS}
 
 __all__ = ["BASELINES", "Baseline"]

@@ -1,0 +1,138 @@
+"""Store policies on four working sets of three traces: hits, and what was encoded for them.
+
+    python -m benchmarks.store_policy [--out benchmarks/results/store_policy.json]
+
+The scheduler's side is the real one, and so are its indexes; the engine is a small one that
+allocates, hits, preempts and frees blocks as vLLM does, and runs no model. GPU and memory tier
+together hold 256 chunks at 16x: the GPU 64 of them, whose bytes are 4 MiB, and the tier 192, in
+768 KiB. A working set of 1x is 256 chunks. Every policy gets the same requests, four at a time.
+Hits are counted in the second half of a trace, as tokens of prompts; encoded chunks in all of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.store_policy.engine import BLOCK, SimEngine
+from benchmarks.store_policy.traces import CHUNK, TRACES, Trace
+from kvtc_vllm.config import load_config
+from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup
+from kvtc_vllm.offload.on_evict import BlockReuse
+from kvtc_vllm.offload.scheduler import KVTCScheduler
+
+OUT = Path(__file__).parents[1] / "results" / "store_policy.json"
+GPU_CHUNKS, TIER_CHUNKS = 64, 192
+RAW_BYTES = 1 << 16
+RATIO = 16
+BATCH, AT_ONCE = 2048, 4
+SIZES = (0.5, 1, 2, 8)
+REQUESTS_PER_CHUNK = 0.5
+"""Of the working set, so that each document is asked about four times on average."""
+LEAST_REQUESTS = 400
+POLICIES: dict[str, dict[str, Any]] = {
+    "raw eager": {"codec": "raw"},
+    "raw on_evict exclusive": {"codec": "raw", "store_policy": "on_evict", "exclusive": True},
+    "eager": {},
+    "on_evict": {"store_policy": "on_evict"},
+    "on_evict exclusive": {"store_policy": "on_evict", "exclusive": True},
+    "auto": {"store_policy": "auto"},
+    "auto exclusive": {"store_policy": "auto", "exclusive": True},
+}
+
+
+def main() -> None:
+    """Run all, print a table, write JSON."""
+    parser = argparse.ArgumentParser(prog="benchmarks.store_policy", description=__doc__)
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--seeds", type=int, default=3)
+    args = parser.parse_args()
+    rows = []
+    for trace in TRACES:
+        for size in SIZES:
+            print(f"\n{trace}, working set {size}x of GPU and tier", flush=True)
+            for policy in POLICIES:
+                runs = [measure(trace, size, policy, seed) for seed in range(args.seeds)]
+                row = {"trace": trace, "working_set": size, "policy": policy, **_mean(runs)}
+                rows.append(row)
+                print(
+                    f"  {policy:24} hits {row['hit_share']:6.1%} (GPU {row['gpu_share']:6.1%}) "
+                    f"encoded {row['encoded_chunks']:7.0f} again {row['reencoded_chunks']:5.0f} "
+                    f"late {row['late_chunks']:5.0f} lost {row['lost_chunks']:3.0f}",
+                    flush=True,
+                )
+    command = f"python -m benchmarks.store_policy --seeds {args.seeds}"
+    args.out.write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
+
+
+def measure(trace: str, size: float, policy: str, seed: int) -> dict[str, float]:
+    """One run. Shares are of the prompts' tokens."""
+    chunks = round(size * (GPU_CHUNKS + TIER_CHUNKS))
+    requests = max(LEAST_REQUESTS, round(chunks * REQUESTS_PER_CHUNK))
+    keys = POLICIES[policy]
+    record = RAW_BYTES if keys.get("codec") == "raw" else RAW_BYTES // RATIO
+    config = load_config(
+        {
+            "memory_bytes": TIER_CHUNKS * RAW_BYTES // RATIO,
+            "chunk_tokens": CHUNK,
+            "load_gate": False,
+            **keys,
+        }
+    )
+    group = CacheGroup(("layers.0",), BLOCK, 1, 128, 128, torch.bfloat16)
+    reuse = BlockReuse(BATCH // BLOCK + AT_ONCE)
+    side = KVTCScheduler(
+        config, CacheGeometry((group,), 1), [record], prompt_only=False, reuse=reuse
+    )
+    blocks = GPU_CHUNKS * CHUNK // BLOCK + 1
+    engine = SimEngine(side, blocks, record, batch=BATCH, requests=AT_ONCE)
+    source = TRACES[trace](chunks, requests, seed)
+    started = time.process_time()
+    _serve(engine, islice(source, requests // 2))
+    before = engine.totals.prompt_tokens, engine.totals.engine_hit_tokens, _loaded(engine)
+    _serve(engine, source)
+    assert not engine.wrong
+    prompt = engine.totals.prompt_tokens - before[0]
+    gpu = engine.totals.engine_hit_tokens - before[1]
+    loaded = _loaded(engine) - before[2]
+    stats = side.take_stats()
+    counted = {} if stats is None else stats.data
+    return {
+        "requests": requests,
+        "hit_share": (gpu + loaded) / prompt,
+        "gpu_share": gpu / prompt,
+        "encoded_chunks": engine.totals.encoded_records,
+        "encoded_bytes": engine.totals.encoded_records * record,
+        "reencoded_chunks": counted.get("reencoded_chunks", 0),
+        "late_chunks": counted.get("late_stores", 0),
+        "lost_chunks": counted.get("dropped_stores/overwritten", 0),
+        "preemptions": engine.totals.preemptions,
+        "cpu_seconds": time.process_time() - started,
+    }
+
+
+def _loaded(engine: SimEngine) -> int:
+    return engine.totals.loaded_tokens
+
+
+def _serve(engine: SimEngine, requests: Trace) -> None:
+    """So many at a time, until all have ended."""
+    for request in requests:
+        while len(engine.waiting) + len(engine.running) + engine.loads >= AT_ONCE:
+            engine.step()
+        engine.add(request)
+    engine.drain()
+
+
+def _mean(runs: list[dict[str, float]]) -> dict[str, float]:
+    return {name: round(sum(run[name] for run in runs) / len(runs), 4) for name in runs[0]}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Keeps equal bodies of blobs once, within one tenant."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterable
+
+from kvtc_vllm.tiers.blob_store import MemoryStore, StoreError
+from kvtc_vllm.tiers.keys import RecordKey
+
+_NAME_BYTES = 16
+"""Of a body; names of records are longer."""
+
+
+class OnceStore:
+    """A `MemoryStore` around another. Safe for the worker's step, encode and load threads.
+
+    A blob begins with `head` and ends with `tail` bytes of its own; what lies between is its
+    body. Bodies are found by a hash and compared byte by byte before they are shared. The oldest
+    blob with a body is charged for it; when that one goes, the next is.
+    """
+
+    def __init__(self, inner: MemoryStore, head: int, tail: int) -> None:
+        self._inner = inner
+        self._head, self._tail = head, tail
+        self._bodies: dict[RecordKey, RecordKey] = {}
+        self._users: dict[RecordKey, dict[RecordKey, None]] = {}
+        self._resized: dict[RecordKey, int] = {}
+        self._lock = threading.Lock()
+
+    def write(self, key: RecordKey, blob: bytes, tenant: bytes = b"") -> int:
+        """Keep a blob; returns what it adds. Raises StoreError "full", and keeps nothing."""
+        body = blob[self._head : len(blob) - self._tail]
+        name = self._name(tenant or key, body)  # nobody's is shared with nobody
+        with self._lock:
+            self._remove(key)
+            if name in self._users and self._inner.read(name) != body:
+                name = self._name(key, b"")  # another body of the same hash: kept apart
+            size = self._inner.write(key, blob[: self._head] + blob[len(blob) - self._tail :])
+            if name not in self._users:
+                try:
+                    size += self._inner.write(name, body)
+                except StoreError:
+                    self._inner.remove([key])
+                    raise
+            self._bodies[key] = name
+            self._users.setdefault(name, {})[key] = None
+            return size
+
+    def read(self, key: RecordKey) -> bytes:
+        """The blob. Raises StoreError "missing"."""
+        with self._lock:
+            if key not in self._bodies:
+                raise StoreError("missing", "the record is not in memory")
+            own, body = self._inner.read(key), self._inner.read(self._bodies[key])
+        return own[: self._head] + body + own[self._head :]
+
+    def remove(self, keys: Iterable[RecordKey]) -> int:
+        """Forget blobs and return how many there were; unknown names are ignored."""
+        with self._lock:
+            return sum(self._remove(key) for key in list(keys))
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            for found in (self._bodies, self._users, self._resized):
+                found.clear()
+            self._inner.clear()
+
+    def keys(self) -> list[RecordKey]:
+        """Names of all blobs, oldest first."""
+        with self._lock:
+            return list(self._bodies)
+
+    def take_resized(self) -> list[tuple[RecordKey, int]]:
+        """Blobs that are charged for a body now and were not, with all that they take."""
+        with self._lock:
+            resized, self._resized = self._resized, {}
+        return list(resized.items())
+
+    def _remove(self, key: RecordKey) -> bool:
+        name = self._bodies.pop(key, None)
+        if name is None:
+            return False
+        self._inner.remove([key])
+        self._resized.pop(key, None)
+        users = self._users[name]
+        charged = next(iter(users)) == key
+        del users[key]
+        if not users:
+            del self._users[name]
+            self._inner.remove([name])
+        elif charged:
+            heir = next(iter(users))
+            self._resized[heir] = self._head + self._tail + len(self._inner.read(name))
+        return True
+
+    @staticmethod
+    def _name(owner: bytes, body: bytes) -> RecordKey:
+        lead = len(owner).to_bytes(4, "little") + owner
+        return RecordKey(hashlib.blake2b(lead + body, digest_size=_NAME_BYTES).digest())
