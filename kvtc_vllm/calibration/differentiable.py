@@ -50,6 +50,11 @@ class PrefixGradients:
         return k, v
 
 
+def max_positions(config: Any) -> int:
+    """Longest prompt that a model's configuration in transformers allows."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31)
+
+
 class Differentiable:
     """A model in transformers whose prefix cache can be differentiated.
 
@@ -77,8 +82,7 @@ class Differentiable:
     @property
     def max_positions(self) -> int:
         """Longest prompt that the configuration allows."""
-        config = self._model.config.get_text_config()
-        return int(getattr(config, "max_position_embeddings", None) or 2**31)
+        return max_positions(self._model.config)
 
     def gradients(
         self, ids: Sequence[int], prefix: int, shape: CacheShape, generator: torch.Generator

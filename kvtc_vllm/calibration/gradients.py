@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -154,22 +155,9 @@ def measure_sensitivity(
     too little text.
     """
     model = Differentiable(directory, device, trust_remote_code=trust_remote_code)
-
-    def render(text: Text) -> str:
-        if isinstance(text, str):
-            return text
-        return str(model.tokenizer.apply_chat_template(text, tokenize=False))
-
+    limit = max_model_len or model.max_positions
     drawn = draw_documents(
-        make_documents(
-            map(render, texts),
-            model.tokenizer.encode,
-            max_tokens=min(source.max_len, (max_model_len or model.max_positions) - 1),
-            total_tokens=total_tokens,
-            heldout_fraction=source.heldout_fraction,
-            seed=source.seed,
-        ),
-        source,
+        calibration_documents(texts, model.tokenizer, source, total_tokens, limit), source
     )
     generator = torch.Generator().manual_seed(source.seed)
     sums = [torch.zeros(2, shape.layers, shape.kv_heads, dtype=torch.float64) for _ in range(2)]
@@ -222,6 +210,33 @@ def _average(sums: torch.Tensor, tokens: int, shape: CacheShape) -> Average:
     )
     return Average(
         keys=tuple(map(tuple, k.tolist())), values=tuple(map(tuple, v.tolist())), tokens=tokens
+    )
+
+
+def calibration_documents(
+    texts: Sequence[Text],
+    tokenizer: Any,
+    source: SensitivitySource,
+    total_tokens: int,
+    max_model_len: int,
+) -> list[Document]:
+    """The documents that a capture of the same text and settings ran. Raises DataError.
+
+    tokenizer: of transformers. total_tokens: of all documents. max_model_len: of the engine.
+    """
+
+    def render(text: Text) -> str:
+        if isinstance(text, str):
+            return text
+        return str(tokenizer.apply_chat_template(text, tokenize=False))
+
+    return make_documents(
+        map(render, texts),
+        tokenizer.encode,
+        max_tokens=min(source.max_len, max_model_len - 1),
+        total_tokens=total_tokens,
+        heldout_fraction=source.heldout_fraction,
+        seed=source.seed,
     )
 
 
