@@ -72,6 +72,8 @@ def main() -> None:
     add("--documents", type=int, default=4, help="of every kind of text to report on")
     add("--prompts", type=int, default=8, help="of retrieval to report on")
     add("--kinds", help="of text to report on; default: those of the ablation")
+    add("--variants", help="of these alone, such as layer,head")
+    add("--fit", action="store_true", help="fit what is not there, and measure nothing")
     add("--threads", type=int, default=1, help="of torch")
     add("--out", type=Path)
     args = parser.parse_args()
@@ -82,6 +84,8 @@ def main() -> None:
     material = read_material(args)
     ablation = ABLATIONS[args.name]
     variants = ablation.variants(material)
+    if args.variants:
+        variants = [v for v in variants if v.name in args.variants.split(",")]
     kinds = args.kinds.split(",") if args.kinds else ablation.kinds
     codecs = {
         (variant.name, ratio): open_codec_of(
@@ -90,6 +94,8 @@ def main() -> None:
         for variant in variants
         for ratio in ratios
     }
+    if args.fit:
+        return
     about: dict[str, Any] = {
         "command": f"python -m benchmarks.sensitivity_ablations {args.name} --model DIR "
         f"--spool DIR --data DIR --work DIR --rows {args.rows} --documents {args.documents}",

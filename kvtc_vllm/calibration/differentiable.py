@@ -141,7 +141,7 @@ def unusable(directory: Path, reason: Exception | str) -> ArtifactError:
     text = " ".join(str(reason).split()) or type(reason).__name__
     return ArtifactError(
         f"--sensitivity gradient: transformers cannot run {directory.name} as needed ({text}); "
-        "give --sensitivity none"
+        "give --sensitivity probe or none"
     )
 
 

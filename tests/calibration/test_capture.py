@@ -262,7 +262,7 @@ def test_no_capture_for_a_model_without_gradients(
     assert main([*command, "--sensitivity", "gradient"]) == 2
     error = capsys.readouterr().err
     assert "--sensitivity gradient: transformers cannot run my-model" in error
-    assert error.rstrip().endswith("give --sensitivity none")
+    assert error.rstrip().endswith("give --sensitivity probe or none")
     assert error.count("\n") == 1
     assert runs.count == 0
 
