@@ -67,12 +67,12 @@ def main() -> None:
     add("--data", type=Path, required=True, help="directory of the public documents")
     add("--work", type=Path, required=True, help="directory for gradients and fits, which are kept")
     add("--probe", type=Path, help="sensitivity.json by --sensitivity probe, for method")
-    add("--ratios", default="16,32,64", help="target ratios")
-    add("--rows", type=int, default=24_000, help="rows to fit")
+    add("--ratios", default="32,64", help="target ratios")
+    add("--rows", type=int, default=12_000, help="rows to fit")
     add("--documents", type=int, default=4, help="of every kind of text to report on")
     add("--prompts", type=int, default=8, help="of retrieval to report on")
     add("--kinds", help="of text to report on; default: those of the ablation")
-    add("--variants", help="of these alone, such as layer,head")
+    add("--variants", help="these alone, such as layer,head; OUT keeps the rows of others")
     add("--fit", action="store_true", help="fit what is not there, and measure nothing")
     add("--threads", type=int, default=1, help="of torch")
     add("--out", type=Path)
@@ -110,6 +110,7 @@ def main() -> None:
         "unit": "KL in nats per token, mean over documents; [low, high] is 95 %",
     }
     out.parent.mkdir(parents=True, exist_ok=True)
+    others = kept_rows(out, about, [variant.name for variant in variants])
     table: list[dict[str, Any]] = []
     names: list[str] = []
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
@@ -127,7 +128,7 @@ def main() -> None:
             stored.kl, stored.agreed = exact.compare(stored.k, stored.v)
             measured.setdefault((kind, variant, ratio), []).append(stored.without_tensors())
         print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
-        table = [row(*key, found) for key, found in measured.items()]
+        table = others + [row(*key, found) for key, found in measured.items()]
         out.write_text(json.dumps(about | {"documents": names, "rows": table}, indent=1) + "\n")
     for line in table:
         print(
@@ -135,6 +136,25 @@ def main() -> None:
             f"real {line['real_ratio']:.1f}, KL {line['kl']:.5f} {line['interval']}"
             f" top-1 {line['agreed']:.3f}"
         )
+
+
+def kept_rows(out: Path, about: dict[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of other variants in OUT, whose descriptions go into `about`.
+
+    Raises SystemExit if they were measured in another way.
+    """
+    if not out.exists():
+        return []
+    before = json.loads(out.read_text())
+    differing = [k for k, v in about.items() if k != "variants" and before.get(k) != v]
+    if differing:
+        raise SystemExit(f"{out}: was measured with another {differing[0]}; give another --out")
+    rows = [row for row in before["rows"] if row["variant"] not in names]
+    left = {row["variant"] for row in rows}
+    about["variants"] = {k: v for k, v in before["variants"].items() if k in left} | about[
+        "variants"
+    ]
+    return rows
 
 
 def read_material(args: argparse.Namespace) -> Material:

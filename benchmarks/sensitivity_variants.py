@@ -33,6 +33,8 @@ from kvtc_vllm.codec.sink_rule import SinkRule
 from kvtc_vllm.codec.transform import rows_from_keys
 
 HELDOUT_ROWS = 1024
+RANK_CAP = 1024
+"""Columns of a basis: more than plans of 32x read of this model's rows."""
 TEXT_DOCUMENTS = 20
 """Of texts, in the set that everything else is compared with."""
 
@@ -149,8 +151,8 @@ def token_variants(material: Material) -> list[Variant]:
     return [
         Variant("all", "weights of all tokens", every),
         Variant("ordinary", "weights of ordinary tokens", ordinary),
-        Variant("all, exact", "and sinks in 16 bits", every, exact_sinks=True),
-        Variant("ordinary, exact", "and sinks in 16 bits", ordinary, exact_sinks=True),
+        Variant("all exact", "and sinks in 16 bits", every, exact_sinks=True),
+        Variant("ordinary exact", "and sinks in 16 bits", ordinary, exact_sinks=True),
     ]
 
 
@@ -233,7 +235,10 @@ def fitted(
             reader.layer_rope if matrices is None else (None,) * geometry.num_layers,
             ratios,
             settings=FitSettings(
-                weights=own_weights, train_rows=material.rows, heldout_rows=HELDOUT_ROWS
+                weights=own_weights,
+                train_rows=material.rows,
+                heldout_rows=HELDOUT_ROWS,
+                rank_cap=RANK_CAP,
             ),
         )
         print(f"{variant.name}: fitted in {fit.seconds:.0f} s", flush=True)
