@@ -215,7 +215,7 @@ def fitted(
     """The artifact of a variant's fit, which is kept in `work`."""
     reader = material.reader
     geometry = reader.geometry
-    digest = xxhash.xxh3_64(f"{material.rows} {list(ratios)}")
+    digest = xxhash.xxh3_64(f"{material.rows} {list(ratios)}".encode())
     own_weights = variant.weights
     if variant.matrices is not None:
         digest.update(variant.matrices.numpy().tobytes())
