@@ -73,7 +73,9 @@ def collect(
     for kind, ids, prefix in tqdm(jobs, unit="document"):
         gradients = runner.gradients(ids, prefix, shape, generator)
         found.append(reduce(kind, gradients, ropes, rule))
-    torch.save([vars(gradients) for gradients in found], kept)
+    unfinished = kept.with_suffix(".writing")
+    torch.save([vars(gradients) for gradients in found], unfinished)
+    unfinished.replace(kept)
     return found
 
 

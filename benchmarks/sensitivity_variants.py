@@ -242,7 +242,9 @@ def fitted(
             ),
         )
         print(f"{variant.name}: fitted in {fit.seconds:.0f} s", flush=True)
-        write_rank_file(path, fit.artifact, reader.probe(), 0, 1)
+        unfinished = path.with_suffix(".writing")
+        write_rank_file(unfinished, fit.artifact, reader.probe(), 0, 1)
+        unfinished.replace(path)
     return read_rank_file(path, 0, 1)[0]
 
 
