@@ -10,11 +10,15 @@ them again, and kvtc fit makes other artifacts of them.
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from kvtc_vllm.cli.extras import require
 from kvtc_vllm.cli.fit_arguments import add_fit_arguments, artifact_settings, positive
 from kvtc_vllm.cli.options import add_engine, parse_engine
 from kvtc_vllm.config import ConfigError
+
+if TYPE_CHECKING:
+    from kvtc_vllm.calibration.sensitivity import SensitivityMeasure
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,10 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--sensitivity",
-        choices=("none", "gradient"),
+        choices=("none", "gradient", "probe"),
         default="none",
-        help="weigh layers by what an error in their K and V costs, found by gradients in "
-        "transformers (default none)",
+        help="weigh layers by what an error in their K and V costs: by gradients in transformers, "
+        "or by noise in vLLM, which takes longer (default none)",
     )
     add_engine(parser)
     add_fit_arguments(parser)
@@ -55,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     require("kvtc calibrate", "calibrate")
     from kvtc_vllm.calibration.calibrate import calibrate
     from kvtc_vllm.calibration.capture import CaptureSettings
-    from kvtc_vllm.calibration.gradients import GradientSettings
+    from kvtc_vllm.calibration.gradients import Gradients, GradientSettings
 
     capture = CaptureSettings(
         model=args.model,
@@ -67,8 +71,16 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         engine=parse_engine(args.engine),
     )
-    gradients = GradientSettings() if args.sensitivity == "gradient" else None
-    made = calibrate(capture, artifact_settings(args), spool=args.spool, sensitivity=gradients)
+    settings = artifact_settings(args)
+    sensitivity: SensitivityMeasure | None = None
+    if args.sensitivity == "gradient":
+        sensitivity = Gradients(capture, GradientSettings(), settings.fit.device)
+    if args.sensitivity == "probe":
+        require("kvtc calibrate --sensitivity probe", "eval")
+        from kvtc_vllm.evaluation.probe import Probe
+
+        sensitivity = Probe(capture)
+    made = calibrate(capture, settings, spool=args.spool, sensitivity=sensitivity)
     print(f"artifact: {made}")
     return 0
 

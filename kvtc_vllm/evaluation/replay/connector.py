@@ -17,6 +17,7 @@ from kvtc_vllm.config import load_config
 from kvtc_vllm.connector.connector import KVTCConnector
 from kvtc_vllm.evaluation.baselines import BASELINES
 from kvtc_vllm.evaluation.replay.baseline_codec import BaselineCodec
+from kvtc_vllm.evaluation.replay.noise import Noise, NoiseCodec
 from kvtc_vllm.evaluation.replay.round_trips import RoundTripCodec
 from kvtc_vllm.evaluation.replay.variants import VARIANTS, VariantContext
 from kvtc_vllm.offload.geometry import CacheGroup, codec_geometry
@@ -31,7 +32,7 @@ MODULE = "kvtc_vllm.evaluation.replay.connector"
 
 
 class CodecOverride(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What takes the codec's place. The codec stays if neither baseline nor variant is given."""
+    """What takes the codec's place. The codec stays if nothing is given."""
 
     baseline: str | None = None
     """Name in `BASELINES`."""
@@ -43,6 +44,8 @@ class CodecOverride(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Target ratio of the variant."""
     options: dict[str, Any] = {}
     """Keyword arguments of the baseline, or what the variant takes."""
+    noise: Noise | None = None
+    """Chunks are stored exact, and loaded with noise."""
     round_trips: dict[str, CodecOverride] = {}
     """By name, methods that share exact chunks; then nothing else is given."""
 
@@ -82,6 +85,8 @@ def override_codec(
         return RoundTripCodec(exact, methods)
     if wanted == CodecOverride():
         return exact
+    if wanted.noise is not None:
+        return NoiseCodec(exact, wanted.noise)
     if wanted.baseline is not None:
         geometry = codec_geometry(group)
         per_layer = [None if index is None else ropes[index] for index in layer_rope]

@@ -1,0 +1,259 @@
+"""What sensitivity weights owe to their metric, their data and how they were found.
+
+    python -m benchmarks.sensitivity_ablations NAME --model DIR --spool DIR --data DIR --work DIR
+                                               [--out benchmarks/results/sensitivity-NAME.json]
+
+NAME is one of
+
+    metric      no weights, a weight per layer, per layer and head, a matrix per layer and head
+    method      gradients against noise in vLLM; --probe FILE is what the probe found
+    documents   3, 6, 12 and 20 documents
+    retrieval   retrieval prompts among the documents or not
+    domains     weights of essays, of maths and of code, each used on all three
+    tokens      weights of all and of ordinary tokens, sinks coded or kept in 16 bits
+
+Artifacts of version 1 are fitted to the same rows of one spool, with other weights and nothing
+else changed. Documents of the report part go through the codec as in `benchmarks.sensitivity`:
+768 tokens of prefix in blobs, at least 128 exact after them, KL over the tokens that follow.
+Bytes are of whole blobs. Intervals are 95 %, bootstrapped over documents. --work keeps gradients
+and fits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.sensitivity import CHUNK, ROOT, interval, kl
+from benchmarks.sensitivity_gradients import TEXTS, collect
+from benchmarks.sensitivity_variants import (
+    ABLATIONS,
+    Material,
+    Stored,
+    fitted,
+    keep_sinks,
+    open_codec_of,
+)
+from kvtc_vllm.calibration.sinks import fit_sinks
+from kvtc_vllm.calibration.spool import SpoolReader
+from kvtc_vllm.evaluation.data.public import Source
+from kvtc_vllm.evaluation.tasks import open_task
+
+PREFIX, WINDOW, SCORED = 768, 128, 128
+RETRIEVAL_PREFIX = 640
+
+
+def main() -> None:
+    """Fit what is not there, measure, print a table, write JSON after every document."""
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.sensitivity_ablations",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("name", choices=tuple(ABLATIONS))
+    add("--model", type=Path, required=True, help="directory of the model")
+    add("--spool", type=Path, required=True, help="what kvtc calibrate --spool left")
+    add("--data", type=Path, required=True, help="directory of the public documents")
+    add("--work", type=Path, required=True, help="directory for gradients and fits, which are kept")
+    add("--probe", type=Path, help="sensitivity.json by --sensitivity probe, for method")
+    add("--ratios", default="32,64", help="target ratios")
+    add("--rows", type=int, default=12_000, help="rows to fit")
+    add("--documents", type=int, default=4, help="of every kind of text to report on")
+    add("--prompts", type=int, default=8, help="of retrieval to report on")
+    add("--kinds", help="of text to report on; default: those of the ablation")
+    add("--variants", help="these alone, such as layer,head; OUT keeps the rows of others")
+    add("--fit", action="store_true", help="fit what is not there, and measure nothing")
+    add("--threads", type=int, default=1, help="of torch")
+    add("--out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    out = args.out or ROOT / f"benchmarks/results/sensitivity-{args.name}.json"
+    ratios = [float(ratio) for ratio in args.ratios.split(",")]
+    material = read_material(args)
+    ablation = ABLATIONS[args.name]
+    variants = ablation.variants(material)
+    if args.variants:
+        variants = [v for v in variants if v.name in args.variants.split(",")]
+    kinds = args.kinds.split(",") if args.kinds else ablation.kinds
+    codecs = {
+        (variant.name, ratio): open_codec_of(
+            variant, fitted(variant, material, ratios, args.work), ratio, material
+        )
+        for variant in variants
+        for ratio in ratios
+    }
+    if args.fit:
+        return
+    about: dict[str, Any] = {
+        "command": f"python -m benchmarks.sensitivity_ablations {args.name} --model DIR "
+        f"--spool DIR --data DIR --work DIR --rows {args.rows} --documents {args.documents}",
+        "model": args.model.name,
+        "variants": {variant.name: variant.about for variant in variants},
+        "rows": args.rows,
+        "prefix_tokens": PREFIX,
+        "exact_tokens": WINDOW,
+        "chunk_tokens": CHUNK,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} used",
+        "versions": {p: version(p) for p in ("kvtc-vllm", "torch", "transformers")},
+        "unit": "KL in nats per token, mean over documents; [low, high] is 95 %",
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    others = kept_rows(out, about, [variant.name for variant in variants])
+    table: list[dict[str, Any]] = []
+    names: list[str] = []
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    by_name = {variant.name: variant for variant in variants}
+    measured: dict[tuple[str, str, float], list[Stored]] = {}
+    for kind, name, ids, prefix, scored in reports(tokenizer, args, kinds):
+        started = time.monotonic()
+        names.append(name)
+        exact = Exact(model, ids, prefix, scored)
+        for (variant, ratio), codec in codecs.items():
+            stored = codec.round_trip(exact.k, exact.v)
+            if by_name[variant].exact_sinks:
+                stored = keep_sinks(stored, exact.k, exact.v, material.rule)
+            stored.kl, stored.agreed = exact.compare(stored.k, stored.v)
+            measured.setdefault((kind, variant, ratio), []).append(stored.without_tensors())
+        print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
+        table = others + [row(*key, found) for key, found in measured.items()]
+        out.write_text(json.dumps(about | {"documents": names, "rows": table}, indent=1) + "\n")
+    for line in table:
+        print(
+            f"{line['kind']:14} {line['variant']:16} {line['target_ratio']:g}x: "
+            f"real {line['real_ratio']:.1f}, KL {line['kl']:.5f} {line['interval']}"
+            f" top-1 {line['agreed']:.3f}"
+        )
+
+
+def kept_rows(out: Path, about: dict[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of other variants in OUT, whose descriptions go into `about`.
+
+    Raises SystemExit if they were measured in another way.
+    """
+    if not out.exists():
+        return []
+    before = json.loads(out.read_text())
+    differing = [k for k, v in about.items() if k != "variants" and before.get(k) != v]
+    if differing:
+        raise SystemExit(f"{out}: was measured with another {differing[0]}; give another --out")
+    rows = [row for row in before["rows"] if row["variant"] not in names]
+    left = {row["variant"] for row in rows}
+    about["variants"] = {k: v for k, v in before["variants"].items() if k in left} | about[
+        "variants"
+    ]
+    return rows
+
+
+def read_material(args: argparse.Namespace) -> Material:
+    """Rows, sinks and gradients."""
+    reader = SpoolReader(args.spool / "rank0")
+    sinks = fit_sinks(reader)
+    ropes = [None if i is None else reader.ropes[i] for i in reader.layer_rope]
+    rule = None if sinks is None else sinks.rule
+    kept = args.work / "gradients.pt"
+    gradients = collect(args.model, args.data, reader.geometry, ropes, rule, kept)
+    return Material(reader, gradients, rule, args.rows, args.probe)
+
+
+def reports(
+    tokenizer: Any, args: argparse.Namespace, kinds: Sequence[str]
+) -> Iterator[tuple[str, str, list[int], int, int]]:
+    """Kind, name, token ids, tokens of the prefix and tokens scored; kinds in turn."""
+    source = Source(str(args.data), "report")
+    found = []
+    for kind in kinds:
+        text = kind in TEXTS
+        context = PREFIX + WINDOW + SCORED - 32 if text else 900
+        count = args.documents if text else args.prompts
+        sessions = open_task(kind, source).sessions(tokenizer, context, count, 0)
+        rows = []
+        for session in sessions:
+            example = session.turns[0]
+            ids = example.prompt + example.target
+            prefix = PREFIX if text else RETRIEVAL_PREFIX
+            scored = SCORED if text else len(example.target)
+            rows.append((kind, ", ".join(session.documents), ids, prefix, scored))
+        found.append(rows)
+    for number in range(max(map(len, found))):
+        for rows in found:
+            yield from rows[number : number + 1]
+
+
+class Exact:
+    """A document on its uncompressed cache, which is rounded to bfloat16 as in serving.
+
+    k, v: bfloat16 [T, L, H, D] of the prefix, K post-RoPE.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Any, ids: Sequence[int], prefix: int, scored: int) -> None:
+        from transformers import DynamicCache
+
+        self._model, self._ids, self._scored = model, ids, scored
+        cache: Any = DynamicCache()
+        model(input_ids=torch.tensor([ids[:prefix]]), past_key_values=cache, logits_to_keep=1)
+        self.k, self.v = (
+            torch.stack([getattr(x, which)[0].transpose(0, 1) for x in cache.layers], dim=1).to(
+                torch.bfloat16
+            )
+            for which in ("keys", "values")
+        )
+        self._log_probs = self._score(self.k, self.v)
+
+    def compare(self, k: torch.Tensor, v: torch.Tensor) -> tuple[float, float]:
+        """KL in nats per token on another cache, and the share of equal first choices."""
+        found = self._score(k, v)
+        agreed = (found.argmax(-1) == self._log_probs.argmax(-1)).double().mean()
+        return kl(self._log_probs, found), float(agreed)
+
+    @torch.no_grad()
+    def _score(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities of the last tokens: float32 [S, V]."""
+        from transformers import DynamicCache
+
+        cache: Any = DynamicCache()
+        for layer in range(k.shape[1]):
+            keys, values = (x[:, layer].transpose(0, 1)[None].float() for x in (k, v))
+            cache.update(keys.contiguous(), values.contiguous(), layer)
+        output = self._model(
+            input_ids=torch.tensor([self._ids[len(k) :]]),
+            past_key_values=cache,
+            logits_to_keep=self._scored + 1,
+        )
+        # The last place predicts a token that is not there.
+        return torch.log_softmax(output.logits[0, :-1].float(), dim=-1)
+
+
+def row(kind: str, variant: str, ratio: float, found: Sequence[Stored]) -> dict[str, Any]:
+    """Of one variant at one ratio, over documents of one kind."""
+    divergence = [stored.kl for stored in found]
+    low, high = interval(divergence)
+    total = sum(stored.bytes for stored in found)
+    return {
+        "kind": kind,
+        "variant": variant,
+        "target_ratio": ratio,
+        "real_ratio": round(sum(stored.raw for stored in found) / total, 2),
+        "bytes": total,
+        "kl": round(sum(divergence) / len(found), 6),
+        "interval": [round(low, 6), round(high, 6)],
+        "agreed": round(sum(stored.agreed for stored in found) / len(found), 4),
+        "by_document": [round(value, 6) for value in divergence],
+    }
+
+
+if __name__ == "__main__":
+    main()
