@@ -11,18 +11,24 @@ import torch
 import xxhash
 
 from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind, SectionBasis
+from kvtc_vllm.codec.sink_rule import SinkRule
 
 
 def artifact_fingerprint(
-    geometry: Geometry, sections: Mapping[tuple[int, Kind], SectionBasis], sink_tokens: int
+    geometry: Geometry,
+    sections: Mapping[tuple[int, Kind], SectionBasis],
+    sink_tokens: int,
+    sink_rule: SinkRule | None = None,
 ) -> bytes:
-    """16 bytes: xxh3-128 over geometry, sink tokens, means, bases, plans and weights.
+    """16 bytes: xxh3-128 over geometry, sink tokens, sink rule, means, bases, plans and weights.
 
     Predicted and held-out errors describe the artifact without changing its
     output and are left out; RoPE tables belong to the run-time identity.
     """
     digest = xxhash.xxh3_128()
     header = asdict(geometry) | {"sink_tokens": sink_tokens}
+    if sink_rule is not None:
+        header["sink_rule"] = asdict(sink_rule)
     digest.update(json.dumps(header, sort_keys=True).encode())
     for group in range(len(geometry.layer_groups)):
         for kind in KINDS:

@@ -38,6 +38,7 @@ from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.registry import CODECS, ArtifactRules
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.codec.section_coder import SectionCoder
+from kvtc_vllm.codec.sink_rule import SinkRule
 
 PROBE_TOKENS = 128
 
@@ -70,6 +71,7 @@ class RankHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     layer_rope: per layer the number of its table `rope{i}`, or None.
     rope_neox: per table whether it rotates pairs (i, i + rotary / 2).
     codec: not named for version 1, "kvtc".
+    sink_rule: not there if the model has no sinks beyond the first positions.
     """
 
     rank: int
@@ -80,6 +82,7 @@ class RankHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     layer_rope: tuple[int | None, ...]
     rope_neox: tuple[bool, ...]
     codec: str | msgspec.UnsetType = msgspec.UNSET
+    sink_rule: SinkRule | msgspec.UnsetType = msgspec.UNSET
     format_version: int = FORMAT_VERSION
 
 
@@ -122,6 +125,7 @@ def write_rank_file(
         layer_rope=artifact.layer_rope,
         rope_neox=tuple(rope.neox for rope in artifact.ropes),
         codec=msgspec.UNSET if artifact.codec == _UNNAMED_CODEC else artifact.codec,
+        sink_rule=msgspec.UNSET if artifact.sink_rule is None else artifact.sink_rule,
     )
     # safetensors refuses views and tensors that share memory.
     owned = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
@@ -191,6 +195,12 @@ class _RankReader:
             raise self._error("codec", f"is {codec!r}, whose artifacts this program does not know")
         rules = spec.rules
         geometry = header.geometry
+        sink_rule = None if header.sink_rule is msgspec.UNSET else header.sink_rule
+        if sink_rule is not None and sink_rule.layers[-1] >= geometry.num_layers:
+            raise self._error(
+                "sink_rule",
+                f"names layer {sink_rule.layers[-1]}, the model has {geometry.num_layers} layers",
+            )
         ropes = self._ropes(header, geometry)
         sections: dict[tuple[int, Kind], SectionBasis] = {
             (group, kind): self._section(geometry, group, kind, rules)
@@ -203,7 +213,7 @@ class _RankReader:
         probe = self._probe(geometry, ropes)
         if self._left:
             raise self._error(min(self._left), "is not a tensor of this format")
-        fingerprint = artifact_fingerprint(geometry, sections, header.sink_tokens)
+        fingerprint = artifact_fingerprint(geometry, sections, header.sink_tokens, sink_rule)
         if fingerprint.hex() != header.fingerprint:
             raise self._error(
                 "fingerprint",
@@ -218,6 +228,7 @@ class _RankReader:
             fingerprint=fingerprint,
             sink_tokens=header.sink_tokens,
             codec=codec,
+            sink_rule=sink_rule,
         )
         return artifact, probe
 

@@ -18,6 +18,7 @@ import torch
 
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.codec.section_coder import SectionCoder
+from kvtc_vllm.codec.sink_rule import SinkRule
 
 Kind = Literal["k", "v"]
 """Which tensor: K or V."""
@@ -133,8 +134,10 @@ class RankArtifact:
     cache times its layer's scale is the model's value. None: 1 for every layer.
     codec: the name in `kvtc_vllm.codec.registry.CODECS` of the codec that the
     plans are of.
+    sink_rule: tells the sinks beyond the first positions; None: there are none to tell.
 
-    Raises ValueError for a `layer_rope` that does not fit the layers and `ropes`.
+    Raises ValueError for a `layer_rope` that does not fit the layers and `ropes`,
+    and for a sink rule of layers that the model does not have.
     """
 
     geometry: Geometry
@@ -145,9 +148,15 @@ class RankArtifact:
     sink_tokens: int = 4
     scales: Mapping[Kind, torch.Tensor] | None = None
     codec: str = "kvtc"
+    sink_rule: SinkRule | None = None
 
     def __post_init__(self) -> None:
         check_layer_rope(self.layer_rope, self.ropes, self.geometry.num_layers)
+        if self.sink_rule is not None and self.sink_rule.layers[-1] >= self.geometry.num_layers:
+            raise ValueError(
+                f"sink_rule names layer {self.sink_rule.layers[-1]}, but the model has "
+                f"{self.geometry.num_layers} layers"
+            )
 
     def ratios(self) -> tuple[float, ...]:
         """Target ratios for which every section has a plan, ascending."""

@@ -18,10 +18,12 @@ from safetensors.torch import load_file, save_file
 
 from kvtc_vllm.artifact.directory import load_rank_artifact
 from kvtc_vllm.artifact.fingerprint import artifact_fingerprint
+from kvtc_vllm.artifact.rank_file import read_rank_file, write_rank_file
 from kvtc_vllm.calibration.fit import RankFit
 from kvtc_vllm.calibration.spool import SpoolReader
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.payload import CoefficientGroup
+from kvtc_vllm.codec.sink_rule import SinkRule
 from tests.calibration.toy import DATA, IDENTITY, RANK_FILE, RATIOS, SIZE
 
 Tensors = dict[str, torch.Tensor]
@@ -264,3 +266,40 @@ def test_fingerprint_covers_what_influences_bytes(fit: RankFit) -> None:
     predicted = section.plans | {2.0: dataclasses.replace(plan, predicted_error=0.5)}
     assert with_section(plans=predicted) == base
     assert artifact.geometry.head_size == SIZE
+    rules = [SinkRule((0, 1), 0.5), SinkRule((0, 1), 0.25), SinkRule((1,), 0.5)]
+    rules.append(SinkRule((0, 1), 0.5, max_share=0.1))
+    with_rule = {artifact_fingerprint(artifact.geometry, artifact.sections, 4, r) for r in rules}
+    assert len(with_rule | {base}) == len(rules) + 1
+
+
+def test_a_sink_rule_is_kept(fit: RankFit, written: Path, tmp_path: Path) -> None:
+    artifact = fit.artifact
+    layers = artifact.geometry.num_layers
+    rule = SinkRule((0, layers - 1), -0.1, max_share=1 / 3)
+    fingerprint = artifact_fingerprint(artifact.geometry, artifact.sections, 4, rule)
+    whole = dataclasses.replace(artifact, sink_rule=rule, fingerprint=fingerprint)
+    _, probe = read_rank_file(written / RANK_FILE, 0, 1)
+    path = tmp_path / RANK_FILE
+    write_rank_file(path, whole, probe, 0, 1)
+    found, _ = read_rank_file(path, 0, 1)
+    assert (found.sink_rule, found.fingerprint) == (rule, fingerprint)
+    assert read_rank_file(written / RANK_FILE, 0, 1)[0].sink_rule is None
+    with pytest.raises(ValueError, match=f"sink_rule names layer {layers}, but the model has"):
+        dataclasses.replace(artifact, sink_rule=SinkRule((layers,), 0.0))
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"layers": [0], "threshold": 0.5}, "fingerprint is"),
+        ({"layers": [99], "threshold": 0.5}, "sink_rule names layer 99"),
+        ({"layers": [1, 0], "threshold": 0.5}, "layers .1, 0. of a sink rule"),
+        ({"layers": [0], "threshold": 0.5, "max_share": 2.0}, "max_share 2.0"),
+        ({"layers": [0]}, "threshold"),
+        ("none", "sink_rule"),
+    ],
+)
+def test_a_wrong_sink_rule_is_refused(copy: Path, rule: Any, message: str) -> None:
+    edit(copy, lambda tensors, header: header.update(sink_rule=rule))
+    with pytest.raises(ArtifactError, match=message):
+        load_rank_artifact(copy, 0)

@@ -32,7 +32,7 @@ class VariantContext:
         """Our codec with fields of the artifact changed."""
         artifact = replace(self.artifact, **changes)
         fingerprint = artifact_fingerprint(
-            artifact.geometry, artifact.sections, artifact.sink_tokens
+            artifact.geometry, artifact.sections, artifact.sink_tokens, artifact.sink_rule
         )
         artifact = replace(artifact, fingerprint=fingerprint)
         return open_codec(artifact.codec, self.dtype, artifact=artifact, ratio=self.ratio)
