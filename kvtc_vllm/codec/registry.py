@@ -22,6 +22,8 @@ from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.payload import read_plan
 from kvtc_vllm.codec.raw import RawCodec
 from kvtc_vllm.codec.section_coder import CoderTensors, SectionCoder
+from kvtc_vllm.codec.v2.codec import Kvtc2Codec
+from kvtc_vllm.codec.v2.plan import most_bytes, over_ratio, read_step_plan
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ CODECS: dict[str, CodecSpec] = {
         has_kernels=True,
         fast=fast_kvtc,
     ),
+    Kvtc2Codec.name: CodecSpec(Kvtc2Codec, ArtifactRules(read_step_plan, over_ratio, most_bytes)),
 }
 
 

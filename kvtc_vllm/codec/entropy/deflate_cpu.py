@@ -1,4 +1,4 @@
-"""deflate: raw DEFLATE (RFC 1951) units of at most 64 KiB, by isal on the CPU.
+"""deflate: raw DEFLATE (RFC 1951) units of at most 64 KiB, by isal or zlib on the CPU.
 
 The bytes are those of any other raw DEFLATE: zlib, libdeflate and nvCOMP read
 them. DEFLATE has no checksum of its own (most single-bit flips decode to wrong
@@ -8,6 +8,7 @@ checksum has been verified.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -23,6 +24,8 @@ from kvtc_vllm.codec.entropy.base import (
 from kvtc_vllm.codec.errors import ContainerError
 
 RAW_DEFLATE_WINDOW = -15
+_ZLIB_LEVEL = 6
+_ZLIB_MEMORY = 9
 # isal's stubs declare the exception as an instance.
 _INFLATE_ERROR = cast(type[Exception], isal_zlib.IsalError)
 
@@ -31,12 +34,16 @@ _INFLATE_ERROR = cast(type[Exception], isal_zlib.IsalError)
 class DeflateCoder:
     """isal at `level` 0 (fastest) to 3; a unit that would not shrink is stored.
 
+    matches: look for repeated bytes. Without, only runs of one byte are shortened, by zlib, whose
+    effort does not depend on `level` then.
+
     On packed codes levels 1, 2 and 3 give the same size within 0.1 % (matches
     hardly ever help, the Huffman table does), so the default is the fastest
     of them; level 0 gains nothing at all.
     """
 
     level: int = 1
+    matches: bool = True
     name: str = "deflate"
     coder_id: int = 1
 
@@ -50,12 +57,20 @@ class DeflateCoder:
         for stream in streams:
             for start in range(0, len(stream), MAX_UNIT_BYTES):
                 raw = stream[start : start + MAX_UNIT_BYTES]
-                stored = isal_zlib.compress(raw, self.level, wbits=RAW_DEFLATE_WINDOW)
+                stored = self._deflate(raw)
                 if len(stored) >= len(raw):
                     stored = raw
                 units.append(Unit(len(raw), len(stored)))
                 pieces.append(stored.ljust(aligned(len(stored)), b"\0"))
         return EncodedSection(tuple(units), b"".join(pieces))
+
+    def _deflate(self, raw: bytes) -> bytes:
+        if self.matches:
+            return isal_zlib.compress(raw, self.level, wbits=RAW_DEFLATE_WINDOW)
+        deflater = zlib.compressobj(
+            _ZLIB_LEVEL, zlib.DEFLATED, RAW_DEFLATE_WINDOW, _ZLIB_MEMORY, zlib.Z_RLE
+        )
+        return deflater.compress(raw) + deflater.flush()
 
     def decode(self, units: Sequence[Unit], body: memoryview, raw_length: int) -> bytearray:
         units = list(units)
