@@ -65,11 +65,17 @@ class SectionCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 class SensitivityCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What rows were weighted by; the weights themselves are in the rank files.
 
-    method: how sensitivities were found, "gradient".
+    method: how sensitivities were found, "gradient" or "probe".
     documents: numbers of the calibration documents they were found on.
     tokens: of these, over which was averaged.
     seed: of what was drawn.
-    key_weights, value_weights: one per layer.
+    key_weights, value_weights: one per layer; root mean square over heads.
+    averaged: over "all" tokens, or over "ordinary" ones, sinks left out.
+    metric: a weight per "layer", or per layer and KV "head".
+    key_head_weights, value_head_weights: per layer, per KV head of all ranks; unset unless heads
+    have weights of their own.
+    marked_share, marked_energy: of those tokens, the sinks among them, and their share of the sum
+    of all squared gradients; unset if the model has no floating sinks.
     """
 
     method: str
@@ -78,6 +84,33 @@ class SensitivityCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     seed: int
     key_weights: tuple[float, ...]
     value_weights: tuple[float, ...]
+    averaged: str = "all"
+    metric: str = "layer"
+    key_head_weights: tuple[tuple[float, ...], ...] | msgspec.UnsetType = msgspec.UNSET
+    value_head_weights: tuple[tuple[float, ...], ...] | msgspec.UnsetType = msgspec.UNSET
+    marked_share: float | msgspec.UnsetType = msgspec.UNSET
+    marked_energy: float | msgspec.UnsetType = msgspec.UNSET
+
+
+class SinkCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Floating attention sinks that the rows of one rank show.
+
+    layers, threshold, max_share: see `kvtc_vllm.codec.sink_rule.SinkRule`.
+    separation: nats between the two modes of the mean log norm of values.
+    valley: density at the threshold over that of the lower mode.
+    train_share, heldout_share: of the tokens, how many lie below the threshold.
+    documents: share of the documents in which one does.
+    """
+
+    rank: int
+    layers: tuple[int, ...]
+    threshold: float
+    max_share: float
+    separation: float
+    valley: float
+    train_share: float
+    heldout_share: float
+    documents: float
 
 
 class ArtifactCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -103,6 +136,7 @@ class ArtifactCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     seconds: of fitting all ranks.
     key_share: see `kvtc_vllm.calibration.fit_settings.FitSettings`.
     sensitivity: unset if rows are not weighted.
+    sinks: one per rank whose rows show floating sinks, none if none does; unset if nobody looked.
     """
 
     model_name: str
@@ -126,6 +160,7 @@ class ArtifactCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     seconds: float
     key_share: float | None = None
     sensitivity: SensitivityCard | msgspec.UnsetType = msgspec.UNSET
+    sinks: tuple[SinkCard, ...] | msgspec.UnsetType = msgspec.UNSET
     format_version: int = FORMAT_VERSION
 
 

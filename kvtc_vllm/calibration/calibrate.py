@@ -9,20 +9,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvtc_vllm.artifact.card import DataCard
-from kvtc_vllm.artifact.identity import ModelIdentity, model_directory
+from kvtc_vllm.artifact.identity import ModelIdentity
 from kvtc_vllm.calibration.capture import CaptureSettings, capture_rows
 from kvtc_vllm.calibration.capture_record import CaptureRecord, find_record
 from kvtc_vllm.calibration.fit import RankFit, fit_rank
 from kvtc_vllm.calibration.fit_settings import FitSettings, estimate_fit
-from kvtc_vllm.calibration.gradients import (
-    GradientSettings,
-    check_supported,
-    spool_sensitivity,
-)
 from kvtc_vllm.calibration.progress import FitProgress
-from kvtc_vllm.calibration.sensitivity import load_sensitivity
+from kvtc_vllm.calibration.sensitivity import Sensitivity, SensitivityMeasure, load_sensitivity
 from kvtc_vllm.calibration.shards import RankRows, rank_heads
+from kvtc_vllm.calibration.sinks import fit_sinks
 from kvtc_vllm.calibration.spool import SpoolReader
+from kvtc_vllm.calibration.weights import Metric, RowWeights, Tokens
 from kvtc_vllm.calibration.writing import Description, write_artifact
 from kvtc_vllm.codec.errors import ArtifactError
 
@@ -38,6 +35,7 @@ class ArtifactSettings:
     out: registry directory to write into.
     name: directory of the artifact; None: see `writing.artifact_name`.
     model_name: what to call the model on the card; None: as it was captured.
+    sensitivity_tokens, sensitivity_metric: of the weights, if rows are weighted; see `RowWeights`.
     """
 
     ratios: Sequence[float]
@@ -47,6 +45,8 @@ class ArtifactSettings:
     out: str = "calibrations"
     name: str | None = None
     model_name: str | None = None
+    sensitivity_tokens: Tokens = "all"
+    sensitivity_metric: Metric = "layer"
 
 
 def calibrate(
@@ -54,30 +54,22 @@ def calibrate(
     settings: ArtifactSettings,
     *,
     spool: str | None = None,
-    sensitivity: GradientSettings | None = None,
+    sensitivity: SensitivityMeasure | None = None,
 ) -> Path:
     """Fit an artifact and write it into a registry; returns its directory.
 
     spool: keep captured rows here, and use those of an earlier run; None: a temporary directory.
-    sensitivity: weigh rows by gradients, found as this says; None: do not weigh them.
+    sensitivity: weigh rows by what this measures; None: do not weigh them.
     Raises DataError for unreadable data, ArtifactError for a spool of other settings, for a
-    model that gradients cannot be had of and for a result that acceptance refuses; nothing is then
-    written.
+    model that sensitivities cannot be had of and for a result that acceptance refuses; nothing is
+    then written.
     """
     if sensitivity is not None:
-        # Before a capture, which takes long.
-        check_supported(
-            model_directory(capture.model, capture.engine.get("revision")),
-            trust_remote_code=bool(capture.engine.get("trust_remote_code")),
-        )
+        sensitivity.check()
     with _spool_directory(spool) as directory:
         record = capture_rows(capture, directory)
-        weights = None
-        if sensitivity is not None:
-            weights = spool_sensitivity(
-                capture, record, directory, sensitivity, settings.fit.device
-            )
-        return fit_spool(directory, settings, weights)
+        measured = None if sensitivity is None else sensitivity.measure(record, directory)
+        return fit_spool(directory, settings, measured)
 
 
 def fit_spool(spool: Path, settings: ArtifactSettings, sensitivity: Path | None = None) -> Path:
@@ -95,18 +87,10 @@ def fit_spool(spool: Path, settings: ArtifactSettings, sensitivity: Path | None 
         )
     readers = [SpoolReader(spool / f"rank{rank}") for rank in range(record.tp_size)]
     # The same draws as `calibrate` from the beginning, hence the same artifact.
-    fit = replace(settings.fit, seed=record.source.seed)
-    if sensitivity is not None:
-        found = load_sensitivity(sensitivity, readers[0].geometry.num_layers)
-        if found.source.model != record.source.model:
-            raise ArtifactError(
-                f"{sensitivity}: is of model {found.source.model}, the spool of "
-                f"{record.source.model}; give the file that its own calibration left"
-            )
-        fit = replace(fit, sensitivity=found)
-    settings = replace(settings, fit=fit)
+    settings = replace(settings, fit=replace(settings.fit, seed=record.source.seed))
     tp = record.tp_size if settings.tp is None else settings.tp
     total = readers[0].header.total_kv_heads
+    found = None if sensitivity is None else _own_sensitivity(sensitivity, record, readers[0])
     sources = [RankRows(readers, tp, rank, settings.layers_per_group) for rank in range(tp)]
     # Ranks that hold copies of one head have the same fit.
     by_heads: dict[range, RankFit] = {}
@@ -114,7 +98,9 @@ def fit_spool(spool: Path, settings: ArtifactSettings, sensitivity: Path | None 
     for rank, source in enumerate(sources):
         heads = rank_heads(total, tp, rank)
         if heads not in by_heads:
-            by_heads[heads] = _fit(source, rank, settings, record.source.sink_tokens)
+            weights = None if found is None else _weights(found, settings, heads)
+            own = replace(settings, fit=replace(settings.fit, weights=weights))
+            by_heads[heads] = _fit(source, rank, own, record.source.sink_tokens)
         fits.append(by_heads[heads])
     return write_artifact(
         Path(settings.out),
@@ -123,6 +109,21 @@ def fit_spool(spool: Path, settings: ArtifactSettings, sensitivity: Path | None 
         [source.probe() for source in sources],
         name=settings.name,
     )
+
+
+def _own_sensitivity(path: Path, record: CaptureRecord, reader: SpoolReader) -> Sensitivity:
+    """The sensitivity in a file, if it is of the spool's model."""
+    found = load_sensitivity(path, reader.geometry.num_layers, reader.header.total_kv_heads)
+    if found.source.model != record.source.model:
+        raise ArtifactError(
+            f"{path}: is of model {found.source.model}, the spool of "
+            f"{record.source.model}; give the file that its own calibration left"
+        )
+    return found
+
+
+def _weights(found: Sensitivity, settings: ArtifactSettings, heads: range) -> RowWeights:
+    return RowWeights(found, settings.sensitivity_tokens, settings.sensitivity_metric, heads)
 
 
 def _fit(source: RankRows, rank: int, settings: ArtifactSettings, sink_tokens: int) -> RankFit:
@@ -136,6 +137,9 @@ def _fit(source: RankRows, rank: int, settings: ArtifactSettings, sink_tokens: i
         f"host together, PCA about {estimate.pca_seconds / 60:.1f} min on {where}",
         flush=True,
     )
+    sinks = fit_sinks(source)
+    if sinks is not None:
+        print(f"rank {rank}: {sinks.train_share:.2%} of the tokens are floating sinks", flush=True)
     with FitProgress(rank) as progress:
         return fit_rank(
             source,
@@ -144,6 +148,7 @@ def _fit(source: RankRows, rank: int, settings: ArtifactSettings, sink_tokens: i
             source.layer_rope,
             settings.ratios,
             sink_tokens=sink_tokens,
+            sinks=() if sinks is None else (sinks,),
             settings=settings.fit,
             progress=progress,
         )

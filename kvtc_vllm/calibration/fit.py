@@ -15,7 +15,8 @@ from kvtc_vllm.calibration.section_fit import (
     SectionFitter,
     SectionProgress,
 )
-from kvtc_vllm.calibration.sensitivity import Sensitivity
+from kvtc_vllm.calibration.sinks import SinkFit
+from kvtc_vllm.calibration.weights import RowWeights
 from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind, RankArtifact, SectionBasis
 from kvtc_vllm.codec.bitplan import budget_bits
 from kvtc_vllm.codec.errors import ArtifactError
@@ -29,14 +30,16 @@ class RankFit:
     artifact: with a fingerprint, ready to be written.
     sections: one per section of the artifact.
     seconds: of the whole fit.
-    key_share, sensitivity: see `FitSettings`.
+    key_share, weights: see `FitSettings`.
+    sinks: the floating sinks that the rank's rows show, one entry or none; None: nobody looked.
     """
 
     artifact: RankArtifact
     sections: dict[tuple[int, Kind], SectionFit]
     seconds: float
     key_share: float | None = None
-    sensitivity: Sensitivity | None = None
+    weights: RowWeights | None = None
+    sinks: tuple[SinkFit, ...] | None = None
 
 
 def fit_rank(
@@ -47,15 +50,16 @@ def fit_rank(
     ratios: Sequence[float],
     *,
     sink_tokens: int = 4,
+    sinks: tuple[SinkFit, ...] | None = None,
     settings: FitSettings | None = None,
     progress: SectionProgress | None = None,
 ) -> RankFit:
     """Fit every section of one rank.
 
-    ratios: target ratios of K and V together, one plan each. `estimate_fit` tells the
-    peak memory beforehand. Raises ArtifactError if training or held-out rows
-    are missing or the key share does not go with the ratios, ValueError for other
-    settings out of range.
+    ratios: target ratios of K and V together, one plan each. sinks: see `RankFit`.
+    `estimate_fit` tells the peak memory beforehand. Raises ArtifactError if training or held-out
+    rows are missing or the key share does not go with the ratios, ValueError for other settings
+    out of range.
     """
     settings = settings or FitSettings()
     started = time.monotonic()
@@ -83,7 +87,7 @@ def fit_rank(
         sink_tokens=sink_tokens,
     )
     return RankFit(
-        artifact, details, time.monotonic() - started, settings.key_share, settings.sensitivity
+        artifact, details, time.monotonic() - started, settings.key_share, settings.weights, sinks
     )
 
 

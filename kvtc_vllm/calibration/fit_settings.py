@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 
 from kvtc_vllm.calibration.rows import READING_BYTES
-from kvtc_vllm.calibration.sensitivity import Sensitivity
 from kvtc_vllm.calibration.solvers import (
     RANK_CAP,
     Method,
@@ -20,6 +19,7 @@ from kvtc_vllm.calibration.solvers import (
     predicted_seconds,
     resolve_method,
 )
+from kvtc_vllm.calibration.weights import RowWeights
 from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind
 from kvtc_vllm.codec.bitplan import (
     GROUP_SIZES,
@@ -43,8 +43,8 @@ class FitSettings:
     keys of the reference model 512, 2048 and 8192 rows gave plans of the same
     held-out error to three digits, and 2048 predict it within 5 %.
     key_share: of the bits of both, those of the keys; None codes K and V at the
-    same ratio, as the paper, or with a sensitivity, so that their errors cost least together.
-    sensitivity: what rows are weighted by; None: nothing.
+    same ratio, as the paper, or with weights, so that their errors cost least together.
+    weights: what rows are multiplied by; None: nothing.
     device: where products, eigenproblems and simulation run.
     seed: of what is drawn.
     """
@@ -57,14 +57,14 @@ class FitSettings:
     heldout_rows: int | None = 8192
     simulation_rows: int = 2048
     key_share: float | None = None
-    sensitivity: Sensitivity | None = None
+    weights: RowWeights | None = None
     device: str = "cpu"
     seed: int = 0
 
     @property
     def common_budget(self) -> bool:
         """Whether the allocation divides the bits of a layer group between K and V."""
-        return self.sensitivity is not None and self.key_share is None
+        return self.weights is not None and self.key_share is None
 
 
 def own_ratio(geometry: Geometry, group: int, kind: Kind, ratio: float, share: float) -> float:

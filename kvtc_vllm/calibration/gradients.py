@@ -1,11 +1,4 @@
-"""Gradients of a continuation with respect to cached K and V, in transformers.
-
-The prefix of a document is computed without gradients. Its K and V are then the leaves of a graph
-that computes the continuation. The label of every place is drawn from the model's own prediction
-there, so that the mean squared gradient is the diagonal of a Fisher matrix: to second order, what
-an error in the cache costs in KL divergence. Keys are differentiated with RoPE applied, which
-rotates a gradient and leaves its norm. transformers is imported when called.
-"""
+"""Sensitivities by gradients: averages over documents of a calibration text."""
 
 from __future__ import annotations
 
@@ -13,7 +6,6 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -21,16 +13,27 @@ from tqdm import tqdm
 from kvtc_vllm.artifact.identity import model_directory
 from kvtc_vllm.calibration.capture import PREFILL_FACTOR, CaptureSettings
 from kvtc_vllm.calibration.capture_record import CaptureRecord, texts_fingerprint
+from kvtc_vllm.calibration.differentiable import (
+    CacheShape,
+    Differentiable,
+    check_supported,
+    unusable,
+)
 from kvtc_vllm.calibration.documents import DataError, Document, Text, make_documents, read_texts
 from kvtc_vllm.calibration.sensitivity import (
     SENSITIVITY_NAME,
+    Average,
+    Marked,
     Sensitivity,
+    SensitivityMeasure,
     SensitivitySource,
-    load_sensitivity,
+    is_measured,
     save_sensitivity,
 )
+from kvtc_vllm.calibration.shards import RankRows
+from kvtc_vllm.calibration.sinks import fit_sinks
 from kvtc_vllm.calibration.spool import SpoolReader
-from kvtc_vllm.codec.errors import ArtifactError
+from kvtc_vllm.codec.sink_rule import SinkRule
 
 
 @dataclass(frozen=True)
@@ -46,123 +49,24 @@ class GradientSettings:
     continuation_tokens: int = 128
 
 
-@dataclass(frozen=True)
-class CacheShape:
-    """What the gradients must be of: layers, KV heads of all ranks, head sizes of K and V."""
+class Gradients(SensitivityMeasure):
+    """Measures by gradients, on the device given. capture: what the spool is captured with."""
 
-    layers: int
-    kv_heads: int
-    head_size: int
-    head_size_v: int
+    def __init__(self, capture: CaptureSettings, settings: GradientSettings, device: str) -> None:
+        self._capture = capture
+        self._settings = settings
+        self._device = device
 
-
-class Differentiable:
-    """A model in transformers whose prefix cache can be differentiated.
-
-    directory: of the model. device: as torch names it; on a CPU arithmetic is float32, on a GPU
-    the checkpoint's dtype. Raises ArtifactError if transformers cannot load it.
-    """
-
-    def __init__(self, directory: Path, device: str, *, trust_remote_code: bool = False) -> None:
-        self.directory = directory
-        self._device = torch.device(device)
-        self._options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-        try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
-
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(directory, **self._options)
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                directory,
-                dtype=torch.float32 if self._device.type == "cpu" else "auto",
-                **self._options,
-            )
-        except Exception as error:  # whatever a model's own code raises
-            raise unusable(directory, error) from error
-        self._model = model.eval().requires_grad_(False).to(self._device)
-
-    @property
-    def max_positions(self) -> int:
-        """Longest prompt that the configuration allows."""
-        config = self._model.config.get_text_config()
-        return int(getattr(config, "max_position_embeddings", None) or 2**31)
-
-    def squared_gradients(
-        self, ids: Sequence[int], prefix: int, shape: CacheShape, generator: torch.Generator
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sums over heads and elements: float64 [L, prefix] for K and for V.
-
-        ids: of prefix and continuation. generator: draws the labels, on the CPU. Raises
-        ArtifactError if the model does not run, or its cache is not of `shape`.
-        """
-        try:
-            leaves, gradients = self._gradients(ids, prefix, generator)
-        except Exception as error:
-            raise unusable(self.directory, error) from error
-        wanted = [(1, shape.kv_heads, prefix, n) for n in (shape.head_size, shape.head_size_v)]
-        found = [tuple(leaf.shape) for leaf in leaves]
-        if found != wanted * shape.layers:
-            raise unusable(
-                self.directory,
-                f"its cache has {len(found) // 2} layers, the first of K {found[0]} and V "
-                f"{found[1]}; captured were {shape.layers} of {wanted[0]} and {wanted[1]}",
-            )
-        squares = [gradient.double().square().sum((0, 1, 3)).cpu() for gradient in gradients]
-        return torch.stack(squares[0::2]), torch.stack(squares[1::2])
-
-    def _gradients(
-        self, ids: Sequence[int], prefix: int, generator: torch.Generator
-    ) -> tuple[list[torch.Tensor], Sequence[torch.Tensor]]:
-        from transformers import DynamicCache
-
-        tokens = torch.tensor([list(ids)], device=self._device)
-        cache: Any = DynamicCache()
-        with torch.no_grad():
-            self._model(
-                input_ids=tokens[:, :prefix],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        # Without the model's configuration every layer keeps all tokens, also one with a window.
-        differentiable: Any = DynamicCache()
-        leaves: list[torch.Tensor] = []
-        for number, layer in enumerate(cache.layers):
-            pair = [x.detach().clone().requires_grad_() for x in (layer.keys, layer.values)]
-            differentiable.update(*pair, number)
-            leaves += pair
-        output = self._model(input_ids=tokens[:, prefix:], past_key_values=differentiable)
-        likelihood = torch.log_softmax(output.logits[0].float(), dim=-1)
-        chances = likelihood.detach().exp().cpu()
-        labels = torch.multinomial(chances, 1, generator=generator).to(self._device)
-        return leaves, torch.autograd.grad(likelihood.gather(1, labels).sum(), leaves)
-
-
-def unusable(directory: Path, reason: Exception | str) -> ArtifactError:
-    """That gradients cannot be had of this model, and what to give instead."""
-    text = " ".join(str(reason).split()) or type(reason).__name__
-    return ArtifactError(
-        f"--sensitivity gradient: transformers cannot run {directory.name} as needed ({text}); "
-        "give --sensitivity none"
-    )
-
-
-def check_supported(directory: Path, *, trust_remote_code: bool = False) -> None:
-    """Raise ArtifactError if transformers does not know this model. Reads its configuration only.
-
-    To be asked before a capture, which takes long.
-    """
-    try:
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-        known = type(config) in AutoModelForCausalLM._model_mapping
-        remote = trust_remote_code and "AutoModelForCausalLM" in (
-            getattr(config, "auto_map", None) or {}
+    def check(self) -> None:
+        """Raise ArtifactError if transformers does not know the model."""
+        check_supported(
+            model_directory(self._capture.model, self._capture.engine.get("revision")),
+            trust_remote_code=bool(self._capture.engine.get("trust_remote_code")),
         )
-    except Exception as error:
-        raise unusable(directory, error) from error
-    if not known and not remote:
-        raise unusable(directory, f"it knows no causal language model for {type(config).__name__}")
+
+    def measure(self, record: CaptureRecord, spool: Path) -> Path:
+        """SPOOL/sensitivity.json, measured unless it is there."""
+        return spool_sensitivity(self._capture, record, spool, self._settings, self._device)
 
 
 def spool_sensitivity(
@@ -179,20 +83,13 @@ def spool_sensitivity(
     """
     path = spool / SENSITIVITY_NAME
     texts = read_texts(capture.data, PREFILL_FACTOR * capture.tokens)
-    header = SpoolReader(spool / "rank0").header
+    readers = [SpoolReader(spool / f"rank{rank}") for rank in range(record.tp_size)]
+    header = readers[0].header
     geometry = header.geometry
-    source = SensitivitySource(
-        model=record.source.model,
-        texts=texts_fingerprint(texts),
-        documents=settings.documents,
-        prefix_tokens=settings.prefix_tokens,
-        continuation_tokens=settings.continuation_tokens,
-        sink_tokens=capture.sink_tokens,
-        max_len=capture.max_len,
-        heldout_fraction=capture.heldout_fraction,
-        seed=capture.seed,
-    )
-    if path.exists() and load_sensitivity(path, geometry.num_layers).source == source:
+    source = sensitivity_source(capture, record, texts, settings)
+    sinks = fit_sinks(RankRows(readers, 1, 0, None))
+    rule = None if sinks is None else sinks.rule
+    if is_measured(path, geometry.num_layers, header.total_kv_heads, "gradient", source, rule):
         say(f"{path}: measured earlier with the same settings, used again")
         return path
     max_model_len = capture.engine.get("max_model_len")
@@ -203,6 +100,7 @@ def spool_sensitivity(
             geometry.num_layers, header.total_kv_heads, geometry.head_size, geometry.head_size_v
         ),
         source,
+        rule,
         total_tokens=PREFILL_FACTOR * capture.tokens,
         device=device,
         max_model_len=max_model_len if isinstance(max_model_len, int) else None,
@@ -213,11 +111,32 @@ def spool_sensitivity(
     return path
 
 
+def sensitivity_source(
+    capture: CaptureSettings,
+    record: CaptureRecord,
+    texts: Sequence[Text],
+    settings: GradientSettings,
+) -> SensitivitySource:
+    """What a measurement with these settings is of."""
+    return SensitivitySource(
+        model=record.source.model,
+        texts=texts_fingerprint(texts),
+        documents=settings.documents,
+        prefix_tokens=settings.prefix_tokens,
+        continuation_tokens=settings.continuation_tokens,
+        sink_tokens=capture.sink_tokens,
+        max_len=capture.max_len,
+        heldout_fraction=capture.heldout_fraction,
+        seed=capture.seed,
+    )
+
+
 def measure_sensitivity(
     directory: Path,
     texts: Sequence[Text],
     shape: CacheShape,
     source: SensitivitySource,
+    rule: SinkRule | None,
     *,
     total_tokens: int,
     device: str = "cpu",
@@ -228,7 +147,8 @@ def measure_sensitivity(
     """Average squared gradients over documents of calibration text that are not held out.
 
     texts: what a capture reads, cut into the same documents. source: how many documents, how
-    long, and the seed of what is drawn; equal seeds give equal documents and labels. total_tokens:
+    long, and the seed of what is drawn; equal seeds give equal documents and labels. rule: what
+    marks sinks, over the heads of all ranks; without it there is one average. total_tokens:
     of all documents of the capture. max_model_len: of the engine; None: the model's. Shows a
     progress bar. Raises ArtifactError if transformers cannot run the model, DataError if there is
     too little text.
@@ -252,37 +172,56 @@ def measure_sensitivity(
         source,
     )
     generator = torch.Generator().manual_seed(source.seed)
-    totals = torch.zeros(2, shape.layers, dtype=torch.float64)
-    tokens = 0
+    sums = [torch.zeros(2, shape.layers, shape.kv_heads, dtype=torch.float64) for _ in range(2)]
+    tokens = marked = 0
     for document in tqdm(drawn, unit="document", desc="gradients"):
         ids = document.token_ids[: source.prefix_tokens + source.continuation_tokens]
         share = source.prefix_tokens / (source.prefix_tokens + source.continuation_tokens)
         prefix = min(source.prefix_tokens, round(share * len(ids)))
         if prefix <= source.sink_tokens:
             continue
-        squares = model.squared_gradients(ids, prefix, shape, generator)
-        for total, of_kind in zip(totals, squares, strict=True):
-            total += of_kind[:, source.sink_tokens :].sum(dim=1)
-        tokens += prefix - source.sink_tokens
+        found = model.gradients(ids, prefix, shape, generator)
+        energies = torch.stack(found.energies())[..., source.sink_tokens :]
+        sums[0] += energies.sum(dim=-1)
+        tokens += energies.shape[-1]
+        marks = torch.zeros(energies.shape[-1], dtype=torch.bool)
+        if rule is not None:
+            marks = rule.marks(found.cached_values[source.sink_tokens :]).cpu()
+        sums[1] += energies[..., ~marks].sum(dim=-1)
+        marked += int(marks.sum())
     if tokens < 1:
         raise DataError(
             f"--sensitivity gradient: documents of {source.max_len} tokens have none past the "
             f"{source.sink_tokens} sinks to take gradients of; give a larger --max-len"
         )
-    per_element = [
-        totals[i] / (tokens * shape.kv_heads * size)
-        for i, size in enumerate((shape.head_size, shape.head_size_v))
-    ]
-    if not bool(torch.stack(per_element).isfinite().all()) or not bool(totals.any()):
+    every, ordinary = sums
+    if not bool(every.isfinite().all()) or not bool(ordinary.any()):
         raise unusable(directory, "gradients are not finite, or all 0")
     numbers = tuple(document.doc for document in drawn)
     say(f"gradients of {tokens} tokens in documents {', '.join(map(str, numbers))}")
+    without, sinks = None, None
+    if rule is not None:
+        energy = 1 - float(ordinary.sum() / every.sum())
+        sinks = Marked(rule=rule, share=marked / tokens, energy=energy)
+        without = _average(ordinary, tokens - marked, shape)
+        say(f"sinks: {sinks.share:.2%} of them, with {energy:.0%} of the gradients' energy")
     return Sensitivity(
-        keys=tuple(per_element[0].tolist()),
-        values=tuple(per_element[1].tolist()),
+        all_tokens=_average(every, tokens, shape),
+        ordinary=without,
+        marked=sinks,
         documents=numbers,
-        tokens=tokens,
         source=source,
+    )
+
+
+def _average(sums: torch.Tensor, tokens: int, shape: CacheShape) -> Average:
+    """sums: float64 [2, L, H], of squared gradients of K and V."""
+    k, v = (
+        total / (tokens * size)
+        for total, size in zip(sums, (shape.head_size, shape.head_size_v), strict=True)
+    )
+    return Average(
+        keys=tuple(map(tuple, k.tolist())), values=tuple(map(tuple, v.tolist())), tokens=tokens
     )
 
 

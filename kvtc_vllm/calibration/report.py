@@ -55,6 +55,7 @@ def _markdown(card: ArtifactCard, fits: Sequence[RankFit]) -> str:
         f"- fit: {card.method}, {card.seconds:.0f} s; "
         f"{sum(card.size_bytes.values()) / 2**20:.1f} MiB on disk",
         *_sensitivity_lines(card),
+        *_sink_lines(card),
         "",
         "Errors are relative and squared, of rows after mean removal (keys before RoPE): "
         "predicted on the rows the plan was made for / measured on held-out rows"
@@ -105,8 +106,29 @@ def _sensitivity_lines(card: ArtifactCard) -> list[str]:
     found = card.sensitivity
     return [
         f"- sensitivity: {found.method}, {found.tokens} tokens of {len(found.documents)} documents "
-        f"(numbers {', '.join(map(str, found.documents))}); one weight per layer for K and for V, "
-        "in the picture"
+        f"(numbers {', '.join(map(str, found.documents))})"
+        + ("" if found.averaged == "all" else ", sinks left out")
+        + f"; one weight per {'layer' if found.metric == 'layer' else 'layer and head'} for K and "
+        "for V, in the picture"
+    ]
+
+
+def _sink_lines(card: ArtifactCard) -> list[str]:
+    if card.sinks is msgspec.UNSET:
+        return []
+    if not card.sinks:
+        return ["- floating sinks: no layer shows any"]
+    weights = card.sensitivity
+    energy = ""
+    if weights is not msgspec.UNSET and weights.marked_energy is not msgspec.UNSET:
+        energy = f"; on them lies {weights.marked_energy:.0%} of the gradients' energy"
+    return [
+        f"- floating sinks, rank {sinks.rank}: {sinks.train_share:.2%} of the fitted and "
+        f"{sinks.heldout_share:.2%} of the held-out tokens, in {sinks.documents:.0%} of the "
+        f"documents, told by layers {', '.join(map(str, sinks.layers))}; mean log norm of V below "
+        f"{sinks.threshold:.2f}, modes {sinks.separation:.2f} nats apart, density in the valley "
+        f"{sinks.valley:.2f} of the lower mode's{energy}"
+        for sinks in card.sinks
     ]
 
 

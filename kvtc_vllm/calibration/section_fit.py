@@ -17,7 +17,6 @@ import torch
 from kvtc_vllm.calibration.allocation import make_table
 from kvtc_vllm.calibration.fit_settings import FitSettings, choose_solver
 from kvtc_vllm.calibration.pca import PrincipalBasis, Rows, fit_basis
-from kvtc_vllm.calibration.sensitivity import row_weights
 from kvtc_vllm.calibration.solvers import Solver, block_rows
 from kvtc_vllm.codec.artifact import Geometry, Kind, SectionBasis
 from kvtc_vllm.codec.bitplan import AllocationTable, apply_plan
@@ -102,9 +101,8 @@ class SectionFitter:
         self._device = torch.device(settings.device)
         self._generator = torch.Generator().manual_seed(settings.seed)
         self._weights: torch.Tensor | None = None
-        if settings.sensitivity is not None:
-            of_layers = settings.sensitivity.layer_weights()[kind]
-            self._weights = row_weights(of_layers, geometry, group, kind)
+        if settings.weights is not None:
+            self._weights = settings.weights.of_row(geometry, group, kind)
         index = source.select(heldout=False, limit=settings.train_rows, generator=self._generator)
         self._train_rows = len(index)
         self.row_size = geometry.row_size(group, kind)

@@ -1,34 +1,32 @@
-"""How much what a model predicts depends on each layer's K and V, and what rows are weighted by.
+"""How much what a model predicts depends on its cached K and V, layer by layer, and the file of it.
 
-PCA and bit allocation minimise squared error, as if an error of one cost the same in every layer.
-It does not: mean squared gradients of a continuation differ between layers by a factor of
-hundreds. Rows multiplied by the square root of those gradients have errors that do cost the same,
-in K as in V, so that all layers compete for one budget of bits.
+Averages are over all tokens, and over ordinary ones alone: a few attention sinks hold most of the
+energy of all gradients, so an average over all tokens is mostly theirs. Where a codec protects
+sinks apart, what the other tokens say is what rows should be weighted by.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Literal
 
 import msgspec
-import torch
 
-from kvtc_vllm.codec.artifact import Geometry, Kind
+from kvtc_vllm.calibration.capture_record import CaptureRecord
 from kvtc_vllm.codec.errors import ArtifactError
+from kvtc_vllm.codec.sink_rule import SinkRule
 
 SENSITIVITY_NAME = "sensitivity.json"
-SENSITIVITY_VERSION = 1
+SENSITIVITY_VERSION = 2
 
-LEAST_WEIGHT = 0.02
-"""No layer is weighted less than this, the root mean square of all weights being 1.
-
-Below it a layer hardly counts. A layer that the sample never reached would have a weight of
-0, which cannot be undone."""
+Numbers = tuple[tuple[float, ...], ...]
+"""Per layer, per KV head of all ranks."""
 
 
 class SensitivitySource(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What gradients were taken on.
+    """What sensitivities were measured on.
 
     model: fingerprints of configuration and weights, see `kvtc_vllm.artifact.identity`.
     texts: hex of xxh3-128 of all text that was read.
@@ -49,44 +47,82 @@ class SensitivitySource(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     seed: int
 
 
-class Sensitivity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Mean squared gradient per element, one number per layer.
+class Average(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Mean squared gradient per element over some tokens.
 
     Of the log-likelihood of tokens sampled from the model, with respect to the cached K and V of
     the prefix before them; nats squared per squared unit of the cache.
 
-    keys, values: per layer, none negative.
-    documents: numbers of the calibration documents, as in a spool's docs.bin.
+    keys, values: per layer, per KV head of all ranks, none negative; one number per layer where
+    heads were not told apart.
     tokens: of prefixes, over which was averaged.
+    """
+
+    keys: Numbers
+    values: Numbers
+    tokens: int
+
+
+class Marked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The tokens that are left out of the ordinary ones.
+
+    rule: that marked them, over the heads of all ranks.
+    share: of the tokens. energy: their share of the sum of all squared gradients.
+    """
+
+    rule: SinkRule
+    share: float
+    energy: float
+
+
+class Sensitivity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an error in the cache costs, by layer.
+
+    method: "gradient": squared gradients. "probe": twice the KL divergence that noise in the cache
+    caused, over the energy of the noise; to second order the same number.
+    all_tokens: over all tokens past the first.
+    ordinary: without the marked ones; None: the model has no floating sinks.
+    marked: see there; None as above.
+    documents: numbers of the calibration documents, as in a spool's docs.bin.
     source: see there.
     """
 
-    keys: tuple[float, ...]
-    values: tuple[float, ...]
+    method: Literal["gradient", "probe"] = "gradient"
+    all_tokens: Average
+    ordinary: Average | None = None
+    marked: Marked | None = None
     documents: tuple[int, ...]
-    tokens: int
     source: SensitivitySource
     version: int = SENSITIVITY_VERSION
 
-    def layer_weights(self) -> dict[Kind, torch.Tensor]:
-        """Of rows, float32 [L] for K and for V. Their mean square is 1, `LEAST_WEIGHT` aside.
 
-        The common factor changes no error that anything is compared by, and keeps coefficients
-        in the range of float16.
-        """
-        squares = torch.tensor((self.keys, self.values), dtype=torch.float64)
-        weights = (squares / squares.mean()).sqrt().clamp_min(LEAST_WEIGHT).float()
-        return {"k": weights[0], "v": weights[1]}
+class SensitivityMeasure(ABC):
+    """How `kvtc calibrate` measures sensitivities."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise ArtifactError if it cannot be done; asked before a capture, which takes long."""
+
+    @abstractmethod
+    def measure(self, record: CaptureRecord, spool: Path) -> Path:
+        """Leave the file in the spool of a finished capture, unless it is there; its path."""
 
 
-def row_weights(
-    layer_weights: torch.Tensor, geometry: Geometry, group: int, kind: Kind
-) -> torch.Tensor:
-    """Weights of the elements of a row: float32 [p]. layer_weights: float32 [L], of this kind."""
-    first, end = geometry.layer_groups[group]
-    return layer_weights[first:end].repeat_interleave(
-        geometry.row_size(group, kind) // (end - first)
-    )
+def is_measured(
+    path: Path,
+    num_layers: int,
+    kv_heads: int,
+    method: str,
+    source: SensitivitySource,
+    rule: SinkRule | None,
+) -> bool:
+    """Whether a file holds what measuring again would find; not one that cannot be read."""
+    try:
+        found = load_sensitivity(path, num_layers, kv_heads)
+    except ArtifactError:
+        return False
+    marked_by = None if found.marked is None else found.marked.rule
+    return (found.method, found.source, marked_by) == (method, source, rule)
 
 
 def save_sensitivity(path: Path, sensitivity: Sensitivity) -> None:
@@ -96,32 +132,55 @@ def save_sensitivity(path: Path, sensitivity: Sensitivity) -> None:
     temporary.replace(path)
 
 
-def load_sensitivity(path: Path, num_layers: int) -> Sensitivity:
+def load_sensitivity(path: Path, num_layers: int, kv_heads: int) -> Sensitivity:
     """Read and check what `save_sensitivity` wrote.
 
-    Raises ArtifactError, naming file and field, for one that is missing, malformed or of another
-    number of layers.
+    kv_heads: per layer, of all ranks. Raises ArtifactError, naming file and field, for one that is
+    missing, malformed, of another version, or of another number of layers or heads.
     """
     try:
-        found = msgspec.json.decode(path.read_bytes(), type=Sensitivity)
+        data = path.read_bytes()
     except OSError as error:
         raise ArtifactError(
             f"{path}: {error.strerror}; kvtc calibrate --sensitivity gradient --spool DIR leaves "
             f"DIR/{SENSITIVITY_NAME}"
         ) from error
-    except msgspec.MsgspecError as error:
+    try:
+        # The version comes first, or another one would be reported as an unknown field.
+        version = msgspec.json.decode(data, type=_Versioned).version
+        if version != SENSITIVITY_VERSION:
+            raise ArtifactError(
+                f"{path}: version is {version}, this program reads {SENSITIVITY_VERSION}; measure "
+                "again with kvtc calibrate --sensitivity"
+            )
+        found = msgspec.json.decode(data, type=Sensitivity)
+    except (msgspec.MsgspecError, ValueError) as error:
         raise ArtifactError(f"{path}: {error}") from error
-    if found.version != SENSITIVITY_VERSION:
-        raise ArtifactError(
-            f"{path}: version is {found.version}, this program reads {SENSITIVITY_VERSION}"
-        )
-    for name, numbers in (("keys", found.keys), ("values", found.values)):
+    if (found.ordinary is None) != (found.marked is None):
+        raise ArtifactError(f"{path}: ordinary and marked go together; one of them is missing")
+    for name, average in (("all_tokens", found.all_tokens), ("ordinary", found.ordinary)):
+        if average is not None:
+            _check(f"{path}: {name}", average, num_layers, kv_heads)
+    return found
+
+
+def _check(where: str, average: Average, num_layers: int, kv_heads: int) -> None:
+    widths = {len(row) for numbers in (average.keys, average.values) for row in numbers}
+    for name, numbers in (("keys", average.keys), ("values", average.values)):
         if len(numbers) != num_layers:
             raise ArtifactError(
-                f"{path}: {name} has {len(numbers)} numbers, the model has {num_layers} layers"
+                f"{where}.{name} has {len(numbers)} layers, the model has {num_layers}"
             )
-        if not all(math.isfinite(x) and x >= 0 for x in numbers):
-            raise ArtifactError(f"{path}: {name} has a number that is negative or not finite")
-    if not any((*found.keys, *found.values)):
-        raise ArtifactError(f"{path}: keys and values are all 0; nothing can be weighted by them")
-    return found
+        if not all(math.isfinite(x) and x >= 0 for row in numbers for x in row):
+            raise ArtifactError(f"{where}.{name} has a number that is negative or not finite")
+    if widths not in ({1}, {kv_heads}):
+        raise ArtifactError(
+            f"{where} has {sorted(widths)} numbers per layer; 1 is right, or {kv_heads}, one per "
+            "KV head"
+        )
+    if not any(x for numbers in (average.keys, average.values) for row in numbers for x in row):
+        raise ArtifactError(f"{where}: keys and values are all 0; nothing can be weighted by them")
+
+
+class _Versioned(msgspec.Struct):
+    version: int = 0

@@ -6,7 +6,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +20,7 @@ from kvtc_vllm.artifact.card import (
     ErrorCard,
     SectionCard,
     SensitivityCard,
+    SinkCard,
     save_card,
 )
 from kvtc_vllm.artifact.directory import checksum, rope_fingerprints
@@ -29,7 +30,8 @@ from kvtc_vllm.calibration.acceptance import check_artifact
 from kvtc_vllm.calibration.fit import RankFit
 from kvtc_vllm.calibration.report import write_report
 from kvtc_vllm.calibration.section_fit import SectionFit
-from kvtc_vllm.calibration.sensitivity import Sensitivity
+from kvtc_vllm.calibration.sinks import SinkFit
+from kvtc_vllm.calibration.weights import RowWeights
 from kvtc_vllm.codec.artifact import Kind, RankArtifact
 from kvtc_vllm.codec.errors import ArtifactError
 
@@ -161,21 +163,53 @@ def _card(
         method="+".join(sorted(methods)),
         seconds=round(sum(fit.seconds for fit in fits), 3),
         key_share=fits[0].key_share,
-        sensitivity=_sensitivity_card(fits[0].sensitivity),
+        sensitivity=_sensitivity_card(fits[0].weights),
+        sinks=_sink_cards(fits),
     )
 
 
-def _sensitivity_card(sensitivity: Sensitivity | None) -> SensitivityCard | msgspec.UnsetType:
-    if sensitivity is None:
+def _sensitivity_card(
+    of_rank: RowWeights | None,
+) -> SensitivityCard | msgspec.UnsetType:
+    if of_rank is None:
         return msgspec.UNSET
-    weights = sensitivity.layer_weights()
+    found = of_rank.sensitivity
+    every = replace(of_rank, heads=None)
+    layers, heads = every.of_layers(), every.of_heads()
+    apart = every.metric == "head"
     return SensitivityCard(
-        method="gradient",
-        documents=sensitivity.documents,
-        tokens=sensitivity.tokens,
-        seed=sensitivity.source.seed,
-        key_weights=tuple(weights["k"].tolist()),
-        value_weights=tuple(weights["v"].tolist()),
+        method=found.method,
+        averaged="all" if every.average is found.all_tokens else "ordinary",
+        metric=every.metric,
+        documents=found.documents,
+        tokens=every.average.tokens,
+        seed=found.source.seed,
+        key_weights=tuple(layers["k"].tolist()),
+        value_weights=tuple(layers["v"].tolist()),
+        key_head_weights=tuple(map(tuple, heads["k"].tolist())) if apart else msgspec.UNSET,
+        value_head_weights=tuple(map(tuple, heads["v"].tolist())) if apart else msgspec.UNSET,
+        marked_share=msgspec.UNSET if found.marked is None else found.marked.share,
+        marked_energy=msgspec.UNSET if found.marked is None else found.marked.energy,
+    )
+
+
+def _sink_cards(fits: Sequence[RankFit]) -> tuple[SinkCard, ...] | msgspec.UnsetType:
+    if any(fit.sinks is None for fit in fits):
+        return msgspec.UNSET
+    return tuple(_sink_card(rank, s) for rank, fit in enumerate(fits) for s in fit.sinks or ())
+
+
+def _sink_card(rank: int, sinks: SinkFit) -> SinkCard:
+    return SinkCard(
+        rank=rank,
+        layers=sinks.rule.layers,
+        threshold=sinks.rule.threshold,
+        max_share=sinks.rule.max_share,
+        separation=sinks.separation,
+        valley=sinks.valley,
+        train_share=sinks.train_share,
+        heldout_share=sinks.heldout_share,
+        documents=sinks.documents,
     )
 
 

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     require("kvtc calibrate", "calibrate")
     from kvtc_vllm.calibration.calibrate import calibrate
     from kvtc_vllm.calibration.capture import CaptureSettings
-    from kvtc_vllm.calibration.gradients import GradientSettings
+    from kvtc_vllm.calibration.gradients import Gradients, GradientSettings
 
     capture = CaptureSettings(
         model=args.model,
@@ -67,8 +67,11 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         engine=parse_engine(args.engine),
     )
-    gradients = GradientSettings() if args.sensitivity == "gradient" else None
-    made = calibrate(capture, artifact_settings(args), spool=args.spool, sensitivity=gradients)
+    settings = artifact_settings(args)
+    sensitivity = None
+    if args.sensitivity == "gradient":
+        sensitivity = Gradients(capture, GradientSettings(), settings.fit.device)
+    made = calibrate(capture, settings, spool=args.spool, sensitivity=sensitivity)
     print(f"artifact: {made}")
     return 0
 

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, get_args
 
 from kvtc_vllm.calibration.solvers import RANK_CAP, Method
+from kvtc_vllm.calibration.weights import Metric, Tokens
 from kvtc_vllm.config import ConfigError
 
 if TYPE_CHECKING:
@@ -34,6 +35,19 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="share of the bits for keys, such as 0.33; default: K and V at the same ratio",
     )
+    add(
+        "--sensitivity-tokens",
+        choices=get_args(Tokens),
+        default="all",
+        help="what weights are averaged over: all tokens, or ordinary ones, attention sinks left "
+        "out, which is right for a codec that protects sinks apart (default all)",
+    )
+    add(
+        "--sensitivity-metric",
+        choices=get_args(Metric),
+        default="layer",
+        help="a weight per layer, or per layer and KV head (default layer)",
+    )
     add("--device", help="where to fit; default: cuda if there is one")
 
 
@@ -58,6 +72,8 @@ def artifact_settings(args: argparse.Namespace) -> ArtifactSettings:
         out=args.out,
         name=args.name,
         model_name=args.model_name,
+        sensitivity_tokens=args.sensitivity_tokens,
+        sensitivity_metric=args.sensitivity_metric,
     )
 
 

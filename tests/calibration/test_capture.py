@@ -15,22 +15,22 @@ import pytest
 from kvtc_vllm.artifact.card import ArtifactCard, load_card
 from kvtc_vllm.artifact.directory import load_rank_artifact
 from kvtc_vllm.artifact.identity import model_identity
-from kvtc_vllm.calibration import calibrate as calibrate_module
 from kvtc_vllm.calibration import capture as capture_module
 from kvtc_vllm.calibration import gradients
 from kvtc_vllm.calibration.calibrate import ArtifactSettings, calibrate, fit_spool
 from kvtc_vllm.calibration.capture import CaptureSettings, capture_rows
 from kvtc_vllm.calibration.capture_record import capturing
+from kvtc_vllm.calibration.differentiable import CacheShape
 from kvtc_vllm.calibration.documents import Text
 from kvtc_vllm.calibration.fit_settings import FitSettings
-from kvtc_vllm.calibration.gradients import CacheShape, GradientSettings
+from kvtc_vllm.calibration.gradients import Gradients, GradientSettings
 from kvtc_vllm.calibration.sensitivity import load_sensitivity, save_sensitivity
 from kvtc_vllm.calibration.spool import SpoolWriter
 from kvtc_vllm.cli import main
 from kvtc_vllm.codec.errors import ArtifactError
 from tests.calibration.fitted import fill
 from tests.calibration.test_sensitivity import FOUND
-from tests.calibration.toy import HEADS, RATIOS, toy_header, toy_rope
+from tests.calibration.toy import HEADS, LAYERS, RATIOS, toy_header, toy_rope
 
 FIT = ["--ratios", "2,4,8", "--simulation-rows", "512", "--layers-per-group", "2"]
 
@@ -234,10 +234,18 @@ def test_fit_uses_the_sensitivity_in_the_spool(
 
     plain = fitted()
     assert plain.sensitivity is msgspec.UNSET
+    assert plain.sinks == (), "the toy's values have one mode"
     save_sensitivity(spool / "sensitivity.json", found)
     weighted = fitted()
     assert weighted.sensitivity is not msgspec.UNSET
     assert weighted.fingerprints != plain.fingerprints
+    ordinary = fitted("--sensitivity-tokens", "ordinary")
+    by_head = fitted("--sensitivity-metric", "head")
+    prints = {card.fingerprints for card in (plain, weighted, ordinary, by_head)}
+    assert len(prints) == 4
+    for card, averaged, metric in ((ordinary, "ordinary", "layer"), (by_head, "all", "head")):
+        assert card.sensitivity is not msgspec.UNSET
+        assert (card.sensitivity.averaged, card.sensitivity.metric) == (averaged, metric)
     assert fitted("--sensitivity", "none").fingerprints == plain.fingerprints
     elsewhere = tmp_path / "mine.json"
     (spool / "sensitivity.json").rename(elsewhere)
@@ -263,10 +271,12 @@ def test_calibrate_measures_before_it_fits(
     runs: Runs, settings: CaptureSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The gradients themselves are in test_gradients; here what is made of them."""
-    monkeypatch.setattr(calibrate_module, "check_supported", lambda *_, **__: None)
+    monkeypatch.setattr(gradients, "check_supported", lambda *_, **__: None)
 
-    def measured(directory: Path, texts: object, shape: CacheShape, source: Any, **_: Any) -> Any:
-        assert (shape.layers, shape.kv_heads) == (len(FOUND.keys), HEADS)
+    def measured(
+        _: Path, __: object, shape: CacheShape, source: Any, *___: Any, **____: Any
+    ) -> Any:
+        assert (shape.layers, shape.kv_heads) == (len(FOUND.all_tokens.keys), HEADS)
         return msgspec.structs.replace(FOUND, source=source)
 
     monkeypatch.setattr(gradients, "measure_sensitivity", measured)
@@ -274,8 +284,10 @@ def test_calibrate_measures_before_it_fits(
         RATIOS, FitSettings(simulation_rows=512), layers_per_group=2, out=str(tmp_path / "a")
     )
     spool = tmp_path / "spool"
-    one = calibrate(settings, made, spool=str(spool), sensitivity=GradientSettings())
+    measure = Gradients(settings, GradientSettings(), "cpu")
+    one = calibrate(settings, made, spool=str(spool), sensitivity=measure)
     assert load_card(one).sensitivity is not msgspec.UNSET
-    assert load_sensitivity(spool / "sensitivity.json", len(FOUND.keys)).keys == FOUND.keys
+    left = load_sensitivity(spool / "sensitivity.json", LAYERS, HEADS)
+    assert left.all_tokens == FOUND.all_tokens
     two = calibrate(settings, replace(made, out=str(tmp_path / "b")), spool=str(spool))
     assert load_card(two).sensitivity is msgspec.UNSET

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,10 @@ from transformers import (
 from kvtc_vllm.calibration import gradients
 from kvtc_vllm.calibration.capture import CaptureSettings
 from kvtc_vllm.calibration.capture_record import CaptureRecord, CaptureSource
+from kvtc_vllm.calibration.differentiable import CacheShape, Differentiable, check_supported
 from kvtc_vllm.calibration.documents import DataError, Document
 from kvtc_vllm.calibration.gradients import (
-    CacheShape,
-    Differentiable,
     GradientSettings,
-    check_supported,
     draw_documents,
     measure_sensitivity,
     spool_sensitivity,
@@ -35,6 +34,7 @@ from kvtc_vllm.calibration.sensitivity import load_sensitivity
 from kvtc_vllm.calibration.spool import SpoolWriter
 from kvtc_vllm.codec.artifact import Geometry
 from kvtc_vllm.codec.errors import ArtifactError
+from kvtc_vllm.codec.sink_rule import SinkRule
 from tests.calibration.test_sensitivity import SOURCE
 from tests.calibration.toy import HEADS, LAYERS, SIZE, toy_header, toy_rope
 
@@ -88,10 +88,11 @@ PREFIX = 30
 
 @pytest.mark.usefixtures("letters")
 def test_gradients_are_the_slopes_of_the_likelihood(model: Path) -> None:
-    keys, values = Differentiable(model, "cpu").squared_gradients(
+    gradients_ = Differentiable(model, "cpu").gradients(
         IDS, PREFIX, SHAPE, torch.Generator().manual_seed(3)
     )
-    assert keys.shape == values.shape == (LAYERS, PREFIX)
+    keys, values = gradients_.energies()
+    assert keys.shape == values.shape == (LAYERS, HEADS, PREFIX)
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
     tokens = torch.tensor([IDS])
 
@@ -110,15 +111,20 @@ def test_gradients_are_the_slopes_of_the_likelihood(model: Path) -> None:
     chances = likelihood().exp().float()
     labels = torch.multinomial(chances, 1, generator=torch.Generator().manual_seed(3))
     for which, found, layer, token in (("values", values, 1, 20), ("keys", keys, 2, 29)):
-        squares = 0.0
         for head in range(HEADS):
+            squares = 0.0
             for element in range(SIZE):
                 at = (layer, head, token, element)
                 # Norms are of float32: smaller steps would drown.
                 above, below = (likelihood(which, at, step) for step in (1e-2, -1e-2))
                 slope = (above - below).gather(1, labels).sum() / 2e-2
                 squares += float(slope) ** 2
-        assert float(found[layer, token]) == pytest.approx(squares, rel=1e-2)
+            assert float(found[layer, head, token]) == pytest.approx(squares, rel=1e-2)
+    cache = DynamicCache()
+    with torch.no_grad():
+        network(input_ids=tokens[:, :PREFIX], past_key_values=cache)
+    exact = torch.stack([layer.values[0].transpose(0, 1) for layer in cache.layers], dim=1)
+    assert torch.allclose(gradients_.cached_values.double(), exact, atol=1e-4)
 
 
 @pytest.mark.usefixtures("letters")
@@ -129,19 +135,43 @@ def test_layers_with_a_window_are_differentiated_within_it(tmp_path: Path) -> No
         sliding_window=8,
     )
     MistralForCausalLM(config).save_pretrained(tmp_path)
-    keys, values = Differentiable(tmp_path, "cpu").squared_gradients(
+    found = Differentiable(tmp_path, "cpu").gradients(
         IDS, PREFIX, SHAPE, torch.Generator().manual_seed(0)
     )
-    for squares in (keys, values):
-        assert not squares[:, : PREFIX - 8].any(), "no later token sees these"
-        assert bool((squares[:, -7:] > 0).all())
+    for squares in found.energies():
+        assert not squares[..., : PREFIX - 8].any(), "no later token sees these"
+        assert bool((squares[..., -7:] > 0).all())
 
 
 @pytest.mark.usefixtures("letters")
 def test_documents_of_nothing_but_sinks_are_refused(model: Path) -> None:
     source = msgspec.structs.replace(SOURCE, max_len=4)
     with pytest.raises(DataError, match="documents of 4 tokens have none past the 4 sinks"):
-        measure_sensitivity(model, ["words " * 20], SHAPE, source, total_tokens=100)
+        measure_sensitivity(model, ["words " * 20], SHAPE, source, None, total_tokens=100)
+
+
+@pytest.mark.usefixtures("letters")
+def test_marked_tokens_are_left_out_of_the_ordinary_ones(model: Path) -> None:
+    """By a rule that marks a fifth of the tokens."""
+    texts = ["the quick brown fox jumps over the lazy dog. " * 20]
+    source = msgspec.structs.replace(SOURCE, documents=2, max_len=90, prefix_tokens=60)
+    settings: dict[str, Any] = {"total_tokens": 400}
+    everything = measure_sensitivity(model, texts, SHAPE, source, None, **settings)
+    assert everything.marked is None
+    rule = SinkRule((0, 2), 100.0, max_share=0.2)
+    found = measure_sensitivity(model, texts, SHAPE, source, rule, **settings)
+    assert found.all_tokens == everything.all_tokens
+    assert found.ordinary is not None
+    assert found.marked is not None
+    marked = found.all_tokens.tokens - found.ordinary.tokens
+    assert marked == 2 * math.ceil(0.2 * 56)
+    assert found.marked.share == marked / found.all_tokens.tokens
+    every, ordinary = (
+        sum(x for row in (*average.keys, *average.values) for x in row) * average.tokens
+        for average in (found.all_tokens, found.ordinary)
+    )
+    assert found.marked.energy == pytest.approx(1 - ordinary / every)
+    assert 0 < found.marked.energy < 1
 
 
 @pytest.mark.usefixtures("letters")
@@ -149,7 +179,7 @@ def test_a_cache_of_another_shape_is_refused(model: Path) -> None:
     differentiable = Differentiable(model, "cpu")
     for shape in (replace(SHAPE, layers=3), replace(SHAPE, head_size_v=4)):
         with pytest.raises(ArtifactError, match=r"cannot run tiny .*give --sensitivity none"):
-            differentiable.squared_gradients(IDS, PREFIX, shape, torch.Generator())
+            differentiable.gradients(IDS, PREFIX, shape, torch.Generator())
 
 
 def test_a_model_that_transformers_does_not_know_is_refused(model: Path, tmp_path: Path) -> None:
@@ -207,13 +237,15 @@ def test_a_spool_is_measured_once(
     said: list[str] = []
     settings = GradientSettings(documents=4, prefix_tokens=80, continuation_tokens=20)
 
-    def measure(settings: GradientSettings) -> tuple[float, ...]:
+    def measure(settings: GradientSettings) -> tuple[tuple[float, ...], ...]:
         path = spool_sensitivity(capture, record, spool, settings, "cpu", said.append)
-        found = load_sensitivity(path, LAYERS)
+        found = load_sensitivity(path, LAYERS, HEADS)
         assert len(found.documents) == settings.documents
-        assert found.tokens == settings.documents * (settings.prefix_tokens - 4)
-        assert min(*found.keys, *found.values) > 0
-        return (*found.keys, *found.values)
+        assert found.ordinary is None, "the spool's rows show no sinks"
+        assert found.all_tokens.tokens == settings.documents * (settings.prefix_tokens - 4)
+        numbers = (*found.all_tokens.keys, *found.all_tokens.values)
+        assert min(map(min, numbers)) > 0
+        return numbers
 
     first = measure(settings)
     assert "used again" not in said[-1]

@@ -16,14 +16,17 @@ from kvtc_vllm.calibration.acceptance import check_artifact
 from kvtc_vllm.calibration.fit import RankFit, fit_rank
 from kvtc_vllm.calibration.fit_settings import FitSettings, estimate_fit
 from kvtc_vllm.calibration.sensitivity import (
-    LEAST_WEIGHT,
+    Average,
+    Marked,
     Sensitivity,
     SensitivitySource,
+    is_measured,
     load_sensitivity,
-    row_weights,
     save_sensitivity,
 )
+from kvtc_vllm.calibration.sinks import SinkFit
 from kvtc_vllm.calibration.spool import SpoolReader
+from kvtc_vllm.calibration.weights import LEAST_WEIGHT, RowWeights
 from kvtc_vllm.calibration.writing import Description, write_artifact
 from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind
 from kvtc_vllm.codec.bitplan import budget_bits, plan_bits
@@ -31,7 +34,18 @@ from kvtc_vllm.codec.cpu.codec import CpuKvtcCodec
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.payload import bit_plan
-from tests.calibration.toy import DATA, DOCS, IDENTITY, LAYERS, RATIOS, SIZE, SIZE_V, toy_rows
+from kvtc_vllm.codec.sink_rule import SinkRule
+from tests.calibration.toy import (
+    DATA,
+    DOCS,
+    HEADS,
+    IDENTITY,
+    LAYERS,
+    RATIOS,
+    SIZE,
+    SIZE_V,
+    toy_rows,
+)
 
 SOURCE = SensitivitySource(
     model="c-d",
@@ -45,16 +59,25 @@ SOURCE = SensitivitySource(
     seed=5,
 )
 FOUND = Sensitivity(
-    keys=(1e-6, 4e-6, 1e-6, 1e-6),
-    values=(4e-4, 1e-6, 1e-4, 0.0),
+    all_tokens=Average(
+        keys=((0.5e-6, 1.5e-6), (4e-6, 4e-6), (1e-6, 1e-6), (1e-6, 1e-6)),
+        values=((4e-4, 4e-4), (1e-6, 1e-6), (1e-4, 1e-4), (0.0, 0.0)),
+        tokens=180,
+    ),
+    ordinary=Average(
+        keys=((1e-6, 1e-6), (1e-6, 1e-6), (1e-6, 1e-6), (1e-6, 1e-6)),
+        values=((1e-6, 1e-6), (1e-6, 1e-6), (9e-6, 9e-6), (1e-6, 1e-6)),
+        tokens=170,
+    ),
+    marked=Marked(rule=SinkRule((1, 2), -0.5), share=10 / 180, energy=0.6),
     documents=(0, 2, 3),
-    tokens=180,
     source=SOURCE,
 )
+WEIGHTS = RowWeights(FOUND)
 
 
 def fit_weighted(reader: SpoolReader, **settings: object) -> RankFit:
-    chosen = FitSettings(simulation_rows=512, sensitivity=FOUND)
+    chosen = FitSettings(simulation_rows=512, weights=WEIGHTS)
     return fit_rank(
         reader,
         reader.geometry,
@@ -71,7 +94,7 @@ def weighted(reader: SpoolReader) -> RankFit:
 
 
 def test_weights_are_roots_of_mean_square_one() -> None:
-    weights = FOUND.layer_weights()
+    weights = WEIGHTS.of_layers()
     assert weights["k"][1] / weights["k"][0] == pytest.approx(2.0)
     assert weights["v"][0] / weights["v"][2] == pytest.approx(2.0)
     assert weights["v"][0] / weights["k"][1] == pytest.approx(10.0)
@@ -81,44 +104,102 @@ def test_weights_are_roots_of_mean_square_one() -> None:
 
 
 def test_rows_have_the_weights_of_their_layers(reader: SpoolReader) -> None:
-    weights = row_weights(torch.tensor([1.0, 2.0, 3.0, 4.0]), reader.geometry, 1, "v")
+    weights = WEIGHTS.of_layers()["v"].tolist()
     each = reader.geometry.num_kv_heads * SIZE_V
-    assert weights.tolist() == [3.0] * each + [4.0] * each
+    found = WEIGHTS.of_row(reader.geometry, 1, "v").tolist()
+    assert found == [weights[2]] * each + [weights[3]] * each
+
+
+def test_heads_have_weights_of_their_own(reader: SpoolReader) -> None:
+    both = RowWeights(FOUND, metric="head", heads=range(2))
+    row = both.of_row(reader.geometry, 0, "k")
+    assert len(row) == 2 * HEADS * SIZE
+    assert row[:SIZE].unique().numel() == 1
+    assert row[SIZE] / row[0] == pytest.approx(3**0.5)
+    # A rank's weights are those of its heads, whatever other ranks there are.
+    one = replace(reader.geometry, num_kv_heads=1)
+    for head in range(2):
+        own = RowWeights(FOUND, metric="head", heads=range(head, head + 1))
+        assert torch.equal(own.of_row(one, 0, "k")[:SIZE], row[head * SIZE : (head + 1) * SIZE])
+    mean = torch.stack([w.square().mean() for w in both.of_heads().values()]).mean()
+    assert float(mean) == pytest.approx(1, rel=1e-2)
+    alike = RowWeights(FOUND, heads=range(1, 2))
+    assert torch.equal(alike.of_row(one, 0, "k"), WEIGHTS.of_row(one, 0, "k"))
+
+
+def test_heads_that_were_not_told_apart_are_refused() -> None:
+    narrow = msgspec.structs.replace(
+        FOUND.all_tokens, keys=((1e-6,),) * LAYERS, values=((1e-6,),) * LAYERS
+    )
+    probed = msgspec.structs.replace(FOUND, method="probe", all_tokens=narrow)
+    with pytest.raises(ArtifactError, match="--sensitivity-metric head: this sensitivity, by pro"):
+        RowWeights(probed, metric="head", heads=range(2))
+    assert RowWeights(probed, heads=range(2)).of_heads()["k"].shape == (LAYERS, 1)
+
+
+def test_sinks_are_left_out_of_ordinary_weights() -> None:
+    weights = RowWeights(FOUND, "ordinary").of_layers()
+    assert weights["v"][2] / weights["v"][0] == pytest.approx(3.0)
+    assert weights["k"][1] == weights["k"][0]
+    none = msgspec.structs.replace(FOUND, ordinary=None, marked=None)
+    assert torch.equal(RowWeights(none, "ordinary").of_layers()["v"], WEIGHTS.of_layers()["v"])
 
 
 def test_file_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "sensitivity.json"
     save_sensitivity(path, FOUND)
-    assert load_sensitivity(path, LAYERS) == FOUND
+    assert load_sensitivity(path, LAYERS, HEADS) == FOUND
     assert [p.name for p in tmp_path.iterdir()] == ["sensitivity.json"]
+
+
+def average(**changes: object) -> dict:
+    """FOUND with something else in the average over all tokens."""
+    return {"all_tokens": msgspec.to_builtins(FOUND.all_tokens) | changes}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"keys": [1.0]}, "keys has 1 numbers, the model has 4 layers"),
-        ({"values": [1.0, 1.0, -1.0, 1.0]}, "values has a number that is negative"),
-        ({"keys": [0.0] * 4, "values": [0.0] * 4}, "are all 0"),
-        ({"version": 2}, "version is 2, this program reads 1"),
-        ({"tokens": "x"}, "tokens"),
+        (average(keys=[[1.0, 1.0]]), "all_tokens.keys has 1 layers, the model has 4"),
+        (average(values=[[1.0, 1.0]] * 3 + [[-1.0, 1.0]]), "values has a number that is negative"),
+        (average(keys=[[0.0]] * 4, values=[[0.0]] * 4), "are all 0"),
+        (average(keys=[[1.0] * 3] * 4), r"has \[2, 3\] numbers per layer; 1 is right, or 2"),
+        (average(tokens="x"), "tokens"),
+        ({"version": 1, "keys": []}, "version is 1, this program reads 2"),
+        ({"ordinary": None}, "ordinary and marked go together"),
+        ({"method": "guess"}, "guess"),
+        ({"marked": {"rule": {"layers": [], "threshold": 0}, "share": 0, "energy": 0}}, "layers"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path: Path, changes: dict, message: str) -> None:
     path = tmp_path / "sensitivity.json"
     path.write_text(json.dumps(msgspec.to_builtins(FOUND) | changes))
     with pytest.raises(ArtifactError, match=message) as raised:
-        load_sensitivity(path, LAYERS)
+        load_sensitivity(path, LAYERS, HEADS)
     assert str(path) in str(raised.value)
+    assert not is_measured(path, LAYERS, HEADS, "gradient", SOURCE, SinkRule((1, 2), -0.5))
+
+
+def test_a_file_is_used_again_for_the_same_alone(tmp_path: Path) -> None:
+    path = tmp_path / "sensitivity.json"
+    rule = SinkRule((1, 2), -0.5)
+    assert not is_measured(path, LAYERS, HEADS, "gradient", SOURCE, rule)
+    save_sensitivity(path, FOUND)
+    assert is_measured(path, LAYERS, HEADS, "gradient", SOURCE, rule)
+    assert not is_measured(path, LAYERS, HEADS, "probe", SOURCE, rule)
+    assert not is_measured(path, LAYERS, HEADS, "gradient", SOURCE, None)
+    other = msgspec.structs.replace(SOURCE, seed=6)
+    assert not is_measured(path, LAYERS, HEADS, "gradient", other, rule)
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="--sensitivity gradient --spool DIR leaves"):
-        load_sensitivity(tmp_path / "none.json", LAYERS)
+        load_sensitivity(tmp_path / "none.json", LAYERS, HEADS)
 
 
 def test_weighted_errors_are_less_and_plain_ones_more(weighted: RankFit, fit: RankFit) -> None:
     """At equal bits of a group, what the weighted fit minimises is less than the plain fit's."""
-    weights = FOUND.layer_weights()
+    weights = WEIGHTS.of_layers()
     rows = heldout_rows()
     for ratio in RATIOS:
         errors = []
@@ -188,8 +269,7 @@ def test_a_key_share_overrides_the_common_budget(weighted: RankFit, reader: Spoo
 
 
 def test_weights_are_part_of_the_fingerprint(weighted: RankFit, reader: SpoolReader) -> None:
-    other = msgspec.structs.replace(FOUND, keys=(2e-6, 4e-6, 1e-6, 1e-6))
-    changed = fit_weighted(reader, sensitivity=other)
+    changed = fit_weighted(reader, weights=RowWeights(FOUND, "ordinary"))
     assert changed.artifact.fingerprint != weighted.artifact.fingerprint
     assert fit_weighted(reader).artifact.fingerprint == weighted.artifact.fingerprint
 
@@ -197,7 +277,7 @@ def test_weights_are_part_of_the_fingerprint(weighted: RankFit, reader: SpoolRea
 def test_a_common_budget_costs_memory() -> None:
     large = Geometry(LAYERS, 8, 128, 128, ((0, LAYERS),))
     plain = estimate_fit(large, 10_000, RATIOS, FitSettings())
-    both = estimate_fit(large, 10_000, RATIOS, FitSettings(sensitivity=FOUND))
+    both = estimate_fit(large, 10_000, RATIOS, FitSettings(weights=WEIGHTS))
     assert both.peak_bytes > plain.peak_bytes
 
 
@@ -219,11 +299,15 @@ def test_card_and_report_show_the_weights(
     description = Description("org/toy", IDENTITY, "bfloat16", DATA)
     directory = write_artifact(tmp_path, description, [weighted], [reader.probe()])
     card = load_card(directory)
-    weights = FOUND.layer_weights()
+    weights = WEIGHTS.of_layers()
     assert card.sensitivity is not msgspec.UNSET
     assert card.sensitivity.key_weights == pytest.approx(weights["k"].tolist())
     assert card.sensitivity.value_weights == pytest.approx(weights["v"].tolist())
     assert (card.sensitivity.documents, card.sensitivity.seed) == ((0, 2, 3), 5)
+    assert (card.sensitivity.averaged, card.sensitivity.metric) == ("all", "layer")
+    assert card.sensitivity.marked_energy == pytest.approx(0.6)
+    assert card.sensitivity.key_head_weights is msgspec.UNSET
+    assert card.sinks is msgspec.UNSET
     for section in card.sections:
         plain = weighted.sections[section.group, section.kind].plain_error
         assert {e.ratio: e.heldout_plain for e in section.errors} == plain
@@ -231,7 +315,7 @@ def test_card_and_report_show_the_weights(
     for key, section_basis in weighted.artifact.sections.items():
         loaded = artifact.sections[key].weights
         assert loaded is not None
-        assert torch.equal(loaded, row_weights(weights[key[1]], reader.geometry, *key))
+        assert torch.equal(loaded, WEIGHTS.of_row(reader.geometry, *key))
         assert section_basis.weights is not None
     report = (directory / "report.md").read_text()
     assert "180 tokens of 3 documents (numbers 0, 2, 3)" in report
@@ -241,3 +325,31 @@ def test_card_and_report_show_the_weights(
     )
     assert "sensitivity" not in plain_card
     assert "heldout_plain" not in plain_card["sections"][0]["errors"][0]
+
+
+def test_card_shows_weights_of_heads_and_sinks(reader: SpoolReader, tmp_path: Path) -> None:
+    weights = RowWeights(FOUND, "ordinary", "head", range(2))
+    sinks = SinkFit(SinkRule((1, 2), -0.5), 1.7, 0.1, 0.02, 0.03, 0.8)
+    made = replace(fit_weighted(reader, weights=weights), sinks=(sinks,))
+    description = Description("org/toy", IDENTITY, "bfloat16", DATA)
+    directory = write_artifact(tmp_path, description, [made], [reader.probe()])
+    card = load_card(directory)
+    assert card.sensitivity is not msgspec.UNSET
+    assert (card.sensitivity.averaged, card.sensitivity.metric) == ("ordinary", "head")
+    assert card.sensitivity.tokens == 170
+    assert card.sensitivity.value_head_weights is not msgspec.UNSET
+    assert list(card.sensitivity.value_head_weights[2]) == pytest.approx(
+        weights.of_heads()["v"][2].tolist()
+    )
+    assert card.sinks is not msgspec.UNSET
+    (found,) = card.sinks
+    assert (found.rank, found.layers, found.threshold) == (0, (1, 2), -0.5)
+    assert (found.train_share, found.heldout_share) == (0.02, 0.03)
+    report = (directory / "report.md").read_text()
+    assert "2.00% of the fitted and 3.00% of the held-out tokens" in report
+    assert "60% of the gradients' energy" in report
+    assert "sinks left out; one weight per layer and head" in report
+    none = replace(made, sinks=())
+    other = write_artifact(tmp_path, description, [none], [reader.probe()], name="none")
+    assert load_card(other).sinks == ()
+    assert "no layer shows any" in (other / "report.md").read_text()

@@ -1,0 +1,160 @@
+"""A model in transformers whose cache of a prefix can be differentiated.
+
+The prefix of a document is computed without gradients. Its K and V are then the leaves of a graph
+that computes the continuation. The label of every place is drawn from the model's own prediction
+there, so that the mean squared gradient is the diagonal of a Fisher matrix: to second order, what
+an error in the cache costs in KL divergence. Keys are differentiated with RoPE applied, which
+rotates a gradient and leaves its norm. transformers is imported when called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvtc_vllm.codec.errors import ArtifactError
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What the gradients must be of: layers, KV heads of all ranks, head sizes of K and V."""
+
+    layers: int
+    kv_heads: int
+    head_size: int
+    head_size_v: int
+
+
+@dataclass(frozen=True)
+class PrefixGradients:
+    """Gradients of a continuation with respect to the cache of its prefix, and that V.
+
+    keys, values: per layer [H, T, D] and [H, T, Dv], the model's dtype; keys with RoPE applied.
+    cached_values: [T, L, H, Dv].
+    """
+
+    keys: Sequence[torch.Tensor]
+    values: Sequence[torch.Tensor]
+    cached_values: torch.Tensor
+
+    def energies(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Squared, summed over elements: float64 [L, H, T] for K and for V, on the CPU."""
+        k, v = (
+            torch.stack([g.double().square().sum(dim=-1).cpu() for g in of_kind])
+            for of_kind in (self.keys, self.values)
+        )
+        return k, v
+
+
+class Differentiable:
+    """A model in transformers whose prefix cache can be differentiated.
+
+    directory: of the model. device: as torch names it; on a CPU arithmetic is float32, on a GPU
+    the checkpoint's dtype. Raises ArtifactError if transformers cannot load it.
+    """
+
+    def __init__(self, directory: Path, device: str, *, trust_remote_code: bool = False) -> None:
+        self.directory = directory
+        self._device = torch.device(device)
+        self._options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        try:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(directory, **self._options)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=torch.float32 if self._device.type == "cpu" else "auto",
+                **self._options,
+            )
+        except Exception as error:  # whatever a model's own code raises
+            raise unusable(directory, error) from error
+        self._model = model.eval().requires_grad_(False).to(self._device)
+
+    @property
+    def max_positions(self) -> int:
+        """Longest prompt that the configuration allows."""
+        config = self._model.config.get_text_config()
+        return int(getattr(config, "max_position_embeddings", None) or 2**31)
+
+    def gradients(
+        self, ids: Sequence[int], prefix: int, shape: CacheShape, generator: torch.Generator
+    ) -> PrefixGradients:
+        """Differentiate the likelihood of labels drawn after each token of the continuation.
+
+        ids: of prefix and continuation. generator: draws the labels, on the CPU. Raises
+        ArtifactError if the model does not run, or its cache is not of `shape`.
+        """
+        try:
+            leaves, gradients = self._gradients(ids, prefix, generator)
+        except Exception as error:
+            raise unusable(self.directory, error) from error
+        wanted = [(1, shape.kv_heads, prefix, n) for n in (shape.head_size, shape.head_size_v)]
+        found = [tuple(leaf.shape) for leaf in leaves]
+        if found != wanted * shape.layers:
+            raise unusable(
+                self.directory,
+                f"its cache has {len(found) // 2} layers, the first of K {found[0]} and V "
+                f"{found[1]}; captured were {shape.layers} of {wanted[0]} and {wanted[1]}",
+            )
+        cached = torch.stack([leaf.detach()[0].transpose(0, 1) for leaf in leaves[1::2]], dim=1)
+        of_document = [gradient[0] for gradient in gradients]
+        return PrefixGradients(of_document[0::2], of_document[1::2], cached)
+
+    def _gradients(
+        self, ids: Sequence[int], prefix: int, generator: torch.Generator
+    ) -> tuple[list[torch.Tensor], Sequence[torch.Tensor]]:
+        from transformers import DynamicCache
+
+        tokens = torch.tensor([list(ids)], device=self._device)
+        cache: Any = DynamicCache()
+        with torch.no_grad():
+            self._model(
+                input_ids=tokens[:, :prefix],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        # Without the model's configuration every layer keeps all tokens, also one with a window.
+        differentiable: Any = DynamicCache()
+        leaves: list[torch.Tensor] = []
+        for number, layer in enumerate(cache.layers):
+            pair = [x.detach().clone().requires_grad_() for x in (layer.keys, layer.values)]
+            differentiable.update(*pair, number)
+            leaves += pair
+        output = self._model(input_ids=tokens[:, prefix:], past_key_values=differentiable)
+        likelihood = torch.log_softmax(output.logits[0].float(), dim=-1)
+        chances = likelihood.detach().exp().cpu()
+        labels = torch.multinomial(chances, 1, generator=generator).to(self._device)
+        return leaves, torch.autograd.grad(likelihood.gather(1, labels).sum(), leaves)
+
+
+def unusable(directory: Path, reason: Exception | str) -> ArtifactError:
+    """That gradients cannot be had of this model, and what to give instead."""
+    text = " ".join(str(reason).split()) or type(reason).__name__
+    return ArtifactError(
+        f"--sensitivity gradient: transformers cannot run {directory.name} as needed ({text}); "
+        "give --sensitivity none"
+    )
+
+
+def check_supported(directory: Path, *, trust_remote_code: bool = False) -> None:
+    """Raise ArtifactError if transformers does not know this model. Reads its configuration only.
+
+    To be asked before a capture, which takes long.
+    """
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        known = type(config) in AutoModelForCausalLM._model_mapping
+        remote = trust_remote_code and "AutoModelForCausalLM" in (
+            getattr(config, "auto_map", None) or {}
+        )
+    except Exception as error:
+        raise unusable(directory, error) from error
+    if not known and not remote:
+        raise unusable(directory, f"it knows no causal language model for {type(config).__name__}")
