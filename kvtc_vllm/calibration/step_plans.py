@@ -27,7 +27,8 @@ ACCURACY = 0.005
 """Relative, of bytes per token."""
 _MOST_TRIALS = 24
 
-Trial = Callable[[float], tuple[list[StepPlan], list[float]]]
+LAST_ACCURACY = 0.02
+"""Where no step comes nearer."""
 
 
 @dataclass(frozen=True)
@@ -125,15 +126,14 @@ def _search(trial: Callable[[float], _Found], target: float, start: float, ratio
             step = _between(low, high, target)
             if step in (low.step, high.step):
                 break
-    best = min((f for f in (low, high) if f), key=lambda f: abs(math.log(max(f.total, 1) / target)))
-    # What has few coefficients has few sizes; below the target it only costs quality.
-    if high is not None and low is None or best.total <= target * (1 + 4 * ACCURACY):
-        return best
+    # Few coefficients have few sizes. What is below the target costs quality and nothing else.
+    if low is not None and low.total <= target * (1 + LAST_ACCURACY):
+        return low
     if high is not None:
         return high
     raise ArtifactError(
-        f"ratio {ratio:g} can't be met: {best.total:.0f} bytes per token at a step of "
-        f"{best.step:g}, the target is {target:.0f}"
+        f"ratio {ratio:g} can't be met: {found.total:.0f} bytes per token at a step of "
+        f"{found.step:g}, the target is {target:.0f}"
     )
 
 

@@ -15,6 +15,7 @@ import msgspec
 import xxhash
 
 from kvtc_vllm.artifact.card import (
+    UNNAMED_CODEC,
     ArtifactCard,
     DataCard,
     ErrorCard,
@@ -165,6 +166,7 @@ def _card(
         key_share=fits[0].key_share,
         sensitivity=_sensitivity_card(fits[0].weights),
         sinks=_sink_cards(fits),
+        codec=msgspec.UNSET if first.codec == UNNAMED_CODEC else first.codec,
     )
 
 

@@ -16,7 +16,7 @@ from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind, RankArtifact, Sectio
 from kvtc_vllm.codec.base import ChunkCodec
 from kvtc_vllm.codec.bitplan import budget_bytes, over_budget
 from kvtc_vllm.codec.container import NO_FINGERPRINT
-from kvtc_vllm.codec.cpu import fast_kvtc
+from kvtc_vllm.codec.cpu import fast_kvtc, fast_kvtc2
 from kvtc_vllm.codec.frame import TransformCodec, largest_blob
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.payload import read_plan
@@ -73,7 +73,11 @@ CODECS: dict[str, CodecSpec] = {
         has_kernels=True,
         fast=fast_kvtc,
     ),
-    Kvtc2Codec.name: CodecSpec(Kvtc2Codec, ArtifactRules(read_step_plan, over_ratio, most_bytes)),
+    Kvtc2Codec.name: CodecSpec(
+        Kvtc2Codec,
+        ArtifactRules(read_step_plan, over_ratio, most_bytes),
+        fast=fast_kvtc2,
+    ),
 }
 
 

@@ -10,6 +10,9 @@ from typing import ClassVar
 from kvtc_vllm.codec.entropy import DeflateCoder
 from kvtc_vllm.codec.frame import TransformCodec
 
+ENTROPY = DeflateCoder(matches=False)
+"""Matches cost more than they save here, at any level of effort."""
+
 
 class Kvtc2Codec(TransformCodec):
     """`TransformCodec` whose section coders are step plans, and which marks sinks."""
@@ -19,5 +22,4 @@ class Kvtc2Codec(TransformCodec):
     marks_sinks: ClassVar[bool] = True
 
     def _entropy_coder(self, level: int) -> DeflateCoder:
-        """Matches cost more than they save here, at any level."""
-        return DeflateCoder(level=level, matches=False)
+        return ENTROPY

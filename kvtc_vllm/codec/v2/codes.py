@@ -9,7 +9,7 @@ the rest of the payload from the containers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -105,12 +105,17 @@ def decode_codes(
         low, high = data.take(WIDE_BYTES * int(places.sum())).view(-1, WIDE_BYTES).int().unbind(1)
         escapes[places] += low + (high << 8)
     if data.left:
-        raise ContainerError("bounds", f"{data.left} bytes follow the last escape")
+        raise uneven_escapes()
     for part, places, escapes in zip(parts, escaped, beyond, strict=True):
         own = codes[part.columns.to(device)]
         own[places] += escapes
         codes[part.columns.to(device)] = own
     return codes
+
+
+def uneven_escapes() -> ContainerError:
+    """What to raise if the containers ask for other escapes than follow them."""
+    return ContainerError("bounds", "escapes do not end where the payload does")
 
 
 class _Reader:
@@ -126,11 +131,6 @@ class _Reader:
 
     def take(self, size: int) -> torch.Tensor:
         if size > self.left:
-            raise ContainerError("bounds", f"{size} bytes of escapes, only {self.left} are left")
+            raise uneven_escapes()
         self._at += size
         return self._data[self._at - size : self._at]
-
-
-def stream_sizes(parts: Sequence[Containers], tokens: int) -> Iterator[int]:
-    """Bytes of the streams of containers, in order."""
-    return (part.packed_bytes(tokens) for part in parts)

@@ -43,6 +43,7 @@ SLACK_BYTES = 1024
 ELEMENT_BYTES = 2
 """Target ratios are to a cache of 16-bit elements."""
 MAX_CLASSES = 256
+MAX_SINK_GAIN = 256
 _NUMBERS = struct.Struct("<ddd")
 
 
@@ -124,11 +125,15 @@ class StepPlan:
         rows = coefficients[:, : self.rank].T
         scaled = rows.abs() * self.inverse_step
         if not magnitude(scaled) < MAX_LEVEL:
-            raise CodecError("range", f"a coefficient is beyond {MAX_LEVEL} steps of {self.step}")
+            raise self.range_error()
         dead, offset = self.rounding.to(rows.device)[self.classes.long()].T[..., None]
         levels = torch.floor(scaled + offset).int()
         levels[scaled < dead] = 0
         return (2 * levels - (rows > 0).int()).clamp_min(0)
+
+    def range_error(self) -> CodecError:
+        """What to raise for a coefficient that has no code."""
+        return CodecError("range", f"a coefficient is beyond {MAX_LEVEL} steps of {self.step:g}")
 
     def restore(self, codes: torch.Tensor) -> torch.Tensor:
         """Inverse of `quantise` but for the rounding: float32 [T, r]."""
@@ -171,8 +176,10 @@ def read_step_plan(
     rounded = float(numbers[0].float())
     if step != rounded or not 1e-30 < step < 1e30:
         raise tensors.error("numbers", f"has step {step}; a float32 in 1e-30 .. 1e30 is right")
-    if not 1 <= gain <= 256:
-        raise tensors.error("numbers", f"has gain {gain} of marked tokens; 1 to 256 are right")
+    if not 1 <= gain <= MAX_SINK_GAIN:
+        raise tensors.error(
+            "numbers", f"has gain {gain} of marked tokens; 1 to {MAX_SINK_GAIN} are right"
+        )
     if token_bytes < 0:
         raise tensors.error("numbers", f"has {token_bytes} bytes per token")
     widths = tensors.load("widths", ("U8",), (None,))

@@ -16,8 +16,9 @@ import kvtc_vllm.codec.cpu as cpu
 from kvtc_vllm.codec.artifact import RankArtifact
 from kvtc_vllm.codec.base import ChunkCodec, DecodedChunk, NewChunk, StoredChunk, read_section
 from kvtc_vllm.codec.container import CHECKSUM_BYTES, HEADER_BYTES, checksum, parse
-from kvtc_vllm.codec.cpu.codec import TILE_TOKENS, CpuKvtcCodec
+from kvtc_vllm.codec.cpu.codec import CpuKvtcCodec
 from kvtc_vllm.codec.cpu.products import has_int8_products
+from kvtc_vllm.codec.cpu.tiles import TILE_TOKENS
 from kvtc_vllm.codec.errors import CodecError, ContainerError
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.payload import BitPlan
