@@ -5,10 +5,10 @@
                                      [--out benchmarks/results/sensitivity.json]
 
 Of every document, transformers computes the first 768 tokens. Their K and V go through the codec
-that serves on a CPU, in blobs of 128 tokens by default, and back. The next 128 tokens are computed exactly
-on what came back, as the recent window is; over the 128 after them, the predictions are compared
-with those on the uncompressed cache. Ratios are of whole blobs, headers and sinks included;
-intervals are 95 %, bootstrapped over documents.
+that serves on a CPU, in blobs of `--chunk` tokens, and back. The next 128 tokens are computed
+exactly on what came back, as the recent window is; over the 128 after them, the predictions are
+compared with those on the uncompressed cache. Ratios are of whole blobs, headers and sinks
+included; intervals are 95 %, bootstrapped over documents.
 
 `--data` has essays.jsonl.gz and gsm8k-test.jsonl. Documents are those whose number modulo 4 is 3,
 which no calibration and no tuning uses: five essays that are long enough, and five times ten
