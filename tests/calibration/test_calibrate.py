@@ -139,5 +139,7 @@ def test_calibrate_codec_2_then_serve(reference_model: Path, tmp_path: Path) -> 
     # The cache is of float32, twice what ratios are to.
     real = values["kvtc_stored_raw_bytes"] / values["kvtc_stored_bytes"] / 2
     assert 3.2 < real < 4.8
-    agreed = [a == b for x, y in zip(answers, expected, strict=True) for a, b in zip(x, y)]
+    agreed = [
+        a == b for x, y in zip(answers, expected, strict=True) for a, b in zip(x, y, strict=True)
+    ]
     assert sum(agreed) >= 0.9 * len(agreed)
