@@ -29,8 +29,8 @@ def encode_columns(
 ) -> tuple[int, int]:
     """Coefficients [T, r], none beyond the largest level, -> containers, escapes, wide escapes.
 
-    columns: those of this width. dead, offset: [r]. packed: out, zeros before. low, wide: out, with
-    room for an escape per coefficient; gives how many of each there are.
+    columns: those of this width. dead, offset: [r]. packed, low, wide: out, with room for an escape
+    per coefficient; gives how many there are.
     """
     tokens = len(coefficients)
     size = (tokens * width + 7) // 8
@@ -51,19 +51,22 @@ def encode_columns(
                 positive = np.int32(1) if x > 0 else np.int32(0)
                 codes[token, j] = max(np.int32(2 * level - positive), np.int32(0))
         for j in range(count):
-            out = packed[(first + j) * size : (first + j + 1) * size]
-            for token in range(tokens):
-                code = codes[token, j]
-                if code >= escape:
-                    beyond = code - escape
-                    if beyond >= _WIDE:
-                        wide[wides] = beyond - _WIDE
-                        wides += 1
-                        beyond = _WIDE
-                    low[lows] = beyond
-                    lows += 1
-                    code = escape
-                out[token // per_byte] |= np.uint8(code << (token % per_byte * width))
+            for i in range(size):
+                byte = np.int32(0)
+                start = i * per_byte
+                for lane in range(min(per_byte, tokens - start)):
+                    code = codes[start + lane, j]
+                    if code >= escape:
+                        beyond = code - escape
+                        if beyond >= _WIDE:
+                            wide[wides] = beyond - _WIDE
+                            wides += 1
+                            beyond = _WIDE
+                        low[lows] = beyond
+                        lows += 1
+                        code = escape
+                    byte |= code << np.int32(lane * width)
+                packed[(first + j) * size + i] = byte
     return lows, wides
 
 
@@ -73,12 +76,17 @@ def count_escapes(packed: Bytes, tokens: int, width: int) -> int:
     size = (tokens * width + 7) // 8
     per_byte = 8 // width
     escape = (1 << width) - 1
+    in_byte = np.zeros(256, np.int64)
+    for byte in range(256):
+        for lane in range(per_byte):
+            in_byte[byte] += ((byte >> (lane * width)) & escape) == escape
+    # Of the last byte of a column, whose padding may be anything.
+    used = (1 << ((tokens - (size - 1) * per_byte) * width)) - 1
     found = 0
     for start in range(0, len(packed), size):
-        for i in range(size):
-            byte = packed[start + i]
-            for lane in range(min(per_byte, tokens - i * per_byte)):
-                found += ((byte >> (lane * width)) & escape) == escape
+        for i in range(size - 1):
+            found += in_byte[packed[start + i]]
+        found += in_byte[packed[start + size - 1] & used]
     return found
 
 
@@ -117,19 +125,23 @@ def decode_columns(
                 x = own[level - 1] if level <= listed else np.float32(level) * step
                 table[code] = x if code & 1 else -x
             source = packed[(first + j) * size : (first + j + 1) * size]
-            for token in range(tokens):
-                code = np.int64(source[token // per_byte] >> (token % per_byte * width)) & escape
-                if code < escape:
-                    block[j, token] = table[code]
-                    continue
-                code += low[lows]
-                if low[lows] == _WIDE:
-                    code += np.int64(wide[2 * wides]) + 256 * np.int64(wide[2 * wides + 1])
-                    wides += 1
-                lows += 1
-                level = (code + 1) >> 1
-                x = own[level - 1] if level <= listed else np.float32(level) * step
-                block[j, token] = x if code & 1 else -x
+            for i in range(size):
+                byte = np.int64(source[i])
+                start = i * per_byte
+                for token in range(start, min(start + per_byte, tokens)):
+                    code = byte & escape
+                    byte >>= width
+                    if code < escape:
+                        block[j, token] = table[code]
+                        continue
+                    code += low[lows]
+                    if low[lows] == _WIDE:
+                        code += np.int64(wide[2 * wides]) + 256 * np.int64(wide[2 * wides + 1])
+                        wides += 1
+                    lows += 1
+                    level = (code + 1) >> 1
+                    x = own[level - 1] if level <= listed else np.float32(level) * step
+                    block[j, token] = x if code & 1 else -x
         for token in range(tokens):
             row = coefficients[token]
             for j in range(count):

@@ -44,7 +44,7 @@ class StepSection(FastSection):
         escapes: list[bytes] = []
         wides: list[bytes] = []
         for width, columns in self._parts:
-            packed = np.zeros(len(columns) * ((tokens * width + 7) // 8), np.uint8)
+            packed = np.empty(len(columns) * ((tokens * width + 7) // 8), np.uint8)
             low = np.empty(len(columns) * tokens, np.uint8)
             wide = np.empty(len(columns) * tokens, np.int64)
             lows, count = encode_columns(
