@@ -1,4 +1,4 @@
-"""One section's plan for a given step: classes, rounding, values, containers, and how many columns.
+"""One section's plan for a given step: classes, rounding, values, widths, and how many columns.
 
 Coefficients are classed by their deviation in steps, a quarter of an octave each. The rounding of a
 class weighs error against bits: level k is taken instead of k - 1 where the squared error saved,
@@ -174,7 +174,7 @@ class _Tables:
         self.rounding = np.stack((dead, offset), axis=1)
 
     def widths(self) -> torch.Tensor:
-        """Of every class the narrowest container that few codes escape from: uint8 [C]."""
+        """Of every class the narrowest packed codes that few escape from: uint8 [C]."""
         total = self.counts.sum(1)
         chosen = np.full(len(total), WIDTHS[-1], np.uint8)
         for width, most in reversed(MOST_ESCAPES.items()):
@@ -186,4 +186,4 @@ class _Tables:
 
 
 MOST_ESCAPES = {2: 0.03, 4: 0.01}
-"""Width of containers -> share of codes that may escape from them."""
+"""Width -> share of codes that may be escapes."""

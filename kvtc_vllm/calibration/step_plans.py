@@ -100,7 +100,7 @@ def coded_bytes(
     for first in range(0, len(marks), CHUNK_TOKENS):
         rows = slice(first, first + CHUNK_TOKENS)
         codes = plan.quantise(sample.coefficients[rows, : plan.rank] * gains[rows])
-        encoded = entropy.encode(encode_codes(codes, plan.containers))
+        encoded = entropy.encode(encode_codes(codes, plan.packed))
         taken += section_bytes(UNIT_BYTES * len(encoded.units) + aligned(len(encoded.body)))
     return taken / len(marks)
 

@@ -1,4 +1,4 @@
-"""Compiled quantisation, packing and their inverses for step plans, one width of containers a call.
+"""Compiled quantisation, packing and their inverses for step plans, one width per call.
 
 Codes and bytes are those of `kvtc_vllm.codec.v2`, bit for bit from the same coefficients. Columns
 are taken in blocks of `BLOCK`, which lie in one cache line of a row. Importing this imports numba.
@@ -27,7 +27,7 @@ def encode_columns(
     low: Bytes,
     wide: Integers,
 ) -> tuple[int, int]:
-    """Coefficients [T, r], none beyond the largest level, -> containers, escapes, wide escapes.
+    """Coefficients [T, r], none beyond the largest level, -> packed codes, escapes, wide escapes.
 
     columns: those of this width. dead, offset: [r]. packed, low, wide: out, with room for an escape
     per coefficient; gives how many there are.
@@ -72,7 +72,7 @@ def encode_columns(
 
 @jit
 def count_escapes(packed: Bytes, tokens: int, width: int) -> int:
-    """Of columns of `tokens` containers each."""
+    """Of columns of `tokens` packed codes each."""
     size = (tokens * width + 7) // 8
     per_byte = 8 // width
     escape = (1 << width) - 1
@@ -104,7 +104,7 @@ def decode_columns(
 ) -> None:
     """Inverse of `encode_columns`: columns of coefficients, out, [T, r].
 
-    low, wide: as many escapes as the containers and `low` say. classes: [r]. values: [C, M], of the
+    low, wide: as many escapes as `packed` and `low` say. classes: [r]. values: [C, M], of the
     levels from 1 on.
     """
     tokens = len(coefficients)

@@ -23,7 +23,7 @@ class StepSection(FastSection):
 
     def __init__(self, section: SectionBasis, ratio: float, int8: bool | None) -> None:
         self.plan = step_plan(section, ratio)
-        self._parts = [(p.width, p.columns.numpy()) for p in self.plan.containers]
+        self._parts = [(p.width, p.columns.numpy()) for p in self.plan.packed]
         self._classes = self.plan.classes.numpy().astype(np.int64)
         self._values = self.plan.values.numpy()
         dead, offset = self.plan.rounding.numpy()[self._classes].T

@@ -1,10 +1,10 @@
 """Codes of one section <-> the streams of its payload. Integers only; FORMAT.md, section 9.
 
-Codes are component-major: all tokens of one coefficient lie together. Every coefficient has a
-container of 2, 4 or 8 bits. The largest number of a container is an escape: what the code exceeds
-it by is in a stream behind the containers, and what does not fit a byte there is in one behind
-that. So the place of every container follows from the widths and the number of tokens alone, and
-the rest of the payload from the containers.
+Codes are component-major: all tokens of one coefficient lie together. Every coefficient has a width,
+2, 4 or 8 bits, in which its codes are packed. The largest number of a width is an escape: what the
+code exceeds it by is in a stream behind the packed codes, and what does not fit a byte there is in
+one behind that. So the place of every packed code follows from the widths and the number of tokens
+alone, and the rest of the payload from the packed codes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kvtc_vllm.codec.packing import pack, packed_size, unpack
 from kvtc_vllm.codec.shuffle import to_bytes
 
 WIDTHS = (2, 4, 8)
-"""Bits of containers, in stored order."""
+"""Bits of packed codes, in stored order."""
 WIDE = 255
 """In a stream of escapes: the rest is in the wide stream."""
 WIDE_BYTES = 2
@@ -29,8 +29,8 @@ MAX_LEVEL = 32_767
 
 
 @dataclass(frozen=True)
-class Containers:
-    """Coefficients whose containers are of one width.
+class PackedColumns:
+    """Coefficients whose codes are packed in one width.
 
     columns: their numbers, int64 [n], rising.
     """
@@ -43,31 +43,31 @@ class Containers:
         return (1 << self.width) - 1
 
     def packed_bytes(self, tokens: int) -> int:
-        """Bytes of all containers; those of each coefficient begin at a byte."""
+        """Bytes of all packed codes; those of each coefficient begin at a byte."""
         return len(self.columns) * packed_size(tokens, self.width)
 
 
-def containers(widths: torch.Tensor) -> tuple[Containers, ...]:
-    """Of every width in use. widths: uint8 [r], bits of the container of each coefficient."""
+def packed_columns(widths: torch.Tensor) -> tuple[PackedColumns, ...]:
+    """Of every width in use. widths: uint8 [r], of each coefficient."""
     found = ((width, (widths == width).nonzero().flatten()) for width in WIDTHS)
-    return tuple(Containers(width, columns) for width, columns in found if len(columns))
+    return tuple(PackedColumns(width, columns) for width, columns in found if len(columns))
 
 
-def least_length(parts: Sequence[Containers], tokens: int) -> int:
+def least_length(parts: Sequence[PackedColumns], tokens: int) -> int:
     """Bytes of a payload without escapes."""
     return sum(part.packed_bytes(tokens) for part in parts)
 
 
-def most_length(parts: Sequence[Containers], tokens: int) -> int:
+def most_length(parts: Sequence[PackedColumns], tokens: int) -> int:
     """Bytes of a payload in which every code is a wide escape."""
     columns = sum(len(part.columns) for part in parts)
     return least_length(parts, tokens) + MAX_ESCAPE_BYTES * columns * tokens
 
 
-def encode_codes(codes: torch.Tensor, parts: Sequence[Containers]) -> list[bytes]:
+def encode_codes(codes: torch.Tensor, parts: Sequence[PackedColumns]) -> list[bytes]:
     """Codes int32 [r, T], none negative and none above 2 * MAX_LEVEL -> streams.
 
-    One stream of containers per width, then one of escapes per width that has any, then the wide
+    One stream of packed codes per width, then one of escapes per width that has any, then the wide
     one if there is any.
     """
     streams: list[bytes] = []
@@ -84,7 +84,7 @@ def encode_codes(codes: torch.Tensor, parts: Sequence[Containers]) -> list[bytes
 
 
 def decode_codes(
-    payload: bytearray, parts: Sequence[Containers], rank: int, tokens: int, device: torch.device
+    payload: bytearray, parts: Sequence[PackedColumns], rank: int, tokens: int, device: torch.device
 ) -> torch.Tensor:
     """Inverse of `encode_codes`: int32 [rank, tokens]; of a wrong payload none is above 2^17.
 
@@ -114,7 +114,7 @@ def decode_codes(
 
 
 def uneven_escapes() -> ContainerError:
-    """What to raise if the containers ask for other escapes than follow them."""
+    """What to raise if the packed codes ask for other escapes than follow them."""
     return ContainerError("bounds", "escapes do not end where the payload does")
 
 

@@ -1,7 +1,7 @@
 """Version 2's section coder: one step, classes of coefficients, integer codes.
 
 A coefficient is divided by the step and rounded to a level. Coefficients of like deviation are one
-*class*, which has the width of its containers, the value of every level (the mean of what
+*class*, which has the width of its packed codes, the value of every level (the mean of what
 calibration rounded to it), and how the encoder rounds: below the dead zone to 0, above it down
 after an offset is added. Rounding is the encoder's own affair; a decoder needs none of it.
 """
@@ -25,12 +25,12 @@ from kvtc_vllm.codec.transform import magnitude
 from kvtc_vllm.codec.v2.codes import (
     MAX_LEVEL,
     WIDTHS,
-    Containers,
-    containers,
+    PackedColumns,
     decode_codes,
     encode_codes,
     least_length,
     most_length,
+    packed_columns,
 )
 
 HEADROOM = 2.0
@@ -52,7 +52,7 @@ class StepPlan:
     """How the coefficients of one section are coded at one target ratio; a `SectionCoder`.
 
     step: in units of coefficients, a float32. classes: uint8 [r], the class of each of the leading
-    r coefficients; the others are not stored. widths: uint8 [C], bits of the containers of a class.
+    r coefficients; the others are not stored. widths: uint8 [C], bits of the packed codes of a class.
     values: float32 [C, M], what levels 1 .. M of a class stand for, in units of coefficients;
     a level beyond them stands for itself times step. rounding: float32 [C, 2], dead zone and offset
     of a class in steps. sink_gain: marked tokens are multiplied by it before they are coded.
@@ -77,9 +77,9 @@ class StepPlan:
         return GENERAL_CODER_IDS
 
     @cached_property
-    def containers(self) -> tuple[Containers, ...]:
+    def packed_columns(self) -> tuple[PackedColumns, ...]:
         """The coefficients of every width in use, in stored order."""
-        return containers(self.widths[self.classes.long()])
+        return packed_columns(self.widths[self.classes.long()])
 
     @cached_property
     def inverse_step(self) -> float:
@@ -87,16 +87,16 @@ class StepPlan:
         return float(torch.tensor(1.0) / torch.tensor(self.step))
 
     def raw_length(self, tokens: int) -> int:
-        return least_length(self.containers, tokens)
+        return least_length(self.packed, tokens)
 
     def most_raw_length(self, tokens: int) -> int:
-        return most_length(self.containers, tokens)
+        return most_length(self.packed, tokens)
 
     def max_bytes(self, tokens: int) -> int:
         return math.ceil(HEADROOM * self.token_bytes * tokens) + self.rank + SLACK_BYTES
 
     def encode(self, coefficients: torch.Tensor, entropy: EntropyCoder) -> CodedSection:
-        streams = encode_codes(self.quantise(coefficients), self.containers)
+        streams = encode_codes(self.quantise(coefficients), self.packed)
         return self.store(streams, len(coefficients), entropy)
 
     def store(self, streams: list[bytes], tokens: int, entropy: EntropyCoder) -> CodedSection:
@@ -115,7 +115,7 @@ class StepPlan:
         self, section: Section, body: memoryview, tokens: int, device: torch.device
     ) -> torch.Tensor:
         payload = read_body(section, body)
-        return self.restore(decode_codes(payload, self.containers, self.rank, tokens, device))
+        return self.restore(decode_codes(payload, self.packed, self.rank, tokens, device))
 
     def quantise(self, coefficients: torch.Tensor) -> torch.Tensor:
         """float32 [T, >= r] -> codes int32 [r, T]: 2 |level|, less 1 where x is positive.

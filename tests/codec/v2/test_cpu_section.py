@@ -24,7 +24,7 @@ def plan() -> StepPlan:
     """Of every width, and of columns that are no multiple of a block."""
     drawn = torch.randn(512, RANK, generator=torch.Generator().manual_seed(0))
     made = step_plan_of(drawn * torch.logspace(2, -0.5, RANK), RANK, 4.0)
-    assert {part.width for part in made.containers} == {2, 4, 8}
+    assert {part.width for part in made.packed} == {2, 4, 8}
     return made
 
 
@@ -50,11 +50,11 @@ def test_the_bytes_are_the_reference_s(plan: StepPlan, tokens: int) -> None:
     section = section_of(plan)
     ones = np.ones(tokens, np.float32)
     streams = section.payload(x.clone(), ones)
-    assert streams == encode_codes(plan.quantise(x), plan.containers)
+    assert streams == encode_codes(plan.quantise(x), plan.packed)
     payload = bytearray(b"".join(streams))
     out = np.zeros((tokens, section.live), np.float32)
     section.coefficients(payload, out)
-    codes = decode_codes(payload, plan.containers, plan.rank, tokens, CPU)
+    codes = decode_codes(payload, plan.packed, plan.rank, tokens, CPU)
     assert torch.equal(torch.from_numpy(out), plan.restore(codes))
 
 
@@ -62,7 +62,7 @@ def test_factors_are_multiplied_in(plan: StepPlan) -> None:
     x = coefficients(plan, 16, 3)
     factors = torch.linspace(0.25, 1.0, 16)
     streams = section_of(plan).payload(x.clone(), factors.numpy())
-    assert streams == encode_codes(plan.quantise(x * factors[:, None]), plan.containers)
+    assert streams == encode_codes(plan.quantise(x * factors[:, None]), plan.packed)
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 1e30])
