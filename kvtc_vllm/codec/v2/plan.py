@@ -52,7 +52,7 @@ class StepPlan:
     """How the coefficients of one section are coded at one target ratio; a `SectionCoder`.
 
     step: in units of coefficients, a float32. classes: uint8 [r], the class of each of the leading
-    r coefficients; the others are not stored. widths: uint8 [C], bits of the packed codes of a class.
+    r coefficients; the others are not stored. widths: uint8 [C], bits of a class's packed codes.
     values: float32 [C, M], what levels 1 .. M of a class stand for, in units of coefficients;
     a level beyond them stands for itself times step. rounding: float32 [C, 2], dead zone and offset
     of a class in steps. sink_gain: marked tokens are multiplied by it before they are coded.

@@ -1,4 +1,4 @@
-"""Codes <-> payload: packed codes, escapes, wide escapes, and payloads that do not come out even."""
+"""Codes <-> payload: packed codes, escapes, wide ones, and payloads that do not come out even."""
 
 from __future__ import annotations
 
