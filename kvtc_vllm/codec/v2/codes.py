@@ -3,8 +3,8 @@
 Codes are component-major: all tokens of one coefficient lie together. Every coefficient has a
 width, 2, 4 or 8 bits, in which its codes are packed. The largest number of a width is an escape:
 what the code exceeds it by is in a stream behind the packed codes, and what does not fit a byte
-there is in one behind that. So the place of every packed code follows from the widths and the number of tokens
-alone, and the rest of the payload from the packed codes.
+there is in one behind that. So the place of every packed code follows from the widths and the
+number of tokens alone, and the rest of the payload from the packed codes.
 """
 
 from __future__ import annotations
