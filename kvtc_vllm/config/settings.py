@@ -54,8 +54,8 @@ class KVTCConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     ratio: Annotated[
         Ratio | None,
         Meta(
-            description="Target ratio before DEFLATE, with `kvtc2` of all bytes. The artifact must have "
-            "a plan for it.",
+            description="Target ratio before DEFLATE, with `kvtc2` of all bytes. The artifact must "
+            "have a plan for it.",
             extra={"default": f"{DEFAULT_RATIO:g}"},
         ),
     ] = None
