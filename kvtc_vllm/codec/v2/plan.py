@@ -77,7 +77,7 @@ class StepPlan:
         return GENERAL_CODER_IDS
 
     @cached_property
-    def packed_columns(self) -> tuple[PackedColumns, ...]:
+    def packed(self) -> tuple[PackedColumns, ...]:
         """The coefficients of every width in use, in stored order."""
         return packed_columns(self.widths[self.classes.long()])
 
