@@ -86,7 +86,7 @@ STEPS: dict[tuple[int, Kind], dict[float, tuple[float, int]]] = {
     (1, "v"): {4.0: (1 / 32, 4), 16.0: (1.0, 0)},
 }
 """Of codec 2: step and number of coefficients. One plan is empty."""
-RULE = SinkRule(layers=(0, 2), threshold=1.4, max_share=0.2)
+RULE = SinkRule(layers=(0, 2), threshold=1.6, max_share=0.2)
 _ROUNDING = ((0.75, 0.25), (0.5, 0.5), (0.625, 0.375))
 
 
