@@ -5,13 +5,14 @@ The payload is `kvtc_vllm.codec.v2.codes`, the quantiser `kvtc_vllm.codec.v2.pla
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 from kvtc_vllm.codec.entropy import DeflateCoder
 from kvtc_vllm.codec.frame import TransformCodec
 
-ENTROPY = DeflateCoder(matches=False)
-"""Matches cost more than they save here, at any level of effort."""
+ENTROPY = DeflateCoder(matches=False, unit_bytes=8192)
+"""What calibration counts bytes with. Matches cost more than they save here."""
 
 
 class Kvtc2Codec(TransformCodec):
@@ -22,4 +23,4 @@ class Kvtc2Codec(TransformCodec):
     marks_sinks: ClassVar[bool] = True
 
     def _entropy_coder(self, level: int) -> DeflateCoder:
-        return ENTROPY
+        return replace(ENTROPY, level=level)
