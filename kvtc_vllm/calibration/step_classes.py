@@ -43,7 +43,7 @@ class StepSettings:
     token that a coded column must save beside its own, for the time that products take."""
 
     sink_gain: float = 4.0
-    column_bits: float = 0.05
+    column_bits: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -185,5 +185,5 @@ class _Tables:
         return torch.from_numpy(chosen)
 
 
-MOST_ESCAPES = {2: 0.03, 4: 0.01}
+MOST_ESCAPES = {2: 0.1, 4: 0.03}
 """Width -> share of codes that may be escapes."""
