@@ -34,7 +34,7 @@ class BitSection(FastSection):
         columns = [c for g in self.plan.groups for c in range(g.start, g.start + g.size)]
         self._live_groups = self._groups.copy()
         self._live_groups[:, 0] = np.searchsorted(np.array(columns, np.int64), self._groups[:, 0])
-        super().__init__(section, self.plan, columns, int8)
+        super().__init__(section, self.plan, list(range(self.plan.rank)), columns, int8)
 
     def payload(self, product: torch.Tensor, factors: Floats) -> list[bytes]:
         coefficients = product.numpy()

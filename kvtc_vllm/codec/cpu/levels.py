@@ -7,6 +7,7 @@ are taken in blocks of `BLOCK`, which lie in one cache line of a row. Importing 
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from kvtc_vllm.codec.cpu.jit import jit
 from kvtc_vllm.codec.cpu.rows import Bytes, Floats, Integers
@@ -16,9 +17,28 @@ _WIDE = 255
 
 
 @jit
+def _block_codes(
+    coefficients: Floats,
+    inverse_step: np.float32,
+    dead: Floats,
+    offset: Floats,
+    codes: npt.NDArray[np.int32],
+) -> None:
+    """Codes [T, n] of coefficients [T, n]; without branches, so that it vectorises."""
+    for token in range(len(coefficients)):
+        row, out = coefficients[token], codes[token]
+        for j in range(len(row)):
+            x = row[j]
+            scaled = abs(x) * inverse_step
+            level = np.int32(scaled + offset[j])
+            level = np.int32(0) if scaled < dead[j] else level
+            positive = np.int32(1) if x > np.float32(0.0) else np.int32(0)
+            out[j] = max(np.int32(level + level - positive), np.int32(0))
+
+
+@jit
 def encode_columns(
     coefficients: Floats,
-    columns: Integers,
     inverse_step: np.float32,
     dead: Floats,
     offset: Floats,
@@ -27,46 +47,44 @@ def encode_columns(
     low: Bytes,
     wide: Integers,
 ) -> tuple[int, int]:
-    """Coefficients [T, r], none beyond the largest level, -> packed codes, escapes, wide escapes.
+    """Coefficients [T, n], none beyond the largest level, -> packed codes, escapes, wide escapes.
 
-    columns: those of this width. dead, offset: [r]. packed, low, wide: out, with room for an escape
-    per coefficient; gives how many there are.
+    dead, offset: [n]. packed, low, wide: out, with room for an escape per coefficient; gives how
+    many there are.
     """
-    tokens = len(coefficients)
+    tokens, columns = coefficients.shape
     size = (tokens * width + 7) // 8
     per_byte = 8 // width
-    escape = (1 << width) - 1
+    escape = np.int32((1 << width) - 1)
     codes = np.empty((tokens, BLOCK), np.int32)
+    byte = np.empty(BLOCK, np.int32)
     lows = wides = 0
-    for first in range(0, len(columns), BLOCK):
-        count = min(BLOCK, len(columns) - first)
-        for token in range(tokens):
-            row = coefficients[token]
+    for first in range(0, columns, BLOCK):
+        last = min(first + BLOCK, columns)
+        count = last - first
+        own = codes[:, :count]
+        _block_codes(
+            coefficients[:, first:last], inverse_step, dead[first:last], offset[first:last], own
+        )
+        for i in range(size):
+            byte[:] = 0
+            for lane in range(min(per_byte, tokens - i * per_byte)):
+                row = own[i * per_byte + lane]
+                shift = np.int32(lane * width)
+                for j in range(count):
+                    byte[j] |= min(row[j], escape) << shift
             for j in range(count):
-                c = columns[first + j]
-                x = row[c]
-                scaled = np.float32(abs(x) * inverse_step)
-                level = np.int32(np.float32(scaled + offset[c]))
-                level = np.int32(0) if scaled < dead[c] else level
-                positive = np.int32(1) if x > 0 else np.int32(0)
-                codes[token, j] = max(np.int32(2 * level - positive), np.int32(0))
+                packed[(first + j) * size + i] = byte[j]
         for j in range(count):
-            for i in range(size):
-                byte = np.int32(0)
-                start = i * per_byte
-                for lane in range(min(per_byte, tokens - start)):
-                    code = codes[start + lane, j]
-                    if code >= escape:
-                        beyond = code - escape
-                        if beyond >= _WIDE:
-                            wide[wides] = beyond - _WIDE
-                            wides += 1
-                            beyond = _WIDE
-                        low[lows] = beyond
-                        lows += 1
-                        code = escape
-                    byte |= code << np.int32(lane * width)
-                packed[(first + j) * size + i] = byte
+            for token in range(tokens):
+                beyond = own[token, j] - escape
+                if beyond >= 0:
+                    if beyond >= _WIDE:
+                        wide[wides] = beyond - _WIDE
+                        wides += 1
+                        beyond = np.int32(_WIDE)
+                    low[lows] = beyond
+                    lows += 1
     return lows, wides
 
 
@@ -95,19 +113,18 @@ def decode_columns(
     packed: Bytes,
     low: Bytes,
     wide: Bytes,
-    columns: Integers,
     classes: Integers,
     values: Floats,
     step: np.float32,
     width: int,
     coefficients: Floats,
 ) -> None:
-    """Inverse of `encode_columns`: columns of coefficients, out, [T, r].
+    """Inverse of `encode_columns`: coefficients, out, [T, n].
 
-    low, wide: as many escapes as `packed` and `low` say. classes: [r]. values: [C, M], of the
+    low, wide: as many escapes as `packed` and `low` say. classes: [n]. values: [C, M], of the
     levels from 1 on.
     """
-    tokens = len(coefficients)
+    tokens, columns = coefficients.shape
     size = (tokens * width + 7) // 8
     per_byte = 8 // width
     escape = (1 << width) - 1
@@ -115,10 +132,10 @@ def decode_columns(
     block = np.empty((BLOCK, tokens), np.float32)
     table = np.empty(1 << width, np.float32)
     lows = wides = 0
-    for first in range(0, len(columns), BLOCK):
-        count = min(BLOCK, len(columns) - first)
-        for j in range(count):
-            own = values[classes[columns[first + j]]]
+    for first in range(0, columns, BLOCK):
+        last = min(first + BLOCK, columns)
+        for j in range(last - first):
+            own = values[classes[first + j]]
             table[0] = 0.0
             for code in range(1, escape):
                 level = (code + 1) >> 1
@@ -143,6 +160,6 @@ def decode_columns(
                     x = own[level - 1] if level <= listed else np.float32(level) * step
                     block[j, token] = x if code & 1 else -x
         for token in range(tokens):
-            row = coefficients[token]
-            for j in range(count):
-                row[columns[first + j]] = block[j, token]
+            row = coefficients[token, first:last]
+            for j in range(len(row)):
+                row[j] = block[j, token]

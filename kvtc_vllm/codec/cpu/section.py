@@ -27,13 +27,18 @@ COLUMNS_PER_LEADING = 64
 class FastSection(ABC):
     """Coefficients <-> payload bit for bit as the plan's; rows <-> coefficients nearly so.
 
-    columns: of the basis, those that anything is stored of, rising. int8: see `CpuCodec`. terms: of
-    the int8 products, 0 for products of float32. Immutable: any number of threads may call it at
-    once.
+    columns: of the basis, those that anything is stored of. projected: those that `store` is given
+    products with. int8: see `CpuCodec`. terms: of the int8 products, 0 for products of float32.
+    Immutable: any number of threads may call it at once.
     """
 
     def __init__(
-        self, section: SectionBasis, plan: SectionCoder, columns: list[int], int8: bool | None
+        self,
+        section: SectionBasis,
+        plan: SectionCoder,
+        projected: list[int],
+        columns: list[int],
+        int8: bool | None,
     ) -> None:
         self.mean = section.mean.to("cpu", torch.float32).contiguous().numpy()
         self.live = len(columns)
@@ -46,7 +51,7 @@ class FastSection(ABC):
         # Rows are weighted before they are rounded: one step serves all elements of a row, and
         # would swallow the small ones that weigh most. The inverse has a step per element.
         self.weights = weights.numpy()
-        self.forward = self._product(basis, 0)
+        self.forward = self._product(basis[:, projected], 0)
         inverse = basis[:, columns].T
         if len(weights):
             inverse = inverse / weights
@@ -59,7 +64,7 @@ class FastSection(ABC):
         return self.mean.nbytes + self.weights.nbytes + self.forward.nbytes + self.inverse.nbytes
 
     def store(self, product: torch.Tensor, factors: Floats, entropy: EntropyCoder) -> CodedSection:
-        """Coefficients float32 [T, rank] times factors [T]; the former are overwritten.
+        """Coefficients float32 [T, projected] times factors [T]; the former are overwritten.
 
         Raises CodecError as the plan's `encode` does.
         """

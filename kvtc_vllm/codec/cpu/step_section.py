@@ -13,22 +13,33 @@ from kvtc_vllm.codec.cpu.levels import count_escapes, decode_columns, encode_col
 from kvtc_vllm.codec.cpu.rows import Bytes, Floats, scale_rows
 from kvtc_vllm.codec.cpu.section import FastSection
 from kvtc_vllm.codec.entropy import EntropyCoder
+from kvtc_vllm.codec.packing import packed_size
 from kvtc_vllm.codec.section_coder import CodedSection
 from kvtc_vllm.codec.v2.codes import MAX_LEVEL, WIDE, WIDE_BYTES, uneven_escapes
 from kvtc_vllm.codec.v2.plan import step_plan
 
 
 class StepSection(FastSection):
-    """`StepPlan`'s."""
+    """`StepPlan`'s. Columns are held by falling width, so that those of one width are neighbours
+    and the largest coefficients come first.
+    """
 
     def __init__(self, section: SectionBasis, ratio: float, int8: bool | None) -> None:
         self.plan = step_plan(section, ratio)
-        self._parts = [(p.width, p.columns.numpy()) for p in self.plan.packed]
-        self._classes = self.plan.classes.numpy().astype(np.int64)
+        held = [part.columns.tolist() for part in reversed(self.plan.packed)]
+        order = [column for columns in held for column in columns]
+        ends = np.cumsum([0, *map(len, held)]).tolist()
+        places = [slice(a, b) for a, b in pairwise(ends)]
+        # In stored order.
+        self._parts = [
+            (part.width, place)
+            for part, place in zip(self.plan.packed, reversed(places), strict=True)
+        ]
+        self._classes = self.plan.classes.numpy().astype(np.int64)[order]
         self._values = self.plan.values.numpy()
-        dead, offset = self.plan.rounding.numpy()[self._classes].T
-        self._dead, self._offset = np.ascontiguousarray(dead), np.ascontiguousarray(offset)
-        super().__init__(section, self.plan, list(range(self.plan.rank)), int8)
+        rounding = self.plan.rounding.numpy()[self._classes].T
+        self._dead, self._offset = np.ascontiguousarray(rounding)
+        super().__init__(section, self.plan, order, order, int8)
 
     def store(self, product: torch.Tensor, factors: Floats, entropy: EntropyCoder) -> CodedSection:
         return self.plan.store(self.payload(product, factors), len(product), entropy)
@@ -43,16 +54,16 @@ class StepSection(FastSection):
         streams: list[bytes] = []
         escapes: list[bytes] = []
         wides: list[bytes] = []
-        for width, columns in self._parts:
-            packed = np.empty(len(columns) * ((tokens * width + 7) // 8), np.uint8)
-            low = np.empty(len(columns) * tokens, np.uint8)
-            wide = np.empty(len(columns) * tokens, np.int64)
+        for width, place in self._parts:
+            own = coefficients[:, place]
+            packed = np.empty(own.shape[1] * packed_size(tokens, width), np.uint8)
+            low = np.empty(own.size, np.uint8)
+            wide = np.empty(own.size, np.int64)
             lows, count = encode_columns(
-                coefficients,
-                columns,
+                own,
                 inverse_step,
-                self._dead,
-                self._offset,
+                self._dead[place],
+                self._offset[place],
                 width,
                 packed,
                 low,
@@ -66,7 +77,7 @@ class StepSection(FastSection):
     def coefficients(self, payload: bytearray, out: Floats) -> None:
         data = np.frombuffer(payload, np.uint8)
         tokens = len(out)
-        sizes = [len(columns) * ((tokens * width + 7) // 8) for width, columns in self._parts]
+        sizes = [(p.stop - p.start) * packed_size(tokens, width) for width, p in self._parts]
         packed = _split(data, sizes)
         at = sum(sizes)
         counts = [
@@ -80,17 +91,16 @@ class StepSection(FastSection):
         if at + sum(wides) != len(data):
             raise uneven_escapes()
         wide = _split(data[at:], wides)
-        for i, (width, columns) in enumerate(self._parts):
+        for i, (width, place) in enumerate(self._parts):
             decode_columns(
                 packed[i],
                 low[i],
                 wide[i],
-                columns,
-                self._classes,
+                self._classes[place],
                 self._values,
                 np.float32(self.plan.step),
                 width,
-                out,
+                out[:, place],
             )
 
 
