@@ -28,13 +28,20 @@ from kvtc_vllm.codec.v2.plan import StepPlan
 from tests.calibration.toy import DATA, DOC_TOKENS, DOCS, IDENTITY, LAYERS
 
 RATIOS = (3.0, 6.0)
-RULE = SinkRule((0, 2), threshold=0.4, max_share=0.05)
-"""Some 2 % of the toy's tokens, which are no sinks, are below."""
-FOUND = SinkFit(RULE, separation=1.0, valley=0.1, train_share=0.02, heldout_share=0.02, documents=1)
+LAYERS_OF_RULE = (0, 2)
+SHARE = 0.02
+"""Of the toy's tokens, none of which is a sink, marked as if they were."""
+
+
+def sinks_of(reader: SpoolReader) -> SinkFit:
+    index = torch.arange(len(reader.positions))
+    measure = SinkRule(LAYERS_OF_RULE, 0.0).measure(reader.cache_rows("v", index, 0, LAYERS))
+    rule = SinkRule(LAYERS_OF_RULE, float(measure.quantile(SHARE)), max_share=0.05)
+    return SinkFit(rule, 1.0, 0.1, train_share=SHARE, heldout_share=SHARE, documents=1.0)
 
 
 def fitted(reader: SpoolReader, **changes: Any) -> RankFit:
-    arguments: dict[str, Any] = {"ratios": RATIOS, "sinks": (FOUND,), "sink_tokens": 4}
+    arguments: dict[str, Any] = {"ratios": RATIOS, "sinks": (sinks_of(reader),), "sink_tokens": 4}
     arguments |= changes
     settings = FitSettings(codec="kvtc2", simulation_rows=1024, **arguments.pop("settings", {}))
     return fit_rank(
@@ -89,7 +96,7 @@ def test_ratios_are_of_real_bytes(
 
 def test_bytes_on_the_sample_are_within_a_hundredth(steps: RankFit, reader: SpoolReader) -> None:
     geometry = reader.geometry
-    overhead = overhead_bytes(reader, geometry, 4, RULE, ENTROPY)
+    overhead = overhead_bytes(reader, geometry, 4, steps.artifact.sink_rule, ENTROPY)
     row = sum(geometry.row_size(*key) for key in steps.artifact.sections)
     for ratio in RATIOS:
         total = overhead + sum(plan.token_bytes for plan in plans(steps, ratio))
@@ -107,7 +114,7 @@ def test_the_sample_is_of_neighbours(reader: SpoolReader) -> None:
 
 
 def test_the_rule_is_in_the_artifact_if_it_is_wanted(steps: RankFit, reader: SpoolReader) -> None:
-    assert steps.artifact.sink_rule == RULE
+    assert steps.artifact.sink_rule == sinks_of(reader).rule
     plain = fitted(reader, settings={"protect_sinks": False})
     assert plain.artifact.sink_rule is None
     version_1 = fit_rank(
@@ -116,7 +123,7 @@ def test_the_rule_is_in_the_artifact_if_it_is_wanted(steps: RankFit, reader: Spo
         reader.ropes,
         reader.layer_rope,
         (4.0,),
-        sinks=(FOUND,),
+        sinks=(sinks_of(reader),),
         settings=FitSettings(simulation_rows=128),
     )
     assert version_1.artifact.sink_rule is None
@@ -158,7 +165,7 @@ def test_it_is_written_found_and_served(
     with pytest.raises(ArtifactError, match="calibrated for codec kvtc2, this is kvtc"):
         find(IDENTITY, 1, 6.0, model_name="org/toy", codec="kvtc", registries=[tmp_path])
     artifact, _, probe = load_rank_artifact(directory, 0)
-    assert artifact.sink_rule == RULE
+    assert artifact.sink_rule == sinks_of(reader).rule
     codec = open_codec("kvtc2", torch.bfloat16, artifact=artifact, ratio=6.0)
     k, v = probe.k.bfloat16(), probe.v.bfloat16()
     assert codec.decode(codec.encode(k, v, 4), 4, len(k)).k.shape == k.shape
