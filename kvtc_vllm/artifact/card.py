@@ -41,12 +41,15 @@ class ErrorCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     heldout: on rows that the fit has not seen.
     heldout_plain: the same without the weights that rows are multiplied by; the other two are with
     them. Unset if there are none.
+    token_bytes: bytes per token on calibration data in chunks of 128, everything but headers and
+    sinks counted; of codec 2.
     """
 
     ratio: float
     predicted: float
     heldout: float
     heldout_plain: float | msgspec.UnsetType = msgspec.UNSET
+    token_bytes: float | msgspec.UnsetType = msgspec.UNSET
 
 
 class SectionCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
