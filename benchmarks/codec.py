@@ -10,6 +10,10 @@ ratios. Ways: the reference; fast; fast-batch, several chunks in one call; fast-
 loops with products of float32, which is what runs where int8 is not fast.
 
 `--stages` shows where the time goes, in microseconds per token.
+
+`--other DIR` times another artifact of the same model on the same rows in the same rounds, such as
+one of kvtc2. Its speed over the fast way's is then given at equal real ratio: its times are read
+off, between its own ratios, where its blobs are as large as those of the fast way.
 """
 
 from __future__ import annotations
@@ -27,18 +31,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.codec_rows import ROOT, Rows, power_law_rows, probe_rows
 from benchmarks.codec_stages import stages
-from kvtc_vllm.codec.artifact import KINDS
+from kvtc_vllm.artifact.directory import load_rank_artifact
+from kvtc_vllm.codec.artifact import KINDS, RankArtifact
 from kvtc_vllm.codec.base import ChunkCodec, NewChunk, StoredChunk
-from kvtc_vllm.codec.cpu.codec import CpuKvtcCodec
+from kvtc_vllm.codec.cpu.codec import CpuCodec, CpuKvtcCodec
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.raw import RawCodec
+from kvtc_vllm.codec.registry import open_codec
 from kvtc_vllm.codec.transform import chunk_rows
 
 ROUNDS = 15
+OTHER = "other"
+"""The way of the codecs of another artifact."""
 BATCH = 4
 """Chunks in one call of the way "fast-batch", as in a request."""
 
@@ -51,6 +60,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=128, help="tokens per chunk")
     parser.add_argument("--ratios", default="", help="target ratios, as 8,16; default all")
     parser.add_argument("--stages", action="store_true", help="time the parts of the codec")
+    parser.add_argument("--other", type=Path, help="directory of an artifact to compare with")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/codec.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -60,12 +70,14 @@ def main() -> None:
     else:
         rows = probe_rows(args.artifact, args.rows)
     ratios = wanted or rows.artifact.ratios()
+    other = None if args.other is None else load_rank_artifact(args.other, 0)[0]
     result: dict[str, Any] = {
         "command": " ".join(
             [
                 "python -m benchmarks.codec",
                 *(["--artifact DIR"] if args.artifact else []),
                 *(["--power-law"] if args.power_law else []),
+                *(["--other DIR"] if args.other else []),
                 *(["--stages"] if args.stages else []),
                 *([f"--ratios {args.ratios}"] if args.ratios else []),
             ]
@@ -76,7 +88,7 @@ def main() -> None:
         "chunk_tokens": rows.tokens,
         "row_size": rows.artifact.geometry.row_size(0, "k"),
         "unit": "microseconds per token" if args.stages else "MB/s",
-        "rows": stages(rows, ratios) if args.stages else measure(rows, ratios),
+        "rows": stages(rows, ratios) if args.stages else measure(rows, ratios, other),
     }
     for row in result["rows"]:
         print(*(f"{name} {value}" for name, value in row.items()))
@@ -88,7 +100,9 @@ Key = tuple[str, str]
 """Name and way of a codec."""
 
 
-def codecs_of(rows: Rows, ratios: tuple[float, ...]) -> dict[Key, ChunkCodec]:
+def codecs_of(
+    rows: Rows, ratios: tuple[float, ...], other: RankArtifact | None
+) -> dict[Key, ChunkCodec]:
     """Those to be compared, in the order of the table."""
     artifact, dtype = rows.artifact, rows.k.dtype
     codecs: dict[Key, ChunkCodec] = {("raw", ""): RawCodec(artifact.geometry, dtype)}
@@ -98,12 +112,17 @@ def codecs_of(rows: Rows, ratios: tuple[float, ...]) -> dict[Key, ChunkCodec]:
         codecs[name, "fast"] = CpuKvtcCodec(artifact, ratio, dtype)
         codecs[name, "fast-batch"] = codecs[name, "fast"]
         codecs[name, "fast-float32"] = CpuKvtcCodec(artifact, ratio, dtype, int8=False)
+    for ratio in () if other is None else other.ratios():
+        codec = open_codec(other.codec, dtype, artifact=other, ratio=ratio)
+        codecs[f"{other.codec}-{ratio:g}x", OTHER] = codec
     return codecs
 
 
-def measure(rows: Rows, ratios: tuple[float, ...]) -> list[dict[str, float | str]]:
+def measure(
+    rows: Rows, ratios: tuple[float, ...], other: RankArtifact | None = None
+) -> list[dict[str, float | str]]:
     """Median speeds, speed-ups over the reference, errors and sizes."""
-    codecs = codecs_of(rows, ratios)
+    codecs = codecs_of(rows, ratios, other)
     blobs = {key: codec.encode(rows.k, rows.v, rows.start) for key, codec in codecs.items()}
     new = [NewChunk(rows.k, rows.v, rows.start)] * BATCH
     encode: dict[Key, list[float]] = {key: [] for key in codecs}
@@ -126,7 +145,22 @@ def measure(rows: Rows, ratios: tuple[float, ...]) -> list[dict[str, float | str
             row["encode_speed_up"] = paired(encode[base], encode[key])
             row["decode_speed_up"] = paired(decode[base], decode[key])
     add_cost_in_bytes(found)
+    add_speed_at_equal_ratio(found)
     return found
+
+
+def add_speed_at_equal_ratio(rows: list[dict[str, float | str]]) -> None:
+    """The other artifact's speeds over those of each fast row, at that row's real ratio."""
+    others = sorted((r for r in rows if r["way"] == OTHER), key=lambda r: float(r["real_ratio"]))
+    sizes = [math.log(float(r["real_ratio"])) for r in others]
+    for row in rows:
+        size = math.log(float(row["real_ratio"]))
+        if row["way"] != "fast" or not sizes or not sizes[0] <= size <= sizes[-1]:
+            continue
+        for name in ("encode", "decode"):
+            speeds = [math.log(float(r[f"{name}_mb_s"])) for r in others]
+            there = math.exp(float(np.interp(size, sizes, speeds)))
+            row[f"{name}_of_other"] = round(there / float(row[f"{name}_mb_s"]), 2)
 
 
 def _row(key: Key, codec: ChunkCodec, blob: bytes, rows: Rows) -> dict[str, float | str]:
@@ -136,7 +170,7 @@ def _row(key: Key, codec: ChunkCodec, blob: bytes, rows: Rows) -> dict[str, floa
         "way": key[1],
         "real_ratio": round(rows.nbytes / len(blob), 3),
     }
-    if isinstance(codec, CpuKvtcCodec):
+    if isinstance(codec, CpuCodec):
         row["products"] = codec.arithmetic.partition(" of ")[2]
     if key[1]:
         row.update(errors(codec, blob, rows))

@@ -1,13 +1,14 @@
-"""KL of artifacts with and without layer weights, in real bytes, without an engine.
+"""KL of artifacts of any codec, in real bytes, without an engine.
 
-    python -m benchmarks.sensitivity --model DIR --data DIR --plain ARTIFACT --weighted ARTIFACT
+    python -m benchmarks.sensitivity --model DIR --data DIR --artifact plain=DIR
+                                     --artifact weighted=DIR [--artifact NAME=DIR ...]
                                      [--out benchmarks/results/sensitivity.json]
 
 Of every document, transformers computes the first 768 tokens. Their K and V go through the codec
-that serves on a CPU, in blobs of 128 tokens, and back. The next 128 tokens are computed exactly
-on what came back, as the recent window is; over the 128 after them, the predictions are compared
-with those on the uncompressed cache. Ratios are of whole blobs, headers and sinks included;
-intervals are 95 %, bootstrapped over documents.
+that serves on a CPU, in blobs of `--chunk` tokens, and back. The next 128 tokens are computed
+exactly on what came back, as the recent window is; over the 128 after them, the predictions are
+compared with those on the uncompressed cache. Ratios are of whole blobs, headers and sinks
+included; intervals are 95 %, bootstrapped over documents.
 
 `--data` has essays.jsonl.gz and gsm8k-test.jsonl. Documents are those whose number modulo 4 is 3,
 which no calibration and no tuning uses: five essays that are long enough, and five times ten
@@ -65,29 +66,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.sensitivity", description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="directory of the model")
     parser.add_argument("--data", type=Path, required=True, help="directory of the documents")
-    parser.add_argument("--plain", type=Path, required=True, help="artifact without weights")
-    parser.add_argument("--weighted", type=Path, required=True, help="artifact with weights")
-    parser.add_argument("--ratios", default="8,16,32,64", help="target ratios")
+    parser.add_argument(
+        "--artifact",
+        action="append",
+        required=True,
+        metavar="NAME=DIR",
+        help="an artifact and what to call it; as often as needed",
+    )
+    parser.add_argument("--ratios", default="8,16,32,64", help="target ratios, of all artifacts")
+    parser.add_argument("--chunk", type=int, default=CHUNK, help="tokens per chunk")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/sensitivity.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     ratios = [float(ratio) for ratio in args.ratios.split(",")]
-    artifacts = {
-        name: load_rank_artifact(directory, 0)[0]
-        for name, directory in (("plain", args.plain), ("weighted", args.weighted))
-    }
+    named = [text.partition("=") for text in args.artifact]
+    artifacts = {name: load_rank_artifact(Path(directory), 0)[0] for name, _, directory in named}
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     result: dict[str, Any] = {
-        "command": "python -m benchmarks.sensitivity --model DIR --data DIR --plain ARTIFACT "
-        "--weighted ARTIFACT",
+        "command": "python -m benchmarks.sensitivity --model DIR --data DIR "
+        + " ".join(f"--artifact {name}=DIR" for name in artifacts),
         "model": args.model.name,
         "artifacts": {name: artifact.fingerprint.hex() for name, artifact in artifacts.items()},
+        "codecs": {name: artifact.codec for name, artifact in artifacts.items()},
         "prefix_tokens": PREFIX,
         "exact_tokens": WINDOW,
         "scored_tokens": SCORED,
-        "chunk_tokens": CHUNK,
+        "chunk_tokens": args.chunk,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} used",
         "versions": {p: version(p) for p in ("kvtc-vllm", "torch", "transformers")},
         "unit": "KL in nats per token, mean over documents; [low, high] is 95 %",
@@ -95,13 +101,13 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     # After every document: the whole takes long on a small machine.
-    for names, rows in measure(model, tokenizer, args.data, artifacts, ratios):
+    for names, rows in measure(model, tokenizer, args.data, artifacts, ratios, args.chunk):
         finished = result | {"documents": names, "rows": rows}
         args.out.write_text(json.dumps(finished, indent=1) + "\n")
     for row in rows:
         low, high = row["interval"]
         print(
-            f"{row['artifact']:9} {row['target_ratio']:g}x: real {row['real_ratio']:.1f}, "
+            f"{row['artifact']:12} {row['target_ratio']:g}x: real {row['real_ratio']:.1f}, "
             f"KL {row['kl']:.5f} [{low:.5f}, {high:.5f}]"
         )
 
@@ -112,10 +118,11 @@ def measure(
     data: Path,
     artifacts: dict[str, RankArtifact],
     ratios: Sequence[float],
+    chunk: int,
 ) -> Iterator[tuple[list[str], list[dict[str, Any]]]]:
     """After every document: names so far, and a row per artifact and ratio."""
     codecs = {
-        (name, ratio): open_codec("kvtc", torch.bfloat16, artifact=artifact, ratio=ratio)
+        (name, ratio): open_codec(artifact.codec, torch.bfloat16, artifact=artifact, ratio=ratio)
         for name, artifact in artifacts.items()
         for ratio in ratios
     }
@@ -129,7 +136,7 @@ def measure(
         names.append(name)
         raw += prefix.k.nbytes + prefix.v.nbytes
         for key, codec in codecs.items():
-            taken, k, v = round_trip(codec, prefix)
+            taken, k, v = round_trip(codec, prefix, chunk)
             stored[key] += taken
             divergence[key].append(kl(prefix.exact, score(model, ids, k, v)))
         print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
@@ -193,15 +200,18 @@ def compute_prefix(model: Any, name: str, ids: Sequence[int]) -> Prefix:
     return Prefix(name, ids, k, v, score(model, ids, k, v))
 
 
-def round_trip(codec: ChunkCodec, prefix: Prefix) -> tuple[int, torch.Tensor, torch.Tensor]:
-    """Bytes of all blobs, and the K and V that they hold."""
+def round_trip(
+    codec: ChunkCodec, prefix: Prefix, chunk: int
+) -> tuple[int, torch.Tensor, torch.Tensor]:
+    """Bytes of all blobs, of so many tokens each, and the K and V that they hold."""
     taken = 0
     chunks: list[DecodedChunk] = []
-    for start in range(0, PREFIX, CHUNK):
-        part = slice(start, start + CHUNK)
-        blob = codec.encode(prefix.k[part], prefix.v[part], start)
+    for start in range(0, PREFIX, chunk):
+        part = slice(start, start + chunk)
+        k, v = prefix.k[part], prefix.v[part]
+        blob = codec.encode(k, v, start)
         taken += len(blob)
-        chunks.append(codec.decode(blob, start, CHUNK))
+        chunks.append(codec.decode(blob, start, len(k)))
     return taken, torch.cat([c.k for c in chunks]), torch.cat([c.v for c in chunks])
 
 

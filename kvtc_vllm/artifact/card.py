@@ -12,6 +12,8 @@ from kvtc_vllm.codec.errors import ArtifactError
 
 FORMAT_VERSION = 1
 CARD_NAME = "card.json"
+UNNAMED_CODEC = "kvtc"
+"""Its cards and rank files do not name it: they were written before there were others."""
 
 
 class DataCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -39,12 +41,15 @@ class ErrorCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     heldout: on rows that the fit has not seen.
     heldout_plain: the same without the weights that rows are multiplied by; the other two are with
     them. Unset if there are none.
+    token_bytes: bytes per token on calibration data in chunks of 128, everything but headers and
+    sinks counted; of codec 2.
     """
 
     ratio: float
     predicted: float
     heldout: float
     heldout_plain: float | msgspec.UnsetType = msgspec.UNSET
+    token_bytes: float | msgspec.UnsetType = msgspec.UNSET
 
 
 class SectionCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -132,6 +137,7 @@ class ArtifactCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     checksums: rank file name -> hex of xxh3-128 of the whole file.
     created: UTC, ISO 8601.
     versions: package -> version that fitted.
+    codec: a name in `kvtc_vllm.codec.registry.CODECS`; unset for "kvtc".
     method: how the basis was found, see `kvtc_vllm.calibration.pca`.
     seconds: of fitting all ranks.
     key_share: see `kvtc_vllm.calibration.fit_settings.FitSettings`.
@@ -161,7 +167,13 @@ class ArtifactCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     key_share: float | None = None
     sensitivity: SensitivityCard | msgspec.UnsetType = msgspec.UNSET
     sinks: tuple[SinkCard, ...] | msgspec.UnsetType = msgspec.UNSET
+    codec: str | msgspec.UnsetType = msgspec.UNSET
     format_version: int = FORMAT_VERSION
+
+    @property
+    def codec_name(self) -> str:
+        """Of the codec that the plans are of. Cards of `UNNAMED_CODEC` do not say."""
+        return UNNAMED_CODEC if self.codec is msgspec.UNSET else self.codec
 
 
 def save_card(directory: Path, card: ArtifactCard) -> None:

@@ -30,7 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from kvtc_vllm.artifact.card import FORMAT_VERSION
+from kvtc_vllm.artifact.card import FORMAT_VERSION, UNNAMED_CODEC
 from kvtc_vllm.artifact.fingerprint import artifact_fingerprint
 from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind, RankArtifact, SectionBasis
 from kvtc_vllm.codec.container import MAX_SINK_TOKENS
@@ -43,8 +43,6 @@ from kvtc_vllm.codec.sink_rule import SinkRule
 PROBE_TOKENS = 128
 
 _METADATA_KEY = "kvtc"
-_UNNAMED_CODEC = "kvtc"
-"""Rank files of it were written before others could be, and do not name it."""
 _ROPE_DTYPES = ("F32", "BF16", "F16")
 
 
@@ -124,7 +122,7 @@ def write_rank_file(
         sink_tokens=artifact.sink_tokens,
         layer_rope=artifact.layer_rope,
         rope_neox=tuple(rope.neox for rope in artifact.ropes),
-        codec=msgspec.UNSET if artifact.codec == _UNNAMED_CODEC else artifact.codec,
+        codec=msgspec.UNSET if artifact.codec == UNNAMED_CODEC else artifact.codec,
         sink_rule=msgspec.UNSET if artifact.sink_rule is None else artifact.sink_rule,
     )
     # safetensors refuses views and tensors that share memory.
@@ -189,7 +187,7 @@ class _RankReader:
             raise self._error(
                 "sink_tokens", f"is {header.sink_tokens}, 0 to {MAX_SINK_TOKENS} are right"
             )
-        codec = _UNNAMED_CODEC if header.codec is msgspec.UNSET else header.codec
+        codec = UNNAMED_CODEC if header.codec is msgspec.UNSET else header.codec
         spec = CODECS.get(codec)
         if spec is None or spec.rules is None:
             raise self._error("codec", f"is {codec!r}, whose artifacts this program does not know")

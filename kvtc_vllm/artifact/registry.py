@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import kvtc_vllm
-from kvtc_vllm.artifact.card import CARD_NAME, ArtifactCard, load_card
+from kvtc_vllm.artifact.card import CARD_NAME, UNNAMED_CODEC, ArtifactCard, load_card
 from kvtc_vllm.artifact.identity import ModelIdentity
 from kvtc_vllm.codec.errors import ArtifactError
 
@@ -28,12 +28,13 @@ _LISTED = 20
 
 @dataclass(frozen=True)
 class Wanted:
-    """What an artifact must fit. model_name is only used in messages."""
+    """What an artifact must fit. codec: None for any. model_name is only used in messages."""
 
     identity: ModelIdentity
     tp_size: int
     ratio: float
     model_name: str
+    codec: str | None
 
 
 def user_registry() -> Path:
@@ -63,6 +64,7 @@ def find(
     ratio: float,
     *,
     model_name: str,
+    codec: str | None = None,
     artifact: str | Path | None = None,
     registries: Sequence[str | Path] = (),
 ) -> Path:
@@ -72,12 +74,12 @@ def find(
     one, except that other weights are only warned about: whoever names an
     artifact may know that it serves a fine-tuned model as well.
     registries: directories to search first. model_name: as the user names the
-    model, for messages.
+    model, for messages. codec: only artifacts of this one.
 
     Raises ArtifactError that says what was found, why it does not fit, where
     the search went, and the command that makes what is missing.
     """
-    wanted = Wanted(identity, tp_size, ratio, model_name)
+    wanted = Wanted(identity, tp_size, ratio, model_name, codec)
     if artifact is not None:
         return _explicit(Path(artifact), wanted)
     directories = search_path(registries)
@@ -120,6 +122,8 @@ def mismatches(card: ArtifactCard, wanted: Wanted) -> list[str]:
         reasons.append("same weights, other configuration")
     if card.tp_size != wanted.tp_size:
         reasons.append(f"calibrated for TP {card.tp_size}, this is TP {wanted.tp_size}")
+    if wanted.codec not in (None, card.codec_name):
+        reasons.append(f"calibrated for codec {card.codec_name}, this is {wanted.codec}")
     if wanted.ratio not in card.ratios:
         reasons.append(f"no plan for {wanted.ratio:g}x, only {_ratios(card.ratios)}")
     return reasons
@@ -127,7 +131,8 @@ def mismatches(card: ArtifactCard, wanted: Wanted) -> list[str]:
 
 def calibrate_command(wanted: Wanted) -> str:
     """The command that would make the artifact."""
-    return f"kvtc calibrate {wanted.model_name} --data TEXT_FILES --tp {wanted.tp_size}"
+    codec = "" if wanted.codec in (None, UNNAMED_CODEC) else f" --codec {wanted.codec}"
+    return f"kvtc calibrate {wanted.model_name} --data TEXT_FILES --tp {wanted.tp_size}{codec}"
 
 
 def _explicit(directory: Path, wanted: Wanted) -> Path:

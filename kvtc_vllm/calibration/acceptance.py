@@ -11,8 +11,9 @@ import torch
 
 from kvtc_vllm.calibration.section_fit import orthonormality_defect
 from kvtc_vllm.codec.artifact import KINDS, RankArtifact, SectionBasis
-from kvtc_vllm.codec.bitplan import over_budget
 from kvtc_vllm.codec.errors import ArtifactError
+from kvtc_vllm.codec.registry import CODECS
+from kvtc_vllm.codec.v2.codec import Kvtc2Codec
 
 HELDOUT_FACTOR = 1.5
 HELDOUT_SLACK = 0.005
@@ -28,16 +29,18 @@ MAX_ORTHONORMALITY_DEFECT = 2e-3
 MAX_LOWEST_RATIO_ERROR = 0.25
 """At its lowest ratio an artifact must keep three quarters of the variance it has not seen.
 
-Of weighted K and V, which divide one budget, it is enough that one of them does: the other may
-cost so little that it gets no bits.
+Of K and V that divide one budget, because they are weighted or codec 2's, it is enough that one of
+them does: the other may cost so little that it gets no bits.
 """
 
 
 def check_artifact(artifact: RankArtifact, rank: int = 0) -> None:
     """Raise ArtifactError, one clear line, unless every section is fit to serve."""
-    excess = over_budget(artifact.sections)
-    if excess is not None:
-        raise ArtifactError(f"rank {rank}: {excess}")
+    rules = CODECS[artifact.codec].rules
+    assert rules is not None
+    wrong = rules.wrong_sections(artifact.sections)
+    if wrong is not None:
+        raise ArtifactError(f"rank {rank}: {wrong}")
     for (group, kind), section in artifact.sections.items():
         _check_section(section, f"rank {rank} section {kind}{group}")
     _check_lowest_ratio(artifact, rank)
@@ -77,7 +80,8 @@ def _check_lowest_ratio(artifact: RankArtifact, rank: int) -> None:
     for group in range(len(artifact.geometry.layer_groups)):
         pair = {f"{kind}{group}": artifact.sections[group, kind] for kind in KINDS}
         errors = {name: s.heldout_error[min(s.plans)] for name, s in pair.items()}
-        if all(section.weights is not None for section in pair.values()):
+        weighted = all(section.weights is not None for section in pair.values())
+        if weighted or artifact.codec == Kvtc2Codec.name:
             best = min(errors, key=lambda name: errors[name])
             errors = {best: errors[best]}
         for name, error in errors.items():

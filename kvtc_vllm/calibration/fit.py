@@ -16,11 +16,13 @@ from kvtc_vllm.calibration.section_fit import (
     SectionProgress,
 )
 from kvtc_vllm.calibration.sinks import SinkFit
+from kvtc_vllm.calibration.step_fit import fit_steps
 from kvtc_vllm.calibration.weights import RowWeights
 from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind, RankArtifact, SectionBasis
-from kvtc_vllm.codec.bitplan import budget_bits
+from kvtc_vllm.codec.bitplan import apply_plan, budget_bits
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.rope import Rope
+from kvtc_vllm.codec.v2.codec import Kvtc2Codec
 
 
 @dataclass(frozen=True)
@@ -70,25 +72,42 @@ def fit_rank(
             f"{available} training and {source.count(heldout=True)} held-out rows; "
             "a fit needs at least 2 and 1"
         )
-    sections: dict[tuple[int, Kind], SectionBasis] = {}
-    details: dict[tuple[int, Kind], SectionFit] = {}
-    for group in range(len(geometry.layer_groups)):
-        fit_group = _fit_together if settings.common_budget else _fit_apart
-        found = fit_group(source, geometry, group, ratios, settings, progress)
-        for kind, (section, detail) in found.items():
-            sections[group, kind] = section
-            details[group, kind] = detail
+    rule = sinks[0].rule if sinks and settings.marks_sinks else None
+    if settings.codec == Kvtc2Codec.name:
+        found = fit_steps(source, geometry, ratios, sink_tokens, rule, settings, progress)
+    else:
+        found = _fit_plans(source, geometry, ratios, settings, progress)
+    sections = {key: section for key, (section, _) in found.items()}
     artifact = RankArtifact(
         geometry=geometry,
         sections=sections,
         ropes=ropes,
         layer_rope=layer_rope,
-        fingerprint=artifact_fingerprint(geometry, sections, sink_tokens),
+        fingerprint=artifact_fingerprint(geometry, sections, sink_tokens, rule),
         sink_tokens=sink_tokens,
+        codec=settings.codec,
+        sink_rule=rule,
     )
+    details = {key: detail for key, (_, detail) in found.items()}
     return RankFit(
         artifact, details, time.monotonic() - started, settings.key_share, settings.weights, sinks
     )
+
+
+def _fit_plans(
+    source: RowSource,
+    geometry: Geometry,
+    ratios: Sequence[float],
+    settings: FitSettings,
+    progress: SectionProgress | None,
+) -> dict[tuple[int, Kind], tuple[SectionBasis, SectionFit]]:
+    """Bit plans of every section, layer group by layer group."""
+    fit_group = _fit_together if settings.common_budget else _fit_apart
+    return {
+        (group, kind): fitted
+        for group in range(len(geometry.layer_groups))
+        for kind, fitted in fit_group(source, geometry, group, ratios, settings, progress).items()
+    }
 
 
 def _fit_apart(
@@ -108,7 +127,7 @@ def _fit_apart(
         budgets = {ratio: budget_bits(fitter.row_size, own[ratio]) for ratio in ratios}
         table = fitter.table(tuple(budgets.values()))
         found[kind] = fitter.finish(
-            {ratio: table.plan(ratio, bits) for ratio, bits in budgets.items()}
+            {ratio: table.plan(ratio, bits) for ratio, bits in budgets.items()}, apply_plan
         )
     return found
 
@@ -137,4 +156,4 @@ def _fit_together(
     }
     # The largest thing that the rest does without.
     tables.clear()
-    return {kind: fitter.finish(plans[kind]) for kind, fitter in fitters.items()}
+    return {kind: fitter.finish(plans[kind], apply_plan) for kind, fitter in fitters.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -19,6 +19,7 @@ from kvtc_vllm.calibration.solvers import (
     predicted_seconds,
     resolve_method,
 )
+from kvtc_vllm.calibration.step_classes import StepSettings
 from kvtc_vllm.calibration.weights import RowWeights
 from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind
 from kvtc_vllm.codec.bitplan import (
@@ -28,7 +29,10 @@ from kvtc_vllm.codec.bitplan import (
     table_bytes,
 )
 from kvtc_vllm.codec.errors import ArtifactError
+from kvtc_vllm.codec.frame import TransformCodec
+from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.quantizers import REGISTRY, group_cost_bits
+from kvtc_vllm.codec.registry import CODECS
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,12 @@ class FitSettings:
     weights: what rows are multiplied by; None: nothing.
     device: where products, eigenproblems and simulation run.
     seed: of what is drawn.
+    codec: whose artifact it is, "kvtc" or "kvtc2"; K and V of the latter are under one budget.
+    steps: see there; of "kvtc2".
+    protect_sinks: the artifact has the rule that tells floating sinks, if there are any and the
+    codec marks them.
+
+    Raises ValueError for a codec without artifacts.
     """
 
     method: Method = "auto"
@@ -60,6 +70,20 @@ class FitSettings:
     weights: RowWeights | None = None
     device: str = "cpu"
     seed: int = 0
+    codec: str = KvtcCodec.name
+    steps: StepSettings = field(default_factory=StepSettings)
+    protect_sinks: bool = True
+
+    def __post_init__(self) -> None:
+        fitted = [name for name, spec in CODECS.items() if spec.needs_artifact]
+        if self.codec not in fitted:
+            raise ValueError(f"codec {self.codec!r} has no artifacts; {', '.join(fitted)} have")
+
+    @property
+    def marks_sinks(self) -> bool:
+        """Whether the artifact is given a sink rule."""
+        codec = CODECS[self.codec].codec
+        return self.protect_sinks and issubclass(codec, TransformCodec) and codec.marks_sinks
 
     @property
     def common_budget(self) -> bool:

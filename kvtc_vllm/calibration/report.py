@@ -7,14 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
-import torch
 
 from kvtc_vllm.artifact.card import ArtifactCard, SensitivityCard
 from kvtc_vllm.calibration.fit import RankFit
+from kvtc_vllm.calibration.plan_report import bits_per_coefficient, describe_plan
 from kvtc_vllm.codec.artifact import KINDS, Kind
-from kvtc_vllm.codec.bitplan import plan_bits
-from kvtc_vllm.codec.payload import BitPlan, bit_plan
-from kvtc_vllm.codec.quantizers import REGISTRY, group_cost_bits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,14 +23,6 @@ def write_report(directory: Path, card: ArtifactCard, fits: Sequence[RankFit]) -
     """Write report.md (all ranks) and report.png (rank 0) into a directory."""
     (directory / "report.md").write_text(_markdown(card, fits), encoding="utf-8")
     _plot(directory / "report.png", card, fits[0])
-
-
-def bits_per_coefficient(plan: BitPlan, rank: int) -> torch.Tensor:
-    """Bits that each coefficient costs, its share of shift and scale included: float64 [rank]."""
-    bits = torch.zeros(rank, dtype=torch.float64)
-    for g in plan.groups:
-        bits[g.start : g.start + g.size] = group_cost_bits(REGISTRY[g.type].bits, g.size) / g.size
-    return bits
 
 
 def _markdown(card: ArtifactCard, fits: Sequence[RankFit]) -> str:
@@ -80,11 +69,10 @@ def _markdown(card: ArtifactCard, fits: Sequence[RankFit]) -> str:
             f"| {section.rank} | {section.kind.upper()} group {section.group} "
             f"| {section.row_size} | {section.basis_rank} | {cells} |"
         )
-    lines += ["", "Bits per row of rank 0, and stored groups:", ""]
+    lines += ["", "Plans of rank 0, per row:", ""]
     for (group, kind), basis in fits[0].artifact.sections.items():
         plans = ", ".join(
-            f"{ratio:g}x {plan_bits(plan)} bits in {len(plan.groups)} groups"
-            for ratio, plan in ((r, bit_plan(basis, r)) for r in sorted(basis.plans))
+            f"{ratio:g}x {describe_plan(basis.plans[ratio])}" for ratio in sorted(basis.plans)
         )
         lines.append(f"- {kind.upper()} group {group}: {plans}")
     lines += ["", "![variance, allocation, error](report.png)", ""]
@@ -195,10 +183,10 @@ def _plot_allocation(axes: Axes, fit: RankFit, kind: Kind) -> None:
     """First layer group: one line per ratio."""
     section = fit.artifact.sections[0, kind]
     for ratio in sorted(section.plans):
-        bits = bits_per_coefficient(bit_plan(section, ratio), section.basis.shape[1])
+        bits = bits_per_coefficient(section.plans[ratio], section.basis.shape[1])
         axes.step(range(1, len(bits) + 1), bits.numpy(), where="mid", label=f"{ratio:g}x")
     axes.set(
-        title=f"{kind.upper()} group 0: bits per coefficient, scales included",
+        title=f"{kind.upper()} group 0: bits per coefficient before entropy coding",
         xlabel="coefficient",
         xscale="log",
         ylim=(0, None),

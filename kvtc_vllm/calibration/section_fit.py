@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -18,10 +18,11 @@ from kvtc_vllm.calibration.allocation import make_table
 from kvtc_vllm.calibration.fit_settings import FitSettings, choose_solver
 from kvtc_vllm.calibration.pca import PrincipalBasis, Rows, fit_basis
 from kvtc_vllm.calibration.solvers import Solver, block_rows
+from kvtc_vllm.calibration.step_classes import Sample
 from kvtc_vllm.codec.artifact import Geometry, Kind, SectionBasis
-from kvtc_vllm.codec.bitplan import AllocationTable, apply_plan
-from kvtc_vllm.codec.payload import BitPlan
-from kvtc_vllm.codec.transform import from_coefficients, to_coefficients
+from kvtc_vllm.codec.bitplan import AllocationTable
+from kvtc_vllm.codec.section_coder import SectionCoder
+from kvtc_vllm.codec.transform import centred_rows, from_coefficients, to_coefficients
 
 SectionProgress = Callable[[str, str, int, int], None]
 """Called as (section such as "k0", stage, done, total); stages: those of `pca.Progress`, sample,
@@ -29,9 +30,20 @@ simulate, allocate, held-out."""
 
 _HELDOUT_BYTES = 16 * 2**20
 
+Plan = TypeVar("Plan", bound=SectionCoder)
+Through = Callable[[torch.Tensor, Plan], torch.Tensor]
+"""Coefficients float32 [n, rank] as a plan restores them from what it stores."""
+
 
 class RowSource(Protocol):
     """Where rows come from: `kvtc_vllm.calibration.rows.CapturedRows`."""
+
+    positions: torch.Tensor
+    docs: torch.Tensor
+
+    def cache_rows(self, kind: Kind, index: torch.Tensor, first: int, end: int) -> torch.Tensor:
+        """K or V of the indexed tokens, layers first .. end - 1, as in the cache: [n, l, H, D]."""
+        ...
 
     def count(self, *, heldout: bool) -> int:
         """Number of training or held-out rows."""
@@ -125,7 +137,17 @@ class SectionFitter:
         sample = self._source.take(self._group, self._kind, self._sample_index).to(self._device)
         return make_table(self._full, self._variance, sample, budgets, self._settings, self._report)
 
-    def finish(self, plans: Mapping[float, BitPlan]) -> tuple[SectionBasis, SectionFit]:
+    def sample(self, index: torch.Tensor) -> Sample:
+        """The coefficients of rows of these numbers, on all columns of the basis."""
+        rows = self._source.take(self._group, self._kind, index).to(self._device)
+        coefficients = to_coefficients(rows, self._full, self._full.basis.shape[1])
+        total = float(centred_rows(rows, self._full).double().square().sum())
+        inside = float(coefficients.double().square().sum())
+        return Sample(coefficients.cpu(), max(0.0, total - inside), self.row_size)
+
+    def finish(
+        self, plans: Mapping[float, Plan], through: Through[Plan]
+    ) -> tuple[SectionBasis, SectionFit]:
         """The section with these plans and their held-out errors. To be called once, last."""
         rank = max(1, *(plan.rank for plan in plans.values()))
         full = self._full
@@ -136,7 +158,7 @@ class SectionFitter:
         unseen = self._source.select(
             heldout=True, limit=self._settings.heldout_rows, generator=self._generator
         )
-        errors = heldout_errors(trimmed, plans, self._unseen_blocks(unseen))
+        errors = heldout_errors(trimmed, plans, self._unseen_blocks(unseen), through)
         section = SectionBasis(
             mean=trimmed.mean.cpu(),
             basis=stored.cpu(),
@@ -204,11 +226,14 @@ class HeldoutErrors:
 
 
 def heldout_errors(
-    section: SectionBasis, plans: Mapping[float, BitPlan], blocks: Iterable[torch.Tensor]
+    section: SectionBasis,
+    plans: Mapping[float, Plan],
+    blocks: Iterable[torch.Tensor],
+    through: Through[Plan],
 ) -> HeldoutErrors:
     """Errors of rows through project, quantise, dequantise, reconstruct.
 
-    blocks: float32 [b, p] each, on the device to use.
+    blocks: float32 [b, p] each, on the device to use. through: see `Through`.
     """
     squared = {ratio: [0.0, 0.0] for ratio in plans}
     totals = [0.0, 0.0]
@@ -227,7 +252,7 @@ def heldout_errors(
             totals[i] += energy
         coefficients = to_coefficients(block, section, rank)
         for ratio, plan in plans.items():
-            restored = from_coefficients(apply_plan(coefficients[:, : plan.rank], plan), section)
+            restored = from_coefficients(through(coefficients[:, : plan.rank], plan), section)
             for i, energy in enumerate(energies(block - restored)):
                 squared[ratio][i] += energy
     weighted, plain = (

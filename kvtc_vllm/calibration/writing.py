@@ -15,6 +15,7 @@ import msgspec
 import xxhash
 
 from kvtc_vllm.artifact.card import (
+    UNNAMED_CODEC,
     ArtifactCard,
     DataCard,
     ErrorCard,
@@ -34,6 +35,8 @@ from kvtc_vllm.calibration.sinks import SinkFit
 from kvtc_vllm.calibration.weights import RowWeights
 from kvtc_vllm.codec.artifact import Kind, RankArtifact
 from kvtc_vllm.codec.errors import ArtifactError
+from kvtc_vllm.codec.section_coder import SectionCoder
+from kvtc_vllm.codec.v2.plan import StepPlan
 
 _RECORDED_PACKAGES = ("kvtc-vllm", "vllm", "torch")
 
@@ -165,6 +168,7 @@ def _card(
         key_share=fits[0].key_share,
         sensitivity=_sensitivity_card(fits[0].weights),
         sinks=_sink_cards(fits),
+        codec=msgspec.UNSET if first.codec == UNNAMED_CODEC else first.codec,
     )
 
 
@@ -237,12 +241,17 @@ def section_cards(
                     predicted=section.plans[ratio].expected_error,
                     heldout=section.heldout_error[ratio],
                     heldout_plain=plain_error((group, kind), ratio),
+                    token_bytes=_token_bytes(section.plans[ratio]),
                 )
                 for ratio in sorted(section.plans)
             ),
         )
         for (group, kind), section in artifact.sections.items()
     ]
+
+
+def _token_bytes(plan: SectionCoder) -> float | msgspec.UnsetType:
+    return plan.token_bytes if isinstance(plan, StepPlan) else msgspec.UNSET
 
 
 def _versions() -> dict[str, str]:

@@ -6,7 +6,12 @@ import argparse
 from typing import TYPE_CHECKING, get_args
 
 from kvtc_vllm.calibration.solvers import RANK_CAP, Method
+from kvtc_vllm.calibration.step_classes import StepSettings
 from kvtc_vllm.calibration.weights import Metric, Tokens
+from kvtc_vllm.codec.kvtc import KvtcCodec
+from kvtc_vllm.codec.registry import CODECS
+from kvtc_vllm.codec.v2.codec import Kvtc2Codec
+from kvtc_vllm.codec.v2.plan import MAX_SINK_GAIN
 from kvtc_vllm.config import ConfigError
 
 if TYPE_CHECKING:
@@ -20,6 +25,26 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
     add("--name", help="directory of the artifact; default: tp{N}-{groups}-{contents}")
     add("--model-name", help="what to call the model; default: MODEL, or its last directory")
     add("--ratios", default="4,8,16,32,64", help="target ratios (default 4,8,16,32,64)")
+    add(
+        "--codec",
+        choices=[name for name, spec in CODECS.items() if spec.needs_artifact],
+        default=KvtcCodec.name,
+        help="whose artifact to make: kvtc, the paper's, or kvtc2, whose ratios are of real bytes "
+        "(default kvtc)",
+    )
+    add(
+        "--sinks",
+        choices=("finer", "plain"),
+        default="finer",
+        help="floating attention sinks, if the model has any: coded by finer steps, or like other "
+        "tokens; of kvtc2 (default finer)",
+    )
+    add(
+        "--sink-gain",
+        type=float,
+        default=StepSettings.sink_gain,
+        help=f"how much finer those steps are (default {StepSettings.sink_gain:g})",
+    )
     add("--layers-per-group", default="all", help='layers coded together, or "all"')
     add("--rank-cap", type=int, default=RANK_CAP, help="most basis columns kept")
     add(
@@ -57,12 +82,22 @@ def artifact_settings(args: argparse.Namespace) -> ArtifactSettings:
     from kvtc_vllm.calibration.fit_settings import FitSettings
 
     ratios = _ratios(args.ratios)
+    if not 1 <= args.sink_gain <= MAX_SINK_GAIN:
+        raise ConfigError(f"--sink-gain {args.sink_gain:g}: give 1 to {MAX_SINK_GAIN}")
+    if args.codec == Kvtc2Codec.name and args.key_share is not None:
+        raise ConfigError(
+            f"--key-share {args.key_share:g}: {args.codec} has one step for K and V, which divides "
+            "the bytes; leave it out"
+        )
     fit = FitSettings(
         method=args.method,
         rank_cap=positive("--rank-cap", args.rank_cap),
         simulation_rows=positive("--simulation-rows", args.simulation_rows),
         key_share=_key_share(args.key_share, min(ratios)),
         device=_device(args.device),
+        codec=args.codec,
+        steps=StepSettings(sink_gain=args.sink_gain),
+        protect_sinks=args.sinks == "finer",
     )
     return ArtifactSettings(
         ratios=ratios,

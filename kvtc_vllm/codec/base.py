@@ -82,9 +82,17 @@ class ExpectedSection:
     group: int
     """Number of the layer group; `ALL_LAYERS` for a section of all layers."""
     raw_length: int
-    """Bytes of the payload."""
+    """Bytes of the payload, at least."""
     coder_ids: Collection[int] = GENERAL_CODER_IDS
     """Numbers of the entropy coders that the reader can read the section of."""
+    most_raw_length: int | None = None
+    """Bytes of the payload, at most; None: exactly `raw_length`."""
+
+    def allows(self, section: Section) -> bool:
+        """Whether kind, layer group and raw length are right."""
+        most = self.raw_length if self.most_raw_length is None else self.most_raw_length
+        right = (section.kind, section.group) == (int(self.kind), self.group)
+        return right and self.raw_length <= section.raw_length <= most
 
 
 class Coder(ABC):
@@ -277,8 +285,10 @@ class ChunkCodec(Coder):
             raise ContainerError("geometry", f"holds {header.tokens} tokens, not {expect_tokens}")
         self._check_header(header)
         expected = self._expected_sections(header)
-        found = [(s.kind, s.group, s.raw_length) for s in info.sections]
-        if found != [(int(e.kind), e.group, e.raw_length) for e in expected]:
+        if len(info.sections) != len(expected) or not all(
+            entry.allows(section) for section, entry in zip(info.sections, expected, strict=True)
+        ):
+            found = [(s.kind, s.group, s.raw_length) for s in info.sections]
             raise ContainerError("geometry", f"sections {found} are not {expected}")
         for section, entry in zip(info.sections, expected, strict=True):
             if section.coder_id not in entry.coder_ids:

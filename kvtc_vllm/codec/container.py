@@ -63,6 +63,7 @@ class SectionKind(IntEnum):
     SINKS = 2
     EXACT_K = 3
     EXACT_V = 4
+    MARKS = 5
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Header:
     """Fixed-size part of a container. Counts and sizes are of elements, not bytes."""
 
     codec_id: int
-    """0 raw, 1 kvtc v1; see `kvtc_vllm.codec.registry.name_of`."""
+    """0 raw, 1 kvtc v1, 2 kvtc v2; see `kvtc_vllm.codec.registry.name_of`."""
     dtype_code: int
     """Cache dtype, a value of `DTYPE_CODES`."""
     sinks: int
@@ -188,7 +189,12 @@ def build(header: Header, sections: Sequence[NewSection]) -> bytes:
 
 def container_bytes(sections: Sequence[int]) -> int:
     """Bytes of a container whose sections take so many, unit table entries and padded body."""
-    return MIN_BLOB_BYTES + sum(_SECTION.size + section for section in sections)
+    return MIN_BLOB_BYTES + sum(map(section_bytes, sections))
+
+
+def section_bytes(contents: int) -> int:
+    """Bytes of a section in a container: unit table entries and padded body, and its own entry."""
+    return _SECTION.size + contents
 
 
 def checksum(content: bytes | memoryview) -> bytes:

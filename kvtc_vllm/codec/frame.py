@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 import torch
 
@@ -37,13 +38,15 @@ from kvtc_vllm.codec.container import (
     build,
     container_bytes,
 )
-from kvtc_vllm.codec.entropy import DeflateCoder, max_stored_bytes
+from kvtc_vllm.codec.entropy import RAW, DeflateCoder, max_stored_bytes
 from kvtc_vllm.codec.errors import ArtifactError, CodecError, ContainerError
+from kvtc_vllm.codec.marks import marks_length, pack_marks, unpack_marks
 from kvtc_vllm.codec.section_coder import SectionCoder
 from kvtc_vllm.codec.shuffle import shuffle, unshuffle
 from kvtc_vllm.codec.transform import (
     chunk_rows,
     from_coefficients,
+    layer_scales,
     magnitude,
     rows_to_cache,
     to_coefficients,
@@ -65,6 +68,9 @@ class TransformCodec(ChunkCodec):
     parts do not fit together.
     """
 
+    marks_sinks: ClassVar[bool] = False
+    """Whether blobs say which tokens the artifact's sink rule tells, if it has one."""
+
     def __init__(
         self,
         artifact: RankArtifact,
@@ -83,7 +89,7 @@ class TransformCodec(ChunkCodec):
             raise ArtifactError(f"no plan for ratio {ratio}, only {artifact.ratios()}")
         self.artifact = artifact
         self.ratio = float(ratio)
-        self._entropy = DeflateCoder(level=deflate_level)
+        self._entropy = self._entropy_coder(deflate_level)
         self._ratios = frozenset(artifact.ratios())
         self._max_position = min(
             (rope.max_positions for rope in artifact.ropes), default=MAX_POSITION
@@ -106,11 +112,17 @@ class TransformCodec(ChunkCodec):
             sections.append(self._sink_section(k[:sinks], v[:sinks]))
         if sinks < tokens:
             positions = self._positions(start + sinks, start + tokens)
+            marks = self._marks(v[sinks:])
+            if marks is not None:
+                sections.append(self._marks_section(marks))
             for group, tensor in self._section_keys():
                 rows = chunk_rows(k[sinks:], v[sinks:], group, tensor, self.artifact, positions)
                 section = self._sections[group, tensor]
                 plan = section.plans[self.ratio]
-                coded = plan.encode(to_coefficients(rows, section, plan.rank), self._entropy)
+                coefficients = to_coefficients(rows, section, plan.rank)
+                if marks is not None:
+                    coefficients[marks] *= plan.sink_gain
+                coded = plan.encode(coefficients, self._entropy)
                 sections.append(
                     NewSection(
                         SECTION_KIND[tensor],
@@ -156,6 +168,29 @@ class TransformCodec(ChunkCodec):
             SectionKind.SINKS, self._entropy.coder_id, ALL_LAYERS, raw_length, encoded
         )
 
+    def _entropy_coder(self, level: int) -> DeflateCoder:
+        """What section coders without tables of their own are given."""
+        return DeflateCoder(level=level)
+
+    @property
+    def _has_marks(self) -> bool:
+        return self.marks_sinks and self.artifact.sink_rule is not None
+
+    def _marks(self, v: torch.Tensor) -> torch.Tensor | None:
+        """The sinks among coded tokens, bool [N]; None if blobs do not say.
+
+        v: [N, L, H, Dv] in the cache dtype.
+        """
+        if not self._has_marks or self.artifact.sink_rule is None:
+            return None
+        scales = layer_scales(self.artifact, "v", 0, self.geometry.num_layers, v.device)
+        return self.artifact.sink_rule.marks(v if scales is None else v.float() * scales)
+
+    def _marks_section(self, marks: torch.Tensor) -> NewSection:
+        bitmap = pack_marks(marks)
+        encoded = RAW.encode([bitmap])
+        return NewSection(SectionKind.MARKS, RAW.coder_id, ALL_LAYERS, len(bitmap), encoded)
+
     def _check_header(self, header: Header) -> None:
         if header.artifact != self.artifact.fingerprint:
             raise ContainerError("fingerprint", "written with another artifact")
@@ -177,10 +212,22 @@ class TransformCodec(ChunkCodec):
             expected.append(ExpectedSection(SectionKind.SINKS, ALL_LAYERS, length))
         coded = header.tokens - header.sinks
         if coded:
+            if self._has_marks:
+                length = marks_length(coded)
+                expected.append(
+                    ExpectedSection(SectionKind.MARKS, ALL_LAYERS, length, {RAW.coder_id})
+                )
             for group, tensor in self._section_keys():
                 coder = self._coder(group, tensor, header.ratio)
-                kind, length = SECTION_KIND[tensor], coder.raw_length(coded)
-                expected.append(ExpectedSection(kind, group, length, coder.coder_ids))
+                expected.append(
+                    ExpectedSection(
+                        SECTION_KIND[tensor],
+                        group,
+                        coder.raw_length(coded),
+                        coder.coder_ids,
+                        coder.most_raw_length(coded),
+                    )
+                )
         return expected
 
     def _groups(self, info: ContainerInfo, blob: memoryview) -> Iterator[DecodedGroup]:
@@ -193,6 +240,9 @@ class TransformCodec(ChunkCodec):
         )
         coded = header.tokens - header.sinks
         positions = self._positions(header.start + header.sinks, header.start + header.tokens)
+        marks = None
+        if coded and self._has_marks:
+            marks = unpack_marks(read_section(next(sections), blob), coded).to(self.device)
         for group, (first, end) in enumerate(self.geometry.layer_groups):
             parts: dict[Kind, list[torch.Tensor]] = {"k": [], "v": []}
             if sink_k is not None and sink_v is not None:
@@ -204,6 +254,8 @@ class TransformCodec(ChunkCodec):
                     coder = self._coder(group, tensor, header.ratio)
                     body = stored_body(section, blob)
                     coefficients = coder.decode(section, body, coded, self.device)
+                    if marks is not None:
+                        coefficients[marks] /= coder.sink_gain
                     rows = from_coefficients(coefficients, self._sections[group, tensor])
                     parts[tensor].append(
                         rows_to_cache(rows, group, tensor, self.artifact, positions, self.dtype)

@@ -93,10 +93,17 @@ class BitPlan:
         return self.predicted_error
 
     @property
+    def sink_gain(self) -> float:
+        return 1.0
+
+    @property
     def coder_ids(self) -> Collection[int]:
         return GENERAL_CODER_IDS
 
     def raw_length(self, tokens: int) -> int:
+        return payload_length(self, tokens)
+
+    def most_raw_length(self, tokens: int) -> int:
         return payload_length(self, tokens)
 
     def max_bytes(self, tokens: int) -> int:

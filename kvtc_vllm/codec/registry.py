@@ -16,12 +16,14 @@ from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind, RankArtifact, Sectio
 from kvtc_vllm.codec.base import ChunkCodec
 from kvtc_vllm.codec.bitplan import budget_bytes, over_budget
 from kvtc_vllm.codec.container import NO_FINGERPRINT
-from kvtc_vllm.codec.cpu import fast_kvtc
+from kvtc_vllm.codec.cpu import fast_kvtc, fast_kvtc2
 from kvtc_vllm.codec.frame import TransformCodec, largest_blob
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.payload import read_plan
 from kvtc_vllm.codec.raw import RawCodec
 from kvtc_vllm.codec.section_coder import CoderTensors, SectionCoder
+from kvtc_vllm.codec.v2.codec import Kvtc2Codec
+from kvtc_vllm.codec.v2.plan import most_bytes, over_ratio, read_step_plan
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,11 @@ CODECS: dict[str, CodecSpec] = {
         ArtifactRules(read_plan, over_budget, budget_bytes),
         has_kernels=True,
         fast=fast_kvtc,
+    ),
+    Kvtc2Codec.name: CodecSpec(
+        Kvtc2Codec,
+        ArtifactRules(read_step_plan, over_ratio, most_bytes),
+        fast=fast_kvtc2,
     ),
 }
 

@@ -50,15 +50,24 @@ class SectionCoder(Protocol):
         ...
 
     @property
+    def sink_gain(self) -> float:
+        """Coefficients of marked tokens are multiplied by it before `encode`; at least 1."""
+        ...
+
+    @property
     def coder_ids(self) -> Collection[int]:
         """Numbers of the entropy coders that it reads; a blob with another is refused."""
         ...
 
     def raw_length(self, tokens: int) -> int:
-        """Exact bytes of the payload of `tokens` coded tokens, before entropy coding.
+        """Least bytes of the payload of `tokens` coded tokens, before entropy coding.
 
         A reader compares it with the section table before anything is decoded.
         """
+        ...
+
+    def most_raw_length(self, tokens: int) -> int:
+        """Most bytes of it; `raw_length` where the length follows from `tokens`."""
         ...
 
     def max_bytes(self, tokens: int) -> int:
@@ -78,10 +87,10 @@ class SectionCoder(Protocol):
     ) -> torch.Tensor:
         """Inverse of `encode`: float32 [tokens, rank] on `device`.
 
-        section: its entry in the section table, whose raw length is `raw_length(tokens)` and
-        whose coder is one of `coder_ids`. body: its stored bytes. Raises ContainerError("entropy")
-        or ContainerError("bounds"), whatever the bytes are, and takes no more memory than
-        `raw_length` justifies.
+        section: its entry in the section table, whose raw length is `raw_length(tokens)` to
+        `most_raw_length(tokens)` and whose coder is one of `coder_ids`. body: its stored bytes.
+        Raises ContainerError("entropy") or ContainerError("bounds"), whatever the bytes are, and
+        takes no more memory than the section's raw length justifies.
         """
         ...
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kvtc_vllm.codec.artifact import Kind, RankArtifact, SectionBasis
+from kvtc_vllm.codec.artifact import KINDS, Kind, RankArtifact, SectionBasis
 from kvtc_vllm.codec.rope import Rope, rope_spans
 
 SATURATING = (torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -105,6 +105,21 @@ def rows_to_cache(
         ropes = layer_ropes(artifact, group)
         cache = keys_from_rows(rows, ropes, positions, geometry.num_kv_heads)
     return to_cache(cache, layer_scales(artifact, tensor, first, end, cache.device), dtype)
+
+
+def mean_chunk(
+    artifact: RankArtifact, dtype: torch.dtype, position: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token that is as the mean of calibration: K [1, L, H, D] post-RoPE, V, in `dtype`."""
+    positions = torch.tensor([position])
+
+    def layers(group: int, tensor: Kind) -> torch.Tensor:
+        mean = artifact.sections[group, tensor].mean[None]
+        return rows_to_cache(mean, group, tensor, artifact, positions, dtype)
+
+    groups = range(len(artifact.geometry.layer_groups))
+    k, v = (torch.cat([layers(group, tensor) for group in groups], dim=1) for tensor in KINDS)
+    return k, v
 
 
 def to_cache(values: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

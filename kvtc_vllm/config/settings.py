@@ -45,13 +45,17 @@ class KVTCConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Validated configuration; made by `load_config`."""
 
     codec: Annotated[
-        Literal["kvtc", "raw"],
-        Meta(description="`raw` stores KV uncompressed and bit-exact, to compare with."),
+        Literal["kvtc", "kvtc2", "raw"],
+        Meta(
+            description="`kvtc2` is codec 2, which has artifacts of its own. `raw` stores KV "
+            "uncompressed and bit-exact, to compare with."
+        ),
     ] = "kvtc"
     ratio: Annotated[
         Ratio | None,
         Meta(
-            description="Target ratio before DEFLATE. The artifact must have a plan for it.",
+            description="Target ratio before DEFLATE, with `kvtc2` of all bytes. The artifact must "
+            "have a plan for it.",
             extra={"default": f"{DEFAULT_RATIO:g}"},
         ),
     ] = None

@@ -27,6 +27,7 @@ def find_artifact(model: ModelConfig, config: KVTCConfig, tp_size: int) -> tuple
         tp_size=tp_size,
         ratio=config.target_ratio,
         model_name=model.model,
+        codec=config.codec,
         artifact=config.artifact,
         registries=config.registry,
     )

@@ -14,7 +14,7 @@ from kvtc_vllm.config import DEFAULT_RECENT_WINDOW
 from kvtc_vllm.evaluation.baselines import BASELINES
 from kvtc_vllm.evaluation.eviction import EVICTIONS
 
-_KVTC = re.compile(r"kvtc-(\d+(?:\.\d+)?)x")
+_KVTC = re.compile(r"(kvtc2?)-(\d+(?:\.\d+)?)x")
 _MEMORY_BYTES = 8 << 30
 DEFAULT_CHUNK_TOKENS = 128
 
@@ -32,9 +32,9 @@ class Method:
     plan: str
     """What of the method was set, for people."""
     codec: str = "raw"
-    """Or "kvtc"."""
+    """Or "kvtc" or "kvtc2"."""
     ratio: float | None = None
-    """Target ratio of kvtc."""
+    """Target ratio, of a codec that has one."""
     artifact: str | None = None
     override: dict[str, Any] = field(default_factory=dict)
     """Fields of `CodecOverride`, for something else in the codec's place."""
@@ -61,7 +61,7 @@ class Method:
             "encode_share": 1.0,
             "evaluation": self.override,
         }
-        if self.codec == "kvtc":
+        if self.ratio is not None:
             extra["ratio"] = self.ratio
             if self.artifact is not None:
                 extra["artifact"] = self.artifact
@@ -74,8 +74,8 @@ class Method:
 
 
 def names() -> list[str]:
-    """What `find` accepts, with kvtc standing for any ratio of the artifact."""
-    return ["raw", "kvtc-<ratio>x", *BASELINES, *EVICTIONS]
+    """What `find` accepts, with <ratio> standing for any of the artifact."""
+    return ["raw", "kvtc-<ratio>x", "kvtc2-<ratio>x", *BASELINES, *EVICTIONS]
 
 
 def find(name: str, artifact: str | None = None) -> Method:
@@ -83,8 +83,8 @@ def find(name: str, artifact: str | None = None) -> Method:
     if name == "raw":
         return Method("raw", "bit-exact")
     if match := _KVTC.fullmatch(name):
-        ratio = float(match.group(1))
-        return Method(name, f"{ratio:g}x", codec="kvtc", ratio=ratio, artifact=artifact)
+        ratio = float(match.group(2))
+        return Method(name, f"{ratio:g}x", codec=match.group(1), ratio=ratio, artifact=artifact)
     if name in BASELINES:
         baseline = BASELINES[name]
         return Method(

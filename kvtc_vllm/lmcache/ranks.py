@@ -63,8 +63,15 @@ def layers_of_stage(artifact: RankArtifact, first: int, end: int) -> RankArtifac
             f"layers {first}..{end - 1} of this pipeline stage are not whole layer groups of "
             f"{geometry.layer_groups}; calibrate with layer groups that divide the stages"
         )
+    rule = artifact.sink_rule
+    if rule is not None:
+        whole = first <= rule.layers[0] and rule.layers[-1] < end
+        # A stage that does not have all layers that tell sinks marks none.
+        own = tuple(layer - first for layer in rule.layers)
+        rule = replace(rule, layers=own) if whole else None
     return replace(
         artifact,
+        sink_rule=rule,
         geometry=replace(
             geometry,
             num_layers=end - first,

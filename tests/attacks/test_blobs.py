@@ -19,11 +19,15 @@ import torch
 
 from kvtc_vllm.codec.base import ChunkCodec
 from kvtc_vllm.codec.container import CHECKSUM_BYTES, HEADER_BYTES, checksum
+from kvtc_vllm.codec.cpu.codec import CpuKvtc2Codec
 from kvtc_vllm.codec.errors import ContainerError
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.raw import RawCodec
+from kvtc_vllm.codec.sink_rule import SinkRule
+from kvtc_vllm.codec.v2.codec import Kvtc2Codec
 from tests.codec.int8_codec import Int8Codec
 from tests.codec.synthetic import SyntheticModel
+from tests.codec.v2.made_up import step_artifact
 
 MODEL = SyntheticModel(
     num_layers=2, num_kv_heads=1, head_size=16, layer_groups=((0, 1), (1, 2)), max_positions=256
@@ -32,10 +36,20 @@ TOKENS = 12
 MUTATIONS = 20_000
 
 
-@pytest.fixture(scope="module", params=["raw", "kvtc", "kvtc by int8"])
+RULE = SinkRule((0, 1), threshold=1.0)
+"""Low enough to mark some tokens, none of them a sink."""
+
+
+@pytest.fixture(
+    scope="module", params=["raw", "kvtc", "kvtc by int8", "kvtc2", "kvtc2 by compiled loops"]
+)
 def codec(request) -> ChunkCodec:
     if request.param == "raw":
         return RawCodec(MODEL.geometry, torch.bfloat16)
+    if request.param.startswith("kvtc2"):
+        artifact = step_artifact(MODEL, (4.0, 8.0), RULE)
+        make2 = Kvtc2Codec if request.param == "kvtc2" else CpuKvtc2Codec
+        return make2(artifact, 4.0, torch.bfloat16)
     make = KvtcCodec if request.param == "kvtc" else Int8Codec
     return make(MODEL.artifact((4.0, 8.0)), 4.0, torch.bfloat16)
 
@@ -143,7 +157,7 @@ def test_resealed_damage_is_refused_or_decodes(codec, blob):
             content = bytes(mutate(content, chance))
         outcomes.add(outcome(codec, content + checksum(content)))
     expected = {"version", "bounds", "geometry", "fingerprint", "decoded"}
-    assert outcomes >= (expected | {"entropy"} if codec.name == "kvtc" else expected)
+    assert outcomes >= (expected if codec.name == "raw" else expected | {"entropy"})
 
 
 def allocation_peak(codec: ChunkCodec, damaged: bytes) -> int:
@@ -182,6 +196,6 @@ def test_no_count_makes_memory_appear(codec, blob, field):
         struct.pack_into("<" + fmt, content, offset, value)
         resealed = bytes(content) + checksum(bytes(content))
         # Any position below 2^63 is as good as another to the raw codec.
-        if field != "start" or codec.name == "kvtc" or value > 2**62:
+        if field != "start" or codec.name != "raw" or value > 2**62:
             assert outcome(codec, resealed) in {"bounds", "geometry"}
         assert allocation_peak(codec, resealed) < 1 << 20

@@ -109,3 +109,37 @@ def test_calibrate_by_gradients_then_serve(reference_model: Path, tmp_path: Path
         values = metrics(llm)
     assert values["kvtc_loaded_tokens"] == values["external_prefix_cache_hits"] == 2 * 544
     assert not any(v for k, v in values.items() if k.startswith("kvtc_failed_loads"))
+
+
+def test_calibrate_codec_2_then_serve(reference_model: Path, tmp_path: Path) -> None:
+    """Stored, evicted from the engine's own cache, reloaded; a version 1 artifact does not fit."""
+    sys.path.insert(0, str(reference_model.parent))
+    import data
+
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(data.texts("train", "mix", characters=60_000)))
+    arguments = ["calibrate", str(reference_model), "--data", str(text), "--ratios", "4,8"]
+    arguments += ["--tokens", "5000", "--max-len", "900", "--codec", "kvtc2"]
+    arguments += ["--out", str(tmp_path / "registry"), "--engine", ENGINE]
+    assert main(arguments) == 0
+    (directory,) = (tmp_path / "registry").glob("*/*")
+    artifact, card, _ = load_rank_artifact(directory, 0)
+    assert (artifact.codec, card.codec_name) == ("kvtc2", "kvtc2")
+    extra = {"codec": "kvtc2", "ratio": 4, "registry": [str(tmp_path / "registry")]}
+    prompts = texts(reference_model, count=3, tokens=700)
+    with engine(reference_model, None) as llm:
+        expected = greedy(llm, prompts, 16)
+    with engine(reference_model, extra | {"memory_bytes": "64MiB"}) as llm:
+        assert greedy(llm, prompts, 16) == expected
+        assert llm.reset_prefix_cache()
+        answers = greedy(llm, prompts, 16)
+        values = metrics(llm)
+    assert values["kvtc_loaded_tokens"] == values["external_prefix_cache_hits"] == 3 * 544
+    assert not any(v for k, v in values.items() if k.startswith("kvtc_failed_loads"))
+    # The cache is of float32, twice what ratios are to.
+    real = values["kvtc_stored_raw_bytes"] / values["kvtc_stored_bytes"] / 2
+    assert 3.2 < real < 4.8
+    agreed = [
+        a == b for x, y in zip(answers, expected, strict=True) for a, b in zip(x, y, strict=True)
+    ]
+    assert sum(agreed) >= 0.9 * len(agreed)

@@ -9,7 +9,7 @@ from kvtc_vllm.calibration.fit_settings import FitSettings, estimate_fit, own_ra
 from kvtc_vllm.calibration.section_fit import HeldoutErrors, heldout_errors
 from kvtc_vllm.calibration.spool import SpoolReader
 from kvtc_vllm.codec.artifact import KINDS
-from kvtc_vllm.codec.bitplan import budget_bits, plan_bits
+from kvtc_vllm.codec.bitplan import apply_plan, budget_bits, plan_bits
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.payload import bit_plan
@@ -143,7 +143,7 @@ def test_fewer_rows_and_progress(reader: SpoolReader, fit: RankFit) -> None:
 def test_heldout_error_of_constant_rows(fit: RankFit) -> None:
     section = fit.artifact.sections[0, "k"]
     plans = {2.0: bit_plan(section, 2.0)}
-    found = heldout_errors(section, plans, [section.mean.expand(3, -1)])
+    found = heldout_errors(section, plans, [section.mean.expand(3, -1)], apply_plan)
     assert found == HeldoutErrors(weighted={2.0: 0.0}, plain={2.0: 0.0})
 
 

@@ -15,14 +15,15 @@ import pytest
 import torch
 
 from kvtc_vllm.codec.artifact import RankArtifact, SectionBasis
-from kvtc_vllm.codec.base import ChunkCodec
+from kvtc_vllm.codec.base import ChunkCodec, NewChunk
 from kvtc_vllm.codec.bitplan import allocate
 from kvtc_vllm.codec.container import CHECKSUM_BYTES, HEADER_BYTES
-from kvtc_vllm.codec.errors import ContainerError
+from kvtc_vllm.codec.errors import CodecError, ContainerError
 from kvtc_vllm.codec.registry import CODECS, max_blob_bytes, open_codec
 from kvtc_vllm.codec.section_coder import SectionCoder
 from kvtc_vllm.codec.transform import to_coefficients
 from tests.codec.synthetic import SyntheticModel
+from tests.codec.v2.made_up import step_plan_of
 
 MODEL = SyntheticModel(
     num_layers=3, num_kv_heads=2, head_size=8, head_size_v=12, layer_groups=((0, 1), (1, 3))
@@ -32,6 +33,7 @@ IDENTITY = bytes(range(16))
 
 PLANS: dict[str, Callable[[torch.Tensor, int, float], SectionCoder]] = {
     "kvtc": lambda coefficients, row_size, ratio: allocate(coefficients, row_size, [ratio])[ratio],
+    "kvtc2": step_plan_of,
 }
 """Codec -> (coefficients [n, r], elements of a row, target ratio) -> section coder."""
 
@@ -131,7 +133,10 @@ def bit_flips_are_found(name: str) -> None:
 
 
 def sizes_are_bounded(name: str) -> None:
-    """Of noise, which does not shrink, with few and many sinks, in every kind of cache."""
+    """Of noise, which does not shrink, with few and many sinks, in every kind of cache.
+
+    A codec may refuse what is larger.
+    """
     noise = torch.Generator().manual_seed(5)
     geometry = MODEL.geometry
     for sinks in (0, 4, 8, 200):
@@ -143,7 +148,11 @@ def sizes_are_bounded(name: str) -> None:
                 k = torch.randn(*shape, geometry.head_size, generator=noise).to(dtype)
                 v = torch.randn(*shape, geometry.head_size_v, generator=noise).to(dtype)
                 for start in (0, 2, tokens, 1000):
-                    assert len(codec.encode(k, v, start)) <= bound
+                    (made,) = codec.encode_many([NewChunk(k, v, start)])
+                    if isinstance(made, CodecError):
+                        assert made.reason == "size"
+                    else:
+                        assert len(made) <= bound
                 assert bound <= max_blob_bytes(
                     name, dtype, tokens, geometry=geometry, sink_tokens=sinks, ratio=4.0
                 )

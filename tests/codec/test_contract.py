@@ -11,7 +11,7 @@ import pytest
 from kvtc_vllm.codec.registry import CODECS
 from kvtc_vllm.config import KVTCConfig
 from tests.codec.contract import CONTRACT
-from tests.codec.int8_codec import Int8Codec
+from tests.codec.int8_codec import INT8_CODECS
 
 
 @pytest.mark.parametrize("name", CODECS)
@@ -21,7 +21,7 @@ def test_contract(
     name: str, promise: Callable[[str], None], way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if way != "fast" and CODECS[name].fast is not None:
-        other = {"int8": lambda: Int8Codec, "reference": None}[way]
+        other = {"int8": lambda: INT8_CODECS[name], "reference": None}[way]
         monkeypatch.setitem(CODECS, name, replace(CODECS[name], fast=other))
     promise(name)
 

@@ -23,6 +23,8 @@ from kvtc_vllm.codec.kernels.deflate_nvcomp import NVCOMP
 REGISTRY = {**entropy.REGISTRY, NVCOMP.name: NVCOMP}
 CODERS = [pytest.param(coder, id=name) for name, coder in REGISTRY.items()]
 CODERS += [pytest.param(DeflateCoder(level), id=f"deflate-{level}") for level in (0, 2, 3)]
+NO_MATCHES = DeflateCoder(matches=False, unit_bytes=1000)
+CODERS += [pytest.param(NO_MATCHES, id="deflate-no-matches")]
 COMPRESSIBLE = bytes(range(64)) * 40
 NOISE = bytes((i * i * 7919 + i // 3) % 251 ^ (i * 31 % 256) for i in range(300))
 
@@ -54,10 +56,28 @@ def test_units_do_not_cross_streams_and_are_aligned():
     assert len(encoded.body) == sum(aligned(u.stored_length) for u in encoded.units)
 
 
-def test_other_inflaters_read_the_units():
-    encoded = DeflateCoder().encode([COMPRESSIBLE])
+@pytest.mark.parametrize("coder", [DeflateCoder(), DeflateCoder(matches=False)])
+def test_other_inflaters_read_the_units(coder):
+    encoded = coder.encode([COMPRESSIBLE])
     stored = encoded.body[: encoded.units[0].stored_length]
     assert zlib.decompress(stored, wbits=-15) == COMPRESSIBLE
+
+
+def test_without_matches_only_runs_are_shortened():
+    """Text that repeats after some bytes takes what its letters take; a run takes nothing."""
+    (repeated,), (run,) = (
+        DeflateCoder(matches=False).encode([text]).units for text in (COMPRESSIBLE, bytes(2560))
+    )
+    assert repeated.stored_length > 0.7 * len(COMPRESSIBLE) > 3 * run.stored_length
+    assert DeflateCoder().encode([COMPRESSIBLE]).units[0].stored_length < repeated.stored_length / 4
+
+
+@pytest.mark.parametrize(
+    ("length", "units"), [(1, [1]), (1499, [1499]), (1500, [750, 750]), (3100, [1034, 1034, 1032])]
+)
+def test_smaller_units_are_of_about_one_size(length, units):
+    encoded = round_trip(NO_MATCHES, [bytes(length)])
+    assert [unit.raw_length for unit in encoded.units] == units
 
 
 def test_units_of_other_deflaters_are_read():
@@ -117,3 +137,5 @@ def test_numbers_and_levels():
     assert {n: coder.name for n, coder in BY_CODER_ID.items()} == {0: "raw", 1: "deflate"}
     with pytest.raises(ValueError, match="level 4"):
         DeflateCoder(4)
+    with pytest.raises(ValueError, match="units of 0 bytes"):
+        DeflateCoder(matches=False, unit_bytes=0)

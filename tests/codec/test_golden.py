@@ -14,11 +14,21 @@ import numpy as np
 import pytest
 import torch
 
-from kvtc_vllm.codec.artifact import KINDS
+from kvtc_vllm.codec.artifact import KINDS, SectionBasis
 from kvtc_vllm.codec.base import read_section
 from kvtc_vllm.codec.container import parse
-from tests.golden.formula import GEOMETRY, GOLDEN, IDENTITY, SCALES, Golden, artifact
+from kvtc_vllm.codec.v2.plan import StepPlan
+from tests.golden.formula import (
+    GEOMETRY,
+    GOLDEN,
+    IDENTITY,
+    SCALES,
+    Golden,
+    artifact,
+    artifact2,
+)
 from tests.golden.plain_reader import PlainRope, PlainSection, read_blob
+from tests.golden.plain_reader2 import PlainStepSection
 
 FOLDER = Path(__file__).parents[1] / "golden"
 EACH = pytest.mark.parametrize("golden", [pytest.param(g, id=g.name) for g in GOLDEN])
@@ -82,17 +92,29 @@ def test_encoding_gives_the_committed_codes(golden):
         assert blob == read(golden)
 
 
+def plain_section(section: SectionBasis, ratio: float) -> PlainSection | PlainStepSection:
+    mean, basis = section.mean.numpy(), section.basis.float().numpy()
+    plan = section.plans[ratio]
+    if isinstance(plan, StepPlan):
+        return PlainStepSection(
+            mean,
+            basis,
+            plan.step,
+            plan.classes.tolist(),
+            plan.widths.tolist(),
+            plan.values.numpy(),
+            plan.sink_gain,
+        )
+    return PlainSection(mean, basis, [(g.start, g.size, g.type) for g in plan.groups])
+
+
 @EACH
 def test_the_written_specification_reads_the_same(golden):
-    fitted = artifact(golden.scaled)
+    fitted = artifact2(golden.scaled) if golden.codec == "kvtc2" else artifact(golden.scaled)
     sections = {
-        (group, KINDS.index(kind)): PlainSection(
-            section.mean.numpy(),
-            section.basis.float().numpy(),
-            [(g.start, g.size, g.type) for g in section.plans[golden.ratio].groups],
-        )
+        (group, KINDS.index(kind)): plain_section(section, golden.ratio)
         for (group, kind), section in fitted.sections.items()
-        if golden.codec == "kvtc"
+        if golden.codec != "raw"
     }
     ropes = [
         None

@@ -80,8 +80,15 @@ class ToyCoder:
     def entropy(self) -> TableCoder:
         return TableCoder(bytes(self.table.tolist()))
 
+    @property
+    def sink_gain(self) -> float:
+        return 1.0
+
     def raw_length(self, tokens: int) -> int:
         return tokens * self.rank
+
+    def most_raw_length(self, tokens: int) -> int:
+        return self.raw_length(tokens)
 
     def max_bytes(self, tokens: int) -> int:
         return max_stored_bytes([self.raw_length(tokens)])
@@ -271,7 +278,9 @@ def test_more_sinks_than_the_header_counts_are_refused(artifact: RankArtifact, s
 
 
 def test_what_does_not_go_together_is_said(artifact: RankArtifact) -> None:
-    with pytest.raises(ValueError, match="codec 'zip' is not known; allowed: raw, kvtc, toy"):
+    with pytest.raises(
+        ValueError, match="codec 'zip' is not known; allowed: raw, kvtc, kvtc2, toy"
+    ):
         open_codec("zip", torch.bfloat16, geometry=MODEL.geometry)
     with pytest.raises(ValueError, match="'raw' takes no artifact"):
         open_codec("raw", torch.bfloat16, artifact=artifact, ratio=4.0)
@@ -281,7 +290,7 @@ def test_what_does_not_go_together_is_said(artifact: RankArtifact) -> None:
 
 def test_nothing_outside_the_codec_names_a_codec_to_build_it() -> None:
     package = Path(kvtc_vllm.__file__).parent
-    named = re.compile(rf"\b({KvtcCodec.__name__}|RawCodec)\(")
+    named = re.compile(rf"\b({KvtcCodec.__name__}|Kvtc2Codec|RawCodec)\(")
     found = [
         str(path.relative_to(package))
         for path in package.rglob("*.py")

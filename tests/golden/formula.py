@@ -9,7 +9,7 @@ pins them bit for bit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,6 +19,9 @@ from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.payload import BitPlan, CoefficientGroup
 from kvtc_vllm.codec.raw import RawCodec
 from kvtc_vllm.codec.rope import Rope
+from kvtc_vllm.codec.sink_rule import SinkRule
+from kvtc_vllm.codec.v2.codec import Kvtc2Codec
+from kvtc_vllm.codec.v2.plan import StepPlan
 
 GEOMETRY = Geometry(
     num_layers=3, num_kv_heads=1, head_size=8, head_size_v=4, layer_groups=((0, 2), (2, 3))
@@ -76,6 +79,41 @@ def artifact(scaled: bool = False) -> RankArtifact:
     )
 
 
+STEPS: dict[tuple[int, Kind], dict[float, tuple[float, int]]] = {
+    (0, "k"): {4.0: (1 / 16, 13), 16.0: (2.0, 3)},
+    (0, "v"): {4.0: (1 / 2, 8), 16.0: (1.0, 1)},
+    (1, "k"): {4.0: (1 / 4, 7), 16.0: (1.0, 2)},
+    (1, "v"): {4.0: (1 / 32, 4), 16.0: (1.0, 0)},
+}
+"""Of codec 2: step and number of coefficients. One plan is empty."""
+RULE = SinkRule(layers=(0, 2), threshold=1.6, max_share=0.2)
+_ROUNDING = ((0.75, 0.25), (0.5, 0.5), (0.625, 0.375))
+
+
+def step_plan(step: float, rank: int) -> StepPlan:
+    """Three classes in turn, one of each width; values a little below what levels would be."""
+    levels = torch.arange(1.0, 6.0)
+    return StepPlan(
+        step=step,
+        classes=(torch.arange(rank) * 2 % 3).to(torch.uint8),
+        widths=torch.tensor([2, 4, 8], dtype=torch.uint8),
+        values=step * (levels - torch.arange(3.0)[:, None] / 8),
+        rounding=torch.tensor(_ROUNDING),
+        sink_gain=4.0,
+        token_bytes=100.0,
+        expected_error=0.0,
+    )
+
+
+def artifact2(scaled: bool = False) -> RankArtifact:
+    base = artifact(scaled)
+    sections = {
+        key: replace(part, plans={r: step_plan(*plan) for r, plan in STEPS[key].items()})
+        for key, part in base.sections.items()
+    }
+    return replace(base, sections=sections, codec="kvtc2", sink_rule=RULE)
+
+
 def chunk(tokens: int, start: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V with values n / 8, |n| < 100: exact in bfloat16, rounded to fp8."""
 
@@ -102,11 +140,13 @@ class Golden:
     @property
     def scaled(self) -> bool:
         """Whether the cache has scales."""
-        return self.codec == "kvtc" and self.dtype.itemsize == 1
+        return self.codec != "raw" and self.dtype.itemsize == 1
 
     def make_codec(self) -> ChunkCodec:
         if self.codec == "raw":
             return RawCodec(GEOMETRY, self.dtype, IDENTITY)
+        if self.codec == "kvtc2":
+            return Kvtc2Codec(artifact2(self.scaled), self.ratio, self.dtype, IDENTITY)
         return KvtcCodec(artifact(self.scaled), self.ratio, self.dtype, IDENTITY)
 
     def make_chunk(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,4 +164,11 @@ GOLDEN = (
     Golden("v1-raw-e5m2", "raw", torch.float8_e5m2, 0.0, 3, 2),
     Golden("v1-kvtc-e4m3-with-sinks", "kvtc", torch.float8_e4m3fn, 4.0, 0, 12),
     Golden("v1-kvtc-e5m2-two-sinks", "kvtc", torch.float8_e5m2, 4.0, 2, 5),
+    Golden("v1-kvtc2-fp32-with-sinks", "kvtc2", torch.float32, 4.0, 0, 12),
+    Golden("v1-kvtc2-bf16-two-sinks", "kvtc2", torch.bfloat16, 4.0, 2, 5),
+    Golden("v1-kvtc2-bf16-only-sinks", "kvtc2", torch.bfloat16, 4.0, 1, 2),
+    Golden("v1-kvtc2-fp16-one-token", "kvtc2", torch.float16, 4.0, 40, 1),
+    Golden("v1-kvtc2-fp16-empty-plan", "kvtc2", torch.float16, 16.0, 64, 9),
+    Golden("v1-kvtc2-bf16-long", "kvtc2", torch.bfloat16, 4.0, 128, 100),
+    Golden("v1-kvtc2-e4m3-with-sinks", "kvtc2", torch.float8_e4m3fn, 4.0, 0, 12),
 )

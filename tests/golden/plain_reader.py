@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import xxhash
@@ -21,6 +21,22 @@ class PlainSection(NamedTuple):
     mean: np.ndarray
     basis: np.ndarray
     groups: Sequence[tuple[int, int, str]]
+
+    def read(self, payload: bytes, marks: Sequence[int]) -> np.ndarray:
+        assert not any(marks)
+        return read_coefficients(payload, self, len(marks))
+
+
+class AnySection(Protocol):
+    """read: a payload and whether each token is marked -> coefficients [tokens, r]."""
+
+    @property
+    def mean(self) -> np.ndarray: ...
+
+    @property
+    def basis(self) -> np.ndarray: ...
+
+    def read(self, payload: bytes, marks: Sequence[int]) -> np.ndarray: ...
 
 
 class PlainRope(NamedTuple):
@@ -91,7 +107,7 @@ def rotate(key: np.ndarray, rope: PlainRope | None, position: int) -> np.ndarray
 def read_blob(
     blob: bytes,
     layer_groups: Sequence[tuple[int, int]],
-    sections: dict[tuple[int, int], PlainSection],
+    sections: Mapping[tuple[int, int], AnySection],
     ropes: Sequence[PlainRope | None],
     scales: Sequence[tuple[float, float]] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
@@ -105,7 +121,7 @@ def read_blob(
     (codec, flags, dtype, sinks, layers, heads, size_k, size_v, _, count, tokens, start) = (
         struct.unpack_from("<HHBBHHHHHHIQ", blob, 6)
     )
-    assert codec in (0, 1)
+    assert codec in (0, 1, 2)
     assert flags == 0
     table = [struct.unpack_from("<BBHIII", blob, 76 + 16 * i) for i in range(count)]
     unit_at = 76 + 16 * count
@@ -113,6 +129,7 @@ def read_blob(
     k = np.zeros((tokens, layers, heads, size_k), np.float32)
     v = np.zeros((tokens, layers, heads, size_v), np.float32)
     payloads = []
+    marks = [0] * (tokens - sinks)
     for kind, coder, group, units, raw_length, stored_length in table:
         body = blob[body_at : body_at + stored_length]
         body_at += -(-stored_length // 4) * 4
@@ -126,7 +143,9 @@ def read_blob(
             unit_at += 4
         assert len(payload) == raw_length
         payloads.append(payload)
-        if kind == 3:
+        if kind == 5:
+            marks = [payload[i // 8] >> i % 8 & 1 for i in range(tokens - sinks)]
+        elif kind == 3:
             k[:] = cache_values(payload, dtype).reshape(k.shape)
         elif kind == 4:
             v[:] = cache_values(payload, dtype).reshape(v.shape)
@@ -139,7 +158,7 @@ def read_blob(
                 target[:sinks] = cache_values(raw_values, dtype).reshape(target[:sinks].shape)
         else:
             section = sections[group, kind]
-            coefficients = read_coefficients(payload, section, tokens - sinks)
+            coefficients = section.read(payload, marks)
             rows = coefficients @ section.basis.T + section.mean
             first, end = layer_groups[group]
             rows = rows.reshape(tokens - sinks, end - first, heads, -1)

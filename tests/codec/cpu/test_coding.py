@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtc_vllm.codec.artifact import SectionBasis
-from kvtc_vllm.codec.cpu.section import FastSection
+from kvtc_vllm.codec.cpu.bit_section import BitSection
 from kvtc_vllm.codec.errors import CodecError, ContainerError
 from kvtc_vllm.codec.payload import (
     BitPlan,
@@ -41,10 +41,10 @@ def plans(draw: st.DrawFn) -> BitPlan:
     return BitPlan(ratio=8.0, groups=tuple(groups), predicted_error=0.0)
 
 
-def section_of(plan: BitPlan) -> FastSection:
+def section_of(plan: BitPlan) -> BitSection:
     """Of a plan, with a basis that is not looked at."""
     basis = torch.zeros(plan.rank + 1, plan.rank, dtype=torch.float16)
-    return FastSection(SectionBasis(torch.zeros(plan.rank + 1), basis, {8.0: plan}), 8.0, False)
+    return BitSection(SectionBasis(torch.zeros(plan.rank + 1), basis, {8.0: plan}), 8.0, False)
 
 
 @st.composite

@@ -1,0 +1,152 @@
+"""Plans of codec 2: one step for all sections, found so that real bytes meet the target ratio.
+
+A trial step gives every section a plan (`step_classes`), which quantises and codes the sample as a
+blob would; the bytes are counted, and the step is changed until they are right. All sections share
+it, so an error costs the same in K and V and in every layer group, and each gets the bytes that
+this takes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from kvtc_vllm.calibration.step_classes import Sample, StepSettings, make_step_plan
+from kvtc_vllm.codec.container import section_bytes
+from kvtc_vllm.codec.entropy import UNIT_BYTES, EntropyCoder, aligned
+from kvtc_vllm.codec.errors import ArtifactError
+from kvtc_vllm.codec.v2.codes import encode_codes
+from kvtc_vllm.codec.v2.plan import ELEMENT_BYTES, StepPlan
+
+CHUNK_TOKENS = 128
+"""Tokens of the chunks that bytes are counted of."""
+ACCURACY = 0.005
+"""Relative, of bytes per token."""
+_MOST_TRIALS = 24
+
+LAST_ACCURACY = 0.02
+"""Where no step comes nearer."""
+
+
+@dataclass(frozen=True)
+class _Found:
+    step: float
+    plans: list[StepPlan]
+    bytes: list[float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.bytes)
+
+
+def make_step_plans(
+    samples: Sequence[Sample],
+    marks: torch.Tensor,
+    ratios: Sequence[float],
+    overhead: float,
+    entropy: EntropyCoder,
+    settings: StepSettings,
+    report: Callable[[str, int, int], None],
+) -> list[Mapping[float, StepPlan]]:
+    """Of every section, target ratio -> plan.
+
+    samples: of all sections of a rank, of the same tokens, whose number is a multiple of
+    `CHUNK_TOKENS`. marks: bool [n], the sinks among them. overhead: bytes per token of a blob
+    besides its coded sections. Raises ArtifactError for a ratio that can't be met.
+    """
+    row = sum(sample.row_size for sample in samples)
+
+    def trial(step: float) -> _Found:
+        rounded = float(torch.tensor(step))
+        plans = [make_step_plan(sample, marks, rounded, settings) for sample in samples]
+        taken = [
+            coded_bytes(plan, sample, marks, entropy)
+            for plan, sample in zip(plans, samples, strict=True)
+        ]
+        return _Found(rounded, plans, taken)
+
+    found: list[_Found] = []
+    for done, ratio in enumerate(sorted(ratios)):
+        report("allocate", done, len(ratios))
+        target = ELEMENT_BYTES * row / ratio - overhead
+        if target <= 0:
+            raise ArtifactError(
+                f"ratio {ratio:g} can't be met: headers and exact sinks alone take {overhead:.0f} "
+                f"of {ELEMENT_BYTES * row / ratio:.0f} bytes per token; take a lower one"
+            )
+        start = found[-1].step * 1.5 if found else _deviation(samples)
+        found.append(_search(trial, target, start, ratio))
+    return [
+        {
+            ratio: replace(result.plans[i], token_bytes=result.bytes[i])
+            for ratio, result in zip(sorted(ratios), found, strict=True)
+        }
+        for i in range(len(samples))
+    ]
+
+
+def coded_bytes(
+    plan: StepPlan, sample: Sample, marks: torch.Tensor, entropy: EntropyCoder
+) -> float:
+    """Bytes per token of the section in blobs of `CHUNK_TOKENS`, its entry in the table included.
+
+    Of whatever the plan's own bound, which is not known yet.
+    """
+    gains = torch.where(marks, plan.sink_gain, 1.0)[:, None]
+    taken = 0
+    for first in range(0, len(marks), CHUNK_TOKENS):
+        rows = slice(first, first + CHUNK_TOKENS)
+        codes = plan.quantise(sample.coefficients[rows, : plan.rank] * gains[rows])
+        encoded = entropy.encode(encode_codes(codes, plan.packed))
+        taken += section_bytes(UNIT_BYTES * len(encoded.units) + aligned(len(encoded.body)))
+    return taken / len(marks)
+
+
+def _search(trial: Callable[[float], _Found], target: float, start: float, ratio: float) -> _Found:
+    """Bytes fall as the step grows, nearly as a power of it."""
+    low: _Found | None = None
+    high: _Found | None = None
+    step = start
+    for _ in range(_MOST_TRIALS):
+        found = trial(step)
+        if abs(found.total / target - 1) <= ACCURACY:
+            return found
+        if found.total > target:
+            low = found
+        else:
+            high = found
+        if low is None:
+            step /= 2
+        elif high is None:
+            step *= 2
+        else:
+            step = _between(low, high, target)
+            if step in (low.step, high.step):
+                break
+    # Few coefficients have few sizes. What is below the target costs quality and nothing else.
+    if low is not None and low.total <= target * (1 + LAST_ACCURACY):
+        return low
+    if high is not None:
+        return high
+    raise ArtifactError(
+        f"ratio {ratio:g} can't be met: {found.total:.0f} bytes per token at a step of "
+        f"{found.step:g}, the target is {target:.0f}"
+    )
+
+
+def _between(low: _Found, high: _Found, target: float) -> float:
+    """A step between two, where bytes would be right if they fell as a power."""
+    fallen = math.log(low.total / max(high.total, 1e-9))
+    share = math.log(low.total / target) / fallen
+    share = min(max(share, 0.05), 0.95)
+    return float(torch.tensor(low.step * (high.step / low.step) ** share))
+
+
+def _deviation(samples: Sequence[Sample]) -> float:
+    """Root mean square of all coefficients: where the search begins."""
+    energy = sum(float(s.coefficients.double().square().mean(0).sum()) for s in samples)
+    columns = sum(s.coefficients.shape[1] for s in samples)
+    return max(math.sqrt(energy / columns), 1e-20)
