@@ -104,9 +104,16 @@ PARTS = (
         "tqdm, transformers, vllm, xxhash",
     ),
     Part(
+        "load_test",
+        "multi-turn load on running servers: conversations, traces, client, metrics, figures",
+        "",
+        "aiohttp, matplotlib, msgspec",
+    ),
+    Part(
         "cli",
-        "`kvtc calibrate`, `config`, `doctor`, `eval`, `fit`, `gc`, `inspect`, `verify`",
-        "codec, tiers, tiers/disk, artifact, config, connector, calibration, lmcache, evaluation",
+        "`kvtc bench`, `calibrate`, `config`, `doctor`, `eval`, `fit`, `gc`, `inspect`, `verify`",
+        "codec, tiers, tiers/disk, artifact, config, connector, calibration, lmcache, evaluation, "
+        "load_test",
         "msgspec, torch, yaml",
     ),
 )
