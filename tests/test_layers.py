@@ -110,10 +110,17 @@ PARTS = (
         "aiohttp, matplotlib, msgspec",
     ),
     Part(
-        "cli",
-        "`kvtc bench`, `calibrate`, `config`, `doctor`, `eval`, `fit`, `gc`, `inspect`, `verify`",
-        "codec, tiers, tiers/disk, artifact, config, connector, calibration, lmcache, evaluation, "
+        "planning",
+        "hit rates, conversations that fit and bytes per second: Che's approximation, simulation",
         "load_test",
+        "msgspec",
+    ),
+    Part(
+        "cli",
+        "`kvtc bench`, `calibrate`, `config`, `doctor`, `eval`, `fit`, `gc`, `inspect`, `plan`, "
+        "`verify`",
+        "codec, tiers, tiers/disk, artifact, config, connector, calibration, lmcache, evaluation, "
+        "load_test, planning",
         "msgspec, torch, yaml",
     ),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import msgspec
@@ -65,18 +66,44 @@ def zipf_weights(count: int, exponent: float) -> list[float]:
     return [weight / total for weight in weights]
 
 
-def conversations(traffic: Traffic) -> list[Conversation]:
-    """All conversations, in order of their start. Equal traffic gives equal conversations."""
+@dataclass(frozen=True)
+class Script:
+    """What was drawn for one conversation.
+
+    prefix, document: numbers within their pools; a document of no pool has the conversation's.
+    think_seconds: before each turn.
+    """
+
+    prefix: int
+    document: int
+    think_seconds: tuple[float, ...]
+
+
+def scripts(traffic: Traffic) -> list[Script]:
+    """One per conversation, in order of their start. Equal traffic gives equal scripts."""
     draw = random.Random(traffic.seed)
-    documents = _ranks(draw, traffic.documents, traffic)
-    prefixes = _ranks(draw, traffic.prefixes, traffic)
+    documents = _drawn(draw, traffic.documents, traffic)
+    prefixes = _drawn(draw, traffic.prefixes, traffic)
     return [
-        _conversation(traffic, number, documents[number], prefixes[number], draw)
-        for number in range(traffic.conversations)
+        Script(
+            prefix, document, tuple(_think(draw, turn, traffic) for turn in range(traffic.turns))
+        )
+        for prefix, document in zip(prefixes, documents, strict=True)
     ]
 
 
-def _ranks(draw: random.Random, count: int, traffic: Traffic) -> Sequence[int]:
+def conversations(traffic: Traffic) -> list[Conversation]:
+    """The scripts with their texts."""
+    return [_conversation(traffic, *numbered) for numbered in enumerate(scripts(traffic))]
+
+
+def _think(draw: random.Random, turn: int, traffic: Traffic) -> float:
+    if not turn or not traffic.think_seconds:
+        return 0.0
+    return draw.expovariate(1 / traffic.think_seconds)
+
+
+def _drawn(draw: random.Random, count: int, traffic: Traffic) -> Sequence[int]:
     """For each conversation one of `count` things; its own number if there is no pool."""
     if not count:
         return range(traffic.conversations)
@@ -84,18 +111,15 @@ def _ranks(draw: random.Random, count: int, traffic: Traffic) -> Sequence[int]:
     return draw.choices(range(count), cum_weights=bounds, k=traffic.conversations)
 
 
-def _conversation(
-    traffic: Traffic, number: int, document: int, prefix: int, draw: random.Random
-) -> Conversation:
+def _conversation(traffic: Traffic, number: int, script: Script) -> Conversation:
     turns = []
-    for turn in range(traffic.turns):
+    for turn, think in enumerate(script.think_seconds):
         words = text(traffic.question_tokens, traffic.seed, "question", number, turn)
         if turn == 0 and traffic.document_tokens:
-            read = text(traffic.document_tokens, traffic.seed, "document", document)
+            read = text(traffic.document_tokens, traffic.seed, "document", script.document)
             words = f"{read}\n\n{words}"
-        think = draw.expovariate(1 / traffic.think_seconds) if traffic.think_seconds else 0.0
-        turns.append(Turn(words, traffic.answer_tokens, think if turn else 0.0))
+        turns.append(Turn(words, traffic.answer_tokens, think))
     system = ""
     if traffic.prefix_tokens:
-        system = text(traffic.prefix_tokens, traffic.seed, "prefix", prefix)
+        system = text(traffic.prefix_tokens, traffic.seed, "prefix", script.prefix)
     return Conversation(tuple(turns), system)
