@@ -104,9 +104,23 @@ PARTS = (
         "tqdm, transformers, vllm, xxhash",
     ),
     Part(
+        "load_test",
+        "multi-turn load on running servers: conversations, traces, client, metrics, figures",
+        "",
+        "aiohttp, matplotlib, msgspec",
+    ),
+    Part(
+        "planning",
+        "hit rates, conversations that fit and bytes per second: Che's approximation, simulation",
+        "load_test",
+        "msgspec",
+    ),
+    Part(
         "cli",
-        "`kvtc calibrate`, `config`, `doctor`, `eval`, `fit`, `gc`, `inspect`, `verify`",
-        "codec, tiers, tiers/disk, artifact, config, connector, calibration, lmcache, evaluation",
+        "`kvtc bench`, `calibrate`, `config`, `doctor`, `eval`, `fit`, `gc`, `inspect`, `plan`, "
+        "`verify`",
+        "codec, tiers, tiers/disk, artifact, config, connector, calibration, lmcache, evaluation, "
+        "load_test, planning",
         "msgspec, torch, yaml",
     ),
 )

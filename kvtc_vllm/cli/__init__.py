@@ -8,12 +8,15 @@ from collections.abc import Sequence
 
 from kvtc_vllm import __version__
 from kvtc_vllm.calibration.documents import DataError
-from kvtc_vllm.cli import calibrate, config, doctor, eval, fit, gc, inspect, verify
+from kvtc_vllm.cli import bench, calibrate, config, doctor, eval, fit, gc, inspect, plan, verify
 from kvtc_vllm.codec.errors import CodecError
 from kvtc_vllm.config import ConfigError
+from kvtc_vllm.load_test.errors import LoadTestError
+from kvtc_vllm.planning.errors import PlanError
 from kvtc_vllm.tiers.disk import DiskError
 
 COMMANDS = {
+    "bench": bench,
     "calibrate": calibrate,
     "config": config,
     "doctor": doctor,
@@ -21,8 +24,12 @@ COMMANDS = {
     "fit": fit,
     "gc": gc,
     "inspect": inspect,
+    "plan": plan,
     "verify": verify,
 }
+
+EXPECTED = (CodecError, ConfigError, DataError, DiskError, LoadTestError, PlanError)
+"""Errors of the user's input; each is printed as one line."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,6 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return int(COMMANDS[args.command].run(args))
-    except (CodecError, ConfigError, DataError, DiskError) as error:
+    except EXPECTED as error:
         print(f"kvtc {args.command}: {error}", file=sys.stderr)
         return 2

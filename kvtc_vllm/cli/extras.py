@@ -6,7 +6,11 @@ import importlib.util
 
 from kvtc_vllm.config import ConfigError
 
-PACKAGES = {"calibrate": ("matplotlib", "tqdm"), "eval": ("constriction", "matplotlib", "tqdm")}
+PACKAGES = {
+    "bench": ("aiohttp",),
+    "calibrate": ("matplotlib", "tqdm"),
+    "eval": ("constriction", "matplotlib", "tqdm"),
+}
 """By extra, what its command can't start without."""
 
 

@@ -1,0 +1,101 @@
+"""Expect hit rates, conversations that fit and bytes per second, before anything is rolled out.
+
+    kvtc plan --model DIR --ratio 16 --memory 64GiB --gpu-cache-tokens 400000 --clients 500
+    kvtc plan --kv-bytes-per-token 131072 --memory 64GiB --disk 2TiB --clients 2000
+
+Traffic is described as for `kvtc bench`. Hit rates are those of LRU in the long run, by Che's
+approximation; --simulate holds the finite traffic of `kvtc bench` with the same seed instead, cold
+caches included. RATIO is the real one, as measured, not the target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+
+from kvtc_vllm.cli.bench import add_traffic_arguments, traffic_of
+from kvtc_vllm.config import parse_bytes
+from kvtc_vllm.planning.errors import PlanError
+from kvtc_vllm.planning.lookups import Rules
+from kvtc_vllm.planning.model_shape import kv_bytes_per_token
+from kvtc_vllm.planning.plan import Hardware, plan
+from kvtc_vllm.planning.simulation import Service, simulate
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", type=Path, help="directory with config.json, or that file")
+    what.add_argument("--kv-bytes-per-token", type=int, help="uncompressed, over all ranks")
+    parser.add_argument("--ratio", type=float, default=1.0, help="bytes of KV over bytes stored")
+    parser.add_argument("--memory", default="4GiB", help="memory tier, such as 64GiB")
+    parser.add_argument("--disk", default="0", help="disk tier, 0: none")
+    parser.add_argument("--gpu-cache-tokens", type=int, default=0, help="as vLLM logs at start")
+    parser.add_argument("--clients", type=int, default=8, help="users at once")
+    parser.add_argument("--prefill-rate", type=float, default=10_000.0, help="tokens per second")
+    parser.add_argument(
+        "--decode-rate", type=float, default=50.0, help="tokens per second of one answer"
+    )
+    parser.add_argument("--codec-rate", default="10GB", help="KV bytes decoded per second")
+    parser.add_argument("--disk-rate", default="2GB", help="bytes read per second")
+    parser.add_argument("--chunk-tokens", type=int, default=128)
+    parser.add_argument("--recent-window", type=int, default=128)
+    parser.add_argument(
+        "--template-tokens", type=int, default=0, help="that a chat template adds per message"
+    )
+    add_traffic_arguments(parser)
+    parser.add_argument("--simulate", action="store_true", help="the finite traffic, cold caches")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of YAML")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan, or what the simulation counted."""
+    if args.chunk_tokens < 1 or args.recent_window < 0 or args.template_tokens < 0:
+        raise PlanError(
+            "--chunk-tokens must be 1 or more, --recent-window and --template-tokens 0 or more"
+        )
+    per_token = args.kv_bytes_per_token
+    if args.model is not None:
+        per_token = kv_bytes_per_token(args.model)
+    hardware = Hardware(
+        kv_bytes_per_token=per_token,
+        gpu_cache_tokens=args.gpu_cache_tokens,
+        memory_bytes=parse_bytes("--memory", args.memory),
+        disk_bytes=parse_bytes("--disk", args.disk),
+        prefill_rate=args.prefill_rate,
+        decode_rate=args.decode_rate,
+        codec_rate=parse_bytes("--codec-rate", args.codec_rate),
+        disk_rate=parse_bytes("--disk-rate", args.disk_rate),
+    )
+    traffic = traffic_of(args)
+    rules = Rules(args.chunk_tokens, args.recent_window, args.template_tokens)
+    found = plan(traffic, rules, hardware, args.clients, args.ratio)
+    described: dict[str, Any] = msgspec.to_builtins(found)
+    if args.simulate:
+        names = list(found.tiers)
+        service = Service(args.prefill_rate, args.decode_rate)
+        capacities = [found.tiers[name].capacity_tokens for name in names]
+        counted = simulate(traffic, rules, service, args.clients, capacities)
+        described = {
+            "prompt_tokens": counted.prompt_tokens,
+            "hit_tokens": dict(zip(names, counted.hit_tokens, strict=True)),
+            "hit_rate": counted.hit_rate,
+            "turns_per_second": counted.turns / counted.seconds,
+        }
+    if args.json:
+        print(json.dumps(described, indent=1))
+    else:
+        print(yaml.safe_dump(_rounded(described), sort_keys=False), end="")
+    return 0
+
+
+def _rounded(value: Any) -> Any:
+    """Four significant digits, for people."""
+    if isinstance(value, dict):
+        return {key: _rounded(inner) for key, inner in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value

@@ -1,0 +1,1 @@
+"""Load on running OpenAI-compatible servers: conversations, clients, figures. Knows no vLLM."""

@@ -1,0 +1,113 @@
+"""`kvtc plan`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kvtc_vllm.cli import main
+
+SMALL = ["plan", "--kv-bytes-per-token", "1000", "--memory", "10MB", "--prefix-tokens", "0"]
+
+
+def planned(capsys: pytest.CaptureFixture[str], *more: str) -> dict[str, object]:
+    assert main([*SMALL, *more]) == 0
+    found = yaml.safe_load(capsys.readouterr().out)
+    assert isinstance(found, dict)
+    return found
+
+
+def test_bytes_of_a_model_are_those_of_its_shape(
+    reference_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {
+                "num_hidden_layers": 32,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+                "hidden_size": 4096,
+                "torch_dtype": "bfloat16",
+            }
+        )
+    )
+    assert main(["plan", "--model", str(tmp_path), "--ratio", "16", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kv_bytes_per_token"] == 131072  # Llama 3.1 8B
+    assert found["stored_bytes_per_token"] == 8192
+    assert found["tiers"]["memory"]["capacity_tokens"] == 4 * 2**30 // 8192
+    assert main(["plan", "--model", str(reference_model)]) == 0
+
+
+def test_a_higher_ratio_holds_more_and_hits_more(capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--clients", "50", "--think-seconds", "30"]
+    raw, small = (planned(capsys, *more, "--ratio", r)["tiers"] for r in ("1", "16"))
+    assert isinstance(raw, dict)
+    assert isinstance(small, dict)
+    assert small["memory"]["conversations"] == pytest.approx(
+        16 * raw["memory"]["conversations"], rel=1e-3
+    )
+    assert small["memory"]["hit_rate"] > raw["memory"]["hit_rate"] + 0.2
+    assert small["memory"]["busy"] < raw["memory"]["busy"]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--disk", "1GB", "--disk-rate", "100"], "no: a load takes"),
+        (["--disk", "1GB", "--memory", "4GB"], "not needed"),
+        (["--disk", "1GB", "--clients", "50"], "yes: it adds"),
+        ([], "no disk is planned"),
+    ],
+)
+def test_the_disk_is_judged(
+    more: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert words in str(planned(capsys, *more)["disk_verdict"])
+
+
+def test_the_simulation_is_of_the_finite_traffic(capsys: pytest.CaptureFixture[str]) -> None:
+    found = planned(capsys, "--simulate", "--conversations", "1", "--turns", "2")
+    # The document and two turns of it: whole chunks of what was stored, once.
+    assert found["prompt_tokens"] == (1024 + 32) + (1024 + 32 + 64 + 32)
+    assert found["hit_tokens"] == {"gpu": 0, "memory": 1024}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--kv-bytes-per-token", "0"], "kv_bytes_per_token is 0"),
+        (["--kv-bytes-per-token", "9", "--ratio", "0.5"], "ratio is 0.5"),
+        (["--kv-bytes-per-token", "9", "--clients", "0"], "clients is 0"),
+        (["--kv-bytes-per-token", "9", "--memory", "lots"], "is not a size"),
+        (["--kv-bytes-per-token", "9", "--chunk-tokens", "0"], "--chunk-tokens must be"),
+        (["--model", "gone"], "gone"),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"kv_lora_rank": 512}, "kv_lora_rank"),
+        ({"layer_types": ["sliding_attention"]}, "layer_types"),
+        ({"torch_dtype": "int7"}, "int7"),
+        ({"num_hidden_layers": None}, "no number"),
+    ],
+)
+def test_other_models_are_named(
+    more: dict[str, object], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 64, **more}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["plan", "--model", str(tmp_path)]) == 2
+    assert words in capsys.readouterr().err
