@@ -298,6 +298,7 @@ def run(place: Path, cycles: int, writers: int, seed: int) -> dict[str, object]:
     return {
         "cycles": cycles,
         "killed": cycles * writers,
+        "damaged": attacker.done.total(),
         "damages": dict(sorted(attacker.done.items())),
         "chunks_checked": sound,
         "seconds": round(time.monotonic() - began, 1),

@@ -150,7 +150,7 @@ def test_a_running_store_and_the_commands_outlive_the_damage(
 def test_accounts_that_cannot_be(name: str, account: dict[str, float], tier: Path) -> None:
     """Also with a checksum that fits."""
     accounts = {name: account}
-    seal = xxhash.xxh3_128_hexdigest(json.dumps(accounts, separators=(",", ":")))
+    seal = xxhash.xxh3_128_hexdigest(json.dumps(accounts, separators=(",", ":")).encode())
     (tier / "ledger.json").write_text(json.dumps({"checksum": seal, "accounts": accounts}))
     assert works(tier).counts()["repairs"] == 1
 

@@ -138,18 +138,17 @@ class LedgerState:
     def save(self) -> None:
         """Write the accounts if there are any to rely on and they changed. Raises DiskError.
 
-        The file is padded to whole blocks and does not shrink: one write over allocated
-        space, which a kill cannot tear and a full disk cannot refuse.
+        The file is padded to whole blocks and does not shrink, unless it was damaged: one write
+        over allocated space, which a kill cannot tear and a full disk cannot refuse.
         """
         if not self.readable:
             return
         content = _encode(self.accounts)
-        too_large = self._size > MAX_LEDGER_BYTES
-        least = 0 if too_large else self._size
+        least = 0 if self.damage else self._size
         content = content.ljust(max(disk_bytes(len(content)), least, BLOCK_BYTES))
         if content != self._saved:
             self._fs.write_all(self._fd, content)
-            if too_large:
+            if self._size > len(content):
                 self._fs.truncate(self._fd, len(content))
             self._saved, self._size = content, len(content)
 
