@@ -481,12 +481,13 @@ def test_a_namespace_that_cannot_be_opened_after_a_reset_is_tried_again(
     side: Any, tmp_path: Path
 ) -> None:
     blocked = tmp_path / OTHER_NAMESPACE.hex()
-    blocked.write_text("in the way")
+    blocked.mkdir()
+    blocked.chmod(0o777)  # others may write it, so it is not used
     side.leave(1)
     side.enter(namespace(tmp_path, OTHER_NAMESPACE))
     side.write(KEYS[0], other(KEYS[0]), 1)
     assert gather(side, lambda news: news.errors.total() >= 2).stored == []
-    blocked.unlink()
+    blocked.chmod(0o700)
     side.write(KEYS[1], other(KEYS[1]), 1)
     gather(side, lambda news: len(news.stored) == 1)
 
