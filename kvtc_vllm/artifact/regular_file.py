@@ -24,10 +24,11 @@ def open_regular(path: Path, most_bytes: int) -> Iterator[tuple[BinaryIO, int]]:
     except (OSError, ValueError) as error:
         problem = error.strerror if isinstance(error, OSError) else error
         raise ArtifactError(f"{path}: {problem}") from error
+    status = os.fstat(fd)
+    if not S_ISREG(status.st_mode):
+        os.close(fd)
+        raise ArtifactError(f"{path}: not a plain file")
     with open(fd, "rb") as file:
-        status = os.fstat(fd)
-        if not S_ISREG(status.st_mode):
-            raise ArtifactError(f"{path}: not a plain file")
         if status.st_size > most_bytes:
             raise ArtifactError(
                 f"{path}: {status.st_size} bytes are too many, at most {most_bytes} are right"
