@@ -13,6 +13,7 @@ from functools import partial
 from typing import TypeVar
 
 from kvtc_vllm.tiers.disk import DiskError, DiskStore, IoHandle, IoPool
+from kvtc_vllm.tiers.disk.scan import without_collector
 from kvtc_vllm.tiers.keys import RecordKey
 
 logger = logging.getLogger("vllm.kvtc")
@@ -78,7 +79,9 @@ def _patiently(call: Callable[[], T], until: float) -> T:
 
 def _listed(namespace: Namespace, until: float) -> list[tuple[RecordKey, int]]:
     """Key and bytes of every chunk, least recently used first."""
-    return [(entry.key, entry.size) for entry in _patiently(namespace.store.scan, until)]
+    found = _patiently(namespace.store.scan, until)
+    with without_collector():
+        return [(entry.key, entry.size) for entry in found]
 
 
 def _read(namespace: Namespace, key: RecordKey) -> bytes:

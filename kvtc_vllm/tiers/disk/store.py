@@ -30,7 +30,7 @@ from kvtc_vllm.tiers.disk.ledger import LOCK_WAIT_SECONDS
 from kvtc_vllm.tiers.disk.places import make_directory
 from kvtc_vllm.tiers.disk.recency import Recency, Temporary
 from kvtc_vllm.tiers.disk.removal_log import RemovalReader
-from kvtc_vllm.tiers.disk.scan import ChunkFile
+from kvtc_vllm.tiers.disk.scan import ChunkFile, without_collector
 from kvtc_vllm.tiers.disk.space import Space
 from kvtc_vllm.tiers.keys import RecordKey
 
@@ -197,7 +197,7 @@ class DiskStore:
         this is all that a restart needs. Gives the root's lock back now and then: what others
         remove meanwhile is told by `take_removed`.
         """
-        with self._counted("scan"):
+        with self._counted("scan"), without_collector():
             with self._removals_lock:
                 self._removals.skip()
             found = self._space.count(self._name)
