@@ -54,9 +54,10 @@ give the root's lock back every few thousand files. The ledger says how far they
 changes what they have passed corrects their sum, so that it is exact in the end.
 
 Other processes may, at any moment: add chunks (they count against the cap), remove any
-(the next `take_removed` tells, or the next read says "missing"), die (the kernel frees their locks; a temporary whose lock can be
-taken is an orphan and the next `scan` removes it), or delete the whole directory (it is made
-anew by the next write, with record and mark). All must give the same capacity; the smallest wins.
+(the next `take_removed` tells, or the next read says "missing"), die (the kernel frees their
+locks; a temporary whose lock can be taken is an orphan and the next `scan` removes it), or delete
+the whole directory (it is made anew by the next write, with record and mark). All must give the
+same capacity; the smallest wins.
 
 Failures: every one is a `DiskError` with a reason, counted by operation and reason, and means
 "miss" for a read and "not stored" for a write::
