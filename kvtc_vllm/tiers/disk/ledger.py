@@ -79,7 +79,7 @@ class Account(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
 
     def released(self, size: int) -> None:
         """Bytes are gone. If there were fewer, they are to be counted."""
-        if size > self.used:
+        if size > self.used and self.known:  # else a count runs already
             self.known = False
             self.begin_count()
         self.used = max(0, self.used - size)

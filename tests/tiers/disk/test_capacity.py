@@ -151,6 +151,21 @@ def test_a_count_that_was_broken_off_is_finished_by_the_next(
     assert store.used() == disk.ledger_bytes(root) == 23 * PAGE
 
 
+def test_removals_do_not_keep_a_count_from_ending(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a lost ledger no byte is known, so that every removal is of more than there is."""
+    monkeypatch.setattr(count, "FILES_AT_ONCE", 1)
+    root = scratch / "tier"
+    store, other = open_store(root), open_store(root)
+    for number in range(90):
+        store.write(key_of(number), small(key_of(number)))
+    (root / "ledger.json").write_bytes(b"lost")
+    numbers = iter(range(80))
+    monkeypatch.setattr(count, "let_others", lambda: other.remove([key_of(next(numbers))]))
+    assert store.used() == disk.bytes_on_disk(root)
+
+
 def test_a_sparse_file_costs_only_itself(scratch: Path) -> None:
     root = scratch / "tier"
     store = open_store(root, pages=256, most_bytes=PAGE)
