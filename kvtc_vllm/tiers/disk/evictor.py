@@ -121,12 +121,12 @@ class Evictor:
         found: list[tuple[ChunkFile, str]] = []
         for name in scan.namespaces(self._fs, self._root):
             found += [(chunk, name) for chunk in self._count.run(name)]
-        self.find_out()
+        self.count_unknown()
         if found:
             self._recency.seen(max(chunk.mtime_ns for chunk, _ in found))
         return found
 
-    def find_out(self) -> None:
+    def count_unknown(self) -> None:
         """Count what is not known, and drop accounts of namespaces that are gone."""
         with self._locked() as ledger:
             there = set(scan.namespaces(self._fs, self._root))

@@ -104,7 +104,7 @@ class Space:
             with self.locked() as ledger:
                 if ledger.known:
                     return ledger.used
-            self._evictor.find_out()
+            self._evictor.count_unknown()
 
     def reserve(self, namespace: str, key: RecordKey, length: int) -> Temporary | None:
         """Make room for a blob of `length` bytes, or None if the chunk is there already.
@@ -125,7 +125,7 @@ class Space:
                 if known and room.make(ledger):
                     return self._create(ledger, namespace, length, size)
             if not known:
-                self._evictor.find_out()
+                self._evictor.count_unknown()
             elif not room.find():
                 raise DiskError("full", f"no room for {size} bytes and nothing left to evict")
 
@@ -141,7 +141,7 @@ class Space:
                 if known and room.make(ledger):
                     return 0
             if not known:
-                self._evictor.find_out()
+                self._evictor.count_unknown()
             elif not room.find():
                 return room.missing
 
