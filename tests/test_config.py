@@ -128,6 +128,41 @@ def test_hostile_configuration_is_one_short_line(extra: Any, words: list[str]) -
             assert word in message
 
 
+HOSTILE_VALUES = (
+    None, "", 0, -1, True, b"x", object(), float("inf"), -float("inf"), float("nan"), 10**400,
+    10**6000, "9" * 6000, "1" + " " * 40_000, "1e999", "Infinity", "\0", "\ud800", "/\ud800",
+    "~nosuchuser/x", "a" * 5000, "\u0663GiB", "line\nline", "\x1b[2J", [None], ["\ud800"], [""],
+    {"a": 1}, set(), deep(100_000),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("key", [field.name for field in describe()])
+def test_a_hostile_value_of_any_key_is_used_or_refused_in_one_line(key: str) -> None:
+    """Whatever is used can be: sizes have a number of bytes."""
+    refused = 0
+    for value in HOSTILE_VALUES:
+        try:
+            config = load_config({key: value})
+        except ConfigError as error:
+            refused += 1
+            message = str(error)
+            assert key in message, message
+            assert message.isprintable(), ascii(message)
+            assert len(message) < 1000, message[:1000]
+        else:
+            assert 1 <= config.memory_capacity <= 1 << 50
+            assert 1 <= config.disk_capacity <= 1 << 50
+            assert (config.staging_capacity or 1) >= 1
+    assert refused > len(HOSTILE_VALUES) // 2
+
+
+@pytest.mark.parametrize("key", ["artifact", "registry"])
+@pytest.mark.parametrize("text", ["", "a\0b", "~nosuchuser/x", "/\ud800"])
+def test_paths_that_are_none_are_refused(key: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        load_config({key: [text] if key == "registry" else text})
+
+
 def test_a_size_that_is_mostly_blanks_is_refused_at_once() -> None:
     started = time.process_time()
     with pytest.raises(ConfigError, match="is not a size"):

@@ -3,8 +3,9 @@
     make soak [MINUTES=20]      or
     python -m benchmarks.reliability.soak --minutes 20 [--endurance-minutes 60]
 
-Aims at 2,000 kill cycles, 5 rounds over every kill point, 2,000,000 mutated containers and
-1,000,000 operations of 8 processes, in slices with a seed of their own each, and stops a driver
+Aims at 2,000 kill cycles, 5 rounds over every kill point, 2,000 kill cycles with damaged
+bookkeeping and hostile entries, 2,000,000 mutated containers and 1,000,000 operations of 8
+processes, in slices with a seed of their own each, and stops a driver
 where its share of the time ends: the results say how far each came. The share of endurance is
 used up whole. Exit status 1 if any promise was broken.
 """
@@ -41,8 +42,17 @@ class Driver(NamedTuple):
 
 
 DRIVERS = (
-    Driver("kill -9", "tests.reliability.kill9", "--cycles", "cycles", 2000, 200, 0.2),
+    Driver("kill -9", "tests.reliability.kill9", "--cycles", "cycles", 2000, 200, 0.15),
     Driver("kill at every call", "tests.reliability.kill9", "--points", "rounds", 5, 1, 0.1),
+    Driver(
+        "kill -9, damaged bookkeeping and hostile entries",
+        "tests.reliability.hostile",
+        "--cycles",
+        "cycles",
+        2000,
+        100,
+        0.2,
+    ),
     Driver(
         "mutated containers",
         "benchmarks.reliability.mutations",
@@ -50,7 +60,7 @@ DRIVERS = (
         "mutations",
         2_000_000,
         50_000,
-        0.35,
+        0.25,
     ),
     Driver(
         "8 processes, one directory",
@@ -59,11 +69,18 @@ DRIVERS = (
         "operations",
         1_000_000,
         40_000,
-        0.25,
+        0.2,
     ),
 )
 ENDURANCE_SHARE = 0.1
-TOTALS = ("killed", "chunks_checked", "temporaries_left_by_kills", "divergences", "failures")
+TOTALS = (
+    "killed",
+    "damaged",
+    "chunks_checked",
+    "temporaries_left_by_kills",
+    "divergences",
+    "failures",
+)
 LARGEST = ("slowest_seconds", "largest_allocation_bytes")
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 
+from kvtc_vllm.artifact.regular_file import read_regular
 from kvtc_vllm.codec.artifact import Geometry, Kind
 from kvtc_vllm.codec.container import MAX_SINK_TOKENS
 from kvtc_vllm.codec.errors import ArtifactError
@@ -14,6 +15,7 @@ FORMAT_VERSION = 1
 CARD_NAME = "card.json"
 UNNAMED_CODEC = "kvtc"
 """Its cards and rank files do not name it: they were written before there were others."""
+MAX_CARD_BYTES = 2**24
 
 
 class DataCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -190,9 +192,9 @@ def load_card(directory: Path) -> ArtifactCard:
     """
     path = Path(directory) / CARD_NAME
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ArtifactError(f"{path}: {error.strerror}; this is not an artifact") from error
+        data = read_regular(path, MAX_CARD_BYTES)
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}; this is not an artifact") from error
     try:
         # The version comes first, or a newer format would be reported as an unknown field.
         version = msgspec.json.decode(data, type=_Versioned).format_version
@@ -201,7 +203,7 @@ def load_card(directory: Path) -> ArtifactCard:
                 f"{path}: format_version is {version}, this program reads {FORMAT_VERSION}"
             )
         card = msgspec.json.decode(data, type=ArtifactCard)
-    except (msgspec.MsgspecError, ValueError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: {error}") from error
     if not 0 <= card.sink_tokens <= MAX_SINK_TOKENS:
         raise ArtifactError(

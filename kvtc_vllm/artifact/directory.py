@@ -14,6 +14,8 @@ import xxhash
 
 from kvtc_vllm.artifact.card import ArtifactCard, load_card
 from kvtc_vllm.artifact.rank_file import Probe, rank_file_name, read_rank_file
+from kvtc_vllm.artifact.regular_file import open_regular
+from kvtc_vllm.artifact.text import printable
 from kvtc_vllm.codec.artifact import RankArtifact
 from kvtc_vllm.codec.errors import ArtifactError
 
@@ -62,12 +64,18 @@ def rope_fingerprints(artifact: RankArtifact) -> tuple[str, ...]:
 def _check_file(path: Path, card: ArtifactCard) -> None:
     if path.name not in card.checksums:
         raise ArtifactError(f"{path.parent}: checksums in card.json do not name {path.name}")
+    expected = card.size_bytes[path.name]
     try:
-        size, found = path.stat().st_size, checksum(path)
+        with open_regular(path, expected) as (_, size):
+            found = checksum(path) if size == expected else ""
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}; the artifact is incomplete or damaged") from error
     except OSError as error:
         raise ArtifactError(f"{path}: {error.strerror}; the artifact is incomplete") from error
-    if (size, found) != (card.size_bytes[path.name], card.checksums[path.name]):
+    if size != expected:
+        raise ArtifactError(f"{path}: damaged: {size} bytes, card.json says {expected}")
+    if found != card.checksums[path.name]:
         raise ArtifactError(
-            f"{path}: damaged: {size} bytes with checksum {found}, card.json says "
-            f"{card.size_bytes[path.name]} with {card.checksums[path.name]}"
+            f"{path}: damaged: checksum {found}, card.json says "
+            f"{printable(card.checksums[path.name])}"
         )

@@ -141,7 +141,13 @@ def read_rank_file(path: Path, rank: int, ranks: int) -> tuple[RankArtifact, Pro
     try:
         with safe_open(path, framework="pt") as file:
             return _RankReader(path, file).read(rank, ranks)
-    except (OSError, SafetensorError, msgspec.MsgspecError, ValueError) as error:
+    except (
+        OSError,
+        SafetensorError,
+        msgspec.MsgspecError,
+        ValueError,
+        RecursionError,
+    ) as error:
         raise ArtifactError(f"{path}: {error}") from error
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import kvtc_vllm
 from kvtc_vllm.artifact.card import CARD_NAME, UNNAMED_CODEC, ArtifactCard, load_card
 from kvtc_vllm.artifact.identity import ModelIdentity
+from kvtc_vllm.artifact.text import printable
 from kvtc_vllm.codec.errors import ArtifactError
 
 logger = logging.getLogger(__name__)
@@ -99,14 +100,19 @@ def find(
 
 def scan(registry: Path) -> Iterator[tuple[Path, ArtifactCard]]:
     """Artifacts of one registry, by path. Broken ones are logged and left out."""
-    for path in sorted(registry.glob(f"*/*/{CARD_NAME}")):
+    try:
+        paths = sorted(registry.glob(f"*/*/{CARD_NAME}"))
+    except OSError as error:  # not ours to read, or a disk that fails
+        logger.warning("registry ignored: %s: %s", registry, error.strerror)
+        return
+    for path in paths:
         # Directories being written or replaced have names that start with a dot.
         if path.parent.name.startswith("."):
             continue
         try:
             yield path.parent, load_card(path.parent)
         except ArtifactError as error:
-            logger.warning("artifact ignored: %s", error)
+            logger.warning("artifact ignored: %s", printable(str(error)))
 
 
 def mismatches(card: ArtifactCard, wanted: Wanted) -> list[str]:
@@ -145,12 +151,13 @@ def _explicit(directory: Path, wanted: Wanted) -> Path:
             "artifact %s was calibrated on other weights of the same architecture (%s); "
             "its held-out error may not hold",
             directory,
-            card.model_name,
+            printable(card.model_name),
         )
     if reasons:
         raise ArtifactError(
-            f"artifact {directory} ({card.model_name}) does not fit {wanted.model_name}: "
-            f"{'; '.join(reasons)}. To make one that does: {calibrate_command(wanted)}"
+            f"artifact {directory} ({printable(card.model_name)}) does not fit "
+            f"{wanted.model_name}: {'; '.join(reasons)}. To make one that does: "
+            f"{calibrate_command(wanted)}"
         )
     return directory
 
@@ -168,8 +175,8 @@ def _not_found(
     nearest = sorted(rejected, key=lambda entry: (len(entry[2]), "another model" in entry[2]))
     for directory, card, reasons in nearest[:_LISTED]:
         lines.append(
-            f"  found {card.model_name} (identity {card.identity}, TP {card.tp_size}, "
-            f"{_ratios(card.ratios)}) in {directory}: {'; '.join(reasons)}"
+            f"  found {printable(card.model_name)} (identity {printable(card.identity)}, "
+            f"TP {card.tp_size}, {_ratios(card.ratios)}) in {directory}: {'; '.join(reasons)}"
         )
     if len(nearest) > _LISTED:
         lines.append(f"  and {len(nearest) - _LISTED} more that fit less")

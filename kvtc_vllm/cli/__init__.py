@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from kvtc_vllm import __version__
+from kvtc_vllm.artifact.text import printable
 from kvtc_vllm.calibration.documents import DataError
 from kvtc_vllm.cli import bench, calibrate, config, doctor, eval, fit, gc, inspect, plan, verify
 from kvtc_vllm.codec.errors import CodecError
@@ -50,5 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(COMMANDS[args.command].run(args))
     except EXPECTED as error:
-        print(f"kvtc {args.command}: {error}", file=sys.stderr)
+        text = "\n".join(printable(line) for line in str(error).split("\n"))
+        print(f"kvtc {args.command}: {text}", file=sys.stderr)
         return 2

@@ -9,17 +9,19 @@
 An engine whose cache is reset goes on in a namespace that only it can name. Once that engine has
 ended, nothing there is ever used again: an ended generation. One in use is never taken for one.
 
-Always removes the temporaries of dead writers, corrects the ledger and lists the ended
-generations that are left. Safe while engines run: what is removed is a miss to them. `kvtc
-inspect DIR` lists the namespaces.
+Exit status 1 if the capacity cannot be reached. Always removes the temporaries of dead writers,
+corrects the ledger and lists the ended generations that are left. Safe while engines run: what is
+removed is a miss to them. `kvtc inspect DIR` lists the namespaces.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import sys
 import time
 
+from kvtc_vllm.artifact.text import printable
 from kvtc_vllm.config import ConfigError, parse_bytes
 from kvtc_vllm.tiers.disk.layout import disk_bytes
 from kvtc_vllm.tiers.disk.survey import NamespaceSummary, Survey
@@ -45,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     capacity = None if args.capacity is None else parse_bytes("--capacity", args.capacity)
     age = None if args.unused_for is None else _age(args.unused_for)
     survey = Survey(args.directory)
+    fits = True
     if args.keep:
         _drop_others(survey, args.keep, args.dry_run)
     if args.ended:
@@ -52,12 +55,12 @@ def run(args: argparse.Namespace) -> int:
     if age is not None:
         _remove_unused(survey, age, args.dry_run)
     if capacity is not None:
-        _shrink(survey, capacity, args.dry_run)
+        fits = _shrink(survey, capacity, args.dry_run)
     if not args.dry_run:
         survey.clean()
     if not args.ended:
         _list_ended(survey, args.directory)
-    return 0
+    return 0 if fits else 1
 
 
 def _drop_others(survey: Survey, keep: list[str], dry_run: bool) -> None:
@@ -94,7 +97,7 @@ def _describe(ended: NamespaceSummary) -> str:
     model = record.model if record else "unknown"
     return (
         f"ended generation {ended.name}: {ended.chunks} chunks, {ended.used} bytes, {age}, "
-        f"model {model}"
+        f"model {printable(model)}"
     )
 
 
@@ -107,7 +110,8 @@ def _remove_unused(survey: Survey, age: float, dry_run: bool) -> None:
             print(f"namespace {name}: {chunks} unused chunks {_done(dry_run)}")
 
 
-def _shrink(survey: Survey, capacity: int, dry_run: bool) -> None:
+def _shrink(survey: Survey, capacity: int, dry_run: bool) -> bool:
+    """False if what is left is more than the capacity."""
     if dry_run:
         used = sum(
             disk_bytes(chunk.length)
@@ -115,9 +119,16 @@ def _shrink(survey: Survey, capacity: int, dry_run: bool) -> None:
             for chunk in survey.chunks(name)
         )
         print(f"{max(0, used - capacity)} bytes over the capacity {_done(dry_run)}")
-        return
-    chunks, size = survey.shrink(capacity)
+        return True
+    chunks, size, left = survey.shrink(capacity)
     print(f"{chunks} chunks, {size} bytes evicted")
+    if left:
+        print(
+            f"{left} bytes above the capacity are left: what they belong to is being written or "
+            "cannot be removed",
+            file=sys.stderr,
+        )
+    return not left
 
 
 def _age(text: str) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -16,9 +17,12 @@ from typing import Any
 
 import msgspec
 
-from kvtc_vllm.codec.errors import ArtifactError, ContainerError
+from kvtc_vllm.artifact.regular_file import read_regular
+from kvtc_vllm.artifact.text import printable
+from kvtc_vllm.codec.errors import ContainerError
+from kvtc_vllm.tiers.disk import DiskError
 from kvtc_vllm.tiers.disk.layout import LAYOUT_FILE
-from kvtc_vllm.tiers.disk.survey import NamespaceSummary, Survey
+from kvtc_vllm.tiers.disk.survey import MAX_BLOB_BYTES, NamespaceSummary, Survey
 
 RATIO_SAMPLE = 16
 """Chunks per namespace whose headers are read for its ratio."""
@@ -33,14 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Verify and describe; a broken blob or artifact is an error."""
     path = Path(args.path)
-    if (path / LAYOUT_FILE).is_file():
+    if os.path.lexists(path / LAYOUT_FILE):
         described = describe_tier(path)
     elif path.is_dir():
         described = describe_artifact(path)
-    elif path.is_file():
-        described = describe_blob(path)
     else:
-        raise ArtifactError(f"{path}: no such file or directory")
+        described = describe_blob(path)
     if args.json:
         print(json.dumps(described, indent=1))
     else:
@@ -70,13 +72,20 @@ def describe_artifact(directory: Path) -> dict[str, Any]:
 
 
 def describe_blob(path: Path) -> dict[str, Any]:
-    """Header and sections of a container. Raises ContainerError if it is damaged."""
+    """Header and sections of a container.
+
+    Raises ContainerError if it is damaged, ArtifactError for what is no file of a blob's size.
+    """
+    return _describe(path, read_regular(path, MAX_BLOB_BYTES))
+
+
+def _describe(path: Path, blob: bytes) -> dict[str, Any]:
     from kvtc_vllm.codec.container import DTYPES, SectionKind, parse
     from kvtc_vllm.codec.entropy import BY_CODER_ID
     from kvtc_vllm.codec.registry import name_of
 
     try:
-        info = parse(path.read_bytes())
+        info = parse(blob)
     except ContainerError as error:
         raise ContainerError(error.reason, f"{path}: {error}") from error
     header = info.header
@@ -154,8 +163,9 @@ def _ratio(survey: Survey, namespace: str) -> float:
     raw = stored = 0
     for chunk in survey.chunks(namespace)[-RATIO_SAMPLE:]:
         # One that vanishes meanwhile or is damaged is `kvtc verify`'s business.
-        with suppress(OSError, ContainerError):
-            described = describe_blob(Path(survey.path(namespace, chunk.key)))
+        with suppress(DiskError, ContainerError):
+            blob = survey.read(namespace, chunk.key)
+            described = _describe(Path(survey.path(namespace, chunk.key)), blob)
             raw += described["raw_bytes"]
             stored += described["stored_bytes"]
     return round(raw / stored, 2) if stored else 0.0
@@ -177,14 +187,15 @@ def _name(kinds: Any, value: int) -> str:
 def _print(described: dict[str, Any], indent: str = "") -> None:
     for key, value in described.items():
         if isinstance(value, dict):
-            print(f"{indent}{key}:")
+            print(f"{indent}{printable(key)}:")
             _print(value, indent + "  ")
         elif isinstance(value, list) and value and isinstance(value[0], dict):
             print(f"{indent}{key}:")
             for row in value:
-                print(indent + "  " + ", ".join(f"{k} {_text(v)}" for k, v in row.items()))
+                line = ", ".join(f"{k} {_text(v)}" for k, v in row.items())
+                print(indent + "  " + printable(line))
         else:
-            print(f"{indent}{key}: {value}")
+            print(printable(f"{indent}{key}: {value}"))
 
 
 def _text(value: Any) -> str:

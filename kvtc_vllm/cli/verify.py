@@ -9,7 +9,6 @@ a chunk that vanishes meanwhile is no fault.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from kvtc_vllm.codec.container import parse
 from kvtc_vllm.codec.errors import ContainerError
@@ -43,17 +42,14 @@ def run(args: argparse.Namespace) -> int:
 def _bad_chunks(survey: Survey, namespace: str, keys: list[RecordKey]) -> list[RecordKey]:
     bad = []
     for key in keys:
-        path = Path(survey.path(namespace, key))
+        path = survey.path(namespace, key)
         try:
-            blob = path.read_bytes()
+            blob = survey.read(namespace, key)
             check_blob(blob, bytes.fromhex(namespace), key)
             parse(blob)
-        except FileNotFoundError:
-            continue
         except (ContainerError, DiskError) as error:
+            if error.reason == "missing":
+                continue
             print(f"BAD  {path}: {error}")
-            bad.append(key)
-        except OSError as error:
-            print(f"BAD  {path}: unreadable: {error.strerror}")
             bad.append(key)
     return bad

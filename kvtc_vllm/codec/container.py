@@ -241,6 +241,8 @@ def _sections(content: memoryview, count: int) -> tuple[Section, ...]:
         raise ContainerError("bounds", "sections do not add up to the size of the blob")
     sections: list[Section] = []
     for kind, coder_id, group, num_units, raw_length, stored_length in rows:
+        if num_units > raw_length:  # each gives a byte at least
+            raise ContainerError("bounds", f"{num_units} units for {raw_length} bytes")
         units_end = units_at + num_units * UNIT_BYTES
         units = UnitList(content[units_at:units_end])
         body_end = body_at + stored_length

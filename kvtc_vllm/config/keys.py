@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 import msgspec
 from msgspec import Meta
 
-from kvtc_vllm.config.values import ConfigError, shown, size_text
+from kvtc_vllm.config.values import MOST_SHOWN, ConfigError, shown, size_text
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -57,9 +57,11 @@ def convert_keys(
             )
         try:
             converted[key] = msgspec.convert(value, types[key])
-        except msgspec.ValidationError as error:
+        except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
+            problem = str(error)[:MOST_SHOWN]
             raise ConfigError(
-                f"{key}={shown(value)} can't be used ({error}); give {allowed_values(fields[key])}"
+                f"{key}={shown(value)} can't be used ({problem}); "
+                f"give {allowed_values(fields[key])}"
             ) from None
     for key, field in fields.items():
         if field.required and key not in converted:

@@ -257,8 +257,12 @@ def load_config(extra: Mapping[str, Any]) -> KVTCConfig:
     config = convert_keys(KVTCConfig, _expand(extra), place, also=("preset",))
     _check_sizes(config)
     _check_contradictions(config)
+    if config.artifact is not None:
+        _check_path("artifact", config.artifact)
+    for place in config.registry:
+        _check_path("registry", place)
     if config.disk_path is not None:
-        _check_disk_path(config.disk_path)
+        _check_path("disk_path", config.disk_path, absolute=True)
     return config
 
 
@@ -309,24 +313,30 @@ def _check_contradictions(config: KVTCConfig) -> None:
         )
 
 
-def _check_disk_path(text: str) -> None:
-    """Raise ConfigError for what is no path, or another one in another working directory."""
+def _check_path(key: str, text: str, absolute: bool = False) -> None:
+    """Raise ConfigError for what is no path.
+
+    absolute: also for one that is another in another working directory.
+    """
+    if not text:
+        kind = "an absolute path" if absolute else "a path"
+        raise ConfigError(f"{key}={shown(text)} is empty; give {kind}, or leave the key out")
     if "\0" in text:
-        raise ConfigError(f"disk_path={shown(text)} has a NUL character, which no path may have")
+        raise ConfigError(f"{key}={shown(text)} has a NUL character, which no path may have")
     try:
         os.fsencode(text)
         path = Path(text).expanduser()
     except UnicodeEncodeError:
         raise ConfigError(
-            f"disk_path={shown(text)} has characters that no file name here may have"
+            f"{key}={shown(text)} has characters that no file name here may have"
         ) from None
     except RuntimeError:
         raise ConfigError(
-            f"disk_path={shown(text)}: the home directory is not known; give an absolute path"
+            f"{key}={shown(text)}: the home directory is not known; give an absolute path"
         ) from None
-    if not path.is_absolute():
+    if absolute and not path.is_absolute():
         raise ConfigError(
-            f"disk_path={shown(text)} is not absolute; give a path such as /var/cache/kvtc"
+            f"{key}={shown(text)} is not absolute; give a path such as /var/cache/kvtc"
         )
 
 

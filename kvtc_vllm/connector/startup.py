@@ -135,6 +135,7 @@ def build_worker(
         artifact=fingerprint.hex(),
         ratio=config.target_ratio,
         vllm_version=vllm_version(),
+        most_bytes=codec.max_blob_bytes(config.chunk_tokens),
         facts=setup.short_facts(),
     )
     names = Names(
@@ -180,6 +181,7 @@ def _open_store(
         identity,
         capacity=config.disk_capacity,
         min_free=config.disk_reserve,
+        most_bytes=record.most_bytes,
         namespace_record=msgspec.structs.replace(
             record, generation=generation.hex(), created=int(time.time())
         ),

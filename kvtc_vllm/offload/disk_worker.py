@@ -13,7 +13,7 @@ from functools import partial
 from typing import TypeVar
 
 from kvtc_vllm.tiers.disk import DiskError, DiskStore, IoHandle, IoPool
-from kvtc_vllm.tiers.disk.drop import REMOVE_AT_ONCE
+from kvtc_vllm.tiers.disk.scan import without_collector
 from kvtc_vllm.tiers.keys import RecordKey
 
 logger = logging.getLogger("vllm.kvtc")
@@ -26,6 +26,8 @@ WRITE_SECONDS = 30.0
 """A write that has not begun by then is given up."""
 QUEUE = 1 << 16
 """Calls that may wait for a thread; blobs that wait are bounded by their bytes."""
+LOOK_SECONDS = 1.0
+"""Between two looks at what other processes removed, while the engine makes steps."""
 LOST = frozenset({"missing", "corrupt", "foreign"})
 """Reasons of a failed read after which the chunk is not on disk any more."""
 
@@ -48,6 +50,8 @@ class DiskNews:
     """Reason -> count."""
     written_bytes: int = 0
     """Of the blobs in `stored`."""
+    repairs: int = 0
+    """Damaged files that were removed or made anew."""
 
 
 NO_NEWS = DiskNews()
@@ -75,7 +79,9 @@ def _patiently(call: Callable[[], T], until: float) -> T:
 
 def _listed(namespace: Namespace, until: float) -> list[tuple[RecordKey, int]]:
     """Key and bytes of every chunk, least recently used first."""
-    return [(entry.key, entry.size) for entry in _patiently(namespace.store.scan, until)]
+    found = _patiently(namespace.store.scan, until)
+    with without_collector():
+        return [(entry.key, entry.size) for entry in found]
 
 
 def _read(namespace: Namespace, key: RecordKey) -> bytes:
@@ -83,8 +89,7 @@ def _read(namespace: Namespace, key: RecordKey) -> bytes:
 
 
 def _remove(namespace: Namespace, keys: Sequence[RecordKey]) -> None:
-    for first in range(0, len(keys), REMOVE_AT_ONCE):
-        namespace.store.remove(keys[first : first + REMOVE_AT_ONCE])
+    namespace.store.remove(keys)
 
 
 class Namespace:
@@ -150,6 +155,8 @@ class DiskWorker:
         self._epoch = 0
         self._writing: dict[tuple[int, RecordKey], int] = {}
         self._queued = 0
+        self._repairs = 0
+        self._next_look = 0.0
 
     def inventory(self) -> list[tuple[RecordKey, int]]:
         """(key, bytes) of what is on disk, least recently used first; clears leftovers.
@@ -162,7 +169,7 @@ class DiskWorker:
         until = time.monotonic() + START_SECONDS
         try:
             return self._readers.submit(partial(_listed, namespace, until), START_SECONDS).wait()
-        except DiskError as error:
+        except Exception as error:
             logger.warning("kvtc: what is on disk can't be listed, starting empty: %s", error)
             self._count(error)
             return []
@@ -216,6 +223,7 @@ class DiskWorker:
             left, self._namespace = self._namespace, None
             self._epoch = epoch
             self._news = DiskNews(errors=self._news.errors)
+            self._repairs = 0
         if left is not None:
             self._submit_write(left.leave)
 
@@ -229,6 +237,7 @@ class DiskWorker:
 
     def take_news(self) -> DiskNews:
         """Outcomes since the last call."""
+        self._look()
         running = []
         stalled = bool(self._reads) and self._readers.stalled
         for key, handle in self._reads:
@@ -240,7 +249,7 @@ class DiskWorker:
                 continue
             try:
                 blob = handle.wait()
-            except DiskError as error:
+            except Exception as error:
                 self._fail(key, error)
             else:
                 with self._lock:
@@ -280,11 +289,13 @@ class DiskWorker:
                 if epoch == self._epoch:
                     self._news.stored.append((key, size))
                     self._news.written_bytes += len(blob)
-        except DiskError as error:
+                    if key in self._news.lost:  # and was written again
+                        self._news.lost.remove(key)
+        except Exception as error:
             if epoch == self._epoch:
                 self._count(error)
         finally:
-            self._note_evicted(namespace, epoch)
+            self._note_removed(namespace, epoch)
             self._end_write(key, epoch)
 
     def _drain(
@@ -304,7 +315,7 @@ class DiskWorker:
     def _list(self, namespace: Namespace, epoch: int) -> None:
         try:
             found = _listed(namespace, time.monotonic() + START_SECONDS)
-        except DiskError as error:
+        except Exception as error:
             self._count(error)
             return
         with self._lock:
@@ -317,14 +328,30 @@ class DiskWorker:
             if namespace is self._namespace:
                 self._news.lost += gone
 
-    def _note_evicted(self, namespace: Namespace, epoch: int) -> None:
+    def _note_removed(self, namespace: Namespace, epoch: int) -> None:
+        """Take over what left the disk, whoever removed it, and what was repaired."""
         with suppress(DiskError):
-            evicted = namespace.store.take_evicted()
+            store = namespace.store
+            evicted = store.take_evicted()
+            gone = store.take_removed()
+            repairs = store.counts().get("repairs", 0)
             with self._lock:
                 if epoch == self._epoch:
                     self._news.lost += evicted
+                    self._news.lost += gone
+                    self._news.repairs += repairs - self._repairs
+                    self._repairs = repairs
 
     # -------------------------------------------------------------- on any thread
+
+    def _look(self) -> None:
+        """Have it found out now and then what other processes removed."""
+        namespace, now = self._namespace, time.monotonic()
+        if namespace is not None and now >= self._next_look:
+            self._next_look = now + LOOK_SECONDS
+            with suppress(DiskError):  # hung or full: the next look will tell
+                look = partial(self._note_removed, namespace, self._epoch)
+                self._writers.submit(look, WRITE_SECONDS)
 
     def _end_write(self, key: RecordKey, epoch: int) -> None:
         with self._lock:
@@ -338,7 +365,7 @@ class DiskWorker:
         def counted() -> None:
             try:
                 call()
-            except DiskError as error:
+            except Exception as error:
                 self._count(error)
 
         def give_up(error: DiskError) -> None:
@@ -350,13 +377,17 @@ class DiskWorker:
         except DiskError as error:
             give_up(error)
 
-    def _fail(self, key: RecordKey, error: DiskError) -> None:
+    def _fail(self, key: RecordKey, error: Exception) -> None:
         with self._lock:
             self._news.failed.append(key)
-            self._news.errors[error.reason] += 1
-            if error.reason in LOST:
+            if isinstance(error, DiskError) and error.reason in LOST:
                 self._news.lost.append(key)
+        self._count(error)
 
-    def _count(self, error: DiskError) -> None:
+    def _count(self, error: Exception) -> None:
+        """Whatever the exception is: one that a store does not declare is counted and logged."""
+        reason = error.reason if isinstance(error, DiskError) else "other"
         with self._lock:
-            self._news.errors[error.reason] += 1
+            self._news.errors[reason] += 1
+        if not isinstance(error, DiskError):
+            logger.error("kvtc: the disk tier failed", exc_info=error)

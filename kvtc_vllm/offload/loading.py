@@ -19,6 +19,10 @@ logger = logging.getLogger("vllm.kvtc")
 
 CHANGED = "changed"
 """Reason of failure where what computes now is not what computed the chunk."""
+LATE = "late"
+"""Reason where recomputing takes no longer than was waited already."""
+_SOUND = (CHANGED, LATE)
+"""Reasons that say nothing against the chunk."""
 
 
 @dataclass
@@ -37,9 +41,20 @@ class _Load:
     """Whether its LoRA adapter is loaded with the contents that the names assume."""
     point: Event
     """On the engine's stream, before which its blocks may still be in use."""
+    began: float
+    """On the monotonic clock."""
+    patience: float
+    """Seconds from then after which it is given up; 0 for no limit."""
     failed: bool = False
+    gave_up: bool = False
+    """Because it was late."""
     seconds: float = 0.0
     """Of all its batches, without the time that they waited for a thread."""
+
+    @property
+    def is_late(self) -> bool:
+        """Whether it has taken longer than it may."""
+        return self.patience > 0 and time.monotonic() - self.began > self.patience
 
 
 class LoadPipeline:
@@ -65,6 +80,8 @@ class LoadPipeline:
             proof=proof,
             same_adapter=same_adapter,
             point=Event(self._stream.device),
+            began=time.monotonic(),
+            patience=job.patience,
         )
         for batch in parts:
             self._threads.submit(self._load, batch, request)
@@ -104,7 +121,7 @@ class LoadPipeline:
                 if skipped or reason is not None:
                     request.failed = True
                     out.bad_blocks.update(item.block_ids)
-                if reason is not None and reason != CHANGED:  # else another's chunk, but sound
+                if reason is not None and reason not in _SOUND:
                     out.report.bad.append(item.key)
                     if reason != "missing":
                         # What is on disk is the same blob: offered again, it would fail again.
@@ -118,10 +135,17 @@ class LoadPipeline:
             if not request.failed:
                 out.report.load_tokens += request.tokens
                 out.report.load_seconds += request.seconds / request.at_once
+            elif request.gave_up:
+                # Else a rate that got worse would never be noticed.
+                out.report.load_tokens += request.tokens
+                out.report.load_seconds += time.monotonic() - request.began
         self._outbox.notify()
 
     def _try(self, items: Sequence[LoadItem], request: _Load) -> Sequence[str | None]:
         """For every chunk the reason why it failed, if it did. No exception gets past here."""
+        if request.is_late:
+            request.gave_up = True
+            return [LATE] * len(items)
         if not self._holds(request.proof) or not request.same_adapter:
             return [CHANGED] * len(items)
         blobs = [self._read(item.key) for item in items]

@@ -66,11 +66,16 @@ class LoadItem:
 
 @dataclass
 class LoadJob:
-    """All records that one request waits for. adapter: what their keys assume."""
+    """All records that one request waits for.
+
+    adapter: what their keys assume. patience: seconds after which what is not loaded yet is given
+    up and recomputed; 0 for no limit.
+    """
 
     request_id: str
     items: list[LoadItem]
     adapter: AdapterUse = NO_ADAPTER
+    patience: float = 0.0
 
 
 @dataclass

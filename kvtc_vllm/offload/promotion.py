@@ -18,11 +18,13 @@ from kvtc_vllm.tiers.keys import RecordKey
 
 @dataclass
 class _Waiting:
-    keys: list[RecordKey]
-    """Wanted from disk."""
+    wanted: dict[RecordKey, None]
+    """Of what it wants from disk, what is being read."""
     pinned: list[RecordKey]
     """Of the prefix, and in memory."""
     deadline: float
+    lacks: bool = False
+    """Whether a read for it gave nothing."""
 
 
 class Promotions:
@@ -46,9 +48,17 @@ class Promotions:
         self._clock = clock
         self._waiting: dict[str, _Waiting] = {}
         self._settled: dict[str, list[RecordKey]] = {}
-        self._reading: set[RecordKey] = set()
+        self._reading: dict[RecordKey, list[_Waiting]] = {}
         self._orders: list[RecordKey] = []
         self.expired = 0
+
+    def is_waiting(self, request_id: str) -> bool:
+        """True while nothing can have changed for a request that was told to wait.
+
+        Takes constant time: it is asked for every such request in every step.
+        """
+        waiting = self._waiting.get(request_id)
+        return waiting is not None and bool(waiting.wanted) and self._clock() < waiting.deadline
 
     def must_wait(self, request_id: str, keys: Sequence[RecordKey], found: int) -> bool:
         """True while the request should be looked up again later. Starts reading at first.
@@ -61,19 +71,16 @@ class Promotions:
         waiting = self._waiting.get(request_id)
         if waiting is None:
             waiting = self._start(request_id, keys, found)
-        unfinished = [key for key in waiting.keys if self._is_reading(key)]
-        arrived = set(waiting.keys).difference(unfinished)
-        ready = self._memory.pin(arrived)
-        waiting.pinned += ready
-        waiting.keys = unfinished
+        self.reported(list(waiting.wanted))
         due = self._clock() >= waiting.deadline
-        if unfinished and not due:
+        if waiting.wanted and not due:
             return True
         # A read has the same deadline as the request, so that its failure may be known first.
-        if due and (unfinished or len(ready) < len(arrived)):
+        if due and (waiting.wanted or waiting.lacks):
             self.expired += 1
         del self._waiting[request_id]
         self._settled[request_id] = waiting.pinned
+        waiting.wanted.clear()
         return False
 
     def forget(self, request_id: str) -> None:
@@ -81,12 +88,14 @@ class Promotions:
         waiting = self._waiting.pop(request_id, None)
         if waiting is not None:
             self._memory.unpin(waiting.pinned)
+            waiting.wanted.clear()
         self._memory.unpin(self._settled.pop(request_id, ()))
 
     def reported(self, keys: Iterable[RecordKey]) -> None:
-        """Count these records as read, or as failed: a worker has reported them."""
+        """Take note of these records if they were read, or could not be."""
         for key in keys:
-            self._is_reading(key)
+            if key in self._reading and not self._memory.is_pending(key):
+                self._end_read(key)
 
     def take_orders(self) -> list[RecordKey]:
         """Chunks that workers must read, since the last call."""
@@ -102,31 +111,40 @@ class Promotions:
 
     def _start(self, request_id: str, keys: Sequence[RecordKey], found: int) -> _Waiting:
         pinned = self._memory.pin(keys[:found])
-        wanted = []
+        waiting = _Waiting({}, pinned, self._clock() + self._seconds)
         for key in keys[found:]:
             if self._memory.is_ready(key):
                 pinned += self._memory.pin([key])
             elif self._is_reading(key) or self._order(key):
-                wanted.append(key)
+                waiting.wanted[key] = None
+                self._reading[key].append(waiting)
             else:
                 break
-        waiting = _Waiting(wanted, pinned, self._clock() + self._seconds)
         self._waiting[request_id] = waiting
         return waiting
 
     def _order(self, key: RecordKey) -> bool:
         if not self._disk.is_ready(key):
             return False
-        if not self._memory.reserve(key, self._disk.part_bytes(key)):
+        size = self._disk.part_bytes(key)
+        if not self._memory.reserve(key, size):
+            if size > self._memory.rank_capacity:
+                self._disk.lose(key)  # no record is as large: the file says what is not so
             return False
         self._orders.append(key)
-        self._reading.add(key)
+        self._reading[key] = []
         return True
 
     def _is_reading(self, key: RecordKey) -> bool:
-        if key not in self._reading:
-            return False
-        if self._memory.is_pending(key):
-            return True
-        self._reading.discard(key)
-        return False
+        self.reported((key,))
+        return key in self._reading
+
+    def _end_read(self, key: RecordKey) -> None:
+        """Pin what arrived for whoever waits for it."""
+        for waiting in self._reading.pop(key):
+            if key not in waiting.wanted:
+                continue  # its request went
+            del waiting.wanted[key]
+            arrived = self._memory.pin((key,))
+            waiting.pinned += arrived
+            waiting.lacks |= not arrived

@@ -23,6 +23,7 @@ class RunningLoads:
         self._pinned: dict[str, list[RecordKey]] = {}
         self._keys: dict[str, Sequence[RecordKey]] = {}
         self._loader: dict[RecordKey, Request] = {}
+        self._waits: dict[str, Request] = {}
 
     def begin(self, request: Request, keys: Sequence[RecordKey], pinned: list[RecordKey]) -> None:
         """Take note of a planned load. pinned: records to unpin at its end."""
@@ -41,6 +42,7 @@ class RunningLoads:
 
     def forget(self, request: Request) -> None:
         """Have nobody wait for a request that ended."""
+        self._waits.pop(request.request_id, None)
         for key in self._keys.pop(request.request_id, ()):
             if self._loader.get(key) is request:
                 del self._loader[key]
@@ -50,20 +52,29 @@ class RunningLoads:
         self._pinned = {request_id: [] for request_id in self._pinned}
         self._keys.clear()
         self._loader.clear()
+        self._waits.clear()
 
     def should_wait(self, request: Request, keys: Iterable[RecordKey]) -> bool:
         """Whether another request is loading one of these chunks into blocks that it can share."""
-        return any(self._is_loading(key, request) for key in keys if key in self._loader)
-
-    def _is_loading(self, key: RecordKey, asking: Request) -> bool:
-        loader = self._loader[key]
-        if loader is asking:
-            return False
-        status = getattr(getattr(loader, "status", None), "name", "")
-        if loader.request_id in self._pinned or status == _LOADING:
-            return True
-        del self._loader[key]
+        for key in keys:
+            loader = self._loader.get(key)
+            if loader is None or loader is request:
+                continue
+            if self._is_loading(loader):
+                self._waits[request.request_id] = loader
+                return True
+            del self._loader[key]
+        self._waits.pop(request.request_id, None)
         return False
+
+    def is_waiting(self, request_id: str) -> bool:
+        """True while the load that a request was told to wait for runs. Takes constant time."""
+        loader = self._waits.get(request_id)
+        return loader is not None and self._is_loading(loader)
+
+    def _is_loading(self, loader: Request) -> bool:
+        status = getattr(getattr(loader, "status", None), "name", "")
+        return loader.request_id in self._pinned or status == _LOADING
 
     def __bool__(self) -> bool:
         return bool(self._pinned)

@@ -114,6 +114,8 @@ class KVTCScheduler:
         Idempotent: vLLM may ask many times. Never reaches into the recent window.
         """
         self._look_for_reset()
+        if self._still_waits(request.request_id):
+            return None
         state = self._requests.of(request)
         state.looked_up, state.withheld, state.gated = num_computed_tokens, 0, 0
         state.bypassed = not self._may_load(state)
@@ -144,10 +146,16 @@ class KVTCScheduler:
         state.withheld = max(0, available - num_computed_tokens) - tokens
         if tokens:
             if state.admitted is None:
-                state.admitted = self._load_policy.admits()
+                state.admitted = self._load_policy.admits(tokens)
             if not state.admitted:
                 state.gated, tokens = tokens, 0
         return tokens
+
+    def _still_waits(self, request_id: str) -> bool:
+        """Whether a request that was told to ask again later need not be looked up yet."""
+        if self._promotions is not None and self._promotions.is_waiting(request_id):
+            return True
+        return self._loads.is_waiting(request_id)
 
     def _may_load(self, state: RequestState) -> bool:
         request = state.request
@@ -204,7 +212,8 @@ class KVTCScheduler:
         self.index.hit(used)
         if self.disk is not None:
             self._touched += self.disk.hit(used)
-        self._new_loads.append(LoadJob(request.request_id, items, state.adapter))
+        patience = self._load_policy.load_planned(request.request_id, tokens)
+        self._new_loads.append(LoadJob(request.request_id, items, state.adapter, patience))
 
     def plan_step(self, scheduler_output: SchedulerOutput) -> StepMetadata:
         """Everything the workers have to do in this step."""
@@ -293,6 +302,7 @@ class KVTCScheduler:
             self.index.unpin(loaded)
             if self._spare is not None:
                 self._spare.spare(key for key in loaded if self.index.is_ready(key))
+            self._load_policy.load_ended(request_id)
 
     def _take_naming(self, step: int, other_weights: bool) -> None:
         """Count the names of this epoch as made, in `step`."""

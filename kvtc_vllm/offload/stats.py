@@ -46,6 +46,7 @@ COUNTERS: dict[str, str] = {
     "disk_written_chunks": "Chunks written to disk, all ranks",
     "disk_written_bytes": "Real bytes of these",
     "disk_evicted_chunks": "Chunks that left the disk tier for its capacity",
+    "disk_repairs": "Damaged files of the disk tier that were removed or made anew, all ranks",
     "evicted_chunks": "Chunks evicted from the tier",
     "evicted_bytes": "Real bytes of evicted chunks",
 }
@@ -58,7 +59,7 @@ STORE_DROP_REASONS = (
     "changed",
     "error",
 )
-LOAD_FAILURE_REASONS = (*CONTAINER_REASONS, "changed", "error")
+LOAD_FAILURE_REASONS = (*CONTAINER_REASONS, "changed", "late", "error")
 LABELLED: dict[str, tuple[str, tuple[str, ...]]] = {
     "dropped_stores": ("Stores given up, by reason, all ranks", STORE_DROP_REASONS),
     "disk_errors": ("Disk operations that failed, by reason, all ranks", DISK_REASONS),

@@ -329,6 +329,7 @@ class KVTCWorker:
                 ("promoted_bytes", sum(size for _, size in kept)),
                 ("disk_written_chunks", len(news.stored)),
                 ("disk_written_bytes", news.written_bytes),
+                ("disk_repairs", news.repairs),
             ):
                 if amount:
                     out.stats.add(name, amount)

@@ -10,11 +10,11 @@ index hears of it afterwards.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 
 from kvtc_vllm.tiers.keys import RecordKey
 from kvtc_vllm.tiers.policies import EvictionPolicy
+from kvtc_vllm.tiers.rank_sizes import RankSizes
 
 HEADROOM = 64
 """One part in so many of the capacity is left to writes that are under way."""
@@ -31,8 +31,10 @@ class DiskIndex:
         self.ranks = ranks
         self._limit = capacity - capacity // HEADROOM
         self._policy = policy
-        self._sizes: dict[RecordKey, dict[int, int]] = {}
-        self._partial: OrderedDict[RecordKey, None] = OrderedDict()
+        self._packing = RankSizes(ranks)
+        # Of what is complete there may be millions: nothing here is a container.
+        self._complete: dict[RecordKey, bytes] = {}
+        self._partial: dict[RecordKey, dict[int, int]] = {}
         self._removed: list[RecordKey] = []
         self.used = 0
         self.evictions = 0
@@ -42,42 +44,56 @@ class DiskIndex:
 
         Records that not every rank holds are of no use and are removed.
         """
-        parts: dict[RecordKey, dict[int, int]] = {}
-        for rank, entries in inventories.items():
-            for key, size in entries:
-                parts.setdefault(key, {})[rank] = size
-        self._removed += [key for key, sizes in parts.items() if len(sizes) < self.ranks]
-        for key, _ in next(iter(inventories.values()), ()):
-            if len(parts[key]) == self.ranks:
-                for rank, size in parts[key].items():
-                    self.add(key, rank, size)
+        others: dict[RecordKey, dict[int, int]] = {}
+        first, *more = inventories or (0,)
+        for rank in more:
+            for key, size in inventories[rank]:
+                others.setdefault(key, {})[rank] = size
+        for key, size in inventories.get(first, ()):
+            parts = {first: size, **others.pop(key, {})}
+            if len(parts) < self.ranks:
+                self._removed.append(key)
+                continue
+            for rank, part in parts.items():
+                self.add(key, rank, part)
+        self._removed += others
 
     def add(self, key: RecordKey, rank: int, size: int) -> None:
-        """Take note that a rank has its part on disk, `size` bytes of it."""
-        parts = self._sizes.setdefault(key, {})
+        """Take note that a rank has its part on disk, `size` bytes of it.
+
+        A part that could never be held together with others is not taken in, but removed.
+        """
+        if size * self.ranks > self._limit:
+            self._drop(key)
+            self._removed.append(key)
+            return
+        packed = self._complete.pop(key, None)
+        parts = self._partial.get(key, {}) if packed is None else self._unpack(packed)
         self.used += size - parts.get(rank, 0)
         parts[rank] = size
         if len(parts) < self.ranks:
-            self._partial[key] = None
+            self._partial[key] = parts
         else:
             self._partial.pop(key, None)
-            self._policy.insert(key, sum(parts.values()))
-        while self.used > self._limit and self._evict_one(key):
-            self.evictions += 1
+            sizes = [parts[number] for number in range(self.ranks)]
+            self._complete[key] = self._packing.pack(sizes)
+            self._policy.insert(key, sum(sizes))
+        if self.used > self._limit:
+            self._make_room(key)
 
     def lose(self, key: RecordKey) -> None:
         """Drop a record of which a rank's part is gone or bad; the other ranks' parts go too."""
-        if key in self._sizes:
-            self._policy.remove(key)
-            self._forget(key)
+        if self._drop(key):
+            self._removed.append(key)
 
     def is_ready(self, key: RecordKey) -> bool:
         """True if every rank has its part."""
-        return len(self._sizes.get(key, ())) == self.ranks
+        return key in self._complete
 
     def part_bytes(self, key: RecordKey) -> int:
-        """The largest rank's part in bytes; 0 if unknown."""
-        return max(self._sizes.get(key, {0: 0}).values())
+        """The largest rank's part in bytes; 0 if not every rank has one."""
+        packed = self._complete.get(key)
+        return 0 if packed is None else max(self._packing.unpack(packed))
 
     def hit(self, prefix: Iterable[RecordKey]) -> list[RecordKey]:
         """Count a use of a prefix, first record first; returns those on disk, oldest use first."""
@@ -93,26 +109,39 @@ class DiskIndex:
 
     def clear(self) -> None:
         """Forget everything; files are left where they are."""
-        self._sizes.clear()
+        self._complete.clear()
         self._partial.clear()
         self._policy.clear()
         self._removed.clear()
         self.used = 0
 
     def __len__(self) -> int:
-        return len(self._sizes)
+        return len(self._complete) + len(self._partial)
 
-    def _evict_one(self, newest: RecordKey) -> bool:
+    def _make_room(self, newest: RecordKey) -> None:
         """Parts that wait for other ranks go first: their write may have failed there."""
-        victim = next((key for key in self._partial if key != newest), None)
-        if victim is None:
-            victim = self._policy.evict(lambda key: key != newest)
-        if victim is None:
-            return False
-        self._forget(victim)
+        self._policy.hold(newest)
+        while self.used > self._limit:
+            victim = next((key for key in self._partial if key != newest), None)
+            if victim is None:
+                victim = self._policy.evict()
+            if victim is None:
+                break
+            self.lose(victim)
+            self.evictions += 1
+        self._policy.release(newest)
+
+    def _drop(self, key: RecordKey) -> bool:
+        """Take a record out; False if it was not in."""
+        parts = self._partial.pop(key, None)
+        if parts is None:
+            packed = self._complete.pop(key, None)
+            if packed is None:
+                return False
+            parts = self._unpack(packed)
+            self._policy.remove(key)
+        self.used -= sum(parts.values())
         return True
 
-    def _forget(self, key: RecordKey) -> None:
-        self._partial.pop(key, None)
-        self.used -= sum(self._sizes.pop(key).values())
-        self._removed.append(key)
+    def _unpack(self, packed: bytes) -> dict[int, int]:
+        return dict(enumerate(self._packing.unpack(packed)))

@@ -10,27 +10,21 @@ of the decisions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kvtc_vllm.tiers.keys import RecordKey
 from kvtc_vllm.tiers.policies import EvictionPolicy
+from kvtc_vllm.tiers.rank_sizes import RankSizes
 
 
 @dataclass
-class _Entry:
-    """One record. `sizes[rank]` is real once `reported[rank]`, else the reservation."""
+class _Pending:
+    """A store under way. `sizes[rank]` is real once `reported[rank]`, else the reservation."""
 
     sizes: list[int]
     reported: list[bool]
-    pins: int = 0
     doomed: bool = False
-    counted: int = 0
-    """What this record adds to the index's `ready_bytes`."""
-
-    @property
-    def complete(self) -> bool:
-        return all(self.reported)
 
 
 class TierIndex:
@@ -46,9 +40,13 @@ class TierIndex:
         self.ranks = ranks
         self.rank_capacity = capacity // ranks
         self._policy = policy
-        self._entries: dict[RecordKey, _Entry] = {}
+        self._packing = RankSizes(ranks)
+        # Of what is ready there may be millions: nothing here is a container.
+        self._ready: dict[RecordKey, bytes] = {}
+        self._pending: dict[RecordKey, _Pending] = {}
+        self._pins: dict[RecordKey, int] = {}
+        self._doomed: dict[RecordKey, bytes] = {}  # bad, but still pinned
         self._used = [0] * ranks
-        self._pending = 0
         self._ready_bytes = 0
         self._evicted: list[RecordKey] = []
         self._victims: list[RecordKey] = []
@@ -58,27 +56,22 @@ class TierIndex:
     def reserve(self, key: RecordKey, bound: int) -> bool:
         """Make room for a record of at most `bound` bytes per rank and mark it pending.
 
-        Evicts as needed. False if it's already known or no room can be made.
+        Evicts as needed, but nothing for a bound above a rank's capacity. False if it's already
+        known or no room can be made.
         """
-        if key in self._entries:
+        if self.is_known(key) or bound > self.rank_capacity:
             return False
         while max(self._used) + bound > self.rank_capacity:
             if not self._evict_one():
                 return False
-        self._entries[key] = _Entry([bound] * self.ranks, [False] * self.ranks)
+        self._pending[key] = _Pending([bound] * self.ranks, [False] * self.ranks)
         for rank in range(self.ranks):
             self._used[rank] += bound
-        self._pending += 1
         return True
 
     def commit(self, key: RecordKey, rank: int, size: int) -> None:
         """Take note that a rank stored its part; when all have, the record is ready."""
-        entry = self._entries.get(key)
-        if entry is None or entry.reported[rank]:
-            return
-        self._used[rank] += size - entry.sizes[rank]
-        entry.sizes[rank] = size
-        self._report(key, entry, rank)
+        self._report(key, rank, size, failed=False)
 
     def resize(self, key: RecordKey, rank: int, size: int) -> None:
         """Take note that a rank's part of a record takes other bytes than when it was stored."""
@@ -94,51 +87,56 @@ class TierIndex:
 
     def abandon(self, key: RecordKey, rank: int) -> None:
         """Take note that a rank could not store its part; when all have reported, it goes."""
-        entry = self._entries.get(key)
-        if entry is None or entry.reported[rank]:
-            return
-        self._used[rank] -= entry.sizes[rank]
-        entry.sizes[rank] = 0
-        entry.doomed = True
-        self._report(key, entry, rank)
+        self._report(key, rank, 0, failed=True)
 
     def discard(self, key: RecordKey) -> None:
         """Drop a ready record that turned out to be bad; pinned ones go when unpinned."""
-        entry = self._entries.get(key)
-        if entry is None or not entry.complete:
+        packed = self._ready.pop(key, None)
+        if packed is None:
             return
-        entry.doomed = True
         self._policy.remove(key)
-        self._collect(key, entry)
+        sizes = self._packing.unpack(packed)
+        self._ready_bytes -= sum(sizes)
+        if key in self._pins:
+            self._doomed[key] = packed
+        else:
+            self._forget(key, sizes)
 
     def is_ready(self, key: RecordKey) -> bool:
         """True if every rank holds the record."""
-        entry = self._entries.get(key)
-        return entry is not None and entry.complete and not entry.doomed
+        return key in self._ready
 
     def is_known(self, key: RecordKey) -> bool:
-        """True if the record is ready or pending."""
-        return key in self._entries
+        """True if the record is ready or pending, or bad and still pinned."""
+        return key in self._ready or key in self._pending or key in self._doomed
 
     def is_pending(self, key: RecordKey) -> bool:
         """True until every rank has reported its part."""
-        entry = self._entries.get(key)
-        return entry is not None and not entry.complete
+        return key in self._pending
 
     def pin(self, keys: Iterable[RecordKey]) -> list[RecordKey]:
         """Protect ready records from eviction; returns those that were, to be unpinned."""
-        pinned = [key for key in keys if self.is_ready(key)]
+        pinned = [key for key in keys if key in self._ready]
         for key in pinned:
-            self._entries[key].pins += 1
+            pins = self._pins.get(key, 0)
+            if not pins:
+                self._policy.hold(key)
+            self._pins[key] = pins + 1
         return pinned
 
-    def unpin(self, keys: Iterable[RecordKey]) -> None:
-        """Undo one `pin`."""
-        for key in keys:
-            entry = self._entries.get(key)
-            if entry is not None and entry.pins:
-                entry.pins -= 1
-                self._collect(key, entry)
+    def unpin(self, keys: Sequence[RecordKey]) -> None:
+        """Undo one `pin`. Of a prefix, given first record first, the tail is evicted first."""
+        for key in reversed(keys):
+            pins = self._pins.get(key, 0)
+            if pins > 1:
+                self._pins[key] = pins - 1
+            elif pins:
+                del self._pins[key]
+                packed = self._doomed.pop(key, None)
+                if packed is not None:
+                    self._forget(key, self._packing.unpack(packed))
+                else:
+                    self._policy.release(key)
 
     def hit(self, prefix: Iterable[RecordKey]) -> None:
         """Count a use of a prefix, given first record first.
@@ -166,18 +164,20 @@ class TierIndex:
 
     def clear(self) -> None:
         """Forget everything, pending stores included (late reports are ignored)."""
-        self._entries.clear()
+        self._ready.clear()
+        self._pending.clear()
+        self._pins.clear()
+        self._doomed.clear()
         self._policy.clear()
         self._evicted.clear()
         self._victims.clear()
         self._used = [0] * self.ranks
-        self._pending = 0
         self._ready_bytes = 0
 
     @property
     def pending(self) -> int:
         """Stores that not every rank has reported."""
-        return self._pending
+        return len(self._pending)
 
     @property
     def used(self) -> int:
@@ -190,39 +190,40 @@ class TierIndex:
         return self._ready_bytes
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._ready) + len(self._pending) + len(self._doomed)
 
-    def _report(self, key: RecordKey, entry: _Entry, rank: int) -> None:
-        entry.reported[rank] = True
-        if not entry.complete:
+    def _report(self, key: RecordKey, rank: int, size: int, failed: bool) -> None:
+        entry = self._pending.get(key)
+        if entry is None or entry.reported[rank]:
             return
-        self._pending -= 1
+        self._used[rank] += size - entry.sizes[rank]
+        entry.sizes[rank] = size
+        entry.reported[rank] = True
+        entry.doomed |= failed
+        if not all(entry.reported):
+            return
+        del self._pending[key]
         if entry.doomed:
-            self._collect(key, entry)
+            self._forget(key, entry.sizes)
         else:
-            entry.counted = sum(entry.sizes)
-            self._ready_bytes += entry.counted
-            self._policy.insert(key, entry.counted)
-
-    def _collect(self, key: RecordKey, entry: _Entry) -> None:
-        """Remove a doomed record that nobody reads any more."""
-        if entry.doomed and entry.pins == 0:
-            self._remove(key, entry)
+            total = sum(entry.sizes)
+            self._ready[key] = self._packing.pack(entry.sizes)
+            self._ready_bytes += total
+            self._policy.insert(key, total)
 
     def _evict_one(self) -> bool:
-        victim = self._policy.evict(lambda key: self._entries[key].pins == 0)
+        victim = self._policy.evict()
         if victim is None:
             return False
-        entry = self._entries[victim]
+        sizes = self._packing.unpack(self._ready.pop(victim))
+        self._ready_bytes -= sum(sizes)
         self.evictions += 1
-        self.evicted_bytes += sum(entry.sizes)
+        self.evicted_bytes += sum(sizes)
         self._victims.append(victim)
-        self._remove(victim, entry)
+        self._forget(victim, sizes)
         return True
 
-    def _remove(self, key: RecordKey, entry: _Entry) -> None:
-        for rank, size in enumerate(entry.sizes):
+    def _forget(self, key: RecordKey, sizes: Sequence[int]) -> None:
+        for rank, size in enumerate(sizes):
             self._used[rank] -= size
-        self._ready_bytes -= entry.counted
-        del self._entries[key]
         self._evicted.append(key)

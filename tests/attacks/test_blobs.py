@@ -17,9 +17,11 @@ from itertools import pairwise
 import pytest
 import torch
 
+from kvtc_vllm.codec import container
 from kvtc_vllm.codec.base import ChunkCodec
 from kvtc_vllm.codec.container import CHECKSUM_BYTES, HEADER_BYTES, checksum
 from kvtc_vllm.codec.cpu.codec import CpuKvtc2Codec
+from kvtc_vllm.codec.entropy import UNIT_BYTES, EncodedSection, UnitList
 from kvtc_vllm.codec.errors import ContainerError
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.raw import RawCodec
@@ -168,6 +170,32 @@ def allocation_peak(codec: ChunkCodec, damaged: bytes) -> int:
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("units", "reason"), [(4_000_000, "bounds"), (-1, "entropy")])
+def test_a_table_of_bogus_units_makes_no_memory_appear(units, reason):
+    """-1: as many as the section has bytes, the most that the container lets through."""
+    model = SyntheticModel(
+        num_layers=4, num_kv_heads=2, head_size=64, layer_groups=((0, 4),), max_positions=512
+    )
+    codec = KvtcCodec(model.artifact((2.0,)), 2.0, torch.bfloat16)
+    blob = codec.encode(*model.chunk(256), 0)
+    info = container.parse(blob)
+    sections = []
+    for number, section in enumerate(info.sections):
+        body = blob[section.offset : section.offset + section.stored_length]
+        encoded = EncodedSection(section.units, body)
+        if number == 1:
+            count = units if units > 0 else section.raw_length
+            encoded = EncodedSection(UnitList(bytes(UNIT_BYTES * count)), bytes(4 * count - 4))
+        kind = container.SectionKind(section.kind)
+        sections.append(
+            container.NewSection(kind, section.coder_id, section.group, section.raw_length, encoded)
+        )
+    raw = sum(section.raw_length for section in info.sections)
+    hostile = container.build(info.header, sections)
+    assert refused(codec, hostile) == reason
+    assert allocation_peak(codec, hostile) < raw + (1 << 20)
 
 
 # (offset in the header or first section entry, struct format) of every count and length.

@@ -35,7 +35,7 @@ def test_inspect_refuses_a_damaged_blob(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["inspect", str(path)]) == 2
     assert "checksum" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path / "gone")]) == 2
-    assert "no such file" in capsys.readouterr().err
+    assert "No such file" in capsys.readouterr().err
 
 
 def test_inspect_describes_the_shipped_artifact(

@@ -119,6 +119,7 @@ def gather(side: Any, enough: Callable[[DiskNews], bool], seconds: float = 20) -
         total.lost += news.lost
         total.errors += news.errors
         total.written_bytes += news.written_bytes
+        total.repairs += news.repairs
         time.sleep(0.002)
     return total
 
@@ -330,6 +331,53 @@ def other(key: bytes) -> bytes:
     return blob_of(key, OTHER_NAMESPACE)
 
 
+def test_what_other_processes_remove_is_learnt_without_a_read(side: Any, tmp_path: Path) -> None:
+    write(side, *KEYS[:4])
+    replica = namespace(tmp_path).store
+    replica.remove(KEYS[1:3])
+    news = gather(side, lambda news: len(news.lost) == 2)
+    assert sorted(news.lost) == sorted(KEYS[1:3])
+    another = namespace(tmp_path, OTHER_NAMESPACE, capacity=1 << 15).store
+    for key in KEYS:  # whose cap is smaller, so that all others go
+        another.write(key, blob_of(key, OTHER_NAMESPACE))
+    news = gather(side, lambda news: len(news.lost) == 2)
+    assert sorted(news.lost) == sorted([KEYS[0], KEYS[3]])
+
+
+def test_repairs_are_told(side: Any, tmp_path: Path) -> None:
+    write(side, KEYS[0])
+    for _ in range(2):
+        (tmp_path / "ledger.json").write_bytes(b"x")
+        write(side, KEYS[1])
+        side.remove([KEYS[1]])
+        gather(side, lambda news: KEYS[1] in news.lost)
+    (tmp_path / "ledger.json").write_bytes(b"x")
+    side.remove([KEYS[0]])
+    assert gather(side, lambda news: news.repairs > 0).repairs >= 1
+
+
+@pytest.mark.parametrize("error", [RecursionError(), UnicodeDecodeError("utf-8", b"", 0, 1, "")])
+def test_an_exception_that_no_store_declares_is_counted_and_logged_all_the_same(
+    error: Exception, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    side = open_side(tmp_path)
+    write(side, KEYS[0])
+
+    def fail(*_: object) -> None:
+        raise error
+
+    store = side._namespace.store
+    store.read = store.write = store.touch = store.remove = fail
+    side.read([KEYS[0]])
+    side.write(KEYS[1], blob_of(KEYS[1]), 0)
+    side.touch([KEYS[0]])
+    side.remove([KEYS[0]])
+    news = gather(side, lambda news: news.errors["other"] == 4)
+    assert news.failed == [KEYS[0]]
+    assert "the disk tier failed" in caplog.text
+    side.close((), 5)
+
+
 def test_a_reset_leaves_files_to_others_and_reads_none_of_them(side: Any, tmp_path: Path) -> None:
     write(side, *KEYS[:2])
     side.write(KEYS[2], blob_of(KEYS[2]), 0)  # its news are not taken
@@ -433,12 +481,13 @@ def test_a_namespace_that_cannot_be_opened_after_a_reset_is_tried_again(
     side: Any, tmp_path: Path
 ) -> None:
     blocked = tmp_path / OTHER_NAMESPACE.hex()
-    blocked.write_text("in the way")
+    blocked.mkdir()
+    blocked.chmod(0o777)  # others may write it, so it is not used
     side.leave(1)
     side.enter(namespace(tmp_path, OTHER_NAMESPACE))
     side.write(KEYS[0], other(KEYS[0]), 1)
     assert gather(side, lambda news: news.errors.total() >= 2).stored == []
-    blocked.unlink()
+    blocked.chmod(0o700)
     side.write(KEYS[1], other(KEYS[1]), 1)
     gather(side, lambda news: len(news.stored) == 1)
 

@@ -410,3 +410,76 @@ def test_time_is_taken_from_the_step_that_a_report_names() -> None:
     assert [tokens for tokens, _ in samples] == [128, 256]  # the third's time is not known
     confirm(side, planned[0])
     assert not side._load_policy._steps
+
+
+def test_a_waiting_request_is_looked_up_only_when_something_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked about in every step, and so are hundreds of others."""
+    side = with_disk(tmp_path)
+    waiters = [FakeRequest(f"r{number}", 300) for number in range(5)]
+    assert [side.match(request, 0) for request in waiters] == [None] * 5
+    lookups: list[str] = []
+    chunks = side._lookup.chunks
+    monkeypatch.setattr(
+        side._lookup, "chunks", lambda r, a: lookups.append(r.request_id) or chunks(r, a)
+    )
+    for _ in range(9):
+        assert [side.match(request, 0) for request in waiters] == [None] * 5
+    report(side, stored=[(b"a:3", 0, 1000)])
+    assert [side.match(request, 0) for request in waiters] == [None] * 5
+    assert lookups == []
+    report(side, stored=[(b"a:7", 0, 1000)])
+    assert [side.match(request, 0) for request in waiters] == [256] * 5
+    assert len(lookups) == 5
+
+
+def test_a_request_that_waits_for_anothers_load_is_not_looked_up_either(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    side = scheduler(recent_window=0, load_gate=False)
+    fill(side, FakeRequest("r", 257))
+    first, second = FakeRequest("first", 257), FakeRequest("second", 257)
+    side.plan_load(first, (list(range(9)),), side.match(first, 0) or 0)
+    assert side.match(second, 0) is None
+    with monkeypatch.context() as patched:
+        patched.setattr(side._lookup, "chunks", None)
+        assert side.match(second, 0) is None
+    side.apply_report(None, {"first"})
+    assert side.match(second, 0) == 256
+
+
+def test_waiting_ends_at_the_deadline_without_a_report() -> None:
+    rig = Rig()
+    assert not rig.promotions.is_waiting("a")
+    assert rig.wait("a")
+    assert rig.promotions.is_waiting("a")
+    rig.now = 2.0
+    assert not rig.promotions.is_waiting("a")
+    assert not rig.wait("a")
+    assert not rig.promotions.is_waiting("a")
+
+
+def test_a_report_pins_for_those_who_wait_and_for_nobody_who_went() -> None:
+    rig = Rig(capacity=500)
+    for name in ("a", "b"):
+        assert rig.wait(name)
+    rig.promotions.forget("a")
+    rig.arrive(KEYS[0])
+    rig.promotions.reported(KEYS[:1])
+    assert KEYS[0] not in rig.crowd_out()
+    rig.promotions.forget("b")
+    assert KEYS[0] in rig.crowd_out()
+    assert rig.memory._pins == {}
+
+
+def test_a_file_that_says_it_is_larger_than_memory_evicts_nothing_and_is_forgotten() -> None:
+    rig = Rig()
+    for key in (b"x", b"y"):
+        rig.put(key)
+    rig.disk.add(KEYS[0], 0, 5000)
+    assert not rig.wait("a")
+    assert rig.memory.is_ready(b"x")
+    assert rig.memory.is_ready(b"y")
+    assert not rig.disk.is_ready(KEYS[0])
+    assert rig.disk.take_removed() == [KEYS[0]]

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 
 from kvtc_vllm.cli import main as kvtc
 from kvtc_vllm.connector.compat import UnsupportedError, check_stable_hashes, vllm_version
+from kvtc_vllm.tiers.disk import OsFileSystem
 from tests.connector.conversations import COUNT, TOKENS
 from tests.connector.engine import engine, greedy, metrics, texts
 
@@ -117,34 +119,42 @@ DEADLINE = 3.0
 
 
 def watch_waits(llm: Any) -> dict[str, list[float]]:
-    """When each request was told whether to wait for disk, by its id; filled from now on."""
+    """When it was asked whether each request waits for disk, by its id; filled from now on."""
     promotions = llm.llm_engine.engine_core.engine_core.scheduler.connector._scheduler._promotions
-    must_wait = promotions.must_wait
     asked: dict[str, list[float]] = {}
 
-    def watched(request_id: str, *arguments: Any) -> bool:
-        asked.setdefault(request_id, []).append(time.monotonic())
-        return must_wait(request_id, *arguments)
+    def watch(name: str) -> None:
+        method = getattr(promotions, name)
 
-    promotions.must_wait = watched
+        def watched(request_id: str, *arguments: Any) -> bool:
+            asked.setdefault(request_id, []).append(time.monotonic())
+            return method(request_id, *arguments)
+
+        setattr(promotions, name, watched)
+
+    for name in ("is_waiting", "must_wait"):
+        watch(name)
     return asked
 
 
 @pytest.fixture
-def fifos() -> Iterator[list[Path]]:
-    """Named pipes that hang whoever opens them; let go at the end."""
-    made: list[Path] = []
-    yield made
-    for path in made:
-        for _ in range(2):
-            try:
-                os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
-            except OSError:
-                break  # nobody hangs there
+def hang(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """While set, whoever opens a chunk's file hangs."""
+    hanging, released = threading.Event(), threading.Event()
+    real = OsFileSystem.open
+
+    def open_or_hang(self: OsFileSystem, path: str, flags: int) -> int:
+        if hanging.is_set() and path.endswith(".kvtc"):
+            released.wait()
+        return real(self, path, flags)
+
+    monkeypatch.setattr(OsFileSystem, "open", open_or_hang)
+    yield hanging
+    released.set()
 
 
 def test_a_hung_disk_costs_a_request_its_deadline_and_others_nothing(
-    reference_model: Path, tmp_path: Path, fifos: list[Path], monkeypatch: pytest.MonkeyPatch
+    reference_model: Path, tmp_path: Path, hang: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vllm import SamplingParams
 
@@ -163,10 +173,7 @@ def test_a_hung_disk_costs_a_request_its_deadline_and_others_nothing(
         expected = greedy(llm, prompts[:2], 8)
     with engine(reference_model, config) as llm:
         greedy(llm, prompts[4:], 8)  # all that is compiled or started once
-        for path in tmp_path.rglob("*.kvtc"):  # the disk goes now, after the index was read
-            path.unlink()
-            os.mkfifo(path)
-            fifos.append(path)
+        hang.set()  # the disk goes now, after the index was read
         asked = watch_waits(llm)
         settings = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
         for name, number in (("hung", 0), ("other", 2), ("another", 3)):

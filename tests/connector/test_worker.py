@@ -161,6 +161,40 @@ def test_damage_is_reported_and_the_blocks_left_alone(rig: Rig, damage: Any, rea
     assert all(torch.equal(before[name], rig.caches[name]) for name in before)
 
 
+def test_a_load_that_is_late_is_given_up_and_counts_against_the_rate(rig: Rig) -> None:
+    """What it was to load is recomputed; the chunks are sound and stay."""
+    rig.store(b"k", [1, 2, 3, 4])
+    rig.report()
+    slow = threading.Event()
+    read = rig.worker.arena.read
+
+    def reading(key: bytes) -> bytes:
+        slow.wait(20)
+        return read(key)
+
+    items = [LoadItem(b"k", 0, 0, [20 + 4 * n, 21 + 4 * n, 22 + 4 * n, 23 + 4 * n]) for n in (0, 1)]
+    rig.worker.arena.read = reading  # type: ignore[method-assign]
+    threads = rig.worker._loads._num_threads
+    for number in range(threads):  # the queue before it
+        before = LoadJob(f"before {number}", [LoadItem(b"k", 0, 0, [8, 9, 10, 11])])
+        rig.worker.begin_step(StepMetadata(number=1, loads=[before]))
+    job = LoadJob("r", items, patience=0.05)
+    rig.worker.begin_step(StepMetadata(number=1, loads=[job]))
+    time.sleep(0.1)
+    slow.set()
+    finished: set[str] = set()
+    report = WorkerReport(0)
+    while "r" not in finished:
+        finished |= wait_for(lambda: rig.worker.poll(idle=True))
+        report = report.aggregate(rig.worker.take_report() or WorkerReport(0))
+    assert rig.worker.take_bad_blocks() == set(range(20, 28))
+    assert report.bad == []
+    assert report.load_seconds >= 0.1
+    counters = rig.counters()
+    assert counters["failed_loads/late"] >= 1
+    assert counters["loaded_chunks"] == threads
+
+
 def test_a_chunk_of_another_position_is_refused(rig: Rig) -> None:
     rig.store(b"k", [1, 2, 3, 4], start=0)
     rig.report()

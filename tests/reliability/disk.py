@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from stat import S_ISREG
 
 BLOCK = 4096
 
@@ -27,16 +28,20 @@ def bytes_on_disk(root: Path) -> int:
         for name in names:
             if name.endswith((".kvtc", ".tmp")):
                 try:
-                    size = os.stat(os.path.join(directory, name)).st_size
+                    status = os.lstat(os.path.join(directory, name))
                 except FileNotFoundError:
                     continue
-                total += -(-size // BLOCK) * BLOCK
+                if S_ISREG(status.st_mode):
+                    total += -(-status.st_size // BLOCK) * BLOCK
     return total
 
 
 def ledger_bytes(root: Path) -> int:
-    accounts = json.loads((root / "ledger.json").read_text())
-    return sum(account["used"] for account in accounts.values())
+    return sum(account.get("used", 0) for account in ledger_accounts(root).values())
+
+
+def ledger_accounts(root: Path) -> dict[str, dict[str, int]]:
+    return json.loads((root / "ledger.json").read_text())["accounts"]
 
 
 def open_descriptors() -> int:

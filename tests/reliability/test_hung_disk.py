@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -19,19 +18,12 @@ DEADLINE = 2.0
 KEY = key_of(0)
 
 
-def chunk_that_hangs(root: Path) -> None:
-    """A named pipe in the chunk's place: opening it blocks in the kernel until somebody writes."""
-    store = DiskStore(root, NAMESPACE, capacity=2**20, min_free=0)
-    store.write(KEY, blob_of(KEY))
-    store.close()
-    (path,) = root.glob("*/??/*.kvtc")
-    path.unlink()
-    os.mkfifo(path)
-
-
 def test_a_load_is_given_up_within_its_deadline_and_a_tenth(tmp_path: Path) -> None:
-    chunk_that_hangs(tmp_path)
-    store = DiskStore(tmp_path, NAMESPACE, capacity=2**20, min_free=0)
+    filesystem = HangingFileSystem("pread")
+    filesystem.hang = False
+    store = DiskStore(tmp_path, NAMESPACE, capacity=2**20, min_free=0, filesystem=filesystem)
+    store.write(KEY, blob_of(KEY))
+    filesystem.hang = True
     pool = IoPool(threads=1, queue_limit=4)
     began = time.monotonic()
     running = pool.submit(lambda: store.read(KEY), DEADLINE)
@@ -47,9 +39,7 @@ def test_a_load_is_given_up_within_its_deadline_and_a_tenth(tmp_path: Path) -> N
         pool.submit(lambda: store.read(KEY), DEADLINE)
     assert time.monotonic() - began < DEADLINE / 4
     assert pool.close(seconds=0.1) == 1
-    (path,) = tmp_path.glob("*/??/*.kvtc")
-    with open(path, "wb"):
-        pass  # lets the thread go
+    filesystem.release()
 
 
 def test_a_stalled_pool_works_again_when_the_disk_does(tmp_path: Path) -> None:
@@ -91,12 +81,15 @@ def test_reads_do_not_wait_for_a_writer_that_hangs_with_the_lock(tmp_path: Path)
 
 
 def test_a_process_ends_although_all_its_threads_hang(tmp_path: Path) -> None:
-    chunk_that_hangs(tmp_path)
+    """They hang in the kernel: a pipe that is read as if it were the chunk."""
+    DiskStore(tmp_path, NAMESPACE, capacity=2**20, min_free=0).write(KEY, blob_of(KEY))
     code = (
-        "import sys, time\n"
-        "from kvtc_vllm.tiers.disk import DiskError, DiskStore, IoPool\n"
+        "import os, sys\n"
+        "from kvtc_vllm.tiers.disk import DiskError, DiskStore, IoPool, OsFileSystem\n"
         "from tests.reliability.blobs import NAMESPACE, key_of\n"
         "store = DiskStore(sys.argv[1], NAMESPACE, capacity=2**20, min_free=0)\n"
+        "pipe, _ = os.pipe()\n"
+        "OsFileSystem.pread = lambda self, fd, length, offset: os.read(pipe, length)\n"
         "pool = IoPool(threads=2, queue_limit=4)\n"
         "handles = [pool.submit(lambda: store.read(key_of(0)), 0.1) for _ in range(2)]\n"
         "for handle in handles:\n"
@@ -105,7 +98,6 @@ def test_a_process_ends_although_all_its_threads_hang(tmp_path: Path) -> None:
         "    except DiskError as error:\n"
         "        print(error.reason)\n"
         "pool.close(seconds=0.1)\n"
-        "store.close()\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],

@@ -36,9 +36,20 @@ def test_the_oldest_make_room_and_the_newest_stays(policy: str) -> None:
     assert index.take_removed() == [b"b"]
     assert index.take_removed() == []
     assert (index.used, index.evictions) == (6300, 1)
-    index.add(b"e", 0, 9999)  # can't be held, but nothing else is left to go
+    index.add(b"e", 0, 6300)  # everything else makes room
     assert index.is_ready(b"e")
     assert len(index) == 1
+
+
+def test_a_part_that_cannot_be_held_costs_nothing_but_itself() -> None:
+    """A file whose size lies, among others of the right size."""
+    index = make()
+    index.restore({0: [(b"a", 100), (b"lie", 2 << 30), (b"b", 100)]})
+    index.add(b"c", 0, 6400)
+    assert index.take_removed() == [b"lie", b"c"]
+    assert all(index.is_ready(key) for key in (b"a", b"b"))
+    index.add(b"a", 0, 6400)  # one that was right before
+    assert (len(index), index.used, index.take_removed()) == (1, 100, [b"a"])
 
 
 def test_some_room_is_left_to_the_store() -> None:
@@ -131,5 +142,7 @@ def test_bytes_are_those_of_the_parts(steps: list[tuple[int, int, int, bool]]) -
             index.lose(bytes([number]))
         else:
             index.add(bytes([number]), rank, size)
-        assert index.used == sum(sum(parts.values()) for parts in index._sizes.values())
+        partial = sum(sum(parts.values()) for parts in index._partial.values())
+        complete = sum(sum(index._packing.unpack(p)) for p in index._complete.values())
+        assert index.used == partial + complete
         assert index.used <= index.capacity

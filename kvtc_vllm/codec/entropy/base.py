@@ -24,6 +24,7 @@ MAX_UNIT_BYTES = 65536
 """Largest raw unit: the limit of nvCOMP's DEFLATE and of the 16-bit unit table."""
 UNIT_BYTES = 4
 """Bytes of a unit's entry in the unit table."""
+_UNITS_AT_ONCE = 4096
 
 Bytes = TypeVar("Bytes", int, npt.NDArray[np.int64])
 
@@ -115,6 +116,14 @@ def unit_lengths(units: Sequence[Unit]) -> npt.NDArray[np.int64]:
         return units.lengths
     pairs = [(unit.raw_length, unit.stored_length) for unit in units]
     return np.array(pairs, np.int64).reshape(-1, 2)
+
+
+def length_parts(units: Sequence[Unit]) -> Iterator[npt.NDArray[np.int64]]:
+    """The rows of `unit_lengths`, some thousand at a time: a hostile table has millions."""
+    listed = units if isinstance(units, UnitList) else UnitList.of(unit_lengths(units))
+    step = _UNITS_AT_ONCE * UNIT_BYTES
+    for first in range(0, len(listed.table), step):
+        yield UnitList(listed.table[first : first + step]).lengths
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from kvtc_vllm.codec.entropy.base import (
     EncodedSection,
     Unit,
     aligned,
+    length_parts,
 )
 from kvtc_vllm.codec.errors import ContainerError
 
@@ -83,37 +84,39 @@ class DeflateCoder:
         return max(1, math.ceil(length / units))
 
     def decode(self, units: Sequence[Unit], body: memoryview, raw_length: int) -> bytearray:
-        units = list(units)
-        if sum(unit.raw_length for unit in units) != raw_length:
+        # Nothing is made of units whose sums are wrong: there may be millions.
+        sums = [(part[:, 0].sum(), aligned(part[:, 1]).sum()) for part in length_parts(units)]
+        if sum(raw for raw, _ in sums) != raw_length:
             raise ContainerError("entropy", f"units do not add up to {raw_length} bytes")
-        if sum(aligned(unit.stored_length) for unit in units) != len(body):
+        if sum(stored for _, stored in sums) != len(body):
             raise ContainerError("entropy", f"units do not fill the {len(body)} stored bytes")
         raw = bytearray(raw_length)
         written = read = 0
-        for unit in units:
-            end = read + aligned(unit.stored_length)
-            stored = body[read : read + unit.stored_length]
-            if any(body[read + unit.stored_length : end]):
-                raise ContainerError("entropy", "padding between units is not zero")
-            raw[written : written + unit.raw_length] = _inflate(stored, unit)
-            written += unit.raw_length
-            read = end
+        for part in length_parts(units):
+            for unit_raw, unit_stored in part.tolist():
+                end = read + aligned(unit_stored)
+                stored = body[read : read + unit_stored]
+                if any(body[read + unit_stored : end]):
+                    raise ContainerError("entropy", "padding between units is not zero")
+                raw[written : written + unit_raw] = _inflate(stored, unit_raw)
+                written += unit_raw
+                read = end
         return raw
 
 
-def _inflate(stored: memoryview, unit: Unit) -> bytes | memoryview:
-    if unit.stored_length == unit.raw_length:
+def _inflate(stored: memoryview, raw_length: int) -> bytes | memoryview:
+    if len(stored) == raw_length:
         return stored
     inflater = isal_zlib.decompressobj(RAW_DEFLATE_WINDOW)
     try:
-        raw = inflater.decompress(stored, unit.raw_length)
-        if len(raw) == unit.raw_length and not inflater.eof:
+        raw = inflater.decompress(stored, raw_length)
+        if len(raw) == raw_length and not inflater.eof:
             # The end-of-block code may still be unread; nothing else may follow.
             raw += inflater.decompress(inflater.unconsumed_tail, 1)
     except _INFLATE_ERROR as error:
         raise ContainerError("entropy", f"invalid DEFLATE data ({error})") from error
-    if len(raw) != unit.raw_length or not inflater.eof or inflater.unused_data:
-        raise ContainerError("entropy", f"unit does not decode to {unit.raw_length} bytes")
+    if len(raw) != raw_length or not inflater.eof or inflater.unused_data:
+        raise ContainerError("entropy", f"unit does not decode to {raw_length} bytes")
     return raw
 
 

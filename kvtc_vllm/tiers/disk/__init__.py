@@ -7,8 +7,10 @@ Layout of a tier's root directory (`layout.py`)::
 
     layout.json                        layout version; an unknown one is refused, untouched
     ledger.json                        bytes and hits per namespace; its flock is the root's lock
+    set-aside-<random>                 what was in the way; never looked at again (`places.py`)
     <namespace, 32 hex>/namespace.json for people: model, artifact, ratio, rank (`record.py`)
     <namespace>/in-use           whoever has it open holds a shared flock on it (`in_use.py`)
+    <namespace>/removals         keys of chunks that were removed (`removal_log.py`)
     <namespace>/<first key byte>/<key, hex>.kvtc
     <namespace>/tmp/<pid>-<random>.tmp
     Whatever is named differently is never touched.
@@ -31,6 +33,11 @@ under the lock, rename it. Published files are never changed or replaced: if a k
 there, the newcomer is dropped. A reader therefore needs no lock and no pin: an unlinked
 file stays readable for who has it open.
 
+Nothing in the root is trusted. Calls go from directory descriptor to descriptor, follow no symbolic
+link and refuse a directory that others own or may write (`filesystem.py`). What is no plain file
+is never waited for or read. Bookkeeping carries checksums; what is damaged is counted anew or made
+anew, and told as a repair. A file above `most_bytes` is no chunk and is removed.
+
 Cap and eviction: the store enforces the cap, over the whole root. Processes that share a root
 know nothing of each other's indexes, so only something that all of them see can hold the
 cap: the ledger, and modification times as recency. Room is made by removing the least recently
@@ -42,12 +49,15 @@ the records (a few MiB) are not counted. The minimum of free space is kept in th
 tier shrinks when something else fills the disk.
 The ledger is never below the truth: bytes are entered before they are
 written and taken off after they are unlinked. A process that dies leaves it too high; every
-`scan`, and the survey of the root whenever an evictor has run out of candidates, corrects it.
+`scan`, and the survey of the root whenever an evictor has run out of candidates, corrects it. Both
+give the root's lock back every few thousand files. The ledger says how far they are, and whoever
+changes what they have passed corrects their sum, so that it is exact in the end.
 
 Other processes may, at any moment: add chunks (they count against the cap), remove any
-(the next read says "missing"), die (the kernel frees their locks; a temporary whose lock can be
-taken is an orphan and the next `scan` removes it), or delete the whole directory (it is made
-anew by the next write, with record and mark). All must give the same capacity; the smallest wins.
+(the next `take_removed` tells, or the next read says "missing"), die (the kernel frees their
+locks; a temporary whose lock can be taken is an orphan and the next `scan` removes it), or delete
+the whole directory (it is made anew by the next write, with record and mark). All must give the
+same capacity; the smallest wins.
 
 Failures: every one is a `DiskError` with a reason, counted by operation and reason, and means
 "miss" for a read and "not stored" for a write::
@@ -60,12 +70,13 @@ Failures: every one is a `DiskError` with a reason, counted by operation and rea
     EACCES EPERM                       permission
     ENOLCK ENOSYS EOPNOTSUPP           unsupported (a file system without flock)
     EINTR, short reads and writes      repeated; interrupted if it never ends
+    EEXIST EISDIR ELOOP, no plain file foreign    in a chunk's place: removed if it can be
     anything else                      other
     bad checksum, wrong length         corrupt    the file is removed
     other namespace or key             foreign    the file is removed
     cap or free space cannot be held   full       lock not had in time  busy
     unknown layout version             layout     key not 1..100 bytes  key
-    store or pool closed               closed
+    store or pool closed, or forked    closed
     pool: deadline, queue_full, stalled
 
 Threads: a `DiskStore` is synchronous and may be used from any number of threads. Reads and

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Literal, ParamSpec, TypeVar, get_args
@@ -58,6 +60,9 @@ _REASONS: dict[int, DiskReason] = {
     errno.EROFS: "read_only",
     errno.EACCES: "permission",
     errno.EPERM: "permission",
+    errno.EEXIST: "foreign",
+    errno.EISDIR: "foreign",
+    errno.ELOOP: "foreign",
     errno.ENOLCK: "unsupported",
     errno.ENOSYS: "unsupported",
     errno.EOPNOTSUPP: "unsupported",
@@ -85,56 +90,70 @@ class DiskError(StoreError):
 class CheckedFileSystem:
     """The calls of a FileSystem, repeated while interrupted; all raise DiskError only.
 
-    Called from any thread.
+    Called from any thread. In a child of a fork every call raises "closed": its copies of the
+    descriptors are closed there, or the parent's locks would outlive it.
     """
 
     def __init__(self, filesystem: FileSystem) -> None:
         self._raw = filesystem
+        self._open: set[int] = set()
+        self._left_behind = False
+        _all.add(self)
 
     def open(self, path: str, flags: int) -> int:
-        return _call(f"open {path}", self._raw.open, path, flags)
+        """Descriptor of a plain file. Raises "foreign" if something else is there."""
+        try:
+            fd = self._call(f"open {path}", self._raw.open, path, flags)
+        except DiskError as error:
+            cause = error.__cause__
+            if isinstance(cause, OSError) and cause.errno == errno.ENXIO:  # a socket
+                raise DiskError("foreign", f"open {path}: it is no plain file") from cause
+            raise
+        self._open.add(fd)
+        return fd
 
     def close(self, fd: int) -> None:
         """Free the descriptor. Raises if the file system reports a late write error."""
-        _call("close", self._close, fd)
+        self._open.discard(fd)
+        self._call("close", self._close, fd)
 
     def close_quietly(self, fd: int) -> None:
         """Free the descriptor, ignoring errors: nothing may depend on what was written."""
         with suppress(DiskError):
             self.close(fd)
 
-    def read_all(self, fd: int, length: int) -> bytes:
-        """Read exactly the first `length` bytes. Raises "corrupt" if there are fewer."""
+    def read_all(self, fd: int, length: int, offset: int = 0) -> bytes:
+        """Read exactly `length` bytes from `offset` on. Raises "corrupt" if there are fewer."""
         parts: list[bytes] = []
         have = 0
         while have < length:
-            part = _call("read", self._raw.pread, fd, length - have, have)
+            part = self._call("read", self._raw.pread, fd, length - have, offset + have)
             if not part:
                 raise DiskError("corrupt", f"{have} bytes where {length} were expected")
             parts.append(part)
             have += len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def write_all(self, fd: int, data: bytes) -> None:
-        """Write `data` at the start of the file."""
+    def write_all(self, fd: int, data: bytes, offset: int = 0) -> None:
+        """Write `data` from `offset` on."""
         view = memoryview(data)
         done = 0
         while done < len(view):
-            written = _call("write", self._raw.pwrite, fd, view[done:], done)
+            written = self._call("write", self._raw.pwrite, fd, view[done:], offset + done)
             if written <= 0:
                 raise DiskError("io", "write made no progress")
             done += written
 
     def truncate(self, fd: int, size: int) -> None:
-        _call("truncate", self._raw.truncate, fd, size)
+        self._call("truncate", self._raw.truncate, fd, size)
 
     def fstat(self, fd: int) -> FileInfo:
-        return _call("fstat", self._raw.fstat, fd)
+        return self._call("fstat", self._raw.fstat, fd)
 
     def stat(self, path: str) -> FileInfo | None:
-        """Size, modification time and inode; None if there is no such file."""
+        """What is at a path; None if nothing is."""
         try:
-            return _call(f"stat {path}", self._raw.stat, path)
+            return self._call(f"stat {path}", self._raw.stat, path)
         except DiskError as error:
             _reraise_unless_missing(error)
             return None
@@ -142,43 +161,43 @@ class CheckedFileSystem:
     def list(self, path: str) -> list[Listed]:
         """Entries of a directory; none if there is no such directory."""
         try:
-            return _call(f"list {path}", self._raw.list, path)
+            return self._call(f"list {path}", self._raw.list, path)
         except DiskError as error:
             _reraise_unless_missing(error)
             return []
 
     def mkdir(self, path: str) -> None:
-        _call(f"mkdir {path}", self._raw.mkdir, path)
+        self._call(f"mkdir {path}", self._raw.mkdir, path)
 
     def rmdir(self, path: str) -> None:
-        _call(f"rmdir {path}", self._raw.rmdir, path)
+        self._call(f"rmdir {path}", self._raw.rmdir, path)
 
     def rename(self, source: str, target: str) -> None:
-        _call(f"rename to {target}", self._raw.rename, source, target)
+        self._call(f"rename to {target}", self._raw.rename, source, target)
 
     def unlink(self, path: str) -> bool:
         """Remove a file; False if there was none."""
         try:
-            _call(f"unlink {path}", self._raw.unlink, path)
+            self._call(f"unlink {path}", self._raw.unlink, path)
         except DiskError as error:
             _reraise_unless_missing(error)
             return False
         return True
 
     def utime(self, path: str, time_ns: int) -> None:
-        _call(f"utime {path}", self._raw.utime, path, time_ns)
+        self._call(f"utime {path}", self._raw.utime, path, time_ns)
 
     def free_bytes(self, path: str) -> int:
-        return _call(f"statvfs {path}", self._raw.free_bytes, path)
+        return self._call(f"statvfs {path}", self._raw.free_bytes, path)
 
     def try_lock(self, fd: int) -> bool:
-        return _call("flock", self._raw.try_lock, fd)
+        return self._call("flock", self._raw.try_lock, fd)
 
     def try_lock_shared(self, fd: int) -> bool:
-        return _call("flock", self._raw.try_lock_shared, fd)
+        return self._call("flock", self._raw.try_lock_shared, fd)
 
     def unlock(self, fd: int) -> None:
-        _call("flock", self._raw.unlock, fd)
+        self._call("flock", self._raw.unlock, fd)
 
     def _close(self, fd: int) -> None:
         # Linux frees the descriptor even if close is interrupted: a second one could
@@ -186,16 +205,38 @@ class CheckedFileSystem:
         with suppress(InterruptedError):
             self._raw.close(fd)
 
+    def _call(self, name: str, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        if self._left_behind:
+            raise DiskError("closed", f"{name}: opened by another process, before a fork")
+        for _ in range(INTERRUPTED_TRIES):
+            try:
+                return call(*args, **kwargs)
+            except InterruptedError:
+                continue
+            except OSError as error:
+                raise DiskError.from_os(error, name) from error
+            except ValueError as error:  # a NUL or a surrogate in a path
+                raise DiskError("other", f"{name}: {error}") from error
+        raise DiskError("interrupted", name)
 
-def _call(name: str, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    for _ in range(INTERRUPTED_TRIES):
-        try:
-            return call(*args, **kwargs)
-        except InterruptedError:
-            continue
-        except OSError as error:
-            raise DiskError.from_os(error, name) from error
-    raise DiskError("interrupted", name)
+    def leave_behind(self) -> None:
+        """Close all descriptors and refuse every further call. In the child of a fork."""
+        self._left_behind = True
+        for fd in self._open:
+            with suppress(OSError):
+                os.close(fd)
+        self._open.clear()
+
+
+_all: weakref.WeakSet[CheckedFileSystem] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for filesystem in list(_all):
+        filesystem.leave_behind()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _reraise_unless_missing(error: DiskError) -> None:

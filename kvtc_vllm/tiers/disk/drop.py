@@ -8,15 +8,13 @@ from kvtc_vllm.tiers.disk import scan
 from kvtc_vllm.tiers.disk.checked import CheckedFileSystem, DiskError
 from kvtc_vllm.tiers.disk.layout import (
     IN_USE_FILE,
+    OLD_REMOVALS_FILE,
     RECORD_FILE,
+    REMOVALS_FILE,
     TEMPORARY_DIRECTORY,
-    chunk_path,
     is_fan_out,
 )
 from kvtc_vllm.tiers.disk.space import Space
-
-REMOVE_AT_ONCE = 256
-"""Chunks removed under one hold of the root's lock, for which others wait."""
 
 
 def drop_namespace(fs: CheckedFileSystem, space: Space, root: str, namespace: str) -> int:
@@ -27,10 +25,7 @@ def drop_namespace(fs: CheckedFileSystem, space: Space, root: str, namespace: st
     then may be dropped again.
     """
     directory = f"{root}/{namespace}"
-    paths = [chunk_path(directory, chunk.key) for chunk in scan.chunks(fs, directory)]
-    removed = 0
-    for first in range(0, len(paths), REMOVE_AT_ONCE):
-        removed += space.remove(namespace, paths[first : first + REMOVE_AT_ONCE])
+    removed = space.remove(namespace, [chunk.key for chunk in scan.chunks(fs, directory)])
     space.count(namespace)  # for its effect: it removes the temporaries of dead writers
     with space.locked() as ledger:
         for name, *_ in fs.list(directory):
@@ -38,7 +33,7 @@ def drop_namespace(fs: CheckedFileSystem, space: Space, root: str, namespace: st
                 with suppress(DiskError):  # something is in it
                     fs.rmdir(f"{directory}/{name}")
         # The record last: while it is there, `kvtc gc` finds what a killed process left.
-        for name in (IN_USE_FILE, RECORD_FILE):
+        for name in (REMOVALS_FILE, OLD_REMOVALS_FILE, IN_USE_FILE, RECORD_FILE):
             with suppress(DiskError):
                 fs.unlink(f"{directory}/{name}")
         with suppress(DiskError):

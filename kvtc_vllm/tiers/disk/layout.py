@@ -11,6 +11,8 @@ from kvtc_vllm.tiers.disk.checked import DiskError
 from kvtc_vllm.tiers.keys import RecordKey
 
 LAYOUT_VERSION = 1
+FAN_OUTS = 256
+"""Directories over which the chunks of a namespace are spread, by the first byte of their keys."""
 NAMESPACE_BYTES = 16
 MAX_KEY_BYTES = 100
 """A file name holds two characters per byte and at most 255 in all."""
@@ -19,6 +21,8 @@ LAYOUT_FILE = "layout.json"
 LEDGER_FILE = "ledger.json"
 RECORD_FILE = "namespace.json"
 IN_USE_FILE = "in-use"
+REMOVALS_FILE = "removals"
+OLD_REMOVALS_FILE = "removals.old"
 TEMPORARY_DIRECTORY = "tmp"
 
 IDENTITY_OFFSET = 60
@@ -30,6 +34,7 @@ _CHUNK_SUFFIX = ".kvtc"
 _TEMPORARY_SUFFIX = ".tmp"
 _NAMESPACE = re.compile(r"[0-9a-f]{32}")
 _FAN_OUT = re.compile(r"[0-9a-f]{2}")
+_TEMPORARY = re.compile(r"[0-9]{1,10}-[0-9a-f]{16}\.tmp")
 
 
 def disk_bytes(length: int) -> int:
@@ -49,7 +54,17 @@ def is_fan_out(name: str) -> bool:
 
 def is_temporary(name: str) -> bool:
     """True for the name of a file that is still being written."""
-    return name.endswith(_TEMPORARY_SUFFIX)
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def fan_out_of(key: RecordKey) -> int:
+    """Number of the directory that a chunk is in."""
+    return key[0]
+
+
+def fan_out_path(directory: str, number: int) -> str:
+    """Path of a fan-out directory in a namespace's directory."""
+    return f"{directory}/{number:02x}"
 
 
 def chunk_path(directory: str, key: RecordKey) -> str:

@@ -14,6 +14,7 @@ from kvtc_vllm.tiers.disk.layout import (
     TEMPORARY_DIRECTORY,
     chunk_key,
     disk_bytes,
+    fan_out_path,
     is_fan_out,
     is_namespace,
     is_temporary,
@@ -53,15 +54,27 @@ def namespaces(fs: CheckedFileSystem, root: str) -> list[str]:
     )
 
 
+def fan_outs(fs: CheckedFileSystem, directory: str) -> set[int]:
+    """Numbers of the fan-out directories that a namespace has."""
+    return {
+        int(name, 16)
+        for name, mode, _, _ in fs.list(directory)
+        if S_ISDIR(mode) and is_fan_out(name)
+    }
+
+
+def chunks_in(fs: CheckedFileSystem, directory: str, number: int) -> Iterator[ChunkFile]:
+    """The chunks in one fan-out directory of a namespace, in no order."""
+    for name, mode, size, mtime_ns in fs.list(fan_out_path(directory, number)):
+        key = chunk_key(name) if S_ISREG(mode) else None
+        if key is not None and key[0] == number:
+            yield ChunkFile(mtime_ns, key, size)
+
+
 def chunks(fs: CheckedFileSystem, directory: str) -> Iterator[ChunkFile]:
     """The chunks in a namespace's directory, in no order."""
-    for fan_out, fan_out_mode, _, _ in fs.list(directory):
-        if not S_ISDIR(fan_out_mode) or not is_fan_out(fan_out):
-            continue
-        for name, mode, size, mtime_ns in fs.list(f"{directory}/{fan_out}"):
-            key = chunk_key(name) if S_ISREG(mode) and name[:2] == fan_out else None
-            if key is not None:
-                yield ChunkFile(mtime_ns, key, size)
+    for number in sorted(fan_outs(fs, directory)):
+        yield from chunks_in(fs, directory, number)
 
 
 def temporaries(fs: CheckedFileSystem, directory: str) -> list[tuple[str, int]]:

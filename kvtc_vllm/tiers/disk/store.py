@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections import Counter
@@ -16,17 +17,24 @@ from kvtc_vllm.tiers.disk.drop import drop_namespace
 from kvtc_vllm.tiers.disk.filesystem import FileSystem, OsFileSystem
 from kvtc_vllm.tiers.disk.in_use import InUseMark
 from kvtc_vllm.tiers.disk.layout import (
+    LAYOUT_FILE,
     MIN_BLOB_BYTES,
     NAMESPACE_BYTES,
+    RECORD_FILE,
     TEMPORARY_DIRECTORY,
     check_blob,
     chunk_path,
     disk_bytes,
 )
 from kvtc_vllm.tiers.disk.ledger import LOCK_WAIT_SECONDS
+from kvtc_vllm.tiers.disk.places import make_directory
+from kvtc_vllm.tiers.disk.recency import Recency, Temporary
+from kvtc_vllm.tiers.disk.removal_log import RemovalReader
 from kvtc_vllm.tiers.disk.scan import ChunkFile, without_collector
-from kvtc_vllm.tiers.disk.space import Recency, Space, Temporary
+from kvtc_vllm.tiers.disk.space import Space
 from kvtc_vllm.tiers.keys import RecordKey
+
+logger = logging.getLogger("vllm.kvtc")
 
 DEFAULT_CAPACITY = 32 * 2**30
 DEFAULT_MIN_FREE = 4 * 2**30
@@ -49,6 +57,7 @@ class DiskStore:
     capacity: bytes over the whole root, all namespaces, ranks and processes together; a
     caller with several ranks on one root gives each the total.
     min_free: bytes that stay free on the volume.
+    most_bytes: of a blob; a larger file in this namespace is damaged. Unset: the capacity.
     """
 
     def __init__(
@@ -58,6 +67,7 @@ class DiskStore:
         *,
         capacity: int = DEFAULT_CAPACITY,
         min_free: int = DEFAULT_MIN_FREE,
+        most_bytes: int | None = None,
         namespace_record: record.NamespaceRecord | None = None,
         filesystem: FileSystem | None = None,
         lock_wait_seconds: float = LOCK_WAIT_SECONDS,
@@ -66,13 +76,16 @@ class DiskStore:
             raise ValueError(f"a namespace has {NAMESPACE_BYTES} bytes, not {len(namespace)}")
         if capacity <= 0 or min_free < 0:
             raise ValueError(f"capacity {capacity} and min_free {min_free} must be positive")
-        self.root = str(root)
+        self.root = str(Path(root))
         self.namespace = namespace
         self.capacity = capacity
+        self._most_bytes = min(capacity, most_bytes or capacity)
         self._name = namespace.hex()
         self._directory = f"{self.root}/{self._name}"
         self._record = namespace_record
-        self._fs = CheckedFileSystem(filesystem if filesystem is not None else OsFileSystem())
+        self._fs = CheckedFileSystem(
+            filesystem if filesystem is not None else OsFileSystem(self.root)
+        )
         self._mark = InUseMark(self._fs, self._directory)
         self._recency = Recency(self._fs)
         self._space = Space(
@@ -81,9 +94,15 @@ class DiskStore:
             capacity,
             min_free,
             self._recency,
-            self._note_eviction,
-            lock_wait_seconds,
+            most_bytes=self._bound_of,
+            evicted=self._note_eviction,
+            repaired=self._note_repair,
+            lock_wait_seconds=lock_wait_seconds,
         )
+        self._removals = RemovalReader(self._fs, self._directory)
+        self._removals_lock = threading.Lock()
+        self._bounds: dict[str, int] = {self._name: self._most_bytes}
+        self._evicts_in_vain = False
         self._lock = threading.Lock()
         self._evicted: list[RecordKey] = []
         self._counts: Counter[str] = Counter()
@@ -104,15 +123,17 @@ class DiskStore:
         are in `take_evicted`, also if the write then failed.
         """
         with self._counted("write"):
-            path = chunk_path(self._directory, key)
+            chunk_path(self._directory, key)  # raises if the key can be no name
             check_blob(blob, self.namespace, key)
             try:
-                fresh = self._write(path, blob)
+                fresh = self._write(key, blob)
             except DiskError as error:
-                if error.reason != "missing":
+                if error.reason == "missing":
+                    self._prepare()  # somebody deleted the directory
+                elif error.reason != "no_space" or not self._give_way(len(blob)):
                     raise
-                self._prepare()  # somebody deleted the directory
-                fresh = self._write(path, blob)
+                fresh = self._write(key, blob)
+                self._evicts_in_vain = False
         self._count("writes" if fresh else "writes_present")
         self._count("written_bytes", len(blob) if fresh else 0)
         return disk_bytes(len(blob))
@@ -129,7 +150,7 @@ class DiskStore:
                 check_blob(blob, self.namespace, key)
             except DiskError as error:
                 if error.reason in ("corrupt", "foreign"):
-                    self._remove_quietly(path)
+                    self._remove_quietly(key)
                 raise
         self._space.add_hits(self._name, 1)
         self._count("reads")
@@ -139,9 +160,7 @@ class DiskStore:
     def remove(self, keys: Iterable[RecordKey]) -> int:
         """Forget chunks; returns how many there were. On an error the others still go."""
         with self._counted("remove"):
-            removed = self._space.remove(
-                self._name, [chunk_path(self._directory, key) for key in keys]
-            )
+            removed = self._space.remove(self._name, list(keys))
         self._count("removed", removed)
         return removed
 
@@ -175,16 +194,19 @@ class DiskStore:
         """All chunks, least recently used first.
 
         Also removes the temporaries of dead writers and corrects the ledger, so
-        this is all that a restart needs. Holds the root's lock meanwhile.
+        this is all that a restart needs. Gives the root's lock back now and then: what others
+        remove meanwhile is told by `take_removed`.
         """
         with self._counted("scan"), without_collector():
-            found = sorted(self._space.count(self._name))
+            with self._removals_lock:
+                self._removals.skip()
+            found = self._space.count(self._name)
             return [DiskEntry(key, disk_bytes(length), used / 1e9) for used, key, length in found]
 
     def used(self) -> int:
         """Bytes of the whole root by the ledger: never below what is on disk."""
-        with self._counted("used"), self._space.locked() as page:
-            return page.used
+        with self._counted("used"):
+            return self._space.used()
 
     def take_evicted(self) -> list[RecordKey]:
         """Keys of this namespace that this store evicted since the last call."""
@@ -192,15 +214,24 @@ class DiskStore:
             evicted, self._evicted = self._evicted, []
         return evicted
 
+    def take_removed(self) -> list[RecordKey]:
+        """Keys of this namespace that anybody removed since the last call, or since `scan`.
+
+        Of these, those that are gone now. Takes no lock of the root.
+        """
+        with self._counted("removals"), self._removals_lock:
+            told = dict.fromkeys(self._removals.take())
+            return [key for key in told if self._fs.stat(chunk_path(self._directory, key)) is None]
+
     def counts(self) -> dict[str, int]:
         """Totals since opening: writes, writes_present, written_bytes, reads, read_bytes,
-        removed, evicted, evicted_bytes (of all namespaces)."""
+        removed, evicted, evicted_bytes (of all namespaces), repairs (files made anew)."""
         with self._lock:
             return dict(self._counts)
 
     def errors(self) -> dict[tuple[str, str], int]:
         """Failures since opening by operation (write, read, remove, drop, touch,
-        scan, used, cleanup) and reason."""
+        scan, used, removals, cleanup) and reason."""
         with self._lock:
             return dict(self._errors)
 
@@ -220,27 +251,51 @@ class DiskStore:
 
     def _prepare(self) -> None:
         self._fs.mkdir(self.root)
-        ready = record.has_layout(self._fs, self.root)
-        self._fs.mkdir(f"{self._directory}/{TEMPORARY_DIRECTORY}")
+        damage = record.layout_damage(self._fs, self.root)
+        make_directory(self._fs, self.root, self._directory)
+        make_directory(self._fs, self.root, f"{self._directory}/{TEMPORARY_DIRECTORY}")
         self._mark.set()  # before the record, by which alone it could be taken for ended
-        if ready and self._record is None:
+        if damage is None and self._record is None:
             return
         with self._space.locked():
-            if not record.has_layout(self._fs, self.root):
+            damage = record.layout_damage(self._fs, self.root)
+            if damage is not None:
                 record.write_layout(self._fs, self.root, self._directory)
-            if self._record is not None:
-                record.write_record(self._fs, self._directory, self._record)
+            if damage:
+                self._note_repair(f"{self.root}/{LAYOUT_FILE}: {damage}")
+            if self._record is not None and record.write_record(
+                self._fs, self.root, self._directory, self._record
+            ):
+                self._note_repair(f"{self._directory}/{RECORD_FILE}: it could not be read")
 
-    def _write(self, path: str, blob: bytes) -> bool:
-        temporary = self._space.reserve(self._name, path, len(blob))
+    def _write(self, key: RecordKey, blob: bytes) -> bool:
+        temporary = self._space.reserve(self._name, key, len(blob))
         if temporary is None:
             return False
         try:
             self._fill(temporary, blob)
-            return self._space.publish(self._name, temporary, path)
+            return self._space.publish(self._name, temporary, key)
         except BaseException:
             self._space.abandon(self._name, temporary)
             raise
+
+    def _give_way(self, length: int) -> bool:
+        """Evict for a write that the volume has no room for: no inodes, or a quota.
+
+        Not again before a write after that succeeded: it may be of no use.
+        """
+        if self._evicts_in_vain:
+            return False
+        self._evicts_in_vain = True
+        return self._space.give_way(disk_bytes(length))
+
+    def _bound_of(self, namespace: str) -> int:
+        """Most bytes of a chunk, by the namespace's record if it is another's."""
+        if namespace not in self._bounds:
+            found = record.read_record(self._fs, f"{self.root}/{namespace}")
+            stated = found.most_bytes if found is not None else 0
+            self._bounds[namespace] = min(self.capacity, stated or self.capacity)
+        return self._bounds[namespace]
 
     def _fill(self, temporary: Temporary, blob: bytes) -> None:
         fd = temporary.open_fd
@@ -252,15 +307,15 @@ class DiskStore:
         fd = self._fs.open(path, os.O_RDONLY)
         try:
             size = self._fs.fstat(fd).size
-            if not MIN_BLOB_BYTES <= size <= self.capacity:
+            if not MIN_BLOB_BYTES <= size <= self._most_bytes:
                 raise DiskError("corrupt", f"{size} bytes cannot be a blob")
             return self._fs.read_all(fd, size)
         finally:
             self._fs.close_quietly(fd)
 
-    def _remove_quietly(self, path: str) -> None:
+    def _remove_quietly(self, key: RecordKey) -> None:
         with suppress(DiskError), self._counted("cleanup"):
-            self._space.remove(self._name, [path])
+            self._space.remove(self._name, [key])
 
     def _note_eviction(self, namespace: str, chunk: ChunkFile) -> None:
         with self._lock:
@@ -268,6 +323,10 @@ class DiskStore:
             self._counts["evicted_bytes"] += chunk.length
             if namespace == self._name:
                 self._evicted.append(chunk.key)
+
+    def _note_repair(self, problem: str) -> None:
+        logger.warning("kvtc: damaged file of the disk tier was removed or made anew: %s", problem)
+        self._count("repairs")
 
     @contextmanager
     def _counted(self, operation: str) -> Iterator[None]:

@@ -6,6 +6,8 @@ a chunk removed here is a miss.
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +18,16 @@ from kvtc_vllm.tiers.disk.drop import drop_namespace
 from kvtc_vllm.tiers.disk.filesystem import OsFileSystem
 from kvtc_vllm.tiers.disk.in_use import is_in_use
 from kvtc_vllm.tiers.disk.layout import chunk_path, disk_bytes
+from kvtc_vllm.tiers.disk.recency import Recency
 from kvtc_vllm.tiers.disk.scan import ChunkFile
-from kvtc_vllm.tiers.disk.space import Recency, Space
+from kvtc_vllm.tiers.disk.sorting import in_order
+from kvtc_vllm.tiers.disk.space import Space
 from kvtc_vllm.tiers.keys import RecordKey
+
+logger = logging.getLogger("vllm.kvtc")
+
+MAX_BLOB_BYTES = 2**32
+"""Of a chunk whose namespace does not say; lengths in FORMAT.md are of 32 bits."""
 
 _UNBOUNDED = 2**63
 
@@ -53,9 +62,10 @@ class Survey:
     """Looks at and cleans the tier in `root`. Raises DiskError, "layout" if it is none."""
 
     def __init__(self, root: str | Path) -> None:
-        self.root = str(root)
-        self._fs = CheckedFileSystem(OsFileSystem())
-        if not record.has_layout(self._fs, self.root):
+        self.root = str(Path(root))
+        self._fs = CheckedFileSystem(OsFileSystem(self.root))
+        self._bounds: dict[str, int] = {}
+        if record.layout_damage(self._fs, self.root) == "":
             raise DiskError("layout", f"{self.root} is not a disk tier: it has no layout.json")
 
     def namespaces(self) -> list[str]:
@@ -64,11 +74,23 @@ class Survey:
 
     def chunks(self, namespace: str) -> list[ChunkFile]:
         """The chunks of a namespace, least recently used first."""
-        return sorted(scan.chunks(self._fs, self._directory(namespace)))
+        return list(in_order(list(scan.chunks(self._fs, self._directory(namespace)))))
 
     def path(self, namespace: str, key: RecordKey) -> str:
         """Path of a chunk's file, whether it exists or not."""
         return chunk_path(self._directory(namespace), key)
+
+    def read(self, namespace: str, key: RecordKey) -> bytes:
+        """A chunk's file. Raises DiskError, "corrupt" without reading if it is too large."""
+        fd = self._fs.open(self.path(namespace, key), os.O_RDONLY)
+        try:
+            size = self._fs.fstat(fd).size
+            most = self._most_bytes(namespace)
+            if size > most:
+                raise DiskError("corrupt", f"{size} bytes, at most {most} are right")
+            return self._fs.read_all(fd, size)
+        finally:
+            self._fs.close_quietly(fd)
 
     def summaries(self) -> Iterator[NamespaceSummary]:
         """All namespaces. Changes nothing but the ledger, if it was lost."""
@@ -86,7 +108,7 @@ class Survey:
         """Remove chunks; returns how many there were."""
         space = self._space(_UNBOUNDED)
         try:
-            return space.remove(namespace, [self.path(namespace, key) for key in keys])
+            return space.remove(namespace, keys)
         finally:
             space.close()
 
@@ -109,15 +131,18 @@ class Survey:
         finally:
             space.close()
 
-    def shrink(self, capacity: int) -> tuple[int, int]:
-        """Evict the least recently used until `capacity` bytes; returns chunks and bytes."""
+    def shrink(self, capacity: int) -> tuple[int, int, int]:
+        """Evict the least recently used until `capacity` bytes.
+
+        Returns chunks and bytes evicted, and the bytes above it that are left.
+        """
         evicted: list[int] = []
         space = self._space(capacity, evicted)
         try:
-            space.shrink()
+            left = space.shrink()
         finally:
             space.close()
-        return len(evicted), sum(evicted)
+        return len(evicted), sum(evicted), left
 
     def _has_ended(self, namespace: str) -> bool:
         found = self._record(namespace)
@@ -156,4 +181,19 @@ class Survey:
             if evicted is not None:
                 evicted.append(disk_bytes(chunk.length))
 
-        return Space(self._fs, self.root, capacity, 0, Recency(self._fs), note)
+        return Space(
+            self._fs,
+            self.root,
+            capacity,
+            0,
+            Recency(self._fs),
+            most_bytes=self._most_bytes,
+            evicted=note,
+            repaired=lambda problem: logger.warning("kvtc: damaged: %s", problem),
+        )
+
+    def _most_bytes(self, namespace: str) -> int:
+        if namespace not in self._bounds:
+            found = self._record(namespace)
+            self._bounds[namespace] = (found.most_bytes if found else 0) or MAX_BLOB_BYTES
+        return self._bounds[namespace]

@@ -8,37 +8,53 @@ since chunks differ in size.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
-
+from kvtc_vllm.tiers.key_order import KeyOrder
 from kvtc_vllm.tiers.keys import RecordKey
 
 
 class _SizedList:
-    """Keys in order of recency with the sum of their sizes."""
+    """Keys in order of recency, some held, with the sum of the sizes of all."""
 
     def __init__(self) -> None:
-        self.items: OrderedDict[RecordKey, int] = OrderedDict()
+        self._sizes: dict[RecordKey, int] = {}
+        self._order = KeyOrder()
         self.bytes = 0
 
     def __contains__(self, key: RecordKey) -> bool:
-        return key in self.items
+        return key in self._sizes
 
     def push(self, key: RecordKey, size: int) -> None:
-        self.items[key] = size
+        self._sizes[key] = size
+        self._order.push(key)
         self.bytes += size
 
     def pop(self, key: RecordKey) -> int:
-        size = self.items.pop(key)
+        size = self._sizes.pop(key)
+        self._order.discard(key)
         self.bytes -= size
         return size
 
-    def pop_oldest(self) -> None:
-        _, size = self.items.popitem(last=False)
-        self.bytes -= size
+    def pop_oldest(self) -> tuple[RecordKey, int] | None:
+        """The oldest that is not held, and its size."""
+        key = self._order.pop_oldest()
+        return None if key is None else (key, self.pop(key))
+
+    def refresh(self, key: RecordKey) -> None:
+        if key in self._order:
+            self._order.push(key)
+
+    def hold(self, key: RecordKey) -> None:
+        self._order.discard(key)
+
+    def release(self, key: RecordKey) -> None:
+        self._order.push(key)
+
+    def is_held(self, key: RecordKey) -> bool:
+        return key in self._sizes and key not in self._order
 
     def clear(self) -> None:
-        self.items.clear()
+        self._sizes.clear()
+        self._order.clear()
         self.bytes = 0
 
 
@@ -73,32 +89,42 @@ class ARCPolicy:
     def hit(self, key: RecordKey) -> None:
         for resident in (self._seen_once, self._seen_again):
             if key in resident:
+                held = resident.is_held(key)
                 self._seen_again.push(key, resident.pop(key))
+                if held:
+                    self._seen_again.hold(key)
                 return
 
     def refresh(self, key: RecordKey) -> None:
         for resident in (self._seen_once, self._seen_again):
             if key in resident:
-                resident.push(key, resident.pop(key))
-                return
+                resident.refresh(key)
+
+    def hold(self, key: RecordKey) -> None:
+        for resident in (self._seen_once, self._seen_again):
+            if key in resident:
+                resident.hold(key)
+
+    def release(self, key: RecordKey) -> None:
+        for resident in (self._seen_once, self._seen_again):
+            if key in resident:
+                resident.release(key)
 
     def remove(self, key: RecordKey) -> None:
         for resident in (self._seen_once, self._seen_again):
             if key in resident:
                 resident.pop(key)
 
-    def evict(self, evictable: Callable[[RecordKey], bool]) -> RecordKey | None:
-        first, second = self._seen_once, self._seen_again
-        if first.bytes <= self._target:
-            first, second = second, first
-        for resident in (first, second):
-            victim = next((key for key in resident.items if evictable(key)), None)
+    def evict(self) -> RecordKey | None:
+        lists = [(self._seen_once, self._ghost_once), (self._seen_again, self._ghost_again)]
+        if self._seen_once.bytes <= self._target:
+            lists.reverse()
+        for resident, ghost in lists:
+            victim = resident.pop_oldest()
             if victim is not None:
-                size = resident.pop(victim)
-                ghost = self._ghost_once if resident is self._seen_once else self._ghost_again
-                ghost.push(victim, size)
+                ghost.push(*victim)
                 self._trim_ghosts()
-                return victim
+                return victim[0]
         return None
 
     def clear(self) -> None:
@@ -109,13 +135,13 @@ class ARCPolicy:
     def _trim_ghosts(self) -> None:
         """Keep the bounds of the original: |T1|+|B1| <= c and all four <= 2c."""
         while (
-            self._ghost_once.items
+            self._ghost_once.bytes
             and self._seen_once.bytes + self._ghost_once.bytes > self._capacity
         ):
             self._ghost_once.pop_oldest()
         resident = self._seen_once.bytes + self._seen_again.bytes
         while (
-            self._ghost_again.items
+            self._ghost_again.bytes
             and resident + self._ghost_once.bytes + self._ghost_again.bytes > 2 * self._capacity
         ):
             self._ghost_again.pop_oldest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 from kvtc_vllm.tiers.keys import RecordKey
@@ -12,7 +11,8 @@ class EvictionPolicy(Protocol):
     """Order in which resident records are given up.
 
     Used by one thread (the scheduler's). The policy tracks keys and sizes; the
-    index owns the bytes.
+    index owns the bytes. Every call takes constant time, however many records there are and
+    however many of them are held.
     """
 
     name: str
@@ -29,12 +29,20 @@ class EvictionPolicy(Protocol):
         """Make a resident record the most recent of its class without counting a use."""
         ...
 
+    def hold(self, key: RecordKey) -> None:
+        """Do not evict a record until it is released. Unknown keys are ignored."""
+        ...
+
+    def release(self, key: RecordKey) -> None:
+        """End `hold`; the record is then the most recent of its class."""
+        ...
+
     def remove(self, key: RecordKey) -> None:
         """Drop a record that left for another reason than eviction. Unknown keys are ignored."""
         ...
 
-    def evict(self, evictable: Callable[[RecordKey], bool]) -> RecordKey | None:
-        """Choose, forget and return the next victim, or None if nothing qualifies."""
+    def evict(self) -> RecordKey | None:
+        """Choose, forget and return the next victim, or None if all are held."""
         ...
 
     def clear(self) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
-
+from kvtc_vllm.tiers.key_order import KeyOrder
 from kvtc_vllm.tiers.keys import RecordKey
 
 
@@ -15,27 +13,36 @@ class LRUPolicy:
 
     def __init__(self, capacity: int) -> None:
         del capacity  # LRU keeps no history, so it needs no bound for one
-        self._order: OrderedDict[RecordKey, int] = OrderedDict()
+        self._order = KeyOrder()
+        self._held: set[RecordKey] = set()
 
     def insert(self, key: RecordKey, size: int) -> None:
-        self._order[key] = size
-        self._order.move_to_end(key)
+        if key not in self._held:
+            self._order.push(key)
 
     def hit(self, key: RecordKey) -> None:
         if key in self._order:
-            self._order.move_to_end(key)
+            self._order.push(key)
 
     def refresh(self, key: RecordKey) -> None:
         self.hit(key)
 
-    def remove(self, key: RecordKey) -> None:
-        self._order.pop(key, None)
+    def hold(self, key: RecordKey) -> None:
+        if self._order.discard(key):
+            self._held.add(key)
 
-    def evict(self, evictable: Callable[[RecordKey], bool]) -> RecordKey | None:
-        victim = next((key for key in self._order if evictable(key)), None)
-        if victim is not None:
-            del self._order[victim]
-        return victim
+    def release(self, key: RecordKey) -> None:
+        if key in self._held:
+            self._held.discard(key)
+            self._order.push(key)
+
+    def remove(self, key: RecordKey) -> None:
+        self._held.discard(key)
+        self._order.discard(key)
+
+    def evict(self) -> RecordKey | None:
+        return self._order.pop_oldest()
 
     def clear(self) -> None:
         self._order.clear()
+        self._held.clear()

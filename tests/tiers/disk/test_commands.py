@@ -7,6 +7,7 @@ import os
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -121,7 +122,7 @@ def test_gc_by_age(tier: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_gc_by_namespace(tier: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    orphan = tier / OTHER_NAMESPACE.hex() / "tmp" / "1-a.tmp"
+    orphan = tier / OTHER_NAMESPACE.hex() / "tmp" / "1-0123456789abcdef.tmp"
     orphan.write_bytes(b"x")
     assert main(["gc", str(tier), "--keep", "ffff"]) == 2
     assert "nothing was removed" in capsys.readouterr().err
@@ -134,7 +135,7 @@ def test_gc_by_namespace(tier: Path, capsys: pytest.CaptureFixture[str]) -> None
         "layout.json",
         "ledger.json",
     ]
-    assert list(json.loads((tier / "ledger.json").read_text())) == [NAMESPACE.hex()]
+    assert list(disk.ledger_accounts(tier)) == [NAMESPACE.hex()]
 
 
 def test_what_is_no_tier_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,3 +149,18 @@ def test_gc_refuses_what_it_cannot_read(tier: Path) -> None:
     assert main(["gc", str(tier), "--unused-for", "soon"]) == 2
     assert main(["gc", str(tier), "--capacity", "plenty"]) == 2
     assert len(disk.chunk_files(tier)) == 6
+
+
+def test_a_record_s_text_cannot_steer_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "\x1b[2J\x1b]0;owned\x07m\nnamespace: forged\u202e"
+    record = msgspec.structs.replace(RECORD, model=text, generation="c0ffee", facts={text: text})
+    DiskStore(tmp_path, NAMESPACE, min_free=0, namespace_record=record).close()
+    for command in ("inspect", "gc", "verify"):
+        assert main([command, str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    lines = (printed.out + printed.err).split("\n")
+    assert all(line.isprintable() for line in lines)
+    assert not any(line.startswith("namespace: ") for line in lines)
+    assert "owned" in printed.out

@@ -15,7 +15,9 @@ import xxhash
 from kvtc_vllm.codec import container
 from kvtc_vllm.codec.raw import RawCodec
 from kvtc_vllm.tiers.disk import DiskError, DiskStore, NamespaceRecord, disk_bytes, layout
+from kvtc_vllm.tiers.disk.checked import CheckedFileSystem
 from kvtc_vllm.tiers.disk.filesystem import OsFileSystem
+from kvtc_vllm.tiers.disk.ledger import Ledger
 from tests.codec.synthetic import SyntheticModel
 from tests.reliability import disk
 from tests.reliability.blobs import NAMESPACE, OTHER_NAMESPACE, blob_of, key_of
@@ -259,8 +261,8 @@ def test_a_restart_keeps_recency_and_leaves_others_alone(tmp_path: Path) -> None
         other.write(key, small(key, OTHER_NAMESPACE))
     store.touch([C, A])
     store.close()
-    (tmp_path / NAMESPACE.hex() / "tmp" / "123-abc.tmp").write_bytes(bytes(5000))
-    foreign = tmp_path / OTHER_NAMESPACE.hex() / "tmp" / "123-abc.tmp"
+    (tmp_path / NAMESPACE.hex() / "tmp" / "123-0123456789abcdef.tmp").write_bytes(bytes(5000))
+    foreign = tmp_path / OTHER_NAMESPACE.hex() / "tmp" / "123-0123456789abcdef.tmp"
     foreign.write_bytes(bytes(5000))
     (tmp_path / "notes.txt").write_text("not ours")
     (path_of(tmp_path, A).parent / "notes.txt").write_text("not ours")
@@ -268,7 +270,7 @@ def test_a_restart_keeps_recency_and_leaves_others_alone(tmp_path: Path) -> None
     restarted = open_store(tmp_path)
     assert [entry.key for entry in restarted.scan()] == [B, C, A]
     gone = set(before) - {path for path in tmp_path.rglob("*") if path.is_file()}
-    assert {path.name for path in gone} == {"123-abc.tmp"}
+    assert {path.name for path in gone} == {"123-0123456789abcdef.tmp"}
     assert foreign.exists()
     assert [e.key for e in other.scan()] == [A, B, C]
     assert not foreign.exists()
@@ -315,10 +317,8 @@ def test_a_lost_or_broken_ledger_is_counted_anew(content: bytes | None, tmp_path
 def test_a_ledger_that_is_too_high_costs_no_chunk_for_ever(tmp_path: Path) -> None:
     store = open_store(tmp_path, pages=3)
     store.write(A, small(A))
-    ledger = tmp_path / "ledger.json"
-    accounts = json.loads(ledger.read_text())
-    accounts[NAMESPACE.hex()]["used"] += 50 * PAGE  # as after a kill between two steps
-    ledger.write_text(json.dumps(accounts))
+    with Ledger(CheckedFileSystem(OsFileSystem(str(tmp_path))), str(tmp_path)).locked() as ledger:
+        ledger.account(NAMESPACE.hex()).used += 50 * PAGE  # as after a kill between two steps
     store.write(B, small(B))
     assert store.take_evicted() == []
     assert store.used() == 2 * PAGE
@@ -366,8 +366,7 @@ def test_a_closed_store_says_so_and_keeps_no_descriptor(tmp_path: Path) -> None:
     assert disk.open_descriptors() == descriptors
     assert reason(store.read, A) == reason(store.write, A, small(A)) == "closed"
     assert store.touch([A]) == []
-    accounts = json.loads((tmp_path / "ledger.json").read_text())
-    assert accounts[NAMESPACE.hex()]["hits"] == 1
+    assert disk.ledger_accounts(tmp_path)[NAMESPACE.hex()]["hits"] == 1
     assert reason(open_store, tmp_path / "layout.json") != ""
     assert disk.open_descriptors() == descriptors
 

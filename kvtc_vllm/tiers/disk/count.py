@@ -1,0 +1,89 @@
+"""Going through all chunks of a namespace: in steps, between which others have the lock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+from kvtc_vllm.tiers.disk import scan
+from kvtc_vllm.tiers.disk.checked import CheckedFileSystem
+from kvtc_vllm.tiers.disk.layout import FAN_OUTS, disk_bytes
+from kvtc_vllm.tiers.disk.ledger import LONGEST_PAUSE_SECONDS, Account, LedgerState
+from kvtc_vllm.tiers.disk.scan import ChunkFile
+
+FILES_AT_ONCE = 4096
+"""Looked at under one hold of the root's lock: some hundredths of a second."""
+
+
+def let_others() -> None:
+    """Wait so long that somebody else who waits for the root's lock gets it."""
+    time.sleep(LONGEST_PAUSE_SECONDS)
+
+
+class NamespaceCount:
+    """Counts namespaces of `root` and lists their chunks.
+
+    locked: the root's lock. sound: called under it for each chunk; False for a file that is none
+    and was removed.
+    """
+
+    def __init__(
+        self,
+        fs: CheckedFileSystem,
+        root: str,
+        locked: Callable[[], AbstractContextManager[LedgerState]],
+        sound: Callable[[str, ChunkFile], bool],
+    ) -> None:
+        self._fs = fs
+        self._root = root
+        self._locked = locked
+        self._sound = sound
+
+    def run(self, namespace: str) -> list[ChunkFile]:
+        """Count from the start: removes temporaries of dead writers, corrects the account.
+
+        Returns the chunks in no order. The result is exact even if others change the namespace
+        meanwhile, see `Account`; if another process counts too, the one that began last decides.
+        Raises DiskError.
+        """
+        found: list[ChunkFile] = []
+        place = 0
+        with self._locked() as ledger:
+            ledger.account(namespace).begin_count()
+            place = self._go_on(ledger.account(namespace), namespace, place, found)
+        while place < FAN_OUTS:
+            let_others()
+            with self._locked() as ledger:
+                place = self._go_on(ledger.account(namespace), namespace, place, found)
+        return found
+
+    def finish(self, namespace: str) -> None:
+        """Go on with a count that anybody has begun, until the account is known."""
+        while True:
+            with self._locked() as ledger:
+                account = ledger.account(namespace)
+                if account.known:
+                    return
+                self._go_on(account, namespace, max(0, account.next), [])
+            let_others()
+
+    def _go_on(self, account: Account, namespace: str, place: int, found: list[ChunkFile]) -> int:
+        """One step from fan-out directory `place` on; returns where the next begins."""
+        directory = f"{self._root}/{namespace}"
+        there = scan.fan_outs(self._fs, directory)
+        looked_at = 0
+        while place < FAN_OUTS and looked_at < FILES_AT_ONCE:
+            chunks = list(scan.chunks_in(self._fs, directory, place)) if place in there else []
+            looked_at += len(chunks)
+            chunks = [chunk for chunk in chunks if self._sound(namespace, chunk)]
+            found += chunks
+            counts = account.next == place
+            place += 1
+            if counts:
+                account.counted += sum(disk_bytes(chunk.length) for chunk in chunks)
+                if place < FAN_OUTS:
+                    account.next = place
+                else:
+                    account.end_count(scan.remove_orphans(self._fs, directory))
+        return place

@@ -1,0 +1,44 @@
+"""Sorting in runs: the order of `sorted`, and no call that sorts much at once."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from kvtc_vllm.tiers.disk import sorting
+from kvtc_vllm.tiers.disk.sorting import in_order
+
+MANY = 20 * sorting.RUN
+
+SHAPES: dict[str, Callable[[random.Random], list[int]]] = {
+    "random": lambda chance: [chance.randrange(10**9) for _ in range(MANY)],
+    "sorted": lambda chance: list(range(MANY)),
+    "reversed": lambda chance: list(range(MANY, 0, -1)),
+    "equal": lambda chance: [7] * MANY,
+    "few values": lambda chance: [chance.randrange(3) for _ in range(MANY)],
+    "one large part": lambda chance: [max(0, chance.randrange(-(10**6), 100)) for _ in range(MANY)],
+    "saw": lambda chance: [number % (sorting.RUN + 1) for number in range(MANY)],
+    "few": lambda chance: [3, 1, 2],
+    "none": lambda chance: [],
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_order_is_that_of_sorted(shape: str) -> None:
+    items = SHAPES[shape](random.Random(1))
+    assert list(in_order(items)) == sorted(items)
+
+
+@pytest.mark.parametrize("shape", ["random", "sorted", "reversed", "saw"])
+def test_no_call_sorts_much(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+
+    def recorded(items: list[int]) -> list[int]:
+        lengths.append(len(items))
+        return sorted(items)
+
+    monkeypatch.setattr(sorting, "sorted", recorded, raising=False)
+    assert len(list(in_order(SHAPES[shape](random.Random(2))))) == MANY
+    assert max(lengths) <= 2 * sorting.RUN
