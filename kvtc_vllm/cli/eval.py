@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tasks",
         default="all",
         help="comma-separated, each with an own length as in "
-        "'needle:512' or without; default: all, with --data all that read it",
+        "'needle:512' or without; default: all, with --data all that read it. With --ablation: "
+        "which of its tasks",
     )
     add("--data", type=Path, metavar="DIR", help="public data sets for the tasks that read them")
     add("--part", default="report", help="documents to read: 'report' (default) or 'tune'")
@@ -206,6 +207,7 @@ def _plan(
             args.fits or work,
             source=_source(args),
             spool=args.spool,
+            only=None if args.tasks == "all" else [name for name, _ in tasks],
         )
     workloads = [
         Workload(task=task, context=length, count=_sessions(task, args.count))

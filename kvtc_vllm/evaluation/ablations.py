@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -306,10 +306,12 @@ def plan(
     work: Path,
     source: Source | None = None,
     spool: Path | None = None,
+    only: Collection[str] | None = None,
 ) -> Plan:
-    """Methods and tasks of one ablation. Raises MethodError for an unknown name.
+    """Methods and tasks of one ablation. Raises MethodError for an unknown name, and for `only`
+    without any of the ablation's tasks.
 
-    source, spool: `source` and `captured` of `Setting`.
+    source, spool: `source` and `captured` of `Setting`. only: leave out other tasks than these.
     """
     if name not in ABLATIONS:
         raise MethodError(f"ablation {name!r} is not known; give one of {', '.join(ABLATIONS)}")
@@ -325,4 +327,14 @@ def plan(
         captured=spool,
         work=work,
     )
-    return ABLATIONS[name].plan(setting)
+    whole = ABLATIONS[name].plan(setting)
+    if only is None:
+        return whole
+    kept = [(method, [w for w in workloads if w.task in only]) for method, workloads in whole]
+    part = [(method, workloads) for method, workloads in kept if workloads]
+    if not part:
+        tasks = dict.fromkeys(w.task for _, workloads in whole for w in workloads)
+        raise MethodError(
+            f"ablation {name!r} has no task {', '.join(only)}; it has {', '.join(tasks)}"
+        )
+    return part

@@ -106,6 +106,16 @@ def test_ablations_ask_the_same_of_public_documents(reference_model: Path, tmp_p
         assert {w.task for w in theirs} <= DATA_TASKS.keys()
 
 
+def test_an_ablation_of_some_tasks(reference_model: Path, tmp_path: Path) -> None:
+    arguments = ("sinks", str(reference_model), None, (), 4, 800, {}, tmp_path)
+    whole, part = ablations.plan(*arguments), ablations.plan(*arguments, only=["needle"])
+    assert [method for method, _ in part] == [method for method, _ in whole]
+    for (_, every), (_, some) in zip(whole, part, strict=True):
+        assert [w for w in every if w.task == "needle"] == some
+    with pytest.raises(MethodError, match="no task chats; it has prose"):
+        ablations.plan(*arguments, only=["chats"])
+
+
 def test_results_show_no_directories_of_the_machine() -> None:
     shown = _shown(["eval", "/home/me/models/small", "--tasks", "litm:512", "--out", "here/it"])
     assert shown == "kvtc eval small --tasks litm:512 --out here/it"
