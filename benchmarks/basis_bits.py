@@ -5,10 +5,11 @@
                                     [--out benchmarks/results/basis-bits.json]
 
 Every column of every basis is divided by its largest element, rounded to 127 steps of each sign
-and multiplied again, as it would be after reading such a file. Documents, KL and intervals are
-those of `benchmarks.sensitivity`. *change* is the difference to the KL with 16 bits over the same
-documents, bootstrapped in pairs. Sizes are of means, weights and those columns that plans of the
-given ratios read, before any compression.
+and multiplied again, as it would be after reading such a file. *by layer*: the elements of each
+layer have a scale of their own. *tail*: the leading columns, which carry most of a row, stay in
+16 bits. Documents, KL and intervals are those of `benchmarks.sensitivity`. *change* is the
+difference to the KL with 16 bits over the same documents, bootstrapped in pairs. Sizes are of
+means, weights and those columns that plans of the given ratios read, before any compression.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import json
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,29 @@ from benchmarks.sensitivity import ROOT, interval, measure
 from kvtc_vllm.artifact.directory import load_rank_artifact
 from kvtc_vllm.codec.artifact import RankArtifact
 
-BITS = (16, 8)
+LEADING = 128
+"""Columns that *tail* keeps in 16 bits."""
 _STEPS = 127
+_LEAST_SCALE = 2.0**-24
+"""The smallest number of float16."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a basis is kept. leading: columns in 16 bits; None: all. by_layer: scales."""
+
+    name: str
+    leading: int | None
+    by_layer: bool = False
+
+
+SIXTEEN = Way("16 bits", None)
+WAYS = (
+    SIXTEEN,
+    Way("8 bits", 0),
+    Way("8 bits by layer", 0, by_layer=True),
+    Way("8 bits, tail", LEADING),
+)
 
 
 def main() -> None:
@@ -53,10 +75,10 @@ def main() -> None:
     for named in args.artifact:
         name, _, directory = named.partition("=")
         artifact = load_rank_artifact(Path(directory), 0)[0]
-        for bits in BITS:
-            key = f"{name}, {bits} bits"
-            artifacts[key] = artifact if bits == 16 else in_eight_bits(artifact)
-            sizes[key] = stored_bytes(artifact, ratios, bits)
+        for way in WAYS:
+            key = f"{name}: {way.name}"
+            artifacts[key] = rounded(artifact, way)
+            sizes[key] = stored_bytes(artifact, ratios, way)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     result: dict[str, Any] = {
@@ -78,38 +100,51 @@ def main() -> None:
     for row in rows:
         low, high = row["change_interval"]
         print(
-            f"{row['artifact']:20} {row['target_ratio']:g}x: real {row['real_ratio']:.2f}, "
+            f"{row['artifact']:26} {row['target_ratio']:g}x: real {row['real_ratio']:.2f}, "
             f"KL {row['kl']:.5f}, change {row['change']:+.6f} [{low:+.6f}, {high:+.6f}], "
             f"{sizes[row['artifact']] / 1e6:.1f} MB"
         )
 
 
-def in_eight_bits(artifact: RankArtifact) -> RankArtifact:
-    """The artifact with every basis rounded to 8 bits, a scale per column, and back."""
+def rounded(artifact: RankArtifact, way: Way) -> RankArtifact:
+    """The artifact with every basis rounded and back."""
     sections = {
-        key: replace(section, basis=_rounded(section.basis))
-        for key, section in artifact.sections.items()
+        (group, kind): replace(
+            section, basis=_rounded(section.basis, _blocks(artifact, group, way), way)
+        )
+        for (group, kind), section in artifact.sections.items()
     }
     return replace(artifact, sections=sections)
 
 
-def _rounded(basis: torch.Tensor) -> torch.Tensor:
-    scale = basis.float().abs().amax(dim=0) / _STEPS
-    # Scales are kept in float16, as the columns are now.
-    scale = scale.to(torch.float16).float().clamp(min=torch.finfo(torch.float16).tiny)
-    steps = (basis.float() / scale).round().clamp(-_STEPS, _STEPS)
-    return (steps * scale).to(basis.dtype)
+def _blocks(artifact: RankArtifact, group: int, way: Way) -> int:
+    """Scales per column."""
+    first, end = artifact.geometry.layer_groups[group]
+    return end - first if way.by_layer else 1
 
 
-def stored_bytes(artifact: RankArtifact, ratios: Sequence[float], bits: int) -> int:
+def _rounded(basis: torch.Tensor, blocks: int, way: Way) -> torch.Tensor:
+    """basis: float16 [p, r]. Scales are kept in float16, as the columns are now."""
+    if way.leading is None:
+        return basis
+    elements = basis.float().reshape(blocks, -1, basis.shape[1])
+    largest = elements.abs().amax(dim=1, keepdim=True)
+    scale = (largest / _STEPS).to(torch.float16).float().clamp(min=_LEAST_SCALE)
+    steps = (elements / scale).round()
+    found = (steps.clamp(-_STEPS, _STEPS) * scale).to(basis.dtype).reshape(basis.shape)
+    return torch.cat((basis[:, : way.leading], found[:, way.leading :]), dim=1)
+
+
+def stored_bytes(artifact: RankArtifact, ratios: Sequence[float], way: Way) -> int:
     """Bytes of means, weights and bases with the columns that plans of `ratios` read."""
     total = 0
-    for section in artifact.sections.values():
+    for (group, _), section in artifact.sections.items():
         rows = section.basis.shape[0]
         columns = max(section.plans[ratio].rank for ratio in ratios)
+        leading = columns if way.leading is None else min(way.leading, columns)
         vectors = 1 if section.weights is None else 2
-        total += 4 * vectors * rows + rows * columns * bits // 8
-        total += 2 * columns if bits == 8 else 0
+        total += 4 * vectors * rows + 2 * rows * leading
+        total += (columns - leading) * (rows + 2 * _blocks(artifact, group, way))
     return total
 
 
@@ -117,11 +152,12 @@ def change(
     row: dict[str, Any], rows: Sequence[dict[str, Any]]
 ) -> tuple[float, tuple[float, float]]:
     """KL less that of the same artifact with 16 bits, document by document; and its interval."""
-    name = row["artifact"].partition(",")[0]
+    name = row["artifact"].partition(":")[0]
     reference = next(
         other
         for other in rows
-        if other["artifact"] == f"{name}, 16 bits" and other["target_ratio"] == row["target_ratio"]
+        if other["artifact"] == f"{name}: {SIXTEEN.name}"
+        and other["target_ratio"] == row["target_ratio"]
     )
     pairs = zip(row["by_document"], reference["by_document"], strict=True)
     differences = [own - other for own, other in pairs]
