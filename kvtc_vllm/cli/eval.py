@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tasks",
         default="all",
         help="comma-separated, each with an own length as in "
-        "'needle:512' or without; default: all, with --data all that read it",
+        "'needle:512' or without; default: all, with --data all that read it. With --ablation: "
+        "which of its tasks",
     )
     add("--data", type=Path, metavar="DIR", help="public data sets for the tasks that read them")
     add("--part", default="report", help="documents to read: 'report' (default) or 'tune'")
@@ -52,7 +53,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=int, help="documents of each --lm-eval task; default: all")
     add("--few-shot", type=int, help="examples before each --lm-eval question")
     add("--calibration-data", nargs="+", metavar="PATH", help="text for ablations that fit anew")
-    add("--artifact", help="artifact directory; default: looked up in the registry")
+    add("--spool", type=Path, metavar="DIR", help="rows for them that kvtc calibrate --spool kept")
+    add("--fits", type=Path, metavar="DIR", help="keep their fits here, and use those there")
+    add(
+        "--artifact",
+        action="append",
+        default=[],
+        metavar="[NAME=]DIR",
+        help="artifact; with a NAME the one of methods such as kvtc-16x@NAME, without it of all "
+        "others; default: looked up in the registry. May be repeated",
+    )
     add("--card", action="store_true", help="write the quality card into the artifact's directory")
     add(
         "--share-exact",
@@ -61,6 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("kvtc-eval"), help="directory for the results")
+    add(
+        "--add",
+        action="store_true",
+        help="keep what earlier runs measured into --out; figures measured again are replaced",
+    )
     add_engine(parser)
 
 
@@ -110,6 +125,7 @@ def _run_tasks(args: argparse.Namespace, engine: dict[str, Any], command: str) -
             out=args.out,
             command=command,
             share=args.share_exact,
+            add=args.add,
         )
 
 
@@ -148,10 +164,11 @@ def _run_harness(args: argparse.Namespace, engine: dict[str, Any], command: str)
     from kvtc_vllm.evaluation import methods
     from kvtc_vllm.evaluation.processes.harness_suite import HarnessJob, run_harness
 
+    found = [methods.find(name, _artifacts(args)) for name in args.methods.split(",")]
     jobs = [
         HarnessJob(
             model=args.model,
-            method=methods.find(name, args.artifact),
+            methods=together,
             tasks=args.lm_eval.split(","),
             task_path=None if args.lm_eval_path is None else str(args.lm_eval_path),
             limit=args.limit,
@@ -159,9 +176,9 @@ def _run_harness(args: argparse.Namespace, engine: dict[str, Any], command: str)
             few_shot=args.few_shot,
             engine=engine,
         )
-        for name in args.methods.split(",")
+        for together in methods.groups(found, args.share_exact)
     ]
-    return run_harness(jobs, args.out, command)
+    return run_harness(jobs, args.out, command, add=args.add)
 
 
 def _plan(
@@ -173,25 +190,46 @@ def _plan(
     from kvtc_vllm.evaluation import ablations, methods
     from kvtc_vllm.evaluation.job import Workload
 
+    if args.spool is not None and not args.spool.is_dir():
+        raise ConfigError(
+            f"--spool {str(args.spool)!r} is not a directory; give what kvtc calibrate --spool left"
+        )
     if args.ablation:
         data = args.calibration_data or ()
         return ablations.plan(
             args.ablation,
             args.model,
-            args.artifact,
+            _artifacts(args).get(""),
             data,
             args.count,
             max(_lengths("--lengths", args.lengths)),
             engine,
-            work,
-            public=args.data is not None,
+            args.fits or work,
+            source=_source(args),
+            spool=args.spool,
+            only=None if args.tasks == "all" else [name for name, _ in tasks],
         )
     workloads = [
         Workload(task=task, context=length, count=_sessions(task, args.count))
         for task, length in tasks
     ]
-    chosen = [methods.find(name, args.artifact) for name in args.methods.split(",")]
+    chosen = [methods.find(name, _artifacts(args)) for name in args.methods.split(",")]
     return [(method, workloads) for method in chosen]
+
+
+def _artifacts(args: argparse.Namespace) -> dict[str, str]:
+    """Directories by the name that --artifact gives them; "" without one."""
+    found: dict[str, str] = {}
+    for text in args.artifact:
+        name, equals, directory = text.partition("=")
+        if not equals or "/" in name:
+            name, directory = "", text
+        if name in found:
+            raise ConfigError(
+                f"--artifact {text!r}: {found[name]!r} has the same name; give NAME=DIR"
+            )
+        found[name] = directory
+    return found
 
 
 def _sessions(task: str, count: int) -> int:
@@ -210,9 +248,12 @@ def _lengths(option: str, text: str) -> list[int]:
 
 def _shown(arguments: list[str]) -> str:
     """The command for results, which others read: of an absolute path only its last name."""
-    return "kvtc " + shlex.join(
-        Path(part).name if Path(part).is_absolute() else part for part in arguments
-    )
+
+    def short(part: str) -> str:
+        name, equals, path = part.rpartition("=")
+        return f"{name}{equals}{Path(path).name}" if Path(path).is_absolute() else part
+
+    return "kvtc " + shlex.join(map(short, arguments))
 
 
 def _engine_defaults() -> dict[str, Any]:
@@ -230,6 +271,10 @@ def _write_card(args: argparse.Namespace, command: str, found: list[Row]) -> Pat
 
     ratio = min(float(row.plan.rstrip("x")) for row in found if row.method.startswith("kvtc-"))
     directory = registry.find(
-        model_identity(args.model), 1, ratio, model_name=args.model, artifact=args.artifact
+        model_identity(args.model),
+        1,
+        ratio,
+        model_name=args.model,
+        artifact=_artifacts(args).get(""),
     )
     return write_card(directory, describe(args.model, command, args.seed), found)

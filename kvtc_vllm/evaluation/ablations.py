@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kvtc_vllm.artifact import registry
+from kvtc_vllm.artifact.card import load_card
 from kvtc_vllm.artifact.identity import model_identity
 from kvtc_vllm.artifact.rank_file import rank_file_name
 from kvtc_vllm.evaluation.data import corpus
+from kvtc_vllm.evaluation.data.public import LIBRARY, Source
 from kvtc_vllm.evaluation.job import Workload
 from kvtc_vllm.evaluation.methods import Method, MethodError
 from kvtc_vllm.evaluation.refit import capture, refit
 
 CAPTURE_TOKENS = 40_000
 DOMAIN_CHARACTERS = 1_500_000
+FITTED_RATIOS = (16.0, 32.0)
 KEY_SHARES = (1 / 4, 1 / 3, 0.4, 1 / 2, 0.6, 2 / 3)
 """Of the bits of both, those of the keys. Half is the paper's: the same ratio for both."""
 
@@ -36,8 +39,9 @@ Plan = list[tuple[Method, list[Workload]]]
 class Setting:
     """What an ablation works with.
 
-    public: tasks over public documents instead of the generated ones. work: a directory for
-    spools and fits, kept during the run.
+    source: public documents for the tasks; None for the generated tasks. captured: rows to fit,
+    as `kvtc calibrate --spool` left them; None: those of the calibration data. work: a
+    directory for spools and fits; a fit that is there already is not made again.
     """
 
     model: str
@@ -46,12 +50,13 @@ class Setting:
     count: int
     context: int
     engine: dict[str, Any]
-    public: bool
+    source: Source | None
+    captured: Path | None
     work: Path
 
     def workload(self, task: str, context: int) -> Workload:
         """A task, or what asks the same of public documents."""
-        name = ON_DATA[task] if self.public else task
+        name = task if self.source is None else ON_DATA[task]
         return Workload(task=name, context=context, count=self.count)
 
     def workloads(self, *tasks: str) -> list[Workload]:
@@ -66,9 +71,11 @@ class Setting:
         ]
 
     def spool(self) -> Path:
-        """Rows of the calibration data, captured at first use. Raises MethodError without data."""
+        """Rows to fit, captured at first use. Raises MethodError without any, and without data."""
+        if self.captured is not None:
+            return self.captured / "rank0"
         if not self.calibration_data:
-            raise MethodError("this ablation fits anew: give --calibration-data")
+            raise MethodError("this ablation fits anew: give --calibration-data or --spool")
         spool = self.work / "spool"
         if not spool.exists():
             capture(self.model, self.calibration_data, CAPTURE_TOKENS, self.engine, spool)
@@ -130,14 +137,18 @@ def _window(setting: Setting) -> Plan:
     """Chunks of 64 tokens, so that a stored window of 64 or 128 ends on a chunk."""
     chunk, ratio = 64, 16.0
     contexts = [c for c in (256, 512, 1024, 2048, 3840) if c <= 2 * setting.context]
-    plan: Plan = []
-    for window in (0, 16, 64, 128):
-        method = setting.changed(
+    workloads = [setting.workload("prose", context) for context in contexts]
+
+    def recomputed(window: int) -> Method:
+        return setting.changed(
             f"recomputed window {window}", ratio, "unchanged", window=window, chunk_tokens=chunk
         )
-        plan.append((method, [setting.workload("prose", c) for c in contexts]))
-    for window in (64, 128):
-        for context in contexts:
+
+    plan: Plan = [(recomputed(window), workloads) for window in (16, 64, 128)]
+    # Context by context, since these can share an exact pass: none recomputes anything.
+    for context, workload in zip(contexts, workloads, strict=True):
+        plan.append((recomputed(0), [workload]))
+        for window in (64, 128):
             method = setting.changed(
                 f"stored window {window}",
                 ratio,
@@ -146,7 +157,7 @@ def _window(setting: Setting) -> Plan:
                 window=0,
                 chunk_tokens=chunk,
             )
-            plan.append((method, [setting.workload("prose", context)]))
+            plan.append((method, [workload]))
     return plan
 
 
@@ -177,7 +188,7 @@ def _keys_values(setting: Setting) -> Plan:
         for share in KEY_SHARES
     }
     ratios = sorted({single for pair in divided.values() for single in pair.values()})
-    fitted = refit(setting.spool(), setting.work / "keys-values", ratios)
+    fitted = refit(setting.spool(), setting.work, ratios)
     return [
         (
             setting.changed(
@@ -190,41 +201,45 @@ def _keys_values(setting: Setting) -> Plan:
 
 
 def _layers(setting: Setting) -> Plan:
-    spool, ratios = setting.spool(), (16.0, 32.0)
+    spool, ratios = setting.spool(), FITTED_RATIOS
     workloads = setting.workloads("prose", "litm", "needle")
     plan: Plan = []
-    for layers in (None, 4, 2, 1):
+    for layers in layer_counts(load_card(setting.rank_file.parent).geometry.num_layers):
         name = "all layers" if layers is None else f"{layers} layers a group"
-        fitted = refit(spool, setting.work / f"layers-{layers}", ratios, layers_per_group=layers)
+        fitted = refit(spool, setting.work, ratios, layers_per_group=layers)
         plan += setting.refitted(name, ratios, fitted, workloads)
     return plan
 
 
+def layer_counts(layers: int) -> list[int | None]:
+    """Layers per layer group: all (None), a half, a third, a sixth and one, each once."""
+    parts = dict.fromkeys(max(1, layers // share) for share in (2, 3, 6, layers))
+    return [None, *(part for part in parts if part < layers)]
+
+
 def _calibration_size(setting: Setting) -> Plan:
-    spool, workloads, ratios = (
-        setting.spool(),
-        setting.workloads("prose", "litm", "needle"),
-        (32.0,),
-    )
+    spool, workloads = setting.spool(), setting.workloads("prose", "litm", "needle")
     plan: Plan = []
     for rows in (1250, 5000, 20_000, 40_000):
-        fitted = refit(spool, setting.work / f"rows-{rows}", ratios, rows=rows)
-        plan += setting.refitted(f"{rows} rows", ratios, fitted, workloads)
+        fitted = refit(spool, setting.work, FITTED_RATIOS, rows=rows)
+        plan += setting.refitted(f"{rows} rows", (32.0,), fitted, workloads)
     return plan
 
 
 def _domain(setting: Setting) -> Plan:
-    workloads, ratios = setting.workloads("prose", "code", "litm", "needle"), (16.0, 32.0)
+    workloads, ratios = setting.workloads("prose", "code", "litm", "needle"), FITTED_RATIOS
     plan: Plan = []
     for domain, documents in (
-        ("prose", corpus.prose_documents("train")),
-        ("code", corpus.code_documents("train")),
+        ("prose", _texts(setting.source, "essays", corpus.prose_documents)),
+        ("code", _texts(setting.source, LIBRARY, corpus.code_documents)),
     ):
+        setting.work.mkdir(parents=True, exist_ok=True)
         text = setting.work / f"{domain}.txt"
         text.write_text("\n\n".join(documents)[:DOMAIN_CHARACTERS], encoding="utf-8")
         spool = setting.work / f"spool-{domain}"
-        capture(setting.model, [str(text)], CAPTURE_TOKENS // 2, setting.engine, spool)
-        fitted = refit(spool / "rank0", setting.work / f"domain-{domain}", ratios)
+        if not spool.exists():
+            capture(setting.model, [str(text)], CAPTURE_TOKENS // 2, setting.engine, spool)
+        fitted = refit(spool / "rank0", setting.work, ratios)
         plan += [
             (
                 setting.changed(f"fitted on {domain}", ratio, "unchanged", rank_file=fitted),
@@ -235,15 +250,25 @@ def _domain(setting: Setting) -> Plan:
     return plan
 
 
+def _texts(
+    source: Source | None, data_set: str, generated: Callable[[corpus.Split], tuple[str, ...]]
+) -> Sequence[str]:
+    """What a domain is fitted on: documents that no task reports on."""
+    if source is None:
+        return generated("train")
+    calibration = Source(source.directory, "calibrate")
+    return [document.content["text"] for document in calibration.documents(data_set)]
+
+
 def _rope(setting: Setting) -> Plan:
-    spool, ratios = setting.spool(), (16.0, 32.0)
+    spool, ratios = setting.spool(), FITTED_RATIOS
     workloads = setting.workloads("prose", "litm", "needle")
     plan: Plan = []
     for label, variant, kept in (
         ("RoPE undone", "unchanged", False),
         ("RoPE kept", "rope-kept", True),
     ):
-        fitted = refit(spool, setting.work / f"rope-{kept}", ratios, rope_kept=kept)
+        fitted = refit(spool, setting.work, ratios, rope_kept=kept)
         plan += [
             (setting.changed(label, ratio, variant, rank_file=fitted), workloads)
             for ratio in ratios
@@ -258,7 +283,7 @@ ABLATIONS: dict[str, Ablation] = {
         Ablation(
             "window", "newest tokens recomputed as here, or stored raw as in the paper", _window
         ),
-        Ablation("layers", "layers coded together: all, 4, 2, 1", _layers),
+        Ablation("layers", "layers coded together: all, halves, thirds, sixths, one", _layers),
         Ablation("allocation", "dynamic programming against plain truncation", _allocation),
         Ablation("calibration-size", "1250 to 40000 rows", _calibration_size),
         Ablation("domain", "fitted on prose or code, tested on both", _domain),
@@ -279,11 +304,14 @@ def plan(
     context: int,
     engine: dict[str, Any],
     work: Path,
-    public: bool = False,
+    source: Source | None = None,
+    spool: Path | None = None,
+    only: Collection[str] | None = None,
 ) -> Plan:
-    """Methods and tasks of one ablation. Raises MethodError for an unknown name.
+    """Methods and tasks of one ablation. Raises MethodError for an unknown name, and for `only`
+    without any of the ablation's tasks.
 
-    public: see `Setting`.
+    source, spool: `source` and `captured` of `Setting`. only: leave out other tasks than these.
     """
     if name not in ABLATIONS:
         raise MethodError(f"ablation {name!r} is not known; give one of {', '.join(ABLATIONS)}")
@@ -295,7 +323,18 @@ def plan(
         count=count,
         context=context,
         engine=engine,
-        public=public,
+        source=source,
+        captured=spool,
         work=work,
     )
-    return ABLATIONS[name].plan(setting)
+    whole = ABLATIONS[name].plan(setting)
+    if only is None:
+        return whole
+    kept = [(method, [w for w in workloads if w.task in only]) for method, workloads in whole]
+    part = [(method, workloads) for method, workloads in kept if workloads]
+    if not part:
+        tasks = dict.fromkeys(w.task for _, workloads in whole for w in workloads)
+        raise MethodError(
+            f"ablation {name!r} has no task {', '.join(only)}; it has {', '.join(tasks)}"
+        )
+    return part

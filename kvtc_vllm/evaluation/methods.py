@@ -7,6 +7,7 @@ run through the same connector, tier and replay, with the same recent window.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from kvtc_vllm.config import DEFAULT_RECENT_WINDOW
 from kvtc_vllm.evaluation.baselines import BASELINES
 from kvtc_vllm.evaluation.eviction import EVICTIONS
 
-_KVTC = re.compile(r"(kvtc2?)-(\d+(?:\.\d+)?)x")
+_KVTC = re.compile(r"(kvtc2?)-(\d+(?:\.\d+)?)x(?:@(.+))?")
 _MEMORY_BYTES = 8 << 30
 DEFAULT_CHUNK_TOKENS = 128
 
@@ -67,24 +68,43 @@ class Method:
                 extra["artifact"] = self.artifact
         return extra
 
-    def can_share(self) -> bool:
-        """Whether it can share an exact pass with others: it stores chunks of the usual size."""
-        usual = (self.window, self.chunk_tokens) == (DEFAULT_RECENT_WINDOW, DEFAULT_CHUNK_TOKENS)
-        return usual and not self.whole_prompt and self.eviction is None
+    def can_share(self, other: Method) -> bool:
+        """Whether both can share an exact pass: they store the same tokens in the same chunks."""
+        mine, theirs = (
+            (method.window, method.chunk_tokens, method.whole_prompt) for method in (self, other)
+        )
+        return mine == theirs and self.eviction is None and other.eviction is None
 
 
 def names() -> list[str]:
     """What `find` accepts, with <ratio> standing for any of the artifact."""
-    return ["raw", "kvtc-<ratio>x", "kvtc2-<ratio>x", *BASELINES, *EVICTIONS]
+    ours = [
+        f"{codec}-<ratio>x{label}" for codec in ("kvtc", "kvtc2") for label in ("", "@<artifact>")
+    ]
+    return ["raw", *ours, *BASELINES, *EVICTIONS]
 
 
-def find(name: str, artifact: str | None = None) -> Method:
-    """The method of this name. Raises MethodError."""
+def find(name: str, artifacts: Mapping[str, str] | None = None) -> Method:
+    """The method of this name. Raises MethodError.
+
+    artifacts: directories by name; "" is the one of methods that name none, which without it
+    is looked up in the registry.
+    """
+    artifacts = artifacts or {}
     if name == "raw":
         return Method("raw", "bit-exact")
     if match := _KVTC.fullmatch(name):
-        ratio = float(match.group(2))
-        return Method(name, f"{ratio:g}x", codec=match.group(1), ratio=ratio, artifact=artifact)
+        codec, ratio, label = match.group(1), float(match.group(2)), match.group(3) or ""
+        if label and label not in artifacts:
+            known = ", ".join(filter(None, artifacts)) or "none is"
+            raise MethodError(
+                f"method {name!r}: no artifact is called {label!r} ({known}); "
+                f"give --artifact {label}=DIR"
+            )
+        plan = f"{ratio:g}x"
+        # A space, as in the names of variants: reports draw a line for each.
+        shown = f"{codec}-{plan} {label}".strip()
+        return Method(shown, plan, codec=codec, ratio=ratio, artifact=artifacts.get(label))
     if name in BASELINES:
         baseline = BASELINES[name]
         return Method(
@@ -96,6 +116,18 @@ def find(name: str, artifact: str | None = None) -> Method:
     if name in EVICTIONS:
         return Method(name, EVICTIONS[name].source, eviction=name)
     raise MethodError(f"method {name!r} is not known; give one of {', '.join(names())}")
+
+
+def groups(methods: Sequence[Method], share: bool) -> list[list[Method]]:
+    """Methods that can share exact passes together, if they are to; else each alone."""
+    found: list[list[Method]] = []
+    for method in methods:
+        together = [own for own in found if share and method.can_share(own[0])]
+        if together:
+            together[0].append(method)
+        else:
+            found.append([method])
+    return found
 
 
 def variant(method: Method, suffix: str, **changes: Any) -> Method:

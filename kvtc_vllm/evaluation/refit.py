@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from kvtc_vllm.artifact.rank_file import write_rank_file
 from kvtc_vllm.calibration.capture import CaptureSettings, capture_rows
 from kvtc_vllm.calibration.fit import fit_rank
@@ -20,6 +22,8 @@ from kvtc_vllm.calibration.shards import layer_groups
 from kvtc_vllm.calibration.spool import SpoolReader
 
 SINKS = 4
+_READ_BYTES = 1 << 20
+"""Of every file of a spool."""
 
 
 def capture(
@@ -41,19 +45,30 @@ def capture(
 
 def refit(
     spool: Path,
-    out: Path,
+    directory: Path,
     ratios: Sequence[float],
     *,
     layers_per_group: int | None = None,
     rows: int | None = None,
     rope_kept: bool = False,
 ) -> Path:
-    """Fit rank 0 of a spool with something changed; returns the rank file `out`.
+    """Fit rank 0 of a spool with something changed; returns the rank file, in `directory`.
 
     layers_per_group: None = all. rows: training rows to use, None = all. rope_kept:
-    treat keys as if they were not rotated.
+    treat keys as if they were not rotated. A file that is there already is not made again: its
+    name says all of this.
     """
     reader = SpoolReader(spool)
+    parts = [
+        _contents(spool),
+        "all" if layers_per_group is None else f"{layers_per_group}-layers",
+        "all" if rows is None else f"{rows}-rows",
+        "rope-kept" if rope_kept else "rope-undone",
+        *(f"{ratio:g}x" for ratio in sorted(ratios)),
+    ]
+    out = directory / f"{'_'.join(parts)}.safetensors"
+    if out.exists():
+        return out
     layers = reader.geometry.num_layers
     groups = layer_groups(layers, layers_per_group)
     reader.geometry = replace(reader.geometry, layer_groups=groups)
@@ -68,6 +83,17 @@ def refit(
         sink_tokens=SINKS,
         settings=FitSettings(train_rows=rows),
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_rank_file(out, fit.artifact, reader.probe(), 0, 1)
+    directory.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_suffix(".part")
+    write_rank_file(unfinished, fit.artifact, reader.probe(), 0, 1)
+    unfinished.replace(out)
     return out
+
+
+def _contents(spool: Path) -> str:
+    """Tells spools apart: by their header, which tokens they hold, and their first rows."""
+    digest = xxhash.xxh3_64()
+    for name in ("header.json", "docs.bin", "positions.bin", "k.bin", "v.bin"):
+        with (spool / name).open("rb") as file:
+            digest.update(file.read(_READ_BYTES))
+    return digest.hexdigest()

@@ -14,7 +14,8 @@ DOCUMENTS = 24
 
 
 def write_public_data(directory: Path) -> Path:
-    """Write all data sets; returns `directory`."""
+    """Write all data sets; returns `directory`, which is made."""
+    directory.mkdir(parents=True, exist_ok=True)
     rng = random.Random(0)
     words = re.findall(
         r"\w+", "quick brown fox jumps over lazy dog while wise men look at the moon"

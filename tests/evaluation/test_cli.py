@@ -8,9 +8,10 @@ import pytest
 
 from kvtc_vllm.cli import main
 from kvtc_vllm.cli.eval import _shown
-from kvtc_vllm.evaluation import ablations
+from kvtc_vllm.evaluation import ablations, methods
 from kvtc_vllm.evaluation.methods import MethodError
-from kvtc_vllm.evaluation.tasks import DATA_TASKS
+from kvtc_vllm.evaluation.tasks import DATA_TASKS, Source
+from tests.evaluation.public_data import write_public_data
 
 
 @pytest.mark.parametrize(
@@ -26,7 +27,10 @@ from kvtc_vllm.evaluation.tasks import DATA_TASKS
         (["--lengths", "8"], ["8", "at least 64"]),
         (["--engine", "{"], ["--engine", "JSON"]),
         (["--ablation", "colour"], ["colour", "sinks", "rope"]),
-        (["--ablation", "layers"], ["--calibration-data"]),
+        (["--ablation", "layers"], ["--calibration-data", "--spool"]),
+        (["--spool", "nowhere"], ["--spool 'nowhere'", "kvtc calibrate --spool"]),
+        (["--methods", "kvtc-8x@mine"], ["'kvtc-8x@mine'", "--artifact mine=DIR"]),
+        (["--artifact", "a=x", "--artifact", "a=y"], ["--artifact 'a=y'", "'x'", "NAME=DIR"]),
     ],
 )
 def test_refusals_name_the_value_and_what_is_right(
@@ -92,7 +96,9 @@ def test_keys_and_values_divide_one_budget(
 
 def test_ablations_ask_the_same_of_public_documents(reference_model: Path, tmp_path: Path) -> None:
     arguments = ("sinks", str(reference_model), None, (), 4, 800, {}, tmp_path)
-    generated, public = (ablations.plan(*arguments, public=on) for on in (False, True))
+    generated, public = (
+        ablations.plan(*arguments, source=source) for source in (None, Source("data", "report"))
+    )
     assert [method for method, _ in generated] == [method for method, _ in public]
     for (_, ours), (_, theirs) in zip(generated, public, strict=True):
         assert [ablations.ON_DATA[w.task] for w in ours] == [w.task for w in theirs]
@@ -100,6 +106,53 @@ def test_ablations_ask_the_same_of_public_documents(reference_model: Path, tmp_p
         assert {w.task for w in theirs} <= DATA_TASKS.keys()
 
 
+def test_an_ablation_of_some_tasks(reference_model: Path, tmp_path: Path) -> None:
+    arguments = ("sinks", str(reference_model), None, (), 4, 800, {}, tmp_path)
+    whole, part = ablations.plan(*arguments), ablations.plan(*arguments, only=["needle"])
+    assert [method for method, _ in part] == [method for method, _ in whole]
+    for (_, every), (_, some) in zip(whole, part, strict=True):
+        assert [w for w in every if w.task == "needle"] == some
+    with pytest.raises(MethodError, match="no task chats; it has prose"):
+        ablations.plan(*arguments, only=["chats"])
+
+
 def test_results_show_no_directories_of_the_machine() -> None:
     shown = _shown(["eval", "/home/me/models/small", "--tasks", "litm:512", "--out", "here/it"])
     assert shown == "kvtc eval small --tasks litm:512 --out here/it"
+    named = _shown(["eval", "small", "--artifact", "mine=/home/me/registry/small/tp1-all"])
+    assert named == "kvtc eval small --artifact mine=tp1-all"
+
+
+def test_artifacts_have_names() -> None:
+    artifacts = {"": "first", "mine": "second"}
+    plain, named = (methods.find(name, artifacts) for name in ("kvtc-8x", "kvtc-8x@mine"))
+    assert (plain.name, plain.artifact) == ("kvtc-8x", "first")
+    assert (named.name, named.artifact, named.ratio) == ("kvtc-8x mine", "second", 8.0)
+
+
+def test_layers_are_parted_whatever_their_number() -> None:
+    assert ablations.layer_counts(8) == [None, 4, 2, 1]
+    assert ablations.layer_counts(30) == [None, 15, 10, 5, 1]
+    assert ablations.layer_counts(2) == [None, 1]
+
+
+def test_what_a_domain_is_fitted_on_is_not_reported_on(
+    reference_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Source(str(write_public_data(tmp_path / "data")), "report")
+    captured: list[str] = []
+
+    def capture(model: str, data: list[str], *_: object) -> Path:
+        captured.append(Path(data[0]).read_text())
+        return tmp_path / "rank0"
+
+    monkeypatch.setattr(ablations, "capture", capture)
+    monkeypatch.setattr(ablations, "refit", lambda spool, out, ratios, **_: out)
+    ablations.plan(
+        "domain", str(reference_model), None, (), 4, 800, {}, tmp_path / "work", source=source
+    )
+    assert len(captured) == 2
+    for text, name in zip(captured, ("essays", "library"), strict=True):
+        reported = [document.content["text"] for document in source.documents(name)]
+        assert text
+        assert not any(document in text for document in reported)

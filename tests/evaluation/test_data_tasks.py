@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +63,16 @@ def test_answers_are_in_the_prompt_but_in_no_example(data: Path, tokenizer: Any,
         assert prompt.rindex("<assistant>") > prompt.rindex("<user>")
 
 
-def test_variables_lead_to_their_number(data: Path, tokenizer: Any) -> None:
+def test_variables_have_their_number_at_their_depth(data: Path, tokenizer: Any) -> None:
     for session in sessions(data, tokenizer, "essay-variables"):
         (example,) = session.turns
         prompt = tokenizer.decode(example.prompt)
         text = prompt.split("<user>")[-1]
-        start = prompt.split("<assistant>")[-1].removesuffix(" =")
-        chain = [start, *tokenizer.decode(example.target).strip().split(" = ")]
-        assert len(chain) == 2 + int(example.label.split()[0])
-        for name, value in itertools.pairwise(chain):
-            assert f"{name} = {value}." in text
+        name = prompt.split("<assistant>")[-1].removesuffix(" =")
+        assigned = re.findall(r"(\w+) = (\d{4})\.", text)
+        assert len(assigned) == len(dict(assigned)) == 4
+        number = int(4 * float(example.label.split()[1]))
+        assert assigned[number] == (name, tokenizer.decode(example.target).strip())
 
 
 def test_chats_grow_turn_by_turn_and_recall(data: Path, tokenizer: Any) -> None:

@@ -20,10 +20,12 @@ from kvtc_vllm.evaluation import methods
 from kvtc_vllm.evaluation.data import generators
 from kvtc_vllm.evaluation.processes import harness_suite
 from kvtc_vllm.evaluation.processes.harness_suite import HarnessJob, HarnessOutcome
+from kvtc_vllm.evaluation.processes.suite import run_child
 from kvtc_vllm.evaluation.reporting.results import Row
 from tests.evaluation.public_data import write_public_data
 
 DOCUMENTS = 6
+CHUNK_TOKENS = 128
 PAIRS = 30
 TASKS = ["kvtc_group", "kvtc_generate", "kvtc_text"]
 
@@ -111,7 +113,7 @@ def outcome(
     options = {"dtype": "float32", "max_model_len": 1024, "block_size": 32}
     job = HarnessJob(
         model=str(reference_model),
-        method=methods.find("raw"),
+        methods=[methods.find("raw")],
         tasks=TASKS,
         task_path=str(task_path),
         source=None,
@@ -120,7 +122,7 @@ def outcome(
         engine=options,
     )
     manager = TaskManager(include_path=str(task_path), include_defaults=False)
-    with replay_engine(job.model, job.method, job.method.chunk_tokens, options) as engine:
+    with replay_engine(job.model, job.methods[0], CHUNK_TOKENS, options) as engine:
         yield measure(engine, manager, job, tmp_path_factory.mktemp("scores"))
 
 
@@ -172,6 +174,28 @@ def test_a_task_of_which_nothing_is_reloaded_is_called_out(outcome: HarnessOutco
     assert "| raw | 1.0 | " in text
 
 
+@pytest.mark.vllm
+def test_methods_share_their_exact_answers(reference_model: Path, task_path: Path) -> None:
+    """In a process of its own, since whose turn it is belongs to a process."""
+    job = HarnessJob(
+        model=str(reference_model),
+        methods=[methods.find(name) for name in ("raw", "kivi-2bit")],
+        tasks=["kvtc_choice"],
+        task_path=str(task_path),
+        source=None,
+        limit=4,
+        few_shot=None,
+        engine={"dtype": "float32", "max_model_len": 1024, "block_size": 32},
+    )
+    found = run_child("kvtc_vllm.evaluation.processes.harness", "both", job, HarnessOutcome)
+    rows = {(row.method, row.metric): row for row in found.replay}
+    assert {row.method for row in found.exact} == {"exact"}
+    assert rows["raw", "acc"].value == value(found.exact, "kvtc_choice", "acc")
+    assert rows["raw", "acc"].real_ratio == pytest.approx(1, rel=0.05)
+    assert rows["kivi-2bit", "acc"].real_ratio > 4
+    assert rows["raw", "reloaded_share"].value == rows["kivi-2bit", "reloaded_share"].value > 0.2
+
+
 class Forgetful:
     """Stands in for a `ReplayEngine` whose tier never returns anything."""
 
@@ -200,7 +224,9 @@ def test_a_replay_that_reloads_nothing_is_an_error(reference_model: Path, tmp_pa
     from kvtc_vllm.evaluation.processes.two_pass_lm import TwoPassLM
     from kvtc_vllm.evaluation.replay.two_passes import ReplayError
 
-    model: Any = TwoPassLM(Forgetful(AutoTokenizer.from_pretrained(reference_model)), tmp_path)
+    model: Any = TwoPassLM(
+        Forgetful(AutoTokenizer.from_pretrained(reference_model)), tmp_path, ["raw"]
+    )
     request = Instance("generate_until", {}, ("A question?", {"until": ["\n"]}), 0, ("t", 0, 1))
     with pytest.raises(ReplayError, match="0 tokens came from the tier, 32 should have"):
         model.generate_until([request])
@@ -226,7 +252,7 @@ def test_our_own_tasks_read_their_part_of_the_data(tmp_path: Path) -> None:
 
     job = HarnessJob(
         model="any",
-        method=methods.find("raw"),
+        methods=[methods.find("raw")],
         tasks=["kvtc_gsm8k", "kvtc_passage_choice"],
         task_path=None,
         source=Source(str(write_public_data(tmp_path)), "report"),

@@ -69,13 +69,18 @@ def test_a_chunk_counts_once_per_turn(codecs: Any) -> None:
         assert TURN.bytes()[0] == 2 * (k.nbytes + v.nbytes)
 
 
-def test_only_methods_of_the_usual_chunks_share() -> None:
-    sharing = [name for name in methods.BASELINES if methods.find(name).can_share()]
-    assert "kivi-2bit" in sharing
-    assert "xkv" not in sharing
-    assert not methods.find("h2o").can_share()
-    assert methods.find("kvtc-16x").can_share()
-    assert not methods.variant(methods.find("kvtc-16x"), "narrow", window=64).can_share()
+def test_methods_share_that_store_the_same_chunks() -> None:
+    usual, narrow, whole = (
+        methods.find("kvtc-16x"),
+        methods.variant(methods.find("kvtc-16x"), "narrow", window=64),
+        methods.find("xkv"),
+    )
+    assert usual.can_share(methods.find("kivi-2bit"))
+    assert whole.can_share(methods.find("gear-2bit"))
+    assert narrow.can_share(methods.variant(methods.find("kvtc-8x"), "narrow", window=64))
+    assert not usual.can_share(narrow)
+    assert not usual.can_share(whole)
+    assert not methods.find("h2o").can_share(methods.find("h2o"))
 
 
 @pytest.mark.vllm
@@ -106,3 +111,27 @@ def test_shared_and_separate_passes_agree(reference_model: Path) -> None:
         ratio = together_size.raw / together_size.stored
         # Only chunks that were loaded count, so the exact sinks of the first weigh more.
         assert ratio == pytest.approx(single_size.raw / single_size.stored, rel=0.1)
+
+
+@pytest.mark.vllm
+def test_methods_that_need_whole_prompts_share_too(reference_model: Path) -> None:
+    """Both tasks need chunks of their own, so engines of their own."""
+    common: dict[str, Any] = {
+        "model": str(reference_model),
+        "workloads": [Workload(task="litm", context=length, count=2) for length in (300, 400)],
+        "seed": 0,
+        "source": None,
+        "engine": {"block_size": 32, "max_model_len": 2048},
+        "out": "",
+    }
+    wanted = [methods.find(name) for name in ("xkv", "gear-2bit")]
+    shared = run_child(SHARED_CHILD, "shared", SharedJob(methods=wanted, **common), list[Outcome])
+    alone = run_child(CHILD, "gear-2bit", Job(method=wanted[1], **common), Outcome)
+    together = shared[1]
+    assert [size.context for size in together.stored] == [300, 400]
+    for one, other in zip(together.records, alone.records, strict=True):
+        assert one.reloaded_tokens == other.reloaded_tokens > 128
+        assert one.kl == pytest.approx(other.kl, rel=0.3, abs=0.02)
+    for size, single in zip(together.stored, alone.stored, strict=True):
+        # One chunk per prompt: what is loaded is what is stored.
+        assert size.raw / size.stored == pytest.approx(single.raw / single.stored, rel=0.01)

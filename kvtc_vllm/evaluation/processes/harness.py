@@ -1,4 +1,4 @@
-"""The child process that runs lm-evaluation-harness tasks with one method.
+"""The child process that runs lm-evaluation-harness tasks, with one method or with several.
 
 python -m kvtc_vllm.evaluation.processes.harness JOB.json
 """
@@ -15,6 +15,8 @@ import msgspec
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
+from kvtc_vllm.evaluation.methods import Method
+from kvtc_vllm.evaluation.processes.carrier import carrier
 from kvtc_vllm.evaluation.processes.harness_suite import HarnessJob, HarnessOutcome
 from kvtc_vllm.evaluation.processes.two_pass_lm import Tally, TwoPassLM
 from kvtc_vllm.evaluation.replay.engine import ReplayEngine, replay_engine, scratch
@@ -35,7 +37,8 @@ def measure(
     """
     # lm-eval would otherwise fork this process, engine and all, to resample.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    model = TwoPassLM(engine, directory)
+    names = [method.name for method in job.methods]
+    model = TwoPassLM(engine, directory, names)
 
     def evaluate() -> dict[str, Any]:
         results = simple_evaluate(
@@ -50,18 +53,18 @@ def measure(
         assert results is not None
         return dict(results)
 
-    exact = evaluate()
-    model.mode = "replay"
-    replayed = evaluate()
-    warnings = [_too_short(engine, *item) for item in model.tallies.items()]
+    # Whatever the method, the same tokens are reloaded.
+    tallies = model.tallies[names[0]]
+    exact = list(_rows(evaluate(), tallies, None))
+    replayed: list[Row] = []
+    for method in job.methods:
+        model.mode = method.name
+        replayed += _rows(evaluate(), model.tallies[method.name], method)
+    warnings = [_too_short(engine, *item) for item in tallies.items()]
     warnings = [text for text in warnings if text]
     for text in warnings:
         print(f"WARNING: {text}", file=sys.stderr, flush=True)
-    return HarnessOutcome(
-        exact=list(_rows(exact, model.tallies, None)),
-        replay=list(_rows(replayed, model.tallies, job)),
-        warnings=warnings,
-    )
+    return HarnessOutcome(exact=exact, replay=replayed, warnings=warnings)
 
 
 def _too_short(engine: ReplayEngine, task: str, tally: Tally) -> str:
@@ -75,17 +78,17 @@ def _too_short(engine: ReplayEngine, task: str, tally: Tally) -> str:
 
 
 def _rows(
-    results: dict[str, Any], tallies: dict[str, Tally], job: HarnessJob | None
+    results: dict[str, Any], tallies: dict[str, Tally], method: Method | None
 ) -> Iterator[Row]:
-    """Rows of every task and group. job: that of the replays, None for the exact runs."""
+    """Rows of every task and group. method: that of the replays, None for the exact runs."""
     for name, figures in results["results"].items():
         leaves = _leaves(name, results["group_subtasks"])
         tally = sum((tallies[leaf] for leaf in leaves), Tally())
         common: dict[str, Any] = {
             "task": f"lm-eval/{name}",
-            "method": EXACT if job is None else job.method.name,
-            "plan": "recomputed" if job is None else job.method.plan,
-            "real_ratio": 1.0 if job is None else tally.ratio(),
+            "method": EXACT if method is None else method.name,
+            "plan": "recomputed" if method is None else method.plan,
+            "real_ratio": 1.0 if method is None else tally.ratio(),
             "context": tally.longest,
             "label": "",
         }
@@ -102,7 +105,7 @@ def _rows(
                 ci95=(value - margin, value + margin),
                 n=figures["sample_len"],
             )
-        if metrics and job is not None:
+        if metrics and method is not None:
             share = tally.reloaded_tokens / tally.prompt_tokens
             yield Row(
                 **common, metric="reloaded_share", value=share, ci95=(share, share), n=tally.prompts
@@ -138,11 +141,11 @@ def main() -> None:
     unknown = [name for name in job.tasks if not manager.match_tasks([name])]
     if unknown:
         sys.exit(f"lm-eval knows no task {', '.join(unknown)}")
-    with (
-        scratch() as directory,
-        replay_engine(job.model, job.method, job.method.chunk_tokens, job.engine) as engine,
-    ):
-        outcome = measure(engine, manager, job, directory)
+    with scratch() as directory:
+        alone = len(job.methods) == 1
+        method = job.methods[0] if alone else carrier(job.methods, job.model, directory)
+        with replay_engine(job.model, method, method.chunk_tokens, job.engine) as engine:
+            outcome = measure(engine, manager, job, directory)
     Path(job.out).write_bytes(msgspec.msgpack.encode(outcome))
 
 

@@ -10,7 +10,13 @@ from typing import Any
 import msgspec
 
 from kvtc_vllm.evaluation.methods import Method
-from kvtc_vllm.evaluation.processes.suite import SuiteError, describe, run_child
+from kvtc_vllm.evaluation.processes.suite import (
+    SHARED_PASSES,
+    SuiteError,
+    describe,
+    open_earlier,
+    run_child,
+)
 from kvtc_vllm.evaluation.reporting import report
 from kvtc_vllm.evaluation.reporting.results import Row
 from kvtc_vllm.evaluation.tasks import Source
@@ -20,7 +26,8 @@ class HarnessJob(msgspec.Struct, frozen=True, kw_only=True):
     """What one process does."""
 
     model: str
-    method: Method
+    methods: list[Method]
+    """With several, all can share exact passes with the first (`Method.can_share`)."""
     tasks: list[str]
     """Names, groups or patterns known to lm-eval."""
     task_path: str | None
@@ -45,8 +52,12 @@ class HarnessOutcome(msgspec.Struct, frozen=True, kw_only=True):
     warnings: list[str]
 
 
-def run_harness(jobs: Sequence[HarnessJob], out: Path, command: str) -> list[Row]:
+def run_harness(
+    jobs: Sequence[HarnessJob], out: Path, command: str, *, add: bool = False
+) -> list[Row]:
     """Run one job after another and write results after each. Raises SuiteError.
+
+    add: keep what earlier runs left in `out`; see `Earlier`.
 
     The files in `out` always hold what has been measured so far.
     """
@@ -57,19 +68,23 @@ def run_harness(jobs: Sequence[HarnessJob], out: Path, command: str) -> list[Row
     about["warnings"] = []
     if jobs[0].source is not None:
         about["documents"] = f"part {jobs[0].source.part}"
+    earlier = open_earlier(out, about) if add else None
     for number, job in enumerate(jobs, start=1):
-        name = job.method.name
+        name = ", ".join(method.name for method in job.methods)
         print(f"[{number}/{len(jobs)}] {name}", flush=True)
-        if job.method.eviction or job.method.whole_prompt:
+        if any(method.eviction or method.whole_prompt for method in job.methods):
             print("    skipped: it can't store the chunks of prompts of different lengths")
             continue
         outcome = run_child("kvtc_vllm.evaluation.processes.harness", name, job, HarnessOutcome)
+        if len(job.methods) > 1:
+            about["exact passes"] = SHARED_PASSES
         known = {row.task for row in found}
         found += [row for row in outcome.exact if row.task not in known]
         found += outcome.replay
         about["warnings"] += [text for text in outcome.warnings if text not in about["warnings"]]
-        report.write_rows(out, about, found)
-        (out / "results.md").write_text(markdown(about, found), encoding="utf-8")
+        everything = earlier.joined(about, found) if earlier else (about, found)
+        report.write_rows(out, *everything)
+        (out / "results.md").write_text(markdown(*everything), encoding="utf-8")
     if not found:
         raise SuiteError("none of the methods can run lm-eval tasks")
     return found

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kvtc_vllm.evaluation.baselines.cachegen import CacheGen
 from kvtc_vllm.evaluation.baselines.cachegen_profile import CacheGenProfile
 from kvtc_vllm.evaluation.data import corpus
+from kvtc_vllm.evaluation.methods import Method
 from kvtc_vllm.evaluation.tasks.base import encode_prompt
 
 PROMPTS = 8
 PROMPT_TOKENS = 1024
+
+
+def with_profile(method: Method, model: str, directory: Path) -> Method:
+    """CacheGen's distributions are profiled once per model, as our basis is fitted."""
+    if method.override.get("baseline") != CacheGen.name:
+        return method
+    path = cachegen_profile(model, directory / "profile.safetensors")
+    return replace(method, override={**method.override, "options": {"profile": str(path)}})
 
 
 @torch.inference_mode()

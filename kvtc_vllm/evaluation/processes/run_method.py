@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from tqdm import tqdm
 
-from kvtc_vllm.evaluation.baselines.cachegen import CacheGen
 from kvtc_vllm.evaluation.job import (
     Job,
     Outcome,
@@ -28,7 +26,7 @@ from kvtc_vllm.evaluation.job import (
     make_record,
 )
 from kvtc_vllm.evaluation.methods import Method
-from kvtc_vllm.evaluation.processes.profiles import cachegen_profile
+from kvtc_vllm.evaluation.processes.profiles import with_profile
 from kvtc_vllm.evaluation.replay.engine import replay_engine, scratch
 from kvtc_vllm.evaluation.replay.two_passes import replay
 from kvtc_vllm.evaluation.tasks import DataError, Session, open_task
@@ -82,7 +80,7 @@ def make_sessions(job: Job | SharedJob, tokenizer: Any) -> tuple[Work, list[str]
 def _run_tier(job: Job, work: Work, bar: Any) -> Iterator[tuple[list[Record], StoredBytes]]:
     with scratch() as directory:
         method = with_profile(job.method, job.model, directory)
-        for chunk_tokens, part in _by_chunk(job, work):
+        for chunk_tokens, part in by_chunk(job.method, job.engine, work):
             with replay_engine(job.model, method, chunk_tokens, job.engine) as engine:
                 for workload, sessions in part:
                     yield replay(
@@ -90,27 +88,19 @@ def _run_tier(job: Job, work: Work, bar: Any) -> Iterator[tuple[list[Record], St
                     )
 
 
-def with_profile(method: Method, model: str, directory: Path) -> Method:
-    """CacheGen's distributions are profiled once per model, as our basis is fitted."""
-    if method.override.get("baseline") != CacheGen.name:
-        return method
-    path = cachegen_profile(model, directory / "profile.safetensors")
-    return replace(method, override={**method.override, "options": {"profile": str(path)}})
-
-
-def _by_chunk(job: Job, work: Work) -> Iterator[tuple[int, Work]]:
+def by_chunk(method: Method, engine: dict[str, Any], work: Work) -> Iterator[tuple[int, Work]]:
     """Work that can share an engine, with its chunk size.
 
     A method that needs a whole prefix gets a chunk as large as the shortest first
     prompt allows, for each task and context of its own.
     """
-    if not job.method.whole_prompt:
-        yield job.method.chunk_tokens, work
+    if not method.whole_prompt:
+        yield method.chunk_tokens, work
         return
-    block = int(job.engine.get("block_size", 16))
+    block = int(engine.get("block_size", 16))
     for workload, sessions in work:
         shortest = min(len(session.turns[0].prompt) for session in sessions)
-        chunk = shortest - job.method.window
+        chunk = shortest - method.window
         yield chunk - chunk % block, [(workload, sessions)]
 
 

@@ -13,18 +13,22 @@ from typing import Any
 import msgspec
 from tqdm import tqdm
 
-from kvtc_vllm.artifact import registry
-from kvtc_vllm.artifact.identity import model_identity
-from kvtc_vllm.artifact.rank_file import rank_file_name
 from kvtc_vllm.evaluation.job import Outcome, Record, SharedJob, StoredBytes, Workload
 from kvtc_vllm.evaluation.methods import Method
-from kvtc_vllm.evaluation.processes.run_method import document_names, make_sessions, with_profile
+from kvtc_vllm.evaluation.processes.carrier import SHARED, carrier
+from kvtc_vllm.evaluation.processes.run_method import (
+    Work,
+    by_chunk,
+    document_names,
+    make_sessions,
+)
 from kvtc_vllm.evaluation.replay.engine import ReplayEngine, replay_engine, scratch
 from kvtc_vllm.evaluation.replay.round_trips import TURN
 from kvtc_vllm.evaluation.replay.two_passes import batches, exact_pass, replay_pass
 from kvtc_vllm.evaluation.tasks import Session
 
-SHARED = "shared"
+Found = dict[str, tuple[list[Record], StoredBytes]]
+"""By method, of one workload."""
 
 
 def run(job: SharedJob, tokenizer: Any) -> Iterator[list[Outcome]]:
@@ -42,40 +46,33 @@ def run(job: SharedJob, tokenizer: Any) -> Iterator[list[Outcome]]:
         tqdm(total=(1 + len(names)) * prompts, desc=SHARED, unit="prompt", mininterval=2.0) as bar,
         scratch() as directory,
     ):
-        trips = {m.name: override(with_profile(m, job.model, directory), job) for m in job.methods}
-        carrier = Method(SHARED, "bit-exact", override={"round_trips": trips})
-        with replay_engine(job.model, carrier, carrier.chunk_tokens, job.engine) as engine:
-            for workload, sessions in work:
-                found = _replay_all(engine, workload, sessions, names, directory, bar)
-                for name, (own, size) in found.items():
-                    records[name] += own
-                    stored[name].append(size)
-                yield [
-                    Outcome(
-                        method=method,
-                        records=records[method.name],
-                        stored=stored[method.name],
-                        skipped=skipped,
-                        documents=documents,
-                    )
-                    for method in job.methods
-                ]
+        method = carrier(job.methods, job.model, directory)
+        for found in _run(job, method, work, directory, bar):
+            for name, (own, size) in found.items():
+                records[name] += own
+                stored[name].append(size)
+            yield [
+                Outcome(
+                    method=one,
+                    records=records[one.name],
+                    stored=stored[one.name],
+                    skipped=skipped,
+                    documents=documents,
+                )
+                for one in job.methods
+            ]
 
 
-def override(method: Method, job: SharedJob) -> dict[str, Any]:
-    """Fields of `CodecOverride` for a method: our codec too takes the codec's place."""
-    if method.ratio is None:
-        return method.override
-    artifact = registry.find(
-        model_identity(job.model),
-        1,
-        method.ratio,
-        model_name=job.model,
-        codec=method.codec,
-        artifact=method.artifact,
-    )
-    rank_file = artifact / rank_file_name(0, 1)
-    return {"variant": "unchanged", "artifact": str(rank_file), "ratio": method.ratio}
+def _run(job: SharedJob, method: Method, work: Work, directory: Path, bar: Any) -> Iterator[Found]:
+    """Every workload in turn, in engines with chunks as large as the methods need.
+
+    method: the carrier of all.
+    """
+    names = [method.name for method in job.methods]
+    for chunk_tokens, part in by_chunk(method, job.engine, work):
+        with replay_engine(job.model, method, chunk_tokens, job.engine) as engine:
+            for workload, sessions in part:
+                yield _replay_all(engine, workload, sessions, names, directory, bar)
 
 
 def _replay_all(
@@ -85,7 +82,7 @@ def _replay_all(
     names: list[str],
     directory: Path,
     bar: Any,
-) -> dict[str, tuple[list[Record], StoredBytes]]:
+) -> Found:
     task, context = workload.task, workload.context
     records: dict[str, list[Record]] = {name: [] for name in names}
     sizes = dict.fromkeys(names, (0, 0))

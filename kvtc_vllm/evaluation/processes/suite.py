@@ -17,12 +17,15 @@ import msgspec
 from kvtc_vllm.evaluation.job import Job, Outcome, SharedJob, Workload
 from kvtc_vllm.evaluation.methods import Method
 from kvtc_vllm.evaluation.reporting import report
+from kvtc_vllm.evaluation.reporting.earlier import Earlier
 from kvtc_vllm.evaluation.reporting.results import Row, exact_rows, rows
 from kvtc_vllm.evaluation.tasks import Source
 
 T = TypeVar("T")
 
 CHILD = "kvtc_vllm.evaluation.processes.run_method"
+SHARED_PASSES = "shared by methods; chunks are encoded when they are loaded"
+"""What reports say of methods that share."""
 SHARED_CHILD = "kvtc_vllm.evaluation.processes.run_shared"
 
 
@@ -44,11 +47,13 @@ def run_suite(
     out: Path,
     command: str,
     share: bool = False,
+    add: bool = False,
 ) -> list[Row]:
     """Measure every method on its workloads and write the report after each. Raises SuiteError
     in the end if a method failed; the others are measured nevertheless.
 
     share: methods that can run their replays over one exact pass, in one process.
+    add: keep what earlier runs left in `out`; see `Earlier`.
 
     The report on disk always holds what has been measured so far.
     """
@@ -56,6 +61,7 @@ def run_suite(
     failures: list[str] = []
     used: dict[str, None] = {}
     about = describe(model, command, seed)
+    earlier = open_earlier(out, about) if add else None
     groups = _groups(plan, share)
     for number, (methods, workloads) in enumerate(groups, start=1):
         name = ", ".join(method.name for method in methods)
@@ -69,7 +75,7 @@ def run_suite(
             "out": "",
         }
         try:
-            if share and methods[0].can_share():
+            if share and methods[0].eviction is None:
                 shared = SharedJob(methods=methods, **common)
                 outcomes = run_child(SHARED_CHILD, name, shared, list[Outcome])
             else:
@@ -91,11 +97,19 @@ def run_suite(
         if source is not None and used:
             about["documents"] = describe_documents(source, used)
         if share:
-            about["exact passes"] = "shared by methods; chunks are encoded when they are loaded"
-        report.write(out, about, found)
+            about["exact passes"] = SHARED_PASSES
+        report.write(out, *(earlier.joined(about, found) if earlier else (about, found)))
     if failures:
         raise SuiteError("; ".join(failures))
     return found
+
+
+def open_earlier(out: Path, about: dict[str, Any]) -> Earlier:
+    """Results in `out`, to add to. Raises SuiteError if they are of something else."""
+    try:
+        return Earlier(out, about)
+    except ValueError as error:
+        raise SuiteError(str(error)) from None
 
 
 def _groups(
@@ -107,7 +121,7 @@ def _groups(
         together = [
             own
             for own, theirs in groups
-            if share and method.can_share() and own[0].can_share() and theirs == workloads
+            if share and method.can_share(own[0]) and theirs == workloads
         ]
         if together:
             together[0].append(method)

@@ -4,7 +4,8 @@
 figures say nothing about a codec. Here lm-eval runs twice over one engine. The first
 time, each request is computed exactly and stored, and then, the GPU cache dropped,
 replayed with its prefix from the tier: lm-eval gets the exact answers. The second
-time it asks the same and gets the answers of the replays.
+time it asks the same and gets the answers of the replays. Several methods may share the
+exact answers (`replay/round_trips.py`); then there is one more time for each.
 
 Generation is always greedy, also for tasks that ask for sampling, for otherwise the
 two would differ by chance. A context too long for the model loses its beginning.
@@ -16,7 +17,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -25,7 +26,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from kvtc_vllm.evaluation.replay.engine import OpenRequest, ReplayEngine, Request
+from kvtc_vllm.evaluation.replay.round_trips import TURN
 from kvtc_vllm.evaluation.replay.two_passes import BATCH, ReplayError, confirmed, grown
+from kvtc_vllm.evaluation.reporting.results import EXACT
 from kvtc_vllm.evaluation.tasks import Example
 
 ROLLING_TOKENS = 128
@@ -67,21 +70,23 @@ class Tally:
 class TwoPassLM(TemplateLM):
     """lm-eval's view of a `ReplayEngine`.
 
-    mode: whose answers lm-eval gets. First one evaluation in mode "exact", which runs both
-    passes; then the same in mode "replay", which only hands out what was kept. All methods
-    raise ReplayError when the reloads that the tier's counters report are not as they must be.
+    mode: whose answers lm-eval gets. First one evaluation in mode `EXACT`, which runs all
+    passes; then the same with the name of each method as the mode, which only hands out what was
+    kept. All methods raise ReplayError when the reloads that the tier's counters report are not
+    as they must be. tallies: by method and task.
     """
 
-    def __init__(self, engine: ReplayEngine, directory: Path) -> None:
-        """directory: for score files."""
+    def __init__(self, engine: ReplayEngine, directory: Path, methods: Sequence[str]) -> None:
+        """directory: for score files. methods: names; with several, the engine's round trips."""
         super().__init__()
-        self.mode: Literal["exact", "replay"] = "exact"
-        self.tallies: dict[str, Tally] = {}
+        self.mode = EXACT
+        self.tallies: dict[str, dict[str, Tally]] = {name: {} for name in methods}
+        self._methods = list(methods)
         self.tokenizer = engine.tokenizer()
         self._engine = engine
         self._directory = directory
         self._task = ""
-        self._kept: dict[str, tuple[list[Any], list[Any]]] = {}
+        self._kept: dict[str, tuple[list[Any], dict[str, list[Any]]]] = {}
 
     @property
     def eot_token_id(self) -> int:
@@ -219,43 +224,59 @@ class TwoPassLM(TemplateLM):
     ) -> list[A]:
         """Answers of the mode's pass. Requests with the same salt must share their prefixes."""
         name = f"{self._task}/{request_type}"
-        if self.mode == "replay":
-            asked, answers = self._kept[name]
+        if self.mode != EXACT:
+            asked, kept = self._kept[name]
             if asked != requests:
                 raise ReplayError(f"{name}: lm-eval asked something else the second time")
-            return answers
-        self.tallies.setdefault(self._task, Tally())
-        before = self._engine.counters()
+            return kept[self.mode]
+        for tallies in self.tallies.values():
+            tallies.setdefault(self._task, Tally())
         exact: dict[int, A] = {}
-        replayed: dict[int, A] = {}
-        with tqdm(total=2 * len(requests), desc=name, unit="prompt", mininterval=2.0) as bar:
+        replayed: dict[str, dict[int, A]] = {method: {} for method in self._methods}
+        passes = 1 + len(self._methods)
+        with tqdm(total=passes * len(requests), desc=name, unit="prompt", mininterval=2.0) as bar:
             for waves in _batches(requests):
                 everything = sorted(itertools.chain.from_iterable(waves))
+                before = self._engine.counters()
                 with confirmed(self._engine, expected=0):
                     answers = run([requests[number] for number in everything])
                 exact |= zip(everything, answers, strict=True)
                 bar.update(len(everything))
-                for wave in waves:
-                    self._engine.drop_gpu_cache()
-                    part = [requests[number] for number in wave]
-                    with confirmed(self._engine, expected=self._count(part)):
-                        answers = run(part)
-                    replayed |= zip(wave, answers, strict=True)
-                    bar.update(len(wave))
+                for method, own in replayed.items():
+                    if len(self._methods) > 1:
+                        TURN.begin(method)
+                    for wave in waves:
+                        self._engine.drop_gpu_cache()
+                        part = [requests[number] for number in wave]
+                        with confirmed(self._engine, expected=self._count(method, part)):
+                            answers = run(part)
+                        own |= zip(wave, answers, strict=True)
+                        bar.update(len(wave))
+                    self._count_bytes(method, before)
                 self._engine.drop_gpu_cache()
-        after = self._engine.counters()
-        tally = self.tallies[self._task]
-        tally.raw_bytes += int(grown(before, after, "stored_raw_bytes"))
-        tally.stored_bytes += int(grown(before, after, "stored_bytes"))
-        self._kept[name] = requests, [replayed[number] for number in range(len(requests))]
-        return [exact[number] for number in range(len(requests))]
+        numbers = range(len(requests))
+        kept = {method: [own[number] for number in numbers] for method, own in replayed.items()}
+        self._kept[name] = requests, kept
+        return [exact[number] for number in numbers]
 
-    def _count(self, requests: Sequence[Request | OpenRequest]) -> int:
+    def _count(self, method: str, requests: Sequence[Request | OpenRequest]) -> int:
         """Note replays in the task's tally; returns the tokens that must be reloaded."""
         lengths = [len(request.prompt) for request in requests]
         reloads = sum(self._engine.reloadable(length, length) for length in lengths)
-        self.tallies[self._task] += Tally(len(lengths), max(lengths), sum(lengths), reloads)
+        found = Tally(len(lengths), max(lengths), sum(lengths), reloads)
+        self.tallies[method][self._task] += found
         return reloads
+
+    def _count_bytes(self, method: str, before: dict[str, float]) -> None:
+        """Note what the batch since `before` took: what was stored, or what round trips made."""
+        if len(self._methods) > 1:
+            raw, stored = TURN.bytes()
+        else:
+            after = self._engine.counters()
+            raw, stored = (
+                int(grown(before, after, name)) for name in ("stored_raw_bytes", "stored_bytes")
+            )
+        self.tallies[method][self._task] += Tally(raw_bytes=raw, stored_bytes=stored)
 
 
 def _batches(requests: Sequence[Request | OpenRequest]) -> Iterator[list[list[int]]]:

@@ -1,10 +1,9 @@
-"""Chains of assignments in essays, then the question what a variable holds (as RULER)."""
+"""Assignments in essays, then the question what a variable holds (as RULER, without hops)."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
 
 from kvtc_vllm.evaluation.data import words
 from kvtc_vllm.evaluation.data.generators import digits
@@ -12,55 +11,53 @@ from kvtc_vllm.evaluation.data.public import Document
 from kvtc_vllm.evaluation.tasks.dialogue import DialogueTask, Message, Question
 from kvtc_vllm.evaluation.tasks.essay_text import essay_sentences, strewn
 
-CHAINS = 2
-EXAMPLE_HOPS = (2, 1)
+ASSIGNMENTS = 4
+EXAMPLES = 2
 LAST_DEPTH = 0.7
 """Assignments lie before this share of the text, since its end is in the recent window."""
 
 
 class EssayVariables(DialogueTask):
-    """Two chains; the answer spells one of them down to its number.
+    """Four variables; the answer is the number of one of them, at a stated depth.
 
-    The first exchanges of the chat are examples without a text, as in RULER.
+    The first exchanges of the chat are examples without a text, as in RULER. RULER's chains, in
+    which variables hold variables, are beyond the small models that can be measured on a CPU.
     """
 
     name = "essay-variables"
-    description = "variable tracking in essays, with 1 and 2 hops (as RULER)"
+    description = "a variable's number among four assignments in essays, by depth (as RULER)"
     data_set = "essays"
-    depths = (1, 2)
-    label = "{:g} hops"
+    # Of the assignments, which lie in order of their depth.
+    depths = (0.0, 0.25, 0.5, 0.75)
     first_size = 1000
 
     def question(
         self, documents: Sequence[Document], rng: random.Random, size: int, depth: float
     ) -> Question:
-        links = int(depth) + 1
-        names = iter(rng.sample(words.NOUNS, CHAINS * links + sum(EXAMPLE_HOPS) + 2))
+        names = iter(rng.sample(words.NOUNS, (EXAMPLES + 1) * ASSIGNMENTS))
 
-        def chain(length: int) -> list[str]:
-            """Names down to the number that the last of them holds."""
-            return [*(next(names) for _ in range(length)), digits(rng, 4)]
+        def variables() -> dict[str, str]:
+            return {next(names): digits(rng, 4) for _ in range(ASSIGNMENTS)}
 
         messages: list[Message] = []
-        for hops in EXAMPLE_HOPS:
-            example = chain(hops + 1)
+        for _ in range(EXAMPLES):
+            example = variables()
+            name = rng.choice(list(example))
             messages += [
-                ("user", _request(example[0], " ".join(_assignments(example)))),
-                ("assistant", " = ".join(example)),
+                ("user", _request(name, " ".join(_lines(example)))),
+                ("assistant", f"{name} = {example[name]}"),
             ]
-        chains = [chain(links) for _ in range(CHAINS)]
-        lines = [line for step in zip(*map(_assignments, chains), strict=True) for line in step]
-        places = sorted(rng.uniform(0, LAST_DEPTH) for _ in lines)
+        values = variables()
+        places = sorted(rng.uniform(0, LAST_DEPTH) for _ in values)
         sentences, used = essay_sentences(documents, size)
-        text = strewn(sentences, list(zip(places, lines, strict=True)))
-        name, *rest = rng.choice(chains)
+        text = strewn(sentences, list(zip(places, _lines(values), strict=True)))
+        name = list(values)[int(depth * len(values))]
         messages.append(("user", _request(name, text)))
-        return Question(messages, f"{name} =", f" {' = '.join(rest)}", used)
+        return Question(messages, f"{name} =", f" {values[name]}", used)
 
 
-def _assignments(chain: Sequence[str]) -> list[str]:
-    """Lines of a chain, the one with the number first."""
-    return [f"{name} = {value}." for name, value in reversed(list(pairwise(chain)))]
+def _lines(values: Mapping[str, str]) -> list[str]:
+    return [f"{name} = {value}." for name, value in values.items()]
 
 
 def _request(name: str, text: str) -> str:

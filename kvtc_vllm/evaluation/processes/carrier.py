@@ -1,0 +1,45 @@
+"""The method that an engine runs when several share its exact passes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kvtc_vllm.artifact import registry
+from kvtc_vllm.artifact.identity import model_identity
+from kvtc_vllm.artifact.rank_file import rank_file_name
+from kvtc_vllm.evaluation.methods import Method
+from kvtc_vllm.evaluation.processes.profiles import with_profile
+
+SHARED = "shared"
+
+
+def carrier(methods: Sequence[Method], model: str, directory: Path) -> Method:
+    """What stores exact chunks and makes the round trips of `methods` (`replay/round_trips.py`).
+
+    All of them can share with the first (`Method.can_share`). directory: for what is fitted once
+    per model.
+    """
+    trips = {m.name: _override(with_profile(m, model, directory), model) for m in methods}
+    return replace(
+        methods[0], name=SHARED, codec="raw", plan="bit-exact", override={"round_trips": trips}
+    )
+
+
+def _override(method: Method, model: str) -> dict[str, Any]:
+    """Fields of `CodecOverride` for a method: our codec too takes the codec's place."""
+    if method.codec != "kvtc":
+        return method.override
+    assert method.ratio is not None
+    artifact = registry.find(
+        model_identity(model),
+        1,
+        method.ratio,
+        model_name=model,
+        codec=method.codec,
+        artifact=method.artifact,
+    )
+    rank_file = artifact / rank_file_name(0, 1)
+    return {"variant": "unchanged", "artifact": str(rank_file), "ratio": method.ratio}
