@@ -26,10 +26,10 @@ from kvtc_vllm.config import ConfigError, KVTCConfig
 from kvtc_vllm.connector.artifact_lookup import find_artifact
 from kvtc_vllm.connector.compat import vllm_version
 from kvtc_vllm.connector.identity import setup_identity
-from kvtc_vllm.connector.layout import PagedLayout
+from kvtc_vllm.connector.layout import paged_layouts
 from kvtc_vllm.connector.live_model import LiveModel
-from kvtc_vllm.connector.rotary import find_ropes
-from kvtc_vllm.connector.scales import find_scales
+from kvtc_vllm.connector.rotary import find_ropes, joined_ropes
+from kvtc_vllm.connector.scales import find_scales, joined_scales
 from kvtc_vllm.connector.sizing import log_plan, plan_memory
 from kvtc_vllm.connector.torch_transfer import TorchTransfer
 from kvtc_vllm.connector.transfers import FoundArtifact, build_transfer
@@ -74,42 +74,50 @@ def build_worker(
     Raises ArtifactError or UnsupportedError, one clear line, if it can't serve.
     """
     rank = get_tensor_model_parallel_rank()
-    group = geometry.only_group
-    layout = PagedLayout(kv_caches, group)
+    groups = geometry.groups
+    layouts = paged_layouts(kv_caches, geometry)
     step_tokens = vllm_config.scheduler_config.max_num_batched_tokens
-    plan = plan_memory(config, geometry, layout.device, step_tokens)
-    live = LiveModel(vllm_config, group.layer_names)
-    ropes, layer_rope = find_ropes(vllm_config, group.layer_names, live)
-    scales = find_scales(vllm_config, group)
-    codec: ChunkCodec
-    transfer: Transfer
+    plan = plan_memory(config, geometry, layouts[0].device, step_tokens)
+    live = LiveModel(vllm_config, [name for group in groups for name in group.layer_names])
+    rotations = [find_ropes(vllm_config, group.layer_names, live) for group in groups]
+    scales = [find_scales(vllm_config, group) for group in groups]
+    codecs: list[ChunkCodec] = []
+    transfers: list[Transfer] = []
     fingerprint = b""
     if not CODECS[config.codec].needs_artifact:
         files = _raw_model_fingerprint(vllm_config.model_config, config)
-        codec = open_codec(config.codec, group.dtype, geometry=codec_geometry(group))
-        transfer = TorchTransfer(layout, codec, config.chunk_tokens)
+        for group, layout in zip(groups, layouts, strict=True):
+            raw = open_codec(config.codec, group.dtype, geometry=codec_geometry(group))
+            codecs.append(raw)
+            transfers.append(TorchTransfer(layout, raw, config.chunk_tokens))
         logger.info(
             "kvtc: rank %d/%d codec %s, %d tokens per chunk, memory tier %.1f MiB",
             rank,
             geometry.tp_size,
-            codec.name,
+            config.codec,
             config.chunk_tokens,
             config.memory_capacity / 2**20,
         )
     else:
+        ropes, layer_rope = rotations[0]
         found, files = _load_artifact(vllm_config, config, geometry, rank)
         check_ropes(found.artifact, ropes, layer_rope, found.directory)
         # The live tables may be longer or of another dtype; they are what the cache was made with.
-        artifact = replace(found.artifact, ropes=ropes, layer_rope=layer_rope, scales=scales)
+        artifact = replace(found.artifact, ropes=ropes, layer_rope=layer_rope, scales=scales[0])
         found = replace(found, artifact=artifact)
         fingerprint = artifact.fingerprint
-        codec, transfer = build_transfer(found, config, layout, plan.workspace)
+        codec, transfer = build_transfer(found, config, layouts[0], plan.workspace)
+        codecs.append(codec)
+        transfers.append(transfer)
         _log_start(codec, config, rank, geometry.tp_size, found.directory)
-        if layout.device.type == "cuda":
+        if layouts[0].device.type == "cuda":
             log_plan(plan, geometry, codec.resident_bytes, step_tokens)
     if codec_factory is not None:
-        coder = codec_factory(group, ropes, layer_rope)
-        transfer = TorchTransfer(layout, coder, config.chunk_tokens)
+        transfers = [
+            TorchTransfer(layout, codec_factory(group, *rotation), config.chunk_tokens)
+            for group, layout, rotation in zip(groups, layouts, rotations, strict=True)
+        ]
+    ropes, layer_rope = joined_ropes(rotations)
     setup = setup_identity(
         vllm_config,
         config,
@@ -119,13 +127,13 @@ def build_worker(
         artifact=fingerprint,
         ropes=ropes,
         layer_rope=layer_rope,
-        scales=scales,
+        scales=joined_scales(scales, groups),
     )
     check_digested(setup, config)
     record = NamespaceRecord(
         model=public_model_name(vllm_config.model_config.model),
-        codec=codec.name,
-        dtype=str(group.dtype).removeprefix("torch."),
+        codec=config.codec,
+        dtype=str(groups[0].dtype).removeprefix("torch."),
         rank=rank,
         tp_size=geometry.tp_size,
         artifact=fingerprint.hex(),
@@ -134,7 +142,7 @@ def build_worker(
         facts=setup.short_facts(),
     )
     names = Names(
-        codec,
+        codecs,
         setup,
         _watch(live, vllm_config),
         LoadedAdapters(live.lora_manager),
@@ -143,7 +151,8 @@ def build_worker(
     )
     names.rename(b"")
     disk = _open_disk(config, geometry, names, rank, plan.staging)
-    return KVTCWorker(config, geometry, [transfer], layout.device, plan.staging, rank, names, disk)
+    device = layouts[0].device
+    return KVTCWorker(config, geometry, transfers, device, plan.staging, rank, names, disk)
 
 
 def check_digested(setup: SetupIdentity, config: KVTCConfig) -> None:

@@ -50,17 +50,16 @@ class Promotions:
         self._orders: list[RecordKey] = []
         self.expired = 0
 
-    def must_wait(self, request_id: str, keys: Sequence[RecordKey], found: int) -> bool:
+    def must_wait(self, request_id: str, keys: Sequence[RecordKey]) -> bool:
         """True while the request should be looked up again later. Starts reading at first.
 
-        keys: the chunks that could be offered, first to last. found: how many of them, from
-        the start, are in memory.
+        keys: the records that could be loaded, first to last.
         """
         if request_id in self._settled:
             return False
         waiting = self._waiting.get(request_id)
         if waiting is None:
-            waiting = self._start(request_id, keys, found)
+            waiting = self._start(request_id, keys)
         unfinished = [key for key in waiting.keys if self._is_reading(key)]
         arrived = set(waiting.keys).difference(unfinished)
         ready = self._memory.pin(arrived)
@@ -100,10 +99,10 @@ class Promotions:
         self._reading.clear()
         self._orders.clear()
 
-    def _start(self, request_id: str, keys: Sequence[RecordKey], found: int) -> _Waiting:
-        pinned = self._memory.pin(keys[:found])
+    def _start(self, request_id: str, keys: Sequence[RecordKey]) -> _Waiting:
+        pinned: list[RecordKey] = []
         wanted = []
-        for key in keys[found:]:
+        for key in keys:
             if self._memory.is_ready(key):
                 pinned += self._memory.pin([key])
             elif self._is_reading(key) or self._order(key):

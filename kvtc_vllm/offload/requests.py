@@ -42,6 +42,11 @@ class RequestState:
     """The load policy's decision; None until it was asked."""
     gated: int = 0
     """Tokens that the load policy refused."""
+    loads: int = 0
+    """That were planned for it since it began or was preempted."""
+    junction: int = 0
+    """Tokens of a prefix that it shares with requests before, and that could not be restored
+    there; 0 for none."""
 
 
 class RequestStates:

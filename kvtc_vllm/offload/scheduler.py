@@ -30,6 +30,9 @@ from kvtc_vllm.tiers.keys import RecordKey
 
 NONCE_BYTES = 8
 """Of a generation."""
+MOST_LOADS = 3
+"""Of one request that has not run yet: where a failure costs the whole load, it is looked up
+again."""
 
 
 class KVTCScheduler:
@@ -52,7 +55,7 @@ class KVTCScheduler:
     ) -> None:
         self._loads_allowed = loads
         self._config = config
-        self._block_size = geometry.groups[0].block_size
+        self._boundary = geometry.boundary_tokens
         self._chunk_tokens = config.chunk_tokens
         capacity, ranks = config.memory_capacity, geometry.tp_size
         eviction = policies.REGISTRY[config.eviction]
@@ -76,7 +79,7 @@ class KVTCScheduler:
         self._touched: list[RecordKey] = []
         self._step_number = 0
         self._requests = RequestStates(ranks)
-        self._tables = BlockTables(len(geometry.groups))
+        self._tables = BlockTables(geometry.block_tables)
         self._loads = RunningLoads()
         self._new_loads: list[LoadJob] = []
         self._check_due = False
@@ -104,25 +107,22 @@ class KVTCScheduler:
             return None
         # At least one token must be left to compute, for its logits.
         limit = request.num_tokens - max(1, self._config.window)
-        limit -= limit % self._block_size
-        chunks = self._lookup.chunks(request, state.adapter)
-        records = self._lookup.records(chunks)
-        first = num_computed_tokens // self._chunk_tokens
-        found = self._lookup.found(records, first)
-        wanted = chunks[first : -(-max(0, limit) // self._chunk_tokens)]
+        limit = max(0, limit - limit % self._boundary)
+        records = self._lookup.records(self._lookup.chunks(request, state.adapter))
+        start, lookup = num_computed_tokens, self._lookup
         if self._promotions is not None:
-            in_memory = self._lookup.records(wanted[: found - first])
-            of_wanted = self._lookup.records(wanted)
-            if self._promotions.must_wait(request.request_id, of_wanted, len(in_memory)):
+            wanted = lookup.wanted(records, start, limit, self._is_anywhere)
+            if self._promotions.must_wait(request.request_id, wanted):
                 return None
-            found = self._lookup.found(records, first)
-        if self._loads.should_wait(request, self._lookup.records(wanted[: found - first])):
+        found = lookup.found(records, start, limit)
+        if self._loads.should_wait(request, lookup.needed(records, start, found.end)):
             self._stats.add("shared_load_waits", not state.waited)
             state.waited = True
             return None
-        available = found * self._chunk_tokens
-        tokens = max(0, min(available, limit) - num_computed_tokens)
-        state.withheld = max(0, available - num_computed_tokens) - tokens
+        tokens = max(0, found.end - start)
+        state.withheld = max(0, found.available - start) - tokens
+        if found.run > found.available:
+            state.junction = found.run
         if tokens:
             if state.admitted is None:
                 state.admitted = self._load_policy.admits()
@@ -130,11 +130,16 @@ class KVTCScheduler:
                 state.gated, tokens = tokens, 0
         return tokens
 
+    def _is_anywhere(self, key: RecordKey) -> bool:
+        in_memory = self.index.is_ready(key)
+        return in_memory or (self.disk is not None and self.disk.is_ready(key))
+
     def _may_load(self, state: RequestState) -> bool:
         request = state.request
         self._requests.find_adapter(state)
         return (
             self._loads_allowed
+            and state.loads < MOST_LOADS
             and allowed(request, LOAD)
             # vLLM asks also for requests that must compute every token, and then loads nothing.
             and not getattr(request, "skip_reading_prefix_cache", False)
@@ -144,7 +149,7 @@ class KVTCScheduler:
     def plan_load(self, request: Request, tables: Sequence[Sequence[int]], tokens: int) -> None:
         """Order the load of `tokens` tokens (0: none) into blocks that were allocated for them.
 
-        tables: the request's block ids by cache group.
+        tables: the request's block ids by block table.
         """
         state = self._requests.of(request)
         if self._loads.is_running(request.request_id) or request.num_computed_tokens:
@@ -173,8 +178,10 @@ class KVTCScheduler:
             return
         self._stats.add(f"{resumed}hit_tokens", tokens)
         assert state.adapter is not None
+        state.loads += 1
         chunks = self._lookup.chunks(request, state.adapter)
         end = start + tokens
+        fits = self._lookup.fits(start, end, tables)
         items = self._lookup.load_items(self._lookup.records(chunks), start, end, tables)
         # vLLM may defer this call by a step; what was evicted since is reported as missing.
         pinned = self.index.pin(item.key for item in items)
@@ -183,7 +190,7 @@ class KVTCScheduler:
         self.index.hit(used)
         if self.disk is not None:
             self._touched += self.disk.hit(used)
-        self._new_loads.append(LoadJob(request.request_id, items, state.adapter))
+        self._new_loads.append(LoadJob(request.request_id, items, state.adapter, fits))
 
     def plan_step(self, scheduler_output: SchedulerOutput) -> StepMetadata:
         """Everything the workers have to do in this step."""
@@ -195,11 +202,12 @@ class KVTCScheduler:
             if state is None:
                 continue
             if progress.resumed:
-                state.next_chunk = 0
+                state.next_chunk = state.loads = 0
             computed = progress.computed + progress.scheduled
             if computed < (state.next_chunk + 1) * self._chunk_tokens:
                 continue  # as in nearly every step that generates
-            stores += self._stores.completed(state, self._tables.ids[request_id], computed)
+            tables = self._tables.ids[request_id]
+            stores += self._stores.completed(state, tables, progress.computed, computed)
         for request_id in scheduler_output.finished_req_ids:
             self._requests.forget(request_id)
             self._tables.forget(request_id)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvtc_vllm.config import KVTCConfig
-from kvtc_vllm.offload.geometry import CacheGeometry, blocks_per_chunk
+from kvtc_vllm.offload.geometry import CacheGeometry
 from kvtc_vllm.offload.keys import chunk_keys
 from kvtc_vllm.offload.messages import StoreItem
 from kvtc_vllm.offload.requests import RequestState
+from kvtc_vllm.offload.restore_points import RestorePoints
 from kvtc_vllm.offload.store_policy import Candidate, StorePolicy
 from kvtc_vllm.tiers.index import TierIndex
-from kvtc_vllm.tiers.keys import ChunkKey, record_keys
+from kvtc_vllm.tiers.keys import ChunkKey, record_key
 
 
 class StorePlanner:
@@ -33,18 +34,20 @@ class StorePlanner:
         self._bounds = bounds
         self._index = index
         self._policy = policy
-        # vLLM hashes blocks of the first group.
-        self._block_size = geometry.groups[0].block_size
-        self._per_chunk = [blocks_per_chunk(config, group) for group in geometry.groups]
-        self._hashes_per_chunk = self._per_chunk[0]
+        self._restore_points = RestorePoints(config, geometry)
+        self._hashes_per_chunk = config.chunk_tokens // geometry.hash_tokens
 
     def completed(
-        self, state: RequestState, tables: Sequence[list[int]], computed_tokens: int
+        self,
+        state: RequestState,
+        tables: Sequence[Sequence[int]],
+        computed_before: int,
+        computed_tokens: int,
     ) -> list[StoreItem]:
         """Stores of the chunks that this step completes.
 
-        tables: the request's block ids by cache group. computed_tokens: of the request, after
-        this step.
+        tables: the request's block ids by block table. computed_before, computed_tokens: of the
+        request, before and after this step.
         """
         if state.tainted or state.adapter is None:
             return []  # once workers have told the adapter, all chunks so far are stored
@@ -52,20 +55,14 @@ class StorePlanner:
         complete = self._complete_chunks(state, tables, computed_tokens)
         numbers = range(state.next_chunk, complete)
         keys = chunk_keys(request, self._hashes_per_chunk, adapter.digest, numbers.start, complete)
-        known = self._known(keys)
-        of_groups = list(zip(tables, self._per_chunk, strict=True))
-        unknown = [
-            Candidate(
-                key,
-                request,
-                n * length,
-                (n + 1) * length,
-                tuple([table[n * size : (n + 1) * size] for table, size in of_groups]),
-                adapter,
-            )
-            for n, key in zip(numbers, keys, strict=True)
-            if key not in known
-        ]
+        unknown = []
+        for n, key in zip(numbers, keys, strict=True):
+            wanted = self._restore_points.wanted(state, n, computed_before)
+            if self._are_known(key, wanted):
+                continue
+            blocks = self._restore_points.blocks(tables, n, wanted)
+            start, end = n * length, (n + 1) * length
+            unknown.append(Candidate(key, request, start, end, blocks, adapter))
         state.next_chunk = max(state.next_chunk, complete)
         return self._reserve(self._policy.completed(unknown)) if unknown else []
 
@@ -82,29 +79,24 @@ class StorePlanner:
         self._policy.clear()
 
     def _complete_chunks(
-        self, state: RequestState, tables: Sequence[list[int]], computed_tokens: int
+        self, state: RequestState, tables: Sequence[Sequence[int]], computed_tokens: int
     ) -> int:
         # Hashes exist for confirmed tokens only, so speculative ones never count.
-        hashed = min(computed_tokens // self._block_size, len(state.request.block_hashes))
-        complete = hashed // self._hashes_per_chunk
-        for table, blocks in zip(tables, self._per_chunk, strict=True):
-            complete = min(complete, len(table) // blocks)
-        return complete
+        hashed = len(state.request.block_hashes) // self._hashes_per_chunk
+        complete = min(computed_tokens // self._chunk_tokens, hashed)
+        return self._restore_points.complete(tables, complete)
 
-    def _known(self, chunks: Sequence[ChunkKey]) -> set[ChunkKey]:
-        """Those of which the index knows every record."""
-        groups, is_known = len(self._per_chunk), self._index.is_known
-        known = [is_known(record) for record in record_keys(chunks, groups)]
-        return {key for n, key in enumerate(chunks) if all(known[n * groups : (n + 1) * groups])}
+    def _are_known(self, chunk: ChunkKey, groups: Sequence[int]) -> bool:
+        """Whether the index knows a chunk's records of these groups."""
+        return all(self._index.is_known(record_key(chunk, group)) for group in groups)
 
     def _reserve(self, chunks: Sequence[Candidate]) -> list[StoreItem]:
         """Stores of records for which there is room; the index knows them from now on."""
         stores = []
-        keys = iter(record_keys([chunk.key for chunk in chunks], len(self._per_chunk)))
         reserve, bounds = self._index.reserve, self._bounds
         for chunk in chunks:
             for group, block_ids in enumerate(chunk.block_ids):
-                key = next(keys)
-                if reserve(key, bounds[group]):
+                key = record_key(chunk.key, group)
+                if block_ids and reserve(key, bounds[group]):
                     stores.append(StoreItem(key, chunk.start, block_ids, chunk.adapter, group))
         return stores

@@ -142,7 +142,7 @@ class StorePipeline:
             size = self._write(item.key, blob) if epoch == out.report.epoch else None
             if size is not None:
                 group = self._groups[item.group]
-                tokens = len(item.block_ids) * group.block_size
+                tokens = group.tokens(item.block_ids)
                 out.report.stored.append((item.key, self._rank, size))
                 out.stats.add("stored_chunks")
                 out.stats.add("stored_raw_bytes", tokens * group.token_bytes)
