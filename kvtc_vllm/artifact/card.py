@@ -80,6 +80,17 @@ class SensitivityCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     value_weights: tuple[float, ...]
 
 
+class CacheGroupCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Layers that are stored together, see `kvtc_vllm.offload.geometry.CacheGroup`.
+
+    attention: "full", "window 512" or "local 8192", in tokens.
+    layers: their numbers in the model, ascending.
+    """
+
+    attention: str
+    layers: tuple[int, ...]
+
+
 class ArtifactCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One artifact directory.
 
@@ -103,6 +114,8 @@ class ArtifactCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     seconds: of fitting all ranks.
     key_share: see `kvtc_vllm.calibration.fit_settings.FitSettings`.
     sensitivity: unset if rows are not weighted.
+    cache_groups: of a model with several, all of them; unset if there is one. The card is of the
+    first, cards of the others lie in `directory.group_directory`.
     """
 
     model_name: str
@@ -126,7 +139,13 @@ class ArtifactCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     seconds: float
     key_share: float | None = None
     sensitivity: SensitivityCard | msgspec.UnsetType = msgspec.UNSET
+    cache_groups: tuple[CacheGroupCard, ...] | msgspec.UnsetType = msgspec.UNSET
     format_version: int = FORMAT_VERSION
+
+
+def cache_groups(card: ArtifactCard) -> tuple[CacheGroupCard, ...]:
+    """Of a model with several; none if there is one."""
+    return () if card.cache_groups is msgspec.UNSET else card.cache_groups
 
 
 def save_card(directory: Path, card: ArtifactCard) -> None:

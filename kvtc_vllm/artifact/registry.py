@@ -15,7 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import kvtc_vllm
-from kvtc_vllm.artifact.card import CARD_NAME, ArtifactCard, load_card
+from kvtc_vllm.artifact.card import (
+    CARD_NAME,
+    ArtifactCard,
+    CacheGroupCard,
+    cache_groups,
+    load_card,
+)
 from kvtc_vllm.artifact.identity import ModelIdentity
 from kvtc_vllm.codec.errors import ArtifactError
 
@@ -28,12 +34,14 @@ _LISTED = 20
 
 @dataclass(frozen=True)
 class Wanted:
-    """What an artifact must fit. model_name is only used in messages."""
+    """What an artifact must fit. groups: cache groups, if the model has several. model_name is only
+    used in messages."""
 
     identity: ModelIdentity
     tp_size: int
     ratio: float
     model_name: str
+    groups: tuple[CacheGroupCard, ...] = ()
 
 
 def user_registry() -> Path:
@@ -65,6 +73,7 @@ def find(
     model_name: str,
     artifact: str | Path | None = None,
     registries: Sequence[str | Path] = (),
+    groups: tuple[CacheGroupCard, ...] = (),
 ) -> Path:
     """Directory of the artifact to use.
 
@@ -72,12 +81,12 @@ def find(
     one, except that other weights are only warned about: whoever names an
     artifact may know that it serves a fine-tuned model as well.
     registries: directories to search first. model_name: as the user names the
-    model, for messages.
+    model, for messages. groups: of the engine's cache, if it has several.
 
     Raises ArtifactError that says what was found, why it does not fit, where
     the search went, and the command that makes what is missing.
     """
-    wanted = Wanted(identity, tp_size, ratio, model_name)
+    wanted = Wanted(identity, tp_size, ratio, model_name, groups)
     if artifact is not None:
         return _explicit(Path(artifact), wanted)
     directories = search_path(registries)
@@ -120,6 +129,9 @@ def mismatches(card: ArtifactCard, wanted: Wanted) -> list[str]:
         reasons.append("same weights, other configuration")
     if card.tp_size != wanted.tp_size:
         reasons.append(f"calibrated for TP {card.tp_size}, this is TP {wanted.tp_size}")
+    if cache_groups(card) != wanted.groups:
+        there, here = _groups(cache_groups(card)), _groups(wanted.groups)
+        reasons.append(f"calibrated for {there}, this engine has {here}")
     if wanted.ratio not in card.ratios:
         reasons.append(f"no plan for {wanted.ratio:g}x, only {_ratios(card.ratios)}")
     return reasons
@@ -177,6 +189,13 @@ def _not_found(
 
 def _absent(directory: Path) -> str:
     return "" if directory.is_dir() else " (does not exist)"
+
+
+def _groups(groups: Sequence[CacheGroupCard]) -> str:
+    if not groups:
+        return "one cache group"
+    named = (f"{group.attention}, {len(group.layers)} layers" for group in groups)
+    return f"{len(groups)} cache groups ({'; '.join(named)})"
 
 
 def _ratios(ratios: Sequence[float]) -> str:

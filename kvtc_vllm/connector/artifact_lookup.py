@@ -6,18 +6,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvtc_vllm.artifact import registry
-from kvtc_vllm.artifact.card import load_card
+from kvtc_vllm.artifact.card import CacheGroupCard, load_card
+from kvtc_vllm.artifact.directory import group_directory
 from kvtc_vllm.artifact.identity import model_identity
 from kvtc_vllm.codec.registry import CODECS, max_blob_bytes
 from kvtc_vllm.config import KVTCConfig
-from kvtc_vllm.connector.compat import UnsupportedError
+from kvtc_vllm.connector.geometry import layer_number
 from kvtc_vllm.offload.geometry import CacheGeometry, codec_geometry
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
 
-def find_artifact(model: ModelConfig, config: KVTCConfig, tp_size: int) -> tuple[Path, str]:
+def group_cards(geometry: CacheGeometry) -> tuple[CacheGroupCard, ...]:
+    """The cache groups as an artifact's card has them; none if there is one."""
+    if len(geometry.groups) == 1:
+        return ()
+    return tuple(
+        CacheGroupCard(
+            attention=str(group.reach), layers=tuple(map(layer_number, group.layer_names))
+        )
+        for group in geometry.groups
+    )
+
+
+def find_artifact(
+    model: ModelConfig, config: KVTCConfig, geometry: CacheGeometry
+) -> tuple[Path, str]:
     """Directory of the artifact, and the fingerprint of the model's files.
 
     model: vLLM's configuration of it. Raises ArtifactError if nothing fits.
@@ -25,11 +40,12 @@ def find_artifact(model: ModelConfig, config: KVTCConfig, tp_size: int) -> tuple
     identity = model_identity(model.model, model.revision)
     directory = registry.find(
         identity,
-        tp_size=tp_size,
+        tp_size=geometry.tp_size,
         ratio=config.target_ratio,
         model_name=model.model,
         artifact=config.artifact,
         registries=config.registry,
+        groups=group_cards(geometry),
     )
     return directory, identity.identity
 
@@ -37,8 +53,7 @@ def find_artifact(model: ModelConfig, config: KVTCConfig, tp_size: int) -> tuple
 def record_bounds(model: ModelConfig, config: KVTCConfig, geometry: CacheGeometry) -> list[int]:
     """By cache group, most bytes of a record on any rank, from the artifact's card alone.
 
-    Raises ArtifactError if the codec needs an artifact and none fits, UnsupportedError if
-    artifacts of such a model can't be.
+    Raises ArtifactError if the codec needs an artifact and none fits.
     """
     name, tokens = config.codec, config.chunk_tokens
     if not CODECS[name].needs_artifact:
@@ -46,20 +61,16 @@ def record_bounds(model: ModelConfig, config: KVTCConfig, geometry: CacheGeometr
             max_blob_bytes(name, group.dtype, tokens, geometry=codec_geometry(group))
             for group in geometry.groups
         ]
-    if len(geometry.groups) > 1:
-        raise UnsupportedError(
-            f"codec={name!r} serves models with one kind of attention, and this one has "
-            f"{len(geometry.groups)}; use codec='raw', or --disable-hybrid-kv-cache-manager"
+    directory, _ = find_artifact(model, config, geometry)
+    cards = [load_card(group_directory(directory, n)) for n in range(len(geometry.groups))]
+    return [
+        max_blob_bytes(
+            name,
+            group.dtype,
+            tokens,
+            geometry=card.geometry,
+            sink_tokens=card.sink_tokens,
+            ratio=config.target_ratio,
         )
-    group = geometry.only_group
-    directory, _ = find_artifact(model, config, geometry.tp_size)
-    card = load_card(directory)
-    bound = max_blob_bytes(
-        name,
-        group.dtype,
-        tokens,
-        geometry=card.geometry,
-        sink_tokens=card.sink_tokens,
-        ratio=config.target_ratio,
-    )
-    return [bound]
+        for group, card in zip(geometry.groups, cards, strict=True)
+    ]

@@ -14,9 +14,9 @@ import msgspec
 import torch
 from vllm.distributed import get_tensor_model_parallel_rank
 
-from kvtc_vllm.artifact.directory import load_rank_artifact
+from kvtc_vllm.artifact.directory import group_directory, load_rank_artifact
 from kvtc_vllm.artifact.identity import model_identity, public_model_name
-from kvtc_vllm.codec.artifact import RankArtifact
+from kvtc_vllm.codec.artifact import Kind, RankArtifact
 from kvtc_vllm.codec.base import ChunkCodec, Coder
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.frame import TransformCodec
@@ -83,7 +83,7 @@ def build_worker(
     scales = [find_scales(vllm_config, group) for group in groups]
     codecs: list[ChunkCodec] = []
     transfers: list[Transfer] = []
-    fingerprint = b""
+    fingerprint, resident = b"", 0
     if not CODECS[config.codec].needs_artifact:
         files = _raw_model_fingerprint(vllm_config.model_config, config)
         for group, layout in zip(groups, layouts, strict=True):
@@ -99,19 +99,21 @@ def build_worker(
             config.memory_capacity / 2**20,
         )
     else:
-        ropes, layer_rope = rotations[0]
-        found, files = _load_artifact(vllm_config, config, geometry, rank)
-        check_ropes(found.artifact, ropes, layer_rope, found.directory)
-        # The live tables may be longer or of another dtype; they are what the cache was made with.
-        artifact = replace(found.artifact, ropes=ropes, layer_rope=layer_rope, scales=scales[0])
-        found = replace(found, artifact=artifact)
-        fingerprint = artifact.fingerprint
-        codec, transfer = build_transfer(found, config, layouts[0], plan.workspace)
-        codecs.append(codec)
-        transfers.append(transfer)
-        _log_start(codec, config, rank, geometry.tp_size, found.directory)
+        directory, files = find_artifact(vllm_config.model_config, config, geometry)
+        for number, group in enumerate(groups):
+            part = group_directory(directory, number)
+            found = _load_artifact(part, group, rank, *rotations[number], scales[number])
+            codec, transfer = build_transfer(
+                found, config, layouts[number], plan.workspace // len(groups)
+            )
+            codecs.append(codec)
+            transfers.append(transfer)
+            fingerprint += found.artifact.fingerprint
+            resident += codec.resident_bytes
+            name = directory.name if len(groups) == 1 else f"{directory.name} ({group.reach})"
+            _log_start(codec, config, rank, geometry.tp_size, name)
         if layouts[0].device.type == "cuda":
-            log_plan(plan, geometry, codec.resident_bytes, step_tokens)
+            log_plan(plan, geometry, resident, step_tokens)
     if codec_factory is not None:
         transfers = [
             TorchTransfer(layout, codec_factory(group, *rotation), config.chunk_tokens)
@@ -209,17 +211,24 @@ def _open_disk(
 
 
 def _load_artifact(
-    vllm_config: VllmConfig, config: KVTCConfig, geometry: CacheGeometry, rank: int
-) -> tuple[FoundArtifact, str]:
-    """The artifact as it was calibrated, and the fingerprint of the model's files."""
-    directory, files = find_artifact(vllm_config.model_config, config, geometry.tp_size)
+    directory: Path,
+    group: CacheGroup,
+    rank: int,
+    ropes: tuple[Rope, ...],
+    layer_rope: tuple[int | None, ...],
+    scales: dict[Kind, torch.Tensor] | None,
+) -> FoundArtifact:
+    """A cache group's artifact, with the live RoPE tables and scales."""
     artifact, _, probe = load_rank_artifact(directory, rank)
-    expected = codec_geometry(geometry.only_group, artifact.geometry.layer_groups)
+    expected = codec_geometry(group, artifact.geometry.layer_groups)
     if artifact.geometry != expected:
         raise ArtifactError(
             f"{directory}: calibrated for {artifact.geometry}, the engine's cache is {expected}"
         )
-    return FoundArtifact(artifact, probe, directory), files
+    check_ropes(artifact, ropes, layer_rope, directory)
+    # The live tables may be longer or of another dtype; they are what the cache was made with.
+    live = replace(artifact, ropes=ropes, layer_rope=layer_rope, scales=scales)
+    return FoundArtifact(live, probe, directory)
 
 
 def check_ropes(
@@ -270,7 +279,7 @@ def _raw_model_fingerprint(model: ModelConfig, config: KVTCConfig) -> str:
 
 
 def _log_start(
-    codec: TransformCodec, config: KVTCConfig, rank: int, tp_size: int, source: Path
+    codec: TransformCodec, config: KVTCConfig, rank: int, tp_size: int, source: str
 ) -> None:
     logger.info(
         "kvtc: rank %d/%d codec %s %gx (%gx of %s), artifact %s, %d layer group(s), "
@@ -282,7 +291,7 @@ def _log_start(
         # Plans count 16-bit elements.
         codec.ratio * codec.dtype.itemsize / 2,
         str(codec.dtype).removeprefix("torch."),
-        source.name,
+        source,
         len(codec.artifact.geometry.layer_groups),
         codec.resident_bytes / 2**20,
         codec.device,

@@ -25,6 +25,9 @@ class Reach(Protocol):
 class FullAttention:
     """Every token before."""
 
+    def __str__(self) -> str:
+        return "full"
+
     def first_needed(self, end: int) -> int:
         return 0
 
@@ -38,6 +41,9 @@ class SlidingWindow:
 
     tokens: int
 
+    def __str__(self) -> str:
+        return f"window {self.tokens}"
+
     def first_needed(self, end: int) -> int:
         return max(0, end - self.tokens + 1)
 
@@ -47,6 +53,9 @@ class ChunkedLocal:
     """The tokens since the last multiple of `tokens`."""
 
     tokens: int
+
+    def __str__(self) -> str:
+        return f"local {self.tokens}"
 
     def first_needed(self, end: int) -> int:
         return end // self.tokens * self.tokens
