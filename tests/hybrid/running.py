@@ -34,13 +34,19 @@ def prompts(count: int, tokens: int, seed: int = 0) -> list[list[int]]:
     return [[numbers.randrange(2, VOCABULARY) for _ in range(tokens)] for _ in range(count)]
 
 
-def ask(llm: Any, texts: list[list[int]], tokens: int = 12) -> list[Answer]:
+def ask(llm: Any, texts: list[list[int]], tokens: int = 12, load: bool = True) -> list[Answer]:
+    """Greedy answers. load: whether the tier may be used."""
     from vllm import SamplingParams
 
     outputs = llm.generate(
         [{"prompt_token_ids": ids} for ids in texts],
         SamplingParams(
-            temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=5, detokenize=False
+            temperature=0,
+            max_tokens=tokens,
+            ignore_eos=True,
+            logprobs=5,
+            detokenize=False,
+            extra_args={"kv_transfer_params": {"kvtc_load": load}},
         ),
         use_tqdm=False,
     )
