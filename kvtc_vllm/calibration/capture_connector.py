@@ -73,8 +73,10 @@ class KVTCCaptureConnector(KVConnectorBase_V1, SupportsHMA):
         self._seed = int(extra.get("seed", 0))
         self._sinks = int(extra.get("sink_tokens", 4))
         geometry = read_geometry(vllm_config, kv_cache_config)
+        # States are not coded.
+        self._groups, self._tp_size = geometry.coded_groups, geometry.tp_size
         self._geometry = geometry
-        if any(is_fp8(group.dtype) for group in geometry.groups):
+        if any(is_fp8(group.dtype) for group in self._groups):
             raise UnsupportedError(
                 "calibrating on an fp8 KV cache is refused, because its rounding would be fitted "
                 "too; use kv_cache_dtype auto: the artifact serves fp8 caches as well"
@@ -91,7 +93,7 @@ class KVTCCaptureConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Open the spools of this rank."""
-        groups = self._geometry.groups
+        groups = self._groups
         self._layouts = paged_layouts(kv_caches, self._geometry)
         names = [name for group in groups for name in group.layer_names]
         live = LiveModel(self._vllm_config, names)
@@ -107,7 +109,7 @@ class KVTCCaptureConnector(KVConnectorBase_V1, SupportsHMA):
                 layer_rope=layer_rope,
                 rope_neox=tuple(rope.neox for rope in ropes),
                 rank=rank,
-                tp_size=self._geometry.tp_size,
+                tp_size=self._tp_size,
                 attention=str(group.reach),
                 layers=tuple(map(layer_number, group.layer_names)),
             )
@@ -116,7 +118,7 @@ class KVTCCaptureConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _total_kv_heads(self, group: CacheGroup) -> int:
         """Of all ranks. The model's own number, but for layers that have another."""
-        tp_size = self._geometry.tp_size
+        tp_size = self._tp_size
         total = int(self._vllm_config.model_config.get_total_num_kv_heads())
         return (
             total
@@ -172,7 +174,7 @@ class KVTCCaptureConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         """The prompt tokens that this step computes."""
         metadata = CaptureMetadata()
-        groups = self._geometry.groups
+        groups = self._groups
         for request_id, progress in self._tables.update(scheduler_output).items():
             request = self._requests[request_id]
             params = request.kv_transfer_params or {}

@@ -12,6 +12,7 @@ from kvtc_vllm.artifact.identity import model_identity
 from kvtc_vllm.codec.registry import CODECS, max_blob_bytes
 from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.connector.geometry import layer_number
+from kvtc_vllm.connector.state_transfer import STATE_ELEMENT, state_geometry
 from kvtc_vllm.offload.geometry import CacheGeometry, codec_geometry
 
 if TYPE_CHECKING:
@@ -19,14 +20,14 @@ if TYPE_CHECKING:
 
 
 def group_cards(geometry: CacheGeometry) -> tuple[CacheGroupCard, ...]:
-    """The cache groups as an artifact's card has them; none if there is one."""
-    if len(geometry.groups) == 1:
+    """The cache groups of attention as an artifact's card has them; none if there is one."""
+    if len(geometry.coded_groups) == 1:
         return ()
     return tuple(
         CacheGroupCard(
             attention=str(group.reach), layers=tuple(map(layer_number, group.layer_names))
         )
-        for group in geometry.groups
+        for group in geometry.coded_groups
     )
 
 
@@ -55,14 +56,25 @@ def record_bounds(model: ModelConfig, config: KVTCConfig, geometry: CacheGeometr
 
     Raises ArtifactError if the codec needs an artifact and none fits.
     """
-    name, tokens = config.codec, config.chunk_tokens
+    coded = iter(_coded_bounds(model, config, geometry))
+    return [
+        max_blob_bytes("raw", STATE_ELEMENT, 1, geometry=state_geometry(group))
+        if group.state_bytes
+        else next(coded)
+        for group in geometry.groups
+    ]
+
+
+def _coded_bounds(model: ModelConfig, config: KVTCConfig, geometry: CacheGeometry) -> list[int]:
+    """Of the cache groups of attention."""
+    name, tokens, groups = config.codec, config.chunk_tokens, geometry.coded_groups
     if not CODECS[name].needs_artifact:
         return [
             max_blob_bytes(name, group.dtype, tokens, geometry=codec_geometry(group))
-            for group in geometry.groups
+            for group in groups
         ]
     directory, _ = find_artifact(model, config, geometry)
-    cards = [load_card(group_directory(directory, n)) for n in range(len(geometry.groups))]
+    cards = [load_card(group_directory(directory, n)) for n in range(len(groups))]
     return [
         max_blob_bytes(
             name,
@@ -72,5 +84,5 @@ def record_bounds(model: ModelConfig, config: KVTCConfig, geometry: CacheGeometr
             sink_tokens=card.sink_tokens,
             ratio=config.target_ratio,
         )
-        for group, card in zip(geometry.groups, cards, strict=True)
+        for group, card in zip(groups, cards, strict=True)
     ]

@@ -32,11 +32,11 @@ from kvtc_vllm.connector.compat import (
     source_of_hits,
     vllm_version,
 )
-from kvtc_vllm.connector.geometry import read_geometry
+from kvtc_vllm.connector.geometry import check_states, read_geometry
 from kvtc_vllm.connector.messages import DiskInventory, ReportMessage, StepMessage
 from kvtc_vllm.connector.metrics import KVTCPromMetrics, KVTCStats
 from kvtc_vllm.connector.startup import CodecFactory, build_worker
-from kvtc_vllm.offload.geometry import check_budget, check_chunks
+from kvtc_vllm.offload.geometry import check_budget, check_chunks, with_whole_blocks
 from kvtc_vllm.offload.messages import StepMetadata
 from kvtc_vllm.offload.scheduler import KVTCScheduler
 from kvtc_vllm.offload.stats import Stats
@@ -73,6 +73,9 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
             algorithm = str(vllm_config.cache_config.prefix_caching_hash_algo)
             check_stable_hashes(version, algorithm)
         self._geometry = read_geometry(vllm_config, kv_cache_config)
+        check_states(kv_cache_config)
+        if "chunk_tokens" not in transfer.kv_connector_extra_config:
+            self._config = with_whole_blocks(self._config, self._geometry)
         # Both sides check, so that the worker, made first, fails before it loads an artifact.
         check_chunks(self._config, self._geometry)
         bounds = record_bounds(vllm_config.model_config, self._config, self._geometry)

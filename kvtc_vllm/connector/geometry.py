@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from kvtc_vllm.connector.cache_dtype import cache_dtype
 from kvtc_vllm.connector.compat import UnsupportedError, check_failed_loads, vllm_version
 from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup
-from kvtc_vllm.offload.reach import FULL, ChunkedLocal, Reach, SlidingWindow
+from kvtc_vllm.offload.reach import FULL, ChunkedLocal, LastState, Reach, SlidingWindow
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -19,6 +22,7 @@ REACHES: dict[str, Callable[[Any], Reach]] = {
     "FullAttentionSpec": lambda spec: FULL,
     "SlidingWindowSpec": lambda spec: SlidingWindow(spec.sliding_window),
     "ChunkedLocalAttentionSpec": lambda spec: ChunkedLocal(spec.attention_chunk_size),
+    "MambaSpec": lambda spec: LastState(),
 }
 """Name of vLLM's class of a cache group -> what its attention needs. Subclasses are other things:
 MLA's latents, fixed sinks."""
@@ -68,7 +72,8 @@ def _check_kinds(specs: Sequence[Any]) -> None:
             f"only {', '.join(REACHES)}"
         )
     for spec in specs:
-        if getattr(spec, "tokens_per_state", 1) != 1 or not getattr(spec, "prefix_cacheable", True):
+        per_state = 1 if _is_state(spec) else getattr(spec, "tokens_per_state", 1)
+        if per_state != 1 or not getattr(spec, "prefix_cacheable", True):
             raise UnsupportedError(
                 f"a KV cache group of {type(spec).__name__} keeps one state for several tokens, or "
                 "none for prefixes; KVTC does not read it"
@@ -88,17 +93,19 @@ def _cache_groups(
     for of_shape in layers.values():
         of_shape.sort(key=lambda layer: layer_number(layer[0]))
         spec = specs[of_shape[0][1]]
+        is_state = _is_state(spec)
         groups.append(
             CacheGroup(
                 layer_names=tuple(name for name, _ in of_shape),
                 block_size=spec.block_size,
-                num_kv_heads=spec.num_kv_heads,
-                head_size=spec.head_size,
-                head_size_v=spec.head_size_v,
-                dtype=cache_dtype(vllm_config, spec),
+                num_kv_heads=0 if is_state else spec.num_kv_heads,
+                head_size=0 if is_state else spec.head_size,
+                head_size_v=0 if is_state else spec.head_size_v,
+                dtype=torch.uint8 if is_state else cache_dtype(vllm_config, spec),
                 model_dtype=vllm_config.model_config.dtype,
                 reach=REACHES[type(spec).__name__](spec),
                 layer_table=tuple(table for _, table in of_shape) if len(specs) > 1 else (),
+                state_bytes=_state_bytes(spec) if is_state else 0,
             )
         )
     groups.sort(key=lambda group: (not group.keeps_all, layer_number(group.layer_names[0])))
@@ -108,8 +115,34 @@ def _cache_groups(
 def _shape(spec: AttentionSpec) -> tuple[Any, ...]:
     """What layers that are stored together have in common."""
     reach = REACHES[type(spec).__name__](spec)
+    if _is_state(spec):
+        return (reach, spec.block_size, spec.shapes, spec.dtypes)
     heads = (spec.num_kv_heads, spec.head_size, spec.head_size_v)
     return (reach, spec.block_size, *heads, spec.dtype)
+
+
+def _is_state(spec: Any) -> bool:
+    return type(spec).__name__ == "MambaSpec"
+
+
+def _state_bytes(spec: Any) -> int:
+    """Of one layer at one boundary, without what pads its page."""
+    sizes = (
+        math.prod(shape) * dtype.itemsize
+        for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True)
+    )
+    return int(sum(sizes))
+
+
+def check_states(kv_cache_config: KVCacheConfig) -> None:
+    """Raise UnsupportedError if vLLM keeps states nowhere but at the end of a request."""
+    for group in kv_cache_config.kv_cache_groups:
+        mode = getattr(group.kv_cache_spec, "mamba_cache_mode", "align")
+        if mode != "align":
+            raise UnsupportedError(
+                f"the model's recurrent layers keep states in mode {mode!r}, where no prefix can "
+                "be resumed; serve it with --enable-prefix-caching, which makes it 'align'"
+            )
 
 
 def _hash_block(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:

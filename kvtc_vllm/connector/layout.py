@@ -236,7 +236,7 @@ class PagedLayout:
 def paged_layouts(
     caches: dict[str, torch.Tensor], geometry: CacheGeometry
 ) -> tuple[PagedLayout, ...]:
-    """Layouts of all cache groups.
+    """Layouts of all cache groups of attention.
 
     caches: layer name -> registered tensor. Layers that read another layer's KV are registered
     with its tensor and belong to no group. Raises UnsupportedError for other layers of no group.
@@ -251,7 +251,7 @@ def paged_layouts(
         )
     return tuple(
         PagedLayout({n: caches[n] for n in group.layer_names if n in caches}, group)
-        for group in geometry.groups
+        for group in geometry.coded_groups
     )
 
 

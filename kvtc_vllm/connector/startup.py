@@ -31,6 +31,7 @@ from kvtc_vllm.connector.live_model import LiveModel
 from kvtc_vllm.connector.rotary import find_ropes, joined_ropes
 from kvtc_vllm.connector.scales import find_scales, joined_scales
 from kvtc_vllm.connector.sizing import log_plan, plan_memory
+from kvtc_vllm.connector.state_transfer import StateTransfer
 from kvtc_vllm.connector.torch_transfer import TorchTransfer
 from kvtc_vllm.connector.transfers import FoundArtifact, build_transfer
 from kvtc_vllm.offload.adapters import LoadedAdapters
@@ -74,22 +75,24 @@ def build_worker(
     Raises ArtifactError or UnsupportedError, one clear line, if it can't serve.
     """
     rank = get_tensor_model_parallel_rank()
-    groups = geometry.groups
+    groups = geometry.coded_groups
     layouts = paged_layouts(kv_caches, geometry)
+    states = [StateTransfer(kv_caches, group) for group in geometry.groups if group.state_bytes]
+    device = next(iter(kv_caches.values())).device
     step_tokens = vllm_config.scheduler_config.max_num_batched_tokens
-    plan = plan_memory(config, geometry, layouts[0].device, step_tokens)
-    live = LiveModel(vllm_config, [name for group in groups for name in group.layer_names])
+    plan = plan_memory(config, geometry, device, step_tokens)
+    live = LiveModel(vllm_config, [n for group in geometry.groups for n in group.layer_names])
     rotations = [find_ropes(vllm_config, group.layer_names, live) for group in groups]
     scales = [find_scales(vllm_config, group) for group in groups]
-    codecs: list[ChunkCodec] = []
-    transfers: list[Transfer] = []
+    codecs: list[ChunkCodec] = [transfer.codec for transfer in states]
+    coded: list[Transfer] = []
     fingerprint, resident = b"", 0
     if not CODECS[config.codec].needs_artifact:
         files = _raw_model_fingerprint(vllm_config.model_config, config)
         for group, layout in zip(groups, layouts, strict=True):
             raw = open_codec(config.codec, group.dtype, geometry=codec_geometry(group))
             codecs.append(raw)
-            transfers.append(TorchTransfer(layout, raw, config.chunk_tokens))
+            coded.append(TorchTransfer(layout, raw, config.chunk_tokens))
         logger.info(
             "kvtc: rank %d/%d codec %s, %d tokens per chunk, memory tier %.1f MiB",
             rank,
@@ -107,18 +110,20 @@ def build_worker(
                 found, config, layouts[number], plan.workspace // len(groups)
             )
             codecs.append(codec)
-            transfers.append(transfer)
+            coded.append(transfer)
             fingerprint += found.artifact.fingerprint
             resident += codec.resident_bytes
             name = directory.name if len(groups) == 1 else f"{directory.name} ({group.reach})"
             _log_start(codec, config, rank, geometry.tp_size, name)
-        if layouts[0].device.type == "cuda":
+        if device.type == "cuda":
             log_plan(plan, geometry, resident, step_tokens)
     if codec_factory is not None:
-        transfers = [
+        coded = [
             TorchTransfer(layout, codec_factory(group, *rotation), config.chunk_tokens)
             for group, layout, rotation in zip(groups, layouts, rotations, strict=True)
         ]
+    of_states, of_attention = iter(states), iter(coded)
+    transfers = [next(of_states if g.state_bytes else of_attention) for g in geometry.groups]
     ropes, layer_rope = joined_ropes(rotations)
     setup = setup_identity(
         vllm_config,
@@ -135,7 +140,7 @@ def build_worker(
     record = NamespaceRecord(
         model=public_model_name(vllm_config.model_config.model),
         codec=config.codec,
-        dtype=str(groups[0].dtype).removeprefix("torch."),
+        dtype=str(geometry.groups[0].dtype).removeprefix("torch."),
         rank=rank,
         tp_size=geometry.tp_size,
         artifact=fingerprint.hex(),
@@ -153,7 +158,6 @@ def build_worker(
     )
     names.rename(b"")
     disk = _open_disk(config, geometry, names, rank, plan.staging)
-    device = layouts[0].device
     return KVTCWorker(config, geometry, transfers, device, plan.staging, rank, names, disk)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import msgspec
 import torch
 
 from kvtc_vllm.codec.artifact import Geometry
@@ -39,6 +40,9 @@ class CacheGroup:
     """Which of its tokens the engine needs to go on behind a prefix."""
     layer_table: tuple[int, ...] = ()
     """For each layer the number of its block table among the engine's; empty: 0 for all."""
+    state_bytes: int = 0
+    """Of a recurrent layer's states at one boundary; 0 for attention. Such a group has one page per
+    block, which holds the states after the block's last token, and no heads."""
 
     @cached_property
     def tables(self) -> tuple[int, ...]:
@@ -58,12 +62,21 @@ class CacheGroup:
         return [block for table in self.tables for block in tables[table][first:end]]
 
     def tokens(self, block_ids: Sequence[int]) -> int:
-        """Tokens whose KV lies in such blocks."""
+        """Tokens whose KV lies in such blocks, or that lead to the states in them."""
         return len(block_ids) // len(self.tables) * self.block_size
+
+    def raw_bytes(self, block_ids: Sequence[int]) -> int:
+        """Uncompressed bytes of such blocks, without what pads a page."""
+        if self.state_bytes:
+            blocks = len(block_ids) // len(self.tables)
+            return blocks * self.state_bytes * len(self.layer_names)
+        return self.tokens(block_ids) * self.token_bytes
 
     @property
     def token_bytes(self) -> int:
-        """Uncompressed KV bytes of one token on one rank."""
+        """Uncompressed KV bytes of one token on one rank; of states their share, rounded up."""
+        if self.state_bytes:
+            return -(-self.state_bytes * len(self.layer_names) // self.block_size)
         elements = self.num_kv_heads * (self.head_size + self.head_size_v)
         return len(self.layer_names) * elements * self.dtype.itemsize
 
@@ -102,6 +115,16 @@ class CacheGeometry:
         return self.block_tables == 1 and self.groups[0].keeps_all
 
     @property
+    def has_states(self) -> bool:
+        """Whether a prefix can be restored only where states were kept."""
+        return any(group.state_bytes for group in self.groups)
+
+    @property
+    def coded_groups(self) -> tuple[CacheGroup, ...]:
+        """Those that a codec codes; states are kept bit for bit whatever the codec."""
+        return tuple(group for group in self.groups if not group.state_bytes)
+
+    @property
     def token_bytes(self) -> int:
         """Uncompressed KV bytes of one token on one rank, over all groups."""
         return sum(group.token_bytes for group in self.groups)
@@ -136,6 +159,13 @@ def check_budget(config: KVTCConfig, ranks: int, bound: int) -> None:
             f"{ranks} rank(s) need {bound * ranks} bytes for {config.chunk_tokens} "
             f"tokens; give at least {bound * ranks * 4}"
         )
+
+
+def with_whole_blocks(config: KVTCConfig, geometry: CacheGeometry) -> KVTCConfig:
+    """The configuration with `chunk_tokens` rounded up to whole blocks of every group."""
+    multiple = geometry.boundary_tokens
+    rounded = -(-config.chunk_tokens // multiple) * multiple
+    return msgspec.structs.replace(config, chunk_tokens=rounded)
 
 
 def check_chunks(config: KVTCConfig, geometry: CacheGeometry) -> None:

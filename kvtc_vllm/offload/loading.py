@@ -184,7 +184,7 @@ class LoadPipeline:
             out.stats.add("loaded_chunks")
             # Once per token, whatever the number of groups that it has KV in.
             out.stats.add("loaded_tokens", tokens if item.group == 0 else 0)
-            out.stats.add("loaded_raw_bytes", tokens * self._groups[item.group].token_bytes)
+            out.stats.add("loaded_raw_bytes", self._groups[item.group].raw_bytes(item.block_ids))
             out.stats.add("loaded_bytes", size)
 
     def _tokens(self, item: LoadItem) -> int:

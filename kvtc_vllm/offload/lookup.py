@@ -1,8 +1,9 @@
 """What a hit is: which records a prefix consists of, and which blocks they fill.
 
 A prefix can be restored at a boundary if every cache group can go on there: attention over all
-tokens needs the records of all chunks before it, a window those of the chunks that it reaches.
-Which boundaries have them is decided when chunks are stored, in `restore_points`.
+tokens needs the records of all chunks before it, a window those of the chunks that it reaches, a
+recurrent layer the states at the boundary. Which boundaries have them is decided when chunks are
+stored, in `restore_points`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup
 from kvtc_vllm.offload.keys import chunk_keys
 from kvtc_vllm.offload.messages import AdapterUse, LoadItem
@@ -38,11 +40,15 @@ class Found(NamedTuple):
 class PrefixLookup:
     """Chunks of a request and their records. Used by the scheduler's thread only."""
 
-    def __init__(self, chunk_tokens: int, geometry: CacheGeometry, index: TierIndex) -> None:
-        self._chunk_tokens = chunk_tokens
+    def __init__(self, config: KVTCConfig, geometry: CacheGeometry, index: TierIndex) -> None:
+        self._chunk_tokens = config.chunk_tokens
+        self._window = max(1, config.window)
+        self._has_states = geometry.has_states
+        # States are kept at the ends of chunks.
+        self._boundary = self._chunk_tokens if self._has_states else geometry.boundary_tokens
         self._index = index
         self._groups = geometry.groups
-        self._hashes_per_chunk = chunk_tokens // geometry.hash_tokens
+        self._hashes_per_chunk = self._chunk_tokens // geometry.hash_tokens
         self._of_all = sum(group.keeps_all for group in geometry.groups)
         self._windows = list(enumerate(geometry.groups))[self._of_all :]
 
@@ -55,12 +61,29 @@ class PrefixLookup:
         return record_keys(chunks, len(self._groups))
 
     def found(
-        self, records: Sequence[RecordKey], start: int, limit: int, has: Has | None = None
+        self, records: Sequence[RecordKey], start: int, num_tokens: int, has: Has | None = None
     ) -> Found:
-        """How far a prefix can be restored, of which vLLM has `start` tokens.
+        """How far a request of `num_tokens` tokens can be restored, of which vLLM has `start`.
 
-        records: of all chunks of the request. limit: at a boundary. has: instead of "in memory".
+        Not into its recent window. But where states were kept in there and none shortly before it,
+        that would be no hit at all; then at most to its last token but one. records: of all chunks
+        of the request. has: instead of "in memory".
         """
+        found = self._found(records, start, self._limit(num_tokens, self._window), has)
+        if self._has_states and found.available - found.end > self._window + self._chunk_tokens:
+            # One token must be left to compute, for its logits.
+            found = self._found(records, start, self._limit(num_tokens, 1), has)
+        return found
+
+    def _limit(self, num_tokens: int, left: int) -> int:
+        """Last boundary behind which so many tokens are left to compute."""
+        limit = max(0, num_tokens - left)
+        return limit - limit % self._boundary
+
+    def _found(
+        self, records: Sequence[RecordKey], start: int, limit: int, has: Has | None
+    ) -> Found:
+        """limit: at a boundary."""
         has = has or self._index.is_ready
         run = self._run(records, start, has) * self._chunk_tokens
         if not self._windows:
@@ -91,15 +114,15 @@ class PrefixLookup:
         ]
 
     def wanted(
-        self, records: Sequence[RecordKey], start: int, limit: int, has: Has
+        self, records: Sequence[RecordKey], start: int, num_tokens: int, has: Has
     ) -> Sequence[RecordKey]:
         """Keys of the records to be had in memory for the longest load, chunk by chunk.
 
-        limit: see `found`. has: whether a record is in any tier.
+        num_tokens: see `found`. has: whether a record is in any tier.
         """
         if not self._windows:  # a prefix of them is of use as well, so none needs to be tried
-            return self.needed(records, start, limit)
-        return self.needed(records, start, self.found(records, start, limit, has).end)
+            return self.needed(records, start, self._limit(num_tokens, self._window))
+        return self.needed(records, start, self.found(records, start, num_tokens, has).end)
 
     def load_items(
         self, records: Sequence[RecordKey], start: int, end: int, tables: Sequence[Sequence[int]]

@@ -49,6 +49,17 @@ class SlidingWindow:
 
 
 @dataclass(frozen=True)
+class LastState:
+    """A recurrence: the state after the token before, and nothing else."""
+
+    def __str__(self) -> str:
+        return "state"
+
+    def first_needed(self, end: int) -> int:
+        return max(0, end - 1)
+
+
+@dataclass(frozen=True)
 class ChunkedLocal:
     """The tokens since the last multiple of `tokens`."""
 

@@ -2,8 +2,12 @@
 
 A restore point is a boundary behind which the engine can go on with what is stored. Attention
 over all tokens needs the records of every chunk before it; windows and local chunks only those
-just before it. Requests are resumed at the end of a prompt, at the end of an answer, and where
-prefixes part: there the records of all groups are stored, elsewhere those of full attention.
+just before it; recurrent layers the states at it. Requests are resumed at the end of a prompt, at
+the end of an answer, and where prefixes part: there the records of all groups are stored,
+elsewhere those of full attention.
+
+A record of states is stored with the chunk that ends at its boundary. The engine has states only
+where a step ends, so a boundary that lies inside a step has none.
 """
 
 from __future__ import annotations
@@ -35,17 +39,17 @@ class RestorePoints:
                 complete = min(complete, len(tables[table]) // size)
         return complete
 
-    def wanted(self, state: RequestState, chunk: int, computed: int) -> list[int]:
+    def wanted(self, state: RequestState, chunk: int, before: int, after: int) -> list[int]:
         """Numbers of the cache groups whose record of a chunk is to be stored.
 
-        computed: tokens before this step; blocks that the engine gave back since hold something
-        else.
+        before, after: tokens computed before and after this step. Blocks that the engine gave back
+        before it hold something else.
         """
         return [
             number
             for number, group in enumerate(self._groups)
             if group.keeps_all
-            or (self._is_held(group, chunk, computed) and self._is_near(group, chunk, state))
+            or (self._is_held(group, chunk, before, after) and self._is_near(group, chunk, state))
         ]
 
     def blocks(
@@ -55,18 +59,18 @@ class RestorePoints:
 
         tables: the request's block ids by block table of the engine.
         """
-        return tuple(
-            [
-                group.blocks(tables, chunk * size, (chunk + 1) * size) if number in wanted else []
-                for number, (group, size) in enumerate(
-                    zip(self._groups, self._per_chunk, strict=True)
-                )
-            ]
-        )
+        found = []
+        for number, (group, size) in enumerate(zip(self._groups, self._per_chunk, strict=True)):
+            end = (chunk + 1) * size
+            first = end - 1 if group.state_bytes else end - size
+            found.append(group.blocks(tables, first, end) if number in wanted else [])
+        return tuple(found)
 
-    def _is_held(self, group: CacheGroup, chunk: int, computed: int) -> bool:
-        """Whether the engine still has all blocks of a chunk."""
-        first_block = group.reach.first_needed(computed) // group.block_size
+    def _is_held(self, group: CacheGroup, chunk: int, before: int, after: int) -> bool:
+        """Whether the engine has all that a record holds, after this step."""
+        if group.state_bytes:
+            return after == (chunk + 1) * self._length
+        first_block = group.reach.first_needed(before) // group.block_size
         return first_block * group.block_size <= chunk * self._length
 
     def _is_near(self, group: CacheGroup, chunk: int, state: RequestState) -> bool:

@@ -55,7 +55,6 @@ class KVTCScheduler:
     ) -> None:
         self._loads_allowed = loads
         self._config = config
-        self._boundary = geometry.boundary_tokens
         self._chunk_tokens = config.chunk_tokens
         capacity, ranks = config.memory_capacity, geometry.tp_size
         eviction = policies.REGISTRY[config.eviction]
@@ -67,7 +66,7 @@ class KVTCScheduler:
             self.disk = DiskIndex(disk_bytes, ranks, eviction(disk_bytes))
             self._promotions = Promotions(self.index, self.disk, config.load_deadline)
         self._stats = Stats()
-        self._lookup = PrefixLookup(config.chunk_tokens, geometry, self.index)
+        self._lookup = PrefixLookup(config, geometry, self.index)
         policy = store_policy or make_store_policy(
             stores=stores,
             prompt_only=prompt_only,
@@ -95,7 +94,7 @@ class KVTCScheduler:
     def match(self, request: Request, num_computed_tokens: int) -> int | None:
         """Tokens after `num_computed_tokens` that the tier can supply; None: ask again later.
 
-        Idempotent: vLLM may ask many times. Never reaches into the recent window.
+        Idempotent: vLLM may ask many times.
         """
         self._look_for_reset()
         state = self._requests.of(request)
@@ -105,16 +104,13 @@ class KVTCScheduler:
             return 0
         if state.adapter is None:
             return None
-        # At least one token must be left to compute, for its logits.
-        limit = request.num_tokens - max(1, self._config.window)
-        limit = max(0, limit - limit % self._boundary)
         records = self._lookup.records(self._lookup.chunks(request, state.adapter))
         start, lookup = num_computed_tokens, self._lookup
         if self._promotions is not None:
-            wanted = lookup.wanted(records, start, limit, self._is_anywhere)
+            wanted = lookup.wanted(records, start, request.num_tokens, self._is_anywhere)
             if self._promotions.must_wait(request.request_id, wanted):
                 return None
-        found = lookup.found(records, start, limit)
+        found = lookup.found(records, start, request.num_tokens)
         if self._loads.should_wait(request, lookup.needed(records, start, found.end)):
             self._stats.add("shared_load_waits", not state.waited)
             state.waited = True
@@ -181,6 +177,8 @@ class KVTCScheduler:
         state.loads += 1
         chunks = self._lookup.chunks(request, state.adapter)
         end = start + tokens
+        if end > request.num_tokens - self._config.window:
+            self._stats.add("short_window_loads")
         fits = self._lookup.fits(start, end, tables)
         items = self._lookup.load_items(self._lookup.records(chunks), start, end, tables)
         # vLLM may defer this call by a step; what was evicted since is reported as missing.

@@ -57,7 +57,7 @@ class StorePlanner:
         keys = chunk_keys(request, self._hashes_per_chunk, adapter.digest, numbers.start, complete)
         unknown = []
         for n, key in zip(numbers, keys, strict=True):
-            wanted = self._restore_points.wanted(state, n, computed_before)
+            wanted = self._restore_points.wanted(state, n, computed_before, computed_tokens)
             if self._are_known(key, wanted):
                 continue
             blocks = self._restore_points.blocks(tables, n, wanted)

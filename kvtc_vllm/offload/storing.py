@@ -142,10 +142,9 @@ class StorePipeline:
             size = self._write(item.key, blob) if epoch == out.report.epoch else None
             if size is not None:
                 group = self._groups[item.group]
-                tokens = group.tokens(item.block_ids)
                 out.report.stored.append((item.key, self._rank, size))
                 out.stats.add("stored_chunks")
-                out.stats.add("stored_raw_bytes", tokens * group.token_bytes)
+                out.stats.add("stored_raw_bytes", group.raw_bytes(item.block_ids))
                 out.stats.add("stored_bytes", size)
         if size is None:
             self._drop(item, epoch, "tier_full")
