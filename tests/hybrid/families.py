@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,52 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     ),
 }
 
+_MAMBA = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 32,
+    "mamba_d_state": 32,
+    "mamba_n_groups": 1,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 64,
+}
+STATES: dict[str, Callable[[], Any]] = {
+    "granite": _configuration(
+        "GraniteMoeHybridConfig",
+        layer_types=["mamba", "mamba", "mamba", "attention"],
+        shared_intermediate_size=128,
+        position_embedding_type="rope",
+        **_EXPERTS,
+        **_MAMBA,
+    ),
+    # Attention and a state in every layer.
+    "falcon": _configuration("FalconH1Config", mamba_d_ssm=256, **_MAMBA),
+    # Gated delta nets. vLLM's CPU kernel takes heads of 128, and bfloat16 only.
+    "qwen3next": _configuration(
+        "Qwen3NextConfig",
+        linear_num_value_heads=2,
+        linear_num_key_heads=1,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+        layer_types=["linear_attention"] * 3 + [FULL],
+    ),
+    # Short convolutions.
+    "lfm2": _configuration("Lfm2Config", layer_types=["conv"] * 3 + [FULL], conv_L_cache=3),
+}
+"""Families with recurrent layers."""
+
+LFM2_NAMES = {
+    "conv_dim": 128,
+    "conv_dim_out": 128,
+    "block_dim": 128,
+    "block_ff_dim": 256,
+    "block_auto_adjust_ff_dim": False,
+}
+"""vLLM reads names that transformers does not write any more."""
+
 
 def make_model(family: str, directory: Path) -> Path:
     """Write a model's configuration and weights, float32, the same in every run."""
@@ -94,6 +141,26 @@ def make_model(family: str, directory: Path) -> Path:
     import transformers
 
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(FAMILIES[family]())
+    model = transformers.AutoModelForCausalLM.from_config({**FAMILIES, **STATES}[family]())
+    if family in STATES:
+        _amplify(model)
     model.to(torch.float32).save_pretrained(directory)
+    if family == "lfm2":
+        path = directory / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | LFM2_NAMES))
     return directory
+
+
+def _amplify(model: Any) -> None:
+    """Random recurrent layers hardly notice their states: let these remember, and speak up."""
+    import torch
+
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("A_log"):
+                weight.fill_(-6.0)
+            elif any(part in name for part in (".conv.", ".mamba.", ".linear_attn.")):
+                if ".out_proj" in name:
+                    weight.mul_(10.0)
+                elif ".in_proj" in name or ".conv1d" in name or ".conv.conv" in name:
+                    weight.mul_(5.0)

@@ -75,17 +75,23 @@ def difference(ours: list[Answer], theirs: list[Answer]) -> float:
 @contextlib.contextmanager
 def loading_zeros(group: int) -> Iterator[None]:
     """All that is loaded into this cache group is zero: shows that a model notices."""
+    from kvtc_vllm.connector.state_transfer import StateTransfer
     from kvtc_vllm.connector.torch_transfer import TorchTransfer
 
-    scatter = TorchTransfer._scatter
+    scatter, fill = TorchTransfer._scatter, StateTransfer._fill
 
     def zeros(self: Any, item: Any, chunk: Any) -> None:
         if item.group == group:
             chunk = replace(chunk, k=chunk.k * 0, v=chunk.v * 0)
         scatter(self, item, chunk)
 
+    def no_state(self: Any, block_ids: Any, pages: Any) -> None:
+        fill(self, block_ids, pages * 0)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TorchTransfer, "_scatter", zeros)
+        if group:
+            patch.setattr(StateTransfer, "_fill", no_state)
         yield
 
 

@@ -9,7 +9,7 @@ import pytest
 from kvtc_vllm.config import load_config
 from kvtc_vllm.offload.geometry import CacheGeometry
 from kvtc_vllm.offload.messages import StepMetadata, WorkerReport
-from kvtc_vllm.offload.reach import FULL, ChunkedLocal, Reach, SlidingWindow
+from kvtc_vllm.offload.reach import FULL, ChunkedLocal, LastState, Reach, SlidingWindow
 from kvtc_vllm.offload.scheduler import MOST_LOADS, KVTCScheduler
 from tests.connector.fakes import BLOCK, FakeCached, FakeNew, FakeOutput, FakeRequest, geometry
 
@@ -90,6 +90,7 @@ def chunks_of(step: StepMetadata, group: int) -> list[int]:
         (ChunkedLocal(8), 13, 8),
         (ChunkedLocal(8), 8, 8),
         (ChunkedLocal(8), 7, 0),
+        (LastState(), 7, 6),
     ],
 )
 def test_reach(reach: Reach, end: int, first: int) -> None:
@@ -272,3 +273,93 @@ def test_hashes_finer_than_blocks() -> None:
     keep(scheduler, step)
     # A token is left, and vLLM goes on at whole blocks.
     assert scheduler.match(FakeRequest("s", 4 * CHUNK), 0) == 4 * CHUNK - 2 * BLOCK
+
+
+STATES = CacheGeometry(
+    (
+        replace(ALL, block_size=CHUNK),
+        replace(
+            ONE,
+            block_size=CHUNK,
+            num_kv_heads=0,
+            head_size=0,
+            head_size_v=0,
+            layer_table=(1, 2),
+            reach=LastState(),
+            state_bytes=100,
+        ),
+    ),
+    1,
+    BLOCK,
+)
+
+
+def of_states(window: int = 0) -> KVTCScheduler:
+    config = load_config(
+        {"codec": "raw", "memory_bytes": "4MiB", "recent_window": window, "load_gate": False}
+    )
+    return KVTCScheduler(config, STATES, [BOUND, BOUND], prompt_only=False)
+
+
+def prefill(scheduler: KVTCScheduler, request: FakeRequest, *ends: int) -> list[StepMetadata]:
+    """A prompt in steps that end at these chunks, then at its end; all is stored."""
+    blocks = tuple([list(range(n, n + 20)) for n in (100, 200, 300)])
+    scheduler.match(request, 0)
+    scheduler.plan_load(request, blocks, 0)
+    steps = []
+    for end in (*(chunk * CHUNK for chunk in ends), request.num_tokens):
+        new = FakeNew(request.request_id, blocks, 0)  # type: ignore[arg-type]
+        tokens = end - request.num_computed_tokens
+        if not request.num_computed_tokens:
+            step = scheduler.plan_step(
+                FakeOutput([new], num_scheduled_tokens={request.request_id: tokens})
+            )
+            request.num_computed_tokens = tokens
+        else:
+            step = go_on(scheduler, request, tokens)
+        keep(scheduler, step)
+        steps.append(step)
+    return steps
+
+
+def test_states_are_stored_where_a_step_ends_before_the_end_of_the_prompt() -> None:
+    scheduler = of_states()
+    steps = prefill(scheduler, FakeRequest("r", 8 * CHUNK + 5), 3, 8)
+    assert [chunks_of(step, 0) for step in steps] == [[0, 1, 2], [3, 4, 5, 6, 7], []]
+    assert [chunks_of(step, 1) for step in steps] == [[], [7], []]
+    (item,) = [item for step in steps for item in step.stores if item.group == 1]
+    assert item.block_ids == [207, 307]
+
+
+def test_states_restore_only_their_own_boundary() -> None:
+    scheduler = of_states()
+    prefill(scheduler, FakeRequest("r", 8 * CHUNK + 5), 8)
+    assert scheduler.match(FakeRequest("longer", 10 * CHUNK), 0) == 8 * CHUNK
+    # vLLM computes the last token again, on a state that must not have seen it.
+    assert scheduler.match(FakeRequest("shorter", 8 * CHUNK), 0) == 0
+    asking = FakeRequest("s", 8 * CHUNK + 5)
+    assert scheduler.match(asking, 2 * CHUNK) == 6 * CHUNK
+    blocks = (list(range(1, 9)), [0] * 7 + [20], [0] * 7 + [30])
+    scheduler.plan_load(asking, blocks, 6 * CHUNK)
+    (job,) = scheduler.plan_step(FakeOutput()).loads
+    assert job.fits
+    assert [(i.start // CHUNK, i.block_ids) for i in job.items if i.group == 1] == [(7, [20, 30])]
+    assert len([item for item in job.items if item.group == 0]) == 6
+
+
+def test_states_in_the_recent_window_are_better_than_no_hit() -> None:
+    scheduler = of_states(window=128)
+    prefill(scheduler, FakeRequest("r", 8 * CHUNK + 5), 8)
+    asking = FakeRequest("s", 8 * CHUNK + 5)
+    assert scheduler.match(asking, 0) == 8 * CHUNK
+    blocks = (list(range(1, 9)), [0] * 7 + [20], [0] * 7 + [30])
+    scheduler.plan_load(asking, blocks, 8 * CHUNK)
+    stats = scheduler.take_stats()
+    assert stats is not None
+    assert stats.data["short_window_loads"] == 1
+    scheduler.apply_report(None, {"s"})
+
+    # With a state shortly before it, the recent window is computed.
+    scheduler = of_states(window=128)
+    prefill(scheduler, FakeRequest("r", 8 * CHUNK + 5), 7, 8)
+    assert scheduler.match(FakeRequest("s", 8 * CHUNK + 5), 0) == 7 * CHUNK
