@@ -34,14 +34,14 @@ _LISTED = 20
 
 @dataclass(frozen=True)
 class Wanted:
-    """What an artifact must fit. groups: cache groups, if the model has several. model_name is only
-    used in messages."""
+    """What an artifact must fit. groups: cache groups, none where there is one; None: any.
+    model_name is only used in messages."""
 
     identity: ModelIdentity
     tp_size: int
     ratio: float
     model_name: str
-    groups: tuple[CacheGroupCard, ...] = ()
+    groups: tuple[CacheGroupCard, ...] | None = None
 
 
 def user_registry() -> Path:
@@ -73,7 +73,7 @@ def find(
     model_name: str,
     artifact: str | Path | None = None,
     registries: Sequence[str | Path] = (),
-    groups: tuple[CacheGroupCard, ...] = (),
+    groups: tuple[CacheGroupCard, ...] | None = None,
 ) -> Path:
     """Directory of the artifact to use.
 
@@ -81,7 +81,8 @@ def find(
     one, except that other weights are only warned about: whoever names an
     artifact may know that it serves a fine-tuned model as well.
     registries: directories to search first. model_name: as the user names the
-    model, for messages. groups: of the engine's cache, if it has several.
+    model, for messages. groups: of the engine's cache, none if it has one;
+    None where no engine is.
 
     Raises ArtifactError that says what was found, why it does not fit, where
     the search went, and the command that makes what is missing.
@@ -129,7 +130,7 @@ def mismatches(card: ArtifactCard, wanted: Wanted) -> list[str]:
         reasons.append("same weights, other configuration")
     if card.tp_size != wanted.tp_size:
         reasons.append(f"calibrated for TP {card.tp_size}, this is TP {wanted.tp_size}")
-    if cache_groups(card) != wanted.groups:
+    if wanted.groups is not None and cache_groups(card) != wanted.groups:
         there, here = _groups(cache_groups(card)), _groups(wanted.groups)
         reasons.append(f"calibrated for {there}, this engine has {here}")
     if wanted.ratio not in card.ratios:
