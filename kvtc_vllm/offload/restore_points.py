@@ -66,6 +66,19 @@ class RestorePoints:
             found.append(group.blocks(tables, first, end) if number in wanted else [])
         return tuple(found)
 
+    def is_passing(self, group: int, start: int, state: RequestState) -> bool:
+        """Whether a record is of an answer that goes on, and needed only until it has."""
+        return not self._groups[group].keeps_all and start >= state.request.num_prompt_tokens
+
+    def is_passed(self, group: int, start: int, complete: int) -> bool:
+        """Whether no restore point near the end of `complete` chunks needs a record.
+
+        start: of its chunk, in tokens. The last chunk may fail to be stored, so the one before
+        counts as the end.
+        """
+        end = max(0, (complete - 1) * self._length - self._back)
+        return start + self._length <= self._groups[group].reach.first_needed(end)
+
     def _is_held(self, group: CacheGroup, chunk: int, before: int, after: int) -> bool:
         """Whether the engine has all that a record holds, after this step."""
         if group.state_bytes:

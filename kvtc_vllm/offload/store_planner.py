@@ -64,7 +64,11 @@ class StorePlanner:
             start, end = n * length, (n + 1) * length
             unknown.append(Candidate(key, request, start, end, blocks, adapter))
         state.next_chunk = max(state.next_chunk, complete)
-        return self._reserve(self._policy.completed(unknown)) if unknown else []
+        if not unknown:
+            return []
+        stores = self._reserve(self._policy.completed(unknown))
+        self._release_passed(state, stores, complete)
+        return stores
 
     def due(self) -> list[StoreItem]:
         """Stores of chunks of earlier steps, to be staged before this step's forward."""
@@ -77,6 +81,17 @@ class StorePlanner:
     def clear(self) -> None:
         """Drop what is kept for later: all names were given up."""
         self._policy.clear()
+
+    def _release_passed(
+        self, state: RequestState, stores: Sequence[StoreItem], complete: int
+    ) -> None:
+        """Give up records of an answer that has gone on: nobody will end where they are needed."""
+        points = self._restore_points
+        state.passing += [s for s in stores if points.is_passing(s.group, s.start, state)]
+        passed = [s for s in state.passing if points.is_passed(s.group, s.start, complete)]
+        for store in passed:
+            self._index.discard(store.key)
+            state.passing.remove(store)
 
     def _complete_chunks(
         self, state: RequestState, tables: Sequence[Sequence[int]], computed_tokens: int

@@ -134,6 +134,9 @@ def test_an_answer_leaves_windows_at_its_end() -> None:
         )
         request.num_computed_tokens += BLOCK
     assert scheduler.match(FakeRequest("next turn", 12 * CHUNK + 300), 0) == 12 * CHUNK
+    # What the answer has left behind was given up, what led to it was not.
+    assert scheduler.match(FakeRequest("branch", 8 * CHUNK + 5), 0) == 4 * CHUNK
+    assert sum(scheduler.index.is_ready(f"a:{4 * n + 3}\x01".encode()) for n in range(12)) == 3 + 4
 
 
 def test_a_boundary_counts_only_if_the_window_before_it_is_there() -> None:
