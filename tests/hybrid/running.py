@@ -25,8 +25,15 @@ class Answer(NamedTuple):
 
 
 def start(model: Path, extra: dict[str, Any] | None, **options: Any) -> Any:
-    """An engine that needs no tokenizer."""
-    return engine(model, extra, skip_tokenizer_init=True, **options)
+    """An engine that needs no tokenizer, with blocks for several groups."""
+    settings = {
+        "skip_tokenizer_init": True,
+        "num_gpu_blocks_override": 1024,
+        "max_model_len": 1024,
+        "max_num_batched_tokens": 512,
+        **options,
+    }
+    return engine(model, extra, **settings)
 
 
 def prompts(count: int, tokens: int, seed: int = 0) -> list[list[int]]:

@@ -17,10 +17,10 @@ from kvtc_vllm.config import ConfigError, load_config
 from kvtc_vllm.connector import geometry
 from kvtc_vllm.connector.artifact_lookup import group_cards
 from kvtc_vllm.connector.compat import UnsupportedError
-from kvtc_vllm.connector.geometry import read_geometry
+from kvtc_vllm.connector.geometry import check_states, read_geometry
 from kvtc_vllm.connector.layout import paged_layouts
 from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup, check_chunks
-from kvtc_vllm.offload.reach import FULL, ChunkedLocal, SlidingWindow
+from kvtc_vllm.offload.reach import FULL, ChunkedLocal, LastState, SlidingWindow
 from tests.connector.test_layout import packed
 
 SHAPE = {"block_size": 32, "num_kv_heads": 2, "head_size": 64, "dtype": torch.bfloat16}
@@ -144,9 +144,34 @@ def test_other_kinds_are_refused_by_name() -> None:
     latents = specs.MLAAttentionSpec(**{**SHAPE, "num_kv_heads": 1, "head_size": 576})
     with pytest.raises(UnsupportedError, match="1 x MLAAttentionSpec; KVTC does not read MLA"):
         read((latents, [0]))
-    state = specs.MambaSpec(block_size=16, shapes=((4, 4),), dtypes=(torch.float32,))
-    with pytest.raises(UnsupportedError, match="2 x MambaSpec, 1 x FullAttentionSpec; KVTC does"):
-        read((state, [0]), (state, [1]), (full(), [2]))
+    sinks = specs.SinkFullAttentionSpec(**SHAPE, sink_len=4)
+    with pytest.raises(UnsupportedError, match="2 x SinkFullAttentionSpec, 1 x FullAttentionSpec"):
+        read((sinks, [0]), (sinks, [1]), (full(), [2]))
+
+
+def test_states_have_bytes_and_no_heads() -> None:
+    spec = specs.MambaSpec(
+        block_size=64,
+        shapes=((3, 8), (4, 4)),
+        dtypes=(torch.bfloat16, torch.float32),
+        mamba_cache_mode="align",
+    )
+    found = read((spec, [0]), (spec, [2]), (full(block_size=64), [1]))
+    (attention, states) = found.groups
+    assert found.coded_groups == (attention,)
+    assert states.reach == LastState()
+    assert states.tables == (0, 1)
+    assert states.state_bytes == 3 * 8 * 2 + 4 * 4 * 4
+    assert states.raw_bytes([5, 6]) == 2 * states.state_bytes
+    assert group_cards(found) == ()
+
+
+def test_states_without_prefix_caching_are_refused() -> None:
+    """Then vLLM keeps one state per request, at its end."""
+    spec = specs.MambaSpec(block_size=64, shapes=((4, 4),), dtypes=(torch.float32,))
+    config = SimpleNamespace(kv_cache_groups=[specs.KVCacheGroupSpec(["layers.0"], spec)])
+    with pytest.raises(UnsupportedError, match=r"in mode 'none'.*--enable-prefix-caching"):
+        check_states(config)
 
 
 def test_speculative_decoding_is_refused_for_windows_only() -> None:

@@ -37,8 +37,8 @@ def boundary(llm: Any) -> int:
 
 @pytest.mark.parametrize("family", STATES)
 def test_a_reload_equals_a_prefix_hit(family: str, family_model: Callable[[str], Path]) -> None:
-    options = {"max_num_batched_tokens": 256, "enable_prefix_caching": True}
-    options |= OPTIONS.get(family, {})
+    options = {"max_num_batched_tokens": 256, "max_model_len": 2048}
+    options |= {"enable_prefix_caching": True, **OPTIONS.get(family, {})}
     with start(family_model(family), RAW, **options) as llm:
         length = boundary(llm)
         texts = prompts(2, 2 * length + 40)
