@@ -74,7 +74,7 @@ PARTS = (
         "the offloading engine, without vLLM: scheduler and worker sides, lookups, store and load "
         "policies, pipelines, promotion, names, counters",
         "codec, tiers, tiers/disk, config",
-        "torch, xxhash",
+        "msgspec, torch, xxhash",
     ),
     Part(
         "connector",

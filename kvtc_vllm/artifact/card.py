@@ -120,6 +120,17 @@ class SinkCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     documents: float
 
 
+class CacheGroupCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Layers that are stored together, see `kvtc_vllm.offload.geometry.CacheGroup`.
+
+    attention: "full", "window 512" or "local 8192", in tokens.
+    layers: their numbers in the model, ascending.
+    """
+
+    attention: str
+    layers: tuple[int, ...]
+
+
 class ArtifactCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One artifact directory.
 
@@ -145,6 +156,8 @@ class ArtifactCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     key_share: see `kvtc_vllm.calibration.fit_settings.FitSettings`.
     sensitivity: unset if rows are not weighted.
     sinks: one per rank whose rows show floating sinks, none if none does; unset if nobody looked.
+    cache_groups: of a model with several, all of them; unset if there is one. The card is of the
+    first, cards of the others lie in `directory.group_directory`.
     """
 
     model_name: str
@@ -170,12 +183,18 @@ class ArtifactCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     sensitivity: SensitivityCard | msgspec.UnsetType = msgspec.UNSET
     sinks: tuple[SinkCard, ...] | msgspec.UnsetType = msgspec.UNSET
     codec: str | msgspec.UnsetType = msgspec.UNSET
+    cache_groups: tuple[CacheGroupCard, ...] | msgspec.UnsetType = msgspec.UNSET
     format_version: int = FORMAT_VERSION
 
     @property
     def codec_name(self) -> str:
         """Of the codec that the plans are of. Cards of `UNNAMED_CODEC` do not say."""
         return UNNAMED_CODEC if self.codec is msgspec.UNSET else self.codec
+
+
+def cache_groups(card: ArtifactCard) -> tuple[CacheGroupCard, ...]:
+    """Of a model with several; none if there is one."""
+    return () if card.cache_groups is msgspec.UNSET else card.cache_groups
 
 
 def save_card(directory: Path, card: ArtifactCard) -> None:

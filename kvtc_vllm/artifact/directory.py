@@ -4,6 +4,7 @@ ROOT/<model-slug>/<artifact-name>/
     card.json                  `kvtc_vllm.artifact.card`
     rank{r}of{n}.safetensors   `kvtc_vllm.artifact.rank_file`
     report.md  report.png      for people
+    group1/ ...                the same of further cache groups, where the model has several
 """
 
 from __future__ import annotations
@@ -20,6 +21,11 @@ from kvtc_vllm.codec.artifact import RankArtifact
 from kvtc_vllm.codec.errors import ArtifactError
 
 _READ_BYTES = 16 * 2**20
+
+
+def group_directory(directory: Path, number: int) -> Path:
+    """Where the card and the rank files of a cache group are; the first is the artifact's own."""
+    return Path(directory) if number == 0 else Path(directory) / f"group{number}"
 
 
 def load_rank_artifact(directory: Path, rank: int) -> tuple[RankArtifact, ArtifactCard, Probe]:

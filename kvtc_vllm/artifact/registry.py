@@ -15,7 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import kvtc_vllm
-from kvtc_vllm.artifact.card import CARD_NAME, UNNAMED_CODEC, ArtifactCard, load_card
+from kvtc_vllm.artifact.card import (
+    CARD_NAME,
+    UNNAMED_CODEC,
+    ArtifactCard,
+    CacheGroupCard,
+    cache_groups,
+    load_card,
+)
 from kvtc_vllm.artifact.identity import ModelIdentity
 from kvtc_vllm.artifact.text import printable
 from kvtc_vllm.codec.errors import ArtifactError
@@ -29,13 +36,15 @@ _LISTED = 20
 
 @dataclass(frozen=True)
 class Wanted:
-    """What an artifact must fit. codec: None for any. model_name is only used in messages."""
+    """What an artifact must fit. codec: None for any. groups: cache groups, none where there is
+    one; None for any. model_name is only used in messages."""
 
     identity: ModelIdentity
     tp_size: int
     ratio: float
     model_name: str
-    codec: str | None
+    codec: str | None = None
+    groups: tuple[CacheGroupCard, ...] | None = None
 
 
 def user_registry() -> Path:
@@ -68,6 +77,7 @@ def find(
     codec: str | None = None,
     artifact: str | Path | None = None,
     registries: Sequence[str | Path] = (),
+    groups: tuple[CacheGroupCard, ...] | None = None,
 ) -> Path:
     """Directory of the artifact to use.
 
@@ -75,12 +85,13 @@ def find(
     one, except that other weights are only warned about: whoever names an
     artifact may know that it serves a fine-tuned model as well.
     registries: directories to search first. model_name: as the user names the
-    model, for messages. codec: only artifacts of this one.
+    model, for messages. codec: only artifacts of this one. groups: of the
+    engine's cache, none if it has one; None where no engine is.
 
     Raises ArtifactError that says what was found, why it does not fit, where
     the search went, and the command that makes what is missing.
     """
-    wanted = Wanted(identity, tp_size, ratio, model_name, codec)
+    wanted = Wanted(identity, tp_size, ratio, model_name, codec, groups)
     if artifact is not None:
         return _explicit(Path(artifact), wanted)
     directories = search_path(registries)
@@ -130,6 +141,9 @@ def mismatches(card: ArtifactCard, wanted: Wanted) -> list[str]:
         reasons.append(f"calibrated for TP {card.tp_size}, this is TP {wanted.tp_size}")
     if wanted.codec not in (None, card.codec_name):
         reasons.append(f"calibrated for codec {card.codec_name}, this is {wanted.codec}")
+    if wanted.groups is not None and cache_groups(card) != wanted.groups:
+        there, here = _groups(cache_groups(card)), _groups(wanted.groups)
+        reasons.append(f"calibrated for {there}, this engine has {here}")
     if wanted.ratio not in card.ratios:
         reasons.append(f"no plan for {wanted.ratio:g}x, only {_ratios(card.ratios)}")
     return reasons
@@ -189,6 +203,13 @@ def _not_found(
 
 def _absent(directory: Path) -> str:
     return "" if directory.is_dir() else " (does not exist)"
+
+
+def _groups(groups: Sequence[CacheGroupCard]) -> str:
+    if not groups:
+        return "one cache group"
+    named = (f"{group.attention}, {len(group.layers)} layers" for group in groups)
+    return f"{len(groups)} cache groups ({'; '.join(named)})"
 
 
 def _ratios(ratios: Sequence[float]) -> str:

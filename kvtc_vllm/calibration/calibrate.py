@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kvtc_vllm.artifact.card import DataCard
+from kvtc_vllm.artifact.card import CacheGroupCard, DataCard
+from kvtc_vllm.artifact.directory import group_directory
 from kvtc_vllm.artifact.identity import ModelIdentity
 from kvtc_vllm.calibration.capture import CaptureSettings, capture_rows
 from kvtc_vllm.calibration.capture_record import CaptureRecord, find_record
@@ -20,7 +21,12 @@ from kvtc_vllm.calibration.shards import RankRows, rank_heads
 from kvtc_vllm.calibration.sinks import fit_sinks
 from kvtc_vllm.calibration.spool import SpoolReader
 from kvtc_vllm.calibration.weights import Metric, RowWeights, Tokens
-from kvtc_vllm.calibration.writing import Description, write_artifact
+from kvtc_vllm.calibration.writing import (
+    Description,
+    FittedGroup,
+    write_artifact,
+    write_groups,
+)
 from kvtc_vllm.codec.errors import ArtifactError
 
 
@@ -68,7 +74,10 @@ def calibrate(
         sensitivity.check()
     with _spool_directory(spool) as directory:
         record = capture_rows(capture, directory)
-        measured = None if sensitivity is None else sensitivity.measure(record, directory)
+        measured = None
+        if sensitivity is not None:
+            _check_one_group(_groups_of(directory), None)
+            measured = sensitivity.measure(record, directory)
         return fit_spool(directory, settings, measured)
 
 
@@ -85,30 +94,58 @@ def fit_spool(spool: Path, settings: ArtifactSettings, sensitivity: Path | None 
         raise ArtifactError(
             f"{spool}: holds no finished capture; make one with: kvtc calibrate --spool {spool}"
         )
-    readers = [SpoolReader(spool / f"rank{rank}") for rank in range(record.tp_size)]
+    places = _groups_of(spool)
     # The same draws as `calibrate` from the beginning, hence the same artifact.
     settings = replace(settings, fit=replace(settings.fit, seed=record.source.seed))
+    found = None
+    if sensitivity is not None:
+        _check_one_group(places, sensitivity)
+        found = _own_sensitivity(sensitivity, record, SpoolReader(spool / "rank0"))
+    groups = [_fit_group(place, record, settings, found) for place in places]
+    description = _describe(record, SpoolReader(spool / "rank0"), settings.model_name)
+    root = Path(settings.out)
+    if len(groups) > 1:
+        return write_groups(root, description, groups, name=settings.name)
+    return write_artifact(root, description, groups[0].fits, groups[0].probes, name=settings.name)
+
+
+def _groups_of(spool: Path) -> list[Path]:
+    """Where the ranks of each cache group lie."""
+    places = [spool]
+    while (place := group_directory(spool, len(places))).is_dir():
+        places.append(place)
+    return places
+
+
+def _check_one_group(places: Sequence[Path], sensitivity: Path | None) -> None:
+    if len(places) > 1:
+        given = "gradient" if sensitivity is None else sensitivity
+        raise ArtifactError(
+            f"--sensitivity {given}: the model has {len(places)} cache groups, and gradients are "
+            "taken as if all layers saw all tokens; give --sensitivity none"
+        )
+
+
+def _fit_group(
+    place: Path, record: CaptureRecord, settings: ArtifactSettings, found: Sensitivity | None
+) -> FittedGroup:
+    """All ranks of one cache group. found: weigh rows by it; None: do not weigh them."""
+    readers = [SpoolReader(place / f"rank{rank}") for rank in range(record.tp_size)]
+    header = readers[0].header
     tp = record.tp_size if settings.tp is None else settings.tp
-    total = readers[0].header.total_kv_heads
-    found = None if sensitivity is None else _own_sensitivity(sensitivity, record, readers[0])
     sources = [RankRows(readers, tp, rank, settings.layers_per_group) for rank in range(tp)]
     # Ranks that hold copies of one head have the same fit.
     by_heads: dict[range, RankFit] = {}
     fits = []
     for rank, source in enumerate(sources):
-        heads = rank_heads(total, tp, rank)
+        heads = rank_heads(header.total_kv_heads, tp, rank)
         if heads not in by_heads:
             weights = None if found is None else _weights(found, settings, heads)
             own = replace(settings, fit=replace(settings.fit, weights=weights))
             by_heads[heads] = _fit(source, rank, own, record.source.sink_tokens)
         fits.append(by_heads[heads])
-    return write_artifact(
-        Path(settings.out),
-        _describe(record, readers[0], settings.model_name),
-        fits,
-        [source.probe() for source in sources],
-        name=settings.name,
-    )
+    group = CacheGroupCard(attention=header.attention, layers=header.layers)
+    return FittedGroup(group, fits, [source.probe() for source in sources])
 
 
 def _own_sensitivity(path: Path, record: CaptureRecord, reader: SpoolReader) -> Sensitivity:

@@ -8,7 +8,7 @@ vLLM runs. Requests steer it through `kv_transfer_params`:
     {"kvtc_close": true}                                          finish the spool
 
 `kv_connector_extra_config`: {"spool": DIR, "seed": int, "sink_tokens": int}. Rank r writes to
-DIR/rank{r}.
+DIR/rank{r}, and what further cache groups hold of the same tokens to DIR/group{g}/rank{r}.
 """
 
 from __future__ import annotations
@@ -26,27 +26,32 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
+from kvtc_vllm.artifact.directory import group_directory
 from kvtc_vllm.calibration.spool import DTYPES, SpoolHeader, SpoolWriter
 from kvtc_vllm.connector.cache_dtype import is_fp8
 from kvtc_vllm.connector.compat import UnsupportedError, check_version, vllm_version
-from kvtc_vllm.connector.geometry import read_geometry
-from kvtc_vllm.connector.layout import PagedLayout
+from kvtc_vllm.connector.geometry import layer_number, read_geometry
+from kvtc_vllm.connector.layout import paged_layouts
+from kvtc_vllm.connector.live_model import LiveModel
 from kvtc_vllm.connector.rotary import find_ropes
 from kvtc_vllm.offload.block_tables import BlockTables
-from kvtc_vllm.offload.geometry import codec_geometry
+from kvtc_vllm.offload.geometry import CacheGroup, codec_geometry
 
 
 @dataclass
 class CaptureItem:
-    """Tokens first .. end - 1 of one prompt lie in block_ids, from token `start` on."""
+    """Tokens first .. end - 1 of one prompt lie in blocks, from token `start` on.
+
+    starts, block_ids: by cache group.
+    """
 
     doc: int
     heldout: bool
     keep: float
-    start: int
     first: int
     end: int
-    block_ids: list[int]
+    starts: list[int]
+    block_ids: list[list[int]]
 
 
 @dataclass
@@ -68,13 +73,15 @@ class KVTCCaptureConnector(KVConnectorBase_V1, SupportsHMA):
         self._seed = int(extra.get("seed", 0))
         self._sinks = int(extra.get("sink_tokens", 4))
         geometry = read_geometry(vllm_config, kv_cache_config)
-        self._group, self._tp_size = geometry.only_group, geometry.tp_size
-        if is_fp8(self._group.dtype):
+        # States are not coded.
+        self._groups, self._tp_size = geometry.coded_groups, geometry.tp_size
+        self._geometry = geometry
+        if any(is_fp8(group.dtype) for group in self._groups):
             raise UnsupportedError(
                 "calibrating on an fp8 KV cache is refused, because its rounding would be fitted "
                 "too; use kv_cache_dtype auto: the artifact serves fp8 caches as well"
             )
-        self._tables = BlockTables()
+        self._tables = BlockTables(geometry.block_tables)
         self._requests: dict[str, Any] = {}
 
     @property
@@ -85,22 +92,39 @@ class KVTCCaptureConnector(KVConnectorBase_V1, SupportsHMA):
     # ------------------------------------------------------------------ worker
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Open the spool of this rank."""
-        group = self._group
-        self._layout = PagedLayout(kv_caches, group)
-        ropes, layer_rope = find_ropes(self._vllm_config, group.layer_names)
+        """Open the spools of this rank."""
+        groups = self._groups
+        self._layouts = paged_layouts(kv_caches, self._geometry)
+        names = [name for group in groups for name in group.layer_names]
+        live = LiveModel(self._vllm_config, names)
         rank = get_tensor_model_parallel_rank()
-        header = SpoolHeader(
-            geometry=codec_geometry(group),
-            total_kv_heads=self._vllm_config.model_config.get_total_num_kv_heads(),
-            dtype=next(name for name, dtype in DTYPES.items() if dtype == group.dtype),
-            layer_names=group.layer_names,
-            layer_rope=layer_rope,
-            rope_neox=tuple(rope.neox for rope in ropes),
-            rank=rank,
-            tp_size=self._tp_size,
+        self._writers = []
+        for number, group in enumerate(groups):
+            ropes, layer_rope = find_ropes(self._vllm_config, group.layer_names, live)
+            header = SpoolHeader(
+                geometry=codec_geometry(group),
+                total_kv_heads=self._total_kv_heads(group),
+                dtype=next(name for name, dtype in DTYPES.items() if dtype == group.dtype),
+                layer_names=group.layer_names,
+                layer_rope=layer_rope,
+                rope_neox=tuple(rope.neox for rope in ropes),
+                rank=rank,
+                tp_size=self._tp_size,
+                attention=str(group.reach),
+                layers=tuple(map(layer_number, group.layer_names)),
+            )
+            directory = group_directory(self._directory, number) / f"rank{rank}"
+            self._writers.append(SpoolWriter(directory, header, ropes))
+
+    def _total_kv_heads(self, group: CacheGroup) -> int:
+        """Of all ranks. The model's own number, but for layers that have another."""
+        tp_size = self._tp_size
+        total = int(self._vllm_config.model_config.get_total_num_kv_heads())
+        return (
+            total
+            if group.num_kv_heads == max(1, total // tp_size)
+            else (group.num_kv_heads * tp_size)
         )
-        self._writer = SpoolWriter(self._directory / f"rank{rank}", header, ropes)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Nothing to load."""
@@ -120,11 +144,13 @@ class KVTCCaptureConnector(KVConnectorBase_V1, SupportsHMA):
         for item in metadata.items:
             positions = self._sample(item)
             if positions.numel():
-                k, v = self._layout.gather(item.block_ids)
-                rows = (positions - item.start).to(k.device)
-                self._writer.append(k[rows], v[rows], positions, item.doc, item.heldout)
+                for number, writer in enumerate(self._writers):
+                    k, v = self._layouts[number].gather(item.block_ids[number])
+                    rows = (positions - item.starts[number]).to(k.device)
+                    writer.append(k[rows], v[rows], positions, item.doc, item.heldout)
         if metadata.close:
-            self._writer.close()
+            for writer in self._writers:
+                writer.close()
 
     def _sample(self, item: CaptureItem) -> torch.Tensor:
         """Positions to keep: the same on every rank and however the prompt was cut into steps."""
@@ -148,7 +174,7 @@ class KVTCCaptureConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         """The prompt tokens that this step computes."""
         metadata = CaptureMetadata()
-        size = self._group.block_size
+        groups = self._groups
         for request_id, progress in self._tables.update(scheduler_output).items():
             request = self._requests[request_id]
             params = request.kv_transfer_params or {}
@@ -156,16 +182,24 @@ class KVTCCaptureConnector(KVConnectorBase_V1, SupportsHMA):
             end = min(progress.computed + progress.scheduled, request.num_prompt_tokens)
             if "kvtc_doc" not in params or end <= progress.computed:
                 continue
-            first_block, end_block = progress.computed // size, -(-end // size)
+            # A window's blocks of this step are all there, whatever it has left behind.
+            firsts = [progress.computed // group.block_size for group in groups]
+            tables = self._tables.ids[request_id]
             metadata.items.append(
                 CaptureItem(
                     doc=int(params["kvtc_doc"]),
                     heldout=bool(params["kvtc_heldout"]),
                     keep=float(params["kvtc_keep"]),
-                    start=first_block * size,
                     first=progress.computed,
                     end=end,
-                    block_ids=self._tables.ids[request_id][0][first_block:end_block],
+                    starts=[
+                        first * group.block_size
+                        for first, group in zip(firsts, groups, strict=True)
+                    ],
+                    block_ids=[
+                        group.blocks(tables, first, -(-end // group.block_size))
+                        for first, group in zip(firsts, groups, strict=True)
+                    ],
                 )
             )
         for request_id in scheduler_output.finished_req_ids:

@@ -117,7 +117,8 @@ def check_same(spool: Path, found: CaptureSource, wanted: CaptureSource) -> None
 
 def clear(spool: Path) -> bool:
     """Delete the ranks of a capture that did not finish; True if there were any."""
-    ranks = [path for path in spool.glob("rank[0-9]*") if path.is_dir()]
+    places = (*spool.glob("rank[0-9]*"), *spool.glob("group[0-9]*"))
+    ranks = [path for path in places if path.is_dir()]
     for path in ranks:
         shutil.rmtree(path)
     return bool(ranks)

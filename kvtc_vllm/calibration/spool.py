@@ -53,6 +53,8 @@ class SpoolHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     rope_neox: pairing order of each table.
     rank, tp_size: which of how many tensor-parallel ranks was captured.
     rows: tokens in the spool; `SpoolWriter.close` fills it in.
+    attention, layers: of the cache group, see `CacheGroupCard`; not told by older spools, which are
+    of models with one group.
     """
 
     geometry: Geometry
@@ -64,6 +66,8 @@ class SpoolHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     rank: int = 0
     tp_size: int = 1
     rows: int = 0
+    attention: str = "full"
+    layers: tuple[int, ...] = ()
     version: int = SPOOL_VERSION
 
     def row_shape(self, kind: Kind) -> tuple[int, int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +17,7 @@ import xxhash
 from kvtc_vllm.artifact.card import (
     UNNAMED_CODEC,
     ArtifactCard,
+    CacheGroupCard,
     DataCard,
     ErrorCard,
     SectionCard,
@@ -24,7 +25,7 @@ from kvtc_vllm.artifact.card import (
     SinkCard,
     save_card,
 )
-from kvtc_vllm.artifact.directory import checksum, rope_fingerprints
+from kvtc_vllm.artifact.directory import checksum, group_directory, rope_fingerprints
 from kvtc_vllm.artifact.identity import ModelIdentity
 from kvtc_vllm.artifact.rank_file import Probe, rank_file_name, write_rank_file
 from kvtc_vllm.calibration.acceptance import check_artifact
@@ -51,17 +52,30 @@ class Description:
     data: DataCard
 
 
+@dataclass(frozen=True)
+class FittedGroup:
+    """A cache group of a model with several. fits, probes: one per rank, in order."""
+
+    group: CacheGroupCard
+    fits: Sequence[RankFit]
+    probes: Sequence[Probe]
+
+
 def model_slug(model_name: str) -> str:
     """Directory name of a model: "meta-llama/Llama-3.1-8B" -> "meta-llama--Llama-3.1-8B"."""
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", model_name.replace("/", "--")).strip(".-")
     return slug or "model"
 
 
-def artifact_name(card: ArtifactCard) -> str:
-    """Default directory name: tp{N}-{layers per group}-{contents}, such as "tp1-all-2a70df41"."""
+def artifact_name(card: ArtifactCard, further: Sequence[ArtifactCard] = ()) -> str:
+    """Default directory name: tp{N}-{layers per group}-{contents}, such as "tp1-all-2a70df41".
+
+    further: cards of the other cache groups.
+    """
     groups = card.geometry.layer_groups
     layers = "all" if len(groups) == 1 else str(groups[0][1])
-    contents = xxhash.xxh3_64_hexdigest("".join(card.fingerprints).encode())[:8]
+    fingerprints = [text for part in (card, *further) for text in part.fingerprints]
+    contents = xxhash.xxh3_64_hexdigest("".join(fingerprints).encode())[:8]
     return f"tp{card.tp_size}-{layers}-{contents}"
 
 
@@ -74,13 +88,74 @@ def write_artifact(
     name: str | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write all ranks of an artifact; returns its directory.
+    """Write all ranks of an artifact of one cache group; returns its directory.
 
     fits, probes: one per rank, in order. The directory appears complete or not
     at all. Raises ArtifactError for a rank that acceptance refuses, for ranks
     that do not fit together, and for a directory that exists, unless
     `overwrite` is set.
     """
+
+    def fill(temporary: Path) -> str:
+        return artifact_name(_fill(temporary, description, fits, probes))
+
+    return _write(root, description, fill, name, overwrite)
+
+
+def write_groups(
+    root: Path,
+    description: Description,
+    groups: Sequence[FittedGroup],
+    *,
+    name: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """As `write_artifact`, for a model with several cache groups. Raises what it does."""
+    cards = tuple(part.group for part in groups)
+
+    def fill(temporary: Path) -> str:
+        written = []
+        for number, part in enumerate(groups):
+            directory = group_directory(temporary, number)
+            directory.mkdir(exist_ok=True)
+            # Those of the first tell that there are others.
+            told = cards if number == 0 else (part.group,)
+            written.append(_fill(directory, description, part.fits, part.probes, told))
+        return artifact_name(written[0], written[1:])
+
+    return _write(root, description, fill, name, overwrite)
+
+
+def _write(
+    root: Path,
+    description: Description,
+    fill: Callable[[Path], str],
+    name: str | None,
+    overwrite: bool,
+) -> Path:
+    """fill: writes into an empty directory and gives the default name of what it wrote."""
+    parent = Path(root) / model_slug(description.model_name)
+    parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=parent))
+    try:
+        default = fill(temporary)
+        _share(temporary, parent)
+        final = parent / (name or default)
+        _publish(temporary, final, overwrite)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final
+
+
+def _fill(
+    directory: Path,
+    description: Description,
+    fits: Sequence[RankFit],
+    probes: Sequence[Probe],
+    groups: tuple[CacheGroupCard, ...] = (),
+) -> ArtifactCard:
+    """Rank files, report and card of one cache group; returns the card."""
     if not fits or len(fits) != len(probes):
         raise ArtifactError(f"{len(fits)} fitted ranks and {len(probes)} probes; one each is right")
     for rank, fit in enumerate(fits):
@@ -89,35 +164,27 @@ def write_artifact(
             raise ArtifactError(f"rank {rank}: geometry differs from that of rank 0")
         if fit.artifact.ratios() != fits[0].artifact.ratios():
             raise ArtifactError(f"rank {rank}: ratios differ from those of rank 0")
-    parent = Path(root) / model_slug(description.model_name)
-    parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=parent))
-    try:
-        sizes: dict[str, int] = {}
-        checksums: dict[str, str] = {}
-        for rank, (fit, probe) in enumerate(zip(fits, probes, strict=True)):
-            path = temporary / rank_file_name(rank, len(fits))
-            write_rank_file(path, fit.artifact, probe, rank, len(fits))
-            sizes[path.name] = path.stat().st_size
-            checksums[path.name] = checksum(path)
-        card = _card(description, fits, sizes, checksums)
-        write_report(temporary, card, fits)
-        save_card(temporary, card)
-        _share(temporary, parent)
-        final = parent / (name or artifact_name(card))
-        _publish(temporary, final, overwrite)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return final
+    sizes: dict[str, int] = {}
+    checksums: dict[str, str] = {}
+    for rank, (fit, probe) in enumerate(zip(fits, probes, strict=True)):
+        path = directory / rank_file_name(rank, len(fits))
+        write_rank_file(path, fit.artifact, probe, rank, len(fits))
+        sizes[path.name] = path.stat().st_size
+        checksums[path.name] = checksum(path)
+    card = _card(description, fits, sizes, checksums)
+    if groups:
+        card = msgspec.structs.replace(card, cache_groups=groups)
+    write_report(directory, card, fits)
+    save_card(directory, card)
+    return card
 
 
 def _share(directory: Path, parent: Path) -> None:
     """Give the permissions of `parent`: mkdtemp and safetensors make private files."""
     mode = parent.stat().st_mode & 0o777
     directory.chmod(mode)
-    for path in directory.iterdir():
-        path.chmod(mode & 0o666)
+    for path in directory.rglob("*"):
+        path.chmod(mode if path.is_dir() else mode & 0o666)
 
 
 def _publish(temporary: Path, final: Path, overwrite: bool) -> None:

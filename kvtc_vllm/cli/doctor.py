@@ -1,4 +1,4 @@
-"""Check this machine: versions, plugin, registry, a model's artifact, a round trip.
+"""Check this machine: versions, plugin, registry, a model's layers and artifact, a round trip.
 
     kvtc doctor [MODEL] [--ratio 16] [--tp 1]
 
@@ -8,6 +8,7 @@ Exit status 1 if something that serving needs is missing.
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import time
 from importlib.metadata import PackageNotFoundError, entry_points, version
@@ -18,6 +19,8 @@ import torch
 from kvtc_vllm.codec.errors import ArtifactError
 
 PACKAGES = ("kvtc-vllm", "torch", "vllm", "isal", "xxhash", "safetensors", "msgspec")
+LENGTHS = (4096, 32768)
+"""Tokens of prefixes that a ratio is told for."""
 OPTIONAL_PACKAGES = ("lmcache", "nvidia-nvcomp-cu13", "nvidia-nvcomp-cu12", "transformers")
 
 
@@ -33,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
     """Print one line per check."""
     healthy = _environment()
     healthy &= _plugin()
+    if args.model is not None:
+        _layers(args.model, args.ratio)
     directory = _registry(args)
     if args.model is not None:
         healthy &= directory is not None
@@ -91,6 +96,28 @@ def _plugin() -> bool:
         "plugin",
         "vllm.general_plugins entry point found" if found else "entry point not found: pip install",
     )
+
+
+def _layers(model: str, ratio: float) -> None:
+    """What the model keeps of a prefix, and the ratio that is to be expected of all of it."""
+    from kvtc_vllm.artifact.cache_kinds import expected_ratio, layer_kinds
+    from kvtc_vllm.artifact.identity import model_directory
+
+    try:
+        config = json.loads((model_directory(model) / "config.json").read_text())
+        kinds = layer_kinds(config)
+    except (ArtifactError, OSError, ValueError) as error:
+        _line(None, "layers", f"not known: {error}")
+        return
+    for kind in kinds:
+        size = f"{kind.token_bytes:,} bytes per token"
+        if not kind.coded:
+            size = f"{kind.state_bytes:,} bytes per boundary, kept exactly"
+        _line(None, "layers", f"{kind.layers} x {kind.kind}: {size}")
+    expected = ", ".join(
+        f"{expected_ratio(kinds, tokens, ratio):.1f}x at {tokens:,} tokens" for tokens in LENGTHS
+    )
+    _line(None, "net ratio", f"of 16-bit elements at {ratio:g}x, before DEFLATE: {expected}")
 
 
 def _registry(args: argparse.Namespace) -> Path | None:

@@ -52,22 +52,28 @@ def run(args: argparse.Namespace) -> int:
 
 def describe_artifact(directory: Path) -> dict[str, Any]:
     """The card, with every rank file loaded and checked against it. Raises ArtifactError."""
-    from kvtc_vllm.artifact.card import load_card
-    from kvtc_vllm.artifact.directory import load_rank_artifact
+    from kvtc_vllm.artifact.card import cache_groups, load_card
+    from kvtc_vllm.artifact.directory import group_directory, load_rank_artifact
 
     card = load_card(directory)
-    for rank in range(card.tp_size):
-        load_rank_artifact(directory, rank)
+    groups = cache_groups(card)
     described: dict[str, Any] = msgspec.to_builtins(card)
-    described["sections"] = [
-        {
-            "section": f"rank {s.rank} group {s.group} {s.kind.upper()}",
-            "row": s.row_size,
-            "basis": s.basis_rank,
-            "heldout error": {f"{e.ratio:g}x": round(e.heldout, 5) for e in s.errors},
-        }
-        for s in card.sections
-    ]
+    described["sections"] = []
+    for number in range(max(1, len(groups))):
+        place = group_directory(directory, number)
+        part = load_card(place)
+        for rank in range(part.tp_size):
+            load_rank_artifact(place, rank)
+        of_group = f"{groups[number].attention}, " if groups else ""
+        described["sections"] += [
+            {
+                "section": f"{of_group}rank {s.rank} group {s.group} {s.kind.upper()}",
+                "row": s.row_size,
+                "basis": s.basis_rank,
+                "heldout error": {f"{e.ratio:g}x": round(e.heldout, 5) for e in s.errors},
+            }
+            for s in part.sections
+        ]
     return described
 
 

@@ -87,7 +87,12 @@ class KVTCConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     ] = "off"
     chunk_tokens: Annotated[
         int,
-        Meta(ge=1, le=4096, description="Tokens per chunk; a multiple of vLLM's block size."),
+        Meta(
+            ge=1,
+            le=4096,
+            description="Tokens per chunk; a multiple of vLLM's block size. Where it is not given, "
+            "it is rounded up to one, as models with recurrent layers need.",
+        ),
     ] = 128
     recent_window: Annotated[
         Window | None,

@@ -6,17 +6,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvtc_vllm.artifact import registry
-from kvtc_vllm.artifact.card import load_card
+from kvtc_vllm.artifact.card import CacheGroupCard, load_card
+from kvtc_vllm.artifact.directory import group_directory
 from kvtc_vllm.artifact.identity import model_identity
 from kvtc_vllm.codec.registry import CODECS, max_blob_bytes
 from kvtc_vllm.config import KVTCConfig
+from kvtc_vllm.connector.geometry import layer_number
+from kvtc_vllm.connector.state_transfer import STATE_ELEMENT, state_geometry
 from kvtc_vllm.offload.geometry import CacheGeometry, codec_geometry
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
 
-def find_artifact(model: ModelConfig, config: KVTCConfig, tp_size: int) -> tuple[Path, str]:
+def group_cards(geometry: CacheGeometry) -> tuple[CacheGroupCard, ...]:
+    """The cache groups of attention as an artifact's card has them; none if there is one."""
+    if len(geometry.coded_groups) == 1:
+        return ()
+    return tuple(
+        CacheGroupCard(
+            attention=str(group.reach), layers=tuple(map(layer_number, group.layer_names))
+        )
+        for group in geometry.coded_groups
+    )
+
+
+def find_artifact(
+    model: ModelConfig, config: KVTCConfig, geometry: CacheGeometry
+) -> tuple[Path, str]:
     """Directory of the artifact, and the fingerprint of the model's files.
 
     model: vLLM's configuration of it. Raises ArtifactError if nothing fits.
@@ -24,12 +41,13 @@ def find_artifact(model: ModelConfig, config: KVTCConfig, tp_size: int) -> tuple
     identity = model_identity(model.model, model.revision)
     directory = registry.find(
         identity,
-        tp_size=tp_size,
+        tp_size=geometry.tp_size,
         ratio=config.target_ratio,
         model_name=model.model,
         codec=config.codec,
         artifact=config.artifact,
         registries=config.registry,
+        groups=group_cards(geometry),
     )
     return directory, identity.identity
 
@@ -39,21 +57,33 @@ def record_bounds(model: ModelConfig, config: KVTCConfig, geometry: CacheGeometr
 
     Raises ArtifactError if the codec needs an artifact and none fits.
     """
-    name, tokens = config.codec, config.chunk_tokens
+    coded = iter(_coded_bounds(model, config, geometry))
+    return [
+        max_blob_bytes("raw", STATE_ELEMENT, 1, geometry=state_geometry(group))
+        if group.state_bytes
+        else next(coded)
+        for group in geometry.groups
+    ]
+
+
+def _coded_bounds(model: ModelConfig, config: KVTCConfig, geometry: CacheGeometry) -> list[int]:
+    """Of the cache groups of attention."""
+    name, tokens, groups = config.codec, config.chunk_tokens, geometry.coded_groups
     if not CODECS[name].needs_artifact:
         return [
             max_blob_bytes(name, group.dtype, tokens, geometry=codec_geometry(group))
-            for group in geometry.groups
+            for group in groups
         ]
-    group = geometry.only_group  # artifacts are of one group
-    directory, _ = find_artifact(model, config, geometry.tp_size)
-    card = load_card(directory)
-    bound = max_blob_bytes(
-        name,
-        group.dtype,
-        tokens,
-        geometry=card.geometry,
-        sink_tokens=card.sink_tokens,
-        ratio=config.target_ratio,
-    )
-    return [bound]
+    directory, _ = find_artifact(model, config, geometry)
+    cards = [load_card(group_directory(directory, n)) for n in range(len(groups))]
+    return [
+        max_blob_bytes(
+            name,
+            group.dtype,
+            tokens,
+            geometry=card.geometry,
+            sink_tokens=card.sink_tokens,
+            ratio=config.target_ratio,
+        )
+        for group, card in zip(groups, cards, strict=True)
+    ]

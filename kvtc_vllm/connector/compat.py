@@ -38,6 +38,16 @@ def check_version(version: str) -> None:
         )
 
 
+def check_failed_loads(version: str) -> None:
+    """Raise UnsupportedError if vLLM can't be told which request's load failed."""
+    if _release(version) < (0, 30):
+        raise UnsupportedError(
+            f"models with sliding windows, local chunks or several KV cache groups need vLLM 0.30 "
+            f"or later, which can be told of a failed load, and this is {version}; below, "
+            "--disable-hybrid-kv-cache-manager makes one group of full attention of most of them"
+        )
+
+
 def hash_seed_fact(version: str, algorithm: str) -> str:
     """What vLLM's chain of block hashes starts from: "seed '0'", or "random".
 

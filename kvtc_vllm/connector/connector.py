@@ -33,11 +33,11 @@ from kvtc_vllm.connector.compat import (
     source_of_hits,
     vllm_version,
 )
-from kvtc_vllm.connector.geometry import read_geometry
+from kvtc_vllm.connector.geometry import check_states, read_geometry
 from kvtc_vllm.connector.messages import DiskInventory, ReportMessage, StepMessage
 from kvtc_vllm.connector.metrics import KVTCPromMetrics, KVTCStats
 from kvtc_vllm.connector.startup import CodecFactory, build_worker
-from kvtc_vllm.offload.geometry import blocks_per_chunk, check_budget
+from kvtc_vllm.offload.geometry import check_budget, check_chunks, with_whole_blocks
 from kvtc_vllm.offload.messages import StepMetadata
 from kvtc_vllm.offload.scheduler import KVTCScheduler
 from kvtc_vllm.offload.stats import Stats
@@ -74,9 +74,11 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
             algorithm = str(vllm_config.cache_config.prefix_caching_hash_algo)
             check_stable_hashes(version, algorithm)
         self._geometry = read_geometry(vllm_config, kv_cache_config)
+        check_states(kv_cache_config)
+        if "chunk_tokens" not in transfer.kv_connector_extra_config:
+            self._config = with_whole_blocks(self._config, self._geometry)
         # Both sides check, so that the worker, made first, fails before it loads an artifact.
-        for group in self._geometry.groups:
-            blocks_per_chunk(self._config, group)
+        check_chunks(self._config, self._geometry)
         bounds = record_bounds(vllm_config.model_config, self._config, self._geometry)
         check_budget(self._config, self._geometry.tp_size, sum(bounds))
         self._scheduler: KVTCScheduler | None = None
@@ -147,9 +149,20 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
         finished = self._live_worker.poll(self._step.idle)
         return None, finished or None
 
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        """As `get_finished`; names requests to compute again where blocks can't tell.
+
+        vLLM 0.30 and later ask for it.
+        """
+        results = super().get_transfer_results(finished_req_ids)
+        if not self._geometry.keeps_all:
+            results.failed_recving.update(self._live_worker.failed_loads)
+        return results
+
     def get_block_ids_with_load_errors(self) -> set[int]:
-        """Blocks to recompute."""
-        return self._live_worker.take_bad_blocks()
+        """Blocks to recompute, where vLLM can keep what comes before them."""
+        blocks = self._live_worker.take_bad_blocks()
+        return blocks if self._geometry.keeps_all else set()
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         """Sizes and failures for the scheduler."""
@@ -207,7 +220,7 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """As `request_finished`; there is only one group."""
+        """As `request_finished`: no block is kept for a store, of whatever group."""
         return self.request_finished(request, block_ids[0] if block_ids else [])
 
     def has_pending_push_work(self) -> bool:

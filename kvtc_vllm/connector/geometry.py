@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from kvtc_vllm.connector.cache_dtype import cache_dtype
-from kvtc_vllm.connector.compat import UnsupportedError
+from kvtc_vllm.connector.compat import UnsupportedError, check_failed_loads, vllm_version
 from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup
+from kvtc_vllm.offload.reach import FULL, ChunkedLocal, LastState, Reach, SlidingWindow
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig
+
+REACHES: dict[str, Callable[[Any], Reach]] = {
+    "FullAttentionSpec": lambda spec: FULL,
+    "SlidingWindowSpec": lambda spec: SlidingWindow(spec.sliding_window),
+    "ChunkedLocalAttentionSpec": lambda spec: ChunkedLocal(spec.attention_chunk_size),
+    "MambaSpec": lambda spec: LastState(),
+}
+"""Name of vLLM's class of a cache group -> what its attention needs. Subclasses are other things:
+MLA's latents, fixed sinks."""
 
 
 def read_geometry(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> CacheGeometry:
     """Describe the cache, or raise UnsupportedError with one clear sentence."""
-    groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        kinds = ", ".join(type(g.kv_cache_spec).__name__ for g in groups)
-        raise UnsupportedError(
-            f"the model has {len(groups)} KV cache groups ({kinds}); KVTC serves models whose "
-            "layers all use full attention in one group"
-        )
-    spec = groups[0].kv_cache_spec
-    if type(spec).__name__ != "FullAttentionSpec":
-        raise UnsupportedError(
-            f"the KV cache is a {type(spec).__name__}; KVTC serves FullAttentionSpec only"
-        )
+    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    _check_kinds(specs)
     parallel = vllm_config.parallel_config
     for name in (
         "pipeline_parallel_size",
@@ -36,16 +41,17 @@ def read_geometry(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Ca
         size = getattr(parallel, name, 1)
         if size != 1:
             raise UnsupportedError(f"{name}={size} is not supported; use 1")
-    group = CacheGroup(
-        layer_names=tuple(sorted(groups[0].layer_names, key=layer_number)),
-        block_size=spec.block_size,
-        num_kv_heads=spec.num_kv_heads,
-        head_size=spec.head_size,
-        head_size_v=spec.head_size_v,
-        dtype=cache_dtype(vllm_config, spec),
-        model_dtype=vllm_config.model_config.dtype,
-    )
-    return CacheGeometry((group,), parallel.tensor_parallel_size)
+    groups = _cache_groups(vllm_config, kv_cache_config)
+    hash_block = _hash_block(vllm_config, kv_cache_config) if len(specs) > 1 else None
+    geometry = CacheGeometry(groups, parallel.tensor_parallel_size, hash_block)
+    if not geometry.keeps_all:
+        check_failed_loads(vllm_version())
+        if vllm_config.speculative_config is not None:
+            raise UnsupportedError(
+                "speculative decoding is not supported for models with sliding windows, local "
+                "chunks or several KV cache groups, whose blocks it moves; serve them without it"
+            )
+    return geometry
 
 
 def layer_number(name: str) -> int:
@@ -54,3 +60,93 @@ def layer_number(name: str) -> int:
     if not numbers:
         raise UnsupportedError(f"layer name {name!r} has no number to order layers by")
     return numbers[0]
+
+
+def _check_kinds(specs: Sequence[Any]) -> None:
+    kinds = Counter(type(spec).__name__ for spec in specs)
+    others = [kind for kind in kinds if kind not in REACHES]
+    if others:
+        counted = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+        raise UnsupportedError(
+            f"the model's KV cache groups are {counted}; KVTC does not read {', '.join(others)}, "
+            f"only {', '.join(REACHES)}"
+        )
+    for spec in specs:
+        per_state = 1 if _is_state(spec) else getattr(spec, "tokens_per_state", 1)
+        if per_state != 1 or not getattr(spec, "prefix_cacheable", True):
+            raise UnsupportedError(
+                f"a KV cache group of {type(spec).__name__} keeps one state for several tokens, or "
+                "none for prefixes; KVTC does not read it"
+            )
+
+
+def _cache_groups(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
+) -> tuple[CacheGroup, ...]:
+    """Layers by kind and shape, whatever groups vLLM dealt them into; full attention first."""
+    layers: dict[Any, list[tuple[str, int]]] = {}
+    for table, group in enumerate(kv_cache_config.kv_cache_groups):
+        named = ((name, table) for name in group.layer_names)
+        layers.setdefault(_shape(group.kv_cache_spec), []).extend(named)
+    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    groups = []
+    for of_shape in layers.values():
+        of_shape.sort(key=lambda layer: layer_number(layer[0]))
+        spec = specs[of_shape[0][1]]
+        is_state = _is_state(spec)
+        groups.append(
+            CacheGroup(
+                layer_names=tuple(name for name, _ in of_shape),
+                block_size=spec.block_size,
+                num_kv_heads=0 if is_state else spec.num_kv_heads,
+                head_size=0 if is_state else spec.head_size,
+                head_size_v=0 if is_state else spec.head_size_v,
+                dtype=torch.uint8 if is_state else cache_dtype(vllm_config, spec),
+                model_dtype=vllm_config.model_config.dtype,
+                reach=REACHES[type(spec).__name__](spec),
+                layer_table=tuple(table for _, table in of_shape) if len(specs) > 1 else (),
+                state_bytes=_state_bytes(spec) if is_state else 0,
+            )
+        )
+    groups.sort(key=lambda group: (not group.keeps_all, layer_number(group.layer_names[0])))
+    return tuple(groups)
+
+
+def _shape(spec: AttentionSpec) -> tuple[Any, ...]:
+    """What layers that are stored together have in common."""
+    reach = REACHES[type(spec).__name__](spec)
+    if _is_state(spec):
+        return (reach, spec.block_size, spec.shapes, spec.dtypes)
+    heads = (spec.num_kv_heads, spec.head_size, spec.head_size_v)
+    return (reach, spec.block_size, *heads, spec.dtype)
+
+
+def _is_state(spec: Any) -> bool:
+    return type(spec).__name__ == "MambaSpec"
+
+
+def _state_bytes(spec: Any) -> int:
+    """Of one layer at one boundary, without what pads its page."""
+    sizes = (
+        math.prod(shape) * dtype.itemsize
+        for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True)
+    )
+    return int(sum(sizes))
+
+
+def check_states(kv_cache_config: KVCacheConfig) -> None:
+    """Raise UnsupportedError if vLLM keeps states nowhere but at the end of a request."""
+    for group in kv_cache_config.kv_cache_groups:
+        mode = getattr(group.kv_cache_spec, "mamba_cache_mode", "align")
+        if mode != "align":
+            raise UnsupportedError(
+                f"the model's recurrent layers keep states in mode {mode!r}, where no prefix can "
+                "be resumed; serve it with --enable-prefix-caching, which makes it 'align'"
+            )
+
+
+def _hash_block(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:
+    from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
+
+    _, hash_block = resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)
+    return int(hash_block)

@@ -163,7 +163,8 @@ def setup_identity(
     inside = set()
     if any(load.load_format == "dummy" for load in _load_configs(vllm_config)):
         inside.add("seed")
-    if len(layer_rope) < sum(len(g.layer_names) for g in geometry.groups) or None in layer_rope:
+    layers = sum(len(group.layer_names) for group in geometry.coded_groups)
+    if len(layer_rope) < layers or None in layer_rope:
         inside.add("max_model_len")
     facts = _Facts(inside)
     for name, value in facts.parts(vllm_config):

@@ -20,7 +20,7 @@ import torch
 from kvtc_vllm.codec.kernels.paged import PagedCache, PagedTensor
 from kvtc_vllm.connector.cache_dtype import is_fp8
 from kvtc_vllm.connector.compat import UnsupportedError
-from kvtc_vllm.offload.geometry import CacheGroup
+from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup
 
 
 class _PageOrder(Protocol):
@@ -105,7 +105,8 @@ class PagedLayout:
     """Reads and writes chunks in one group of the paged cache of one rank.
 
     caches: layer name -> registered tensor, of this group. Gathering runs on the calling
-    thread and, on GPU, on its current stream.
+    thread and, on GPU, on its current stream. Lists of blocks are as many of each block table of
+    the group, table by table, first to last of the prefix.
     """
 
     def __init__(self, caches: dict[str, torch.Tensor], group: CacheGroup) -> None:
@@ -133,6 +134,11 @@ class PagedLayout:
                     f"[blocks, {group.num_kv_heads}, tokens, {width}] {group.dtype}"
                 )
         self._tensors = [_movable(tensor) for tensor in self.tensors]
+        self.tables = len(group.tables)
+        """Block tables of the group."""
+        # Of each layer, counted within the group.
+        self._table = [group.tables.index(table) for table in group.layer_table]
+        self._table = self._table or [0] * len(self.tensors)
         first = self._tensors[0]
         # A backend may split one scheduler block into several kernel blocks.
         self._kernel_tokens = int(first.shape[2])
@@ -158,17 +164,16 @@ class PagedLayout:
         """Tokens a scheduler block."""
         return self._group.block_size
 
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of one scheduler block, all layers."""
-        return self._group.block_size * self._group.token_bytes
+    def staged_bytes(self, blocks: int) -> int:
+        """Bytes of so many blocks, of all tables together."""
+        return blocks * self._group.block_size * self._group.token_bytes // self.tables
 
     def sides(self) -> PagedCache:
         """The cache as kernels address it. Raises UnsupportedError if they can't."""
         return self._order.sides(self.tensors)
 
     def gather(self, block_ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copy blocks out: K [T, L, H, D] and V [T, L, H, Dv], T = blocks * block_size."""
+        """Copy blocks out: K [T, L, H, D] and V [T, L, H, Dv], T = blocks a table * block_size."""
         return self.unpack(self.copy(block_ids))
 
     def copy(self, block_ids: Sequence[int]) -> torch.Tensor:
@@ -178,9 +183,9 @@ class PagedLayout:
         """
         pages = self._pages(block_ids)
         first = self._tensors[0]
-        copied = first.new_empty((len(self._tensors), len(pages), *first.shape[1:]))
-        for tensor, out in zip(self._tensors, copied, strict=True):
-            torch.index_select(tensor, 0, pages, out=out)
+        copied = first.new_empty((len(self._tensors), len(pages[0]), *first.shape[1:]))
+        for tensor, table, out in zip(self._tensors, self._table, copied, strict=True):
+            torch.index_select(tensor, 0, pages[table], out=out)
         return copied
 
     def unpack(self, copied: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -200,29 +205,54 @@ class PagedLayout:
         pages = self._pages(block_ids)
         k, v = _movable(k.to(self.device)), _movable(v.to(self.device))
         for i in range(k.shape[1]):
-            self._tensors[first_layer + i][pages] = self._order.join(
+            layer = first_layer + i
+            self._tensors[layer][pages[self._table[layer]]] = self._order.join(
                 self._paged(k[:, i]), self._paged(v[:, i])
             )
 
     def zero(self, block_ids: Sequence[int]) -> None:
         """Clear blocks."""
         pages = self._pages(block_ids)
-        for tensor in self._tensors:
-            tensor[pages] = 0
+        for tensor, table in zip(self._tensors, self._table, strict=True):
+            tensor[pages[table]] = 0
 
     def _paged(self, x: torch.Tensor) -> torch.Tensor:
         """[T, H, D] -> [pages, H, tokens, D]."""
         return x.unflatten(0, (-1, self._kernel_tokens)).transpose(1, 2)
 
     def _pages(self, block_ids: Sequence[int]) -> torch.Tensor:
+        """By block table, pages of the kernels: [tables, pages]."""
         ids = torch.tensor(list(block_ids), dtype=torch.long)
         if self.device.type != "cpu":
             # From pageable memory the copy would wait for the whole step before it.
             ids = ids.pin_memory().to(self.device, non_blocking=True)
+        ids = ids.view(self.tables, -1)
         if self._split == 1:
             return ids
         offsets = torch.arange(self._split, device=self.device)
-        return (ids[:, None] * self._split + offsets).flatten()
+        return (ids[..., None] * self._split + offsets).flatten(1)
+
+
+def paged_layouts(
+    caches: dict[str, torch.Tensor], geometry: CacheGeometry
+) -> tuple[PagedLayout, ...]:
+    """Layouts of all cache groups of attention.
+
+    caches: layer name -> registered tensor. Layers that read another layer's KV are registered
+    with its tensor and belong to no group. Raises UnsupportedError for other layers of no group.
+    """
+    names = [name for group in geometry.groups for name in group.layer_names]
+    known = {caches[name].data_ptr() for name in names if name in caches}
+    strangers = [name for name in caches if name not in names]
+    foreign = [name for name in strangers if caches[name].data_ptr() not in known]
+    if foreign:
+        raise UnsupportedError(
+            f"registered KV caches do not match the cache groups: unexpected {foreign[:3]}"
+        )
+    return tuple(
+        PagedLayout({n: caches[n] for n in group.layer_names if n in caches}, group)
+        for group in geometry.coded_groups
+    )
 
 
 def _elements(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -43,6 +43,18 @@ def find_ropes(
     return tuple(_as_rope(module) for module in modules), tuple(layer_rope)
 
 
+def joined_ropes(
+    of_groups: Sequence[tuple[tuple[Rope, ...], tuple[int | None, ...]]],
+) -> tuple[tuple[Rope, ...], tuple[int | None, ...]]:
+    """What `find_ropes` gave for several cache groups, as if for all of their layers."""
+    ropes: tuple[Rope, ...] = ()
+    layer_rope: tuple[int | None, ...] = ()
+    for of_group, layers in of_groups:
+        layer_rope += tuple(None if i is None else i + len(ropes) for i in layers)
+        ropes += of_group
+    return ropes, layer_rope
+
+
 def _rotary_child(parent: nn.Module | None) -> nn.Module | None:
     if parent is None:
         return None

@@ -7,6 +7,7 @@ vLLM stores a key or value divided by its layer's scale. Scales come from the ch
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +41,24 @@ def find_scales(vllm_config: VllmConfig, group: CacheGroup) -> dict[Kind, torch.
     if all(bool((of_kind == 1).all()) for of_kind in scales.values()):
         return None
     return scales
+
+
+def joined_scales(
+    of_groups: Sequence[dict[Kind, torch.Tensor] | None], groups: Sequence[CacheGroup]
+) -> dict[Kind, torch.Tensor] | None:
+    """What `find_scales` gave for several cache groups, as if for all of their layers."""
+    if all(scales is None for scales in of_groups):
+        return None
+    ones = [torch.ones(len(group.layer_names)) for group in groups]
+    return {
+        kind: torch.cat(
+            [
+                one if scales is None else scales[kind]
+                for scales, one in zip(of_groups, ones, strict=True)
+            ]
+        )
+        for kind in KINDS
+    }
 
 
 def _scale(name: str, layer: Any, kind: Kind) -> float:

@@ -101,8 +101,11 @@ def run_self_test(
 
 
 def unused_blocks(layout: PagedLayout, tokens: int) -> list[int]:
-    """Blocks for so many tokens, free before the first step; block 0 is vLLM's own."""
-    return list(range(1, 1 + tokens // layout.block_size))
+    """Blocks for so many tokens, free before the first step; block 0 is vLLM's own.
+
+    Other ones for each block table: layers of different tables share memory.
+    """
+    return list(range(1, 1 + layout.tables * (tokens // layout.block_size)))
 
 
 def _chunk_of(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from kvtc_vllm.config import KVTCConfig
+from kvtc_vllm.connector.cache_dtype import is_fp8
 from kvtc_vllm.offload.geometry import CacheGeometry
 
 logger = logging.getLogger("vllm.kvtc")
@@ -70,7 +71,4 @@ def log_plan(plan: MemoryPlan, geometry: CacheGeometry, resident: int, step_toke
 
 def _staged_token_bytes(geometry: CacheGeometry) -> int:
     """Rows of an fp8 cache are staged in 16 bits."""
-    return sum(
-        group.token_bytes * max(group.dtype.itemsize, 2) // group.dtype.itemsize
-        for group in geometry.groups
-    )
+    return sum(group.token_bytes * (2 if is_fp8(group.dtype) else 1) for group in geometry.groups)

@@ -14,9 +14,9 @@ import msgspec
 import torch
 from vllm.distributed import get_tensor_model_parallel_rank
 
-from kvtc_vllm.artifact.directory import load_rank_artifact
+from kvtc_vllm.artifact.directory import group_directory, load_rank_artifact
 from kvtc_vllm.artifact.identity import model_identity, public_model_name
-from kvtc_vllm.codec.artifact import RankArtifact
+from kvtc_vllm.codec.artifact import Kind, RankArtifact
 from kvtc_vllm.codec.base import ChunkCodec, Coder
 from kvtc_vllm.codec.container import CHECKSUM_BYTES, HEADER_BYTES
 from kvtc_vllm.codec.errors import ArtifactError
@@ -27,11 +27,12 @@ from kvtc_vllm.config import ConfigError, KVTCConfig
 from kvtc_vllm.connector.artifact_lookup import find_artifact
 from kvtc_vllm.connector.compat import vllm_version
 from kvtc_vllm.connector.identity import setup_identity
-from kvtc_vllm.connector.layout import PagedLayout
+from kvtc_vllm.connector.layout import paged_layouts
 from kvtc_vllm.connector.live_model import LiveModel
-from kvtc_vllm.connector.rotary import find_ropes
-from kvtc_vllm.connector.scales import find_scales
+from kvtc_vllm.connector.rotary import find_ropes, joined_ropes
+from kvtc_vllm.connector.scales import find_scales, joined_scales
 from kvtc_vllm.connector.sizing import log_plan, plan_memory
+from kvtc_vllm.connector.state_transfer import StateTransfer
 from kvtc_vllm.connector.torch_transfer import TorchTransfer
 from kvtc_vllm.connector.transfers import FoundArtifact, build_transfer
 from kvtc_vllm.offload.adapters import LoadedAdapters
@@ -78,42 +79,56 @@ def build_worker(
     Raises ArtifactError or UnsupportedError, one clear line, if it can't serve.
     """
     rank = get_tensor_model_parallel_rank()
-    group = geometry.only_group
-    layout = PagedLayout(kv_caches, group)
+    groups = geometry.coded_groups
+    layouts = paged_layouts(kv_caches, geometry)
+    states = [StateTransfer(kv_caches, group) for group in geometry.groups if group.state_bytes]
+    device = next(iter(kv_caches.values())).device
     step_tokens = vllm_config.scheduler_config.max_num_batched_tokens
-    plan = plan_memory(config, geometry, layout.device, step_tokens)
-    live = LiveModel(vllm_config, group.layer_names)
-    ropes, layer_rope = find_ropes(vllm_config, group.layer_names, live)
-    scales = find_scales(vllm_config, group)
-    codec: ChunkCodec
-    transfer: Transfer
-    fingerprint = b""
+    plan = plan_memory(config, geometry, device, step_tokens)
+    live = LiveModel(vllm_config, [n for group in geometry.groups for n in group.layer_names])
+    rotations = [find_ropes(vllm_config, group.layer_names, live) for group in groups]
+    scales = [find_scales(vllm_config, group) for group in groups]
+    codecs: list[ChunkCodec] = [transfer.codec for transfer in states]
+    coded: list[Transfer] = []
+    fingerprint, resident = b"", 0
     if not CODECS[config.codec].needs_artifact:
         files = _raw_model_fingerprint(vllm_config.model_config, config)
-        codec = open_codec(config.codec, group.dtype, geometry=codec_geometry(group))
-        transfer = TorchTransfer(layout, codec, config.chunk_tokens)
+        for group, layout in zip(groups, layouts, strict=True):
+            raw = open_codec(config.codec, group.dtype, geometry=codec_geometry(group))
+            codecs.append(raw)
+            coded.append(TorchTransfer(layout, raw, config.chunk_tokens))
         logger.info(
             "kvtc: rank %d/%d codec %s, %d tokens per chunk, memory tier %.1f MiB",
             rank,
             geometry.tp_size,
-            codec.name,
+            config.codec,
             config.chunk_tokens,
             config.memory_capacity / 2**20,
         )
     else:
-        found, files = _load_artifact(vllm_config, config, geometry, rank)
-        check_ropes(found.artifact, ropes, layer_rope, found.directory)
-        # The live tables may be longer or of another dtype; they are what the cache was made with.
-        artifact = replace(found.artifact, ropes=ropes, layer_rope=layer_rope, scales=scales)
-        found = replace(found, artifact=artifact)
-        fingerprint = artifact.fingerprint
-        codec, transfer = build_transfer(found, config, layout, plan.workspace)
-        _log_start(codec, config, rank, geometry.tp_size, found.directory)
-        if layout.device.type == "cuda":
-            log_plan(plan, geometry, codec.resident_bytes, step_tokens)
+        directory, files = find_artifact(vllm_config.model_config, config, geometry)
+        for number, group in enumerate(groups):
+            part = group_directory(directory, number)
+            found = _load_artifact(part, group, rank, *rotations[number], scales[number])
+            codec, transfer = build_transfer(
+                found, config, layouts[number], plan.workspace // len(groups)
+            )
+            codecs.append(codec)
+            coded.append(transfer)
+            fingerprint += found.artifact.fingerprint
+            resident += codec.resident_bytes
+            name = directory.name if len(groups) == 1 else f"{directory.name} ({group.reach})"
+            _log_start(codec, config, rank, geometry.tp_size, name)
+        if device.type == "cuda":
+            log_plan(plan, geometry, resident, step_tokens)
     if codec_factory is not None:
-        coder = codec_factory(group, ropes, layer_rope)
-        transfer = TorchTransfer(layout, coder, config.chunk_tokens)
+        coded = [
+            TorchTransfer(layout, codec_factory(group, *rotation), config.chunk_tokens)
+            for group, layout, rotation in zip(groups, layouts, rotations, strict=True)
+        ]
+    of_states, of_attention = iter(states), iter(coded)
+    transfers = [next(of_states if g.state_bytes else of_attention) for g in geometry.groups]
+    ropes, layer_rope = joined_ropes(rotations)
     setup = setup_identity(
         vllm_config,
         config,
@@ -123,13 +138,13 @@ def build_worker(
         artifact=fingerprint,
         ropes=ropes,
         layer_rope=layer_rope,
-        scales=scales,
+        scales=joined_scales(scales, groups),
     )
     check_digested(setup, config)
     record = NamespaceRecord(
         model=public_model_name(vllm_config.model_config.model),
-        codec=codec.name,
-        dtype=str(group.dtype).removeprefix("torch."),
+        codec=config.codec,
+        dtype=str(geometry.groups[0].dtype).removeprefix("torch."),
         rank=rank,
         tp_size=geometry.tp_size,
         artifact=fingerprint.hex(),
@@ -139,7 +154,7 @@ def build_worker(
         facts=setup.short_facts(),
     )
     names = Names(
-        codec,
+        codecs,
         setup,
         _watch(live, vllm_config),
         LoadedAdapters(live.lora_manager),
@@ -151,9 +166,7 @@ def build_worker(
     memory: MemoryStore = MemoryArena(config.memory_capacity // geometry.tp_size)
     if config.joint == "exact":
         memory = OnceStore(memory, HEADER_BYTES, CHECKSUM_BYTES)
-    return KVTCWorker(
-        config, geometry, [transfer], layout.device, plan.staging, rank, names, disk, memory
-    )
+    return KVTCWorker(config, geometry, transfers, device, plan.staging, rank, names, disk, memory)
 
 
 def check_digested(setup: SetupIdentity, config: KVTCConfig) -> None:
@@ -211,17 +224,24 @@ def _open_disk(
 
 
 def _load_artifact(
-    vllm_config: VllmConfig, config: KVTCConfig, geometry: CacheGeometry, rank: int
-) -> tuple[FoundArtifact, str]:
-    """The artifact as it was calibrated, and the fingerprint of the model's files."""
-    directory, files = find_artifact(vllm_config.model_config, config, geometry.tp_size)
+    directory: Path,
+    group: CacheGroup,
+    rank: int,
+    ropes: tuple[Rope, ...],
+    layer_rope: tuple[int | None, ...],
+    scales: dict[Kind, torch.Tensor] | None,
+) -> FoundArtifact:
+    """A cache group's artifact, with the live RoPE tables and scales."""
     artifact, _, probe = load_rank_artifact(directory, rank)
-    expected = codec_geometry(geometry.only_group, artifact.geometry.layer_groups)
+    expected = codec_geometry(group, artifact.geometry.layer_groups)
     if artifact.geometry != expected:
         raise ArtifactError(
             f"{directory}: calibrated for {artifact.geometry}, the engine's cache is {expected}"
         )
-    return FoundArtifact(artifact, probe, directory), files
+    check_ropes(artifact, ropes, layer_rope, directory)
+    # The live tables may be longer or of another dtype; they are what the cache was made with.
+    live = replace(artifact, ropes=ropes, layer_rope=layer_rope, scales=scales)
+    return FoundArtifact(live, probe, directory)
 
 
 def check_ropes(
@@ -272,7 +292,7 @@ def _raw_model_fingerprint(model: ModelConfig, config: KVTCConfig) -> str:
 
 
 def _log_start(
-    codec: TransformCodec, config: KVTCConfig, rank: int, tp_size: int, source: Path
+    codec: TransformCodec, config: KVTCConfig, rank: int, tp_size: int, source: str
 ) -> None:
     logger.info(
         "kvtc: rank %d/%d codec %s %gx (%gx of %s), artifact %s, %d layer group(s), "
@@ -284,7 +304,7 @@ def _log_start(
         # Plans count 16-bit elements.
         codec.ratio * codec.dtype.itemsize / 2,
         str(codec.dtype).removeprefix("torch."),
-        source.name,
+        source,
         len(codec.artifact.geometry.layer_groups),
         codec.resident_bytes / 2**20,
         codec.device,

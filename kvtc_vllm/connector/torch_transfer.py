@@ -30,7 +30,7 @@ class TorchTransfer:
         self.store_batch = self.load_batch = codec.batch
 
     def staged_bytes(self, blocks: int) -> int:
-        return blocks * self._layout.block_bytes
+        return self._layout.staged_bytes(blocks)
 
     def stage(self, items: Sequence[StoreItem]) -> Staged:
         return _CopiedChunks(items, [self._layout.copy(item.block_ids) for item in items])
@@ -58,5 +58,6 @@ class TorchTransfer:
 
     def _scatter(self, item: LoadItem, chunk: DecodedChunk) -> None:
         size = self._layout.block_size
-        wanted = slice(item.first_block * size, (item.first_block + len(item.block_ids)) * size)
+        blocks = len(item.block_ids) // self._layout.tables
+        wanted = slice(item.first_block * size, (item.first_block + blocks) * size)
         self._layout.scatter(item.block_ids, chunk.k[wanted], chunk.v[wanted])

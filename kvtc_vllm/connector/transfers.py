@@ -39,7 +39,9 @@ def build_transfer(
 
     Raises ArtifactError if the self-test fails by torch operations, too.
     """
-    if config.kernels and CODECS[config.codec].has_kernels and has_kernels(layout.device):
+    # Kernels take the blocks of one table.
+    kernels = config.kernels and CODECS[config.codec].has_kernels and layout.tables == 1
+    if kernels and has_kernels(layout.device):
         try:
             return _by_kernels(found, config, layout, workspace_bytes)
         except Exception:

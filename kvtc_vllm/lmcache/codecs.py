@@ -108,4 +108,5 @@ def find_artifact(settings: LMCacheSettings, tp_size: int) -> Path:
         model_name=settings.model,
         artifact=settings.artifact,
         registries=settings.registry,
+        groups=(),
     )

@@ -19,9 +19,13 @@ class StepProgress:
 
 @dataclass
 class BlockTables:
-    """request id -> cache group -> its block ids, in order of position."""
+    """request id -> block table -> its block ids, in order of position.
 
-    groups: int = 1
+    per_request: one for each of the engine's KV cache groups. Where an attention window has moved
+    on, an id stays that names somebody else's block by now (`restore_points`).
+    """
+
+    per_request: int = 1
     ids: dict[str, list[list[int]]] = field(default_factory=dict)
 
     def update(self, scheduler_output: SchedulerOutput) -> dict[str, StepProgress]:
@@ -55,7 +59,7 @@ class BlockTables:
         self.ids.pop(request_id, None)
 
     def _begin(self, request_id: str) -> None:
-        self.ids[request_id] = [[] for _ in range(self.groups)]
+        self.ids[request_id] = [[] for _ in range(self.per_request)]
 
     def _extend(self, request_id: str, blocks: Sequence[Sequence[int]]) -> None:
         for table, added in zip(self.ids[request_id], blocks, strict=False):

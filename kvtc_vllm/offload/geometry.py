@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import msgspec
 import torch
 
 from kvtc_vllm.codec.artifact import Geometry
 from kvtc_vllm.config import ConfigError, KVTCConfig
+from kvtc_vllm.offload.reach import FULL, FullAttention, Reach
 
 
 @dataclass(frozen=True)
 class CacheGroup:
-    """Layers of one rank whose KV lies in the same blocks: one of vLLM's KV cache groups."""
+    """Layers of one rank with KV of one shape and one kind of attention: stored as one record.
+
+    vLLM may have dealt them into several of its KV cache groups, each with a block table.
+    """
 
     layer_names: tuple[str, ...]
     """Attention layers in model order."""
@@ -28,10 +36,47 @@ class CacheGroup:
     """Element type of the paged cache."""
     model_dtype: torch.dtype | None = None
     """Of the keys and values that the engine writes into it; None: the cache's own."""
+    reach: Reach = FULL
+    """Which of its tokens the engine needs to go on behind a prefix."""
+    layer_table: tuple[int, ...] = ()
+    """For each layer the number of its block table among the engine's; empty: 0 for all."""
+    state_bytes: int = 0
+    """Of a recurrent layer's states at one boundary; 0 for attention. Such a group has one page per
+    block, which holds the states after the block's last token, and no heads."""
+
+    @cached_property
+    def tables(self) -> tuple[int, ...]:
+        """Numbers of its block tables, ascending."""
+        return tuple(sorted(set(self.layer_table))) or (0,)
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether a running request holds blocks for all of its tokens."""
+        return isinstance(self.reach, FullAttention)
+
+    def blocks(self, tables: Sequence[Sequence[int]], first: int, end: int) -> list[int]:
+        """Blocks number first .. end - 1 of each of its tables, table by table.
+
+        tables: the request's block ids by block table of the engine.
+        """
+        return [block for table in self.tables for block in tables[table][first:end]]
+
+    def tokens(self, block_ids: Sequence[int]) -> int:
+        """Tokens whose KV lies in such blocks, or that lead to the states in them."""
+        return len(block_ids) // len(self.tables) * self.block_size
+
+    def raw_bytes(self, block_ids: Sequence[int]) -> int:
+        """Uncompressed bytes of such blocks, without what pads a page."""
+        if self.state_bytes:
+            blocks = len(block_ids) // len(self.tables)
+            return blocks * self.state_bytes * len(self.layer_names)
+        return self.tokens(block_ids) * self.token_bytes
 
     @property
     def token_bytes(self) -> int:
-        """Uncompressed KV bytes of one token on one rank."""
+        """Uncompressed KV bytes of one token on one rank; of states their share, rounded up."""
+        if self.state_bytes:
+            return -(-self.state_bytes * len(self.layer_names) // self.block_size)
         elements = self.num_kv_heads * (self.head_size + self.head_size_v)
         return len(self.layer_names) * elements * self.dtype.itemsize
 
@@ -41,7 +86,43 @@ class CacheGeometry:
     """KV cache of one rank, as both sides of the connector see it."""
 
     groups: tuple[CacheGroup, ...]
+    """Those that keep all tokens first."""
     tp_size: int
+    hash_block: int | None = None
+    """Tokens per block hash of the engine; None: the first group's block size."""
+
+    @property
+    def hash_tokens(self) -> int:
+        """Tokens per block hash of the engine."""
+        return self.groups[0].block_size if self.hash_block is None else self.hash_block
+
+    @property
+    def boundary_tokens(self) -> int:
+        """The engine goes on behind a prefix of a multiple of so many tokens only."""
+        return math.lcm(*(group.block_size for group in self.groups))
+
+    @property
+    def block_tables(self) -> int:
+        """Block tables per request."""
+        return 1 + max(table for group in self.groups for table in group.tables)
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether a running request holds blocks for all of its tokens, in one block table.
+
+        Then vLLM can keep the part of a load before a failure.
+        """
+        return self.block_tables == 1 and self.groups[0].keeps_all
+
+    @property
+    def has_states(self) -> bool:
+        """Whether a prefix can be restored only where states were kept."""
+        return any(group.state_bytes for group in self.groups)
+
+    @property
+    def coded_groups(self) -> tuple[CacheGroup, ...]:
+        """Those that a codec codes; states are kept bit for bit whatever the codec."""
+        return tuple(group for group in self.groups if not group.state_bytes)
 
     @property
     def token_bytes(self) -> int:
@@ -51,8 +132,9 @@ class CacheGeometry:
     @property
     def only_group(self) -> CacheGroup:
         """The group, where there is just one. Raises ValueError if there are more."""
-        (group,) = self.groups
-        return group
+        if len(self.groups) > 1:
+            raise ValueError(f"the KV cache has {len(self.groups)} groups of layers, not one")
+        return self.groups[0]
 
 
 def codec_geometry(
@@ -79,11 +161,19 @@ def check_budget(config: KVTCConfig, ranks: int, bound: int) -> None:
         )
 
 
-def blocks_per_chunk(config: KVTCConfig, group: CacheGroup) -> int:
-    """Blocks per chunk. Raises ConfigError if chunks aren't whole blocks."""
-    if config.chunk_tokens % group.block_size:
-        raise ConfigError(
-            f"chunk_tokens={config.chunk_tokens} must be a multiple of vLLM's block size, "
-            f"{group.block_size}"
-        )
-    return config.chunk_tokens // group.block_size
+def with_whole_blocks(config: KVTCConfig, geometry: CacheGeometry) -> KVTCConfig:
+    """The configuration with `chunk_tokens` rounded up to whole blocks of every group."""
+    multiple = geometry.boundary_tokens
+    rounded = -(-config.chunk_tokens // multiple) * multiple
+    return msgspec.structs.replace(config, chunk_tokens=rounded)
+
+
+def check_chunks(config: KVTCConfig, geometry: CacheGeometry) -> None:
+    """Raise ConfigError if chunks aren't whole blocks of every group."""
+    multiple = geometry.boundary_tokens
+    if config.chunk_tokens % multiple:
+        sizes = sorted({group.block_size for group in geometry.groups})
+        whole = f"vLLM's block size, {multiple}"
+        if len(sizes) > 1:
+            whole = f"{multiple}, for whole blocks of {' and of '.join(map(str, sizes))} tokens"
+        raise ConfigError(f"chunk_tokens={config.chunk_tokens} must be a multiple of {whole}")

@@ -23,6 +23,8 @@ LATE = "late"
 """Reason where recomputing takes no longer than was waited already."""
 _SOUND = (CHANGED, LATE)
 """Reasons that say nothing against the chunk."""
+BLOCKS = "blocks"
+"""Reason of failure where the engine's blocks are not those that the records fill."""
 
 
 @dataclass
@@ -71,6 +73,9 @@ class LoadPipeline:
 
     def begin(self, job: LoadJob, proof: Proof, same_adapter: bool) -> None:
         """Start a request's load. Engine's thread."""
+        if not job.fits:
+            self._refuse(job)
+            return
         parts = list(batches(job.items, [transfer.load_batch for transfer in self._transfers]))
         request = _Load(
             request_id=job.request_id,
@@ -85,6 +90,19 @@ class LoadPipeline:
         )
         for batch in parts:
             self._threads.submit(self._load, batch, request)
+
+    def _refuse(self, job: LoadJob) -> None:
+        logger.warning(
+            "kvtc: request %s was given other blocks than its chunks fill, recomputing; please "
+            "report this vLLM version",
+            job.request_id,
+        )
+        with self._outbox.open() as out:
+            out.stats.add("failed_loads", label=BLOCKS)
+            out.bad_blocks.update(block for item in job.items for block in item.block_ids)
+            out.failed_loads.add(job.request_id)
+            out.finished_loads.add(job.request_id)
+        self._outbox.notify()
 
     def check(self, proof: Proof, holds: Callable[[Proof], None]) -> None:
         """Report if the weights are not those of the names, else call `holds` on a thread."""
@@ -132,7 +150,9 @@ class LoadPipeline:
             if request.left:
                 return
             out.finished_loads.add(request.request_id)
-            if not request.failed:
+            if request.failed:
+                out.failed_loads.add(request.request_id)
+            else:
                 out.report.load_tokens += request.tokens
                 out.report.load_seconds += request.seconds / request.at_once
             elif request.gave_up:
@@ -192,8 +212,8 @@ class LoadPipeline:
             out.stats.add("loaded_chunks")
             # Once per token, whatever the number of groups that it has KV in.
             out.stats.add("loaded_tokens", tokens if item.group == 0 else 0)
-            out.stats.add("loaded_raw_bytes", tokens * self._groups[item.group].token_bytes)
+            out.stats.add("loaded_raw_bytes", self._groups[item.group].raw_bytes(item.block_ids))
             out.stats.add("loaded_bytes", size)
 
     def _tokens(self, item: LoadItem) -> int:
-        return len(item.block_ids) * self._groups[item.group].block_size
+        return self._groups[item.group].tokens(item.block_ids)

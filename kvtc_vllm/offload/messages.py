@@ -40,7 +40,7 @@ class StoreItem:
     start: int
     """Token position of the chunk's first token."""
     block_ids: list[int]
-    """Blocks of the record's cache group."""
+    """The record's blocks; where its cache group has several block tables, table by table."""
     adapter: AdapterUse = NO_ADAPTER
     """What the key assumes."""
     group: int = 0
@@ -54,7 +54,8 @@ class LoadItem:
     """Decode one record into some of its blocks.
 
     The record's blocks first_block .. first_block + len(block_ids) (counted inside
-    the chunk) go to block_ids; its other blocks are not wanted.
+    the chunk) go to block_ids; its other blocks are not wanted. Where its cache group has several
+    block tables, block_ids are so many of each, table by table.
     """
 
     key: RecordKey
@@ -69,13 +70,15 @@ class LoadJob:
     """All records that one request waits for.
 
     adapter: what their keys assume. patience: seconds after which what is not loaded yet is given
-    up and recomputed; 0 for no limit.
+    up and recomputed; 0 for no limit. fits: False where the blocks are not those that the records
+    fill; such a load fails.
     """
 
     request_id: str
     items: list[LoadItem]
     adapter: AdapterUse = NO_ADAPTER
     patience: float = 0.0
+    fits: bool = True
 
 
 @dataclass

@@ -8,7 +8,7 @@ name, so that nothing is stored or loaded under a name that is not true any more
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -43,7 +43,7 @@ class Proof:
 class Names:
     """Names of one worker. Used by the engine's thread only.
 
-    codec: writes and reads blobs of the present name. setup: None where nothing tells set-ups
+    codecs: they write and read blobs of the present name. setup: None where nothing tells set-ups
     apart, in tests. open_store: None without a disk tier. may_sleep: the weights' memory may be
     taken away while no step computes, and must not be read then. changes: times that other
     weights were found than those of the name before.
@@ -51,14 +51,15 @@ class Names:
 
     def __init__(
         self,
-        codec: ChunkCodec,
+        codecs: Sequence[ChunkCodec],
         setup: SetupIdentity | None = None,
         weights: WeightsWatch | Unwatched | None = None,
         adapters: LoadedAdapters | None = None,
         open_store: OpenStore | None = None,
         may_sleep: bool = False,
     ) -> None:
-        self._codec = codec
+        self._codecs = codecs
+        self._identity = b""
         self._setup = setup
         self._weights = weights if weights is not None else Unwatched()
         self.adapters = adapters if adapters is not None else LoadedAdapters(None)
@@ -79,9 +80,11 @@ class Names:
         self._digest = digest
         self.changes += changed
         if self._setup is not None:
-            self._codec.identity = self._setup.digest(digest, generation)
+            self._identity = self._setup.digest(digest, generation)
         else:
-            self._codec.identity = xxhash.xxh3_128_digest(digest + generation)
+            self._identity = xxhash.xxh3_128_digest(digest + generation)
+        for codec in self._codecs:
+            codec.identity = self._identity
         return changed
 
     def namespace(self, generation: bytes) -> Namespace | None:
@@ -89,7 +92,7 @@ class Names:
         if self._open_store is None:
             return None
         return Namespace(
-            partial(self._open_store, self._codec.identity, generation), own=bool(generation)
+            partial(self._open_store, self._identity, generation), own=bool(generation)
         )
 
     def prove(

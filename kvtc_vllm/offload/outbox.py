@@ -19,6 +19,8 @@ class News:
     """For the scheduler, of the present epoch; stores of an older one are of no interest."""
     finished_loads: set[str] = field(default_factory=set)
     """For vLLM: requests whose loads ended, well or not."""
+    failed_loads: set[str] = field(default_factory=set)
+    """For vLLM: those of them that did not end well."""
     bad_blocks: set[int] = field(default_factory=set)
     """For vLLM: blocks that were promised but could not be filled."""
     stats: Stats = field(default_factory=Stats)
@@ -86,6 +88,13 @@ class Outbox:
         with self._lock:
             finished, self._news.finished_loads = self._news.finished_loads, set()
         return finished
+
+    def take_failed_loads(self, finished: set[str]) -> set[str]:
+        """Those of the requests in `finished` whose loads did not end well."""
+        with self._lock:
+            failed = self._news.failed_loads & finished
+            self._news.failed_loads -= failed
+        return failed
 
     def take_bad_blocks(self) -> set[int]:
         """Blocks that were promised but could not be filled."""

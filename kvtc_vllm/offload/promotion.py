@@ -60,17 +60,16 @@ class Promotions:
         waiting = self._waiting.get(request_id)
         return waiting is not None and bool(waiting.wanted) and self._clock() < waiting.deadline
 
-    def must_wait(self, request_id: str, keys: Sequence[RecordKey], found: int) -> bool:
+    def must_wait(self, request_id: str, keys: Sequence[RecordKey]) -> bool:
         """True while the request should be looked up again later. Starts reading at first.
 
-        keys: the chunks that could be offered, first to last. found: how many of them, from
-        the start, are in memory.
+        keys: the records that could be loaded, first to last.
         """
         if request_id in self._settled:
             return False
         waiting = self._waiting.get(request_id)
         if waiting is None:
-            waiting = self._start(request_id, keys, found)
+            waiting = self._start(request_id, keys)
         self.reported(list(waiting.wanted))
         due = self._clock() >= waiting.deadline
         if waiting.wanted and not due:
@@ -109,12 +108,11 @@ class Promotions:
         self._reading.clear()
         self._orders.clear()
 
-    def _start(self, request_id: str, keys: Sequence[RecordKey], found: int) -> _Waiting:
-        pinned = self._memory.pin(keys[:found])
-        waiting = _Waiting({}, pinned, self._clock() + self._seconds)
-        for key in keys[found:]:
+    def _start(self, request_id: str, keys: Sequence[RecordKey]) -> _Waiting:
+        waiting = _Waiting({}, [], self._clock() + self._seconds)
+        for key in keys:
             if self._memory.is_ready(key):
-                pinned += self._memory.pin([key])
+                waiting.pinned += self._memory.pin((key,))
             elif self._is_reading(key) or self._order(key):
                 waiting.wanted[key] = None
                 self._reading[key].append(waiting)

@@ -7,11 +7,11 @@ not by weights of before an update, and not on top of blocks of theirs (`Freshne
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvtc_vllm.offload.adapters import AdapterDigests, adapter_id
 from kvtc_vllm.offload.freshness import Freshness
-from kvtc_vllm.offload.messages import AdapterUse
+from kvtc_vllm.offload.messages import AdapterUse, StoreItem
 from kvtc_vllm.offload.vllm_types import Request
 
 
@@ -42,6 +42,13 @@ class RequestState:
     """The load policy's decision; None until it was asked."""
     gated: int = 0
     """Tokens that the load policy refused."""
+    passing: list[StoreItem] = field(default_factory=list)
+    """Stores of its answer that are needed only as long as it ends near them."""
+    loads: int = 0
+    """That were planned for it since it began or was preempted."""
+    junction: int = 0
+    """Tokens of a prefix that it shares with requests before, and that could not be restored
+    there; 0 for none."""
 
 
 class RequestStates:

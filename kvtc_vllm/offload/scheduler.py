@@ -34,6 +34,9 @@ from kvtc_vllm.tiers.policies.spare_first import SpareFirst
 
 NONCE_BYTES = 8
 """Of a generation."""
+MOST_LOADS = 3
+"""Of one request that has not run yet: where a failure costs the whole load, it is looked up
+again."""
 
 
 class KVTCScheduler:
@@ -58,7 +61,6 @@ class KVTCScheduler:
     ) -> None:
         self._loads_allowed = loads
         self._config = config
-        self._block_size = geometry.groups[0].block_size
         self._chunk_tokens = config.chunk_tokens
         capacity, ranks = config.memory_capacity, geometry.tp_size
         eviction = policies.REGISTRY[config.eviction]
@@ -72,7 +74,7 @@ class KVTCScheduler:
             self.disk = DiskIndex(disk_bytes, ranks, eviction(disk_bytes))
             self._promotions = Promotions(self.index, self.disk, config.load_deadline)
         self._stats = Stats()
-        self._lookup = PrefixLookup(config.chunk_tokens, geometry, self.index)
+        self._lookup = PrefixLookup(config, geometry, self.index)
         tier = TierView(self.index, self.disk, len(geometry.groups), self._spare)
         policy = store_policy or make_store_policy(
             stores=stores,
@@ -81,6 +83,7 @@ class KVTCScheduler:
             refused=lambda: self._stats.add("unadmitted_chunks"),
             timing=make_timing(
                 config,
+                len(geometry.groups),
                 tier,
                 reuse or BlockReuse(step_blocks=0),
                 lambda name, amount, label: self._stats.add(name, amount, label),
@@ -91,7 +94,7 @@ class KVTCScheduler:
         self._touched: list[RecordKey] = []
         self._step_number = 0
         self._requests = RequestStates(ranks)
-        self._tables = BlockTables(len(geometry.groups))
+        self._tables = BlockTables(geometry.block_tables)
         self._loads = RunningLoads()
         self._new_loads: list[LoadJob] = []
         self._check_due = False
@@ -111,7 +114,7 @@ class KVTCScheduler:
     def match(self, request: Request, num_computed_tokens: int) -> int | None:
         """Tokens after `num_computed_tokens` that the tier can supply; None: ask again later.
 
-        Idempotent: vLLM may ask many times. Never reaches into the recent window.
+        Idempotent: vLLM may ask many times.
         """
         self._look_for_reset()
         if self._still_waits(request.request_id):
@@ -123,27 +126,21 @@ class KVTCScheduler:
             return 0
         if state.adapter is None:
             return None
-        # At least one token must be left to compute, for its logits.
-        limit = request.num_tokens - max(1, self._config.window)
-        limit -= limit % self._block_size
-        chunks = self._lookup.chunks(request, state.adapter)
-        records = self._lookup.records(chunks)
-        first = num_computed_tokens // self._chunk_tokens
-        found = self._lookup.found(records, first)
-        wanted = chunks[first : -(-max(0, limit) // self._chunk_tokens)]
+        records = self._lookup.records(self._lookup.chunks(request, state.adapter))
+        start, lookup = num_computed_tokens, self._lookup
         if self._promotions is not None:
-            in_memory = self._lookup.records(wanted[: found - first])
-            of_wanted = self._lookup.records(wanted)
-            if self._promotions.must_wait(request.request_id, of_wanted, len(in_memory)):
+            wanted = lookup.wanted(records, start, request.num_tokens, self._is_anywhere)
+            if self._promotions.must_wait(request.request_id, wanted):
                 return None
-            found = self._lookup.found(records, first)
-        if self._loads.should_wait(request, self._lookup.records(wanted[: found - first])):
+        found = lookup.found(records, start, request.num_tokens)
+        if self._loads.should_wait(request, lookup.needed(records, start, found.end)):
             self._stats.add("shared_load_waits", not state.waited)
             state.waited = True
             return None
-        available = found * self._chunk_tokens
-        tokens = max(0, min(available, limit) - num_computed_tokens)
-        state.withheld = max(0, available - num_computed_tokens) - tokens
+        tokens = max(0, found.end - start)
+        state.withheld = max(0, found.available - start) - tokens
+        if found.run > found.available:
+            state.junction = found.run
         if tokens:
             if state.admitted is None:
                 state.admitted = self._load_policy.admits(tokens)
@@ -157,11 +154,16 @@ class KVTCScheduler:
             return True
         return self._loads.is_waiting(request_id)
 
+    def _is_anywhere(self, key: RecordKey) -> bool:
+        in_memory = self.index.is_ready(key)
+        return in_memory or (self.disk is not None and self.disk.is_ready(key))
+
     def _may_load(self, state: RequestState) -> bool:
         request = state.request
         self._requests.find_adapter(state)
         return (
             self._loads_allowed
+            and state.loads < MOST_LOADS
             and allowed(request, LOAD)
             # vLLM asks also for requests that must compute every token, and then loads nothing.
             and not getattr(request, "skip_reading_prefix_cache", False)
@@ -171,7 +173,7 @@ class KVTCScheduler:
     def plan_load(self, request: Request, tables: Sequence[Sequence[int]], tokens: int) -> None:
         """Order the load of `tokens` tokens (0: none) into blocks that were allocated for them.
 
-        tables: the request's block ids by cache group.
+        tables: the request's block ids by block table.
         """
         state = self._requests.of(request)
         if self._loads.is_running(request.request_id) or request.num_computed_tokens:
@@ -200,8 +202,12 @@ class KVTCScheduler:
             return
         self._stats.add(f"{resumed}hit_tokens", tokens)
         assert state.adapter is not None
+        state.loads += 1
         chunks = self._lookup.chunks(request, state.adapter)
         end = start + tokens
+        if end > request.num_tokens - self._config.window:
+            self._stats.add("short_window_loads")
+        fits = self._lookup.fits(start, end, tables)
         items = self._lookup.load_items(self._lookup.records(chunks), start, end, tables)
         # vLLM may defer this call by a step; what was evicted since is reported as missing.
         pinned = self.index.pin(item.key for item in items)
@@ -213,7 +219,8 @@ class KVTCScheduler:
         if self.disk is not None:
             self._touched += self.disk.hit(used)
         patience = self._load_policy.load_planned(request.request_id, tokens)
-        self._new_loads.append(LoadJob(request.request_id, items, state.adapter, patience))
+        job = LoadJob(request.request_id, items, state.adapter, patience, fits)
+        self._new_loads.append(job)
 
     def plan_step(self, scheduler_output: SchedulerOutput) -> StepMetadata:
         """Everything the workers have to do in this step."""
@@ -225,11 +232,12 @@ class KVTCScheduler:
             if state is None:
                 continue
             if progress.resumed:
-                state.next_chunk = 0
+                state.next_chunk = state.loads = 0
             computed = progress.computed + progress.scheduled
             if computed < (state.next_chunk + 1) * self._chunk_tokens:
                 continue  # as in nearly every step that generates
-            stores += self._stores.completed(state, self._tables.ids[request_id], computed)
+            tables = self._tables.ids[request_id]
+            stores += self._stores.completed(state, tables, progress.computed, computed)
         for request_id in scheduler_output.finished_req_ids:
             self._requests.forget(request_id)
             self._tables.forget(request_id)

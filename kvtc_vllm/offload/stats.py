@@ -24,6 +24,7 @@ COUNTERS: dict[str, str] = {
     "shared_load_waits": "Requests that waited for another request's load of the same prefix",
     "weight_changes": "Times that other weights than before were found in the running model",
     "window_tokens": "Tokens found but recomputed to keep the recent window exact",
+    "short_window_loads": "Loads that left less than the recent window, for want of earlier states",
     "stored_chunks": "Chunks encoded and kept, all ranks",
     "stored_raw_bytes": "Uncompressed KV bytes of stored chunks, all ranks",
     "stored_bytes": "Real bytes of stored chunks, all ranks",
@@ -59,7 +60,7 @@ STORE_DROP_REASONS = (
     "changed",
     "error",
 )
-LOAD_FAILURE_REASONS = (*CONTAINER_REASONS, "changed", "late", "error")
+LOAD_FAILURE_REASONS = (*CONTAINER_REASONS, "changed", "late", "blocks", "error")
 LABELLED: dict[str, tuple[str, tuple[str, ...]]] = {
     "dropped_stores": ("Stores given up, by reason, all ranks", STORE_DROP_REASONS),
     "disk_errors": ("Disk operations that failed, by reason, all ranks", DISK_REASONS),

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from kvtc_vllm.config import KVTCConfig
-from kvtc_vllm.offload.geometry import CacheGeometry, blocks_per_chunk
+from kvtc_vllm.offload.geometry import CacheGeometry
 from kvtc_vllm.offload.keys import chunk_keys, tenant_of
 from kvtc_vllm.offload.messages import StoreItem
 from kvtc_vllm.offload.requests import RequestState
+from kvtc_vllm.offload.restore_points import RestorePoints
 from kvtc_vllm.offload.store_policy import Candidate, Storable, StorePolicy
 from kvtc_vllm.offload.tier_view import TierView
 from kvtc_vllm.offload.vllm_types import BlockPool
 from kvtc_vllm.tiers.index import TierIndex
-from kvtc_vllm.tiers.keys import ChunkKey, RecordKey, record_keys
+from kvtc_vllm.tiers.keys import ChunkKey, RecordKey, record_key, record_keys
 
 
 class StorePlanner:
@@ -38,18 +39,21 @@ class StorePlanner:
         self._tier = tier
         self._policy = policy
         self._late: dict[RecordKey, int] = {}
-        # vLLM hashes blocks of the first group.
-        self._block_size = geometry.groups[0].block_size
-        self._per_chunk = [blocks_per_chunk(config, group) for group in geometry.groups]
-        self._hashes_per_chunk = self._per_chunk[0]
+        self._groups = len(geometry.groups)
+        self._restore_points = RestorePoints(config, geometry)
+        self._hashes_per_chunk = config.chunk_tokens // geometry.hash_tokens
 
     def completed(
-        self, state: RequestState, tables: Sequence[list[int]], computed_tokens: int
+        self,
+        state: RequestState,
+        tables: Sequence[Sequence[int]],
+        computed_before: int,
+        computed_tokens: int,
     ) -> list[StoreItem]:
         """Stores of the chunks that this step completes.
 
-        tables: the request's block ids by cache group. computed_tokens: of the request, after
-        this step.
+        tables: the request's block ids by block table. computed_before, computed_tokens: of the
+        request, before and after this step.
         """
         if state.tainted or state.adapter is None:
             return []  # once workers have told the adapter, all chunks so far are stored
@@ -57,25 +61,22 @@ class StorePlanner:
         complete = self._complete_chunks(state, tables, computed_tokens)
         numbers = range(state.next_chunk, complete)
         keys = chunk_keys(request, self._hashes_per_chunk, adapter.digest, numbers.start, complete)
-        known, watches = self._tier.known(keys), self._policy.watches
-        tenant = tenant_of(request)
-        of_groups = list(zip(tables, self._per_chunk, strict=True))
-        chunks = [
-            Candidate(
-                key,
-                request,
-                n * length,
-                (n + 1) * length,
-                tuple([table[n * size : (n + 1) * size] for table, size in of_groups]),
-                adapter,
-                tenant,
-                key in known,
-            )
-            for n, key in zip(numbers, keys, strict=True)
-            if watches or key not in known
-        ]
+        tenant, watches = tenant_of(request), self._policy.watches
+        chunks = []
+        for n, key in zip(numbers, keys, strict=True):
+            wanted = self._restore_points.wanted(state, n, computed_before, computed_tokens)
+            known = self._are_known(key, wanted)
+            if known and not watches:
+                continue
+            blocks = self._restore_points.blocks(tables, n, wanted)
+            start, end = n * length, (n + 1) * length
+            chunks.append(Candidate(key, request, start, end, blocks, adapter, tenant, known))
         state.next_chunk = max(state.next_chunk, complete)
-        return self._reserve(self._policy.completed(chunks)) if chunks else []
+        if not chunks:
+            return []
+        stores = self._reserve(self._policy.completed(chunks))
+        self._release_passed(state, stores, complete)
+        return stores
 
     def due(self) -> list[StoreItem]:
         """Stores of chunks of earlier steps, to be staged before this step's forward."""
@@ -89,7 +90,7 @@ class StorePlanner:
 
     def take_gone(self) -> Sequence[RecordKey]:
         """Records that the engine's own cache holds no longer than until this step."""
-        return record_keys(self._policy.take_gone(), len(self._per_chunk))
+        return record_keys(self._policy.take_gone(), self._groups)
 
     def settled(self, keys: Iterable[RecordKey]) -> None:
         """Note that these records are stored, or given up.
@@ -117,23 +118,43 @@ class StorePlanner:
         self._late.clear()
         self._policy.clear()
 
+    def _release_passed(
+        self, state: RequestState, stores: Sequence[StoreItem], complete: int
+    ) -> None:
+        """Give up records of an answer that has gone on: nobody will end where they are needed."""
+        points = self._restore_points
+        state.passing += [s for s in stores if points.is_passing(s.group, s.start, state)]
+        passed = [s for s in state.passing if points.is_passed(s.group, s.start, complete)]
+        for store in passed:
+            self._index.discard(store.key)
+            state.passing.remove(store)
+
     def _complete_chunks(
-        self, state: RequestState, tables: Sequence[list[int]], computed_tokens: int
+        self, state: RequestState, tables: Sequence[Sequence[int]], computed_tokens: int
     ) -> int:
         # Hashes exist for confirmed tokens only, so speculative ones never count.
-        hashed = min(computed_tokens // self._block_size, len(state.request.block_hashes))
-        complete = hashed // self._hashes_per_chunk
-        for table, blocks in zip(tables, self._per_chunk, strict=True):
-            complete = min(complete, len(table) // blocks)
-        return complete
+        hashed = len(state.request.block_hashes) // self._hashes_per_chunk
+        complete = min(computed_tokens // self._chunk_tokens, hashed)
+        return self._restore_points.complete(tables, complete)
+
+    def _are_known(self, chunk: ChunkKey, groups: Sequence[int]) -> bool:
+        """Whether the index knows a chunk's records of these groups."""
+        return all(self._index.is_known(record_key(chunk, group)) for group in groups)
 
     def _items(self, chunks: Sequence[Storable]) -> list[StoreItem]:
-        """One per record."""
-        keys = iter(record_keys([chunk.key for chunk in chunks], len(self._per_chunk)))
+        """One per record that is to be stored."""
         return [
-            StoreItem(next(keys), chunk.start, block_ids, chunk.adapter, group, chunk.tenant)
+            StoreItem(
+                record_key(chunk.key, group),
+                chunk.start,
+                block_ids,
+                chunk.adapter,
+                group,
+                chunk.tenant,
+            )
             for chunk in chunks
             for group, block_ids in enumerate(chunk.block_ids)
+            if block_ids
         ]
 
     def _reserve(self, chunks: Sequence[Storable]) -> list[StoreItem]:

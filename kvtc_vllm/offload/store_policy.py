@@ -55,7 +55,7 @@ class Candidate(NamedTuple):
     end: int
     """Token position after its last token."""
     block_ids: tuple[list[int], ...]
-    """Its blocks by cache group."""
+    """Its blocks by cache group; none where its record is not to be stored."""
     adapter: AdapterUse
     """What the key assumes."""
     tenant: bytes = b""

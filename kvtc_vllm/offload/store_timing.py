@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvtc_vllm.config import KVTCConfig
+from kvtc_vllm.config import ConfigError, KVTCConfig
 from kvtc_vllm.offload.auto_store import Auto
 from kvtc_vllm.offload.on_evict import BlockReuse, OnEvict
 from kvtc_vllm.offload.store_policy import Eager, StorePolicy
@@ -13,12 +13,22 @@ from kvtc_vllm.offload.tier_view import TierView
 
 def make_timing(
     config: KVTCConfig,
+    groups: int,
     tier: TierView,
     reuse: BlockReuse,
     count: Callable[[str, int, str | None], None],
 ) -> StorePolicy:
-    """The policy of `store_policy`. count: adds to a counter, with a label if it has any."""
-    if config.store_policy == "eager":
+    """The policy of `store_policy`. count: adds to a counter, with a label if it has any.
+
+    groups: cache groups of the model. With several, `auto` stores at once, and `on_evict` raises
+    ConfigError: blocks that a window has left are gone before vLLM evicts the rest of a chunk.
+    """
+    if config.store_policy == "on_evict" and groups > 1:
+        raise ConfigError(
+            f"store_policy is on_evict, but the model has {groups} cache groups (sliding windows "
+            "or recurrent layers); eager is right for it"
+        )
+    if config.store_policy == "eager" or groups > 1:
         return Eager()
     on_evict = OnEvict(tier, reuse, config.store_horizon, count)
     return Auto(on_evict, tier) if config.store_policy == "auto" else on_evict

@@ -176,10 +176,9 @@ class StorePipeline:
             size = self._write(item, blob) if epoch == out.report.epoch else None
             if size is not None:
                 group = self._groups[item.group]
-                tokens = len(item.block_ids) * group.block_size
                 out.report.stored.append((item.key, self._rank, size))
                 out.stats.add("stored_chunks")
-                out.stats.add("stored_raw_bytes", tokens * group.token_bytes)
+                out.stats.add("stored_raw_bytes", group.raw_bytes(item.block_ids))
                 out.stats.add("stored_bytes", size)
                 if size < len(blob):
                     out.stats.add("shared_chunks")

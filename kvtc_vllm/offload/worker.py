@@ -48,8 +48,10 @@ IDLE_WAIT_SECONDS = 0.005
 
 
 class _RunningLoad(NamedTuple):
-    """blocks: all that it fills. adapter, changes: what computed its chunks, see `Names`."""
+    """request_id: whose it is. blocks: all that it fills. adapter, changes: what computed its
+    chunks, see `Names`."""
 
+    request_id: str
     blocks: list[int]
     adapter: AdapterUse
     changes: int
@@ -82,6 +84,8 @@ class KVTCWorker:
         self._generation = b""
         self._unnamed = False
         self._running: dict[str, _RunningLoad] = {}
+        self.failed_loads: set[str] = set()
+        """Those of the requests that `poll` told last whose loads failed."""
         self._disk = disk
         self._rank = rank
         if memory is None:
@@ -134,7 +138,9 @@ class KVTCWorker:
         self.arena.remove(step.evict)
         for job in step.loads:
             blocks = [block for item in job.items for block in item.block_ids]
-            self._running[job.request_id] = _RunningLoad(blocks, job.adapter, self._names.changes)
+            changes = self._names.changes
+            load = _RunningLoad(job.request_id, blocks, job.adapter, changes)
+            self._running[job.request_id] = load
             self._loads.begin(job, self._prove(step), self._is_loaded(job.adapter))
 
     def store(self, step: StepMetadata) -> None:
@@ -179,6 +185,7 @@ class KVTCWorker:
         finished = self._outbox.take_finished_loads()
         if finished:
             self._check_finished(finished)
+        self.failed_loads = self._outbox.take_failed_loads(finished)
         return finished
 
     def take_bad_blocks(self) -> set[int]:
@@ -304,6 +311,7 @@ class KVTCWorker:
             with self._outbox.open() as out:
                 for load in bad:
                     out.bad_blocks.update(load.blocks)
+                    out.failed_loads.add(load.request_id)
         if not holds and not self._unnamed:  # else the names of this epoch will tell
             self._outbox.found_stale(self._step.number, self._step.epoch)
 

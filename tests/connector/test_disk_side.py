@@ -556,7 +556,7 @@ def worker_over(root: Path, filesystem: FileSystem, capacity: int = 1 << 20) -> 
     config = load_config({"codec": "raw", "memory_bytes": "4MiB", "disk_path": str(root)})
     layout = PagedLayout(caches, TINY.only_group)
     transfer = TorchTransfer(layout, codec, config.chunk_tokens)
-    worker = KVTCWorker(config, TINY, [transfer], layout.device, 1 << 24, 0, Names(codec), side)
+    worker = KVTCWorker(config, TINY, [transfer], layout.device, 1 << 24, 0, Names([codec]), side)
     return worker, caches
 
 

@@ -31,10 +31,7 @@ class Rig:
                 self.disk.add(key, rank, 100)
 
     def wait(self, request: str, keys: list[bytes] = KEYS) -> bool:
-        found = 0
-        while found < len(keys) and self.memory.is_ready(keys[found]):
-            found += 1
-        return self.promotions.must_wait(request, keys, found)
+        return self.promotions.must_wait(request, keys)
 
     def put(self, key: bytes, size: int = 100) -> None:
         assert self.memory.reserve(key, size)

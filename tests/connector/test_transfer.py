@@ -76,7 +76,7 @@ class Pages:
     def worker(self, way: str, staging: int = 1 << 24) -> KVTCWorker:
         config = load_config({"memory_bytes": "1MiB", "chunk_tokens": CHUNK})
         transfer = self.ways[way]
-        names = Names(transfer.codec)
+        names = Names([transfer.codec])
         return KVTCWorker(config, SHAPE, [transfer], self.layout.device, staging, 0, names)
 
     def error(self) -> float:

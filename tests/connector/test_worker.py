@@ -60,7 +60,7 @@ class Rig:
         layout = PagedLayout(self.caches, GROUP)
         transfer = TorchTransfer(layout, self.codec, config.chunk_tokens)
         plan = divide(config.staging_capacity, 0, None)
-        self.names = Names(self.codec, **(names or {}))
+        self.names = Names([self.codec], **(names or {}))
         self.names.rename(b"")
         self.worker = KVTCWorker(
             config,

@@ -21,7 +21,12 @@ from tests.connector.fakes import BLOCK, FakeNew, FakeOutput, FakeRequest, geome
 CHUNK = 4 * BLOCK
 FIRST = geometry(head_size=64).only_group
 SECOND = replace(
-    FIRST, layer_names=("layers.2",), block_size=2 * BLOCK, head_size=32, head_size_v=32
+    FIRST,
+    layer_names=("layers.2",),
+    block_size=2 * BLOCK,
+    head_size=32,
+    head_size_v=32,
+    layer_table=(1,),
 )
 CACHE = CacheGeometry((FIRST, SECOND), 1)
 BOUNDS = [1 << 17, 1 << 15]
@@ -59,7 +64,8 @@ def test_a_hit_needs_the_records_of_all_groups() -> None:
         side.apply_report(WorkerReport(0, [(item.key, 0, 1000)]), None)
     assert side.match(asking, 0) == CHUNK
     side.apply_report(WorkerReport(0, [(step.stores[-1].key, 0, 1000)]), None)
-    assert side.match(asking, 0) == 2 * CHUNK - BLOCK  # a token is left for its logits
+    # A token is left for its logits, and vLLM goes on at whole blocks of all groups.
+    assert side.match(asking, 0) == 2 * CHUNK - 2 * BLOCK
     side.plan_load(asking, ([10, 11, 12, 13, 14, 15, 16], [20, 21, 22, 23]), 2 * CHUNK - 2 * BLOCK)
     (job,) = side.plan_step(FakeOutput()).loads
     assert [(item.group, item.first_block, item.block_ids) for item in job.items] == [
@@ -81,7 +87,7 @@ def test_groups_go_to_their_own_pages_and_back() -> None:
         layouts.append(layout)
         transfers.append(TorchTransfer(layout, codec, CHUNK))
     config = load_config({"codec": "raw", "memory_bytes": "4MiB", "recent_window": 0})
-    names = Names(transfers[0].codec)  # type: ignore[arg-type]
+    names = Names([transfer.codec for transfer in transfers])  # type: ignore[misc]
     worker = KVTCWorker(config, CACHE, transfers, layouts[0].device, 1 << 24, 0, names)
     side = scheduler()
     step = begin(side, FakeRequest("r", 2 * CHUNK))

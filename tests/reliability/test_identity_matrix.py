@@ -27,6 +27,7 @@ from kvtc_vllm.connector import identity
 from kvtc_vllm.connector.compat import vllm_version
 from kvtc_vllm.connector.identity import LEFT_OUT, SetupIdentity, setup_identity
 from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup
+from kvtc_vllm.offload.reach import SlidingWindow
 
 pytestmark = pytest.mark.vllm
 
@@ -301,12 +302,16 @@ def test_the_models_length_counts_where_a_rope_table_is_not_known(plain: Any) ->
 # ----------------------------------------------------------------------- our own facts
 
 
+OTHER_OF_GROUP = {"model_dtype": torch.int8, "reach": SlidingWindow(8)}
+"""Fields of a cache group that have no other value by themselves."""
+
 OWN_CHANGES: dict[str, dict[str, Any]] = {
     "nothing": {},
     "codec": {"extra": {"codec": "kvtc"}},
     "chunk size": {"extra": {"codec": "raw", "chunk_tokens": 256}},
     "rank": {"rank": 1},
     "ranks": {"geometry": CacheGeometry((GROUP,), 2)},
+    "block hash": {"geometry": CacheGeometry((GROUP,), 1, 16)},
     "another group": {"geometry": CacheGeometry((GROUP, GROUP), 1), "layer_rope": (0, 0, 0, 0)},
     "files": {"files": "other"},
     "artifact": {"artifact": b"artifact"},
@@ -321,11 +326,7 @@ OWN_CHANGES: dict[str, dict[str, Any]] = {
                 (
                     replace(
                         GROUP,
-                        **{
-                            f.name: torch.int8
-                            if f.name == "model_dtype"
-                            else other(getattr(GROUP, f.name))
-                        },
+                        **{f.name: OTHER_OF_GROUP.get(f.name, other(getattr(GROUP, f.name)))},
                     ),
                 ),
                 1,

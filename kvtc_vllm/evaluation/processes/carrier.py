@@ -30,9 +30,8 @@ def carrier(methods: Sequence[Method], model: str, directory: Path) -> Method:
 
 def _override(method: Method, model: str) -> dict[str, Any]:
     """Fields of `CodecOverride` for a method: our codec too takes the codec's place."""
-    if method.codec != "kvtc":
+    if method.ratio is None:
         return method.override
-    assert method.ratio is not None
     artifact = registry.find(
         model_identity(model),
         1,

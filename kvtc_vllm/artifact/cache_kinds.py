@@ -1,0 +1,138 @@
+"""What a model's layers keep of a prefix, from its config.json alone: kinds, bytes, expected ratio.
+
+For people, before anything is served. What an engine has is read from vLLM.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+ELEMENT_BYTES = 2
+"""Of a cache of 16 bits."""
+_WINDOWS = ("sliding_attention", "local_attention")
+_RECURRENT = ("linear_attention", "mamba", "mamba2", "conv", "recurrent")
+
+
+class UnknownLayersError(ValueError):
+    """A configuration that does not say what its layers keep; the message says what lacks."""
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """Layers of one kind.
+
+    kind: "full", "window 512", "local 8192", "latent" or "state". token_bytes: of one token in all
+    of these layers, 16 bits per element. reach: most tokens before a boundary that are needed to go
+    on there; None for all. state_bytes: of all of them at one boundary.
+    """
+
+    kind: str
+    layers: int
+    token_bytes: int = 0
+    reach: int | None = None
+    state_bytes: int = 0
+
+    @property
+    def coded(self) -> bool:
+        """Whether a codec codes it; states are kept exactly."""
+        return self.kind != "state"
+
+    def prefix_bytes(self, tokens: int, behind: int) -> int:
+        """Uncompressed, of a prefix with one boundary. behind: tokens kept besides the reach."""
+        kept = tokens if self.reach is None else min(tokens, self.reach + behind)
+        return kept * self.token_bytes + self.state_bytes
+
+
+def layer_kinds(config: Mapping[str, Any]) -> list[LayerKind]:
+    """The kinds of a model by its configuration. Raises UnknownLayersError."""
+    text = config.get("text_config", config)
+    counts = Counter(_layer_types(text))
+    kinds = [_kind(text, name, layers) for name, layers in counts.items()]
+    return sorted(kinds, key=lambda kind: (kind.kind == "state", kind.reach is not None))
+
+
+def expected_ratio(
+    kinds: Sequence[LayerKind], tokens: int, ratio: float, behind: int = 256
+) -> float:
+    """Uncompressed over stored bytes of a prefix with one boundary, before entropy coding.
+
+    ratio: of what is coded. behind: the recent window and a chunk, kept besides what is needed.
+    """
+    sizes = [(kind, kind.prefix_bytes(tokens, behind)) for kind in kinds]
+    stored = sum(size / ratio if kind.coded else size for kind, size in sizes)
+    return sum(size for _, size in sizes) / stored
+
+
+def _layer_types(text: Mapping[str, Any]) -> list[str]:
+    """One name per layer that keeps anything; a layer with attention and a state has both."""
+    named = text.get("layer_types") or text.get("layers_block_type")
+    if named:
+        kept = [str(name) for name in named if name not in ("mlp", "moe")]
+        both = ["mamba"] * len(kept) if text.get("model_type") == "falcon_h1" else []
+        shared = int(text.get("num_kv_shared_layers") or 0)
+        return kept[: len(kept) - shared] + both
+    layers = int(_number(text, "num_hidden_layers"))
+    if text.get("model_type") == "falcon_h1":
+        return ["full_attention", "mamba"] * layers
+    if text.get("sliding_window") and text.get("use_sliding_window", True):
+        return ["sliding_attention"] * layers
+    return ["full_attention"] * layers
+
+
+def _kind(text: Mapping[str, Any], name: str, layers: int) -> LayerKind:
+    if name in _RECURRENT:
+        return LayerKind("state", layers, state_bytes=layers * _state_bytes(text))
+    if text.get("kv_lora_rank"):
+        width = int(text["kv_lora_rank"]) + int(_number(text, "qk_rope_head_dim"))
+        return LayerKind("latent", layers, layers * width * ELEMENT_BYTES)
+    heads = int(text.get("num_key_value_heads") or _number(text, "num_attention_heads"))
+    size = text.get("head_dim")
+    if size is None:
+        size = int(_number(text, "hidden_size")) // int(_number(text, "num_attention_heads"))
+    if name in ("full_attention", "attention"):
+        # Gemma 4's layers of full attention have other heads.
+        size = text.get("global_head_dim") or size
+        heads = text.get("num_global_key_value_heads") or heads
+    token_bytes = layers * heads * int(size) * 2 * ELEMENT_BYTES
+    if name in _WINDOWS:
+        window = int(_number(text, "sliding_window"))
+        return LayerKind(f"window {window}", layers, token_bytes, window - 1)
+    if name == "chunked_attention":
+        chunk = int(_number(text, "attention_chunk_size"))
+        return LayerKind(f"local {chunk}", layers, token_bytes, chunk - 1)
+    if name in ("full_attention", "attention"):
+        return LayerKind("full", layers, token_bytes)
+    raise UnknownLayersError(f"layer type {name!r} is not known")
+
+
+def _state_bytes(text: Mapping[str, Any]) -> int:
+    """Of one recurrent layer: what its convolution and its recurrence keep."""
+    if "linear_num_value_heads" in text:
+        keys = int(text["linear_num_key_heads"]) * int(text["linear_key_head_dim"])
+        values = int(text["linear_num_value_heads"]) * int(text["linear_value_head_dim"])
+        convolved = (2 * keys + values) * (int(text["linear_conv_kernel_dim"]) - 1)
+        recurrent = values * int(text["linear_key_head_dim"])
+    elif "conv_L_cache" in text:
+        convolved = int(_number(text, "hidden_size")) * (int(text["conv_L_cache"]) - 1)
+        recurrent = 0
+    else:
+        heads = int(_number(text, "mamba_n_heads", "mamba_num_heads"))
+        inner = heads * int(_number(text, "mamba_d_head", "mamba_head_dim"))
+        state = int(_number(text, "mamba_d_state", "ssm_state_size"))
+        groups = int(_number(text, "mamba_n_groups", "n_groups"))
+        kernel = int(_number(text, "mamba_d_conv", "conv_kernel"))
+        convolved = (inner + 2 * groups * state) * (kernel - 1)
+        recurrent = inner * state
+    wide = text.get("mamba_ssm_dtype", text.get("mamba_ssm_cache_dtype")) == "float32"
+    return math.ceil(convolved * ELEMENT_BYTES + recurrent * (4 if wide else ELEMENT_BYTES))
+
+
+def _number(text: Mapping[str, Any], *names: str) -> float:
+    for name in names:
+        if isinstance(text.get(name), int | float):
+            return float(text[name])
+    raise UnknownLayersError(f"config.json has no {' or '.join(names)}")

@@ -1,0 +1,212 @@
+"""vLLM's cache groups as ours: what is stored together, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from vllm.v1 import kv_cache_interface as specs
+
+from kvtc_vllm.config import ConfigError, load_config
+from kvtc_vllm.connector import geometry
+from kvtc_vllm.connector.artifact_lookup import group_cards
+from kvtc_vllm.connector.compat import UnsupportedError
+from kvtc_vllm.connector.geometry import check_states, read_geometry
+from kvtc_vllm.connector.layout import paged_layouts
+from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup, check_chunks
+from kvtc_vllm.offload.reach import FULL, ChunkedLocal, LastState, SlidingWindow
+from tests.connector.test_layout import packed
+
+SHAPE = {"block_size": 32, "num_kv_heads": 2, "head_size": 64, "dtype": torch.bfloat16}
+
+
+def full(**changes: Any) -> Any:
+    return specs.FullAttentionSpec(**{**SHAPE, **changes})
+
+
+def window(tokens: int = 512, **changes: Any) -> Any:
+    return specs.SlidingWindowSpec(**{**SHAPE, **changes}, sliding_window=tokens)
+
+
+def local(tokens: int, **changes: Any) -> Any:
+    return specs.ChunkedLocalAttentionSpec(**{**SHAPE, **changes}, attention_chunk_size=tokens)
+
+
+def engine(**changes: Any) -> Any:
+    parallel = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1}
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(**parallel, decode_context_parallel_size=1),
+        cache_config=SimpleNamespace(
+            cache_dtype="auto", block_size=32, enable_prefix_caching=True, prefix_match_unit=None
+        ),
+        model_config=SimpleNamespace(dtype=torch.bfloat16),
+        speculative_config=changes.get("speculative"),
+        kv_transfer_config=object(),
+    )
+
+
+def read(*groups: tuple[Any, Sequence[int]], **changes: Any) -> CacheGeometry:
+    """Geometry of vLLM's groups, each a spec and the numbers of its layers."""
+    config = SimpleNamespace(
+        kv_cache_groups=[
+            specs.KVCacheGroupSpec([f"model.layers.{n}.attn" for n in numbers], spec)
+            for spec, numbers in groups
+        ]
+    )
+    return read_geometry(engine(**changes), config)
+
+
+@pytest.fixture(autouse=True)
+def release(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on the first release that can be told of failed loads, whatever is installed."""
+    monkeypatch.setattr(geometry, "vllm_version", lambda: "0.30.0")
+
+
+def numbers(group: CacheGroup) -> list[int]:
+    return [geometry.layer_number(name) for name in group.layer_names]
+
+
+def test_one_group_of_full_attention_is_as_ever() -> None:
+    found = read((full(), [1, 0, 2]))
+    (group,) = found.groups
+    assert numbers(group) == [0, 1, 2]
+    assert (group.reach, group.tables, group.layer_table) == (FULL, (0,), ())
+    assert found.keeps_all
+    assert (found.hash_tokens, found.boundary_tokens, found.block_tables) == (32, 32, 1)
+    assert group_cards(found) == ()
+
+
+def test_layers_of_one_shape_are_stored_together_however_they_were_dealt() -> None:
+    """Gemma 3: five groups of windows, then one of full attention."""
+    dealt = [(window(), [n, n + 6]) for n in range(5)]
+    found = read(*dealt, (full(), [5, 11]))
+    first, second = found.groups
+    assert (first.reach, second.reach) == (FULL, SlidingWindow(512))
+    assert numbers(first) == [5, 11]
+    assert numbers(second) == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10]
+    assert first.tables == (5,)
+    assert second.tables == (0, 1, 2, 3, 4)
+    assert second.layer_table == (0, 1, 2, 3, 4, 0, 1, 2, 3, 4)
+    assert not found.keeps_all
+    assert found.block_tables == 6
+    assert [card.attention for card in group_cards(found)] == ["full", "window 512"]
+    assert group_cards(found)[0].layers == (5, 11)
+
+
+def test_blocks_and_heads_of_two_sizes() -> None:
+    """Gemma 4: pages of one size hold more tokens where heads are smaller."""
+    wide = full(head_size=128)
+    found = read((window(block_size=64), [0, 1]), (wide, [2]))
+    assert [(g.block_size, g.head_size) for g in found.groups] == [(32, 128), (64, 64)]
+    assert (found.hash_tokens, found.boundary_tokens) == (32, 64)
+    check_chunks(load_config({"codec": "raw", "chunk_tokens": 192}), found)
+    with pytest.raises(ConfigError, match="chunk_tokens=96 must be a multiple of 64, for whole"):
+        check_chunks(load_config({"codec": "raw", "chunk_tokens": 96}), found)
+
+
+def test_local_chunks_and_windows_of_two_lengths() -> None:
+    found = read((local(8192), [0]), (window(128), [1]), (window(256), [2]), (full(), [3]))
+    assert [g.reach for g in found.groups] == [
+        FULL,
+        ChunkedLocal(8192),
+        SlidingWindow(128),
+        SlidingWindow(256),
+    ]
+
+
+def test_a_window_alone_keeps_not_all() -> None:
+    found = read((window(4096), [0, 1]))
+    assert [g.reach for g in found.groups] == [SlidingWindow(4096)]
+    assert not found.keeps_all
+
+
+@pytest.mark.parametrize(
+    "groups", [[(window(), [0])], [(window(), [0]), (full(), [1])], [(local(256), [0])]]
+)
+def test_older_releases_are_refused_in_a_sentence_that_names_0_30(
+    groups: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(geometry, "vllm_version", lambda: "0.29.1")
+    with pytest.raises(UnsupportedError, match=r"need vLLM 0\.30 or later.*this is 0\.29\.1") as e:
+        read(*groups)
+    assert "--disable-hybrid-kv-cache-manager" in str(e.value)
+    read((full(), [0]))
+
+
+def test_other_kinds_are_refused_by_name() -> None:
+    """Subclasses of what is served are other things."""
+    latents = specs.MLAAttentionSpec(**{**SHAPE, "num_kv_heads": 1, "head_size": 576})
+    with pytest.raises(UnsupportedError, match="1 x MLAAttentionSpec; KVTC does not read MLA"):
+        read((latents, [0]))
+    sinks = specs.SinkFullAttentionSpec(**SHAPE, sink_len=4)
+    with pytest.raises(UnsupportedError, match="2 x SinkFullAttentionSpec, 1 x FullAttentionSpec"):
+        read((sinks, [0]), (sinks, [1]), (full(), [2]))
+
+
+def test_states_have_bytes_and_no_heads() -> None:
+    spec = specs.MambaSpec(
+        block_size=64,
+        shapes=((3, 8), (4, 4)),
+        dtypes=(torch.bfloat16, torch.float32),
+        mamba_cache_mode="align",
+    )
+    found = read((spec, [0]), (spec, [2]), (full(block_size=64), [1]))
+    (attention, states) = found.groups
+    assert found.coded_groups == (attention,)
+    assert states.reach == LastState()
+    assert states.tables == (0, 1)
+    assert states.state_bytes == 3 * 8 * 2 + 4 * 4 * 4
+    assert states.raw_bytes([5, 6]) == 2 * states.state_bytes
+    assert group_cards(found) == ()
+
+
+def test_states_without_prefix_caching_are_refused() -> None:
+    """Then vLLM keeps one state per request, at its end."""
+    spec = specs.MambaSpec(block_size=64, shapes=((4, 4),), dtypes=(torch.float32,))
+    config = SimpleNamespace(kv_cache_groups=[specs.KVCacheGroupSpec(["layers.0"], spec)])
+    with pytest.raises(UnsupportedError, match=r"in mode 'none'.*--enable-prefix-caching"):
+        check_states(config)
+
+
+def test_speculative_decoding_is_refused_for_windows_only() -> None:
+    read((full(), [0]), speculative=object())
+    with pytest.raises(UnsupportedError, match="speculative decoding is not supported for models"):
+        read((full(), [0]), (window(), [1]), speculative=object())
+
+
+def test_rows_come_from_the_blocks_of_each_layer_s_table() -> None:
+    found = read((window(), [0, 2]), (window(), [1]), (full(), [3]))
+    torch.manual_seed(0)
+    caches = {f"model.layers.{n}.attn": torch.randn(20, 2, 32, 128).bfloat16() for n in range(4)}
+    group = found.groups[1]
+    layout = packed({name: caches[name] for name in group.layer_names}, group)
+    copied = layout.gather([3, 4, 7, 8])
+    pages = [caches["model.layers.0.attn"], caches["model.layers.1.attn"]]
+    for layer, blocks in ((0, [3, 4]), (1, [7, 8])):
+        rows = pages[layer][blocks].transpose(1, 2).flatten(0, 1)
+        assert torch.equal(copied[0][:, layer], rows[..., :64])
+        assert torch.equal(copied[1][:, layer], rows[..., 64:])
+    layout.scatter([13, 14, 17, 18], *copied)
+    assert torch.equal(pages[0][[13, 14]], pages[0][[3, 4]])
+    assert torch.equal(pages[1][[17, 18]], pages[1][[7, 8]])
+    before = pages[1][[13, 14]].clone()
+    layout.zero([13, 14, 17, 18])
+    assert not pages[0][[13, 14]].any()
+    assert torch.equal(pages[1][[13, 14]], before)
+
+
+def test_layers_that_read_another_s_kv_are_left_out() -> None:
+    found = read((window(), [0]), (full(), [1]))
+    caches = {f"model.layers.{n}.attn": torch.zeros(4, 2, 32, 128) for n in range(2)}
+    caches = {name: tensor.bfloat16() for name, tensor in caches.items()}
+    shared = {**caches, "model.layers.2.attn": caches["model.layers.0.attn"]}
+    assert len(paged_layouts(shared, found)) == 2
+    stranger = {**caches, "model.layers.2.attn": torch.zeros(4, 2, 32, 128).bfloat16()}
+    with pytest.raises(UnsupportedError, match=r"unexpected \['model.layers.2.attn'\]"):
+        paged_layouts(stranger, found)
