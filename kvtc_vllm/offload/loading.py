@@ -155,7 +155,7 @@ class LoadPipeline:
             else:
                 out.report.load_tokens += request.tokens
                 out.report.load_seconds += request.seconds / request.at_once
-            elif request.gave_up:
+            if request.gave_up:
                 # Else a rate that got worse would never be noticed.
                 out.report.load_tokens += request.tokens
                 out.report.load_seconds += time.monotonic() - request.began
