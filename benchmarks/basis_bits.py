@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.sensitivity import ROOT, interval, measure
+from benchmarks.sensitivity import CHUNK, ROOT, interval, measure
 from kvtc_vllm.artifact.directory import load_rank_artifact
 from kvtc_vllm.codec.artifact import RankArtifact
 
@@ -91,7 +91,7 @@ def main() -> None:
         "bytes": sizes,
     }
     rows: list[dict[str, Any]] = []
-    for names, rows in measure(model, tokenizer, args.data, artifacts, ratios):
+    for names, rows in measure(model, tokenizer, args.data, artifacts, ratios, CHUNK):
         for row in rows:
             row["change"], row["change_interval"] = change(row, rows)
         args.out.write_text(

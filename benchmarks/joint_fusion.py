@@ -30,6 +30,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.sensitivity import (
+    CHUNK,
     PREFIX,
     ROOT,
     Prefix,
@@ -174,7 +175,7 @@ def by_codec(prefixes: Sequence[Prefix], codec: Any) -> tuple[int, Restored, flo
     """The same of a codec of chunks."""
     stored, restored = 0, []
     for prefix in prefixes:
-        taken, k, v = round_trip(codec, prefix)
+        taken, k, v = round_trip(codec, prefix, CHUNK)
         stored += taken
         restored.append((k, v))
     return stored, restored, None

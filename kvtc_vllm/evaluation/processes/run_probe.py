@@ -71,14 +71,18 @@ def run(job: ProbeJob) -> ProbeOutcome:
         scratch() as directory,
         replay_engine(job.model, method, method.chunk_tokens, job.engine) as engine,
     ):
+
+        def progress(done: int) -> None:
+            bar.update(done)
+
         for batch in batches(sessions):
             TURN.begin(None)
-            with exact_pass(engine, TASK, job.prefix_tokens, batch, directory, bar.update) as exact:
+            with exact_pass(engine, TASK, job.prefix_tokens, batch, directory, progress) as exact:
 
                 def replayed(name: str | None, batch: Any = batch, exact: Any = exact) -> float:
                     TURN.begin(name)
                     found = replay_pass(
-                        engine, TASK, job.prefix_tokens, batch, directory, exact, bar.update
+                        engine, TASK, job.prefix_tokens, batch, directory, exact, progress
                     )
                     return sum(record.kl for record in found)
 
