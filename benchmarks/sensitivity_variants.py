@@ -182,6 +182,11 @@ class MatrixRows:
     def __init__(self, reader: SpoolReader, matrices: torch.Tensor) -> None:
         self._reader = reader
         self._matrices = {"k": matrices[0], "v": matrices[1]}
+        self.positions, self.docs = reader.positions, reader.docs
+
+    def cache_rows(self, kind: Kind, index: torch.Tensor, first: int, end: int) -> torch.Tensor:
+        """As in the cache, hence not multiplied: [n, l, H, D]."""
+        return self._reader.cache_rows(kind, index, first, end)
 
     def count(self, *, heldout: bool) -> int:
         """Number of training or held-out rows."""
