@@ -7,7 +7,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvtc_vllm.codec.streams import Event, SideStream
+import torch
+
+from kvtc_vllm.codec.streams import Event, PerThread
 from kvtc_vllm.offload.messages import LoadItem, LoadJob
 from kvtc_vllm.offload.names import Proof
 from kvtc_vllm.offload.rank_context import RankContext, batches
@@ -19,6 +21,9 @@ logger = logging.getLogger("vllm.kvtc")
 
 CHANGED = "changed"
 """Reason of failure where what computes now is not what computed the chunk."""
+OUT_OF_MEMORY = "out_of_memory"
+_SOUND = (CHANGED, OUT_OF_MEMORY)
+"""Reasons that say nothing against the chunk itself, which is kept."""
 
 
 @dataclass
@@ -36,7 +41,8 @@ class _Load:
     same_adapter: bool
     """Whether its LoRA adapter is loaded with the contents that the names assume."""
     point: Event
-    """On the engine's stream, before which its blocks may still be in use."""
+    """On the engine's stream, before which its blocks may still be in use. Only the writing into
+    them waits for it."""
     failed: bool = False
     seconds: float = 0.0
     """Of all its batches, without the time that they waited for a thread."""
@@ -50,7 +56,8 @@ class LoadPipeline:
         self._groups = context.geometry.groups
         self._memory = context.memory
         self._outbox = context.outbox
-        self._stream = SideStream(context.device)
+        self._device = context.device
+        self._lanes = PerThread(context.device)
         self._num_threads = context.config.load_threads
         self._threads = thread_pool("kvtc-load", self._num_threads, context.device)
 
@@ -64,7 +71,7 @@ class LoadPipeline:
             at_once=min(len(parts), self._num_threads),
             proof=proof,
             same_adapter=same_adapter,
-            point=Event(self._stream.device),
+            point=Event(self._device),
         )
         for batch in parts:
             self._threads.submit(self._load, batch, request)
@@ -100,7 +107,7 @@ class LoadPipeline:
                 if skipped or reason is not None:
                     request.failed = True
                     out.bad_blocks.update(item.block_ids)
-                if reason is not None and reason != CHANGED:  # else another's chunk, but sound
+                if reason is not None and reason not in _SOUND:
                     out.report.bad.append(item.key)
                     if reason != "missing":
                         # What is on disk is the same blob: offered again, it would fail again.
@@ -126,17 +133,19 @@ class LoadPipeline:
             for item, blob in zip(items, blobs, strict=True)
             if not isinstance(blob, StoreError)
         ]
+        transfer = self._transfers[items[0].group]
         try:
-            with self._stream.after(request.point):
-                errors = iter(self._transfers[items[0].group].load(found) if found else [])
-            self._stream.synchronize()
-        except Exception:
+            # vLLM computes into the blocks of a failed load at once: nothing may write there then.
+            with self._lanes.stream.to_end():
+                errors = iter(transfer.load(found, request.point) if found else [])
+        except Exception as error:
             logger.exception(
                 "kvtc: loading %d chunks of request %s failed, recomputing",
                 len(items),
                 request.request_id,
             )
-            return ["error"] * len(items)
+            memory = isinstance(error, torch.OutOfMemoryError)
+            return [OUT_OF_MEMORY if memory else "error"] * len(items)
         reasons: list[str | None] = []
         for item, blob in zip(items, blobs, strict=True):
             error = blob if isinstance(blob, StoreError) else next(errors)

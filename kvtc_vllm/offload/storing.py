@@ -94,9 +94,8 @@ class StorePipeline:
         try:
             staged = self._transfers[items[0].group].stage(items)
         except Exception as error:  # the engine's step must go on
-            memory = isinstance(error, torch.OutOfMemoryError)
             logger.warning("kvtc: %d chunks not stored: %s", len(items), error)
-            self.drop(items, epoch, "out_of_memory" if memory else "error")
+            self.drop(items, epoch, _reason(error))
             self._release(items)
             return
         point = Event(self._stream.device)
@@ -112,13 +111,12 @@ class StorePipeline:
     ) -> None:
         started = time.perf_counter()
         try:
-            with self._stream.after(point):
+            with self._stream.to_end(point):
                 self._stream.adopt(*staged.tensors)
                 blobs = self._transfers[items[0].group].encode(staged)
-            self._stream.synchronize()
-        except Exception:
+        except Exception as error:
             logger.exception("kvtc: %d chunks not stored", len(items))
-            self.drop(items, epoch, "error")
+            self.drop(items, epoch, _reason(error))
         else:
             if not proof.holds:
                 self._outbox.found_stale(proof.step, proof.epoch)
@@ -165,3 +163,7 @@ class StorePipeline:
                 out.report.dropped.append((item.key, self._rank))
             out.stats.add("dropped_stores", label=reason)
         self._outbox.notify()
+
+
+def _reason(error: Exception) -> str:
+    return "out_of_memory" if isinstance(error, torch.OutOfMemoryError) else "error"

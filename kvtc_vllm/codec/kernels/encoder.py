@@ -119,7 +119,9 @@ def _encode_batch(
     found: list[torch.Tensor] = []
     for first in range(0, len(out), step):
         part = out[first : first + step]
-        coefficients = product(rows[first * tables.tokens :][: len(part) * tables.tokens], basis)
+        some = rows[first * tables.tokens :][: len(part) * tables.tokens]
+        room = torch.empty(len(some), tables.rank, device=some.device)
+        coefficients = product(some, basis, room)
         found.append(_chunk_magnitudes(coefficients, len(part)))
         encode_payloads(coefficients, tables, part)
     return torch.cat(found)

@@ -27,16 +27,16 @@ TF32 would take, at twice its rate and half its bytes.
 OPERAND: dict[Precision, torch.dtype] = {"float32": torch.float32, "float16": torch.float16}
 
 
-def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b summed in float32, as float32; both operands float32 or both float16.
+def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """a @ b summed in float32, into `out` and returned; both operands float32 or both float16.
 
-    Sets no global flag of torch.
+    out: float32, contiguous. Sets no global flag of torch.
     """
     if a.dtype == torch.float32:
-        return a @ b
+        return torch.mm(a, b, out=out)
     if a.device.type == "cuda" and a.numel():
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return torch.mm(a.float(), b.float(), out=out)
 
 
 def storage(x: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,12 @@ from kvtc_vllm.codec.kernels.chunks import (
     in_row_order,
     steps,
 )
-from kvtc_vllm.codec.kernels.decoder import DecodeStep, decode_step, workspace_bytes_per_token
+from kvtc_vllm.codec.kernels.decoder import (
+    DecodeStep,
+    DecodeWorkspace,
+    decode_step,
+    workspace_bytes_per_token,
+)
 from kvtc_vllm.codec.kernels.deflate_nvcomp import host_threads
 from kvtc_vllm.codec.kernels.encoder import CodedChunk, StagedChunks, encode_rows
 from kvtc_vllm.codec.kernels.numeric import OPERAND, Precision
@@ -42,7 +47,7 @@ from kvtc_vllm.codec.kernels.resident import ResidentArtifact
 from kvtc_vllm.codec.kernels.unit_coders import UnitCoder, unit_coder
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.quantizers.base import FP16_MAX
-from kvtc_vllm.codec.streams import SideStream, upload
+from kvtc_vllm.codec.streams import Event, PerThread, upload
 
 _CODED: dict[int, Kind] = {section: tensor for tensor, section in SECTION_KIND.items()}
 
@@ -88,7 +93,7 @@ class PagedKvtcCodec(KvtcCodec):
         self.workspace_bytes = workspace_bytes
         self.resident = ResidentArtifact(artifact, self._sections, self.device)
         self._units = unit_coder(self.device) if coder is None else coder
-        self._inflating = SideStream(self.device)
+        self._inflating = PerThread(self.device)
         self._unrotated = rotations([None] * geometry.num_layers, self.device)
 
     @property
@@ -145,12 +150,18 @@ class PagedKvtcCodec(KvtcCodec):
         return results
 
     def load(
-        self, chunks: Sequence[tuple[LoadChunk, Blob]], tokens: int
+        self,
+        chunks: Sequence[tuple[LoadChunk, Blob]],
+        tokens: int,
+        point: Event | None = None,
     ) -> list[ContainerError | None]:
         """Verify and decode chunks of `tokens` tokens into their blocks, on the current stream.
 
-        Gives for every chunk None, or the error for which its blocks must be recomputed: they
-        may have been written. Waits for the device.
+        point: on another stream, before which the blocks may be in use; only the writing into
+        them waits for it. Gives for every chunk None, or the error for which its blocks must be
+        recomputed: they may have been written. Waits for the device. Raises
+        torch.OutOfMemoryError, then with nothing launched of what did not fit; work before it
+        may still run on the current stream, and on no other.
         """
         errors: list[ContainerError | None] = [None] * len(chunks)
         infos = list(host_threads().map(lambda c: self._verify(c[0], c[1], tokens), chunks))
@@ -165,7 +176,7 @@ class PagedKvtcCodec(KvtcCodec):
             per_token = workspace_bytes_per_token(self.resident, ratio)
             weights = [per_token * info.header.tokens for _, info in alike]
             for step in steps(weights, self.workspace_bytes):
-                for index, error in self._load_step(chunks, alike[step], ratio).items():
+                for index, error in self._load_step(chunks, alike[step], ratio, point).items():
                     errors[index] = error
         return errors
 
@@ -174,6 +185,7 @@ class PagedKvtcCodec(KvtcCodec):
         chunks: Sequence[tuple[LoadChunk, Blob]],
         members: Sequence[tuple[int, ContainerInfo]],
         ratio: float,
+        point: Event | None,
     ) -> dict[int, ContainerError]:
         """Decode chunks that fit the workspace together; errors by the chunk's number."""
         blobs = [memoryview(chunks[index][1]) for index, _ in members]
@@ -182,16 +194,9 @@ class PagedKvtcCodec(KvtcCodec):
             self._wanted_slots(chunks[index][0], header.tokens)
             for (index, _), header in zip(members, headers, strict=True)
         ]
-        failed: dict[int, ContainerError] = {}
-        for (index, info), blob, own in zip(members, blobs, slots, strict=True):
-            if info.header.sinks:
-                try:
-                    self._load_sinks(info, blob, own[: info.header.sinks])
-                except ContainerError as error:
-                    failed[index] = error
         batches = batches_of([header.tokens - header.sinks for header in headers])
-        if not batches:
-            return failed
+        failed: dict[int, ContainerError] = {}
+        sinks, sink_slots = self._read_sinks(members, blobs, slots, failed)
         step = DecodeStep(
             ratio,
             batches,
@@ -205,8 +210,16 @@ class PagedKvtcCodec(KvtcCodec):
                 self.device,
             ),
         )
+        workspace = DecodeWorkspace.of(step, self.resident)
         reader = self._units.open(blobs)
-        damaged, flags = decode_step(step, reader, self.resident, self.cache, self._inflating)
+        damaged, flags = decode_step(
+            step, reader, self.resident, self.cache, workspace, self._inflating.stream, point
+        )
+        # Last: all that follows on this stream would wait for the point, too.
+        if len(sink_slots):
+            if point is not None:
+                point.wait()
+            self._write_sinks(sinks, sink_slots)
         for batch, flag in flags:
             for place, not_finite in enumerate(flag.tolist()):
                 if not_finite:
@@ -250,14 +263,43 @@ class PagedKvtcCodec(KvtcCodec):
             gather_rows(exact, slots, slots, self._unrotated, None, rows[tensor])
         return rows
 
-    def _load_sinks(self, info: ContainerInfo, blob: memoryview, slots: torch.Tensor) -> None:
-        payload = read_section(info.sections[0], blob)
-        slots = upload(slots, self.device)
-        sinks = self._decode_sinks(payload, info.header.sinks)
-        for tensor, values in zip(KINDS, sinks, strict=True):
-            rows = values.flatten(1).float()
+    def _read_sinks(
+        self,
+        members: Sequence[tuple[int, ContainerInfo]],
+        blobs: Sequence[memoryview],
+        slots: Sequence[torch.Tensor],
+        failed: dict[int, ContainerError],
+    ) -> tuple[dict[Kind, torch.Tensor], torch.Tensor]:
+        """Sinks of all chunks, cache dtype [S, p], and their slots [S], on the device.
+
+        Those of damaged sections are left out, their errors put into `failed`.
+        """
+        parts: dict[Kind, list[torch.Tensor]] = {tensor: [] for tensor in KINDS}
+        own_slots: list[torch.Tensor] = []
+        for (index, info), blob, own in zip(members, blobs, slots, strict=True):
+            if not info.header.sinks:
+                continue
+            try:
+                payload = read_section(info.sections[0], blob)
+            except ContainerError as error:
+                failed[index] = error
+                continue
+            sinks = self._decode_sinks(payload, info.header.sinks, torch.device("cpu"))
+            for tensor, values in zip(KINDS, sinks, strict=True):
+                parts[tensor].append(values.flatten(1))
+            own_slots.append(own[: info.header.sinks])
+        if not own_slots:
+            return {}, torch.empty(0, dtype=torch.int64)
+        together = {tensor: torch.cat(values) for tensor, values in parts.items()}
+        return (
+            {tensor: upload(values, self.device) for tensor, values in together.items()},
+            upload(torch.cat(own_slots), self.device),
+        )
+
+    def _write_sinks(self, sinks: dict[Kind, torch.Tensor], slots: torch.Tensor) -> None:
+        for tensor, values in sinks.items():
             exact = self._exact.tensor(tensor)
-            scatter_rows(exact, slots, slots, self._unrotated, None, rows)
+            scatter_rows(exact, slots, slots, self._unrotated, None, values.float())
 
     def _blob(
         self,

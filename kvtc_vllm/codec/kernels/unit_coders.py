@@ -111,10 +111,14 @@ class NvcompUnitCoder:
         self._nvcomp = nvcomp
 
     def deflate(self, raw: torch.Tensor, lengths: Sequence[int]) -> tuple[list[int], memoryview]:
-        stored, body = self._nvcomp.compress(raw, lengths)
+        units = self._nvcomp.compress(raw, lengths)
+        ends = aligned(units.stored).cumsum()
+        body = torch.zeros(int(ends[-1]) if len(ends) else 0, dtype=torch.uint8, device=raw.device)
+        kept = self._nvcomp.collect(units, ends - aligned(units.stored), body)
         staged = host_buffer(body.numel(), self._device)
         staged.copy_(body)
-        return stored, staged.numpy().data
+        del kept
+        return units.stored.tolist(), staged.numpy().data
 
     def open(self, blobs: Sequence[memoryview]) -> UnitReader:
         return _NvcompReader(blobs, self._device, self._nvcomp)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import threading
 
 import pytest
 import torch
 
 from kvtc_vllm.codec.container import Header, NewSection, SectionKind, build, parse
 from kvtc_vllm.codec.entropy import DEFLATE, RAW
+from kvtc_vllm.codec.entropy.unit_table import checked_table
 from kvtc_vllm.codec.kernels import deflate_nvcomp
 from tests.codec.kernels import fake_nvcomp
 
@@ -28,8 +30,8 @@ def coder(request, monkeypatch):
     if request.param == "threads":
         return HostUnitCoder(CPU)
     monkeypatch.setattr(deflate_nvcomp, "_import_nvcomp", lambda: fake_nvcomp)
-    monkeypatch.setattr(deflate_nvcomp, "_stream", lambda device: 0)
-    monkeypatch.setattr(deflate_nvcomp, "SLAB_UNITS", 3)
+    monkeypatch.setattr(deflate_nvcomp, "_stream", lambda device: 7)
+    monkeypatch.setattr(deflate_nvcomp, "synchronize", fake_nvcomp.device_is_done)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     return NvcompUnitCoder(CPU, deflate_nvcomp.NvcompDeflate())
 
@@ -100,3 +102,55 @@ def test_nothing_is_read_from_no_sections(coder):
 
 def test_a_cpu_gets_host_threads():
     assert isinstance(unit_coder(CPU), HostUnitCoder)
+
+
+@pytest.fixture
+def nvcomp(monkeypatch):
+    """Our side of nvCOMP, over the stand-in."""
+    monkeypatch.setattr(deflate_nvcomp, "_import_nvcomp", lambda: fake_nvcomp)
+    monkeypatch.setattr(deflate_nvcomp, "_stream", lambda device: threading.get_ident())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    return deflate_nvcomp.NvcompDeflate()
+
+
+def test_a_load_inflates_while_a_store_waits_for_the_device(nvcomp, monkeypatch):
+    """Neither nvCOMP nor a lock of ours keeps other threads waiting for the encoder's kernels."""
+    raw = payload(1)[:9000]
+    section = DEFLATE.encode([raw])
+    table = checked_table(section.units, memoryview(section.body), len(raw))
+    body = torch.frombuffer(bytearray(section.body), dtype=torch.uint8)
+    out = torch.empty(len(raw), dtype=torch.uint8)
+    loaded = threading.Event()
+
+    def device_works(device):
+        assert loaded.wait(30), "the load waits for the store"
+        fake_nvcomp.device_is_done(device)
+
+    def load():
+        nvcomp.decompress(body, table, out)
+        loaded.set()
+
+    def begin_loading(device):
+        threading.Thread(target=load).start()
+        device_works(device)
+
+    monkeypatch.setattr(deflate_nvcomp, "synchronize", begin_loading)
+    units = nvcomp.compress(torch.frombuffer(bytearray(raw), dtype=torch.uint8), [5000, 4000])
+    assert out.numpy().tobytes() == raw
+    assert (units.stored < 5000).all()
+
+
+def test_the_default_stream_is_refused(nvcomp, monkeypatch):
+    """Whether nvCOMP takes 0 for it or for "none given" is not documented."""
+    monkeypatch.setattr(deflate_nvcomp, "_stream", lambda device: 0)
+    with pytest.raises(RuntimeError, match="default"):
+        nvcomp.compress(torch.zeros(8, dtype=torch.uint8), [8])
+
+
+def test_scratch_is_as_large_as_units_of_their_size_can_become(nvcomp, monkeypatch):
+    """Most units are far smaller than the largest."""
+    monkeypatch.setattr(deflate_nvcomp, "synchronize", fake_nvcomp.device_is_done)
+    lengths = [65536, *[2816] * 100]
+    units = nvcomp.compress(torch.zeros(sum(lengths), dtype=torch.uint8), lengths)
+    scratch = units.kept[1].numel()
+    assert scratch <= sum(map(fake_nvcomp.worst, lengths)) + 16 * len(lengths)
