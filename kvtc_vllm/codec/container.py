@@ -12,6 +12,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 import xxhash
@@ -140,15 +141,27 @@ class NewSection:
     encoded: EncodedSection
 
 
+class SectionEntry(NamedTuple):
+    """A row of the section table that is to be written."""
+
+    kind: SectionKind
+    coder_id: int
+    group: int
+    units: int
+    """Rows that it has in the unit table."""
+    raw_length: int
+    stored_length: int
+
+
 def build(header: Header, sections: Sequence[NewSection]) -> bytes:
     """Serialise a container. Raises CodecError if a length does not fit its field."""
-    table = bytearray()
-    unit_table = bytearray()
+    entries: list[SectionEntry] = []
+    unit_tables: list[bytes | memoryview] = []
     bodies: list[bytes] = []
-    try:
-        for section in sections:
-            encoded = section.encoded
-            table += _SECTION.pack(
+    for section in sections:
+        encoded = section.encoded
+        entries.append(
+            SectionEntry(
                 section.kind,
                 section.coder_id,
                 section.group,
@@ -156,11 +169,23 @@ def build(header: Header, sections: Sequence[NewSection]) -> bytes:
                 section.raw_length,
                 len(encoded.body),
             )
-            units = encoded.units
-            listed = units if isinstance(units, UnitList) else UnitList.of(unit_lengths(units))
-            unit_table += listed.table
-            bodies.append(encoded.body)
-            bodies.append(bytes(aligned(len(encoded.body)) - len(encoded.body)))
+        )
+        units = encoded.units
+        listed = units if isinstance(units, UnitList) else UnitList.of(unit_lengths(units))
+        unit_tables.append(listed.table)
+        bodies.append(encoded.body)
+        bodies.append(bytes(aligned(len(encoded.body)) - len(encoded.body)))
+    content = b"".join((build_head(header, entries), *unit_tables, *bodies))
+    return content + checksum(content)
+
+
+def build_head(header: Header, entries: Sequence[SectionEntry]) -> bytes:
+    """Header and section table, after which the unit table follows.
+
+    Raises CodecError if a length does not fit its field.
+    """
+    try:
+        table = b"".join(_SECTION.pack(*entry) for entry in entries)
         head = _HEADER.pack(
             MAGIC,
             FORMAT_VERSION,
@@ -173,7 +198,7 @@ def build(header: Header, sections: Sequence[NewSection]) -> bytes:
             header.head_size,
             header.head_size_v,
             header.num_layer_groups,
-            len(sections),
+            len(entries),
             header.tokens,
             header.start,
             header.ratio,
@@ -182,8 +207,7 @@ def build(header: Header, sections: Sequence[NewSection]) -> bytes:
         )
     except struct.error as error:
         raise CodecError("size", f"chunk does not fit the container format: {error}") from error
-    content = b"".join((head, table, unit_table, *bodies))
-    return content + checksum(content)
+    return head + table
 
 
 def container_bytes(sections: Sequence[int]) -> int:

@@ -82,22 +82,40 @@ class SideStream:
             self._stream.synchronize()
 
 
-class PerThread:
-    """What every thread that loads has for itself: a stream to run a second lane of work on.
+def host_buffer(size: int, device: torch.device) -> torch.Tensor:
+    """uint8 [size] on the host, from which copies to `device` do not wait."""
+    return torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
-    Threads that shared one would wait for each other's events.
-    """
 
-    def __init__(self, device: torch.device) -> None:
+class Lane:
+    """A side stream, and pinned memory for what goes to and from the device. Of one thread."""
+
+    def __init__(self, device: torch.device, host_bytes: int) -> None:
+        self.stream = SideStream(device)
         self._device = device
+        self._host = host_buffer(host_bytes, device)
+
+    def host(self, size: int) -> torch.Tensor:
+        """uint8 [size] in pinned memory, always the same. Allocates only what is larger."""
+        if size > self._host.numel():
+            self._host = host_buffer(size, self._device)
+        return self._host[:size]
+
+
+class Lanes:
+    """A lane for every thread that asks: threads that shared one would wait for each other."""
+
+    def __init__(self, device: torch.device, host_bytes: int = 0) -> None:
+        self._device = device
+        self._host_bytes = host_bytes
         self._local = threading.local()
 
     @property
-    def stream(self) -> SideStream:
+    def mine(self) -> Lane:
         """This thread's; made when first asked for."""
-        found: SideStream | None = getattr(self._local, "stream", None)
+        found: Lane | None = getattr(self._local, "lane", None)
         if found is None:
-            found = self._local.stream = SideStream(self._device)
+            found = self._local.lane = Lane(self._device, self._host_bytes)
         return found
 
 
@@ -105,11 +123,6 @@ def synchronize(device: torch.device) -> None:
     """Wait on the host for the current stream; other Python threads run meanwhile."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
-
-
-def host_buffer(size: int, device: torch.device) -> torch.Tensor:
-    """uint8 [size] on the host, from which copies to `device` do not wait."""
-    return torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
 
 class UploadRing:

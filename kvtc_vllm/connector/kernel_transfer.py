@@ -9,6 +9,7 @@ from typing import Any
 from kvtc_vllm.codec.base import Blob
 from kvtc_vllm.codec.errors import CodecError, ContainerError
 from kvtc_vllm.codec.kernels.paged_codec import PagedKvtcCodec
+from kvtc_vllm.codec.kernels.paged_raw import PagedRawCodec
 from kvtc_vllm.codec.streams import Event
 from kvtc_vllm.offload.messages import LoadItem, StoreItem
 from kvtc_vllm.offload.transfer import Staged
@@ -23,7 +24,7 @@ class KernelTransfer:
     store_batch = sys.maxsize
     load_batch = sys.maxsize
 
-    def __init__(self, codec: PagedKvtcCodec, chunk_tokens: int) -> None:
+    def __init__(self, codec: PagedKvtcCodec | PagedRawCodec, chunk_tokens: int) -> None:
         self.codec = codec
         self._chunk_tokens = chunk_tokens
 
@@ -33,7 +34,7 @@ class KernelTransfer:
     def stage(self, items: Sequence[StoreItem]) -> Staged:
         return self.codec.stage(items)
 
-    def encode(self, staged: Any) -> list[bytes | CodecError]:
+    def encode(self, staged: Any) -> list[Blob | CodecError]:
         return self.codec.encode_staged(staged)
 
     def load(

@@ -17,10 +17,10 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from kvtc_vllm.artifact.directory import load_rank_artifact
 from kvtc_vllm.artifact.identity import model_identity, public_model_name
 from kvtc_vllm.codec.artifact import RankArtifact
-from kvtc_vllm.codec.base import ChunkCodec, Coder
+from kvtc_vllm.codec.base import Coder
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.frame import TransformCodec
-from kvtc_vllm.codec.registry import CODECS, open_codec
+from kvtc_vllm.codec.registry import CODECS
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.config import ConfigError, KVTCConfig
 from kvtc_vllm.connector.artifact_lookup import find_artifact
@@ -33,12 +33,12 @@ from kvtc_vllm.connector.scales import find_scales
 from kvtc_vllm.connector.sizing import log_plan, plan_memory
 from kvtc_vllm.connector.torch_transfer import TorchTransfer
 from kvtc_vllm.connector.transfers import FoundArtifact, build_transfer
+from kvtc_vllm.connector.warm_up import warm_up
 from kvtc_vllm.offload.adapters import LoadedAdapters
 from kvtc_vllm.offload.disk_worker import DiskWorker, open_in_time
 from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup, codec_geometry
 from kvtc_vllm.offload.names import Names
 from kvtc_vllm.offload.setup_identity import SetupIdentity
-from kvtc_vllm.offload.transfer import Transfer
 from kvtc_vllm.offload.weights import WeightsWatch
 from kvtc_vllm.offload.worker import KVTCWorker
 from kvtc_vllm.tiers.disk import DiskError, DiskStore, NamespaceRecord
@@ -77,17 +77,29 @@ def build_worker(
     group = geometry.only_group
     layout = PagedLayout(kv_caches, group)
     step_tokens = vllm_config.scheduler_config.max_num_batched_tokens
-    plan = plan_memory(config, geometry, layout.device, step_tokens)
     live = LiveModel(vllm_config, group.layer_names)
     ropes, layer_rope = find_ropes(vllm_config, group.layer_names, live)
     scales = find_scales(vllm_config, group)
-    codec: ChunkCodec
-    transfer: Transfer
     fingerprint = b""
+    found: FoundArtifact | None = None
     if not CODECS[config.codec].needs_artifact:
         files = _raw_model_fingerprint(vllm_config.model_config, config)
-        codec = open_codec(config.codec, group.dtype, geometry=codec_geometry(group))
-        transfer = TorchTransfer(layout, codec, config.chunk_tokens)
+    else:
+        found, files = _load_artifact(vllm_config, config, geometry, rank)
+        check_ropes(found.artifact, ropes, layer_rope, found.directory)
+        # The live tables may be longer or of another dtype; they are what the cache was made with.
+        artifact = replace(found.artifact, ropes=ropes, layer_rope=layer_rope, scales=scales)
+        found = replace(found, artifact=artifact)
+        fingerprint = artifact.fingerprint
+    served = build_transfer(
+        found,
+        config,
+        layout,
+        group,
+        partial(plan_memory, config, geometry, layout.device, step_tokens),
+    )
+    codec, transfer, plan = served.codec, served.transfer, served.plan
+    if found is None:
         logger.info(
             "kvtc: rank %d/%d codec %s, %d tokens per chunk, memory tier %.1f MiB",
             rank,
@@ -96,17 +108,10 @@ def build_worker(
             config.chunk_tokens,
             config.memory_capacity / 2**20,
         )
-    else:
-        found, files = _load_artifact(vllm_config, config, geometry, rank)
-        check_ropes(found.artifact, ropes, layer_rope, found.directory)
-        # The live tables may be longer or of another dtype; they are what the cache was made with.
-        artifact = replace(found.artifact, ropes=ropes, layer_rope=layer_rope, scales=scales)
-        found = replace(found, artifact=artifact)
-        fingerprint = artifact.fingerprint
-        codec, transfer = build_transfer(found, config, layout, plan.workspace)
+    elif isinstance(codec, TransformCodec):
         _log_start(codec, config, rank, geometry.tp_size, found.directory)
-        if layout.device.type == "cuda":
-            log_plan(plan, geometry, codec.resident_bytes, step_tokens)
+    if layout.device.type == "cuda":
+        log_plan(plan, geometry, served.resident, step_tokens)
     if codec_factory is not None:
         coder = codec_factory(group, ropes, layer_rope)
         transfer = TorchTransfer(layout, coder, config.chunk_tokens)
@@ -143,7 +148,12 @@ def build_worker(
     )
     names.rename(b"")
     disk = _open_disk(config, geometry, names, rank, plan.staging)
-    return KVTCWorker(config, geometry, [transfer], layout.device, plan.staging, rank, names, disk)
+    worker = KVTCWorker(
+        config, geometry, [transfer], layout.device, plan.staging, rank, names, disk
+    )
+    if layout.device.type == "cuda":
+        warm_up(worker, layout, config.chunk_tokens, step_tokens, plan.staging)
+    return worker
 
 
 def check_digested(setup: SetupIdentity, config: KVTCConfig) -> None:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-from kvtc_vllm.codec.streams import Event, PerThread
+from kvtc_vllm.codec.base import Blob
+from kvtc_vllm.codec.streams import Event, Lanes
 from kvtc_vllm.offload.messages import LoadItem, LoadJob
 from kvtc_vllm.offload.names import Proof
 from kvtc_vllm.offload.rank_context import RankContext, batches
-from kvtc_vllm.offload.threads import thread_pool
+from kvtc_vllm.offload.threads import on_every_thread, thread_pool
 from kvtc_vllm.tiers.blob_store import StoreError
 from kvtc_vllm.tiers.keys import RecordKey
 
@@ -57,7 +58,7 @@ class LoadPipeline:
         self._memory = context.memory
         self._outbox = context.outbox
         self._device = context.device
-        self._lanes = PerThread(context.device)
+        self._lanes = Lanes(context.device)
         self._num_threads = context.config.load_threads
         self._threads = thread_pool("kvtc-load", self._num_threads, context.device)
 
@@ -75,6 +76,19 @@ class LoadPipeline:
         )
         for batch in parts:
             self._threads.submit(self._load, batch, request)
+
+    def warm_up(self, found: Sequence[tuple[LoadItem, Blob]]) -> None:
+        """Load records of one cache group on every thread."""
+        if not found:
+            return
+        transfer = self._transfers[found[0][0].group]
+        point = Event(self._device)
+
+        def load() -> None:
+            with self._lanes.mine.stream.to_end():
+                transfer.load(found, point)
+
+        on_every_thread(self._threads, self._num_threads, load)
 
     def check(self, proof: Proof) -> None:
         """Report if the weights are not those of the names."""
@@ -136,7 +150,7 @@ class LoadPipeline:
         transfer = self._transfers[items[0].group]
         try:
             # vLLM computes into the blocks of a failed load at once: nothing may write there then.
-            with self._lanes.stream.to_end():
+            with self._lanes.mine.stream.to_end():
                 errors = iter(transfer.load(found, request.point) if found else [])
         except Exception as error:
             logger.exception(
@@ -161,7 +175,7 @@ class LoadPipeline:
                 )
         return reasons
 
-    def _read(self, key: RecordKey) -> bytes | StoreError:
+    def _read(self, key: RecordKey) -> Blob | StoreError:
         try:
             return self._memory.read(key)
         except StoreError as error:

@@ -9,12 +9,18 @@ from collections.abc import Sequence
 
 import torch
 
+from kvtc_vllm.codec.base import Blob
 from kvtc_vllm.codec.errors import CodecError
 from kvtc_vllm.codec.streams import Event, SideStream
 from kvtc_vllm.offload.messages import StoreItem
 from kvtc_vllm.offload.names import Proof
 from kvtc_vllm.offload.rank_context import RankContext, batches
-from kvtc_vllm.offload.threads import Throttle, share_of_thread, thread_pool
+from kvtc_vllm.offload.threads import (
+    Throttle,
+    on_every_thread,
+    share_of_thread,
+    thread_pool,
+)
 from kvtc_vllm.offload.transfer import Staged
 from kvtc_vllm.tiers.blob_store import StoreError
 from kvtc_vllm.tiers.keys import RecordKey
@@ -42,7 +48,8 @@ class StorePipeline:
                 config.encode_share, device, config.encode_threads, context.geometry.tp_size
             )
         )
-        self._threads = thread_pool("kvtc-encode", config.encode_threads, device)
+        self._num_threads = config.encode_threads
+        self._threads = thread_pool("kvtc-encode", self._num_threads, device)
 
     def engine_computes(self, busy: bool) -> None:
         """Whether the engine has work of its own in this step."""
@@ -64,6 +71,19 @@ class StorePipeline:
         """Give stores up. Any thread."""
         for item in items:
             self._drop(item, epoch, reason)
+
+    def warm_up(self, items: Sequence[StoreItem]) -> list[Blob | CodecError]:
+        """Stage records of one cache group and encode them on every thread."""
+        transfer = self._transfers[items[0].group]
+        staged = transfer.stage(items)
+        point = Event(self._stream.device)
+
+        def encode() -> list[Blob | CodecError]:
+            with self._stream.to_end(point):
+                self._stream.adopt(*staged.tensors)
+                return transfer.encode(staged)
+
+        return on_every_thread(self._threads, self._num_threads, encode)[0]
 
     def shutdown(self) -> None:
         """Finish what runs, drop what waits."""
@@ -131,7 +151,7 @@ class StorePipeline:
             self._outbox.notify()
             self._share.charge(seconds)
 
-    def _keep(self, item: StoreItem, blob: bytes | CodecError, epoch: int) -> None:
+    def _keep(self, item: StoreItem, blob: Blob | CodecError, epoch: int) -> None:
         if isinstance(blob, CodecError):
             logger.warning("kvtc: chunk at token %d not stored: %s", item.start, blob)
             self._drop(item, epoch, "non_finite" if blob.reason == "non_finite" else "error")
@@ -150,7 +170,7 @@ class StorePipeline:
         elif self._write_through is not None:
             self._write_through.write(item.key, blob, epoch)
 
-    def _write(self, key: RecordKey, blob: bytes) -> int | None:
+    def _write(self, key: RecordKey, blob: Blob) -> int | None:
         """The bytes that memory keeps for it; None if there is no room."""
         try:
             return self._memory.write(key, blob)

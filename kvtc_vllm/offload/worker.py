@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from kvtc_vllm.codec.errors import CodecError
 from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.offload.disk_worker import NO_NEWS, DiskWorker
 from kvtc_vllm.offload.geometry import CacheGeometry
@@ -22,6 +23,7 @@ from kvtc_vllm.offload.loading import LoadPipeline
 from kvtc_vllm.offload.messages import (
     NO_ADAPTER,
     AdapterUse,
+    LoadItem,
     StepMetadata,
     StoreItem,
     WorkerReport,
@@ -100,6 +102,20 @@ class KVTCWorker:
         )
         self._stores = StorePipeline(context)
         self._loads = LoadPipeline(context)
+
+    def warm_up(self, stores: Sequence[StoreItem], loads: Sequence[LoadItem]) -> None:
+        """Encode and load these on every thread that will, and keep nothing. Before any step.
+
+        loads: of what was stored, in the same order.
+        """
+        blobs = self._stores.warm_up(stores)
+        self._loads.warm_up(
+            [
+                (item, blob)
+                for item, blob in zip(loads, blobs, strict=True)
+                if not isinstance(blob, CodecError)
+            ]
+        )
 
     def begin_step(self, step: StepMetadata) -> None:
         """Apply reset and evictions, start this step's promotions and loads."""

@@ -35,6 +35,7 @@ class Work:
     def __init__(self, cuda: FakeCuda, then: Callable[[], None]) -> None:
         self._cuda, self._then = cuda, then
         self.points: list[Event | None] = []
+        self.threads: list[int] = []
 
     def staged_bytes(self, blocks: int) -> int:
         return 1
@@ -44,6 +45,7 @@ class Work:
 
     def encode(self, staged: Any) -> list[Any]:
         self._cuda.launch("work")
+        self.threads.append(threading.get_ident())
         self._then()
         return [b"blob"]
 
@@ -51,13 +53,14 @@ class Work:
         self, items: Sequence[tuple[LoadItem, Any]], point: Event | None = None
     ) -> list[ContainerError | None]:
         self.points.append(point)
+        self.threads.append(threading.get_ident())
         self._cuda.launch("work")
         self._then()
         return [None] * len(items)
 
 
 def context(work: Work) -> RankContext:
-    config = load_config({"codec": "raw", "load_threads": 2})
+    config = load_config({"codec": "raw", "load_threads": 2, "encode_threads": 3})
     arena = MemoryArena(1 << 20)
     arena.write(KEY, b"blob")  # type: ignore[arg-type]
     return RankContext(config, geometry(), [work], CUDA, 100, 0, arena, None, Outbox())
@@ -128,3 +131,27 @@ def test_a_failed_store_has_run_when_its_staging_is_given_back(cuda: FakeCuda) -
     stats = made.outbox.take_stats()
     assert stats is not None
     assert stats.data["dropped_stores/out_of_memory"] == 1
+
+
+def test_every_thread_is_warmed_up_on_the_stream_that_it_will_use(cuda: FakeCuda) -> None:
+    made = context(work := Work(cuda, lambda: None))
+    stores, loads = StorePipeline(made), LoadPipeline(made)
+    items = [StoreItem(b"n", 0, [1])]  # type: ignore[arg-type]
+    assert stores.warm_up(items) == [b"blob"]
+    assert len(set(work.threads)) == 3
+    encoding = {stream for stream, what in cuda.log if what == "work"}
+    loads.warm_up([(LoadItem(KEY, 0, 0, [5]), b"blob")])  # type: ignore[arg-type]
+    warm = set(work.threads[3:])
+    assert len(warm) == 2
+    cuda.log.clear()
+    loads.begin(job("r"), SOUND, True)
+    stores.store(items, 0, SOUND)
+    loads.shutdown()
+    stores.shutdown()
+    served = [stream for stream, what in cuda.log if what == "work"]
+    assert len(encoding) == 1
+    assert sum(stream in encoding for stream in served) == 1
+    assert work.threads[-1] in work.threads[:5]
+    assert work.threads[-2] in work.threads[:5]
+    assert not made.outbox.take_bad_blocks()
+    assert len(made.memory.read(KEY)) == 4

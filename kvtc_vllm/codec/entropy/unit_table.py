@@ -25,6 +25,8 @@ class SectionBody:
     """Bytes stored, the units' padding included."""
     raw_length: int
     """Bytes that they decode to."""
+    place: int = 0
+    """Where these belong."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class UnitTable:
     offsets: Lengths
     """Where each is in that buffer, a multiple of `UNIT_ALIGNMENT`."""
     places: Lengths
-    """Where the raw bytes belong if sections are decoded one after the other."""
+    """Where the raw bytes belong."""
 
 
 def unit_table(
@@ -61,13 +63,14 @@ def unit_table(
     raw_lengths = np.array([section.raw_length for section in sections], np.int64)
     stored_lengths = np.array([section.stored_length for section in sections], np.int64)
     starts = np.array([section.start for section in sections], np.int64)
+    places = np.array([section.place for section in sections], np.int64)
     sound = (raw_sums == raw_lengths) & (stored_sums == stored_lengths)
     sound[owner[stored > raw]] = False
     table = UnitTable(
         raw,
         stored,
         starts[owner] + stored_before,
-        (raw_lengths.cumsum() - raw_lengths)[owner] + raw_before,
+        places[owner] + raw_before,
     )
     for gap in range(UNIT_ALIGNMENT - 1):
         checked = np.flatnonzero(sound[owner] & (padded - stored > gap))

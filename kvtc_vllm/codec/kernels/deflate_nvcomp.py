@@ -85,36 +85,34 @@ class NvcompDeflate:
         self._codecs: dict[tuple[int, int], _StreamCodec] = {}
         self._lock = threading.Lock()
 
-    def compress(self, raw: torch.Tensor, lengths: Sequence[int]) -> Compressed:
-        """Compress consecutive units of a contiguous uint8 tensor.
+    def compress(self, raw: torch.Tensor, starts: Lengths, lengths: Lengths) -> Compressed:
+        """Compress units of a contiguous uint8 tensor that begin at `starts`.
 
         Waits for the device, because sizes are needed on the host. Takes about 2.3 times the
         bytes of `raw` on the device. Raises RuntimeError on the default stream.
         """
-        whole = np.array(lengths, np.int64)
-        starts = whole.cumsum() - whole
-        if not len(whole):
-            return Compressed(whole, whole, ())
+        if not len(lengths):
+            return Compressed(lengths, lengths, ())
         # The largest first: what is left for the end of the launch is short.
-        order = np.argsort(-whole, kind="stable")
+        order = np.argsort(-lengths, kind="stable")
         bound = self._codec(raw.device)
         with bound.lock:
-            rooms = self._rooms(bound, raw, whole[order])
+            rooms = self._rooms(bound, raw, lengths[order])
             places = rooms.cumsum() - rooms
             scratch = torch.empty(int(rooms.sum()), dtype=torch.uint8, device=raw.device)
-            source = self._arrays(raw, starts[order], whole[order], bound.stream)
+            source = self._arrays(raw, starts[order], lengths[order], bound.stream)
             target = self._arrays(scratch, places, rooms, bound.stream)
             encoded = bound.codec.encode(source, out=target)
         # nvCOMP would wait for the device with Python's lock held, and stop every thread.
         synchronize(raw.device)
-        sizes = np.empty_like(whole)
+        sizes = np.empty_like(lengths)
         sizes[order] = encoded.buffer_sizes
-        shrunk = np.empty_like(whole)
+        shrunk = np.empty_like(lengths)
         shrunk[order] = scratch.data_ptr() + places
-        coded = sizes < whole
+        coded = sizes < lengths
         return Compressed(
             np.where(coded, shrunk, raw.data_ptr() + starts),
-            np.where(coded, sizes, whole),
+            np.where(coded, sizes, lengths),
             (raw, scratch),
         )
 
@@ -242,14 +240,14 @@ class NvcompCoder:
             return EncodedSection((), b"")
         raw = torch.frombuffer(bytearray(b"".join(streams)), dtype=torch.uint8)
         with SideStream(_CUDA).to_end():
-            units = device.compress(raw.to(_CUDA), lengths)
+            whole = np.array(lengths, np.int64)
+            units = device.compress(raw.to(_CUDA), whole.cumsum() - whole, whole)
             ends = aligned(units.stored).cumsum()
             body = torch.zeros(int(ends[-1]), dtype=torch.uint8, device=_CUDA)
             kept = device.collect(units, ends - aligned(units.stored), body)
             stored = body.cpu().numpy().tobytes()
         del kept
-        pairs = np.stack((np.array(lengths, np.int64), units.stored), axis=1)
-        return EncodedSection(UnitList.of(pairs), stored)
+        return EncodedSection(UnitList.of(np.stack((whole, units.stored), axis=1)), stored)
 
     def decode(self, units: Sequence[Unit], body: memoryview, raw_length: int) -> bytearray:
         device = self._device

@@ -30,13 +30,16 @@ OPERAND: dict[Precision, torch.dtype] = {"float32": torch.float32, "float16": to
 def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """a @ b summed in float32, into `out` and returned; both operands float32 or both float16.
 
-    out: float32, contiguous. Sets no global flag of torch.
+    out: float32, or float16 for float16 operands: rounded from float32, infinite beyond its
+    range. Sets no global flag of torch.
     """
-    if a.dtype == torch.float32:
+    if a.shape[1] == 0:
+        return out.zero_()
+    if a.dtype == out.dtype and (a.dtype == torch.float32 or a.device.type == "cuda"):
         return torch.mm(a, b, out=out)
-    if a.device.type == "cuda" and a.numel():
-        return torch.mm(a, b, out_dtype=torch.float32, out=out)
-    return torch.mm(a.float(), b.float(), out=out)
+    if a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    return out.copy_(a.float() @ b.float())
 
 
 def storage(x: torch.Tensor) -> torch.Tensor:

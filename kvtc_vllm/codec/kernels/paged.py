@@ -6,12 +6,14 @@ layout, and a scheduler block that a backend splits into several pages has conse
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
-from kvtc_vllm.codec.artifact import Kind
+from kvtc_vllm.codec.artifact import Geometry, Kind
 from kvtc_vllm.codec.rope import Rope, rope_spans
 
 
@@ -76,6 +78,11 @@ class PagedTensor:
     def head_size(self) -> int:
         return int(self.views[0].shape[3])
 
+    @cached_property
+    def alignment(self) -> int:
+        """Largest power of two, up to 16, of which all addresses are multiples, in bytes."""
+        return math.gcd(16, *(view.data_ptr() for view in self.views))
+
     @property
     def layer_elements(self) -> int:
         """Elements of one token in one layer."""
@@ -112,6 +119,19 @@ class PagedCache:
         if scales is None:
             return self
         return PagedCache(self.k.scaled(scales["k"]), self.v.scaled(scales["v"]))
+
+
+def check_geometry(cache: PagedCache, geometry: Geometry) -> None:
+    """Raise ValueError unless the cache is of this geometry."""
+    found = (cache.k.num_layers, cache.k.num_heads, cache.k.head_size, cache.v.head_size)
+    wanted = (
+        geometry.num_layers,
+        geometry.num_kv_heads,
+        geometry.head_size,
+        geometry.head_size_v,
+    )
+    if found != wanted:
+        raise ValueError(f"the cache is {found} (layers, heads, sizes), the artifact {wanted}")
 
 
 def block_slots(block_ids: Sequence[int], block_size: int) -> torch.Tensor:
