@@ -93,12 +93,16 @@ class Lane:
     def __init__(self, device: torch.device, host_bytes: int) -> None:
         self.stream = SideStream(device)
         self._device = device
-        self._host = host_buffer(host_bytes, device)
+        self._host_bytes = host_bytes
+        self._host: torch.Tensor | None = None
 
     def host(self, size: int) -> torch.Tensor:
-        """uint8 [size] in pinned memory, always the same. Allocates only what is larger."""
-        if size > self._host.numel():
-            self._host = host_buffer(size, self._device)
+        """uint8 [size] in pinned memory, always the same.
+
+        Allocates `host_bytes` the first time, and later only for more than that.
+        """
+        if self._host is None or size > self._host.numel():
+            self._host = host_buffer(max(size, self._host_bytes), self._device)
         return self._host[:size]
 
 
