@@ -102,14 +102,15 @@ class PagedFixture:
             for group, (start, end) in enumerate(resident.geometry.layer_groups):
                 for kind in KINDS:
                     basis = resident.synthesis[group, kind]
-                    p, rank = basis.shape
+                    p, rank = basis.shape[0], resident.plans[group, kind].rank
                     uniform = torch.rand(
                         (len(part), rank), generator=drawn, device=part.device
                     ).clamp(1e-6, 1 - 1e-6)
                     laplace = -(uniform - 0.5).sign() * torch.log1p(-2 * (uniform - 0.5).abs())
                     x = laplace / 2**0.5 * deviations(p, rank, part.device)
                     rows = torch.empty(len(part), p, device=part.device)
-                    product(x.to(basis.dtype), basis.T, rows)
+                    ordered = resident.column_order[group, kind].of_basis(x)
+                    product(ordered.to(basis.dtype), basis.T, rows)
                     scatter_rows(
                         self.cache.tensor(kind),
                         part,

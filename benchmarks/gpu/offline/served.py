@@ -129,7 +129,10 @@ class ServedCodec:
     def _stored(self, codec: PagedKvtcCodec | PagedRawCodec, chunks: Iterable[int]) -> list[Blob]:
         stores = [Store(self._own(chunk), chunk * CHUNK) for chunk in chunks]
         if isinstance(codec, PagedKvtcCodec):
-            results = codec.encode_staged(codec.stage(stores))
+            staged = codec.stage(stores)
+            for rows in staged.sink_rows.values():
+                rows.zero_()  # else they are whatever memory held, and refused if it is no number
+            results = codec.encode_staged(staged)
         else:
             results = codec.encode_staged(codec.stage(stores))
         blobs: list[Blob] = []

@@ -147,15 +147,15 @@ def _range_kernel(  # type: ignore[no-untyped-def]
     rows = coefficients + (first_row + token)[:, None] * row_stride
     if size % COLUMNS == 0:
         # Wide groups begin at whole tiles, and so are read in whole words.
-        rows += tl.multiple_of(start, COLUMNS) + tl.arange(0, COLUMNS)[None, :]
+        tile = rows + tl.multiple_of(start, COLUMNS) + tl.arange(0, COLUMNS)[None, :]
         for first in range(0, size, COLUMNS):
-            x = tl.load(rows + first, mask=inside[:, None], other=0.0)
+            x = tl.load(tile + first, mask=inside[:, None], other=0.0)
             low, high, bits = _extremes(x, x, x, low, high, bits)
     else:
-        rows += start + tl.arange(0, COLUMNS)[None, :]
+        tile = rows + start + tl.arange(0, COLUMNS)[None, :]
         for first in range(0, size, COLUMNS):
             part = inside[:, None] & (first + tl.arange(0, COLUMNS)[None, :] < size)
-            x = tl.load(rows + first, mask=part, other=0.0)
+            x = tl.load(tile + first, mask=part, other=0.0)
             least = tl.where(part, x, float("inf"))
             most = tl.where(part, x, float("-inf"))
             low, high, bits = _extremes(x, least, most, low, high, bits)
@@ -257,11 +257,11 @@ def _codes_kernel(  # type: ignore[no-untyped-def]
                 rows, row_stride, scales, codes, flag, byte, size, stream, tokens, BITS8, PACK
             )
     elif not PACK:
-        token = tl.load(tile + 1) + tl.arange(0, TOKENS)[:, None]
-        column = tl.arange(0, _COLUMNS)[None, :]
+        row = tl.load(tile + 1) + tl.arange(0, TOKENS)[:, None]
+        gap = tl.arange(0, _COLUMNS)[None, :]
         zeros = tl.full((TOKENS, _COLUMNS), 0.0, coefficients.dtype.element_ty)
-        place = rows + token * row_stride + tl.load(tile + 2) + column
-        tl.store(place, zeros, mask=(token < tokens) & (column < tl.load(tile + 3)))
+        place = rows + row * row_stride + tl.load(tile + 2) + gap
+        tl.store(place, zeros, mask=(row < tokens) & (gap < tl.load(tile + 3)))
 
 
 @jit()

@@ -215,11 +215,11 @@ class ResidentArtifact:
         self._lock = threading.Lock()
         self._tables: dict[tuple[int, Kind, tuple[int, ...]], PlanTables] = {}
         self.plans = {key: bit_plan(s, ratio) for key, s in artifact.sections.items()}
-        self._columns = {key: Columns.of(plan) for key, plan in self.plans.items()}
+        self.column_order = {key: Columns.of(plan) for key, plan in self.plans.items()}
         self.analysis: dict[tuple[int, Kind], torch.Tensor] = {}
         self.synthesis: dict[tuple[int, Kind], torch.Tensor] = {}
         for key, section in artifact.sections.items():
-            basis = self._columns[key].of_basis(section.basis)
+            basis = self.column_order[key].of_basis(section.basis)
             self.analysis[key] = _scaled(basis, section.weights, operand).to(device)
             inverse = None if section.weights is None else 1 / section.weights
             self.synthesis[key] = (
@@ -252,7 +252,7 @@ class ResidentArtifact:
 
     def width(self, layer_group: int, tensor: Kind) -> int:
         """Columns of the section's coefficients."""
-        return self._columns[layer_group, tensor].width
+        return self.column_order[layer_group, tensor].width
 
     def tables(self, layer_group: int, tensor: Kind, lengths: tuple[int, ...]) -> PlanTables:
         """The section's plan for chunks of `lengths` coded tokens; made once.
@@ -262,7 +262,7 @@ class ResidentArtifact:
         key = (layer_group, tensor, lengths)
         with self._lock:
             if key not in self._tables:
-                columns = self._columns[layer_group, tensor]
+                columns = self.column_order[layer_group, tensor]
                 plan = self.plans[layer_group, tensor]
                 self._tables[key] = PlanTables.build(plan, columns, lengths, self._device)
                 synchronize(self._device)
