@@ -125,6 +125,8 @@ def build_worker(
         ropes=ropes,
         layer_rope=layer_rope,
         scales=scales,
+        # On a GPU the bases of no other are resident: those chunks must not be offered.
+        only_ratio=config.target_ratio if found and layout.device.type != "cpu" else None,
     )
     check_digested(setup, config)
     record = NamespaceRecord(

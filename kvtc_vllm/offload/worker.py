@@ -106,8 +106,11 @@ class KVTCWorker:
     def warm_up(self, stores: Sequence[StoreItem], loads: Sequence[LoadItem]) -> None:
         """Encode and load these on every thread that will, and keep nothing. Before any step.
 
-        loads: of what was stored, in the same order.
+        loads: of what was stored, in the same order. Also takes the samples of the weights that a
+        step takes, which cross pinned memory.
         """
+        for dense in (True, False):
+            self._names.prove(0, self._outbox.epoch, dense=dense).holds  # noqa: B018
         blobs = self._stores.warm_up(stores)
         self._loads.warm_up(
             [
