@@ -34,7 +34,7 @@ class KernelTransfer:
     def stage(self, items: Sequence[StoreItem]) -> Staged:
         return self.codec.stage(items)
 
-    def encode(self, staged: Any) -> list[Blob | CodecError]:
+    def encode(self, staged: Any) -> Sequence[Blob | CodecError]:
         return self.codec.encode_staged(staged)
 
     def load(

@@ -24,7 +24,11 @@ def try_kernels(transfer: Transfer, layout: PagedLayout, chunk_tokens: int) -> N
     stores, loads = _items(layout, chunk_tokens, 2)
     blobs = transfer.encode(transfer.stage(stores))
     # An error where a model has positions for one chunk only.
-    found = [(load, b) for load, b in zip(loads, blobs, strict=True) if not _is_error(b)]
+    found = [
+        (load, blob)
+        for load, blob in zip(loads, blobs, strict=True)
+        if not isinstance(blob, CodecError)
+    ]
     for error in transfer.load(found):
         if error is not None:
             raise error
@@ -66,7 +70,3 @@ def _items(
         [StoreItem(NO_KEY, start, blocks) for start in starts],
         [LoadItem(NO_KEY, start, 0, blocks) for start in starts],
     )
-
-
-def _is_error(blob: object) -> bool:
-    return isinstance(blob, CodecError)

@@ -152,13 +152,13 @@ class LoadPipeline:
             # vLLM computes into the blocks of a failed load at once: nothing may write there then.
             with self._lanes.mine.stream.to_end():
                 errors = iter(transfer.load(found, request.point) if found else [])
-        except Exception as error:
+        except Exception as failure:
             logger.exception(
                 "kvtc: loading %d chunks of request %s failed, recomputing",
                 len(items),
                 request.request_id,
             )
-            memory = isinstance(error, torch.OutOfMemoryError)
+            memory = isinstance(failure, torch.OutOfMemoryError)
             return [OUT_OF_MEMORY if memory else "error"] * len(items)
         reasons: list[str | None] = []
         for item, blob in zip(items, blobs, strict=True):

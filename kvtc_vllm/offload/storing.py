@@ -72,13 +72,13 @@ class StorePipeline:
         for item in items:
             self._drop(item, epoch, reason)
 
-    def warm_up(self, items: Sequence[StoreItem]) -> list[Blob | CodecError]:
+    def warm_up(self, items: Sequence[StoreItem]) -> Sequence[Blob | CodecError]:
         """Stage records of one cache group and encode them on every thread."""
         transfer = self._transfers[items[0].group]
         staged = transfer.stage(items)
         point = Event(self._stream.device)
 
-        def encode() -> list[Blob | CodecError]:
+        def encode() -> Sequence[Blob | CodecError]:
             with self._stream.to_end(point):
                 self._stream.adopt(*staged.tensors)
                 return transfer.encode(staged)

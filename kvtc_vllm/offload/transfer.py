@@ -41,7 +41,7 @@ class Transfer(Protocol):
         """Read records on the current stream, without waiting for it. On the engine's thread."""
         ...
 
-    def encode(self, staged: Any) -> list[Blob | CodecError]:
+    def encode(self, staged: Any) -> Sequence[Blob | CodecError]:
         """A blob for each record, or why there is none. On any thread; waits for the device."""
         ...
 

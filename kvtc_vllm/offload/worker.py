@@ -34,7 +34,7 @@ from kvtc_vllm.offload.rank_context import RankContext
 from kvtc_vllm.offload.stats import Stats
 from kvtc_vllm.offload.storing import StorePipeline
 from kvtc_vllm.offload.transfer import Transfer
-from kvtc_vllm.tiers.blob_store import MemoryStore, StoreError
+from kvtc_vllm.tiers.blob_store import Blob, MemoryStore, StoreError
 from kvtc_vllm.tiers.keys import RecordKey
 from kvtc_vllm.tiers.memory import MemoryArena
 
@@ -200,7 +200,7 @@ class KVTCWorker:
         """(key, bytes) of what this rank has on disk; None without a disk tier."""
         return None if self._disk is None else self._disk.inventory()
 
-    def _held(self, keys: Iterable[RecordKey]) -> Iterator[tuple[RecordKey, bytes]]:
+    def _held(self, keys: Iterable[RecordKey]) -> Iterator[tuple[RecordKey, Blob]]:
         """Those of the records that are in memory."""
         for key in keys:
             with suppress(StoreError):

