@@ -137,7 +137,7 @@ def _inflate_seconds(fixture: PagedFixture, blobs: list[Blob], rounds: int) -> f
             for index in range(len(blobs)):
                 uploads.stage(index)
                 uploads.send(index)
-        reader = coder.open(uploads)
+        reader = coder.open(uploads, dict(enumerate(infos)))
         reader.inflate(placed, out)
         kept[:] = [reader]
 

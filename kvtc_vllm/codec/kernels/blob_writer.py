@@ -19,7 +19,6 @@ from kvtc_vllm.codec.container import (
     checksum,
 )
 from kvtc_vllm.codec.entropy import DEFLATE, UnitList, aligned, unit_lengths
-from kvtc_vllm.codec.entropy.unit_table import Lengths
 from kvtc_vllm.codec.errors import CodecError
 from kvtc_vllm.codec.kernels.deflate_nvcomp import host_threads
 from kvtc_vllm.codec.streams import Lane, synchronize
@@ -41,13 +40,13 @@ class BlobPlan:
         header: Header,
         exact: Sequence[NewSection],
         kinds: Sequence[tuple[SectionKind, int]],
-        units: Lengths | None,
-        counts: Sequence[int],
+        coded: Sequence[tuple[int, int, int]],
+        unit_table: bytes,
         body: tuple[int, int],
     ) -> BlobPlan:
-        """exact: sections that are complete. kinds, counts: kind, layer group and number of units
-        of those whose bodies are missing. units: their raw and stored lengths, int64 [n, 2].
-        Raises CodecError if a length does not fit its field.
+        """exact: sections that are complete. kinds, coded: kind, layer group, number of units, raw
+        and stored bytes of those whose bodies are missing. unit_table: theirs. Raises CodecError
+        if a length does not fit its field.
         """
         entries = [
             SectionEntry(
@@ -61,20 +60,14 @@ class BlobPlan:
             for section in exact
         ]
         tables = [UnitList.of(unit_lengths(section.encoded.units)).table for section in exact]
-        if units is not None:
-            tables.append(UnitList.of(units).table)
-            last = np.array(counts, np.int64).cumsum()
-            sums = np.concatenate(
-                (np.zeros((1, 2), np.int64), np.stack((units[:, 0], aligned(units[:, 1])), 1))
-            ).cumsum(0)
-            sizes = (sums[last] - sums[last - counts]).tolist()
-            for (kind, group), count, (raw, stored) in zip(kinds, counts, sizes, strict=True):
-                entries.append(SectionEntry(kind, DEFLATE.coder_id, group, count, raw, stored))
+        for (kind, group), (units, raw, stored) in zip(kinds, coded, strict=True):
+            entries.append(SectionEntry(kind, DEFLATE.coder_id, group, units, raw, stored))
         bodies = [
             section.encoded.body.ljust(aligned(len(section.encoded.body)), b"\0")
             for section in exact
         ]
-        return cls(b"".join((build_head(header, entries), *tables, *bodies)), body)
+        head = (build_head(header, entries), *tables, unit_table, *bodies)
+        return cls(b"".join(head), body)
 
     @property
     def size(self) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from kvtc_vllm.codec.artifact import KINDS, Kind
-from kvtc_vllm.codec.entropy import aligned
+from kvtc_vllm.codec.entropy import UNIT_BYTES, UnitList, aligned
 from kvtc_vllm.codec.entropy.unit_table import Lengths
 from kvtc_vllm.codec.kernels.chunks import RowLayout, StoreChunk, steps
 from kvtc_vllm.codec.kernels.numeric import product
@@ -59,10 +59,10 @@ class EncodedStep:
     """The chunks' numbers."""
     magnitudes: tuple[float, ...]
     """Largest absolute coefficient of each; NaN or inf if one is not finite."""
-    units: list[Lengths]
-    """Raw and stored lengths of each chunk's units, int64 [n, 2], in the container's order."""
-    counts: list[tuple[int, ...]]
-    """How many of them each section has."""
+    sections: list[list[tuple[int, int, int]]]
+    """Of each chunk, in the container's order: units, raw and stored bytes of each section."""
+    unit_tables: list[bytes]
+    """Of each chunk, as the container has them."""
     ends: list[int]
     """Where each chunk's padded units end in `body`."""
     body: torch.Tensor
@@ -165,11 +165,23 @@ def _in_chunk_order(
     coded: CodedUnits,
     largest: Sequence[float],
 ) -> EncodedStep:
-    pairs = np.stack((raw, coded.stored), axis=1)
-    padded_ends = aligned(coded.stored).cumsum()
-    last = np.array([sum(own) for own in counts], np.int64).cumsum().tolist()
-    first = [0, *last[:-1]]
-    ends = [int(padded_ends[end - 1]) if end else 0 for end in last]
-    body = coded.collect(padded_ends - aligned(coded.stored), ends[-1])
-    units = [pairs[a:b] for a, b in zip(first, last, strict=True)]
-    return EncodedStep(layout.members, tuple(largest), units, counts, ends, body)
+    padded = aligned(coded.stored)
+    padded_ends = padded.cumsum()
+    per_section = np.array([count for own in counts for count in own], np.int64)
+    last = per_section.cumsum()
+    sums = np.concatenate((np.zeros((1, 2), np.int64), np.stack((raw, padded), 1))).cumsum(0)
+    sizes = sums[last] - sums[last - per_section]
+    rows = list(zip(per_section.tolist(), *sizes.T.tolist(), strict=True))
+    table = UnitList.of(np.stack((raw, coded.stored), axis=1)).table
+    sections: list[list[tuple[int, int, int]]] = []
+    unit_tables: list[bytes] = []
+    ends: list[int] = []
+    section = unit = 0
+    for own in counts:
+        sections.append(rows[section : section + len(own)])
+        units = sum(own)
+        unit_tables.append(bytes(table[unit * UNIT_BYTES : (unit + units) * UNIT_BYTES]))
+        section, unit = section + len(own), unit + units
+        ends.append(int(padded_ends[unit - 1]) if unit else 0)
+    body = coded.collect(padded_ends - padded, ends[-1])
+    return EncodedStep(layout.members, tuple(largest), sections, unit_tables, ends, body)

@@ -198,7 +198,8 @@ class PagedKvtcCodec(KvtcCodec):
                 if self._units.reads_on_device:
                     uploads.send(place)
         slots = [wanted_slots(chunk, self.block_size, tokens) for chunk, _ in chunks]
-        sinks, sink_slots = self._read_sinks(infos, blobs, slots, failed)
+        # Needed last, so another thread has time for them.
+        reading = host_threads().submit(self._read_sinks, infos, blobs, slots)
         layout = RowLayout.of(
             [
                 tokens - infos[place].header.sinks if place in infos else 0
@@ -216,11 +217,13 @@ class PagedKvtcCodec(KvtcCodec):
         )
         if layout.members:
             workspace = DecodeWorkspace.of(step, self.resident, self.row_dtype)
-            reader = self._units.open(uploads)
+            reader = self._units.open(uploads, infos)
             failed |= decoder.decode_step(
                 step, reader, self.resident, self.cache, workspace, lane.stream, point
             )
         # Last: all that follows on this stream would wait for the point, too.
+        sinks, sink_slots, damaged = reading.result()
+        failed |= damaged
         if len(sink_slots):
             if point is not None:
                 point.wait()
@@ -278,12 +281,12 @@ class PagedKvtcCodec(KvtcCodec):
         infos: dict[int, ContainerInfo],
         blobs: Sequence[memoryview],
         slots: Sequence[torch.Tensor],
-        failed: dict[int, ContainerError],
-    ) -> tuple[dict[Kind, torch.Tensor], torch.Tensor]:
-        """Sinks of all chunks, cache dtype [S, p], and their slots [S], on the device.
+    ) -> tuple[dict[Kind, torch.Tensor], torch.Tensor, dict[int, ContainerError]]:
+        """Sinks of all chunks, cache dtype [S, p], and their slots [S], on the host.
 
-        Those of damaged sections are left out, their errors put into `failed`.
+        Those of damaged sections are left out, and told by place.
         """
+        failed: dict[int, ContainerError] = {}
         parts: dict[Kind, list[torch.Tensor]] = {tensor: [] for tensor in KINDS}
         own_slots: list[torch.Tensor] = []
         for place, info in infos.items():
@@ -299,17 +302,16 @@ class PagedKvtcCodec(KvtcCodec):
                 parts[tensor].append(values.flatten(1))
             own_slots.append(slots[place][: info.header.sinks])
         if not own_slots:
-            return {}, torch.empty(0, dtype=torch.int64)
+            return {}, torch.empty(0, dtype=torch.int64), failed
         together = {tensor: torch.cat(values) for tensor, values in parts.items()}
-        return (
-            {tensor: upload(values, self.device) for tensor, values in together.items()},
-            upload(torch.cat(own_slots), self.device),
-        )
+        return together, torch.cat(own_slots), failed
 
     def _write_sinks(self, sinks: dict[Kind, torch.Tensor], slots: torch.Tensor) -> None:
+        slots = upload(slots, self.device)
         for tensor, values in sinks.items():
+            rows = upload(values, self.device).float()
             exact = self._exact.tensor(tensor)
-            scatter_rows(exact, slots, slots, self._unrotated, None, values.float())
+            scatter_rows(exact, slots, slots, self._unrotated, None, rows)
 
     def _sink_rows(
         self, exact: dict[Kind, torch.Tensor], first: int, end: int
@@ -358,11 +360,16 @@ class PagedKvtcCodec(KvtcCodec):
                 raise CodecError("non_finite", NON_FINITE)
             exact.append(self._sink_section(*sinks))
         if step is None:
-            return BlobPlan.of(header, exact, [], None, (), (0, 0))
+            return BlobPlan.of(header, exact, [], [], b"", (0, 0))
         first = step.ends[place - 1] if place else 0
         kinds = [(SECTION_KIND[tensor], group) for group, tensor in self._section_keys()]
         return BlobPlan.of(
-            header, exact, kinds, step.units[place], step.counts[place], (first, step.ends[place])
+            header,
+            exact,
+            kinds,
+            step.sections[place],
+            step.unit_tables[place],
+            (first, step.ends[place]),
         )
 
 

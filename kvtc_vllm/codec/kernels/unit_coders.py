@@ -6,7 +6,7 @@ byte is decoded, or even copied to the device, before its checksum was verified.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,9 +15,16 @@ import numpy as np
 import torch
 
 from kvtc_vllm.codec.base import read_section
-from kvtc_vllm.codec.container import Section
-from kvtc_vllm.codec.entropy import DEFLATE, MAX_UNIT_BYTES, Unit, aligned
-from kvtc_vllm.codec.entropy.unit_table import Lengths, SectionBody, unit_table, unsound_units
+from kvtc_vllm.codec.container import ContainerInfo, Section
+from kvtc_vllm.codec.entropy import (
+    DEFLATE,
+    MAX_UNIT_BYTES,
+    Unit,
+    UnitList,
+    aligned,
+    unit_lengths,
+)
+from kvtc_vllm.codec.entropy.unit_table import CheckedUnits, Lengths, SectionBody, unsound_units
 from kvtc_vllm.codec.errors import ContainerError
 from kvtc_vllm.codec.kernels.deflate_nvcomp import (
     Compressed,
@@ -74,8 +81,8 @@ class UnitCoder(Protocol):
         """Encode units of a contiguous uint8 tensor. Waits for the device."""
         ...
 
-    def open(self, blobs: UploadedBlobs) -> UnitReader:
-        """Blobs must have been verified, and stay alive as long as the reader."""
+    def open(self, blobs: UploadedBlobs, infos: Mapping[int, ContainerInfo]) -> UnitReader:
+        """Blobs must stay alive as long as the reader. infos: of those that were verified."""
         ...
 
     @property
@@ -108,7 +115,7 @@ class HostUnitCoder:
         ]
         return _HostUnits(list(host_threads().map(_deflate, pieces)))
 
-    def open(self, blobs: UploadedBlobs) -> UnitReader:
+    def open(self, blobs: UploadedBlobs, infos: Mapping[int, ContainerInfo]) -> UnitReader:
         return _HostReader(blobs.views)
 
 
@@ -168,8 +175,8 @@ class NvcompUnitCoder:
     def deflate(self, raw: torch.Tensor, starts: Lengths, lengths: Lengths) -> CodedUnits:
         return _NvcompUnits(self._nvcomp, self._nvcomp.compress(raw, starts, lengths), raw.device)
 
-    def open(self, blobs: UploadedBlobs) -> UnitReader:
-        return _NvcompReader(blobs, self._nvcomp)
+    def open(self, blobs: UploadedBlobs, infos: Mapping[int, ContainerInfo]) -> UnitReader:
+        return _NvcompReader(blobs, infos, self._nvcomp)
 
 
 class _NvcompUnits:
@@ -188,27 +195,60 @@ class _NvcompUnits:
 
 
 class _NvcompReader:
-    def __init__(self, blobs: UploadedBlobs, nvcomp: NvcompDeflate) -> None:
+    """Units are looked up in one table, made once: a load has thousands in hundreds of sections."""
+
+    def __init__(
+        self, blobs: UploadedBlobs, infos: Mapping[int, ContainerInfo], nvcomp: NvcompDeflate
+    ) -> None:
         self._blobs = blobs
         self._nvcomp = nvcomp
         self._kept: list[object] = []
+        self._numbers: dict[tuple[int, int], int] = {}
+        tables: list[bytes | memoryview] = []
+        rows: list[tuple[int, int, int, int]] = []
+        for blob, info in infos.items():
+            start = blobs.starts[blob]
+            for section in info.sections:
+                self._numbers[blob, section.offset] = len(rows)
+                table, stored = _units(section)
+                tables.append(table)
+                rows.append((len(table), start + section.offset, stored, section.raw_length))
+        # Bytes of the unit table: four per unit.
+        pairs = np.frombuffer(b"".join(tables), "<u2").reshape(-1, 2)
+        columns = np.array(rows, np.int64).reshape(-1, 4).T
+        lengths = pairs.astype(np.int64) + 1
+        self._units = CheckedUnits.of(lengths, columns[0] // 4, *columns[1:], blobs.staged)
 
     def inflate(
         self, sections: Sequence[PlacedSection], out: torch.Tensor
     ) -> dict[int, ContainerError]:
-        bodies = [self._body(each) for each in sections]
-        table, unsound = unit_table(bodies, self._blobs.staged)
+        numbers = np.array([self._numbers[s.blob, s.section.offset] for s in sections], np.int64)
+        places = np.zeros(len(self._units.counts), np.int64)
+        places[numbers] = [each.place for each in sections]
+        sound = self._units.sound[numbers]
+        table = self._units.table(numbers[sound], places)
         self._kept.append(self._nvcomp.decompress(self._blobs.on_device, table, out))
-        return {sections[index].blob: unsound_units(bodies[index]) for index in unsound}
+        return {
+            sections[index].blob: unsound_units(_body(sections[index].section))
+            for index in np.flatnonzero(~sound).tolist()
+        }
 
-    def _body(self, each: PlacedSection) -> SectionBody:
-        section = each.section
-        start = self._blobs.starts[each.blob] + section.offset
-        raw, stored = section.raw_length, section.stored_length
-        if section.coder_id == DEFLATE.coder_id:
-            return SectionBody(section.units, start, stored, raw, each.place)
-        pieces = range(0, stored, MAX_UNIT_BYTES)
-        sizes = [min(MAX_UNIT_BYTES, stored - first) for first in pieces]
-        units = [*section.units, *(Unit(size, size) for size in sizes)]
-        # What is stored raw has no padding of its own; the container's is zero.
-        return SectionBody(units, start, aligned(stored), raw, each.place)
+
+def _units(section: Section) -> tuple[bytes | memoryview, int]:
+    """The section's rows of the unit table, and its stored bytes with all padding.
+
+    What is stored raw has no units: it is cut into such that are stored as they are.
+    """
+    if section.coder_id == DEFLATE.coder_id:
+        units = section.units
+        listed = units if isinstance(units, UnitList) else UnitList.of(unit_lengths(units))
+        return listed.table, section.stored_length
+    pieces = range(0, section.stored_length, MAX_UNIT_BYTES)
+    sizes = [min(MAX_UNIT_BYTES, section.stored_length - first) for first in pieces]
+    # Its own units must be none: with them the sums do not fit.
+    lengths = unit_lengths([*section.units, *(Unit(size, size) for size in sizes)])
+    return UnitList.of(lengths).table, aligned(section.stored_length)
+
+
+def _body(section: Section) -> SectionBody:
+    return SectionBody(section.units, section.offset, section.stored_length, section.raw_length)

@@ -138,4 +138,4 @@ def test_sinks_cross_pinned_memory(
     )
     assert codec.load(loads, TOKENS) == [None, None]
     assert decoded == [torch.device("cpu")]
-    assert (4, 2 * 4) in seen
+    assert seen.count((4, 2 * 4)) == 2

@@ -58,7 +58,7 @@ def opened(coder, blobs):
     for index in range(len(blobs)):
         uploads.stage(index)
         uploads.send(index)
-    return coder.open(uploads)
+    return coder.open(uploads, {index: parse(b) for index, b in enumerate(blobs)})
 
 
 def packed(raw, *lengths):
