@@ -19,7 +19,7 @@ from kvtc_vllm.codec.kernels.paged_io import scatter_rows
 from kvtc_vllm.codec.kernels.payload_kernels import decode_payloads, encode_payloads
 from kvtc_vllm.codec.kernels.unit_coders import PlacedSection, unit_coder
 from kvtc_vllm.codec.kernels.uploads import UploadedBlobs
-from kvtc_vllm.codec.streams import Lane
+from kvtc_vllm.codec.streams import DeviceThread
 
 
 def stage_ms(fixture: PagedFixture, chunk_tokens: int, rounds: int) -> dict[str, float]:
@@ -127,12 +127,12 @@ def _inflate_seconds(fixture: PagedFixture, blobs: list[Blob], rounds: int) -> f
                 placed.append(PlacedSection(index, section, end))
                 end += section.raw_length
     out = torch.empty(end, dtype=torch.uint8, device=device)
-    lane = Lane(device, 0)
+    thread = DeviceThread(device, 0)
     kept: list[object] = []
 
     def run() -> None:
         views = [memoryview(blob) for blob in blobs]
-        uploads = UploadedBlobs(views, lane, device, coder.reads_on_device)
+        uploads = UploadedBlobs(views, thread, device, coder.reads_on_device)
         if coder.reads_on_device:
             for index in range(len(blobs)):
                 uploads.stage(index)

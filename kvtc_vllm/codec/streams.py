@@ -87,8 +87,9 @@ def host_buffer(size: int, device: torch.device) -> torch.Tensor:
     return torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
 
-class Lane:
-    """A side stream, and pinned memory for what goes to and from the device. Of one thread."""
+class DeviceThread:
+    """What a thread that works with a device has for itself: a side stream, and pinned memory for
+    what goes to and fro."""
 
     def __init__(self, device: torch.device, host_bytes: int) -> None:
         self.stream = SideStream(device)
@@ -106,8 +107,8 @@ class Lane:
         return self._host[:size]
 
 
-class Lanes:
-    """A lane for every thread that asks: threads that shared one would wait for each other."""
+class DeviceThreads:
+    """A `DeviceThread` for every thread that asks: with one in common they would wait for each other."""
 
     def __init__(self, device: torch.device, host_bytes: int = 0) -> None:
         self._device = device
@@ -115,11 +116,11 @@ class Lanes:
         self._local = threading.local()
 
     @property
-    def mine(self) -> Lane:
+    def mine(self) -> DeviceThread:
         """This thread's; made when first asked for."""
-        found: Lane | None = getattr(self._local, "lane", None)
+        found: DeviceThread | None = getattr(self._local, "own", None)
         if found is None:
-            found = self._local.lane = Lane(self._device, self._host_bytes)
+            found = self._local.own = DeviceThread(self._device, self._host_bytes)
         return found
 
 

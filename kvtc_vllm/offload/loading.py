@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from kvtc_vllm.codec.base import Blob
-from kvtc_vllm.codec.streams import Event, Lanes
+from kvtc_vllm.codec.streams import DeviceThreads, Event
 from kvtc_vllm.offload.messages import LoadItem, LoadJob
 from kvtc_vllm.offload.names import Proof
 from kvtc_vllm.offload.rank_context import RankContext, batches
@@ -58,7 +58,7 @@ class LoadPipeline:
         self._memory = context.memory
         self._outbox = context.outbox
         self._device = context.device
-        self._lanes = Lanes(context.device)
+        self._own = DeviceThreads(context.device)
         self._num_threads = context.config.load_threads
         self._threads = thread_pool("kvtc-load", self._num_threads, context.device)
 
@@ -85,7 +85,7 @@ class LoadPipeline:
         point = Event(self._device)
 
         def load() -> None:
-            with self._lanes.mine.stream.to_end():
+            with self._own.mine.stream.to_end():
                 transfer.load(found, point)
 
         on_every_thread(self._threads, self._num_threads, load)
@@ -150,7 +150,7 @@ class LoadPipeline:
         transfer = self._transfers[items[0].group]
         try:
             # vLLM computes into the blocks of a failed load at once: nothing may write there then.
-            with self._lanes.mine.stream.to_end():
+            with self._own.mine.stream.to_end():
                 errors = iter(transfer.load(found, request.point) if found else [])
         except Exception as failure:
             logger.exception(

@@ -89,8 +89,8 @@ def test_a_failed_load_has_stopped_writing_when_its_blocks_are_told(
     pipeline = LoadPipeline(made)
     pipeline.begin(job("r"), SOUND, True)
     pipeline.shutdown()
-    lane = [what for stream, what in cuda.log[: told_at[0]] if stream != "default"]
-    assert lane[:2] == ["work", "synchronize"]
+    mine = [what for stream, what in cuda.log[: told_at[0]] if stream != "default"]
+    assert mine[:2] == ["work", "synchronize"]
     assert made.outbox.take_bad_blocks() == {5}
     report = made.outbox.take_report(1)
     assert not report.bad, "memory was full, the chunk is sound"

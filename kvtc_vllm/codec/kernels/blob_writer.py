@@ -21,7 +21,7 @@ from kvtc_vllm.codec.container import (
 from kvtc_vllm.codec.entropy import DEFLATE, UnitList, aligned, unit_lengths
 from kvtc_vllm.codec.errors import CodecError
 from kvtc_vllm.codec.kernels.deflate_nvcomp import host_threads
-from kvtc_vllm.codec.streams import Lane, synchronize
+from kvtc_vllm.codec.streams import DeviceThread, synchronize
 
 
 @dataclass(frozen=True)
@@ -78,18 +78,18 @@ class BlobPlan:
 def write_blobs(
     plans: Sequence[BlobPlan | CodecError],
     body: torch.Tensor | None,
-    lane: Lane,
+    thread: DeviceThread,
     device: torch.device,
 ) -> list[Blob | CodecError]:
     """The blobs of the plans. body: uint8, all bodies, on the host or on `device`.
 
-    lane: whose pinned memory the bodies cross, on the current stream. Waits for the device.
+    thread: whose pinned memory the bodies cross, on the current stream. Waits for the device.
     """
     there = np.empty(0, np.uint8)
     if body is not None:
         host = body
         if body.device.type != "cpu":
-            host = lane.host(body.numel())
+            host = thread.host(body.numel())
             host.copy_(body, non_blocking=True)
             synchronize(device)
         there = host.numpy()

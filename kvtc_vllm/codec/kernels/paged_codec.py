@@ -43,7 +43,7 @@ from kvtc_vllm.codec.kernels.unit_coders import UnitCoder, unit_coder
 from kvtc_vllm.codec.kernels.uploads import UploadedBlobs
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.quantizers.base import FP16_MAX
-from kvtc_vllm.codec.streams import Event, Lanes, upload
+from kvtc_vllm.codec.streams import DeviceThreads, Event, upload
 
 HOST_BYTES = 64 << 20
 """Pinned memory of every thread that encodes or loads. A step's compressed bytes fit into it."""
@@ -91,7 +91,7 @@ class PagedKvtcCodec(KvtcCodec):
         self.workspace_bytes = workspace_bytes
         self.resident = ResidentArtifact(artifact, ratio, device, self._operand)
         self._units = unit_coder(device) if coder is None else coder
-        self._lanes = Lanes(device, HOST_BYTES)
+        self._own = DeviceThreads(device, HOST_BYTES)
         self._unrotated = rotations([None] * geometry.num_layers, device)
 
     @property
@@ -185,9 +185,9 @@ class PagedKvtcCodec(KvtcCodec):
         self, chunks: Sequence[tuple[LoadChunk, Blob]], tokens: int, point: Event | None
     ) -> dict[int, ContainerError]:
         """Decode chunks that fit the workspace together; errors by place."""
-        lane = self._lanes.mine
+        thread = self._own.mine
         blobs = [memoryview(blob) for _, blob in chunks]
-        uploads = UploadedBlobs(blobs, lane, self.device, self._units.reads_on_device)
+        uploads = UploadedBlobs(blobs, thread, self.device, self._units.reads_on_device)
         infos: dict[int, ContainerInfo] = {}
         failed: dict[int, ContainerError] = {}
         for place, info in enumerate(self._verify(chunks, tokens, uploads)):
@@ -219,7 +219,7 @@ class PagedKvtcCodec(KvtcCodec):
             workspace = DecodeWorkspace.of(step, self.resident, self.row_dtype)
             reader = self._units.open(uploads, infos)
             failed |= decoder.decode_step(
-                step, reader, self.resident, self.cache, workspace, lane.stream, point
+                step, reader, self.resident, self.cache, workspace, thread.stream, point
             )
         # Last: all that follows on this stream would wait for the point, too.
         sinks, sink_slots, damaged = reading.result()
@@ -345,7 +345,7 @@ class PagedKvtcCodec(KvtcCodec):
             except CodecError as error:
                 plans.append(error)
         body = None if step is None else step.body
-        return write_blobs(plans, body, self._lanes.mine, self.device)
+        return write_blobs(plans, body, self._own.mine, self.device)
 
     def _plan(
         self,

@@ -33,7 +33,7 @@ from kvtc_vllm.codec.kernels.paged import (
 )
 from kvtc_vllm.codec.kernels.paged_io import token_page, wanted_slots
 from kvtc_vllm.codec.raw import RawCodec
-from kvtc_vllm.codec.streams import Event, Lanes, upload
+from kvtc_vllm.codec.streams import DeviceThreads, Event, upload
 
 HOST_BYTES = 64 << 20
 """Pinned memory of every thread that encodes or loads: some megabytes of KV at a time."""
@@ -79,7 +79,7 @@ class PagedRawCodec(RawCodec):
         self.block_size = block_size
         self.workspace_bytes = workspace_bytes
         self._cache = PagedCache(_words(cache.k), _words(cache.v))
-        self._lanes = Lanes(device, HOST_BYTES)
+        self._own = DeviceThreads(device, HOST_BYTES)
         self._token_bytes: dict[Kind, int] = {
             tensor: geometry.num_layers * cache.tensor(tensor).layer_elements * self.dtype.itemsize
             for tensor in KINDS
@@ -123,7 +123,7 @@ class PagedRawCodec(RawCodec):
                 plans.append(self._plan(chunk, tokens, (done, done + size)))
                 done += size
             body = staged.data[first : first + done]
-            results += write_blobs(plans, body, self._lanes.mine, self.device)
+            results += write_blobs(plans, body, self._own.mine, self.device)
             first += done
         return results
 
@@ -147,7 +147,7 @@ class PagedRawCodec(RawCodec):
         self, chunks: Sequence[tuple[LoadChunk, Blob]], tokens: int, point: Event | None
     ) -> list[ContainerError | None]:
         size = self.staging_bytes(tokens)
-        host = self._lanes.mine.host(len(chunks) * size)
+        host = self._own.mine.host(len(chunks) * size)
         data = torch.empty(len(chunks) * size, dtype=torch.uint8, device=self.device)
         staged = host.numpy()
 

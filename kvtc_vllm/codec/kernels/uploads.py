@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from kvtc_vllm.codec.entropy import aligned
-from kvtc_vllm.codec.streams import Lane
+from kvtc_vllm.codec.streams import DeviceThread
 
 
 class UploadedBlobs:
@@ -20,14 +20,18 @@ class UploadedBlobs:
     """
 
     def __init__(
-        self, blobs: Sequence[memoryview], lane: Lane, device: torch.device, on_device: bool
+        self,
+        blobs: Sequence[memoryview],
+        thread: DeviceThread,
+        device: torch.device,
+        on_device: bool,
     ) -> None:
-        """lane: whose host memory is used until the copies have run. on_device: whether they
+        """thread: whose host memory is used until the copies have run. on_device: whether they
         are wanted there. Raises torch.OutOfMemoryError."""
         self.views = blobs
         self.starts = [0, *accumulate(aligned(len(blob)) for blob in blobs)]
         size = self.starts[-1] if on_device else 0
-        self._host = lane.host(size)
+        self._host = thread.host(size)
         self.staged: npt.NDArray[np.uint8] = self._host.numpy()
         self.on_device = torch.empty(size, dtype=torch.uint8, device=device)
 

@@ -23,7 +23,7 @@ TOKENS = 8
 
 
 class Log:
-    """Stands for the event of the running step, and for the lane that inflates."""
+    """Stands for the event of the running step, and for the side stream that inflates."""
 
     def __init__(self) -> None:
         self.entries: list[str] = []
@@ -32,7 +32,7 @@ class Log:
         self.entries.append("wait for the step")
 
     def synchronize(self) -> None:
-        self.entries.append("wait for the lane")
+        self.entries.append("wait for the side stream")
 
     def noting(self, name: str, call: Any) -> Any:
         def noted(*args: Any, **options: Any) -> Any:
@@ -100,13 +100,13 @@ def test_memory_is_taken_before_anything_is_launched(
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("stage", ["decode_payloads", "scatter_rows"])
-def test_a_failed_load_ends_the_lane_that_inflates(
+def test_a_failed_load_ends_the_stream_that_inflates(
     artifact: Any, device: str, log: Log, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     """Its buffers go back to the memory of another stream."""
     codec, loads = make(artifact, device)
-    lane = codec._lanes.mine
-    monkeypatch.setattr(lane.stream, "synchronize", log.synchronize)
+    mine = codec._own.mine
+    monkeypatch.setattr(mine.stream, "synchronize", log.synchronize)
 
     def fail(*args: Any, **options: Any) -> None:
         raise RuntimeError("no kernel image is available")
@@ -114,7 +114,7 @@ def test_a_failed_load_ends_the_lane_that_inflates(
     monkeypatch.setattr(decoder, stage, fail)
     with pytest.raises(RuntimeError, match="kernel image"):
         codec.load(loads, TOKENS, log)  # type: ignore[arg-type]
-    assert log.entries[-1] == "wait for the lane"
+    assert log.entries[-1] == "wait for the side stream"
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvtc_vllm.codec import streams
-from kvtc_vllm.codec.streams import Lanes, SideStream, UploadRing
+from kvtc_vllm.codec.streams import DeviceThreads, SideStream, UploadRing
 from tests.codec.kernels.fake_cuda import CUDA, FakeCuda
 
 
@@ -43,9 +43,9 @@ def test_only_to_end_waits_after_a_good_block(cuda: FakeCuda) -> None:
 
 
 def test_each_thread_has_a_stream_of_its_own(cuda: FakeCuda) -> None:
-    lanes = Lanes(CUDA)
-    found = [lanes.mine.stream, lanes.mine.stream]
-    thread = threading.Thread(target=lambda: found.append(lanes.mine.stream))
+    own = DeviceThreads(CUDA)
+    found = [own.mine.stream, own.mine.stream]
+    thread = threading.Thread(target=lambda: found.append(own.mine.stream))
     thread.start()
     thread.join()
     assert found[0] is found[1] is not found[2]

@@ -13,7 +13,7 @@ from kvtc_vllm.codec.container import Header, NewSection, SectionKind, build, pa
 from kvtc_vllm.codec.entropy import DEFLATE, RAW, Unit, aligned
 from kvtc_vllm.codec.entropy.unit_table import checked_table
 from kvtc_vllm.codec.kernels import deflate_nvcomp
-from kvtc_vllm.codec.streams import Lane
+from kvtc_vllm.codec.streams import DeviceThread
 from tests.codec.kernels import fake_nvcomp
 
 from kvtc_vllm.codec.kernels.unit_coders import (  # isort: skip
@@ -54,7 +54,7 @@ def blob(sections: list[NewSection]) -> bytes:
 
 def opened(coder, blobs):
     """A reader of verified blobs, as a load makes it."""
-    uploads = UploadedBlobs([memoryview(b) for b in blobs], Lane(CPU, 0), CPU, True)
+    uploads = UploadedBlobs([memoryview(b) for b in blobs], DeviceThread(CPU, 0), CPU, True)
     for index in range(len(blobs)):
         uploads.stage(index)
         uploads.send(index)
