@@ -108,7 +108,7 @@ class DeviceThread:
 
 
 class DeviceThreads:
-    """A `DeviceThread` for every thread that asks: with one in common they would wait for each other."""
+    """A `DeviceThread` for every thread that asks; sharing one, they would wait for each other."""
 
     def __init__(self, device: torch.device, host_bytes: int = 0) -> None:
         self._device = device
