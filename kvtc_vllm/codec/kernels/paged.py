@@ -10,11 +10,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from kvtc_vllm.codec.artifact import Geometry, Kind
 from kvtc_vllm.codec.rope import Rope, rope_spans
+
+SKIP = -1
+"""Slot of a token that is not wanted: nothing is written."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +138,26 @@ def check_geometry(cache: PagedCache, geometry: Geometry) -> None:
     )
     if found != wanted:
         raise ValueError(f"the cache is {found} (layers, heads, sizes), the artifact {wanted}")
+
+
+def chunk_slots(
+    block_ids: Sequence[Sequence[int]],
+    first_blocks: Sequence[int],
+    block_size: int,
+    tokens: int,
+) -> npt.NDArray[np.int64]:
+    """Slots of many chunks of at most `tokens` tokens, int64 [chunks, tokens] on the host.
+
+    Of each chunk the blocks from its first_block on are wanted; other tokens have `SKIP`.
+    """
+    counts = np.array([len(ids) for ids in block_ids], np.int64)
+    ids = np.fromiter(chain.from_iterable(block_ids), np.int64, int(counts.sum()))
+    chunk = np.repeat(np.arange(len(counts)), counts)
+    within = np.arange(len(ids)) - np.repeat(counts.cumsum() - counts, counts)
+    within += np.repeat(np.array(first_blocks, np.int64), counts)
+    slots = np.full((len(counts), tokens // block_size, block_size), SKIP, np.int64)
+    slots[chunk, within] = ids[:, None] * block_size + np.arange(block_size)
+    return slots.reshape(len(counts), tokens)
 
 
 def block_slots(block_ids: Sequence[int], block_size: int) -> torch.Tensor:

@@ -17,6 +17,8 @@ import math
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from kvtc_vllm.codec.artifact import KINDS, Kind, RankArtifact
@@ -33,11 +35,11 @@ from kvtc_vllm.codec.kernels.encoder import EncodedStep, StagedChunks, encode_ro
 from kvtc_vllm.codec.kernels.numeric import OPERAND, Precision
 from kvtc_vllm.codec.kernels.paged import (
     PagedCache,
-    block_slots,
     check_geometry,
+    chunk_slots,
     rotations,
 )
-from kvtc_vllm.codec.kernels.paged_io import gather_rows, scatter_rows, wanted_slots
+from kvtc_vllm.codec.kernels.paged_io import gather_rows, scatter_rows
 from kvtc_vllm.codec.kernels.resident import ResidentArtifact, at_ratio
 from kvtc_vllm.codec.kernels.unit_coders import UnitCoder, unit_coder
 from kvtc_vllm.codec.kernels.uploads import UploadedBlobs
@@ -122,13 +124,18 @@ class PagedKvtcCodec(KvtcCodec):
         layout = RowLayout.of(
             [0 if i in refused else tokens[i] - sinks[i] for i in range(len(chunks))]
         )
-        slots = [block_slots(chunk.block_ids, self.block_size) for chunk in chunks]
-        rows = self._gather(
-            layout.in_row_order(lambda i: slots[i][sinks[i] :]),
-            layout.in_row_order(lambda i: chunks[i].start + torch.arange(sinks[i], tokens[i])),
+        longest = max(tokens, default=0)
+        slots = chunk_slots(
+            [chunk.block_ids for chunk in chunks], [0] * len(chunks), self.block_size, longest
         )
-        sink_slots = [own[:count] for own, count in zip(slots, sinks, strict=True)]
-        sink_rows = self._gather_exact(torch.cat([torch.empty(0, dtype=torch.int64), *sink_slots]))
+        place = np.arange(longest)
+        positions = np.array([chunk.start for chunk in chunks], np.int64)[:, None] + place
+        # A chunk with sinks has its coded tokens behind them, one that is refused has none.
+        exact = place < np.array(sinks, np.int64)[:, None]
+        wanted = (place < np.array(tokens, np.int64)[:, None]) & ~exact
+        wanted[list(refused)] = False
+        rows = self._gather(torch.from_numpy(slots[wanted]), torch.from_numpy(positions[wanted]))
+        sink_rows = self._gather_exact(torch.from_numpy(slots[exact]))
         return StagedChunks(tuple(chunks), tokens, sinks, layout, rows, sink_rows, refused)
 
     def encode_staged(self, staged: StagedChunks) -> list[Blob | CodecError]:
@@ -197,23 +204,26 @@ class PagedKvtcCodec(KvtcCodec):
                 infos[place] = info
                 if self._units.reads_on_device:
                     uploads.send(place)
-        slots = [wanted_slots(chunk, self.block_size, tokens) for chunk, _ in chunks]
+        slots = chunk_slots(
+            [chunk.block_ids for chunk, _ in chunks],
+            [chunk.first_block for chunk, _ in chunks],
+            self.block_size,
+            tokens,
+        )
         # Needed last, so another thread has time for them.
         reading = host_threads().submit(self._read_sinks, infos, blobs, slots)
-        layout = RowLayout.of(
-            [
-                tokens - infos[place].header.sinks if place in infos else 0
-                for place in range(len(chunks))
-            ]
-        )
-        positions = layout.in_row_order(
-            lambda i: infos[i].header.start + torch.arange(infos[i].header.sinks, tokens)
-        )
+        sinks_of = [
+            infos[place].header.sinks if place in infos else tokens for place in range(len(chunks))
+        ]
+        layout = RowLayout.of([tokens - count for count in sinks_of])
+        coded = np.arange(tokens) >= np.array(sinks_of, np.int64)[:, None]
+        starts = np.array([chunk.start for chunk, _ in chunks], np.int64)
+        positions = starts[:, None] + np.arange(tokens)
         step = DecodeStep(
             layout,
             [_coded_sections(infos[i]) if i in infos else {} for i in range(len(chunks))],
-            upload(layout.in_row_order(lambda i: slots[i][infos[i].header.sinks :]), self.device),
-            upload(positions, self.device),
+            upload(torch.from_numpy(slots[coded]), self.device),
+            upload(torch.from_numpy(positions[coded]), self.device),
         )
         if layout.members:
             workspace = DecodeWorkspace.of(step, self.resident, self.row_dtype)
@@ -280,7 +290,7 @@ class PagedKvtcCodec(KvtcCodec):
         self,
         infos: dict[int, ContainerInfo],
         blobs: Sequence[memoryview],
-        slots: Sequence[torch.Tensor],
+        slots: npt.NDArray[np.int64],
     ) -> tuple[dict[Kind, torch.Tensor], torch.Tensor, dict[int, ContainerError]]:
         """Sinks of all chunks, cache dtype [S, p], and their slots [S], on the host.
 
@@ -300,7 +310,7 @@ class PagedKvtcCodec(KvtcCodec):
             sinks = self._decode_sinks(payload, info.header.sinks, torch.device("cpu"))
             for tensor, values in zip(KINDS, sinks, strict=True):
                 parts[tensor].append(values.flatten(1))
-            own_slots.append(slots[place][: info.header.sinks])
+            own_slots.append(torch.from_numpy(slots[place, : info.header.sinks]))
         if not own_slots:
             return {}, torch.empty(0, dtype=torch.int64), failed
         together = {tensor: torch.cat(values) for tensor, values in parts.items()}

@@ -9,22 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kvtc_vllm.codec.kernels.chunks import LoadChunk
 from kvtc_vllm.codec.kernels.jit import EXACT, jit
 from kvtc_vllm.codec.kernels.numeric import narrow, storage, storage_type, widen
-from kvtc_vllm.codec.kernels.paged import PagedTensor, Rotation, block_slots
-
-SKIP = -1
-"""Slot of a row that is not wanted: nothing is written."""
-
-
-def wanted_slots(chunk: LoadChunk, block_size: int, tokens: int) -> torch.Tensor:
-    """A slot per token, int64 [tokens] on the host, `SKIP` for those in blocks not wanted."""
-    slots = torch.full((tokens,), SKIP, dtype=torch.int64)
-    first = chunk.first_block * block_size
-    wanted = block_slots(chunk.block_ids, block_size)
-    slots[first : first + len(wanted)] = wanted
-    return slots
+from kvtc_vllm.codec.kernels.paged import PagedTensor, Rotation
 
 
 def gather_rows(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
@@ -28,10 +29,10 @@ from kvtc_vllm.codec.kernels.jit import jit
 from kvtc_vllm.codec.kernels.paged import (
     PagedCache,
     PagedTensor,
-    block_slots,
     check_geometry,
+    chunk_slots,
 )
-from kvtc_vllm.codec.kernels.paged_io import token_page, wanted_slots
+from kvtc_vllm.codec.kernels.paged_io import token_page
 from kvtc_vllm.codec.raw import RawCodec
 from kvtc_vllm.codec.streams import DeviceThreads, Event, upload
 
@@ -103,9 +104,10 @@ class PagedRawCodec(RawCodec):
         Does not wait.
         """
         tokens = tuple(len(chunk.block_ids) * self.block_size for chunk in chunks)
-        slots = [block_slots(chunk.block_ids, self.block_size) for chunk in chunks]
         data = torch.empty(self.staging_bytes(sum(tokens)), dtype=torch.uint8, device=self.device)
         if chunks:
+            ids = [chunk.block_ids for chunk in chunks]
+            slots = chunk_slots(ids, [0] * len(chunks), self.block_size, tokens[0])
             self._move(data, slots, write=False)
         return StagedPages(tuple(chunks), tokens, data)
 
@@ -163,17 +165,20 @@ class PagedRawCodec(RawCodec):
             return None
 
         errors: list[ContainerError | None] = []
-        slots: list[torch.Tensor] = []
+        sound: list[LoadChunk] = []
         for place, error in enumerate(host_threads().map(verify, range(len(chunks)))):
             errors.append(error)
             if error is None:
-                target = data[len(slots) * size :][:size]
+                target = data[len(sound) * size :][:size]
                 target.copy_(host[place * size :][:size], non_blocking=True)
-                slots.append(wanted_slots(chunks[place][0], self.block_size, tokens))
-        if slots:
+                sound.append(chunks[place][0])
+        if sound:
             if point is not None:
                 point.wait()
-            self._move(data[: len(slots) * size], slots, write=True)
+            ids = [chunk.block_ids for chunk in sound]
+            first = [chunk.first_block for chunk in sound]
+            slots = chunk_slots(ids, first, self.block_size, tokens)
+            self._move(data[: len(sound) * size], slots, write=True)
         # The pinned memory is the next step's.
         Event(self.device).synchronize()
         return errors
@@ -190,9 +195,9 @@ class PagedRawCodec(RawCodec):
         except CodecError as error:
             return error
 
-    def _move(self, data: torch.Tensor, slots: Sequence[torch.Tensor], write: bool) -> None:
-        """Between the cache and `StagedPages.data`; slots: of each chunk, equally many."""
-        table = upload(torch.stack(tuple(slots)), self.device)
+    def _move(self, data: torch.Tensor, slots: npt.NDArray[np.int64], write: bool) -> None:
+        """Between the cache and `StagedPages.data`; slots: [chunks, tokens]."""
+        table = upload(torch.from_numpy(slots), self.device)
         chunks, tokens = table.shape
         per_chunk = data.view(chunks, -1)
         first = 0
