@@ -122,9 +122,9 @@ def _inflate_seconds(fixture: PagedFixture, blobs: list[Blob], rounds: int) -> f
     placed: list[PlacedSection] = []
     end = 0
     for index, info in enumerate(infos):
-        for section in info.sections:
+        for number, section in enumerate(info.sections):
             if section.kind <= 1:
-                placed.append(PlacedSection(index, section, end))
+                placed.append(PlacedSection(index, number, section, end))
                 end += section.raw_length
     out = torch.empty(end, dtype=torch.uint8, device=device)
     thread = DeviceThread(device, 0)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import xxhash
 
@@ -43,6 +45,16 @@ ALL_LAYERS = 0xFFFF
 _HEADER = struct.Struct("<4sHHHBBHHHHHHIQd16s16s")
 # kind, entropy coder id, layer group, units, raw length, stored length
 _SECTION = struct.Struct("<BBHIII")
+_SECTION_ROW = np.dtype(
+    [
+        ("kind", "u1"),
+        ("coder_id", "u1"),
+        ("group", "<u2"),
+        ("units", "<u4"),
+        ("raw_length", "<u4"),
+        ("stored_length", "<u4"),
+    ]
+)
 HEADER_BYTES = _HEADER.size
 MIN_BLOB_BYTES = HEADER_BYTES + CHECKSUM_BYTES
 
@@ -208,6 +220,25 @@ def build_head(header: Header, entries: Sequence[SectionEntry]) -> bytes:
     except struct.error as error:
         raise CodecError("size", f"chunk does not fit the container format: {error}") from error
     return head + table
+
+
+class SectionTables(NamedTuple):
+    """The tables of a verified container as they lie in it, for whoever reads many at once."""
+
+    sections: npt.NDArray[np.void]
+    """With the fields of `SectionEntry`, coder_id as there."""
+    units: memoryview
+    """The unit table, see `UnitList`."""
+    body: int
+    """Where the first body begins."""
+
+
+def section_tables(blob: memoryview, sections: int) -> SectionTables:
+    """Of a container that `parse` has accepted. sections: how many it has."""
+    rows = np.frombuffer(blob, _SECTION_ROW, sections, HEADER_BYTES)
+    first = HEADER_BYTES + sections * _SECTION_ROW.itemsize
+    body = first + int(rows["units"].sum()) * UNIT_BYTES
+    return SectionTables(rows, blob[first:body], body)
 
 
 def container_bytes(sections: Sequence[int]) -> int:

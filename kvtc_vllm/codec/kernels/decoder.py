@@ -29,8 +29,8 @@ class DecodeStep:
 
     layout: RowLayout
     """Of the chunks' coded tokens."""
-    sections: Sequence[Mapping[tuple[int, Kind], Section]]
-    """Of each chunk, by layer group and tensor: where the payload is."""
+    sections: Sequence[Mapping[tuple[int, Kind], tuple[int, Section]]]
+    """Of each chunk, by layer group and tensor: number of the section, and where it is."""
     slots: torch.Tensor
     """int64 [R] on the device, in the order of the rows; `SKIP` for unwanted tokens."""
     positions: torch.Tensor
@@ -171,7 +171,8 @@ def _inflate_group(
     for tensor in KINDS:
         stride = resident.tables(layer_group, tensor, step.layout.lengths).payload_stride
         for index in step.layout.members:
-            wanted.append(PlacedSection(index, step.sections[index][layer_group, tensor], place))
+            number, section = step.sections[index][layer_group, tensor]
+            wanted.append(PlacedSection(index, number, section, place))
             place += stride
     return reader.inflate(wanted, buffer[:place])
 

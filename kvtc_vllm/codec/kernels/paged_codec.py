@@ -390,5 +390,9 @@ def _check_magnitude(magnitude: float) -> None:
         raise CodecError("range", "a coefficient is outside the float16 range")
 
 
-def _coded_sections(info: ContainerInfo) -> dict[tuple[int, Kind], Section]:
-    return {(s.group, _CODED[s.kind]): s for s in info.sections if s.kind in _CODED}
+def _coded_sections(info: ContainerInfo) -> dict[tuple[int, Kind], tuple[int, Section]]:
+    return {
+        (section.group, _CODED[section.kind]): (number, section)
+        for number, section in enumerate(info.sections)
+        if section.kind in _CODED
+    }

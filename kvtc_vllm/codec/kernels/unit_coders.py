@@ -15,15 +15,8 @@ import numpy as np
 import torch
 
 from kvtc_vllm.codec.base import read_section
-from kvtc_vllm.codec.container import ContainerInfo, Section
-from kvtc_vllm.codec.entropy import (
-    DEFLATE,
-    MAX_UNIT_BYTES,
-    Unit,
-    UnitList,
-    aligned,
-    unit_lengths,
-)
+from kvtc_vllm.codec.container import ContainerInfo, Section, section_tables
+from kvtc_vllm.codec.entropy import DEFLATE, MAX_UNIT_BYTES, aligned
 from kvtc_vllm.codec.entropy.unit_table import CheckedUnits, Lengths, SectionBody, unsound_units
 from kvtc_vllm.codec.errors import ContainerError
 from kvtc_vllm.codec.kernels.deflate_nvcomp import (
@@ -38,9 +31,13 @@ from kvtc_vllm.codec.streams import host_buffer
 
 @dataclass(frozen=True)
 class PlacedSection:
-    """A section of one of the blobs, and where its raw bytes belong in a buffer."""
+    """A section of one of the blobs, and where its raw bytes belong in a buffer.
+
+    number: of the section in its blob.
+    """
 
     blob: int
+    number: int
     section: Section
     place: int
 
@@ -203,26 +200,37 @@ class _NvcompReader:
         self._blobs = blobs
         self._nvcomp = nvcomp
         self._kept: list[object] = []
-        self._numbers: dict[tuple[int, int], int] = {}
-        tables: list[bytes | memoryview] = []
-        rows: list[tuple[int, int, int, int]] = []
+        self._first: dict[int, int] = {}
+        """Of each blob the number of its first section among those of all."""
+        tables = [section_tables(blobs.views[b], len(info.sections)) for b, info in infos.items()]
+        first = 0
         for blob, info in infos.items():
-            start = blobs.starts[blob]
-            for section in info.sections:
-                self._numbers[blob, section.offset] = len(rows)
-                table, stored = _units(section)
-                tables.append(table)
-                rows.append((len(table), start + section.offset, stored, section.raw_length))
-        # Bytes of the unit table: four per unit.
-        pairs = np.frombuffer(b"".join(tables), "<u2").reshape(-1, 2)
-        columns = np.array(rows, np.int64).reshape(-1, 4).T
+            self._first[blob] = first
+            first += len(info.sections)
+        none = np.empty(0, np.int64)
+        counts = [len(table.sections) for table in tables]
+        raw, stored, units, coders = (
+            np.concatenate([none, *(table.sections[name] for table in tables)]).astype(np.int64)
+            for name in ("raw_length", "stored_length", "units", "coder_id")
+        )
+        padded = aligned(stored)
+        before = padded.cumsum() - padded
+        bodies = [blobs.starts[b] + t.body for b, t in zip(infos, tables, strict=True)]
+        of_blob = np.array(list(self._first.values()), np.int64)
+        starts = before + np.repeat(np.array(bodies, np.int64) - before[of_blob], counts)
+        pairs = np.frombuffer(b"".join(table.units for table in tables), "<u2").reshape(-1, 2)
         lengths = pairs.astype(np.int64) + 1
-        self._units = CheckedUnits.of(lengths, columns[0] // 4, *columns[1:], blobs.staged)
+        plain = np.flatnonzero(coders != DEFLATE.coder_id)
+        if len(plain):
+            lengths, units = _with_pieces(lengths, units, stored, plain)
+            # What is stored raw has no padding of its own; the container's is zero.
+            stored = np.where(coders != DEFLATE.coder_id, padded, stored)
+        self._units = CheckedUnits.of(lengths, units, starts, stored, raw, blobs.staged)
 
     def inflate(
         self, sections: Sequence[PlacedSection], out: torch.Tensor
     ) -> dict[int, ContainerError]:
-        numbers = np.array([self._numbers[s.blob, s.section.offset] for s in sections], np.int64)
+        numbers = np.array([self._first[s.blob] + s.number for s in sections], np.int64)
         places = np.zeros(len(self._units.counts), np.int64)
         places[numbers] = [each.place for each in sections]
         sound = self._units.sound[numbers]
@@ -234,20 +242,23 @@ class _NvcompReader:
         }
 
 
-def _units(section: Section) -> tuple[bytes | memoryview, int]:
-    """The section's rows of the unit table, and its stored bytes with all padding.
+def _with_pieces(
+    lengths: Lengths, units: Lengths, stored: Lengths, plain: Lengths
+) -> tuple[Lengths, Lengths]:
+    """Lengths and numbers of units, with units for what is stored raw and has none.
 
-    What is stored raw has no units: it is cut into such that are stored as they are.
+    It is cut into such that are stored as they are. Units that it has in spite of that stay: with
+    them the sums do not fit, and the section is refused.
     """
-    if section.coder_id == DEFLATE.coder_id:
-        units = section.units
-        listed = units if isinstance(units, UnitList) else UnitList.of(unit_lengths(units))
-        return listed.table, section.stored_length
-    pieces = range(0, section.stored_length, MAX_UNIT_BYTES)
-    sizes = [min(MAX_UNIT_BYTES, section.stored_length - first) for first in pieces]
-    # Its own units must be none: with them the sums do not fit.
-    lengths = unit_lengths([*section.units, *(Unit(size, size) for size in sizes)])
-    return UnitList.of(lengths).table, aligned(section.stored_length)
+    ends = units.cumsum()
+    parts = [lengths[end - count : end] for end, count in zip(ends, units, strict=True)]
+    for number in plain.tolist():
+        size = int(stored[number])
+        pieces = [min(MAX_UNIT_BYTES, size - first) for first in range(0, size, MAX_UNIT_BYTES)]
+        both = np.array([pieces, pieces], np.int64).T.reshape(-1, 2)
+        parts[number] = np.concatenate((parts[number], both))
+    counts = np.array([len(part) for part in parts], np.int64)
+    return np.concatenate(parts), counts
 
 
 def _body(section: Section) -> SectionBody:

@@ -104,7 +104,7 @@ def test_sections_of_several_blobs_are_read_in_any_order(coder):
     expected = b"".join(raws[b][s] for b, s in order)
     placed, end = [], 3
     for b, section in order:
-        placed.append(PlacedSection(b, infos[b].sections[section], end))
+        placed.append(PlacedSection(b, section, infos[b].sections[section], end))
         end += len(raws[b][section]) + 5
     out = torch.zeros(end, dtype=torch.uint8)
     assert opened(coder, blobs).inflate(placed, out) == {}
@@ -121,7 +121,7 @@ def test_a_section_that_does_not_fit_its_units_fails_alone(coder):
         section = NewSection(SectionKind.CODED_K, 1, 0, length, DEFLATE.encode([raw]))
         blobs.append(blob([section]))
     sections = [
-        PlacedSection(i, parse(each).sections[0], place)
+        PlacedSection(i, 0, parse(each).sections[0], place)
         for (i, each), place in zip(enumerate(blobs), (0, 9000, 18001), strict=True)
     ]
     out = torch.zeros(27001, dtype=torch.uint8)
