@@ -196,9 +196,21 @@ def build_head(header: Header, entries: Sequence[SectionEntry]) -> bytes:
 
     Raises CodecError if a length does not fit its field.
     """
+    return build_header(header, len(entries)) + b"".join(map(build_entry, entries))
+
+
+def build_entry(entry: SectionEntry) -> bytes:
+    """A row of the section table. Raises CodecError as `build_head` does."""
     try:
-        table = b"".join(_SECTION.pack(*entry) for entry in entries)
-        head = _HEADER.pack(
+        return _SECTION.pack(*entry)
+    except struct.error as error:
+        raise CodecError("size", f"chunk does not fit the container format: {error}") from error
+
+
+def build_header(header: Header, sections: int) -> bytes:
+    """Header of a container of so many sections. Raises CodecError as `build_head` does."""
+    try:
+        return _HEADER.pack(
             MAGIC,
             FORMAT_VERSION,
             header.codec_id,
@@ -210,7 +222,7 @@ def build_head(header: Header, entries: Sequence[SectionEntry]) -> bytes:
             header.head_size,
             header.head_size_v,
             header.num_layer_groups,
-            len(entries),
+            sections,
             header.tokens,
             header.start,
             header.ratio,
@@ -219,7 +231,25 @@ def build_head(header: Header, entries: Sequence[SectionEntry]) -> bytes:
         )
     except struct.error as error:
         raise CodecError("size", f"chunk does not fit the container format: {error}") from error
-    return head + table
+
+
+def section_rows(
+    kinds: Sequence[SectionKind],
+    groups: Sequence[int],
+    coder_id: int,
+    sizes: npt.NDArray[np.int64],
+) -> list[bytes]:
+    """Section tables of many chunks of the same sections, each a part of one.
+
+    kinds, groups: of every section. sizes: units, raw and stored bytes, [chunks, sections, 3];
+    raises CodecError if one does not fit its field.
+    """
+    if sizes.size and sizes.max() >= 1 << 32:
+        raise CodecError("size", f"a section of {sizes.max()} bytes does not fit the container")
+    rows = np.zeros(sizes.shape[:2], _SECTION_ROW)
+    rows["kind"], rows["group"], rows["coder_id"] = list(kinds), list(groups), coder_id
+    rows["units"], rows["raw_length"], rows["stored_length"] = np.moveaxis(sizes, 2, 0)
+    return [row.tobytes() for row in rows]
 
 
 class SectionTables(NamedTuple):

@@ -14,11 +14,11 @@ from kvtc_vllm.codec.container import (
     Header,
     NewSection,
     SectionEntry,
-    SectionKind,
-    build_head,
+    build_entry,
+    build_header,
     checksum,
 )
-from kvtc_vllm.codec.entropy import DEFLATE, UnitList, aligned, unit_lengths
+from kvtc_vllm.codec.entropy import UnitList, aligned, unit_lengths
 from kvtc_vllm.codec.errors import CodecError
 from kvtc_vllm.codec.kernels.deflate_nvcomp import host_threads
 from kvtc_vllm.codec.streams import DeviceThread, synchronize
@@ -39,14 +39,13 @@ class BlobPlan:
         cls,
         header: Header,
         exact: Sequence[NewSection],
-        kinds: Sequence[tuple[SectionKind, int]],
-        coded: Sequence[tuple[int, int, int]],
+        coded: int,
+        rows: bytes,
         unit_table: bytes,
         body: tuple[int, int],
     ) -> BlobPlan:
-        """exact: sections that are complete. kinds, coded: kind, layer group, number of units, raw
-        and stored bytes of those whose bodies are missing. unit_table: theirs. Raises CodecError
-        if a length does not fit its field.
+        """exact: sections that are complete. coded: how many others follow, rows, unit_table:
+        theirs. Raises CodecError if a length does not fit its field.
         """
         entries = [
             SectionEntry(
@@ -60,13 +59,18 @@ class BlobPlan:
             for section in exact
         ]
         tables = [UnitList.of(unit_lengths(section.encoded.units)).table for section in exact]
-        for (kind, group), (units, raw, stored) in zip(kinds, coded, strict=True):
-            entries.append(SectionEntry(kind, DEFLATE.coder_id, group, units, raw, stored))
         bodies = [
             section.encoded.body.ljust(aligned(len(section.encoded.body)), b"\0")
             for section in exact
         ]
-        head = (build_head(header, entries), *tables, unit_table, *bodies)
+        head = (
+            build_header(header, len(exact) + coded),
+            *map(build_entry, entries),
+            rows,
+            *tables,
+            unit_table,
+            *bodies,
+        )
         return cls(b"".join(head), body)
 
     @property

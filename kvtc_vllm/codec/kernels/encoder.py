@@ -9,8 +9,10 @@ import numpy as np
 import torch
 
 from kvtc_vllm.codec.artifact import KINDS, Kind
-from kvtc_vllm.codec.entropy import UNIT_BYTES, UnitList, aligned
+from kvtc_vllm.codec.container import section_rows
+from kvtc_vllm.codec.entropy import DEFLATE, UNIT_BYTES, UnitList, aligned
 from kvtc_vllm.codec.entropy.unit_table import Lengths
+from kvtc_vllm.codec.frame import SECTION_KIND
 from kvtc_vllm.codec.kernels.chunks import RowLayout, StoreChunk, steps
 from kvtc_vllm.codec.kernels.numeric import product
 from kvtc_vllm.codec.kernels.payload_kernels import encode_payloads
@@ -59,8 +61,8 @@ class EncodedStep:
     """The chunks' numbers."""
     magnitudes: tuple[float, ...]
     """Largest absolute coefficient of each; NaN or inf if one is not finite."""
-    sections: list[list[tuple[int, int, int]]]
-    """Of each chunk, in the container's order: units, raw and stored bytes of each section."""
+    section_rows: list[bytes]
+    """Of each chunk, as the container's section table has them."""
     unit_tables: list[bytes]
     """Of each chunk, as the container has them."""
     ends: list[int]
@@ -101,7 +103,9 @@ def _encode_step(
 ) -> EncodedStep:
     device = next(iter(rows.values())).device
     chunks, lengths = len(layout.members), layout.lengths
-    keys = [(group, tensor) for group in resident.layer_groups for tensor in KINDS]
+    keys: list[tuple[int, Kind]] = [
+        (group, tensor) for group in resident.layer_groups for tensor in KINDS
+    ]
     tables = [resident.tables(*key, lengths) for key in keys]
     strides = np.array([t.payload_stride for t in tables], np.int64)
     ends = (strides * chunks).cumsum()
@@ -121,7 +125,7 @@ def _encode_step(
     starts, raw, counts = _units(layout, tables, ends - strides * chunks, strides)
     coded = coder.deflate(payloads, starts, raw)
     largest = magnitudes.cpu().view(torch.float32).tolist()
-    return _in_chunk_order(layout, raw, counts, coded, largest)
+    return _in_chunk_order(layout, raw, counts, coded, largest, keys)
 
 
 def _note_magnitudes(x: torch.Tensor, layout: RowLayout, magnitudes: torch.Tensor) -> None:
@@ -164,24 +168,29 @@ def _in_chunk_order(
     counts: list[tuple[int, ...]],
     coded: CodedUnits,
     largest: Sequence[float],
+    keys: Sequence[tuple[int, Kind]],
 ) -> EncodedStep:
+    """keys: of the sections of a chunk, in the container's order."""
     padded = aligned(coded.stored)
     padded_ends = padded.cumsum()
     per_section = np.array([count for own in counts for count in own], np.int64)
     last = per_section.cumsum()
     sums = np.concatenate((np.zeros((1, 2), np.int64), np.stack((raw, padded), 1))).cumsum(0)
-    sizes = sums[last] - sums[last - per_section]
-    rows = list(zip(per_section.tolist(), *sizes.T.tolist(), strict=True))
+    sizes = np.column_stack((per_section, sums[last] - sums[last - per_section]))
+    rows = section_rows(
+        [SECTION_KIND[tensor] for _, tensor in keys],
+        [group for group, _ in keys],
+        DEFLATE.coder_id,
+        sizes.reshape(len(counts), len(keys), 3),
+    )
     table = UnitList.of(np.stack((raw, coded.stored), axis=1)).table
-    sections: list[list[tuple[int, int, int]]] = []
     unit_tables: list[bytes] = []
     ends: list[int] = []
-    section = unit = 0
+    unit = 0
     for own in counts:
-        sections.append(rows[section : section + len(own)])
         units = sum(own)
         unit_tables.append(bytes(table[unit * UNIT_BYTES : (unit + units) * UNIT_BYTES]))
-        section, unit = section + len(own), unit + units
+        unit += units
         ends.append(int(padded_ends[unit - 1]) if unit else 0)
     body = coded.collect(padded_ends - padded, ends[-1])
-    return EncodedStep(layout.members, tuple(largest), sections, unit_tables, ends, body)
+    return EncodedStep(layout.members, tuple(largest), rows, unit_tables, ends, body)

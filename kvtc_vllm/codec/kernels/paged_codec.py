@@ -46,6 +46,7 @@ from kvtc_vllm.codec.kernels.uploads import UploadedBlobs
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.quantizers.base import FP16_MAX
 from kvtc_vllm.codec.streams import DeviceThreads, Event, upload
+from kvtc_vllm.codec.transform import magnitude
 
 HOST_BYTES = 64 << 20
 """Pinned memory of every thread that encodes or loads. A step's compressed bytes fit into it."""
@@ -366,18 +367,17 @@ class PagedKvtcCodec(KvtcCodec):
     ) -> BlobPlan:
         exact = []
         if sinks is not None:
-            if not all(bool(x.float().isfinite().all()) for x in sinks):
+            if not all(magnitude(x) < math.inf for x in sinks):
                 raise CodecError("non_finite", NON_FINITE)
             exact.append(self._sink_section(*sinks))
         if step is None:
-            return BlobPlan.of(header, exact, [], [], b"", (0, 0))
+            return BlobPlan.of(header, exact, 0, b"", b"", (0, 0))
         first = step.ends[place - 1] if place else 0
-        kinds = [(SECTION_KIND[tensor], group) for group, tensor in self._section_keys()]
         return BlobPlan.of(
             header,
             exact,
-            kinds,
-            step.sections[place],
+            len(self._section_keys()),
+            step.section_rows[place],
             step.unit_tables[place],
             (first, step.ends[place]),
         )
