@@ -225,8 +225,7 @@ def _scatter_kernel(  # type: ignore[no-untyped-def]
             x1 = tl.load(source + column + first, mask=inside, other=0.0).to(tl.float32)
             x2 = tl.load(source + column + second, mask=inside, other=0.0).to(tl.float32)
             if HAS_FLAGS:
-                wrong = ((x1 - x1) != 0) | ((x2 - x2) != 0)
-                tl.store(overflowed + row + 0 * (column + pair), 1, mask=wrong & inside)
+                _flag(overflowed + row, tl.where(inside, tl.maximum(_bits(x1), _bits(x2)), 0))
             if HAS_MEAN:
                 x1 += tl.load(mean + column + first, mask=inside, other=0.0)
                 x2 += tl.load(mean + column + second, mask=inside, other=0.0)
@@ -244,13 +243,25 @@ def _scatter_kernel(  # type: ignore[no-untyped-def]
             inside = (head < HEADS) & (rest < HEAD_SIZE)
             x = tl.load(source + column + rest, mask=inside, other=0.0).to(tl.float32)
             if HAS_FLAGS:
-                wrong = (x - x) != 0
-                tl.store(overflowed + row + 0 * (column + rest), 1, mask=wrong & inside)
+                _flag(overflowed + row, tl.where(inside, _bits(x), 0))
             if HAS_MEAN:
                 x += tl.load(mean + column + rest, mask=inside, other=0.0)
             if HAS_SCALE:
                 x = tl.div_rn(x, tl.load(scales + layer) + tl.full(x.shape, 0.0, tl.float32))
             tl.store(target + rest * dim_stride, narrow(x, TYPE), mask=inside)
+
+
+@jit()
+def _bits(x):  # type: ignore[no-untyped-def]
+    """Of float32 without their sign: infinity and NaN are the largest."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@jit()
+def _flag(place, bits):  # type: ignore[no-untyped-def]
+    """Set the flag if one of `_bits`, [heads, n], is of no finite number."""
+    largest = tl.reduce(bits, 1, tl.standard._elementwise_max)
+    tl.store(place + 0 * largest, 1, mask=largest >= 0x7F800000)
 
 
 @jit()
