@@ -31,7 +31,7 @@ OLD_TESTS := tests/connector/test_contract.py tests/connector/test_restart.py \
 	tests/reliability/live/test_weight_updates.py tests/reliability/live/test_adapters.py \
 	tests/reliability/live/test_store_policy.py
 
-.PHONY: help setup setup-old test test-old check soak demo demo-quick serving clean
+.PHONY: help setup setup-old test test-old check check-kernels soak demo demo-quick serving clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -61,6 +61,9 @@ check: setup  ## lint, format, types and the fast tests
 	$(RUN) ruff format --check .
 	$(RUN) mypy
 	$(RUN) $(PYTEST) -q -m "not vllm and not slow"
+
+check-kernels: setup  ## GPU kernels compiled for sm_80, sm_90 and sm_100 and inspected; no GPU
+	$(RUN) benchmarks.gpu.offline.check_kernels
 
 soak: setup  ## the long reliability tests, MINUTES=20; writes benchmarks/reliability/results.json
 	$(RUN) benchmarks.reliability.soak --minutes $(or $(MINUTES),20)

@@ -18,8 +18,10 @@ from benchmarks.gpu.models import SHAPES
 from benchmarks.gpu.paged_fixture import PagedFixture
 from benchmarks.gpu.report import append, parser, seconds
 from benchmarks.gpu.stages import product_flops, stage_ms
+from kvtc_vllm.codec.base import Blob
 from kvtc_vllm.codec.container import parse
 from kvtc_vllm.codec.kernels.deflate_nvcomp import nvcomp_or_none
+from kvtc_vllm.codec.streams import SideStream
 
 Case = tuple[str, float, int, int, int]
 """shape, ratio, layers a group (0: all), chunk tokens, load tokens"""
@@ -32,7 +34,8 @@ def main() -> None:
     device = torch.device(args.device)
     torch.backends.cuda.matmul.allow_tf32 = args.tf32
     for case in _cases(args):
-        row = measure(case, device, args.precision, args.rounds, args.stages)
+        with SideStream(device).to_end():  # nvCOMP refuses the default stream
+            row = measure(case, device, args.precision, args.rounds, args.stages)
         append(args.out, [row | {"tf32": args.tf32}], device)
 
 
@@ -77,7 +80,7 @@ def measure(
     return row
 
 
-def _units(blobs: list[bytes]) -> int:
+def _units(blobs: list[Blob]) -> int:
     return sum(len(section.units) for blob in blobs for section in parse(blob).sections)
 
 

@@ -37,7 +37,8 @@ def main() -> None:
     case = ("tiny", 2, 4.0, 16) if args.tiny else ("llama-3.1-8b", 8, 16.0, 2048)
     fixture = PagedFixture(*case, device, workspace_bytes=256 << 20)
     chunk = 8 if args.tiny else 128
-    fixture.encode(chunk)
+    with _own_stream(device, priority=0):
+        fixture.encode(chunk)
     priority = -1 if args.prefer_model else 0
     idle = _latencies(model, args.batch, args.context, args.steps, priority)
     stop = threading.Event()

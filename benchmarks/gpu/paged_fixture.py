@@ -6,6 +6,8 @@ import torch
 
 from benchmarks.gpu.models import SHAPES, Shape, deviations, synthetic_artifact
 from kvtc_vllm.codec.artifact import KINDS
+from kvtc_vllm.codec.base import Blob
+from kvtc_vllm.codec.errors import CodecError
 from kvtc_vllm.codec.kernels.numeric import Precision, product
 from kvtc_vllm.codec.kernels.paged import PagedCache, block_slots, within
 from kvtc_vllm.codec.kernels.paged_codec import PagedKvtcCodec
@@ -70,19 +72,22 @@ class PagedFixture:
             for first in range(0, len(self.block_ids), size)
         ]
 
-    def loads(self, chunk_tokens: int, blobs: list[bytes]) -> list[tuple[Load, bytes]]:
+    def loads(self, chunk_tokens: int, blobs: list[Blob]) -> list[tuple[Load, Blob]]:
         """Back to where they came from."""
         return [
             (Load(store.start, store.block_ids), blob)
             for blob, store in zip(blobs, self.stores(chunk_tokens), strict=True)
         ]
 
-    def encode(self, chunk_tokens: int) -> list[bytes]:
-        """Encode everything. Raises what `encode_staged` returns as an error."""
+    def encode(self, chunk_tokens: int) -> list[Blob]:
+        """Encode everything. Raises what `encode_staged` returns as an error.
+
+        Not on the default stream, see `NvcompDeflate`.
+        """
         results = self.codec.encode_staged(self.codec.stage(self.stores(chunk_tokens)))
-        blobs: list[bytes] = []
+        blobs: list[Blob] = []
         for result in results:
-            if not isinstance(result, bytes):
+            if isinstance(result, CodecError):
                 raise result
             blobs.append(result)
         return blobs
@@ -96,20 +101,22 @@ class PagedFixture:
             positions = torch.arange(first, first + len(part), device=part.device)
             for group, (start, end) in enumerate(resident.geometry.layer_groups):
                 for kind in KINDS:
-                    section = resident.sections[group, kind]
-                    p, rank = section.basis.shape
+                    basis = resident.synthesis[group, kind]
+                    p, rank = basis.shape[0], resident.plans[group, kind].rank
                     uniform = torch.rand(
                         (len(part), rank), generator=drawn, device=part.device
                     ).clamp(1e-6, 1 - 1e-6)
                     laplace = -(uniform - 0.5).sign() * torch.log1p(-2 * (uniform - 0.5).abs())
                     x = laplace / 2**0.5 * deviations(p, rank, part.device)
-                    rows = product(x.to(section.basis.dtype), section.basis.T)
+                    rows = torch.empty(len(part), p, device=part.device)
+                    ordered = resident.column_order[group, kind].of_basis(x)
+                    product(ordered.to(basis.dtype), basis.T, rows)
                     scatter_rows(
                         self.cache.tensor(kind),
                         part,
                         positions,
                         within(resident.rotations[kind], start, end),
-                        section.mean,
+                        resident.means[kind][resident.columns(group, kind)],
                         rows,
                         first_layer=start,
                     )

@@ -44,7 +44,8 @@ setup() {
 setup
 case $call in
   setup) ;;
-  codec) # at most 500 s
+  codec) # at most 560 s
+    bench 60 roofline llama-3.1-8b 16 --rounds 3
     step 80 "$PYTHON" -m benchmarks.gpu.smoke
     step 130 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/codec
     bench 60 raw_copy

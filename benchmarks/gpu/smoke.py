@@ -23,6 +23,7 @@ from kvtc_vllm.codec.kernels.paged import PagedTensor, block_slots, rotations
 from kvtc_vllm.codec.kernels.paged_io import gather_rows, scatter_rows
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.rope import Rope
+from kvtc_vllm.codec.streams import SideStream
 
 CHUNK = 8
 
@@ -45,7 +46,9 @@ def main() -> None:
     failed = 0
     for name, check in checks:
         try:
-            print(f"ok      {name}: {check(device)}", flush=True)
+            with SideStream(device).to_end():  # nvCOMP refuses the default stream
+                found = check(device)
+            print(f"ok      {name}: {found}", flush=True)
         except Exception:
             failed += 1
             print(f"FAILED  {name}\n{traceback.format_exc()}", flush=True)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from benchmarks.gpu.paged_fixture import PagedFixture
 from benchmarks.gpu.report import seconds
 from kvtc_vllm.codec.artifact import KINDS
+from kvtc_vllm.codec.base import Blob
 from kvtc_vllm.codec.container import parse
-from kvtc_vllm.codec.kernels.chunks import batches_of, in_row_order
+from kvtc_vllm.codec.kernels.chunks import RowLayout
 from kvtc_vllm.codec.kernels.numeric import product
 from kvtc_vllm.codec.kernels.paged import block_slots, within
 from kvtc_vllm.codec.kernels.paged_io import scatter_rows
 from kvtc_vllm.codec.kernels.payload_kernels import decode_payloads, encode_payloads
-from kvtc_vllm.codec.kernels.unit_coders import unit_coder
+from kvtc_vllm.codec.kernels.unit_coders import PlacedSection, unit_coder
+from kvtc_vllm.codec.kernels.uploads import UploadedBlobs
+from kvtc_vllm.codec.streams import DeviceThread
 
 
 def stage_ms(fixture: PagedFixture, chunk_tokens: int, rounds: int) -> dict[str, float]:
@@ -27,14 +31,14 @@ def stage_ms(fixture: PagedFixture, chunk_tokens: int, rounds: int) -> dict[str,
     codec = fixture.codec
     device, resident = codec.device, codec.resident
     stores = fixture.stores(chunk_tokens)
-    chunks = len(stores)
-    batches = batches_of([chunk_tokens] * chunks)
-    slots = in_row_order(
-        batches, lambda i: block_slots(stores[i].block_ids, fixture.block_size)
-    ).to(device)
-    positions = torch.arange(fixture.tokens, device=device)
+    layout = RowLayout.of([chunk_tokens] * len(stores))
+    chunks, tokens = len(stores), layout.num_rows
+    table = layout.table.to(device)
+    slots = layout.in_row_order(lambda i: block_slots(stores[i].block_ids, fixture.block_size)).to(
+        device
+    )
+    positions = torch.arange(tokens, device=device)
     staged = codec.stage(stores)
-    rows = {kind: x[: fixture.tokens] for kind, x in staged.rows.items()}
     blobs = fixture.encode(chunk_tokens)
     coder = unit_coder(device)
     ms = {
@@ -45,32 +49,47 @@ def stage_ms(fixture: PagedFixture, chunk_tokens: int, rounds: int) -> dict[str,
     def add(stage: str, call: Callable[[], object]) -> None:
         ms[stage] = ms.get(stage, 0.0) + seconds(call, device, rounds)
 
+    magnitudes = torch.zeros(chunks, dtype=torch.int32, device=device)
+    flags = torch.zeros(tokens, dtype=torch.int32, device=device)
     for group, (first, end) in enumerate(resident.geometry.layer_groups):
         for kind in KINDS:
-            section = resident.sections[group, kind]
-            tables = resident.tables(group, kind, codec.ratio, chunk_tokens)
-            basis = section.basis[:, : tables.rank]
-            x = torch.zeros(fixture.tokens, len(section.mean), dtype=basis.dtype, device=device)
-            own = rows[kind][:, resident.columns(group, kind)]
+            tables = resident.tables(group, kind, layout.lengths)
+            columns = resident.columns(group, kind)
+            x = torch.zeros(tokens, columns.stop - columns.start, device=device)
+            x = x.to(resident.operand)
+            own = staged.rows[kind][:tokens, columns]
             x[: len(own)] = own
-            coefficients = product(x, basis)
-            payloads = torch.empty(chunks, tables.payload_bytes, dtype=torch.uint8, device=device)
-            operand = torch.empty(fixture.tokens, tables.rank, dtype=basis.dtype, device=device)
-            damaged = torch.zeros(chunks, dtype=torch.int32, device=device)
-            restored = product(operand.zero_(), basis.T)
+            coefficients = torch.empty(tokens, tables.width, device=device)
+            basis, inverse = resident.analysis[group, kind], resident.synthesis[group, kind].T
+            product(x, basis, coefficients)
+            payloads = torch.empty(chunks, tables.payload_stride, dtype=torch.uint8, device=device)
+            operand = torch.zeros(tokens, tables.width, dtype=basis.dtype, device=device)
+            rows = torch.empty(tokens, x.shape[1], dtype=codec.row_dtype, device=device)
+            overflowed = flags if codec.row_dtype == torch.float16 else None
+            units = np.array(tables.unit_lengths[0] * chunks, np.int64)
+            starts = np.concatenate(
+                [
+                    np.array(tables.unit_lengths[0], np.int64).cumsum()
+                    - np.array(tables.unit_lengths[0], np.int64)
+                    + place * tables.payload_stride
+                    for place in range(chunks)
+                ]
+            )
             tensor = fixture.cache.tensor(kind)
             layers = within(resident.rotations[kind], first, end)
 
             # Called before the loop goes on.
-            add("encode_product", lambda: product(x, basis))  # noqa: B023
-            add("quantise_pack", lambda: encode_payloads(coefficients, tables, payloads))  # noqa: B023
-            lengths = list(tables.unit_lengths) * chunks
-            add("deflate", lambda: coder.deflate(payloads.flatten(), lengths))  # noqa: B023
+            add("encode_product", lambda: product(x, basis, coefficients))  # noqa: B023
+            add(
+                "quantise_pack",
+                lambda: encode_payloads(coefficients, tables, table, payloads, magnitudes),  # noqa: B023
+            )
+            add("deflate", lambda: coder.deflate(payloads.flatten(), starts, units))  # noqa: B023
             add(
                 "unpack_dequantise",
-                lambda: decode_payloads(payloads, tables, operand, damaged),  # noqa: B023
+                lambda: decode_payloads(payloads, tables, table, operand, magnitudes),  # noqa: B023
             )
-            add("decode_product", lambda: product(operand, basis.T))  # noqa: B023
+            add("decode_product", lambda: product(operand, inverse, rows))  # noqa: B023
             add(
                 "scatter",
                 lambda: scatter_rows(
@@ -78,9 +97,10 @@ def stage_ms(fixture: PagedFixture, chunk_tokens: int, rounds: int) -> dict[str,
                     slots,
                     positions,
                     layers,  # noqa: B023
-                    section.mean,  # noqa: B023
-                    restored,  # noqa: B023
+                    resident.means[kind][columns],  # noqa: B023
+                    rows,  # noqa: B023
                     first_layer=first,  # noqa: B023
+                    overflowed=overflowed,  # noqa: B023
                 ),
             )
     ms["upload_inflate"] = _inflate_seconds(fixture, blobs, rounds)
@@ -90,29 +110,35 @@ def stage_ms(fixture: PagedFixture, chunk_tokens: int, rounds: int) -> dict[str,
 def product_flops(fixture: PagedFixture) -> int:
     """Floating-point operations of the matrix products of one direction."""
     return sum(
-        2 * fixture.tokens * section.basis.shape[0] * section.basis.shape[1]
-        for section in fixture.codec.resident.sections.values()
+        2 * fixture.tokens * basis.shape[0] * basis.shape[1]
+        for basis in fixture.codec.resident.analysis.values()
     )
 
 
-def _inflate_seconds(fixture: PagedFixture, blobs: list[bytes], rounds: int) -> float:
+def _inflate_seconds(fixture: PagedFixture, blobs: list[Blob], rounds: int) -> float:
     device = fixture.codec.device
     infos = [parse(blob) for blob in blobs]
     coder = unit_coder(device)
-    coded = [
-        (index, section)
-        for index, info in enumerate(infos)
-        for section in info.sections
-        if section.kind <= 1
-    ]
-    out = torch.empty(
-        sum(section.raw_length for _, section in coded), dtype=torch.uint8, device=device
-    )
+    placed: list[PlacedSection] = []
+    end = 0
+    for index, info in enumerate(infos):
+        for number, section in enumerate(info.sections):
+            if section.kind <= 1:
+                placed.append(PlacedSection(index, number, section, end))
+                end += section.raw_length
+    out = torch.empty(end, dtype=torch.uint8, device=device)
+    thread = DeviceThread(device, 0)
     kept: list[object] = []
 
     def run() -> None:
-        reader = coder.open([memoryview(blob) for blob in blobs])
-        reader.inflate(coded, out)
+        views = [memoryview(blob) for blob in blobs]
+        uploads = UploadedBlobs(views, thread, device, coder.reads_on_device)
+        if coder.reads_on_device:
+            for index in range(len(blobs)):
+                uploads.stage(index)
+                uploads.send(index)
+        reader = coder.open(uploads, dict(enumerate(infos)))
+        reader.inflate(placed, out)
         kept[:] = [reader]
 
     return seconds(run, device, rounds)

@@ -12,7 +12,10 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import xxhash
 
@@ -42,6 +45,16 @@ ALL_LAYERS = 0xFFFF
 _HEADER = struct.Struct("<4sHHHBBHHHHHHIQd16s16s")
 # kind, entropy coder id, layer group, units, raw length, stored length
 _SECTION = struct.Struct("<BBHIII")
+_SECTION_ROW = np.dtype(
+    [
+        ("kind", "u1"),
+        ("coder_id", "u1"),
+        ("group", "<u2"),
+        ("units", "<u4"),
+        ("raw_length", "<u4"),
+        ("stored_length", "<u4"),
+    ]
+)
 HEADER_BYTES = _HEADER.size
 MIN_BLOB_BYTES = HEADER_BYTES + CHECKSUM_BYTES
 
@@ -141,15 +154,27 @@ class NewSection:
     encoded: EncodedSection
 
 
+class SectionEntry(NamedTuple):
+    """A row of the section table that is to be written."""
+
+    kind: SectionKind
+    coder_id: int
+    group: int
+    units: int
+    """Rows that it has in the unit table."""
+    raw_length: int
+    stored_length: int
+
+
 def build(header: Header, sections: Sequence[NewSection]) -> bytes:
     """Serialise a container. Raises CodecError if a length does not fit its field."""
-    table = bytearray()
-    unit_table = bytearray()
+    entries: list[SectionEntry] = []
+    unit_tables: list[bytes | memoryview] = []
     bodies: list[bytes] = []
-    try:
-        for section in sections:
-            encoded = section.encoded
-            table += _SECTION.pack(
+    for section in sections:
+        encoded = section.encoded
+        entries.append(
+            SectionEntry(
                 section.kind,
                 section.coder_id,
                 section.group,
@@ -157,12 +182,36 @@ def build(header: Header, sections: Sequence[NewSection]) -> bytes:
                 section.raw_length,
                 len(encoded.body),
             )
-            units = encoded.units
-            listed = units if isinstance(units, UnitList) else UnitList.of(unit_lengths(units))
-            unit_table += listed.table
-            bodies.append(encoded.body)
-            bodies.append(bytes(aligned(len(encoded.body)) - len(encoded.body)))
-        head = _HEADER.pack(
+        )
+        units = encoded.units
+        listed = units if isinstance(units, UnitList) else UnitList.of(unit_lengths(units))
+        unit_tables.append(listed.table)
+        bodies.append(encoded.body)
+        bodies.append(bytes(aligned(len(encoded.body)) - len(encoded.body)))
+    content = b"".join((build_head(header, entries), *unit_tables, *bodies))
+    return content + checksum(content)
+
+
+def build_head(header: Header, entries: Sequence[SectionEntry]) -> bytes:
+    """Header and section table, after which the unit table follows.
+
+    Raises CodecError if a length does not fit its field.
+    """
+    return build_header(header, len(entries)) + b"".join(map(build_entry, entries))
+
+
+def build_entry(entry: SectionEntry) -> bytes:
+    """A row of the section table. Raises CodecError as `build_head` does."""
+    try:
+        return _SECTION.pack(*entry)
+    except struct.error as error:
+        raise CodecError("size", f"chunk does not fit the container format: {error}") from error
+
+
+def build_header(header: Header, sections: int) -> bytes:
+    """Header of a container of so many sections. Raises CodecError as `build_head` does."""
+    try:
+        return _HEADER.pack(
             MAGIC,
             FORMAT_VERSION,
             header.codec_id,
@@ -174,7 +223,7 @@ def build(header: Header, sections: Sequence[NewSection]) -> bytes:
             header.head_size,
             header.head_size_v,
             header.num_layer_groups,
-            len(sections),
+            sections,
             header.tokens,
             header.start,
             header.ratio,
@@ -183,8 +232,44 @@ def build(header: Header, sections: Sequence[NewSection]) -> bytes:
         )
     except struct.error as error:
         raise CodecError("size", f"chunk does not fit the container format: {error}") from error
-    content = b"".join((head, table, unit_table, *bodies))
-    return content + checksum(content)
+
+
+def section_rows(
+    kinds: Sequence[SectionKind],
+    groups: Sequence[int],
+    coder_id: int,
+    sizes: npt.NDArray[np.int64],
+) -> list[bytes]:
+    """Section tables of many chunks of the same sections, each a part of one.
+
+    kinds, groups: of every section. sizes: units, raw and stored bytes, [chunks, sections, 3];
+    raises CodecError if one does not fit its field.
+    """
+    if sizes.size and sizes.max() >= 1 << 32:
+        raise CodecError("size", f"a section of {sizes.max()} bytes does not fit the container")
+    rows = np.zeros(sizes.shape[:2], _SECTION_ROW)
+    rows["kind"], rows["group"], rows["coder_id"] = list(kinds), list(groups), coder_id
+    rows["units"], rows["raw_length"], rows["stored_length"] = np.moveaxis(sizes, 2, 0)
+    return [row.tobytes() for row in rows]
+
+
+class SectionTables(NamedTuple):
+    """The tables of a verified container as they lie in it, for whoever reads many at once."""
+
+    sections: npt.NDArray[np.void]
+    """With the fields of `SectionEntry`, coder_id as there."""
+    units: memoryview
+    """The unit table, see `UnitList`."""
+    body: int
+    """Where the first body begins."""
+
+
+def section_tables(blob: memoryview, sections: int) -> SectionTables:
+    """Of a container that `parse` has accepted. sections: how many it has."""
+    rows = np.frombuffer(blob, _SECTION_ROW, sections, HEADER_BYTES)
+    first = HEADER_BYTES + sections * _SECTION_ROW.itemsize
+    body = first + int(rows["units"].sum()) * UNIT_BYTES
+    return SectionTables(rows, blob[first:body], body)
 
 
 def container_bytes(sections: Sequence[int]) -> int:

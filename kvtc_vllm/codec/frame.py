@@ -263,11 +263,14 @@ class TransformCodec(ChunkCodec):
             k, v = (p[0] if len(p) == 1 else torch.cat(p) for p in parts.values())
             yield DecodedGroup(first, end, k, v)
 
-    def _decode_sinks(self, payload: bytearray, sinks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _decode_sinks(
+        self, payload: bytearray, sinks: int, device: torch.device | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K [S, L, H, D] and V [S, L, H, Dv] in the cache dtype, on `device` or the codec's."""
         geometry = self.geometry
         shape = (sinks, geometry.num_layers, geometry.num_kv_heads)
         k_shape, v_shape = (*shape, geometry.head_size), (*shape, geometry.head_size_v)
-        data = torch.frombuffer(payload, dtype=torch.uint8).to(self.device)
+        data = torch.frombuffer(payload, dtype=torch.uint8).to(device or self.device)
         v_bytes = sinks * geometry.num_layers * geometry.num_kv_heads * geometry.head_size_v
         v_bytes *= self.dtype.itemsize
         return (

@@ -66,7 +66,7 @@ class CodecSpec:
 
 
 CODECS: dict[str, CodecSpec] = {
-    RawCodec.name: CodecSpec(RawCodec),
+    RawCodec.name: CodecSpec(RawCodec, has_kernels=True),
     KvtcCodec.name: CodecSpec(
         KvtcCodec,
         ArtifactRules(read_plan, over_budget, budget_bytes),

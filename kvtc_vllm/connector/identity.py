@@ -153,12 +153,14 @@ def setup_identity(
     ropes: tuple[Rope, ...] = (),
     layer_rope: tuple[int | None, ...] = (),
     scales: Mapping[Kind, torch.Tensor] | None = None,
+    only_ratio: float | None = None,
 ) -> SetupIdentity:
     """What computed the KV of this rank, and what its chunks and their keys are.
 
     Called in a worker after the model was loaded, which completes vLLM's configuration. files:
     fingerprint of configuration and weight files. ropes, layer_rope: live tables and which layer
-    uses which. scales: of an fp8 cache.
+    uses which. scales: of an fp8 cache. only_ratio: of the chunks that this rank can read; None if
+    it reads those of any ratio of the artifact.
     """
     inside = set()
     if any(load.load_format == "dummy" for load in _load_configs(vllm_config)):
@@ -186,6 +188,8 @@ def setup_identity(
         # Releases compute the same model in other ways.
         "vllm_version": vllm_version(),
     }
+    if only_ratio is not None:
+        own["only_ratio"] = only_ratio
     for name, find in (("draft_files", _draft_files), ("model_code", _model_code)):
         try:
             own[name] = find(vllm_config)

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Sequence
 from typing import Any
 
 from kvtc_vllm.codec.base import Blob
 from kvtc_vllm.codec.errors import CodecError, ContainerError
 from kvtc_vllm.codec.kernels.paged_codec import PagedKvtcCodec
+from kvtc_vllm.codec.kernels.paged_raw import PagedRawCodec
+from kvtc_vllm.codec.streams import Event
 from kvtc_vllm.offload.messages import LoadItem, StoreItem
 from kvtc_vllm.offload.transfer import Staged
 
 
 class KernelTransfer:
-    """All chunks of a step, or of a request, in one batch; one load at a time.
+    """All chunks of a step, or of a request, in one batch.
 
-    Loads share a stream, so a second would gain little and take a workspace of its own.
+    Every thread that encodes or loads takes a workspace of its own.
     """
 
     store_batch = sys.maxsize
     load_batch = sys.maxsize
 
-    def __init__(self, codec: PagedKvtcCodec, chunk_tokens: int) -> None:
+    def __init__(self, codec: PagedKvtcCodec | PagedRawCodec, chunk_tokens: int) -> None:
         self.codec = codec
         self._chunk_tokens = chunk_tokens
-        self._loading = threading.Lock()
 
     def staged_bytes(self, blocks: int) -> int:
         return self.codec.staging_bytes(blocks * self.codec.block_size)
@@ -34,9 +34,10 @@ class KernelTransfer:
     def stage(self, items: Sequence[StoreItem]) -> Staged:
         return self.codec.stage(items)
 
-    def encode(self, staged: Any) -> list[bytes | CodecError]:
+    def encode(self, staged: Any) -> Sequence[Blob | CodecError]:
         return self.codec.encode_staged(staged)
 
-    def load(self, items: Sequence[tuple[LoadItem, Blob]]) -> list[ContainerError | None]:
-        with self._loading:
-            return self.codec.load(items, self._chunk_tokens)
+    def load(
+        self, items: Sequence[tuple[LoadItem, Blob]], point: Event | None = None
+    ) -> list[ContainerError | None]:
+        return self.codec.load(items, self._chunk_tokens, point)

@@ -18,46 +18,64 @@ MOST_WORKSPACE_BYTES = 1 << 30
 LEAST_WORKSPACE_BYTES = 64 << 20
 STEPS_STAGED = 2
 """Full steps of prefill that staging holds: one that is being encoded, one that is computed."""
-SHARE_OF_FREE = 4
-"""Staging, encoding and decoding get one share each; the last is for CUDA graphs, captured later,
-and for what vLLM's own estimate left out."""
+RESERVED_SHARE = 4
+"""One part in so many of what is free stays so, for CUDA graphs, which are captured later, for
+workspaces of cuBLAS and nvCOMP, and for what vLLM's own estimate left out."""
+RESERVED_BYTES = 1 << 30
+"""That much stays free if it is no more than half of what is."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on one rank. staging: KV that waits for the encoder. workspace: of one batch that is
-    encoded, and again of one that is decoded. free: of the device at start; None for a CPU."""
+    """Bytes on one rank. staging: KV that waits for the encoder. workspace: of each of `threads`
+    threads that encode or load. reserved: what stays free of `free`, which is measured when the
+    bases are on the device; None for a CPU."""
 
     staging: int
     workspace: int
+    threads: int
+    reserved: int
     free: int | None
 
 
 def plan_memory(
     config: KVTCConfig, geometry: CacheGeometry, device: torch.device, step_tokens: int
 ) -> MemoryPlan:
-    """step_tokens: most tokens that one step of the engine computes."""
+    """What is free now. step_tokens: most tokens that one step of the engine computes."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    return divide(config.staging_capacity, step_tokens * _staged_token_bytes(geometry), free)
+    return divide(
+        config.staging_capacity,
+        step_tokens * _staged_token_bytes(geometry),
+        free,
+        config.encode_threads + config.load_threads,
+    )
 
 
-def divide(staging: int | None, step_bytes: int, free: int | None) -> MemoryPlan:
+def divide(staging: int | None, step_bytes: int, free: int | None, threads: int = 2) -> MemoryPlan:
     """The plan for `free` bytes. staging: as configured, None for automatic."""
-    workspace = MOST_WORKSPACE_BYTES
+    workspace, reserved = MOST_WORKSPACE_BYTES, 0
     wanted = max(STEPS_STAGED * step_bytes, LEAST_STAGING_BYTES)
     if free is not None:
-        wanted = min(wanted, free // SHARE_OF_FREE)
-        workspace = max(min(workspace, free // SHARE_OF_FREE), LEAST_WORKSPACE_BYTES)
-    return MemoryPlan(wanted if staging is None else staging, workspace, free)
+        reserved = max(free // RESERVED_SHARE, min(RESERVED_BYTES, free // 2))
+        # Staging has a third of the rest, the threads share two.
+        third = (free - reserved) // 3
+        wanted = min(wanted, third)
+        workspace = max(min(workspace, 2 * third // threads), LEAST_WORKSPACE_BYTES)
+    return MemoryPlan(wanted if staging is None else staging, workspace, threads, reserved, free)
 
 
 def log_plan(plan: MemoryPlan, geometry: CacheGeometry, resident: int, step_tokens: int) -> None:
     """One line with every size; a second where a full step would not fit."""
     assert plan.free is not None
     logger.info(
-        "kvtc: device memory: bases %.1f MiB; staging up to %.1f MiB and workspace up to 2 x %.1f "
-        "MiB of %.1f MiB that vLLM left free",
-        *(n / 2**20 for n in (resident, plan.staging, plan.workspace, plan.free)),
+        "kvtc: device memory: bases %.1f MiB; of the other %.1f MiB that are free staging up to "
+        "%.1f MiB, workspace up to %d x %.1f MiB, for CUDA graphs and libraries %.1f MiB",
+        resident / 2**20,
+        plan.free / 2**20,
+        plan.staging / 2**20,
+        plan.threads,
+        plan.workspace / 2**20,
+        plan.reserved / 2**20,
     )
     token_bytes = _staged_token_bytes(geometry)
     if plan.staging < step_tokens * token_bytes:

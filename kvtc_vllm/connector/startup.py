@@ -17,11 +17,11 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from kvtc_vllm.artifact.directory import group_directory, load_rank_artifact
 from kvtc_vllm.artifact.identity import model_identity, public_model_name
 from kvtc_vllm.codec.artifact import Kind, RankArtifact
-from kvtc_vllm.codec.base import ChunkCodec, Coder
+from kvtc_vllm.codec.base import Coder
 from kvtc_vllm.codec.container import CHECKSUM_BYTES, HEADER_BYTES
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.frame import TransformCodec
-from kvtc_vllm.codec.registry import CODECS, open_codec
+from kvtc_vllm.codec.registry import CODECS
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.config import ConfigError, KVTCConfig
 from kvtc_vllm.connector.artifact_lookup import find_artifact
@@ -35,6 +35,7 @@ from kvtc_vllm.connector.sizing import log_plan, plan_memory
 from kvtc_vllm.connector.state_transfer import StateTransfer
 from kvtc_vllm.connector.torch_transfer import TorchTransfer
 from kvtc_vllm.connector.transfers import FoundArtifact, build_transfer
+from kvtc_vllm.connector.warm_up import warm_up
 from kvtc_vllm.offload.adapters import LoadedAdapters
 from kvtc_vllm.offload.disk_worker import DiskWorker, open_in_time
 from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup, codec_geometry
@@ -84,19 +85,29 @@ def build_worker(
     states = [StateTransfer(kv_caches, group) for group in geometry.groups if group.state_bytes]
     device = next(iter(kv_caches.values())).device
     step_tokens = vllm_config.scheduler_config.max_num_batched_tokens
-    plan = plan_memory(config, geometry, device, step_tokens)
     live = LiveModel(vllm_config, [n for group in geometry.groups for n in group.layer_names])
     rotations = [find_ropes(vllm_config, group.layer_names, live) for group in groups]
     scales = [find_scales(vllm_config, group) for group in groups]
-    codecs: list[ChunkCodec] = [transfer.codec for transfer in states]
-    coded: list[Transfer] = []
-    fingerprint, resident = b"", 0
+    measured = partial(plan_memory, config, geometry, device, step_tokens)
+    found: list[FoundArtifact | None] = [None] * len(groups)
     if not CODECS[config.codec].needs_artifact:
         files = _raw_model_fingerprint(vllm_config.model_config, config)
-        for group, layout in zip(groups, layouts, strict=True):
-            raw = open_codec(config.codec, group.dtype, geometry=codec_geometry(group))
-            codecs.append(raw)
-            coded.append(TorchTransfer(layout, raw, config.chunk_tokens))
+    else:
+        directory, files = find_artifact(vllm_config.model_config, config, geometry)
+        found = [
+            _load_artifact(group_directory(directory, number), group, rank, *rotation, scale)
+            for number, (group, rotation, scale) in enumerate(
+                zip(groups, rotations, scales, strict=True)
+            )
+        ]
+    served = [
+        build_transfer(part, config, layout, group, measured, share=len(groups))
+        for part, layout, group in zip(found, layouts, groups, strict=True)
+    ]
+    fingerprint = b"".join(part.artifact.fingerprint for part in found if part is not None)
+    # Again, now that the bases of all groups are on the device.
+    plan = measured()
+    if not CODECS[config.codec].needs_artifact:
         logger.info(
             "kvtc: rank %d/%d codec %s, %d tokens per chunk, memory tier %.1f MiB",
             rank,
@@ -105,22 +116,14 @@ def build_worker(
             config.chunk_tokens,
             config.memory_capacity / 2**20,
         )
-    else:
-        directory, files = find_artifact(vllm_config.model_config, config, geometry)
-        for number, group in enumerate(groups):
-            part = group_directory(directory, number)
-            found = _load_artifact(part, group, rank, *rotations[number], scales[number])
-            codec, transfer = build_transfer(
-                found, config, layouts[number], plan.workspace // len(groups)
-            )
-            codecs.append(codec)
-            coded.append(transfer)
-            fingerprint += found.artifact.fingerprint
-            resident += codec.resident_bytes
-            name = directory.name if len(groups) == 1 else f"{directory.name} ({group.reach})"
-            _log_start(codec, config, rank, geometry.tp_size, name)
-        if device.type == "cuda":
-            log_plan(plan, geometry, resident, step_tokens)
+    for part, one, group in zip(found, served, groups, strict=True):
+        if part is not None and isinstance(one.codec, TransformCodec):
+            own = "" if len(groups) == 1 else f" ({group.reach})"
+            _log_start(one.codec, config, rank, geometry.tp_size, directory.name + own)
+    if device.type == "cuda":
+        log_plan(plan, geometry, sum(one.resident for one in served), step_tokens)
+    codecs = [*(transfer.codec for transfer in states), *(one.codec for one in served)]
+    coded: list[Transfer] = [one.transfer for one in served]
     if codec_factory is not None:
         coded = [
             TorchTransfer(layout, codec_factory(group, *rotation), config.chunk_tokens)
@@ -139,6 +142,8 @@ def build_worker(
         ropes=ropes,
         layer_rope=layer_rope,
         scales=joined_scales(scales, groups),
+        # On a GPU the bases of no other are resident: those chunks must not be offered.
+        only_ratio=config.target_ratio if any(found) and device.type != "cpu" else None,
     )
     check_digested(setup, config)
     record = NamespaceRecord(
@@ -150,7 +155,7 @@ def build_worker(
         artifact=fingerprint.hex(),
         ratio=config.target_ratio,
         vllm_version=vllm_version(),
-        most_bytes=codec.max_blob_bytes(config.chunk_tokens),
+        most_bytes=max(codec.max_blob_bytes(config.chunk_tokens) for codec in codecs),
         facts=setup.short_facts(),
     )
     names = Names(
@@ -166,7 +171,14 @@ def build_worker(
     memory: MemoryStore = MemoryArena(config.memory_capacity // geometry.tp_size)
     if config.joint == "exact":
         memory = OnceStore(memory, HEADER_BYTES, CHECKSUM_BYTES)
-    return KVTCWorker(config, geometry, transfers, device, plan.staging, rank, names, disk, memory)
+    worker = KVTCWorker(
+        config, geometry, transfers, device, plan.staging, rank, names, disk, memory
+    )
+    if device.type == "cuda":
+        of_group = [n for n, group in enumerate(geometry.groups) if not group.state_bytes]
+        for number, layout in zip(of_group, layouts, strict=True):
+            warm_up(worker, layout, number, config.chunk_tokens, step_tokens, plan.staging)
+    return worker
 
 
 def check_digested(setup: SetupIdentity, config: KVTCConfig) -> None:

@@ -16,6 +16,7 @@ from kvtc_vllm.codec.artifact import Geometry
 from kvtc_vllm.codec.base import Blob, NewChunk, StoredChunk
 from kvtc_vllm.codec.errors import CodecError, ContainerError
 from kvtc_vllm.codec.raw import RawCodec
+from kvtc_vllm.codec.streams import Event
 from kvtc_vllm.connector.compat import UnsupportedError
 from kvtc_vllm.offload.geometry import CacheGroup
 from kvtc_vllm.offload.messages import LoadItem, StoreItem
@@ -77,10 +78,14 @@ class StateTransfer:
             chunks.append(NewChunk(k, v, item.start, item.key))
         return self.codec.encode_many(chunks)
 
-    def load(self, items: Sequence[tuple[LoadItem, Blob]]) -> list[ContainerError | None]:
+    def load(
+        self, items: Sequence[tuple[LoadItem, Blob]], point: Event | None = None
+    ) -> list[ContainerError | None]:
         chunks = self.codec.decode_many(
             [StoredChunk(blob, item.start, 1, item.key) for item, blob in items]
         )
+        if point is not None:
+            point.wait()
         errors: list[ContainerError | None] = []
         for (item, _), chunk in zip(items, chunks, strict=True):
             if isinstance(chunk, ContainerError):

@@ -9,6 +9,7 @@ import torch
 
 from kvtc_vllm.codec.base import Blob, Coder, DecodedChunk, NewChunk, StoredChunk
 from kvtc_vllm.codec.errors import CodecError, ContainerError
+from kvtc_vllm.codec.streams import Event
 from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.offload.messages import LoadItem, StoreItem
 from kvtc_vllm.offload.transfer import Staged
@@ -43,10 +44,14 @@ class TorchTransfer:
             ]
         )
 
-    def load(self, items: Sequence[tuple[LoadItem, Blob]]) -> list[ContainerError | None]:
+    def load(
+        self, items: Sequence[tuple[LoadItem, Blob]], point: Event | None = None
+    ) -> list[ContainerError | None]:
         chunks = self.codec.decode_many(
             [StoredChunk(blob, item.start, self._chunk_tokens, item.key) for item, blob in items]
         )
+        if point is not None:
+            point.wait()
         errors: list[ContainerError | None] = []
         for (item, _), chunk in zip(items, chunks, strict=True):
             if isinstance(chunk, ContainerError):

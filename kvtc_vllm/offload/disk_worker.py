@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
+from kvtc_vllm.tiers.blob_store import Blob
 from kvtc_vllm.tiers.disk import DiskError, DiskStore, IoHandle, IoPool
 from kvtc_vllm.tiers.disk.scan import without_collector
 from kvtc_vllm.tiers.keys import RecordKey
@@ -174,7 +175,7 @@ class DiskWorker:
             self._count(error)
             return []
 
-    def write(self, key: RecordKey, blob: bytes, epoch: int) -> None:
+    def write(self, key: RecordKey, blob: Blob, epoch: int) -> None:
         """Write when a thread is free; dropped and counted if too much waits.
 
         epoch: in which the blob was made; one of another is dropped.
@@ -259,7 +260,7 @@ class DiskWorker:
             news, self._news = self._news, DiskNews()
         return news
 
-    def close(self, last: Iterable[tuple[RecordKey, bytes]], seconds: float) -> None:
+    def close(self, last: Iterable[tuple[RecordKey, Blob]], seconds: float) -> None:
         """Write what waits and then `last`, for at most `seconds`, and stop."""
         until = time.monotonic() + seconds
         namespace = self._namespace
@@ -279,7 +280,7 @@ class DiskWorker:
 
     # ------------------------------------------------------- on the pools' threads
 
-    def _write(self, namespace: Namespace, key: RecordKey, blob: bytes, epoch: int) -> None:
+    def _write(self, namespace: Namespace, key: RecordKey, blob: Blob, epoch: int) -> None:
         """A write that is overtaken by a reset is still right under its own name."""
         try:
             if epoch != self._epoch:
@@ -301,7 +302,7 @@ class DiskWorker:
     def _drain(
         self,
         namespace: Namespace,
-        source: Iterator[tuple[RecordKey, bytes]],
+        source: Iterator[tuple[RecordKey, Blob]],
         lock: threading.Lock,
         until: float,
     ) -> None:

@@ -7,11 +7,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kvtc_vllm.codec.streams import Event, SideStream
+import torch
+
+from kvtc_vllm.codec.base import Blob
+from kvtc_vllm.codec.streams import DeviceThreads, Event
 from kvtc_vllm.offload.messages import LoadItem, LoadJob
 from kvtc_vllm.offload.names import Proof
 from kvtc_vllm.offload.rank_context import RankContext, batches
-from kvtc_vllm.offload.threads import thread_pool
+from kvtc_vllm.offload.threads import on_every_thread, thread_pool
 from kvtc_vllm.tiers.blob_store import StoreError
 from kvtc_vllm.tiers.keys import RecordKey
 
@@ -21,8 +24,9 @@ CHANGED = "changed"
 """Reason of failure where what computes now is not what computed the chunk."""
 LATE = "late"
 """Reason where recomputing takes no longer than was waited already."""
-_SOUND = (CHANGED, LATE)
-"""Reasons that say nothing against the chunk."""
+OUT_OF_MEMORY = "out_of_memory"
+_SOUND = (CHANGED, LATE, OUT_OF_MEMORY)
+"""Reasons that say nothing against the chunk itself, which is kept."""
 BLOCKS = "blocks"
 """Reason of failure where the engine's blocks are not those that the records fill."""
 
@@ -42,7 +46,8 @@ class _Load:
     same_adapter: bool
     """Whether its LoRA adapter is loaded with the contents that the names assume."""
     point: Event
-    """On the engine's stream, before which its blocks may still be in use."""
+    """On the engine's stream, before which its blocks may still be in use. Only the writing into
+    them waits for it."""
     began: float
     """On the monotonic clock."""
     patience: float
@@ -67,7 +72,8 @@ class LoadPipeline:
         self._groups = context.geometry.groups
         self._memory = context.memory
         self._outbox = context.outbox
-        self._stream = SideStream(context.device)
+        self._device = context.device
+        self._own = DeviceThreads(context.device)
         self._num_threads = context.config.load_threads
         self._threads = thread_pool("kvtc-load", self._num_threads, context.device)
 
@@ -84,7 +90,7 @@ class LoadPipeline:
             at_once=min(len(parts), self._num_threads),
             proof=proof,
             same_adapter=same_adapter,
-            point=Event(self._stream.device),
+            point=Event(self._device),
             began=time.monotonic(),
             patience=job.patience,
         )
@@ -103,6 +109,19 @@ class LoadPipeline:
             out.failed_loads.add(job.request_id)
             out.finished_loads.add(job.request_id)
         self._outbox.notify()
+
+    def warm_up(self, found: Sequence[tuple[LoadItem, Blob]]) -> None:
+        """Load records of one cache group on every thread."""
+        if not found:
+            return
+        transfer = self._transfers[found[0][0].group]
+        point = Event(self._device)
+
+        def load() -> None:
+            with self._own.mine.stream.to_end():
+                transfer.load(found, point)
+
+        on_every_thread(self._threads, self._num_threads, load)
 
     def check(self, proof: Proof, holds: Callable[[Proof], None]) -> None:
         """Report if the weights are not those of the names, else call `holds` on a thread."""
@@ -174,17 +193,19 @@ class LoadPipeline:
             for item, blob in zip(items, blobs, strict=True)
             if not isinstance(blob, StoreError)
         ]
+        transfer = self._transfers[items[0].group]
         try:
-            with self._stream.after(request.point):
-                errors = iter(self._transfers[items[0].group].load(found) if found else [])
-            self._stream.synchronize()
-        except Exception:
+            # vLLM computes into the blocks of a failed load at once: nothing may write there then.
+            with self._own.mine.stream.to_end():
+                errors = iter(transfer.load(found, request.point) if found else [])
+        except Exception as failure:
             logger.exception(
                 "kvtc: loading %d chunks of request %s failed, recomputing",
                 len(items),
                 request.request_id,
             )
-            return ["error"] * len(items)
+            memory = isinstance(failure, torch.OutOfMemoryError)
+            return [OUT_OF_MEMORY if memory else "error"] * len(items)
         reasons: list[str | None] = []
         for item, blob in zip(items, blobs, strict=True):
             error = blob if isinstance(blob, StoreError) else next(errors)
@@ -200,7 +221,7 @@ class LoadPipeline:
                 )
         return reasons
 
-    def _read(self, key: RecordKey) -> bytes | StoreError:
+    def _read(self, key: RecordKey) -> Blob | StoreError:
         try:
             return self._memory.read(key)
         except StoreError as error:

@@ -60,7 +60,14 @@ STORE_DROP_REASONS = (
     "changed",
     "error",
 )
-LOAD_FAILURE_REASONS = (*CONTAINER_REASONS, "changed", "late", "blocks", "error")
+LOAD_FAILURE_REASONS = (
+    *CONTAINER_REASONS,
+    "changed",
+    "late",
+    "blocks",
+    "out_of_memory",
+    "error",
+)
 LABELLED: dict[str, tuple[str, tuple[str, ...]]] = {
     "dropped_stores": ("Stores given up, by reason, all ranks", STORE_DROP_REASONS),
     "disk_errors": ("Disk operations that failed, by reason, all ranks", DISK_REASONS),

@@ -9,12 +9,18 @@ from collections.abc import Sequence
 
 import torch
 
+from kvtc_vllm.codec.base import Blob
 from kvtc_vllm.codec.errors import CodecError
 from kvtc_vllm.codec.streams import Event, SideStream
 from kvtc_vllm.offload.messages import StoreItem
 from kvtc_vllm.offload.names import Proof
 from kvtc_vllm.offload.rank_context import RankContext, batches
-from kvtc_vllm.offload.threads import Throttle, share_of_thread, thread_pool
+from kvtc_vllm.offload.threads import (
+    Throttle,
+    on_every_thread,
+    share_of_thread,
+    thread_pool,
+)
 from kvtc_vllm.offload.transfer import Staged
 from kvtc_vllm.tiers.blob_store import StoreError
 from kvtc_vllm.tiers.keys import RecordKey
@@ -45,7 +51,8 @@ class StorePipeline:
                 config.encode_share, device, config.encode_threads, context.geometry.tp_size
             )
         )
-        self._threads = thread_pool("kvtc-encode", config.encode_threads, device)
+        self._num_threads = config.encode_threads
+        self._threads = thread_pool("kvtc-encode", self._num_threads, device)
 
     def engine_computes(self, busy: bool) -> None:
         """Whether the engine has work of its own in this step."""
@@ -67,6 +74,19 @@ class StorePipeline:
         """Give stores up. Any thread."""
         for item in items:
             self._drop(item, epoch, reason)
+
+    def warm_up(self, items: Sequence[StoreItem]) -> Sequence[Blob | CodecError]:
+        """Stage records of one cache group and encode them on every thread."""
+        transfer = self._transfers[items[0].group]
+        staged = transfer.stage(items)
+        point = Event(self._stream.device)
+
+        def encode() -> Sequence[Blob | CodecError]:
+            with self._stream.to_end(point):
+                self._stream.adopt(*staged.tensors)
+                return transfer.encode(staged)
+
+        return on_every_thread(self._threads, self._num_threads, encode)[0]
 
     def encode_now(
         self, items: Sequence[StoreItem], proof: Proof, until: float
@@ -128,9 +148,8 @@ class StorePipeline:
         try:
             staged = self._transfers[items[0].group].stage(items)
         except Exception as error:  # the engine's step must go on
-            memory = isinstance(error, torch.OutOfMemoryError)
             logger.warning("kvtc: %d chunks not stored: %s", len(items), error)
-            self.drop(items, epoch, "out_of_memory" if memory else "error")
+            self.drop(items, epoch, _reason(error))
             self._release(items)
             return
         point = Event(self._stream.device)
@@ -146,13 +165,12 @@ class StorePipeline:
     ) -> None:
         started = time.perf_counter()
         try:
-            with self._stream.after(point):
+            with self._stream.to_end(point):
                 self._stream.adopt(*staged.tensors)
                 blobs = self._transfers[items[0].group].encode(staged)
-            self._stream.synchronize()
-        except Exception:
+        except Exception as error:
             logger.exception("kvtc: %d chunks not stored", len(items))
-            self.drop(items, epoch, "error")
+            self.drop(items, epoch, _reason(error))
         else:
             if not proof.holds:
                 self._outbox.found_stale(proof.step, proof.epoch)
@@ -167,7 +185,7 @@ class StorePipeline:
             self._outbox.notify()
             self._share.charge(seconds)
 
-    def _keep(self, item: StoreItem, blob: bytes | CodecError, epoch: int) -> None:
+    def _keep(self, item: StoreItem, blob: Blob | CodecError, epoch: int) -> None:
         if isinstance(blob, CodecError):
             logger.warning("kvtc: chunk at token %d not stored: %s", item.start, blob)
             self._drop(item, epoch, "non_finite" if blob.reason == "non_finite" else "error")
@@ -188,7 +206,7 @@ class StorePipeline:
         elif self._write_through is not None:
             self._write_through.write(item.key, blob, epoch)
 
-    def _write(self, item: StoreItem, blob: bytes) -> int | None:
+    def _write(self, item: StoreItem, blob: Blob) -> int | None:
         """The bytes that memory keeps for it; None if there is no room."""
         try:
             return self._memory.write(item.key, blob, item.tenant)
@@ -201,3 +219,7 @@ class StorePipeline:
                 out.report.dropped.append((item.key, self._rank))
             out.stats.add("dropped_stores", label=reason)
         self._outbox.notify()
+
+
+def _reason(error: Exception) -> str:
+    return "out_of_memory" if isinstance(error, torch.OutOfMemoryError) else "error"

@@ -11,9 +11,13 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
+
+Result = TypeVar("Result")
 
 
 def thread_pool(name: str, threads: int, device: torch.device) -> ThreadPoolExecutor:
@@ -32,6 +36,20 @@ def _settle(device: torch.device) -> None:
             os.sched_setaffinity(0, range(os.cpu_count() or 1))
     else:
         torch.cuda.set_device(device)
+
+
+def on_every_thread(
+    pool: ThreadPoolExecutor, threads: int, call: Callable[[], Result]
+) -> list[Result]:
+    """What a call gives on each of the `threads` threads of a pool, which must be idle."""
+    all_here = threading.Barrier(threads)
+
+    def run() -> Result:
+        # So that no thread takes the call of another.
+        all_here.wait()
+        return call()
+
+    return [future.result() for future in [pool.submit(run) for _ in range(threads)]]
 
 
 class Throttle:

@@ -14,6 +14,7 @@ import torch
 
 from kvtc_vllm.codec.base import Blob
 from kvtc_vllm.codec.errors import CodecError, ContainerError
+from kvtc_vllm.codec.streams import Event
 from kvtc_vllm.offload.messages import LoadItem, StoreItem
 
 
@@ -40,13 +41,17 @@ class Transfer(Protocol):
         """Read records on the current stream, without waiting for it. On the engine's thread."""
         ...
 
-    def encode(self, staged: Any) -> list[bytes | CodecError]:
+    def encode(self, staged: Any) -> Sequence[Blob | CodecError]:
         """A blob for each record, or why there is none. On any thread; waits for the device."""
         ...
 
-    def load(self, items: Sequence[tuple[LoadItem, Blob]]) -> list[ContainerError | None]:
+    def load(
+        self, items: Sequence[tuple[LoadItem, Blob]], point: Event | None = None
+    ) -> list[ContainerError | None]:
         """Verify and decode records into their blocks. On any thread; waits for the device.
 
-        Gives for every record None, or the error for which its blocks must be recomputed.
+        point: on another stream, before which the blocks may be in use; only the writing waits
+        for it. Gives for every record None, or the error for which its blocks must be recomputed.
+        What it raises it raises with work that may still run on the current stream.
         """
         ...

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+from kvtc_vllm.codec.errors import CodecError
 from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.offload.disk_worker import NO_NEWS, DiskWorker
 from kvtc_vllm.offload.geometry import CacheGeometry
@@ -25,6 +26,7 @@ from kvtc_vllm.offload.loading import LoadPipeline
 from kvtc_vllm.offload.messages import (
     NO_ADAPTER,
     AdapterUse,
+    LoadItem,
     StepMetadata,
     StoreItem,
     WorkerReport,
@@ -35,7 +37,7 @@ from kvtc_vllm.offload.rank_context import RankContext
 from kvtc_vllm.offload.stats import Stats
 from kvtc_vllm.offload.storing import StorePipeline
 from kvtc_vllm.offload.transfer import Transfer
-from kvtc_vllm.tiers.blob_store import MemoryStore, StoreError
+from kvtc_vllm.tiers.blob_store import Blob, MemoryStore, StoreError
 from kvtc_vllm.tiers.keys import RecordKey
 from kvtc_vllm.tiers.memory import MemoryArena
 
@@ -109,6 +111,23 @@ class KVTCWorker:
         )
         self._stores = StorePipeline(context)
         self._loads = LoadPipeline(context)
+
+    def warm_up(self, stores: Sequence[StoreItem], loads: Sequence[LoadItem]) -> None:
+        """Encode and load these on every thread that will, and keep nothing. Before any step.
+
+        loads: of what was stored, in the same order. Also takes the samples of the weights that a
+        step takes, which cross pinned memory.
+        """
+        for dense in (True, False):
+            self._names.prove(0, self._outbox.epoch, dense=dense).holds  # noqa: B018
+        blobs = self._stores.warm_up(stores)
+        self._loads.warm_up(
+            [
+                (item, blob)
+                for item, blob in zip(loads, blobs, strict=True)
+                if not isinstance(blob, CodecError)
+            ]
+        )
 
     def before_forward(self, step: StepMetadata) -> None:
         """Copy the blocks that the step is going to overwrite. Before anything else in a step."""
@@ -226,7 +245,7 @@ class KVTCWorker:
         """(key, bytes) of what this rank has on disk; None without a disk tier."""
         return None if self._disk is None else self._disk.inventory()
 
-    def _held(self, keys: Iterable[RecordKey]) -> Iterator[tuple[RecordKey, bytes]]:
+    def _held(self, keys: Iterable[RecordKey]) -> Iterator[tuple[RecordKey, Blob]]:
         """Those of the records that are in memory."""
         for key in keys:
             with suppress(StoreError):

@@ -7,6 +7,9 @@ from typing import Protocol
 
 from kvtc_vllm.tiers.keys import RecordKey
 
+Blob = bytes | bytearray | memoryview
+"""A chunk in the container format; whoever keeps it does not change it."""
+
 
 class StoreError(Exception):
     """A store did not do what it was asked for: a miss for a read, a dropped store for a write.
@@ -22,7 +25,7 @@ class StoreError(Exception):
 class BlobStore(Protocol):
     """Blobs of one rank, under a byte cap. Safe for many threads; raises only StoreError."""
 
-    def write(self, key: RecordKey, blob: bytes, tenant: bytes = b"") -> int:
+    def write(self, key: RecordKey, blob: Blob, tenant: bytes = b"") -> int:
         """Keep a blob under its name.
 
         tenant: whose it is; a layer that shares bytes shares them within a tenant, and none of
@@ -31,7 +34,7 @@ class BlobStore(Protocol):
         """
         ...
 
-    def read(self, key: RecordKey) -> bytes:
+    def read(self, key: RecordKey) -> Blob:
         """The blob. Raises StoreError, "missing" if there is none."""
         ...
 

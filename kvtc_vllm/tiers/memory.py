@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 
-from kvtc_vllm.tiers.blob_store import StoreError
+from kvtc_vllm.tiers.blob_store import Blob, StoreError
 from kvtc_vllm.tiers.keys import RecordKey
 
 
@@ -18,11 +18,11 @@ class MemoryArena:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self._blobs: dict[RecordKey, bytes] = {}
+        self._blobs: dict[RecordKey, Blob] = {}
         self._used = 0
         self._lock = threading.Lock()
 
-    def write(self, key: RecordKey, blob: bytes, tenant: bytes = b"") -> int:
+    def write(self, key: RecordKey, blob: Blob, tenant: bytes = b"") -> int:
         """Keep a blob; returns its bytes. Raises StoreError "full", and keeps nothing."""
         with self._lock:
             used = self._used - len(self._blobs.get(key, b"")) + len(blob)
@@ -32,7 +32,7 @@ class MemoryArena:
             self._used = used
             return len(blob)
 
-    def read(self, key: RecordKey) -> bytes:
+    def read(self, key: RecordKey) -> Blob:
         """The blob. Raises StoreError "missing"."""
         with self._lock:
             blob = self._blobs.get(key)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import io
+import json
+import os
+import subprocess
 import sys
 import tarfile
 import zipfile
@@ -42,6 +45,33 @@ def test_every_script_explains_itself(
         importlib.import_module(f"benchmarks.gpu.{name}").main()
     assert ended.value.code == 0
     assert f"benchmarks.gpu.{name}" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_prediction_names_what_bounds_it(tmp_path: Path) -> None:
+    """In a process of its own: there kernels are compiled, not run."""
+    pytest.importorskip("triton", reason="kernels need Triton")
+    out = tmp_path / "rows.json"
+    command = [sys.executable, "-m", "benchmarks.gpu.roofline", "tiny", "4", "--layers", "2"]
+    command += ["--tokens", "512", "--rounds", "1", "--out", str(out)]
+    ended = subprocess.run(
+        command,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    rows = json.loads(out.read_text())
+    assert [row["gpu"] for row in rows] == ["H100", "H200"]
+    for row in rows:
+        assert 0 < row["decode_device_ms"] <= row["decode_ms"]
+        assert row["decode_bound"] in {"host", *row["stage_ms"]}
+        assert row["decode_gbps"] == pytest.approx(
+            row["raw_bytes"] / row["decode_ms"] / 1e6, rel=0.05, abs=0.1
+        )
+    faster, slower = rows[1]["stage_ms"], rows[0]["stage_ms"]
+    assert all(faster[stage] <= slower[stage] for stage in slower)
 
 
 def _rows() -> list[dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
 pytest.importorskip("vllm")
@@ -11,7 +13,9 @@ from kvtc_vllm.connector.sizing import (
     LEAST_WORKSPACE_BYTES,
     MOST_WORKSPACE_BYTES,
     divide,
+    log_plan,
 )
+from tests.connector.fakes import geometry
 
 GIB = 1 << 30
 
@@ -29,10 +33,24 @@ def test_small_steps_and_no_device() -> None:
 
 
 @pytest.mark.parametrize("free", [GIB // 2, 2 * GIB, 5 * GIB])
-def test_a_quarter_of_what_is_free_stays(free: int) -> None:
-    plan = divide(None, GIB, free)
-    assert plan.staging + 2 * plan.workspace <= 3 * free // 4
+@pytest.mark.parametrize("threads", [2, 3, 16])
+def test_a_stated_share_of_what_is_free_stays(free: int, threads: int) -> None:
+    plan = divide(None, GIB, free, threads)
+    assert plan.reserved >= max(free // 4, min(GIB, free // 2))
+    if plan.workspace > LEAST_WORKSPACE_BYTES:
+        assert plan.staging + threads * plan.workspace + plan.reserved <= free
     assert plan.free == free
+
+
+def test_the_log_line_has_every_part(caplog: pytest.LogCaptureFixture) -> None:
+    plan = divide(None, 128 << 20, 6 * GIB, 3)
+    with caplog.at_level(logging.INFO, "vllm.kvtc"):
+        log_plan(plan, geometry(), 318 << 20, 1)
+    (line,) = [record.getMessage() for record in caplog.records]
+    parts = (318 << 20, plan.free, plan.staging, plan.workspace, plan.reserved)
+    for size in parts:
+        assert f"{(size or 0) / 2**20:.1f} MiB" in line
+    assert "3 x" in line
 
 
 def test_a_full_device_still_gets_a_workspace() -> None:

@@ -319,6 +319,7 @@ OWN_CHANGES: dict[str, dict[str, Any]] = {
     "order of pairs": {"ropes": (Rope(ROPE.cos_sin, neox=False),)},
     "which layer uses which": {"ropes": (ROPE, ROPE), "layer_rope": (0, 1)},
     "scales": {"scales": {"k": torch.tensor([0.5, 1]), "v": torch.tensor([1.0, 1])}},
+    "only one ratio": {"only_ratio": 16.0},
     "scales of the other kind": {"scales": {"v": torch.tensor([0.5, 1]), "k": torch.ones(2)}},
     **{
         f"group.{f.name}": {

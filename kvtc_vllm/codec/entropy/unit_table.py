@@ -25,6 +25,8 @@ class SectionBody:
     """Bytes stored, the units' padding included."""
     raw_length: int
     """Bytes that they decode to."""
+    place: int = 0
+    """Where these belong."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class UnitTable:
     offsets: Lengths
     """Where each is in that buffer, a multiple of `UNIT_ALIGNMENT`."""
     places: Lengths
-    """Where the raw bytes belong if sections are decoded one after the other."""
+    """Where the raw bytes belong."""
 
 
 def unit_table(
@@ -52,29 +54,70 @@ def unit_table(
     counts = np.array([len(section.units) for section in sections], np.int64)
     none = np.empty((0, 2), np.int64)
     lengths = np.concatenate([none, *(unit_lengths(section.units) for section in sections)])
-    raw, stored = lengths.T.copy()
-    padded = aligned(stored)
-    last = counts.cumsum()
-    owner = np.repeat(np.arange(len(sections)), counts)
-    raw_before, raw_sums = _within(raw, last - counts, last)
-    stored_before, stored_sums = _within(padded, last - counts, last)
-    raw_lengths = np.array([section.raw_length for section in sections], np.int64)
-    stored_lengths = np.array([section.stored_length for section in sections], np.int64)
-    starts = np.array([section.start for section in sections], np.int64)
-    sound = (raw_sums == raw_lengths) & (stored_sums == stored_lengths)
-    sound[owner[stored > raw]] = False
-    table = UnitTable(
-        raw,
-        stored,
-        starts[owner] + stored_before,
-        (raw_lengths.cumsum() - raw_lengths)[owner] + raw_before,
-    )
-    for gap in range(UNIT_ALIGNMENT - 1):
-        checked = np.flatnonzero(sound[owner] & (padded - stored > gap))
-        sound[owner[checked[data[table.offsets[checked] + stored[checked] + gap] != 0]]] = False
-    kept = sound[owner]
-    table = UnitTable(raw[kept], stored[kept], table.offsets[kept], table.places[kept])
-    return table, np.flatnonzero(~sound).tolist()
+    bodies = [(s.start, s.stored_length, s.raw_length, s.place) for s in sections]
+    starts, stored, raw, places = np.array(bodies, np.int64).reshape(-1, 4).T
+    units = CheckedUnits.of(lengths, counts, starts, stored, raw, data)
+    return units.table(np.flatnonzero(units.sound), places), np.flatnonzero(~units.sound).tolist()
+
+
+@dataclass(frozen=True)
+class CheckedUnits:
+    """The units of many sections, section after section, and which of the sections are sound.
+
+    int64 [n] by unit, [m] by section.
+    """
+
+    raw: Lengths
+    stored: Lengths
+    offsets: Lengths
+    """Where each unit is in the buffer that holds the sections."""
+    before: Lengths
+    """Raw bytes of its section before it."""
+    first: Lengths
+    """By section: its first unit."""
+    counts: Lengths
+    """By section: how many it has."""
+    sound: npt.NDArray[np.bool_]
+    """By section, see `unit_table`."""
+
+    @classmethod
+    def of(
+        cls,
+        lengths: Lengths,
+        counts: Lengths,
+        starts: Lengths,
+        stored_lengths: Lengths,
+        raw_lengths: Lengths,
+        data: npt.NDArray[np.uint8],
+    ) -> CheckedUnits:
+        """lengths: raw and stored of every unit, [n, 2]; the rest by section, see `SectionBody`."""
+        raw, stored = lengths.T.copy()
+        padded = aligned(stored)
+        last = counts.cumsum()
+        owner = np.repeat(np.arange(len(counts)), counts)
+        before, raw_sums = _within(raw, last - counts, last)
+        stored_before, stored_sums = _within(padded, last - counts, last)
+        sound = (raw_sums == raw_lengths) & (stored_sums == stored_lengths)
+        sound[owner[stored > raw]] = False
+        offsets = starts[owner] + stored_before
+        for gap in range(UNIT_ALIGNMENT - 1):
+            checked = np.flatnonzero(sound[owner] & (padded - stored > gap))
+            sound[owner[checked[data[offsets[checked] + stored[checked] + gap] != 0]]] = False
+        return cls(raw, stored, offsets, before, last - counts, counts, sound)
+
+    def table(self, sections: Lengths, places: Lengths) -> UnitTable:
+        """Of some sections, by number. places: where the raw bytes of each section belong."""
+        counts = self.counts[sections]
+        ends = counts.cumsum()
+        # The units of each chosen section, one section after the other.
+        units = np.arange(int(ends[-1]) if len(ends) else 0)
+        units += np.repeat(self.first[sections] - (ends - counts), counts)
+        return UnitTable(
+            self.raw[units],
+            self.stored[units],
+            self.offsets[units],
+            np.repeat(places[sections], counts) + self.before[units],
+        )
 
 
 def checked_table(units: Sequence[Unit], body: memoryview, raw_length: int) -> UnitTable:

@@ -1,14 +1,15 @@
-"""Chunks that kernels work on: what a caller tells of them, and batches of equal length.
+"""Chunks that kernels work on: what a caller tells of them, and how their rows lie.
 
-The rows of several chunks lie batch after batch, and inside a batch chunk after chunk, so that a
-batch is a [chunks * tokens, p] matrix and its payloads a [chunks, bytes] one. Full chunks make
-one batch; the one with the sinks, whose coded part is shorter, makes another.
+One launch takes chunks of different lengths: the one with the sinks, whose coded part is shorter,
+goes with the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -58,44 +59,54 @@ class LoadChunk(Protocol):
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Chunks with the same number of coded tokens, by their numbers in what the caller gave.
+class RowLayout:
+    """How the coded rows of several chunks lie: chunk after chunk.
 
-    tokens: coded tokens per chunk. members: the chunks' numbers. first_row: where their rows
-    begin among those of all batches.
+    members: the chunks' numbers in what the caller gave; chunks without coded tokens are left
+    out. tokens: coded tokens of each.
     """
 
-    tokens: int
     members: tuple[int, ...]
-    first_row: int
+    tokens: tuple[int, ...]
+
+    @classmethod
+    def of(cls, coded: Sequence[int]) -> RowLayout:
+        """Of chunks with these numbers of coded tokens."""
+        members = tuple(index for index, tokens in enumerate(coded) if tokens)
+        return cls(members, tuple(coded[index] for index in members))
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """The different numbers of coded tokens, ascending."""
+        return tuple(sorted(set(self.tokens)))
+
+    @cached_property
+    def first_rows(self) -> tuple[int, ...]:
+        """Where each chunk's rows begin, and at the end where they all end."""
+        return tuple(accumulate(self.tokens, initial=0))
 
     @property
     def num_rows(self) -> int:
-        return self.tokens * len(self.members)
+        return self.first_rows[-1]
 
-    @property
-    def rows(self) -> slice:
-        return slice(self.first_row, self.first_row + self.num_rows)
+    @cached_property
+    def table(self) -> torch.Tensor:
+        """What kernels read of each chunk, int64 [chunks, 3] on the host: first row, tokens, and
+        which of `lengths` the tokens are."""
+        rows = [
+            (first, tokens, self.lengths.index(tokens))
+            for first, tokens in zip(self.first_rows, self.tokens, strict=False)
+        ]
+        return torch.tensor(rows, dtype=torch.int64).view(-1, 3)
 
+    def part(self, places: slice) -> RowLayout:
+        """Some of the chunks, by their places among the members. Rows are numbered anew."""
+        return RowLayout(self.members[places], self.tokens[places])
 
-def batches_of(coded: Sequence[int]) -> tuple[Batch, ...]:
-    """Batches of chunks with the given numbers of coded tokens; chunks with none are in none."""
-    by_length: dict[int, list[int]] = {}
-    for index, tokens in enumerate(coded):
-        if tokens:
-            by_length.setdefault(tokens, []).append(index)
-    batches: list[Batch] = []
-    first_row = 0
-    for tokens, members in by_length.items():
-        batches.append(Batch(tokens, tuple(members), first_row))
-        first_row += batches[-1].num_rows
-    return tuple(batches)
-
-
-def in_row_order(batches: Sequence[Batch], part: Callable[[int], torch.Tensor]) -> torch.Tensor:
-    """Concatenate part(chunk), int64 [tokens of the chunk], in the order of the rows."""
-    parts = [part(index) for batch in batches for index in batch.members]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+    def in_row_order(self, part: Callable[[int], torch.Tensor]) -> torch.Tensor:
+        """Concatenate part(chunk), int64 [coded tokens of the chunk]."""
+        parts = [part(index) for index in self.members]
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
 
 def steps(weights: Sequence[int], limit: int) -> list[slice]:

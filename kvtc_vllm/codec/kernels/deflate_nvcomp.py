@@ -15,67 +15,122 @@ import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 import triton.language as tl
 
-from kvtc_vllm.codec.entropy.base import MAX_UNIT_BYTES, EncodedSection, Unit, aligned
+from kvtc_vllm.codec.entropy.base import (
+    MAX_UNIT_BYTES,
+    EncodedSection,
+    Unit,
+    UnitList,
+    aligned,
+)
 from kvtc_vllm.codec.entropy.deflate_cpu import DEFLATE
 from kvtc_vllm.codec.entropy.unit_table import Lengths, UnitTable, checked_table
 from kvtc_vllm.codec.kernels.jit import jit
-from kvtc_vllm.codec.streams import upload
+from kvtc_vllm.codec.streams import SideStream, synchronize, upload
 
 logger = logging.getLogger(__name__)
 
 ENTROPY_ONLY = 0
 """nvCOMP's fastest algorithm. On packed codes matches hardly ever help, the Huffman table does."""
-SLAB_UNITS = 512
-"""Units compressed at once: their worst-case output takes 148256 bytes each, 76 MB in all."""
 _ALIGNMENT = 16
 _COPY_TILE = 4096
+_CUDA = torch.device("cuda")
 
 
 class NvcompUnavailable(Exception):
     """nvCOMP cannot be used here; the text says why."""
 
 
+@dataclass(frozen=True)
+class Compressed:
+    """Units on the device, each at a place of its own. Arrays are int64 [n], on the host."""
+
+    addresses: Lengths
+    """Device address of the stored bytes of each unit."""
+    stored: Lengths
+    """Bytes of each; its raw length where it would not shrink, and then `addresses` is of it."""
+    kept: tuple[torch.Tensor, ...]
+    """What the addresses point into."""
+
+
+@dataclass(frozen=True)
+class _StreamCodec:
+    """nvCOMP binds a codec to a device and a stream. lock: held while it is given work, never
+    while anybody waits for the device."""
+
+    codec: Any
+    stream: int
+    bounds: dict[int, int] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
 class NvcompDeflate:
     """Batches of units between torch CUDA tensors, on the caller's current stream.
 
-    Raises NvcompUnavailable without nvCOMP 6 or a GPU. Thread-safe.
+    That must not be the default stream: nvCOMP's documentation does not say whether 0 means it or
+    a stream of nvCOMP's own. Raises NvcompUnavailable without nvCOMP 6 or a GPU. Thread-safe;
+    threads on streams of their own do not wait for each other.
     """
 
     def __init__(self, algorithm: int = ENTROPY_ONLY) -> None:
         self._nvcomp = _import_nvcomp()
         self._algorithm = algorithm
-        self._codecs: dict[tuple[int, int], Any] = {}
+        self._codecs: dict[tuple[int, int], _StreamCodec] = {}
         self._lock = threading.Lock()
 
-    def compress(self, raw: torch.Tensor, lengths: Sequence[int]) -> tuple[list[int], torch.Tensor]:
-        """Compress consecutive units of a contiguous uint8 tensor.
+    def compress(self, raw: torch.Tensor, starts: Lengths, lengths: Lengths) -> Compressed:
+        """Compress units of a contiguous uint8 tensor that begin at `starts`.
 
-        Returns the stored length of every unit (its raw length where it would not shrink) and
-        the body on the device: units in order, each padded with zeros to `UNIT_ALIGNMENT`.
-        Waits for the device, because sizes are needed on the host.
+        Waits for the device, because sizes are needed on the host. Takes about 2.3 times the
+        bytes of `raw` on the device. Raises RuntimeError on the default stream.
         """
-        starts = [0, *accumulate(lengths)][:-1]
-        stored: list[int] = []
-        parts: list[torch.Tensor] = []
-        for first in range(0, len(lengths), SLAB_UNITS):
-            slab = slice(first, first + SLAB_UNITS)
-            sizes, part = self._compress_slab(raw, starts[slab], lengths[slab])
-            stored += sizes
-            parts.append(part)
-        return stored, torch.cat(parts) if parts else raw.new_empty(0)
+        if not len(lengths):
+            return Compressed(lengths, lengths, ())
+        # The largest first: what is left for the end of the launch is short.
+        order = np.argsort(-lengths, kind="stable")
+        bound = self._codec(raw.device)
+        with bound.lock:
+            rooms = self._rooms(bound, raw, lengths[order])
+            places = rooms.cumsum() - rooms
+            scratch = torch.empty(int(rooms.sum()), dtype=torch.uint8, device=raw.device)
+            source = self._arrays(raw, starts[order], lengths[order], bound.stream)
+            target = self._arrays(scratch, places, rooms, bound.stream)
+            encoded = bound.codec.encode(source, out=target)
+        # nvCOMP would wait for the device with Python's lock held, and stop every thread.
+        synchronize(raw.device)
+        sizes = np.empty_like(lengths)
+        sizes[order] = encoded.buffer_sizes
+        shrunk = np.empty_like(lengths)
+        shrunk[order] = scratch.data_ptr() + places
+        coded = sizes < lengths
+        return Compressed(
+            np.where(coded, shrunk, raw.data_ptr() + starts),
+            np.where(coded, sizes, lengths),
+            (raw, scratch),
+        )
+
+    def collect(self, units: Compressed, places: Lengths, out: torch.Tensor) -> object:
+        """Copy the stored bytes of every unit to its place in a uint8 tensor.
+
+        Does not wait for the device. What is returned must be kept until the work has run.
+        """
+        return [
+            units.kept,
+            *self._copy(units.addresses, out.data_ptr() + places, units.stored, out.device),
+        ]
 
     def decompress(self, body: torch.Tensor, units: UnitTable, out: torch.Tensor) -> object:
         """Decode verified units of a contiguous uint8 tensor to their places in `out`.
 
         Does not wait for the device. What is returned must be kept until the work has run.
+        Raises RuntimeError on the default stream.
         """
         plain = units.stored == units.raw
         kept: list[object] = []
@@ -86,52 +141,24 @@ class NvcompDeflate:
                 units.raw[plain],
                 out.device,
             )
-        coded = ~plain
-        if coded.any():
-            with self._lock:
-                stream = _stream(out.device)
-                codec = self._codec(out.device, stream)
-                offsets, stored = units.offsets[coded].tolist(), units.stored[coded].tolist()
-                sizes = units.raw[coded].tolist()
-                source = self._nvcomp.as_arrays(body, offsets, stored, cuda_stream=stream)
-                target = self._nvcomp.as_arrays(
-                    out, units.places[coded].tolist(), sizes, cuda_stream=stream
-                )
+        coded = np.flatnonzero(~plain)
+        if len(coded):
+            coded = coded[np.argsort(-units.raw[coded], kind="stable")]
+            bound = self._codec(out.device)
+            sizes = units.raw[coded]
+            with bound.lock:
+                source = self._arrays(body, units.offsets[coded], units.stored[coded], bound.stream)
+                target = self._arrays(out, units.places[coded], sizes, bound.stream)
                 # Sizes from the unit table: without them nvCOMP would walk every stream to
                 # learn its length, and wait for that.
-                config = codec.decompression_config(codec.compression_config(sizes))
+                codec = bound.codec
+                config = codec.decompression_config(codec.compression_config(sizes.tolist()))
                 codec.decode(source, out=target, decompression_config=config)
-                kept += [source, target, config]
+            kept += [source, target, config]
         return kept
 
-    def _compress_slab(
-        self, raw: torch.Tensor, starts: Sequence[int], lengths: Sequence[int]
-    ) -> tuple[list[int], torch.Tensor]:
-        count = len(lengths)
-        with self._lock:
-            stream = _stream(raw.device)
-            codec = self._codec(raw.device, stream)
-            bound = self._bound(codec, raw)
-            scratch = torch.empty(count * bound, dtype=torch.uint8, device=raw.device)
-            places = [i * bound for i in range(count)]
-            source = self._nvcomp.as_arrays(raw, list(starts), list(lengths), cuda_stream=stream)
-            target = self._nvcomp.as_arrays(scratch, places, [bound] * count, cuda_stream=stream)
-            sizes = codec.encode(source, out=target).buffer_sizes
-        raw_lengths = np.array(lengths, np.int64)
-        stored = np.minimum(np.array(sizes, np.int64), raw_lengths)
-        ends = aligned(stored).cumsum()
-        body = torch.zeros(int(ends[-1]), dtype=torch.uint8, device=raw.device)
-        self._copy(
-            np.where(
-                stored < raw_lengths,
-                scratch.data_ptr() + np.array(places, np.int64),
-                raw.data_ptr() + np.array(starts, np.int64),
-            ),
-            body.data_ptr() + np.concatenate(([0], ends[:-1])),
-            stored,
-            raw.device,
-        )
-        return stored.tolist(), body
+    def _arrays(self, buffer: torch.Tensor, first: Lengths, sizes: Lengths, stream: int) -> Any:
+        return self._nvcomp.as_arrays(buffer, first.tolist(), sizes.tolist(), cuda_stream=stream)
 
     @staticmethod
     def _copy(
@@ -142,25 +169,36 @@ class NvcompDeflate:
         copy_ranges(table[0], table[1], table[2])
         return [table]
 
-    def _codec(self, device: torch.device, stream: int) -> Any:
-        """nvCOMP binds a codec to a device and a stream."""
+    def _codec(self, device: torch.device) -> _StreamCodec:
+        """The codec of the current stream."""
+        stream = _stream(device)
+        if stream == 0:
+            raise RuntimeError("nvCOMP needs another stream than the default one")
         index = torch.cuda.current_device() if device.index is None else device.index
-        if (index, stream) not in self._codecs:
-            self._codecs[index, stream] = self._nvcomp.Codec(
-                algorithm="Deflate",
-                algorithm_type=self._algorithm,
-                bitstream_kind=self._nvcomp.BitstreamKind.RAW,
-                uncomp_chunk_size=MAX_UNIT_BYTES,
-                device_id=index,
-                cuda_stream=stream,
-            )
-        return self._codecs[index, stream]
+        with self._lock:
+            if (index, stream) not in self._codecs:
+                codec = self._nvcomp.Codec(
+                    algorithm="Deflate",
+                    algorithm_type=self._algorithm,
+                    bitstream_kind=self._nvcomp.BitstreamKind.RAW,
+                    uncomp_chunk_size=MAX_UNIT_BYTES,
+                    device_id=index,
+                    cuda_stream=stream,
+                )
+                self._codecs[index, stream] = _StreamCodec(codec, stream)
+            return self._codecs[index, stream]
 
-    def _bound(self, codec: Any, raw: torch.Tensor) -> int:
-        """Most bytes that one compressed unit can take, aligned for the next."""
-        whole = torch.empty(MAX_UNIT_BYTES, dtype=torch.uint8, device=raw.device)
-        bound = int(codec.get_max_comp_buffer_size(self._nvcomp.as_array(whole)))
-        return -(-bound // _ALIGNMENT) * _ALIGNMENT
+    def _rooms(self, bound: _StreamCodec, raw: torch.Tensor, sizes: Lengths) -> Lengths:
+        """Most bytes that each compressed unit can take, aligned for the next."""
+        distinct, where = np.unique(sizes, return_inverse=True)
+        new = [size for size in distinct.tolist() if size not in bound.bounds]
+        if new:
+            whole = torch.empty(MAX_UNIT_BYTES, dtype=torch.uint8, device=raw.device)
+            for size in new:
+                unit = self._nvcomp.as_array(whole[:size], cuda_stream=bound.stream)
+                most = int(bound.codec.get_max_comp_buffer_size(unit))
+                bound.bounds[size] = -(-most // _ALIGNMENT) * _ALIGNMENT
+        return np.array([bound.bounds[size] for size in distinct.tolist()], np.int64)[where]
 
 
 def copy_ranges(sources: torch.Tensor, targets: torch.Tensor, lengths: torch.Tensor) -> None:
@@ -200,10 +238,16 @@ class NvcompCoder:
         ]
         if not lengths:
             return EncodedSection((), b"")
-        raw = torch.frombuffer(bytearray(b"".join(streams)), dtype=torch.uint8).cuda()
-        stored, body = device.compress(raw, lengths)
-        units = tuple(Unit(whole, size) for whole, size in zip(lengths, stored, strict=True))
-        return EncodedSection(units, body.cpu().numpy().tobytes())
+        raw = torch.frombuffer(bytearray(b"".join(streams)), dtype=torch.uint8)
+        with SideStream(_CUDA).to_end():
+            whole = np.array(lengths, np.int64)
+            units = device.compress(raw.to(_CUDA), whole.cumsum() - whole, whole)
+            ends = aligned(units.stored).cumsum()
+            body = torch.zeros(int(ends[-1]), dtype=torch.uint8, device=_CUDA)
+            kept = device.collect(units, ends - aligned(units.stored), body)
+            stored = body.cpu().numpy().tobytes()
+        del kept
+        return EncodedSection(UnitList.of(np.stack((whole, units.stored), axis=1)), stored)
 
     def decode(self, units: Sequence[Unit], body: memoryview, raw_length: int) -> bytearray:
         device = self._device
@@ -212,10 +256,11 @@ class NvcompCoder:
         table = checked_table(units, body, raw_length)
         if not units:
             return bytearray()
-        stored = torch.frombuffer(bytearray(body), dtype=torch.uint8).cuda()
-        out = torch.empty(raw_length, dtype=torch.uint8, device=stored.device)
-        kept = device.decompress(stored, table, out)
-        raw = bytearray(out.cpu().numpy().tobytes())
+        with SideStream(_CUDA).to_end():
+            stored = torch.frombuffer(bytearray(body), dtype=torch.uint8).to(_CUDA)
+            out = torch.empty(raw_length, dtype=torch.uint8, device=_CUDA)
+            kept = device.decompress(stored, table, out)
+            raw = bytearray(out.cpu().numpy().tobytes())
         del kept
         return raw
 

@@ -19,15 +19,22 @@ EXACT = {"enable_fp_fusion": False}
 """Launch option of kernels whose float32 results must equal the CPU's: no fused multiply-add."""
 
 
-def jit(do_not_specialize: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:
+def jit(
+    do_not_specialize: Sequence[str] = (), any_alignment: Sequence[str] = ()
+) -> Callable[[Callable[..., Any]], Any]:
     """Decorate a kernel or a function called by kernels.
 
     do_not_specialize: integer arguments whose value must not cause a recompilation.
+    any_alignment: pointers whose alignment must not.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
         if torch.cuda.is_available():
-            return triton.jit(function, do_not_specialize=list(do_not_specialize))
+            return triton.jit(
+                function,
+                do_not_specialize=list(do_not_specialize),
+                do_not_specialize_on_alignment=list(any_alignment),
+            )
         return _Interpreted(function)
 
     return decorate

@@ -27,16 +27,19 @@ TF32 would take, at twice its rate and half its bytes.
 OPERAND: dict[Precision, torch.dtype] = {"float32": torch.float32, "float16": torch.float16}
 
 
-def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b summed in float32, as float32; both operands float32 or both float16.
+def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """a @ b summed in float32, into `out` and returned; both operands float32 or both float16.
 
-    Sets no global flag of torch.
+    out: float32, or float16 for float16 operands: rounded from float32, infinite beyond its
+    range. Sets no global flag of torch.
     """
-    if a.dtype == torch.float32:
-        return a @ b
-    if a.device.type == "cuda" and a.numel():
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    if a.shape[1] == 0:
+        return out.zero_()
+    if a.dtype == out.dtype and (a.dtype == torch.float32 or a.device.type == "cuda"):
+        return torch.mm(a, b, out=out)
+    if a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    return out.copy_(a.float() @ b.float())
 
 
 def storage(x: torch.Tensor) -> torch.Tensor:

@@ -6,13 +6,21 @@ layout, and a scheduler block that a backend splits into several pages has conse
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from kvtc_vllm.codec.artifact import Kind
+from kvtc_vllm.codec.artifact import Geometry, Kind
 from kvtc_vllm.codec.rope import Rope, rope_spans
+
+SKIP = -1
+"""Slot of a token that is not wanted: nothing is written."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,11 @@ class PagedTensor:
     def head_size(self) -> int:
         return int(self.views[0].shape[3])
 
+    @cached_property
+    def alignment(self) -> int:
+        """Largest power of two, up to 16, of which all addresses are multiples, in bytes."""
+        return math.gcd(16, *(view.data_ptr() for view in self.views))
+
     @property
     def layer_elements(self) -> int:
         """Elements of one token in one layer."""
@@ -112,6 +125,39 @@ class PagedCache:
         if scales is None:
             return self
         return PagedCache(self.k.scaled(scales["k"]), self.v.scaled(scales["v"]))
+
+
+def check_geometry(cache: PagedCache, geometry: Geometry) -> None:
+    """Raise ValueError unless the cache is of this geometry."""
+    found = (cache.k.num_layers, cache.k.num_heads, cache.k.head_size, cache.v.head_size)
+    wanted = (
+        geometry.num_layers,
+        geometry.num_kv_heads,
+        geometry.head_size,
+        geometry.head_size_v,
+    )
+    if found != wanted:
+        raise ValueError(f"the cache is {found} (layers, heads, sizes), the artifact {wanted}")
+
+
+def chunk_slots(
+    block_ids: Sequence[Sequence[int]],
+    first_blocks: Sequence[int],
+    block_size: int,
+    tokens: int,
+) -> npt.NDArray[np.int64]:
+    """Slots of many chunks of at most `tokens` tokens, int64 [chunks, tokens] on the host.
+
+    Of each chunk the blocks from its first_block on are wanted; other tokens have `SKIP`.
+    """
+    counts = np.array([len(ids) for ids in block_ids], np.int64)
+    ids = np.fromiter(chain.from_iterable(block_ids), np.int64, int(counts.sum()))
+    chunk = np.repeat(np.arange(len(counts)), counts)
+    within = np.arange(len(ids)) - np.repeat(counts.cumsum() - counts, counts)
+    within += np.repeat(np.array(first_blocks, np.int64), counts)
+    slots = np.full((len(counts), tokens // block_size, block_size), SKIP, np.int64)
+    slots[chunk, within] = ids[:, None] * block_size + np.arange(block_size)
+    return slots.reshape(len(counts), tokens)
 
 
 def block_slots(block_ids: Sequence[int], block_size: int) -> torch.Tensor:

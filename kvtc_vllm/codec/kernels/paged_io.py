@@ -13,9 +13,6 @@ from kvtc_vllm.codec.kernels.jit import EXACT, jit
 from kvtc_vllm.codec.kernels.numeric import narrow, storage, storage_type, widen
 from kvtc_vllm.codec.kernels.paged import PagedTensor, Rotation
 
-SKIP = -1
-"""Slot of a row that is not wanted: nothing is written."""
-
 
 def gather_rows(
     tensor: PagedTensor,
@@ -32,7 +29,7 @@ def gather_rows(
     row r being the pre-RoPE row of slot r minus the mean. In float32 it equals
     `transform.chunk_rows` - mean bit for bit; float16 may overflow to infinity.
     """
-    _launch(_gather_kernel, tensor, slots, positions, rotations, mean, out, first_layer=0)
+    _launch(_gather_kernel, tensor, slots, positions, rotations, mean, out, 0, None)
 
 
 def scatter_rows(
@@ -43,6 +40,7 @@ def scatter_rows(
     mean: torch.Tensor | None,
     rows: torch.Tensor,
     first_layer: int = 0,
+    overflowed: torch.Tensor | None = None,
 ) -> None:
     """Write R tokens of some layers of K or V.
 
@@ -50,9 +48,12 @@ def scatter_rows(
     [R]. rotations: cover the layers to write, numbered from layer 0 of the model. mean: float32
     [l * H * D] or None. rows: float32 or float16 [R, l * H * D] of layers first_layer ..;
     columns contiguous. What is written equals `transform.rows_to_cache` of float32 rows + mean
-    bit for bit.
+    bit for bit. overflowed: int32 [R] or None; set to 1 (never to 0) where a wanted row has an
+    element that is not finite.
     """
-    _launch(_scatter_kernel, tensor, slots, positions, rotations, mean, rows, first_layer)
+    _launch(
+        _scatter_kernel, tensor, slots, positions, rotations, mean, rows, first_layer, overflowed
+    )
 
 
 def _launch(
@@ -64,10 +65,12 @@ def _launch(
     mean: torch.Tensor | None,
     rows: torch.Tensor,
     first_layer: int,
+    overflowed: torch.Tensor | None,
 ) -> None:
     """Run a kernel over every row and layer, one launch per span. rows: of first_layer ...
 
-    For an absent table, mean or scales a kernel gets some other pointer, which it does not read.
+    For an absent table, mean, scales or flags a kernel gets some other pointer, which it does not
+    use.
     """
     if len(slots) == 0:
         return
@@ -87,6 +90,7 @@ def _launch(
             rows.stride(0),
             tensor.pointers if tensor.scales is None else tensor.scales[span.first :],
             tensor.page_tokens,
+            slots if overflowed is None else overflowed,
             TYPE=storage_type(tensor.dtype),
             HEADS=tensor.num_heads,
             HEAD_SIZE=tensor.head_size,
@@ -94,6 +98,8 @@ def _launch(
             NEOX=span.rope is None or span.rope.neox,
             HAS_MEAN=mean is not None,
             HAS_SCALE=tensor.scales is not None,
+            HAS_FLAGS=overflowed is not None,
+            ALIGNMENT=tensor.alignment,
             HEAD_TILE=triton.next_power_of_2(tensor.num_heads),
             PAIR_TILE=triton.next_power_of_2(max(span.half, 1)),
             REST_TILE=triton.next_power_of_2(max(tensor.head_size - 2 * span.half, 1)),
@@ -102,7 +108,7 @@ def _launch(
 
 
 # Triton has no parameter lists: each kernel must spell out what `_launch` passes.
-@jit(do_not_specialize=("page_tokens",))
+@jit(do_not_specialize=("page_tokens",), any_alignment=("pointers", "scales", "overflowed"))
 def _gather_kernel(  # type: ignore[no-untyped-def]
     pointers,
     page_stride,
@@ -117,6 +123,7 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
     row_stride,
     scales,
     page_tokens,
+    overflowed,
     TYPE: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -124,6 +131,8 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
     NEOX: tl.constexpr,
     HAS_MEAN: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    HAS_FLAGS: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     HEAD_TILE: tl.constexpr,
     PAIR_TILE: tl.constexpr,
     REST_TILE: tl.constexpr,
@@ -134,7 +143,9 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
     slot = tl.load(slots + row)
     head = tl.arange(0, HEAD_TILE)[:, None]
     column = layer * (HEADS * HEAD_SIZE) + head * HEAD_SIZE
-    page = _page(pointers, layer, slot, page_tokens, page_stride, token_stride, TYPE)
+    page = token_page(
+        pointers, layer, slot, page_tokens, page_stride, token_stride, TYPE, ALIGNMENT
+    )
     source = page + head.to(tl.int64) * head_stride
     target = rows + row * row_stride
     if HALF > 0:
@@ -166,7 +177,7 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
         tl.store(target + column + rest, x.to(rows.dtype.element_ty), mask=inside)
 
 
-@jit(do_not_specialize=("page_tokens",))
+@jit(do_not_specialize=("page_tokens",), any_alignment=("pointers", "scales", "overflowed"))
 def _scatter_kernel(  # type: ignore[no-untyped-def]
     pointers,
     page_stride,
@@ -181,6 +192,7 @@ def _scatter_kernel(  # type: ignore[no-untyped-def]
     row_stride,
     scales,
     page_tokens,
+    overflowed,
     TYPE: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -188,6 +200,8 @@ def _scatter_kernel(  # type: ignore[no-untyped-def]
     NEOX: tl.constexpr,
     HAS_MEAN: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    HAS_FLAGS: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     HEAD_TILE: tl.constexpr,
     PAIR_TILE: tl.constexpr,
     REST_TILE: tl.constexpr,
@@ -199,7 +213,9 @@ def _scatter_kernel(  # type: ignore[no-untyped-def]
     if slot >= 0:
         head = tl.arange(0, HEAD_TILE)[:, None]
         column = layer * (HEADS * HEAD_SIZE) + head * HEAD_SIZE
-        page = _page(pointers, layer, slot, page_tokens, page_stride, token_stride, TYPE)
+        page = token_page(
+            pointers, layer, slot, page_tokens, page_stride, token_stride, TYPE, ALIGNMENT
+        )
         target = page + head.to(tl.int64) * head_stride
         source = rows + row * row_stride
         if HALF > 0:
@@ -208,6 +224,8 @@ def _scatter_kernel(  # type: ignore[no-untyped-def]
             first, second = _pair_dims(pair, HALF, NEOX)
             x1 = tl.load(source + column + first, mask=inside, other=0.0).to(tl.float32)
             x2 = tl.load(source + column + second, mask=inside, other=0.0).to(tl.float32)
+            if HAS_FLAGS:
+                _flag(overflowed + row, tl.where(inside, tl.maximum(_bits(x1), _bits(x2)), 0))
             if HAS_MEAN:
                 x1 += tl.load(mean + column + first, mask=inside, other=0.0)
                 x2 += tl.load(mean + column + second, mask=inside, other=0.0)
@@ -224,6 +242,8 @@ def _scatter_kernel(  # type: ignore[no-untyped-def]
             rest = 2 * HALF + tl.arange(0, REST_TILE)[None, :]
             inside = (head < HEADS) & (rest < HEAD_SIZE)
             x = tl.load(source + column + rest, mask=inside, other=0.0).to(tl.float32)
+            if HAS_FLAGS:
+                _flag(overflowed + row, tl.where(inside, _bits(x), 0))
             if HAS_MEAN:
                 x += tl.load(mean + column + rest, mask=inside, other=0.0)
             if HAS_SCALE:
@@ -232,12 +252,36 @@ def _scatter_kernel(  # type: ignore[no-untyped-def]
 
 
 @jit()
-def _page(  # type: ignore[no-untyped-def]
-    pointers, layer, slot, page_tokens, page_stride, token_stride, TYPE: tl.constexpr
+def _bits(x):  # type: ignore[no-untyped-def]
+    """Of float32 without their sign: infinity and NaN are the largest."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@jit()
+def _flag(place, bits):  # type: ignore[no-untyped-def]
+    """Set the flag if one of `_bits`, [heads, n], is of no finite number."""
+    largest = tl.reduce(bits, 1, tl.standard._elementwise_max)
+    tl.store(place + 0 * largest, 1, mask=largest >= 0x7F800000)
+
+
+@jit()
+def token_page(  # type: ignore[no-untyped-def]
+    pointers,
+    layer,
+    slot,
+    page_tokens,
+    page_stride,
+    token_stride,
+    TYPE: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
 ):
     """Where the first head of a slot's token lies in a layer."""
-    return tl.load(pointers + layer).to(tl.pointer_type(TYPE)) + (
-        slot // page_tokens * page_stride + slot % page_tokens * token_stride
+    page = tl.multiple_of(tl.load(pointers + layer).to(tl.pointer_type(TYPE)), ALIGNMENT)
+    # In 32 bits: a division of 64 is a subroutine. There are fewer slots than that.
+    number = slot.to(tl.int32)
+    return page + (
+        (number // page_tokens).to(tl.int64) * page_stride
+        + (number % page_tokens).to(tl.int64) * token_stride
     )
 
 

@@ -1,15 +1,22 @@
 """What of an artifact stays on the device: bases, means, rotary tables, and plans as tables.
 
+Only one target ratio is resident, and its bases have a column order of their own. The columns of a
+coefficient group stay together; groups that are wide enough to be coded in tiles begin at
+multiples of `COLUMNS`, so that their coefficients are read and written in whole words; columns
+that no group reads are left out; zeros fill the gaps and the end. Matrix products then have rows
+that begin at multiples of 128 bytes, as the fast tensor-core kernels want them.
+
 The tables of a bit plan hold all that a kernel needs to find a code or a shift: where each
-coefficient group starts, and where its packed codes lie in the payload. Packed codes are cut into
-tiles of equal size, listed over all coefficient groups, so that one launch covers groups of 1 and
-of 1024 coefficients without idle programs.
+coefficient group starts, and where its packed codes lie in the payload. They are listed in tiles
+over all coefficient groups, so that one launch covers groups of 1 and of 1024 coefficients without
+idle programs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,98 +26,217 @@ from kvtc_vllm.codec.kernels.paged import Rotation, rotations
 from kvtc_vllm.codec.payload import (
     FP16_BYTES,
     BitPlan,
+    CoefficientGroup,
     batches,
     bit_plan,
     payload_length,
     stream_lengths,
 )
+from kvtc_vllm.codec.streams import synchronize
 
-TILE_BYTES = 256
-"""Bytes of packed codes that one program of a kernel handles."""
+COLUMNS = 64
+"""Columns of a tile of a wide coefficient group; widths of resident matrices are multiples."""
+TOKENS = 32
+"""Tokens of such a tile."""
+NARROW_BYTES = 256
+"""Bytes of packed codes of a tile of a narrow coefficient group."""
+WIDE, NARROW, ZERO = 0, 1, 2
+"""Kinds of tiles, see `PlanTables.tiles`."""
+ALIGNMENT = 16
+"""Payloads of a section begin at multiples of so many bytes."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The resident order of the columns that a plan reads.
+
+    width: a multiple of `COLUMNS`. starts: first column of every group of the plan, in the plan's
+    order. sources: int64 [width], which column of the basis each is; -1 for zeros.
+    """
+
+    width: int
+    starts: tuple[int, ...]
+    sources: torch.Tensor
+
+    @classmethod
+    def of(cls, plan: BitPlan) -> Columns:
+        starts: list[int] = []
+        sources: list[int] = []
+        for group in plan.groups:
+            if is_wide(group.size):
+                sources += [-1] * (-len(sources) % COLUMNS)
+            starts.append(len(sources))
+            sources += range(group.start, group.start + group.size)
+        sources += [-1] * (-len(sources) % COLUMNS)
+        return cls(len(sources), tuple(starts), torch.tensor(sources, dtype=torch.int64))
+
+    def of_basis(self, basis: torch.Tensor) -> torch.Tensor:
+        """[p, r] -> [p, width], contiguous."""
+        picked = basis[:, self.sources.clamp_min(0)]
+        picked[:, self.sources < 0] = 0
+        return picked
+
+    def gaps(self) -> list[tuple[int, int]]:
+        """(first, columns) of every stretch of zeros."""
+        found: list[tuple[int, int]] = []
+        for column in torch.nonzero(self.sources < 0).flatten().tolist():
+            if found and sum(found[-1]) == column:
+                found[-1] = (found[-1][0], found[-1][1] + 1)
+            else:
+                found.append((column, 1))
+        return found
+
+
+def is_wide(size: int) -> bool:
+    """Whether a coefficient group of this size is coded in tiles of `COLUMNS` columns."""
+    return size % COLUMNS == 0
 
 
 @dataclass(frozen=True)
 class PlanTables:
-    """A bit plan for chunks of one length, resident on a device."""
+    """A bit plan for chunks of some lengths, resident on a device."""
 
-    rank: int
-    """Leading basis columns that the plan reads."""
-    tokens: int
-    """Coded tokens per chunk."""
-    payload_bytes: int
-    """Bytes per chunk before entropy coding."""
-    has_gaps: bool
-    """Whether some coefficients below `rank` are in no coefficient group."""
+    width: int
+    """Columns of coefficients, see `Columns`."""
+    lengths: tuple[int, ...]
+    """The different numbers of coded tokens per chunk, ascending."""
+    payload_bytes: tuple[int, ...]
+    """Bytes per chunk before entropy coding, of each of `lengths`."""
     groups: torch.Tensor
-    """Coefficient groups in stored order, int64 [n, 4]: first coefficient, size, type id, offset
-    of the packed codes in the payload."""
+    """Coefficient groups in stored order, int64 [lengths, n, 4]: first column, size, type id,
+    offset of the packed codes in the payload."""
     tiles: torch.Tensor
-    """int32 [m, 2]: number of the coefficient group, first byte of its packed codes."""
-    unit_lengths: tuple[int, ...]
-    """Raw bytes of the entropy coder's units, in order; a unit never crosses the end of a stream
-    (see `payload`)."""
+    """int32 [m, 4]: kind, and for `WIDE`: coefficient group, first token, first column inside
+    it; for `NARROW`: coefficient group, first byte of its packed codes, 0; for `ZERO`, which only
+    unpacking has: first token, first column, columns. They cover the longest chunk."""
+    coded_tiles: int
+    """How many of the tiles are not `ZERO`; they come first."""
+    unit_lengths: tuple[tuple[int, ...], ...]
+    """Raw bytes of the entropy coder's units, in order, of each of `lengths`; a unit never
+    crosses the end of a stream (see `payload`)."""
 
     @property
     def num_groups(self) -> int:
-        return len(self.groups)
+        return int(self.groups.shape[1])
+
+    @property
+    def payload_stride(self) -> int:
+        """Bytes from one chunk's payload to the next one's."""
+        return -(-self.payload_bytes[-1] // ALIGNMENT) * ALIGNMENT
 
     @classmethod
-    def build(cls, plan: BitPlan, tokens: int, device: torch.device) -> PlanTables:
-        """Tables of `plan` for chunks of `tokens` coded tokens."""
-        groups: list[tuple[int, int, int, int]] = []
-        tiles: list[tuple[int, int]] = []
-        offset = 2 * FP16_BYTES * len(plan.groups) * tokens
+    def build(
+        cls, plan: BitPlan, columns: Columns, lengths: Sequence[int], device: torch.device
+    ) -> PlanTables:
+        """Tables of `plan` for chunks of `lengths` coded tokens, ascending."""
+        place = {
+            group.start: start for group, start in zip(plan.groups, columns.starts, strict=True)
+        }
+        groups = [
+            (place[group.start], group.size, type_id, offset)
+            for tokens in lengths
+            for group, type_id, offset in _stored(plan, tokens)
+        ]
+        token_tiles = range(0, lengths[-1], TOKENS)
+        tiles: list[tuple[int, int, int, int]] = []
+        for index, (group, _, _) in enumerate(_stored(plan, lengths[-1])):
+            if is_wide(group.size):
+                inner = range(0, group.size, COLUMNS)
+                tiles += [(WIDE, index, token, first) for token in token_tiles for first in inner]
         for batch in batches(plan):
-            packed_bytes = batch.packed_bytes(tokens)
-            type_id = batch.quantizer.type_id
-            for start in batch.starts:
-                tiles += [(len(groups), first) for first in range(0, packed_bytes, TILE_BYTES)]
-                groups.append((start, batch.size, type_id, offset))
-                offset += packed_bytes
+            if not is_wide(batch.size):
+                packed = range(0, batch.packed_bytes(lengths[-1]), NARROW_BYTES)
+                for index in range(batch.first, batch.first + batch.count):
+                    tiles += [(NARROW, index, first, 0) for first in packed]
+        coded = len(tiles)
+        for first, count in columns.gaps():
+            tiles += [(ZERO, token, first, count) for token in token_tiles]
         return cls(
-            rank=plan.rank,
-            tokens=tokens,
-            payload_bytes=payload_length(plan, tokens),
-            has_gaps=sum(group.size for group in plan.groups) < plan.rank,
-            groups=torch.tensor(groups, dtype=torch.int64).view(-1, 4).to(device),
-            tiles=torch.tensor(tiles, dtype=torch.int32).view(-1, 2).to(device),
-            unit_lengths=tuple(cut_units(stream_lengths(plan, tokens))),
+            width=columns.width,
+            lengths=tuple(lengths),
+            payload_bytes=tuple(payload_length(plan, tokens) for tokens in lengths),
+            groups=torch.tensor(groups, dtype=torch.int64).view(len(lengths), -1, 4).to(device),
+            tiles=torch.tensor(tiles, dtype=torch.int32).view(-1, 4).to(device),
+            coded_tiles=coded,
+            unit_lengths=tuple(
+                tuple(cut_units(stream_lengths(plan, tokens))) for tokens in lengths
+            ),
         )
 
 
-class ResidentArtifact:
-    """An artifact as kernels take it, on one device.
+def _stored(plan: BitPlan, tokens: int) -> list[tuple[CoefficientGroup, int, int]]:
+    """Groups in stored order with type id and offset of the packed codes in the payload."""
+    by_start = {group.start: group for group in plan.groups}
+    found: list[tuple[CoefficientGroup, int, int]] = []
+    offset = 2 * FP16_BYTES * len(plan.groups) * tokens
+    for batch in batches(plan):
+        for start in batch.starts:
+            found.append((by_start[start], batch.quantizer.type_id, offset))
+            offset += batch.packed_bytes(tokens)
+    return found
 
-    sections: as `TransformCodec` keeps them: bases [p, rank] in the operand dtype, float32 means
-    [p]. analysis, synthesis: what rows and coefficients are multiplied by, [p, rank] in the
-    operand dtype: the bases, with the rows' weights in them where there are some.
+
+def at_ratio(artifact: RankArtifact, ratio: float) -> RankArtifact:
+    """The artifact with no other plan than those of `ratio`, and no column that they don't read.
+
+    Its blobs are those of the whole artifact at that ratio.
+    """
+    sections: dict[tuple[int, Kind], SectionBasis] = {}
+    for key, section in artifact.sections.items():
+        plan = section.plans[ratio]
+        errors = {r: e for r, e in section.heldout_error.items() if r == ratio}
+        sections[key] = replace(
+            section,
+            basis=section.basis[:, : plan.rank].contiguous(),
+            plans={ratio: plan},
+            heldout_error=errors,
+        )
+    return replace(artifact, sections=sections)
+
+
+class ResidentArtifact:
+    """An artifact at one target ratio as kernels take it, on one device. Thread-safe.
+
+    sections: the artifact's, on any device. analysis, synthesis: what rows and coefficients are
+    multiplied by, [p, width] in the operand dtype: the bases in the order of `Columns`, with the
+    rows' weights in them where there are some. means: float32 [P], of a row of all layers.
     """
 
     def __init__(
         self,
         artifact: RankArtifact,
-        sections: Mapping[tuple[int, Kind], SectionBasis],
+        ratio: float,
         device: torch.device,
+        operand: torch.dtype,
     ) -> None:
         self.geometry = artifact.geometry
-        self.sections = sections
-        self.analysis = {key: _scaled(s, s.weights) for key, s in sections.items()}
-        self.synthesis = {
-            key: _scaled(s, None if s.weights is None else 1 / s.weights)
-            for key, s in sections.items()
-        }
+        self.operand = operand
         self._device = device
-        self._tables: dict[tuple[int, Kind, float, int], PlanTables] = {}
+        self._lock = threading.Lock()
+        self._tables: dict[tuple[int, Kind, tuple[int, ...]], PlanTables] = {}
+        self.plans = {key: bit_plan(s, ratio) for key, s in artifact.sections.items()}
+        self.column_order = {key: Columns.of(plan) for key, plan in self.plans.items()}
+        self.analysis: dict[tuple[int, Kind], torch.Tensor] = {}
+        self.synthesis: dict[tuple[int, Kind], torch.Tensor] = {}
+        for key, section in artifact.sections.items():
+            basis = self.column_order[key].of_basis(section.basis)
+            self.analysis[key] = _scaled(basis, section.weights, operand).to(device)
+            inverse = None if section.weights is None else 1 / section.weights
+            self.synthesis[key] = (
+                self.analysis[key]
+                if inverse is None
+                else _scaled(basis, inverse, operand).to(device)
+            )
         layers = artifact.geometry.num_layers
         ropes = [None if i is None else artifact.ropes[i] for i in artifact.layer_rope]
         self.rotations: dict[Kind, tuple[Rotation, ...]] = {
             "k": rotations(ropes, device),
             "v": rotations([None] * layers, device),
         }
-        self.means: dict[Kind, torch.Tensor] = {
+        self.means: Mapping[Kind, torch.Tensor] = {
             tensor: torch.cat(
-                [sections[layer_group, tensor].mean for layer_group in self.layer_groups]
-            )
+                [artifact.sections[group, tensor].mean.float() for group in self.layer_groups]
+            ).to(device)
             for tensor in KINDS
         }
 
@@ -124,29 +250,39 @@ class ResidentArtifact:
         per_layer = self.geometry.row_size(layer_group, tensor) // (end - first)
         return slice(first * per_layer, end * per_layer)
 
-    def tables(self, layer_group: int, tensor: Kind, ratio: float, tokens: int) -> PlanTables:
-        """The section's plan for chunks of `tokens` coded tokens; made once."""
-        key = (layer_group, tensor, ratio, tokens)
-        if key not in self._tables:
-            plan = bit_plan(self.sections[layer_group, tensor], ratio)
-            self._tables[key] = PlanTables.build(plan, tokens, self._device)
-        return self._tables[key]
+    def width(self, layer_group: int, tensor: Kind) -> int:
+        """Columns of the section's coefficients."""
+        return self.column_order[layer_group, tensor].width
+
+    def tables(self, layer_group: int, tensor: Kind, lengths: tuple[int, ...]) -> PlanTables:
+        """The section's plan for chunks of `lengths` coded tokens; made once.
+
+        The first time waits for the device: any stream may read them afterwards.
+        """
+        key = (layer_group, tensor, lengths)
+        with self._lock:
+            if key not in self._tables:
+                columns = self.column_order[layer_group, tensor]
+                plan = self.plans[layer_group, tensor]
+                self._tables[key] = PlanTables.build(plan, columns, lengths, self._device)
+                synchronize(self._device)
+            return self._tables[key]
 
     @property
     def nbytes(self) -> int:
         """Device memory of bases, means and rotary tables."""
+        # Without weights both bases are one.
         bases = [*self.analysis.values(), *self.synthesis.values()]
-        bases += [section.basis for section in self.sections.values()]
-        # Without weights all three are one.
         tensors = list({id(basis): basis for basis in bases}.values())
         tensors += self.means.values()
-        tensors += [section.mean for section in self.sections.values()]
         tables = {id(span.rope): span.rope.cos_sin for span in self.rotations["k"] if span.rope}
         return sum(x.nbytes for x in tensors) + sum(x.nbytes for x in tables.values())
 
 
-def _scaled(section: SectionBasis, factors: torch.Tensor | None) -> torch.Tensor:
+def _scaled(
+    basis: torch.Tensor, factors: torch.Tensor | None, operand: torch.dtype
+) -> torch.Tensor:
     """The basis with its rows multiplied by float32 factors [p]."""
     if factors is None:
-        return section.basis
-    return (section.basis.float() * factors[:, None]).to(section.basis.dtype)
+        return basis.to(operand)
+    return (basis.float() * factors[:, None]).to(operand)

@@ -6,74 +6,133 @@ byte is decoded, or even copied to the device, before its checksum was verified.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from itertools import accumulate
+from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from kvtc_vllm.codec.base import read_section
-from kvtc_vllm.codec.container import Section
-from kvtc_vllm.codec.entropy import DEFLATE, MAX_UNIT_BYTES, Unit, aligned
-from kvtc_vllm.codec.entropy.unit_table import SectionBody, unit_table, unsound_units
+from kvtc_vllm.codec.container import ContainerInfo, Section, section_tables
+from kvtc_vllm.codec.entropy import DEFLATE, MAX_UNIT_BYTES, aligned
+from kvtc_vllm.codec.entropy.unit_table import CheckedUnits, Lengths, SectionBody, unsound_units
 from kvtc_vllm.codec.errors import ContainerError
-from kvtc_vllm.codec.kernels.deflate_nvcomp import NvcompDeflate, host_threads, nvcomp_or_none
+from kvtc_vllm.codec.kernels.deflate_nvcomp import (
+    Compressed,
+    NvcompDeflate,
+    host_threads,
+    nvcomp_or_none,
+)
+from kvtc_vllm.codec.kernels.uploads import UploadedBlobs
 from kvtc_vllm.codec.streams import host_buffer
+
+
+@dataclass(frozen=True)
+class PlacedSection:
+    """A section of one of the blobs, and where its raw bytes belong in a buffer.
+
+    number: of the section in its blob.
+    """
+
+    blob: int
+    number: int
+    section: Section
+    place: int
 
 
 class UnitReader(Protocol):
     """The verified blobs of one batch, ready to be decoded section by section."""
 
     def inflate(
-        self, sections: Sequence[tuple[int, Section]], out: torch.Tensor
+        self, sections: Sequence[PlacedSection], out: torch.Tensor
     ) -> dict[int, ContainerError]:
-        """Decode sections (number of the blob, section) one after the other into uint8 `out`.
+        """Decode sections to their places in uint8 `out`, on the current stream.
 
         Returns the blobs whose section is damaged; its part of `out` is then undefined.
         """
         ...
 
 
-class UnitCoder(Protocol):
-    """Encodes units and opens blobs."""
+class CodedUnits(Protocol):
+    """What a coder made of a batch of units."""
 
-    def deflate(self, raw: torch.Tensor, lengths: Sequence[int]) -> tuple[list[int], memoryview]:
-        """Encode consecutive units of a contiguous uint8 tensor.
+    @property
+    def stored(self) -> Lengths:
+        """Stored length of each unit, int64; its raw length where it would not shrink."""
+        ...
 
-        Returns stored lengths and body as `EncodedSection` has them. Waits for the device.
+    def collect(self, places: Lengths, size: int) -> torch.Tensor:
+        """The stored bytes of each unit at its place in uint8 [size], zeros between them.
+
+        Does not wait for the device.
         """
         ...
 
-    def open(self, blobs: Sequence[memoryview]) -> UnitReader:
-        """Blobs must have been verified, and stay alive as long as the reader."""
+
+class UnitCoder(Protocol):
+    """Encodes units and reads blobs."""
+
+    def deflate(self, raw: torch.Tensor, starts: Lengths, lengths: Lengths) -> CodedUnits:
+        """Encode units of a contiguous uint8 tensor. Waits for the device."""
+        ...
+
+    def open(self, blobs: UploadedBlobs, infos: Mapping[int, ContainerInfo]) -> UnitReader:
+        """Blobs must stay alive as long as the reader. infos: of those that were verified."""
+        ...
+
+    @property
+    def reads_on_device(self) -> bool:
+        """Whether it reads the device's copy of the blobs, so that there must be one."""
         ...
 
 
 def unit_coder(device: torch.device) -> UnitCoder:
     """nvCOMP if it works on `device`, else host threads; the log says once if it is the latter."""
     nvcomp = nvcomp_or_none() if device.type == "cuda" else None
-    return HostUnitCoder(device) if nvcomp is None else NvcompUnitCoder(device, nvcomp)
+    return HostUnitCoder(device) if nvcomp is None else NvcompUnitCoder(nvcomp)
 
 
 class HostUnitCoder:
     """isal on the host's threads; payloads cross the bus uncompressed."""
 
+    reads_on_device = False
+
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def deflate(self, raw: torch.Tensor, lengths: Sequence[int]) -> tuple[list[int], memoryview]:
+    def deflate(self, raw: torch.Tensor, starts: Lengths, lengths: Lengths) -> CodedUnits:
         staged = host_buffer(raw.numel(), self._device)
         staged.copy_(raw)
         view = staged.numpy().data
-        starts = accumulate(lengths, initial=0)
-        pieces = [view[start : start + length] for start, length in zip(starts, lengths)]  # noqa: B905
-        encoded = list(host_threads().map(lambda piece: DEFLATE.encode([bytes(piece)]), pieces))
-        stored = [part.units[0].stored_length for part in encoded]
-        return stored, memoryview(b"".join(part.body for part in encoded))
+        pieces = [
+            view[start : start + length]
+            for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)
+        ]
+        return _HostUnits(list(host_threads().map(_deflate, pieces)))
 
-    def open(self, blobs: Sequence[memoryview]) -> UnitReader:
-        return _HostReader(blobs)
+    def open(self, blobs: UploadedBlobs, infos: Mapping[int, ContainerInfo]) -> UnitReader:
+        return _HostReader(blobs.views)
+
+
+def _deflate(piece: memoryview) -> tuple[int, bytes]:
+    """Stored length and padded bytes of one unit."""
+    encoded = DEFLATE.encode([bytes(piece)])
+    return encoded.units[0].stored_length, encoded.body
+
+
+class _HostUnits:
+    def __init__(self, coded: Sequence[tuple[int, bytes]]) -> None:
+        self._bodies = [body for _, body in coded]
+        self.stored = np.array([length for length, _ in coded], np.int64)
+
+    def collect(self, places: Lengths, size: int) -> torch.Tensor:
+        out = torch.zeros(size, dtype=torch.uint8)
+        view = out.numpy().data
+        for place, body in zip(places.tolist(), self._bodies, strict=True):
+            view[place : place + len(body)] = body
+        return out
 
 
 class _HostReader:
@@ -81,14 +140,12 @@ class _HostReader:
         self._blobs = blobs
 
     def inflate(
-        self, sections: Sequence[tuple[int, Section]], out: torch.Tensor
+        self, sections: Sequence[PlacedSection], out: torch.Tensor
     ) -> dict[int, ContainerError]:
         staged = host_buffer(out.numel(), out.device)
         view = staged.numpy().data
-        starts = accumulate((section.raw_length for _, section in sections), initial=0)
         waiting: list[tuple[int, Future[None]]] = [
-            (blob, host_threads().submit(self._read, blob, section, view[start:]))
-            for start, (blob, section) in zip(starts, sections)  # noqa: B905
+            (each.blob, host_threads().submit(self._read, each, view)) for each in sections
         ]
         damaged: dict[int, ContainerError] = {}
         for blob, future in waiting:
@@ -99,61 +156,110 @@ class _HostReader:
         out.copy_(staged, non_blocking=True)
         return damaged
 
-    def _read(self, blob: int, section: Section, target: memoryview) -> None:
-        target[: section.raw_length] = read_section(section, self._blobs[blob])
+    def _read(self, each: PlacedSection, target: memoryview) -> None:
+        end = each.place + each.section.raw_length
+        target[each.place : end] = read_section(each.section, self._blobs[each.blob])
 
 
 class NvcompUnitCoder:
     """nvCOMP on the device; only compressed bytes cross the bus."""
 
-    def __init__(self, device: torch.device, nvcomp: NvcompDeflate) -> None:
-        self._device = device
+    reads_on_device = True
+
+    def __init__(self, nvcomp: NvcompDeflate) -> None:
         self._nvcomp = nvcomp
 
-    def deflate(self, raw: torch.Tensor, lengths: Sequence[int]) -> tuple[list[int], memoryview]:
-        stored, body = self._nvcomp.compress(raw, lengths)
-        staged = host_buffer(body.numel(), self._device)
-        staged.copy_(body)
-        return stored, staged.numpy().data
+    def deflate(self, raw: torch.Tensor, starts: Lengths, lengths: Lengths) -> CodedUnits:
+        return _NvcompUnits(self._nvcomp, self._nvcomp.compress(raw, starts, lengths), raw.device)
 
-    def open(self, blobs: Sequence[memoryview]) -> UnitReader:
-        return _NvcompReader(blobs, self._device, self._nvcomp)
+    def open(self, blobs: UploadedBlobs, infos: Mapping[int, ContainerInfo]) -> UnitReader:
+        return _NvcompReader(blobs, infos, self._nvcomp)
+
+
+class _NvcompUnits:
+    def __init__(self, nvcomp: NvcompDeflate, units: Compressed, device: torch.device) -> None:
+        self._nvcomp, self._units, self._device = nvcomp, units, device
+        self._kept: object = None
+
+    @property
+    def stored(self) -> Lengths:
+        return self._units.stored
+
+    def collect(self, places: Lengths, size: int) -> torch.Tensor:
+        out = torch.zeros(size, dtype=torch.uint8, device=self._device)
+        self._kept = self._nvcomp.collect(self._units, places, out)
+        return out
 
 
 class _NvcompReader:
-    """Blobs on the device, copied once on the stream that is current when it is made."""
+    """Units are looked up in one table, made once: a load has thousands in hundreds of sections."""
 
     def __init__(
-        self, blobs: Sequence[memoryview], device: torch.device, nvcomp: NvcompDeflate
+        self, blobs: UploadedBlobs, infos: Mapping[int, ContainerInfo], nvcomp: NvcompDeflate
     ) -> None:
         self._blobs = blobs
         self._nvcomp = nvcomp
-        self._starts = [0, *accumulate(aligned(len(blob)) for blob in blobs)]
-        staged = host_buffer(self._starts[-1], device)
-        view = staged.numpy().data
-
-        def stage(index: int) -> None:
-            view[self._starts[index] : self._starts[index] + len(blobs[index])] = blobs[index]
-
-        list(host_threads().map(stage, range(len(blobs))))
-        self._staged = staged.numpy()
-        self._bytes = staged.to(device, non_blocking=True)
         self._kept: list[object] = []
+        self._first: dict[int, int] = {}
+        """Of each blob the number of its first section among those of all."""
+        tables = [section_tables(blobs.views[b], len(info.sections)) for b, info in infos.items()]
+        first = 0
+        for blob, info in infos.items():
+            self._first[blob] = first
+            first += len(info.sections)
+        none = np.empty(0, np.int64)
+        counts = [len(table.sections) for table in tables]
+        raw, stored, units, coders = (
+            np.concatenate([none, *(table.sections[name] for table in tables)]).astype(np.int64)
+            for name in ("raw_length", "stored_length", "units", "coder_id")
+        )
+        padded = aligned(stored)
+        before = padded.cumsum() - padded
+        bodies = [blobs.starts[b] + t.body for b, t in zip(infos, tables, strict=True)]
+        of_blob = np.array(list(self._first.values()), np.int64)
+        starts = before + np.repeat(np.array(bodies, np.int64) - before[of_blob], counts)
+        pairs = np.frombuffer(b"".join(table.units for table in tables), "<u2").reshape(-1, 2)
+        lengths = pairs.astype(np.int64) + 1
+        plain = np.flatnonzero(coders != DEFLATE.coder_id)
+        if len(plain):
+            lengths, units = _with_pieces(lengths, units, stored, plain)
+            # What is stored raw has no padding of its own; the container's is zero.
+            stored = np.where(coders != DEFLATE.coder_id, padded, stored)
+        self._units = CheckedUnits.of(lengths, units, starts, stored, raw, blobs.staged)
 
     def inflate(
-        self, sections: Sequence[tuple[int, Section]], out: torch.Tensor
+        self, sections: Sequence[PlacedSection], out: torch.Tensor
     ) -> dict[int, ContainerError]:
-        bodies = [self._body(blob, section) for blob, section in sections]
-        table, unsound = unit_table(bodies, self._staged)
-        self._kept.append(self._nvcomp.decompress(self._bytes, table, out))
-        return {sections[index][0]: unsound_units(bodies[index]) for index in unsound}
+        numbers = np.array([self._first[s.blob] + s.number for s in sections], np.int64)
+        places = np.zeros(len(self._units.counts), np.int64)
+        places[numbers] = [each.place for each in sections]
+        sound = self._units.sound[numbers]
+        table = self._units.table(numbers[sound], places)
+        self._kept.append(self._nvcomp.decompress(self._blobs.on_device, table, out))
+        return {
+            sections[index].blob: unsound_units(_body(sections[index].section))
+            for index in np.flatnonzero(~sound).tolist()
+        }
 
-    def _body(self, blob: int, section: Section) -> SectionBody:
-        start = self._starts[blob] + section.offset
-        if section.coder_id == DEFLATE.coder_id:
-            return SectionBody(section.units, start, section.stored_length, section.raw_length)
-        pieces = range(0, section.stored_length, MAX_UNIT_BYTES)
-        sizes = [min(MAX_UNIT_BYTES, section.stored_length - first) for first in pieces]
-        units = [*section.units, *(Unit(size, size) for size in sizes)]
-        # What is stored raw has no padding of its own; the container's is zero.
-        return SectionBody(units, start, aligned(section.stored_length), section.raw_length)
+
+def _with_pieces(
+    lengths: Lengths, units: Lengths, stored: Lengths, plain: Lengths
+) -> tuple[Lengths, Lengths]:
+    """Lengths and numbers of units, with units for what is stored raw and has none.
+
+    It is cut into such that are stored as they are. Units that it has in spite of that stay: with
+    them the sums do not fit, and the section is refused.
+    """
+    ends = units.cumsum()
+    parts = [lengths[end - count : end] for end, count in zip(ends, units, strict=True)]
+    for number in plain.tolist():
+        size = int(stored[number])
+        pieces = [min(MAX_UNIT_BYTES, size - first) for first in range(0, size, MAX_UNIT_BYTES)]
+        both = np.array([pieces, pieces], np.int64).T.reshape(-1, 2)
+        parts[number] = np.concatenate((parts[number], both))
+    counts = np.array([len(part) for part in parts], np.int64)
+    return np.concatenate(parts), counts
+
+
+def _body(section: Section) -> SectionBody:
+    return SectionBody(section.units, section.offset, section.stored_length, section.raw_length)

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from kvtc_vllm.tiers.blob_store import Blob
 from kvtc_vllm.tiers.disk import record
 from kvtc_vllm.tiers.disk.checked import CheckedFileSystem, DiskError
 from kvtc_vllm.tiers.disk.drop import drop_namespace
@@ -115,13 +116,15 @@ class DiskStore:
             self._space.close()
             raise
 
-    def write(self, key: RecordKey, blob: bytes) -> int:
+    def write(self, key: RecordKey, blob: Blob) -> int:
         """Keep a blob; returns the bytes that it takes on disk and that removing it would free.
 
         The blob must carry this namespace and key in its header. If the key is there already
         (another process was faster), that file stays. Evictions that made room
         are in `take_evicted`, also if the write then failed.
         """
+        # Other buffers are compared item by item, with Python's lock held.
+        blob = bytes(blob)
         with self._counted("write"):
             chunk_path(self._directory, key)  # raises if the key can be no name
             check_blob(blob, self.namespace, key)

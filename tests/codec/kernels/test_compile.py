@@ -1,7 +1,8 @@
-"""The kernels compile for real GPUs, with the arithmetic that bit-equality needs."""
+"""The kernels that serving launches compile for real GPUs, as `make check-kernels` wants them."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,16 +11,47 @@ import pytest
 
 pytest.importorskip("triton", reason="kernels need Triton, which vLLM brings: pip install triton")
 
+ROOT = Path(__file__).parents[3]
 
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", ["80", "90"])
-def test_every_kernel_compiles(capability, tmp_path):
-    # A process of its own: in this one the kernels are interpreted.
-    ended = subprocess.run(
-        [sys.executable, "-m", "tests.codec.kernels.compile_all", capability],
-        cwd=Path(__file__).parents[3],
-        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path)},
+
+def run(program: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: in this one the kernels are interpreted."""
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["80", "90"])
+def test_kernels_of_an_8b_model(capability: str, tmp_path: Path) -> None:
+    ended = run(
+        "import sys; from benchmarks.gpu.offline.check_kernels import main; "
+        f"sys.exit(main(['{capability}', '--quick']))",
+        tmp_path,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+FINDS = """
+import dataclasses
+from benchmarks.gpu.offline import check_kernels, compiled
+good = compiled.MachineCode("_scatter_kernel", "", "mul.rn.f32", 32, 0, 0, {"STG.E.128": 2}, 128)
+assert check_kernels.inspect(good) == []
+for change in (
+    {"local": 8}, {"stack": 16}, {"operations": {"STL": 1}}, {"ptx": "fma.rn.f32 a"},
+    {"operations": {"STG.E.U16": 8}}, {"operations": {"LDG.E.U8": 8}},
+):
+    assert len(check_kernels.inspect(dataclasses.replace(good, **change))) == 1, change
+check_kernels.MOST_PER_CODE = dict.fromkeys(check_kernels.MOST_PER_CODE, 1.0)
+assert len(check_kernels.check_tiles(90)) == 6
+"""
+
+
+@pytest.mark.slow
+def test_what_is_wrong_is_found(tmp_path: Path) -> None:
+    ended = run(FINDS, tmp_path)
     assert ended.returncode == 0, ended.stdout + ended.stderr

@@ -14,12 +14,14 @@ from tests.codec.kernels.paged_caches import LAYOUTS, paged_cache, read_slots
 from tests.codec.synthetic import rope_table
 
 from kvtc_vllm.codec.kernels.paged import (  # isort: skip
+    SKIP,
     PagedTensor,
     block_slots,
+    chunk_slots,
     rotations,
     within,
 )
-from kvtc_vllm.codec.kernels.paged_io import SKIP, gather_rows, scatter_rows  # isort: skip
+from kvtc_vllm.codec.kernels.paged_io import gather_rows, scatter_rows  # isort: skip
 
 FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, *FP8]
@@ -216,3 +218,14 @@ def test_layers_that_are_not_alike_are_refused():
 
 def test_block_slots():
     assert block_slots([5, 0], 3).tolist() == [15, 16, 17, 0, 1, 2]
+
+
+def test_slots_of_chunks():
+    found = chunk_slots([[5, 0], [7], [], [2, 1, 3]], [0, 1, 0, 0], 2, 6)
+    assert found.tolist() == [
+        [10, 11, 0, 1, SKIP, SKIP],
+        [SKIP, SKIP, 14, 15, SKIP, SKIP],
+        [SKIP] * 6,
+        [4, 5, 2, 3, 6, 7],
+    ]
+    assert chunk_slots([], [], 2, 0).shape == (0, 0)

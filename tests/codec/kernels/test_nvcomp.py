@@ -30,6 +30,7 @@ from kvtc_vllm.codec.entropy.unit_table import SectionBody, checked_table, unit_
 from kvtc_vllm.codec.errors import ContainerError
 from kvtc_vllm.codec.kernels import deflate_nvcomp
 from kvtc_vllm.codec.kernels.deflate_nvcomp import NVCOMP, NvcompCoder
+from kvtc_vllm.codec.streams import SideStream
 
 
 def streams(seed: int, sizes: tuple[int, ...]) -> list[bytes]:
@@ -102,17 +103,16 @@ def test_sections_are_checked_apart_in_one_table():
     second = 4 + len(good.body)
     sections = [
         SectionBody(good.units, 4, len(good.body), 70300),
-        SectionBody(bad, second, 12, 8),
-        SectionBody((), second, 0, 0),
-        SectionBody(good.units, second + 12, len(good.body), 70300),
+        SectionBody(bad, second, 12, 8, 70300),
+        SectionBody((), second, 0, 0, 70308),
+        SectionBody(good.units, second + 12, len(good.body), 70300, 70320),
     ]
     table, unsound = unit_table(sections, data)
     assert unsound == [1]
     alone = checked_table(good.units, memoryview(good.body), 70300)
     both = np.concatenate((alone.offsets + 4, alone.offsets + second + 12))
     assert table.offsets.tolist() == both.tolist()
-    after_bad = 70300 + 8
-    both = np.concatenate((alone.places, alone.places + after_bad))
+    both = np.concatenate((alone.places, alone.places + 70320))
     assert table.places.tolist() == both.tolist()
     assert len(unit_table([], data)[0].raw) == 0
 
@@ -178,8 +178,9 @@ def test_units_may_lie_anywhere_and_no_byte_outside_is_written(device_coder):
     out = torch.full((total,), 0xEE, dtype=torch.uint8, device="cuda")
     stored = torch.frombuffer(body, dtype=torch.uint8).cuda()
     table = replace(table, offsets=np.array(offsets), places=np.array(places))
-    kept = device_coder.decompress(stored, table, out)
     torch.cuda.synchronize()
+    with SideStream(torch.device("cuda")).to_end():
+        kept = device_coder.decompress(stored, table, out)
     del kept
     expected = bytearray(b"\xee" * total)
     for place, stream in zip(places, data, strict=True):
@@ -195,10 +196,11 @@ def test_it_works_on_a_side_stream_and_does_not_wait(device_coder):
     table = checked_table(section.units, memoryview(section.body), size)
     stored = torch.frombuffer(bytearray(section.body), dtype=torch.uint8).cuda()
     out = torch.empty(sum(map(len, data)), dtype=torch.uint8, device="cuda")
-    kept = [device_coder.decompress(stored, table, out)]
     side = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
+        kept = [device_coder.decompress(stored, table, out)]
+        side.synchronize()
         torch.cuda._sleep(500_000_000)
         out.zero_()
         kept.append(device_coder.decompress(stored, table, out))

@@ -12,10 +12,11 @@ from kvtc_vllm.codec.payload import BitPlan, CoefficientGroup, decode_payload, e
 from tests.codec.kernels.devices import DEVICES
 
 from kvtc_vllm.codec.kernels.payload_kernels import decode_payloads, encode_payloads  # isort: skip
-from kvtc_vllm.codec.kernels.resident import PlanTables  # isort: skip
+from kvtc_vllm.codec.kernels.chunks import RowLayout  # isort: skip
+from kvtc_vllm.codec.kernels.resident import Columns, PlanTables  # isort: skip
 
 TYPES = ("int2", "int4", "fp8")
-SIZES = (1, 3, 16, 40, 64)
+SIZES = (1, 3, 16, 40, 64, 128)
 
 
 @st.composite
@@ -47,34 +48,88 @@ def hard_coefficients(rows: int, rank: int, seed: int) -> torch.Tensor:
     return x.clamp(-65504.0, 65504.0) + 0.0
 
 
-def run_encode(x: torch.Tensor, tables: PlanTables, chunks: int, device: str) -> torch.Tensor:
-    out = torch.full((chunks, tables.payload_bytes), 0xA5, dtype=torch.uint8, device=device)
-    encode_payloads(x.to(device), tables, out)
-    return out.cpu()
+class Kernels:
+    """The kernels for one plan and chunks of some lengths."""
+
+    def __init__(self, plan: BitPlan, lengths: tuple[int, ...], device: str) -> None:
+        self.columns = Columns.of(plan)
+        self.layout = RowLayout.of(lengths)
+        self.device = torch.device(device)
+        self.tables = PlanTables.build(plan, self.columns, self.layout.lengths, self.device)
+        self.chunks = self.layout.table.to(device)
+
+    def encode(self, x: torch.Tensor) -> list[bytes]:
+        """Payloads of coefficients [R, rank] in the plan's own order of columns."""
+        count = len(self.layout.members)
+        out = torch.full((count, self.tables.payload_stride), 0xA5, dtype=torch.uint8)
+        self.magnitudes = torch.zeros(count, dtype=torch.int32, device=self.device)
+        out = out.to(self.device)
+        rows = self.columns.of_basis(x).contiguous().to(self.device)
+        encode_payloads(rows, self.tables, self.chunks, out, self.magnitudes)
+        sizes = [self.tables.payload_bytes[self._which(t)] for t in self.layout.tokens]
+        return [row[:size].cpu().numpy().tobytes() for row, size in zip(out, sizes, strict=True)]
+
+    def decode(
+        self, payloads: list[bytes], rank: int, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """Coefficients [R, rank] in the plan's own order, zero where nothing is stored."""
+        count = len(payloads)
+        stored = torch.full((count, self.tables.payload_stride), 0xA5, dtype=torch.uint8)
+        for row, payload in zip(stored, payloads, strict=True):
+            row[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        out = torch.full((self.layout.num_rows, self.tables.width), 7.0, dtype=dtype)
+        out = out.to(self.device)
+        self.damaged = torch.zeros(count, dtype=torch.int32, device=self.device)
+        decode_payloads(stored.to(self.device), self.tables, self.chunks, out, self.damaged)
+        found = torch.zeros(self.layout.num_rows, rank, dtype=dtype)
+        filled = self.columns.sources >= 0
+        found[:, self.columns.sources[filled]] = out.cpu()[:, filled]
+        assert not out.cpu()[:, ~filled].any(), "a product would read what is between the groups"
+        return found
+
+    def _which(self, tokens: int) -> int:
+        return self.layout.lengths.index(tokens)
 
 
-def expected_payloads(x: torch.Tensor, plan: BitPlan, chunks: int) -> torch.Tensor:
-    payloads = [b"".join(encode_payload(part, plan)) for part in x.chunk(chunks)]
-    return torch.stack([torch.frombuffer(bytearray(p), dtype=torch.uint8) for p in payloads])
+def expected_payloads(x: torch.Tensor, plan: BitPlan, lengths: tuple[int, ...]) -> list[bytes]:
+    return [b"".join(encode_payload(part, plan)) for part in x.split(lengths)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@given(plan=plans(), chunks=st.integers(1, 2), tokens=st.integers(1, 9), seed=st.integers(0, 999))
+@given(
+    plan=plans(),
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    seed=st.integers(0, 999),
+)
 @settings(max_examples=40)
-def test_payloads_are_those_of_the_reference(device, plan, chunks, tokens, seed):
-    x = hard_coefficients(chunks * tokens, plan.rank + 1, seed)
-    tables = PlanTables.build(plan, tokens, torch.device(device))
+def test_payloads_are_those_of_the_reference(device, plan, lengths, seed):
+    x = hard_coefficients(sum(lengths), plan.rank, seed)
+    kernels = Kernels(plan, tuple(lengths), device)
     if not plan.groups:
-        assert tables.payload_bytes == 0
+        assert set(kernels.tables.payload_bytes) == {0}
         return
-    expected = expected_payloads(x, plan, chunks)
-    assert torch.equal(run_encode(x, tables, chunks, device), expected)
-    out = torch.full((chunks * tokens, plan.rank), 7.0, device=device)
-    damaged = torch.zeros(chunks, dtype=torch.int32, device=device)
-    decode_payloads(expected.to(device), tables, out, damaged)
-    wanted = [decode_payload(bytearray(p.numpy().tobytes()), plan, tokens) for p in expected]
-    assert torch.equal(out.cpu(), torch.cat(wanted))
-    assert damaged.tolist() == [0] * chunks
+    expected = expected_payloads(x, plan, tuple(lengths))
+    assert kernels.encode(x) == expected
+    wanted = [
+        decode_payload(bytearray(payload), plan, tokens)
+        for payload, tokens in zip(expected, lengths, strict=True)
+    ]
+    assert torch.equal(kernels.decode(expected, plan.rank), torch.cat(wanted))
+    assert kernels.damaged.tolist() == [0] * len(lengths)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("value", [None, float("inf"), float("nan"), 7e4])
+def test_the_largest_coefficient_of_each_chunk_is_told(device, value):
+    plan = BitPlan(8.0, (CoefficientGroup(0, 3, "int4"), CoefficientGroup(3, 64, "int2")), 0.0)
+    x = hard_coefficients(12, plan.rank, 5)
+    if value is not None:
+        x[4, 20] = value
+    kernels = Kernels(plan, (3, 7, 2), device)
+    kernels.encode(x)
+    found = kernels.magnitudes.cpu().view(torch.float32)
+    wanted = torch.stack([part.abs().max() for part in x.split((3, 7, 2))])
+    assert torch.equal(found.nan_to_num(nan=1e9), wanted.nan_to_num(nan=1e9))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -84,21 +139,21 @@ def test_payloads_are_those_of_the_reference(device, plan, chunks, tokens, seed)
 def test_any_group_of_one_token(device, type_name, values):
     plan = BitPlan(8.0, (CoefficientGroup(0, len(values), type_name),), 0.0)
     x = torch.tensor([values], dtype=torch.float32) + 0.0
-    tables = PlanTables.build(plan, 1, torch.device(device))
-    assert torch.equal(run_encode(x, tables, 1, device), expected_payloads(x, plan, 1))
+    assert Kernels(plan, (1,), device).encode(x) == expected_payloads(x, plan, (1,))
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("type_name", TYPES)
-def test_runs_longer_than_a_tile(device, type_name):
-    plan = BitPlan(8.0, (CoefficientGroup(0, 1, "fp8"), CoefficientGroup(1, 1024, type_name)), 0.0)
-    x = hard_coefficients(5, 1025, 3)
-    tables = PlanTables.build(plan, 5, torch.device(device))
-    expected = expected_payloads(x, plan, 1)
-    assert torch.equal(run_encode(x, tables, 1, device), expected)
-    out = torch.empty(5, 1025, device=device)
-    decode_payloads(expected.to(device), tables, out, torch.zeros(1, dtype=torch.int32).to(device))
-    assert torch.equal(out.cpu(), decode_payload(bytearray(expected.numpy().tobytes()), plan, 5))
+@pytest.mark.parametrize("size", [1000, 1024])
+def test_groups_of_many_tiles(device, type_name, size):
+    groups = (CoefficientGroup(0, 1, "fp8"), CoefficientGroup(1, size, type_name))
+    plan = BitPlan(8.0, groups, 0.0)
+    x = hard_coefficients(35, 1 + size, 3)
+    kernels = Kernels(plan, (35,), device)
+    expected = expected_payloads(x, plan, (35,))
+    assert kernels.encode(x) == expected
+    wanted = decode_payload(bytearray(expected[0]), plan, 35)
+    assert torch.equal(kernels.decode(expected, plan.rank), wanted)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -106,52 +161,64 @@ def test_every_code_of_every_type_is_read(device):
     """All byte values, with shifts and scales of any bits that are finite."""
     groups = tuple(CoefficientGroup(256 * i, 256, name) for i, name in enumerate(TYPES))
     plan = BitPlan(8.0, groups, 0.0)
-    tables = PlanTables.build(plan, 4, torch.device(device))
-    payload = torch.randint(0, 256, (1, tables.payload_bytes), dtype=torch.uint8)
-    payload[0, : 2 * 12] &= 0xBF  # exponents below the largest
-    payload[0, -1024:] = torch.arange(1024) % 127
-    out = torch.empty(4, plan.rank, device=device)
-    damaged = torch.zeros(1, dtype=torch.int32, device=device)
-    decode_payloads(payload.to(device), tables, out, damaged)
-    assert torch.equal(out.cpu(), decode_payload(bytearray(payload.numpy().tobytes()), plan, 4))
-    assert damaged.tolist() == [0]
+    kernels = Kernels(plan, (4,), device)
+    payload = torch.randint(0, 256, (kernels.tables.payload_bytes[0],), dtype=torch.uint8)
+    payload[: 2 * 12] &= 0xBF  # exponents below the largest
+    payload[-1024:] = torch.arange(1024) % 127
+    stored = payload.numpy().tobytes()
+    wanted = decode_payload(bytearray(stored), plan, 4)
+    assert torch.equal(kernels.decode([stored], plan.rank), wanted)
+    assert kernels.damaged.tolist() == [0]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("place", ["nan code", "infinite shift", "nan scale"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_value_that_is_not_finite_marks_its_chunk(device, place, dtype):
-    plan = BitPlan(8.0, (CoefficientGroup(0, 16, "fp8"),), 0.0)
-    tables = PlanTables.build(plan, 2, torch.device(device))
-    payloads = expected_payloads(torch.randn(6, 16), plan, 3)
+@pytest.mark.parametrize("size", [16, 64])
+def test_a_value_that_is_not_finite_marks_its_chunk(device, place, dtype, size):
+    plan = BitPlan(8.0, (CoefficientGroup(0, size, "fp8"),), 0.0)
+    payloads = expected_payloads(torch.randn(6, size), plan, (2, 2, 2))
+    damaged = bytearray(payloads[1])
     at, value = {"nan code": (-1, 0xFF), "infinite shift": (0, 0x7C), "nan scale": (2, 0x7F)}[place]
-    payloads[1, at] = value
+    damaged[at] = value
     if place == "infinite shift":
-        payloads[1, 4] = 0
-    damaged = torch.zeros(3, dtype=torch.int32, device=device)
-    out = torch.empty(6, 16, dtype=dtype, device=device)
-    decode_payloads(payloads.to(device), tables, out, damaged)
-    assert damaged.tolist() == [0, 1, 0]
+        damaged[4] = 0
+    kernels = Kernels(plan, (2, 2, 2), device)
+    kernels.decode([payloads[0], bytes(damaged), payloads[2]], size, dtype)
+    assert kernels.damaged.tolist() == [0, 1, 0]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_float16_coefficients_saturate(device):
     plan = BitPlan(8.0, (CoefficientGroup(0, 2, "int4"),), 0.0)
-    tables = PlanTables.build(plan, 1, torch.device(device))
-    payload = expected_payloads(torch.tensor([[65504.0, -65504.0]]), plan, 1)
-    out = torch.empty(1, 2, dtype=torch.float16, device=device)
-    damaged = torch.zeros(1, dtype=torch.int32, device=device)
-    decode_payloads(payload.to(device), tables, out, damaged)
-    assert out.isfinite().all()
-    assert damaged.tolist() == [0]
+    payloads = expected_payloads(torch.tensor([[65504.0, -65504.0]]), plan, (1,))
+    kernels = Kernels(plan, (1,), device)
+    assert kernels.decode(payloads, 2, torch.float16).isfinite().all()
+    assert kernels.damaged.tolist() == [0]
 
 
 @given(plan=plans(), tokens=st.integers(1, 3000))
 @settings(max_examples=30)
 def test_units_are_cut_as_the_cpu_writer_cuts_them(plan, tokens):
-    tables = PlanTables.build(plan, tokens, torch.device("cpu"))
+    tables = PlanTables.build(plan, Columns.of(plan), (tokens,), torch.device("cpu"))
     streams = encode_payload(torch.zeros(tokens, plan.rank), plan)
     units = DeflateCoder(level=0).encode(streams).units
-    assert list(tables.unit_lengths) == [unit.raw_length for unit in units]
-    assert sum(tables.unit_lengths) == tables.payload_bytes
-    assert max(tables.unit_lengths, default=0) <= MAX_UNIT_BYTES
+    assert list(tables.unit_lengths[0]) == [unit.raw_length for unit in units]
+    assert sum(tables.unit_lengths[0]) == tables.payload_bytes[0]
+    assert max(tables.unit_lengths[0], default=0) <= MAX_UNIT_BYTES
+
+
+@given(plan=plans())
+def test_products_have_rows_of_whole_tiles_and_no_column_that_is_not_read(plan):
+    """Tensor cores are twice as fast there, see docs/gpu.md; 727 columns is a real rank."""
+    columns = Columns.of(plan)
+    assert columns.width % 64 == 0
+    read = sorted(columns.sources[columns.sources >= 0].tolist())
+    assert read == [c for g in plan.groups for c in range(g.start, g.start + g.size)]
+    for group, start in zip(plan.groups, columns.starts, strict=True):
+        assert group.size % 64 or start % 64 == 0
+        assert columns.sources[start] == group.start
+    basis = torch.randn(5, plan.rank)
+    laid_out = columns.of_basis(basis)
+    assert torch.equal(laid_out[:, columns.sources >= 0], basis[:, read])
+    assert not laid_out[:, columns.sources < 0].any()

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import random
+import threading
 
+import numpy as np
 import pytest
 import torch
 
 from kvtc_vllm.codec.container import Header, NewSection, SectionKind, build, parse
-from kvtc_vllm.codec.entropy import DEFLATE, RAW
+from kvtc_vllm.codec.entropy import DEFLATE, RAW, Unit, aligned
+from kvtc_vllm.codec.entropy.unit_table import checked_table
 from kvtc_vllm.codec.kernels import deflate_nvcomp
+from kvtc_vllm.codec.streams import DeviceThread
 from tests.codec.kernels import fake_nvcomp
 
 from kvtc_vllm.codec.kernels.unit_coders import (  # isort: skip
     HostUnitCoder,
     NvcompUnitCoder,
+    PlacedSection,
     unit_coder,
 )
+from kvtc_vllm.codec.kernels.uploads import UploadedBlobs  # isort: skip
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the real nvCOMP is tested here")
 CPU = torch.device("cpu")
@@ -28,10 +34,10 @@ def coder(request, monkeypatch):
     if request.param == "threads":
         return HostUnitCoder(CPU)
     monkeypatch.setattr(deflate_nvcomp, "_import_nvcomp", lambda: fake_nvcomp)
-    monkeypatch.setattr(deflate_nvcomp, "_stream", lambda device: 0)
-    monkeypatch.setattr(deflate_nvcomp, "SLAB_UNITS", 3)
+    monkeypatch.setattr(deflate_nvcomp, "_stream", lambda device: 7)
+    monkeypatch.setattr(deflate_nvcomp, "synchronize", fake_nvcomp.device_is_done)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    return NvcompUnitCoder(CPU, deflate_nvcomp.NvcompDeflate())
+    return NvcompUnitCoder(deflate_nvcomp.NvcompDeflate())
 
 
 def payload(seed: int) -> bytes:
@@ -46,11 +52,38 @@ def blob(sections: list[NewSection]) -> bytes:
     return build(Header(1, 1, 0, 1, 1, 1, 1, 1, 1, 0, 8.0, bytes(16), bytes(16)), sections)
 
 
-def test_units_written_in_a_batch_are_read_by_isal(coder):
+def opened(coder, blobs):
+    """A reader of verified blobs, as a load makes it."""
+    uploads = UploadedBlobs([memoryview(b) for b in blobs], DeviceThread(CPU, 0), CPU, True)
+    for index in range(len(blobs)):
+        uploads.stage(index)
+        uploads.send(index)
+    return coder.open(uploads, {index: parse(b) for index, b in enumerate(blobs)})
+
+
+def packed(raw, *lengths):
+    """Raw bytes as a tensor, with starts and lengths of units that tile them."""
+    sizes = np.array(lengths, np.int64)
+    data = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+    return data, sizes.cumsum() - sizes, sizes
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_units_written_in_a_batch_are_read_by_isal(coder, backwards):
     raw = payload(1)
-    stored, body = coder.deflate(torch.frombuffer(bytearray(raw), dtype=torch.uint8), LENGTHS)
-    units = [deflate_nvcomp.Unit(a, b) for a, b in zip(LENGTHS, stored, strict=True)]
-    assert DEFLATE.decode(units, memoryview(body), len(raw)) == raw
+    coded = coder.deflate(*packed(raw, *LENGTHS))
+    stored = coded.stored.tolist()
+    order = list(reversed(range(len(stored)))) if backwards else list(range(len(stored)))
+    places, end = np.zeros(len(stored), np.int64), 8
+    for index in order:
+        places[index] = end
+        end += aligned(stored[index])
+    body = coded.collect(places, end).cpu().numpy().tobytes()
+    assert body[:8] == bytes(8)
+    units = [Unit(LENGTHS[i], stored[i]) for i in order]
+    starts = packed(raw, *LENGTHS)[1]
+    wanted = b"".join(raw[starts[i] : starts[i] + LENGTHS[i]] for i in order)
+    assert DEFLATE.decode(units, memoryview(body)[8:], len(raw)) == wanted
     assert stored[0] == 1
     assert stored[3] == 65536
     assert stored[2] < 4000
@@ -69,10 +102,15 @@ def test_sections_of_several_blobs_are_read_in_any_order(coder):
     infos = [parse(each) for each in blobs]
     order = [(2, 1), (0, 3), (1, 0), (0, 2), (2, 3), (1, 1)]
     expected = b"".join(raws[b][s] for b, s in order)
-    out = torch.empty(len(expected), dtype=torch.uint8)
-    reader = coder.open([memoryview(each) for each in blobs])
-    assert reader.inflate([(b, infos[b].sections[s]) for b, s in order], out) == {}
-    assert out.numpy().tobytes() == expected
+    placed, end = [], 3
+    for b, section in order:
+        placed.append(PlacedSection(b, section, infos[b].sections[section], end))
+        end += len(raws[b][section]) + 5
+    out = torch.zeros(end, dtype=torch.uint8)
+    assert opened(coder, blobs).inflate(placed, out) == {}
+    data = out.numpy().tobytes()
+    found = [data[each.place :][: each.section.raw_length] for each in placed]
+    assert b"".join(found) == expected
 
 
 def test_a_section_that_does_not_fit_its_units_fails_alone(coder):
@@ -82,9 +120,12 @@ def test_a_section_that_does_not_fit_its_units_fails_alone(coder):
         length = len(raw) + (index == 1)
         section = NewSection(SectionKind.CODED_K, 1, 0, length, DEFLATE.encode([raw]))
         blobs.append(blob([section]))
-    sections = [(i, parse(each).sections[0]) for i, each in enumerate(blobs)]
+    sections = [
+        PlacedSection(i, 0, parse(each).sections[0], place)
+        for (i, each), place in zip(enumerate(blobs), (0, 9000, 18001), strict=True)
+    ]
     out = torch.zeros(27001, dtype=torch.uint8)
-    damaged = coder.open([memoryview(each) for each in blobs]).inflate(sections, out)
+    damaged = opened(coder, blobs).inflate(sections, out)
     assert list(damaged) == [1]
     assert damaged[1].reason == "entropy"
     data = out.numpy().tobytes()
@@ -93,10 +134,63 @@ def test_a_section_that_does_not_fit_its_units_fails_alone(coder):
 
 
 def test_nothing_is_read_from_no_sections(coder):
-    assert coder.open([]).inflate([], torch.empty(0, dtype=torch.uint8)) == {}
-    stored, body = coder.deflate(torch.empty(0, dtype=torch.uint8), [])
-    assert (list(stored), len(body)) == ([], 0)
+    assert opened(coder, []).inflate([], torch.empty(0, dtype=torch.uint8)) == {}
+    none = np.empty(0, np.int64)
+    coded = coder.deflate(torch.empty(0, dtype=torch.uint8), none, none)
+    assert (len(coded.stored), len(coded.collect(none, 0))) == (0, 0)
 
 
 def test_a_cpu_gets_host_threads():
     assert isinstance(unit_coder(CPU), HostUnitCoder)
+
+
+@pytest.fixture
+def nvcomp(monkeypatch):
+    """Our side of nvCOMP, over the stand-in."""
+    monkeypatch.setattr(deflate_nvcomp, "_import_nvcomp", lambda: fake_nvcomp)
+    monkeypatch.setattr(deflate_nvcomp, "_stream", lambda device: threading.get_ident())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    return deflate_nvcomp.NvcompDeflate()
+
+
+def test_a_load_inflates_while_a_store_waits_for_the_device(nvcomp, monkeypatch):
+    """Neither nvCOMP nor a lock of ours keeps other threads waiting for the encoder's kernels."""
+    raw = payload(1)[:9000]
+    section = DEFLATE.encode([raw])
+    table = checked_table(section.units, memoryview(section.body), len(raw))
+    body = torch.frombuffer(bytearray(section.body), dtype=torch.uint8)
+    out = torch.empty(len(raw), dtype=torch.uint8)
+    loaded = threading.Event()
+
+    def device_works(device):
+        assert loaded.wait(30), "the load waits for the store"
+        fake_nvcomp.device_is_done(device)
+
+    def load():
+        nvcomp.decompress(body, table, out)
+        loaded.set()
+
+    def begin_loading(device):
+        threading.Thread(target=load).start()
+        device_works(device)
+
+    monkeypatch.setattr(deflate_nvcomp, "synchronize", begin_loading)
+    units = nvcomp.compress(*packed(raw, 5000, 4000))
+    assert out.numpy().tobytes() == raw
+    assert (units.stored < 5000).all()
+
+
+def test_the_default_stream_is_refused(nvcomp, monkeypatch):
+    """Whether nvCOMP takes 0 for it or for "none given" is not documented."""
+    monkeypatch.setattr(deflate_nvcomp, "_stream", lambda device: 0)
+    with pytest.raises(RuntimeError, match="default"):
+        nvcomp.compress(*packed(bytes(8), 8))
+
+
+def test_scratch_is_as_large_as_units_of_their_size_can_become(nvcomp, monkeypatch):
+    """Most units are far smaller than the largest."""
+    monkeypatch.setattr(deflate_nvcomp, "synchronize", fake_nvcomp.device_is_done)
+    lengths = [65536, *[2816] * 100]
+    units = nvcomp.compress(*packed(bytes(sum(lengths)), *lengths))
+    scratch = units.kept[1].numel()
+    assert scratch <= sum(map(fake_nvcomp.worst, lengths)) + 16 * len(lengths)

@@ -1,0 +1,180 @@
+"""What the host does for one load and one store, without a GPU.
+
+    python -m benchmarks.gpu.offline.host_path [--layers 8] [--tokens 8192] [--out FILE]
+
+Kernels are compiled and not run, matrix products left out, nvCOMP takes no time: what remains is
+the host's work, which a GPU would wait for or hide. Best of several rounds; the machine's cores
+differ, so only ratios of rows of one machine mean something.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.offline import compiled  # isort: skip
+
+import torch
+
+from benchmarks.gpu.offline import idle_nvcomp  # isort: skip
+from benchmarks.gpu.offline.served import (  # isort: skip
+    CHUNK,
+    Case,
+    ServedCodec,
+    without_products,
+)
+from kvtc_vllm.codec.kernels import deflate_nvcomp, unit_coders, uploads  # isort: skip
+from kvtc_vllm.codec.kernels.unit_coders import NvcompUnitCoder  # isort: skip
+
+RESULTS = Path(__file__).resolve().parents[2] / "results" / "gpu" / "host_path.json"
+
+
+def main() -> None:
+    """Measure and append a row."""
+    made = argparse.ArgumentParser(prog="benchmarks.gpu.offline.host_path", description=__doc__)
+    made.add_argument("--shape", default="llama-3.1-8b")
+    made.add_argument("--layers", type=int, default=8, help="layers per group")
+    made.add_argument("--ratio", type=float, default=16.0)
+    made.add_argument("--tokens", type=int, default=8192)
+    made.add_argument("--rounds", type=int, default=7)
+    made.add_argument("--out", type=Path, default=RESULTS)
+    args = made.parse_args()
+    case = Case(args.shape, args.layers, args.ratio)
+    row = {"bench": "host_path", **vars(args), **measure(case, args.tokens, args.rounds)}
+    row.pop("out")
+    rows = json.loads(args.out.read_text()) if args.out.exists() else []
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps([*rows, row], indent=1) + "\n")
+    print(json.dumps(row))
+
+
+def idle_device() -> NvcompUnitCoder:
+    """nvCOMP that takes no time, on a device that is done at once; for the rest of the process.
+
+    What the device would copy is not copied: the host would do that here.
+    """
+    compiled.record(90)
+    without_products()
+    deflate_nvcomp._import_nvcomp = lambda: idle_nvcomp
+    deflate_nvcomp._stream = lambda device: 7
+    torch.cuda.current_device = lambda: 0
+    uploads.UploadedBlobs.send = lambda self, index: None  # type: ignore[method-assign]
+    bodies: list[torch.Tensor] = []
+
+    def collect(self: Any, places: Any, size: int) -> torch.Tensor:
+        if not bodies or len(bodies[0]) < size:
+            bodies[:] = [torch.zeros(size, dtype=torch.uint8)]
+        return bodies[0][:size]
+
+    unit_coders._NvcompUnits.collect = collect  # type: ignore[method-assign]
+    return NvcompUnitCoder(deflate_nvcomp.NvcompDeflate())
+
+
+def measure(case: Case, tokens: int, rounds: int) -> dict[str, Any]:
+    """Milliseconds: wall and CPU time, the longest stretch without another thread."""
+    served = ServedCodec(case, tokens, idle_device())
+    chunks = range(tokens // CHUNK)
+    blobs = served.store(chunks)
+    served.load(chunks, blobs)
+    found: dict[str, Any] = {"stored_bytes": sum(map(len, blobs))}
+    found |= _timed("load", lambda: served.load(chunks, blobs), rounds)
+    found["load_first_upload_ms"] = _until_first_upload(served, chunks, blobs, rounds)
+    found |= _timed("store", lambda: served.store(chunks), rounds)
+    found["store_after_device_ms"] = _after_device(served, chunks, rounds)
+    return found
+
+
+def _after_device(served: ServedCodec, chunks: range, rounds: int) -> float:
+    """From when the sizes of the units are known, so that nothing on the device hides it."""
+    names = vars(deflate_nvcomp)
+    wait = names["synchronize"]
+    known: list[float] = []
+    names["synchronize"] = lambda device: known.append(time.perf_counter())
+    times: list[float] = []
+    try:
+        for _ in range(rounds):
+            known.clear()
+            served.store(chunks)
+            # Several steps, if there are, overlap with nothing but their own.
+            times.append(time.perf_counter() - known[0])
+    finally:
+        names["synchronize"] = wait
+    return _best(times)
+
+
+def _timed(name: str, call: Callable[[], object], rounds: int) -> dict[str, float]:
+    wall, cpu = [], []
+    for _ in range(rounds):
+        began, used = time.perf_counter(), time.process_time()
+        call()
+        wall.append(time.perf_counter() - began)
+        cpu.append(time.process_time() - used)
+    held = [_longest_stretch(call) for _ in range(rounds)]
+    return {
+        f"{name}_wall_ms": _best(wall),
+        f"{name}_cpu_ms": _best(cpu),
+        f"{name}_longest_stretch_ms": _best(held),
+    }
+
+
+def _longest_stretch(call: Callable[[], object]) -> float:
+    """The longest time that a thread which wants nothing but to run could not."""
+    gaps = [0.0]
+    stop = threading.Event()
+
+    def run() -> None:
+        last = time.perf_counter()
+        while not stop.is_set():
+            time.sleep(0)
+            now = time.perf_counter()
+            gaps[0] = max(gaps[0], now - last)
+            last = now
+
+    interval = sys.getswitchinterval()
+    # Bytecode gives way at once: what is left are calls that keep the lock.
+    sys.setswitchinterval(1e-5)
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        call()
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    return gaps[0]
+
+
+def _until_first_upload(served: ServedCodec, chunks: range, blobs: list[Any], rounds: int) -> float:
+    send = uploads.UploadedBlobs.send
+    first: list[float] = []
+
+    def noted(self: Any, index: int) -> None:
+        if not first:
+            first.append(time.perf_counter())
+        send(self, index)
+
+    uploads.UploadedBlobs.send = noted  # type: ignore[method-assign]
+    times: list[float] = []
+    try:
+        for _ in range(rounds):
+            first.clear()
+            began = time.perf_counter()
+            served.load(chunks, blobs)
+            times.append(first[0] - began)
+    finally:
+        uploads.UploadedBlobs.send = send  # type: ignore[method-assign]
+    return _best(times)
+
+
+def _best(seconds: list[float]) -> float:
+    return round(min(seconds) * 1e3, 3)
+
+
+if __name__ == "__main__":
+    main()

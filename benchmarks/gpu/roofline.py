@@ -1,0 +1,229 @@
+"""What a load and a store should take on a GPU, stage by stage, from what is known without one.
+
+    python -m benchmarks.gpu.roofline llama-3.1-8b 16 [--layers 8] [--tokens 8192]
+
+Bytes and floating-point operations are those of the plan, instructions those of the compiled
+kernels, host times are measured here with kernels that do not run. What is assumed of the GPU is
+in `GPUS`. Prints a line per stage and appends a row for each GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.gpu.offline import compiled  # isort: skip
+
+import torch
+
+from benchmarks.gpu.models import SHAPES, deviations
+
+from benchmarks.gpu.offline.host_path import idle_device, measure  # isort: skip
+from benchmarks.gpu.offline.served import CHUNK, Case, ServedCodec  # isort: skip
+from benchmarks.gpu.offline.tile_costs import instructions_per_code  # isort: skip
+from benchmarks.gpu.report import append, parser
+from kvtc_vllm.codec.artifact import KINDS
+from kvtc_vllm.codec.entropy import DEFLATE
+from kvtc_vllm.codec.kernels.paged_codec import PagedKvtcCodec
+from kvtc_vllm.codec.payload import BitPlan, encode_payload
+from kvtc_vllm.codec.quantizers import REGISTRY
+
+_CAPABILITY = 90
+_WARP = 32
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Rates that may be reached, not peaks. All but the memory's are the same chip's.
+
+    memory, bus: bytes per second. products: fp16 operations per second with rows at multiples of
+    128 bytes. issue: instructions of warps per second. inflate, deflate: bytes of payload per
+    second of nvCOMP, the least certain of all.
+    """
+
+    memory: float
+    bus: float = 50e9
+    products: float = 790e12 * 0.8
+    issue: float = 132 * 4 * 1.755e9 * 0.55
+    inflate: float = 45e9
+    deflate: float = 30e9
+
+
+GPUS = {"H100": Gpu(3.35e12 * 0.85), "H200": Gpu(4.8e12 * 0.85)}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage needs. other: seconds at a rate of its own."""
+
+    name: str
+    bytes: float = 0.0
+    flops: float = 0.0
+    instructions: float = 0.0
+    other: float = 0.0
+
+    def seconds(self, gpu: Gpu) -> tuple[float, str]:
+        """And what bounds it."""
+        return max(
+            (self.bytes / gpu.memory, "memory"),
+            (self.flops / gpu.products, "products"),
+            (self.instructions / gpu.issue, "issue"),
+            (self.other, self.name),
+        )
+
+
+def main() -> None:
+    """Predict and append rows."""
+    made = parser("roofline", __doc__)
+    made.add_argument("shape", choices=sorted(SHAPES))
+    made.add_argument("plan", type=float, help="target ratio")
+    made.add_argument("--layers", type=int, default=8, help="layers per group")
+    made.add_argument("--tokens", type=int, default=8192)
+    args = made.parse_args()
+    case = Case(args.shape, args.layers, args.plan)
+    host = measure(case, args.tokens, args.rounds)
+    served = ServedCodec(case, 4 * CHUNK, idle_device())
+    costs = kernel_instructions(served)
+    rows = [
+        predict(name, gpu, case, args.tokens, served.codec, costs, host)
+        for name, gpu in GPUS.items()
+    ]
+    append(args.out, rows, torch.device("cpu"))
+
+
+def kernel_instructions(served: ServedCodec) -> dict[str, float]:
+    """Instructions of warps: of a program of gather and scatter, and per code by way and bits."""
+    launches = compiled.record(_CAPABILITY)
+    blobs = served.store([0, 1])
+    served.load([0, 1], blobs)
+    found: dict[str, float] = {}
+    for code in launches.machine_code():
+        if code.name in ("_gather_kernel", "_scatter_kernel"):
+            # The largest: keys with their rotation. Values cost less.
+            cost = code.instructions * code.threads / _WARP
+            found[code.name] = max(cost, found.get(code.name, 0.0))
+    for (way, bits), cost in instructions_per_code(_CAPABILITY).items():
+        found[f"{way} {bits}"] = cost / _WARP
+    return found
+
+
+def predict(
+    name: str,
+    gpu: Gpu,
+    case: Case,
+    tokens: int,
+    codec: PagedKvtcCodec,
+    costs: dict[str, float],
+    host: dict[str, Any],
+) -> dict[str, Any]:
+    """One row: milliseconds by stage, GB/s of raw KV both ways, and what bounds them."""
+    raw = tokens * SHAPES[case.shape].token_bytes
+    load, store = _stages(case, tokens, codec, costs, gpu)
+    groups = len(codec.resident.layer_groups)
+    by_name = {stage.name: stage.seconds(gpu)[0] for stage in (*load, *store)}
+    work = sum(by_name[n] for n in ("unpack", "decode product", "scatter"))
+    # Inflating runs beside all the rest, except before the first layer group.
+    inflate = by_name["inflate"]
+    device = by_name["upload"] + inflate / groups + max(work, inflate * (1 - 1 / groups))
+    first = host["load_first_upload_ms"] / 1e3
+    decode = first + max(device, host["load_wall_ms"] / 1e3 - first)
+    encoding = sum(stage.seconds(gpu)[0] for stage in store)
+    launching = (host["store_wall_ms"] - host["store_after_device_ms"]) / 1e3
+    encode = max(encoding, launching) + host["store_after_device_ms"] / 1e3
+    for stage in (*load, *store):
+        seconds, bound = stage.seconds(gpu)
+        print(f"{name} {stage.name:16} {seconds * 1e3:7.3f} ms, bound by {bound}")
+    return {
+        "bench": "roofline",
+        "gpu": name,
+        "shape": case.shape,
+        "plan": case.ratio,
+        "layers_per_group": case.layers_per_group,
+        "load_tokens": tokens,
+        "raw_bytes": raw,
+        "stage_ms": {n: round(s * 1e3, 4) for n, s in by_name.items()},
+        "bound_by": {stage.name: stage.seconds(gpu)[1] for stage in (*load, *store)},
+        "decode_device_ms": round(device * 1e3, 4),
+        "decode_ms": round(decode * 1e3, 4),
+        "decode_gbps": round(raw / decode / 1e9, 1),
+        "decode_bound": _largest({"host": decode - device, **_of(load, gpu)}),
+        "encode_device_ms": round(encoding * 1e3, 4),
+        "encode_ms": round(encode * 1e3, 4),
+        "encode_gbps": round(raw / encode / 1e9, 1),
+        "encode_bound": _largest({"host": encode - encoding, **_of(store, gpu)}),
+        "host": host,
+    }
+
+
+def _of(stages: list[Stage], gpu: Gpu) -> dict[str, float]:
+    return {stage.name: stage.seconds(gpu)[0] for stage in stages}
+
+
+def _largest(seconds: dict[str, float]) -> str:
+    return max(seconds, key=lambda name: seconds[name])
+
+
+def _stages(
+    case: Case, tokens: int, codec: PagedKvtcCodec, costs: dict[str, float], gpu: Gpu
+) -> tuple[list[Stage], list[Stage]]:
+    """Of a load, of a store; over all layer groups."""
+    shape, resident = SHAPES[case.shape], codec.resident
+    cache = tokens * shape.token_bytes * case.dtype.itemsize / 2
+    elements = tokens * shape.token_bytes / 2
+    payload = stored = flops = columns = bases = 0.0
+    unpack = pack = 0.0
+    for group in resident.layer_groups:
+        for tensor in KINDS:
+            plan, width = resident.plans[group, tensor], resident.width(group, tensor)
+            row = resident.geometry.row_size(group, tensor)
+            raw = plan.raw_length(CHUNK) / CHUNK * tokens
+            payload += raw
+            stored += raw * stored_share(plan, row)
+            flops += 2.0 * tokens * row * width
+            columns += tokens * width
+            bases += row * width * 2
+            for part in plan.groups:
+                bits = REGISTRY[part.type].bits
+                unpack += tokens * part.size * costs[f"unpack {bits}"]
+                pack += tokens * part.size * costs[f"pack {bits}"]
+    rows = elements * codec.row_dtype.itemsize
+    programs = 2 * tokens * shape.layers
+    load = [
+        Stage("upload", other=stored / gpu.bus),
+        Stage("inflate", other=payload / gpu.inflate),
+        Stage("unpack", bytes=payload + 2 * columns, instructions=unpack),
+        Stage("decode product", bytes=2 * columns + bases + rows, flops=flops),
+        Stage("scatter", bytes=rows + cache, instructions=programs * costs["_scatter_kernel"]),
+    ]
+    store = [
+        Stage(
+            "gather", bytes=cache + 2 * elements, instructions=programs * costs["_gather_kernel"]
+        ),
+        Stage("encode product", bytes=2 * elements + bases + 4 * columns, flops=flops),
+        Stage("range", bytes=4 * columns),
+        Stage("pack", bytes=4 * columns + payload, instructions=pack),
+        Stage("deflate", other=payload / gpu.deflate),
+        Stage("collect", bytes=2 * stored),
+        Stage("download", other=stored / gpu.bus),
+    ]
+    return load, store
+
+
+def stored_share(plan: BitPlan, row: int) -> float:
+    """Stored over raw bytes of a chunk of `models`' synthetic data."""
+    key = (plan, row)
+    if key not in _SHARES:
+        drawn = torch.Generator().manual_seed(1)
+        uniform = torch.rand((CHUNK, plan.rank), generator=drawn).clamp(1e-6, 1 - 1e-6) - 0.5
+        laplace = -uniform.sign() * torch.log1p(-2 * uniform.abs())
+        x = laplace / 2**0.5 * deviations(row, plan.rank, torch.device("cpu"))
+        streams = encode_payload(x, plan)
+        _SHARES[key] = len(DEFLATE.encode(streams).body) / max(1, sum(map(len, streams)))
+    return _SHARES[key]
+
+
+_SHARES: dict[tuple[BitPlan, int], float] = {}
+
+
+if __name__ == "__main__":
+    main()

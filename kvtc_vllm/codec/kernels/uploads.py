@@ -1,0 +1,51 @@
+"""Blobs on their way to the device, each as soon as it has been verified."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvtc_vllm.codec.entropy import aligned
+from kvtc_vllm.codec.streams import DeviceThread
+
+
+class UploadedBlobs:
+    """The blobs of one step, side by side on the host in pinned memory, and on the device.
+
+    views: as they came. starts: where each begins in `staged` and `on_device`.
+    """
+
+    def __init__(
+        self,
+        blobs: Sequence[memoryview],
+        thread: DeviceThread,
+        device: torch.device,
+        on_device: bool,
+    ) -> None:
+        """thread: whose host memory is used until the copies have run. on_device: whether they
+        are wanted there. Raises torch.OutOfMemoryError."""
+        self.views = blobs
+        self.starts = [0, *accumulate(aligned(len(blob)) for blob in blobs)]
+        size = self.starts[-1] if on_device else 0
+        self._host = thread.host(size)
+        self.staged: npt.NDArray[np.uint8] = self._host.numpy()
+        self.on_device = torch.empty(size, dtype=torch.uint8, device=device)
+
+    def stage(self, index: int) -> None:
+        """Copy a verified blob into pinned memory. On any thread."""
+        first, end = self._place(index)
+        # numpy lets other threads run meanwhile, assignment to a slice of a memoryview does not.
+        np.copyto(self.staged[first:end], np.frombuffer(self.views[index], np.uint8))
+
+    def send(self, index: int) -> None:
+        """Copy a staged blob on the current stream, without waiting for the device."""
+        first, end = self._place(index)
+        self.on_device[first:end].copy_(self._host[first:end], non_blocking=True)
+
+    def _place(self, index: int) -> tuple[int, int]:
+        first = self.starts[index]
+        return first, first + len(self.views[index])

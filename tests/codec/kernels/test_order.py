@@ -1,0 +1,141 @@
+"""In which order a load uses the device: it writes late, and never after it has failed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from kvtc_vllm.codec.kvtc import KvtcCodec
+from tests.codec.kernels.devices import DEVICES
+from tests.codec.kernels.paged_caches import paged_cache
+from tests.codec.kernels.requests import Load
+from tests.codec.synthetic import SyntheticModel
+
+from kvtc_vllm.codec.kernels import decoder, paged_codec  # isort: skip
+from kvtc_vllm.codec.kernels.paged_codec import PagedKvtcCodec  # isort: skip
+
+MODEL = SyntheticModel(
+    num_layers=2, num_kv_heads=1, head_size=4, head_size_v=4, layer_groups=((0, 1), (1, 2))
+)
+TOKENS = 8
+
+
+class Log:
+    """Stands for the event of the running step, and for the side stream that inflates."""
+
+    def __init__(self) -> None:
+        self.entries: list[str] = []
+
+    def wait(self) -> None:
+        self.entries.append("wait for the step")
+
+    def synchronize(self) -> None:
+        self.entries.append("wait for the side stream")
+
+    def noting(self, name: str, call: Any) -> Any:
+        def noted(*args: Any, **options: Any) -> Any:
+            self.entries.append(name)
+            return call(*args, **options)
+
+        return noted
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> Log:
+    log = Log()
+    for module, name in (
+        (decoder, "decode_payloads"),
+        (decoder, "product"),
+        (decoder, "scatter_rows"),
+        (paged_codec, "scatter_rows"),
+    ):
+        monkeypatch.setattr(module, name, log.noting(name, getattr(module, name)))
+    return log
+
+
+@pytest.fixture(scope="module")
+def artifact() -> Any:
+    return MODEL.artifact((8.0,), fit_rows=256)
+
+
+def make(artifact: Any, device: str) -> tuple[PagedKvtcCodec, list[tuple[Load, bytes]]]:
+    cache = paged_cache("NHD", 2, 16, 1, 4, 4, 4, torch.bfloat16, device)
+    codec = PagedKvtcCodec(artifact, 8.0, cache, 4)
+    reference = KvtcCodec(artifact, 8.0, torch.bfloat16)
+    return codec, [
+        (Load(start, [2 + start // 4, 3 + start // 4]), reference.encode(k, v, start))
+        for start in (0, TOKENS)
+        for k, v in [MODEL.chunk(TOKENS, start, 3)]
+    ]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_only_writing_waits_for_the_running_step(artifact: Any, device: str, log: Log) -> None:
+    codec, loads = make(artifact, device)
+    assert codec.load(loads, TOKENS, log) == [None, None]  # type: ignore[arg-type]
+    assert log.entries[:3] == ["decode_payloads", "product", "wait for the step"]
+    writes = [i for i, entry in enumerate(log.entries) if entry == "scatter_rows"]
+    assert all(log.entries[i - 1] == "wait for the step" for i in writes[:-1])
+    # The sinks come last: they would make all the rest wait.
+    assert log.entries[-3:] == ["wait for the step", "scatter_rows", "scatter_rows"]
+    assert "decode_payloads" not in log.entries[writes[-2] :]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_memory_is_taken_before_anything_is_launched(
+    artifact: Any, device: str, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec, loads = make(artifact, device)
+
+    def full(*args: Any) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(decoder.DecodeWorkspace, "of", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        codec.load(loads, TOKENS, log)  # type: ignore[arg-type]
+    assert log.entries == []
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("stage", ["decode_payloads", "scatter_rows"])
+def test_a_failed_load_ends_the_stream_that_inflates(
+    artifact: Any, device: str, log: Log, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """Its buffers go back to the memory of another stream."""
+    codec, loads = make(artifact, device)
+    mine = codec._own.mine
+    monkeypatch.setattr(mine.stream, "synchronize", log.synchronize)
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(decoder, stage, fail)
+    with pytest.raises(RuntimeError, match="kernel image"):
+        codec.load(loads, TOKENS, log)  # type: ignore[arg-type]
+    assert log.entries[-1] == "wait for the side stream"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_sinks_cross_pinned_memory(
+    artifact: Any, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy from ordinary memory would keep the thread until the stream has caught up."""
+    codec, loads = make(artifact, device)
+    seen: list[tuple[int, ...]] = []
+    upload = paged_codec.upload
+
+    def noted(x: torch.Tensor, to: torch.device) -> torch.Tensor:
+        seen.append(tuple(x.shape))
+        return upload(x, to)
+
+    monkeypatch.setattr(paged_codec, "upload", noted)
+    decoded: list[torch.device] = []
+    decode = codec._decode_sinks
+    monkeypatch.setattr(
+        codec, "_decode_sinks", lambda *args: (decoded.append(args[2]), decode(*args))[1]
+    )
+    assert codec.load(loads, TOKENS) == [None, None]
+    assert decoded == [torch.device("cpu")]
+    assert seen.count((4, 2 * 4)) == 2
