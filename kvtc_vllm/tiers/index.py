@@ -75,14 +75,21 @@ class TierIndex:
 
     def resize(self, key: RecordKey, rank: int, size: int) -> None:
         """Take note that a rank's part of a record takes other bytes than when it was stored."""
-        entry = self._entries.get(key)
-        if entry is None or not entry.reported[rank]:
+        pending = self._pending.get(key)
+        if pending is not None:
+            if pending.reported[rank]:
+                self._used[rank] += size - pending.sizes[rank]
+                pending.sizes[rank] = size
             return
-        change = size - entry.sizes[rank]
-        entry.sizes[rank] = size
+        found = self._ready if key in self._ready else self._doomed
+        if key not in found:
+            return
+        sizes = list(self._packing.unpack(found[key]))
+        change = size - sizes[rank]
+        sizes[rank] = size
+        found[key] = self._packing.pack(sizes)
         self._used[rank] += change
-        if entry.counted:
-            entry.counted += change
+        if found is self._ready:
             self._ready_bytes += change
 
     def abandon(self, key: RecordKey, rank: int) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import threading
 from collections.abc import Iterable
 
-from kvtc_vllm.tiers.blob_store import MemoryStore, StoreError
+from kvtc_vllm.tiers.blob_store import Blob, MemoryStore, StoreError
 from kvtc_vllm.tiers.keys import RecordKey
 
 _NAME_BYTES = 16
@@ -29,15 +29,17 @@ class OnceStore:
         self._resized: dict[RecordKey, int] = {}
         self._lock = threading.Lock()
 
-    def write(self, key: RecordKey, blob: bytes, tenant: bytes = b"") -> int:
+    def write(self, key: RecordKey, blob: Blob, tenant: bytes = b"") -> int:
         """Keep a blob; returns what it adds. Raises StoreError "full", and keeps nothing."""
-        body = blob[self._head : len(blob) - self._tail]
+        # Parts of their own: a view would keep all of the blob.
+        body = bytes(blob[self._head : len(blob) - self._tail])
+        own = bytes(blob[: self._head]) + bytes(blob[len(blob) - self._tail :])
         name = self._name(tenant or key, body)  # nobody's is shared with nobody
         with self._lock:
             self._remove(key)
             if name in self._users and self._inner.read(name) != body:
                 name = self._name(key, b"")  # another body of the same hash: kept apart
-            size = self._inner.write(key, blob[: self._head] + blob[len(blob) - self._tail :])
+            size = self._inner.write(key, own)
             if name not in self._users:
                 try:
                     size += self._inner.write(name, body)
@@ -54,7 +56,7 @@ class OnceStore:
             if key not in self._bodies:
                 raise StoreError("missing", "the record is not in memory")
             own, body = self._inner.read(key), self._inner.read(self._bodies[key])
-        return own[: self._head] + body + own[self._head :]
+        return b"".join((own[: self._head], body, own[self._head :]))
 
     def remove(self, keys: Iterable[RecordKey]) -> int:
         """Forget blobs and return how many there were; unknown names are ignored."""
