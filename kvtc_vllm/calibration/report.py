@@ -11,7 +11,9 @@ import msgspec
 from kvtc_vllm.artifact.card import ArtifactCard, SensitivityCard
 from kvtc_vllm.calibration.fit import RankFit
 from kvtc_vllm.calibration.plan_report import bits_per_coefficient, describe_plan
+from kvtc_vllm.calibration.step_plans import CHUNK_TOKENS
 from kvtc_vllm.codec.artifact import KINDS, Kind
+from kvtc_vllm.codec.v2.codec import Kvtc2Codec
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,7 +55,7 @@ def _markdown(card: ArtifactCard, fits: Sequence[RankFit]) -> str:
             if weights is msgspec.UNSET
             else ", both of weighted rows / measured on held-out rows without their weights. "
         )
-        + f"Ratios are targets before DEFLATE, of K and V {_budget(card)}.",
+        + f"Ratios are {_ratios(card)}, of K and V {_budget(card)}.",
         "",
         "| rank | section | row | basis | " + " | ".join(f"{r:g}x" for r in card.ratios) + " |",
         "|" + "---|" * (4 + len(card.ratios)),
@@ -79,10 +81,22 @@ def _markdown(card: ArtifactCard, fits: Sequence[RankFit]) -> str:
     return "\n".join(lines)
 
 
+def _ratios(card: ArtifactCard) -> str:
+    """What they are of, in words."""
+    if card.codec_name == Kvtc2Codec.name:
+        return (
+            f"of all bytes of blobs of {CHUNK_TOKENS} tokens, of calibration documents with their "
+            "headers and sinks"
+        )
+    return "targets before DEFLATE"
+
+
 def _budget(card: ArtifactCard) -> str:
     """How K and V divide the bits, in words."""
     if card.key_share is not None:
         return f"together; K has {card.key_share:.1%} of both"
+    if card.codec_name == Kvtc2Codec.name:
+        return "together; one step for both"
     if card.sensitivity is msgspec.UNSET:
         return "each"
     return "together; bits go to either where they save most weighted error"

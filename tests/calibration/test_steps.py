@@ -161,7 +161,9 @@ def test_it_is_written_found_and_served(
     assert (card.codec_name, load_card(written).codec_name) == ("kvtc2", "kvtc")
     known = {round(plan.token_bytes, 6) for ratio in RATIOS for plan in plans(steps, ratio)}
     assert {round(e.token_bytes, 6) for s in card.sections for e in s.errors} == known
-    assert "coefficients in" in (directory / "report.md").read_text()
+    report = (directory / "report.md").read_text()
+    assert "coefficients in" in report
+    assert "Ratios are of all bytes of blobs of 128 tokens" in report
     found = find(IDENTITY, 1, 6.0, model_name="org/toy", codec="kvtc2", registries=[tmp_path])
     assert found == directory
     with pytest.raises(ArtifactError, match="calibrated for codec kvtc2, this is kvtc"):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -55,8 +56,6 @@ class CpuCodec(TransformCodec):
     """
 
     batch: ClassVar[int] = 4
-    fast_section: ClassVar[Callable[[SectionBasis, float, bool | None], FastSection]]
-    """Of a section at a target ratio; `int8` as below."""
 
     def __init__(
         self,
@@ -346,10 +345,15 @@ class CpuCodec(TransformCodec):
         with self._lock:
             if ratio not in self._fast:
                 self._fast[ratio] = {
-                    key: self.fast_section(self.artifact.sections[key], ratio, self._int8)
+                    key: self._fast_section(self.artifact.sections[key], ratio, self._int8)
                     for key in self._section_keys()
                 }
             return self._fast[ratio]
+
+    @abstractmethod
+    def _fast_section(
+        self, section: SectionBasis, ratio: float, int8: bool | None
+    ) -> FastSection: ...
 
     def _magnitude(self, x: torch.Tensor) -> float:
         if x.dtype not in (torch.bfloat16, torch.float16):
@@ -376,10 +380,12 @@ def _elements(x: torch.Tensor) -> Elements:
 class CpuKvtcCodec(CpuCodec, KvtcCodec):
     """Version 1."""
 
-    fast_section = BitSection
+    def _fast_section(self, section: SectionBasis, ratio: float, int8: bool | None) -> FastSection:
+        return BitSection(section, ratio, int8)
 
 
 class CpuKvtc2Codec(CpuCodec, Kvtc2Codec):
     """Version 2."""
 
-    fast_section = StepSection
+    def _fast_section(self, section: SectionBasis, ratio: float, int8: bool | None) -> FastSection:
+        return StepSection(section, ratio, int8)

@@ -16,14 +16,14 @@ import torch
 
 from kvtc_vllm.codec.cpu.rows import SECOND_TERM, ZERO_POINT, Bytes, Floats, to_int8
 
-ONE_TERM_ERROR = 0.01
-TWO_TERMS_ERROR = 0.004
+ONE_TERM_ERROR = 0.0065
+TWO_TERMS_ERROR = 0.0025
 """Least expected errors of plans for which rows of one term, or of two, are exact enough."""
 _INT8_MAX = 127
 
 
 def terms_for(expected_error: float) -> int:
-    """Terms of int8 that a row needs so that rounding adds about 2 % to a plan's error at most.
+    """Terms of int8 that a row needs so that rounding adds about 3 % to a plan's error at most.
 
     0: none are enough, products are of float32.
     """
