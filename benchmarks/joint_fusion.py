@@ -10,8 +10,8 @@ the first and last two layers in 16 bits, norms, indexes. `blocks_kept` is what 
 blocks over blocks kept in the fused layers. kvtc is our codec on the same prefixes.
 
 The model: cosines of blocks of two documents are taken as normal, so a pair is above a threshold
-with probability q; fusions of a right block with any of n left ones are a Poisson process, so it
-is fused with probability 1 - exp(-n q). Predicted and counted are sums over all pairs of
+with probability q; fusions of a block with any of the other document's n are a Poisson process, so
+it is fused with probability 1 - exp(-n q). Predicted and counted are sums over all pairs of
 documents and all fused layers.
 """
 

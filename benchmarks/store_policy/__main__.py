@@ -37,9 +37,9 @@ REQUESTS_PER_CHUNK = 0.5
 """Of the working set, so that each document is asked about four times on average."""
 LEAST_REQUESTS = 400
 POLICIES: dict[str, dict[str, Any]] = {
-    "raw eager": {"codec": "raw"},
+    "raw eager": {"codec": "raw", "store_policy": "eager"},
     "raw on_evict exclusive": {"codec": "raw", "store_policy": "on_evict", "exclusive": True},
-    "eager": {},
+    "eager": {"store_policy": "eager"},
     "on_evict": {"store_policy": "on_evict"},
     "on_evict exclusive": {"store_policy": "on_evict", "exclusive": True},
     "auto": {"store_policy": "auto"},
@@ -51,7 +51,7 @@ def main() -> None:
     """Run all, print a table, write JSON."""
     parser = argparse.ArgumentParser(prog="benchmarks.store_policy", description=__doc__)
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=1)
     args = parser.parse_args()
     rows = []
     for trace in TRACES:

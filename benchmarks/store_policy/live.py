@@ -27,7 +27,7 @@ CHUNK, BLOCK = 128, 32
 GPU_CHUNKS, MEMORY_BYTES = 16, 768 << 10
 VOCABULARY = 2000
 POLICIES: dict[str, dict[str, Any]] = {
-    "eager": {},
+    "eager": {"store_policy": "eager"},
     "on_evict": {"store_policy": "on_evict"},
     "on_evict exclusive": {"store_policy": "on_evict", "exclusive": True},
     "auto": {"store_policy": "auto"},
