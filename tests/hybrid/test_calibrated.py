@@ -59,7 +59,7 @@ def test_calibrate_then_serve(
     assert ropes[0] != ropes[1], "Gemma 3 rotates windows by another base"
 
     # An engine whose layers are all in one group needs another artifact.
-    with pytest.raises(ArtifactError, match="calibrated for 2 cache groups .full, 1 layers; wind"):
+    with pytest.raises(ArtifactError, match=r"calibrated for 2 cache groups .full, 1 layers; wind"):
         find(model_identity(model), 1, RATIO, model_name="tiny", registries=[out], groups=())
     capsys.readouterr()
     assert main(["inspect", str(directory)]) == 0
