@@ -87,6 +87,8 @@ class StorePlanner:
     ) -> None:
         """Give up records of an answer that has gone on: nobody will end where they are needed."""
         points = self._restore_points
+        if points.keep_all:
+            return
         state.passing += [s for s in stores if points.is_passing(s.group, s.start, state)]
         passed = [s for s in state.passing if points.is_passed(s.group, s.start, complete)]
         for store in passed:
@@ -103,7 +105,7 @@ class StorePlanner:
 
     def _are_known(self, chunk: ChunkKey, groups: Sequence[int]) -> bool:
         """Whether the index knows a chunk's records of these groups."""
-        return all(self._index.is_known(record_key(chunk, group)) for group in groups)
+        return all(map(self._index.is_known, [record_key(chunk, group) for group in groups]))
 
     def _reserve(self, chunks: Sequence[Candidate]) -> list[StoreItem]:
         """Stores of records for which there is room; the index knows them from now on."""
