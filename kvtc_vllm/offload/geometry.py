@@ -59,6 +59,8 @@ class CacheGroup:
 
         tables: the request's block ids by block table of the engine.
         """
+        if len(self.tables) == 1:  # as for nearly every model, and long prompts have many chunks
+            return list(tables[self.tables[0]][first:end])
         return [block for table in self.tables for block in tables[table][first:end]]
 
     def tokens(self, block_ids: Sequence[int]) -> int:

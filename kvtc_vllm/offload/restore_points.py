@@ -26,7 +26,11 @@ class RestorePoints:
         check_chunks(config, geometry)
         self._length = config.chunk_tokens
         self._groups = geometry.groups
-        self._per_chunk = [self._length // group.block_size for group in geometry.groups]
+        # With the blocks per chunk.
+        self._sized = [(group, self._length // group.block_size) for group in geometry.groups]
+        self._all = list(range(len(geometry.groups)))
+        self.keep_all = all(group.keeps_all for group in geometry.groups)
+        """Whether every chunk has a record of every group."""
         # The same prompt again goes on at most so far before its end: at a whole chunk, or at
         # the recent window.
         self._back = max(1, config.window) + self._length
@@ -34,7 +38,7 @@ class RestorePoints:
     def complete(self, tables: Sequence[Sequence[int]], hashed_chunks: int) -> int:
         """Chunks with a hash whose blocks are in all tables."""
         complete = hashed_chunks
-        for group, size in zip(self._groups, self._per_chunk, strict=True):
+        for group, size in self._sized:
             for table in group.tables:
                 complete = min(complete, len(tables[table]) // size)
         return complete
@@ -45,6 +49,8 @@ class RestorePoints:
         before, after: tokens computed before and after this step. Blocks that the engine gave back
         before it hold something else.
         """
+        if self.keep_all:
+            return self._all
         return [
             number
             for number, group in enumerate(self._groups)
@@ -60,7 +66,7 @@ class RestorePoints:
         tables: the request's block ids by block table of the engine.
         """
         found = []
-        for number, (group, size) in enumerate(zip(self._groups, self._per_chunk, strict=True)):
+        for number, (group, size) in enumerate(self._sized):
             end = (chunk + 1) * size
             first = end - 1 if group.state_bytes else end - size
             found.append(group.blocks(tables, first, end) if number in wanted else [])

@@ -123,6 +123,8 @@ class StorePlanner:
     ) -> None:
         """Give up records of an answer that has gone on: nobody will end where they are needed."""
         points = self._restore_points
+        if points.keep_all:
+            return
         state.passing += [s for s in stores if points.is_passing(s.group, s.start, state)]
         passed = [s for s in state.passing if points.is_passed(s.group, s.start, complete)]
         for store in passed:
@@ -139,7 +141,7 @@ class StorePlanner:
 
     def _are_known(self, chunk: ChunkKey, groups: Sequence[int]) -> bool:
         """Whether the index knows a chunk's records of these groups."""
-        return all(self._index.is_known(record_key(chunk, group)) for group in groups)
+        return all(map(self._index.is_known, [record_key(chunk, group) for group in groups]))
 
     def _items(self, chunks: Sequence[Storable]) -> list[StoreItem]:
         """One per record that is to be stored."""

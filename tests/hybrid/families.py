@@ -135,13 +135,15 @@ LFM2_NAMES = {
 """vLLM reads names that transformers does not write any more."""
 
 
-def make_model(family: str, directory: Path) -> Path:
+def make_model(family: str, directory: Path, vocabulary: int = VOCABULARY) -> Path:
     """Write a model's configuration and weights, float32, the same in every run."""
     import torch
     import transformers
 
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config({**FAMILIES, **STATES}[family]())
+    config = {**FAMILIES, **STATES}[family]()
+    config.vocab_size = vocabulary
+    model = transformers.AutoModelForCausalLM.from_config(config)
     if family in STATES:
         _amplify(model)
     model.to(torch.float32).save_pretrained(directory)
