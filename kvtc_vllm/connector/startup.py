@@ -131,7 +131,7 @@ def build_worker(
         artifact=fingerprint.hex(),
         ratio=config.target_ratio,
         vllm_version=vllm_version(),
-        most_bytes=codec.max_blob_bytes(config.chunk_tokens),
+        most_bytes=_most_bytes(config, geometry),
         facts=setup.short_facts(),
     )
     names = Names(
@@ -155,6 +155,14 @@ def check_digested(setup: SetupIdentity, config: KVTCConfig) -> None:
             f"another engine's, and {', '.join(setup.undigested)} can't be; use plain values "
             "there, or no disk tier"
         )
+
+
+def _most_bytes(config: KVTCConfig, geometry: CacheGeometry) -> int:
+    """Of a chunk in a namespace, whatever its target ratio: engines of others share the namespace.
+
+    No plan takes more than 16 bits per element and some scales; a cache may have 8.
+    """
+    return 4 * config.chunk_tokens * geometry.token_bytes + 2**20
 
 
 def _watch(live: LiveModel, vllm_config: VllmConfig) -> WeightsWatch:
