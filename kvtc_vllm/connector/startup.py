@@ -155,7 +155,7 @@ def build_worker(
         artifact=fingerprint.hex(),
         ratio=config.target_ratio,
         vllm_version=vllm_version(),
-        most_bytes=max(codec.max_blob_bytes(config.chunk_tokens) for codec in codecs),
+        most_bytes=_most_bytes(config, geometry),
         facts=setup.short_facts(),
     )
     names = Names(
@@ -189,6 +189,16 @@ def check_digested(setup: SetupIdentity, config: KVTCConfig) -> None:
             f"another engine's, and {', '.join(setup.undigested)} can't be; use plain values "
             "there, or no disk tier"
         )
+
+
+def _most_bytes(config: KVTCConfig, geometry: CacheGeometry) -> int:
+    """Of a record in a namespace, whatever its target ratio: engines of others share the namespace.
+
+    No plan takes more than 16 bits per element and some scales; a cache may have 8. States may
+    grow a little where they can't be compressed.
+    """
+    states = sum(len(group.layer_names) * group.state_bytes for group in geometry.groups)
+    return 4 * config.chunk_tokens * geometry.token_bytes + 2 * states + 2**20
 
 
 def _watch(live: LiveModel, vllm_config: VllmConfig) -> WeightsWatch:

@@ -33,7 +33,7 @@ class NamespaceCount:
         fs: CheckedFileSystem,
         root: str,
         locked: Callable[[], AbstractContextManager[LedgerState]],
-        sound: Callable[[str, ChunkFile], bool],
+        sound: Callable[[ChunkFile], bool],
     ) -> None:
         self._fs = fs
         self._root = root
@@ -76,7 +76,7 @@ class NamespaceCount:
         while place < FAN_OUTS and looked_at < FILES_AT_ONCE:
             chunks = list(scan.chunks_in(self._fs, directory, place)) if place in there else []
             looked_at += len(chunks)
-            chunks = [chunk for chunk in chunks if self._sound(namespace, chunk)]
+            chunks = [chunk for chunk in chunks if self._sound(chunk)]
             found += chunks
             counts = account.next == place
             place += 1

@@ -41,7 +41,7 @@ class Evictor:
     """Evicts the least recently used chunks of a root. Thread-safe.
 
     capacity, min_free: bytes. count, locked, take_away: of the `Space` that it works for. evicted:
-    called under the lock with the namespace's directory name and the file, for each chunk.
+    called under the lock for each chunk.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Evictor:
         count: NamespaceCount,
         locked: Callable[[], AbstractContextManager[LedgerState]],
         take_away: TakeAway,
-        evicted: Callable[[str, ChunkFile], None],
+        evicted: Callable[[ChunkFile], None],
     ) -> None:
         self._fs = fs
         self._root = root
@@ -66,7 +66,7 @@ class Evictor:
         self._take_away = take_away
         self._evicted = evicted
         self._surveying = threading.Lock()
-        self.candidates: deque[tuple[ChunkFile, str]] = deque()
+        self.candidates: deque[ChunkFile] = deque()
         """The next to go, least recently used first."""
 
     def room(self, size: int) -> Room:
@@ -83,8 +83,7 @@ class Evictor:
         for _ in range(REMOVED_AT_ONCE):
             if freed >= missing or not self.candidates:
                 break
-            chunk, namespace = self.candidates.popleft()
-            freed += self._evict_one(ledger, namespace, chunk)
+            freed += self._evict_one(ledger, self.candidates.popleft())
         return freed
 
     def give_way(self, size: int) -> bool:
@@ -116,14 +115,14 @@ class Evictor:
             self._recency.seen(found[-1].mtime_ns)
         return found
 
-    def look_through(self) -> list[tuple[ChunkFile, str]]:
-        """Count all; returns every chunk with its namespace."""
-        found: list[tuple[ChunkFile, str]] = []
+    def look_through(self) -> list[ChunkFile]:
+        """Count all; returns every chunk."""
+        found: list[ChunkFile] = []
         for name in scan.namespaces(self._fs, self._root):
-            found += [(chunk, name) for chunk in self._count.run(name)]
+            found += self._count.run(name)
         self.count_unknown()
         if found:
-            self._recency.seen(max(chunk.mtime_ns for chunk, _ in found))
+            self._recency.seen(max(chunk.mtime_ns for chunk in found))
         return found
 
     def count_unknown(self) -> None:
@@ -136,14 +135,14 @@ class Evictor:
         for name in unknown:
             self._count.finish(name)
 
-    def _evict_one(self, ledger: LedgerState, namespace: str, chunk: ChunkFile) -> int:
+    def _evict_one(self, ledger: LedgerState, chunk: ChunkFile) -> int:
         """Bytes freed: 0 if the chunk is gone or was used since the survey."""
-        there = self._fs.stat(chunk_path(f"{self._root}/{namespace}", chunk.key))
+        there = self._fs.stat(chunk_path(f"{self._root}/{chunk.namespace}", chunk.key))
         if there is None or there.mtime_ns != chunk.mtime_ns or not there.is_regular:
             return 0
-        if not self._take_away(ledger, namespace, chunk.key, there):
+        if not self._take_away(ledger, chunk.namespace, chunk.key, there):
             return 0
-        self._evicted(namespace, chunk)
+        self._evicted(chunk)
         return disk_bytes(there.size)
 
 

@@ -219,8 +219,12 @@ class Ledger:
             if error.reason != "foreign":
                 raise
         else:
-            if self._fs.fstat(fd).links <= 1:
-                return fd
+            try:
+                if self._fs.fstat(fd).links <= 1:
+                    return fd
+            except DiskError:
+                self._fs.close_quietly(fd)
+                raise
             # What is written here would be written into somebody's file of another name.
             self._fs.close_quietly(fd)
         clear_place(self._fs, self._root, self._path)

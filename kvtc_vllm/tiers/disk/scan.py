@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from stat import S_ISDIR, S_ISREG
-from typing import NamedTuple
+
+import msgspec
 
 from kvtc_vllm.tiers.disk.checked import CheckedFileSystem, DiskError
 from kvtc_vllm.tiers.disk.layout import (
@@ -22,12 +23,17 @@ from kvtc_vllm.tiers.disk.layout import (
 from kvtc_vllm.tiers.keys import RecordKey
 
 
-class ChunkFile(NamedTuple):
-    """A published chunk. length: bytes of the blob. mtime_ns: last use."""
+class ChunkFile(msgspec.Struct, frozen=True, order=True, gc=False):
+    """A published chunk; the one used longest ago is the least.
+
+    mtime_ns: last use. length: bytes of the blob. namespace: directory name. Python's cycle
+    collector does not know of these objects, or a million of them would stop the process.
+    """
 
     mtime_ns: int
     key: RecordKey
     length: int
+    namespace: str
 
 
 @contextmanager
@@ -65,10 +71,11 @@ def fan_outs(fs: CheckedFileSystem, directory: str) -> set[int]:
 
 def chunks_in(fs: CheckedFileSystem, directory: str, number: int) -> Iterator[ChunkFile]:
     """The chunks in one fan-out directory of a namespace, in no order."""
+    namespace = directory.rpartition("/")[2]
     for name, mode, size, mtime_ns in fs.list(fan_out_path(directory, number)):
         key = chunk_key(name) if S_ISREG(mode) else None
         if key is not None and key[0] == number:
-            yield ChunkFile(mtime_ns, key, size)
+            yield ChunkFile(mtime_ns, key, size, namespace)
 
 
 def chunks(fs: CheckedFileSystem, directory: str) -> Iterator[ChunkFile]:

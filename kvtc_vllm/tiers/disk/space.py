@@ -32,9 +32,8 @@ class Space:
     """The bytes of one root as one store sees them. Thread-safe.
 
     capacity, min_free: bytes. most_bytes: of a chunk, by the namespace's directory name; a larger
-    file is none. evicted: called under the lock with the namespace's directory
-    name and the file, for each chunk evicted. repaired: called with what was wrong with a file
-    that was made anew.
+    file is none. evicted: called under the lock for each chunk evicted.
+    repaired: called with what was wrong with a file that was made anew.
     """
 
     def __init__(
@@ -46,7 +45,7 @@ class Space:
         recency: Recency,
         *,
         most_bytes: Callable[[str], int],
-        evicted: Callable[[str, ChunkFile], None],
+        evicted: Callable[[ChunkFile], None],
         repaired: Callable[[str], None],
         lock_wait_seconds: float = LOCK_WAIT_SECONDS,
     ) -> None:
@@ -225,10 +224,10 @@ class Space:
         self._take_away(ledger, namespace, key, there)
         return False
 
-    def _is_sound(self, namespace: str, chunk: ChunkFile) -> bool:
-        if chunk.length <= self._most_bytes(namespace):
+    def _is_sound(self, chunk: ChunkFile) -> bool:
+        if chunk.length <= self._most_bytes(chunk.namespace):
             return True
-        path = self._path(namespace, chunk.key)
+        path = self._path(chunk.namespace, chunk.key)
         self._repaired(f"{path}: {chunk.length} bytes are too many for a chunk")
         with suppress(DiskError):
             self._fs.unlink(path)

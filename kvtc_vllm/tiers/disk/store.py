@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+
+import msgspec
 
 from kvtc_vllm.tiers.blob_store import Blob
 from kvtc_vllm.tiers.disk import record
@@ -41,7 +42,7 @@ DEFAULT_CAPACITY = 32 * 2**30
 DEFAULT_MIN_FREE = 4 * 2**30
 
 
-class DiskEntry(NamedTuple):
+class DiskEntry(msgspec.Struct, frozen=True, gc=False):
     """A chunk on disk. size: bytes it takes. last_used: seconds since the epoch."""
 
     key: RecordKey
@@ -204,7 +205,10 @@ class DiskStore:
             with self._removals_lock:
                 self._removals.skip()
             found = self._space.count(self._name)
-            return [DiskEntry(key, disk_bytes(length), used / 1e9) for used, key, length in found]
+            return [
+                DiskEntry(chunk.key, disk_bytes(chunk.length), chunk.mtime_ns / 1e9)
+                for chunk in found
+            ]
 
     def used(self) -> int:
         """Bytes of the whole root by the ledger: never below what is on disk."""
@@ -320,11 +324,11 @@ class DiskStore:
         with suppress(DiskError), self._counted("cleanup"):
             self._space.remove(self._name, [key])
 
-    def _note_eviction(self, namespace: str, chunk: ChunkFile) -> None:
+    def _note_eviction(self, chunk: ChunkFile) -> None:
         with self._lock:
             self._counts["evicted"] += 1
             self._counts["evicted_bytes"] += chunk.length
-            if namespace == self._name:
+            if chunk.namespace == self._name:
                 self._evicted.append(chunk.key)
 
     def _note_repair(self, problem: str) -> None:

@@ -177,7 +177,7 @@ class Survey:
         return f"{self.root}/{namespace}"
 
     def _space(self, capacity: int, evicted: list[int] | None = None) -> Space:
-        def note(_: str, chunk: ChunkFile) -> None:
+        def note(chunk: ChunkFile) -> None:
             if evicted is not None:
                 evicted.append(disk_bytes(chunk.length))
 

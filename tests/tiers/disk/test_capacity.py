@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import time
 from pathlib import Path
@@ -101,6 +102,18 @@ def test_no_hold_of_the_lock_is_long(scratch: Path, monkeypatch: pytest.MonkeyPa
     assert max(hold.count("unlink") for hold in holds) <= 101
     assert max(hold.count("list") for hold in holds) < 40
     assert store.used() == disk.bytes_on_disk(scratch / "tier") == 1000 * PAGE
+
+
+def test_what_a_scan_and_a_survey_find_is_nothing_to_the_collector(scratch: Path) -> None:
+    """A million objects that it visits stop every thread of the process."""
+    fill(scratch / "tier", 100)
+    store = open_store(scratch / "tier", pages=101)
+    assert not any(gc.is_tracked(entry) for entry in store.scan())
+    for number in (1000, 1001):
+        store.write(key_of(number), small(key_of(number)))
+    candidates = store._space._evictor.candidates
+    assert len(candidates) == 100
+    assert not any(gc.is_tracked(chunk) for chunk in candidates)
 
 
 def test_a_count_in_steps_is_exact_while_others_change_everything(
