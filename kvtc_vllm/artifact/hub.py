@@ -104,7 +104,7 @@ def model_card(directory: Path, card: ArtifactCard, repository: str, place: str)
     lines = ["---", "library_name: kvtc-vllm", "tags: [kv-cache, compression, kvtc, vllm]"]
     if "/" in card.model_name:
         lines.append(f"base_model: {card.model_name}")
-    config = f"kvtc config kvtc-16x registry={PREFIX}{repository}@COMMIT"
+    config = f"kvtc config kvtc-16x 'registry=[{PREFIX}{repository}@COMMIT]'"
     lines += [
         "---",
         "",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -82,7 +84,9 @@ def test_what_is_published_is_found_and_used_offline(
     assert name == f"hf:{REPOSITORY}@{commit}"
     card = hub.commits[REPOSITORY][commit]["README.md"].decode()
     assert card.startswith("---\nlibrary_name: kvtc-vllm\n")
-    assert f"registry=hf:{REPOSITORY}@COMMIT" in card
+    (command,) = re.findall(r"\$\((kvtc config [^)]*)\)", card)
+    done = kvtc(environment, *shlex.split(command.replace("COMMIT", commit))[1:])
+    assert json.loads(done.stdout)["kv_connector_extra_config"]["registry"] == [name]
     assert f"]({PLACE}/report.png)" in card
     assert hub.commits[REPOSITORY][commit][RANK] == (SHIPPED / "rank0of1.safetensors").read_bytes()
 
