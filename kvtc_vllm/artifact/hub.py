@@ -104,7 +104,8 @@ def model_card(directory: Path, card: ArtifactCard, repository: str, place: str)
     lines = ["---", "library_name: kvtc-vllm", "tags: [kv-cache, compression, kvtc, vllm]"]
     if "/" in card.model_name:
         lines.append(f"base_model: {card.model_name}")
-    config = f"kvtc config kvtc-16x 'registry=[{PREFIX}{repository}@COMMIT]'"
+    ratio = "" if 16.0 in card.ratios else f"ratio={card.ratios[0]:g} "
+    config = f"kvtc config kvtc-16x {ratio}'registry=[{PREFIX}{repository}@COMMIT]'"
     lines += [
         "---",
         "",
