@@ -31,7 +31,8 @@ OLD_TESTS := tests/connector/test_contract.py tests/connector/test_restart.py \
 	tests/reliability/live/test_weight_updates.py tests/reliability/live/test_adapters.py \
 	tests/reliability/live/test_store_policy.py
 
-.PHONY: help setup setup-old test test-old check check-kernels soak demo demo-quick serving clean
+.PHONY: help setup setup-old test test-old check check-kernels soak demo demo-quick serving \
+	release reference clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -76,6 +77,13 @@ demo-quick: setup  ## the same with a small stand-in model, without a download; 
 
 serving: setup  ## time to first token of a return against recompute; writes build/serving.json
 	$(RUN) benchmarks.serving $(if $(MODEL),--model $(MODEL))
+
+release: setup  ## sdist and wheel in dist/, checked, and tried without the source tree
+	$(RUN) tools.release
+
+reference: setup  ## the pages and the dashboard that are made from the code
+	$(RUN) tools.reference
+	$(RUN) tools.dashboard
 
 clean:  ## removes environments, caches and builds
 	rm -rf $(VENV) $(VENV_OLD) $(VENV_LMCACHE) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -117,8 +117,8 @@ PARTS = (
     ),
     Part(
         "cli",
-        "`kvtc bench`, `calibrate`, `config`, `doctor`, `eval`, `fit`, `gc`, `inspect`, `plan`, "
-        "`verify`",
+        "`kvtc artifacts`, `bench`, `calibrate`, `config`, `doctor`, `eval`, `fit`, `gc`, "
+        "`inspect`, `plan`, `publish`, `verify`",
         "codec, tiers, tiers/disk, artifact, config, connector, calibration, lmcache, evaluation, "
         "load_test, planning",
         "msgspec, torch, yaml",

@@ -1,6 +1,7 @@
 """Finding the artifact of a model.
 
-A registry is a directory of <model-slug>/<artifact-name>/card.json. Searched,
+A registry is a directory of <model-slug>/<artifact-name>/card.json, or a
+repository `hf:ORG/REPO@COMMIT` that is laid out so (`hub.py`). Searched,
 in this order, until one holds a match: the configured directories; those in
 the environment variable KVTC_REGISTRY; the user's; the ones shipped with this
 package. Within one registry the newest match wins.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from kvtc_vllm.artifact.card import (
     cache_groups,
     load_card,
 )
+from kvtc_vllm.artifact.hub import hub_registry, is_hub_name
 from kvtc_vllm.artifact.identity import ModelIdentity
 from kvtc_vllm.artifact.text import printable
 from kvtc_vllm.codec.errors import ArtifactError
@@ -61,11 +64,21 @@ def shipped_registry() -> Path:
 
 
 def search_path(configured: Sequence[str | Path] = ()) -> list[Path]:
-    """Registry directories in search order, each once, whether they exist or not."""
-    environment = os.environ.get(ENVIRONMENT_VARIABLE, "").split(os.pathsep)
-    named = [*configured, *(part for part in environment if part)]
-    directories = [Path(part).expanduser() for part in named]
+    """Registry directories in search order, each once, whether they exist or not.
+
+    Raises ArtifactError for a hub repository that can't be had: whoever names one wants it.
+    """
+    named = [*configured, *_environment()]
+    directories = [
+        hub_registry(str(part)) if is_hub_name(part) else Path(part).expanduser() for part in named
+    ]
     return list(dict.fromkeys([*directories, user_registry(), shipped_registry()]))
+
+
+def _environment() -> list[str]:
+    """Entries of KVTC_REGISTRY. The separator is also in the name of a hub repository."""
+    text = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    return [part for part in re.split(rf"(?<!\bhf){os.pathsep}", text) if part]
 
 
 def find(

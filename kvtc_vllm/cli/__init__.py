@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
 from kvtc_vllm import __version__
 from kvtc_vllm.artifact.text import printable
 from kvtc_vllm.calibration.documents import DataError
-from kvtc_vllm.cli import bench, calibrate, config, doctor, eval, fit, gc, inspect, plan, verify
+from kvtc_vllm.cli import (
+    artifacts,
+    bench,
+    calibrate,
+    config,
+    doctor,
+    eval,
+    fit,
+    gc,
+    inspect,
+    plan,
+    publish,
+    verify,
+)
 from kvtc_vllm.codec.errors import CodecError
 from kvtc_vllm.config import ConfigError
 from kvtc_vllm.load_test.errors import LoadTestError
@@ -17,6 +32,7 @@ from kvtc_vllm.planning.errors import PlanError
 from kvtc_vllm.tiers.disk import DiskError
 
 COMMANDS = {
+    "artifacts": artifacts,
     "bench": bench,
     "calibrate": calibrate,
     "config": config,
@@ -26,6 +42,7 @@ COMMANDS = {
     "gc": gc,
     "inspect": inspect,
     "plan": plan,
+    "publish": publish,
     "verify": verify,
 }
 
@@ -49,7 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.add_arguments(sub)
     args = parser.parse_args(argv)
     try:
-        return int(COMMANDS[args.command].run(args))
+        status = int(COMMANDS[args.command].run(args))
+        # Here, where a reader that has gone is still caught.
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # The reader has seen enough, as `head` does. What is left to write goes nowhere, or the
+        # interpreter would complain at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except EXPECTED as error:
         text = "\n".join(printable(line) for line in str(error).split("\n"))
         print(f"kvtc {args.command}: {text}", file=sys.stderr)

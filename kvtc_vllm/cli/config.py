@@ -46,13 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("preset", nargs="?", help="name of a preset; none: list them")
     parser.add_argument("override", nargs="*", metavar="KEY=VALUE", help="keys to change")
     parser.add_argument("--describe", action="store_true", help="print a table of all keys")
+    parser.add_argument("--json", action="store_true", help="print that table as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print JSON, commands, the list of presets or the table of keys."""
     if args.describe:
         keys = describe_keys(LMCacheSettings) if args.preset == LMCACHE else describe()
-        print(_table(keys))
+        print(json.dumps([key._asdict() for key in keys], indent=1) if args.json else _table(keys))
         return 0
     if args.preset is None:
         for name in preset_names():

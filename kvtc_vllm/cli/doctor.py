@@ -1,8 +1,14 @@
-"""Check this machine: versions, plugin, registry, a model's layers and artifact, a round trip.
+"""Check this machine, or a running server by its metrics.
 
     kvtc doctor [MODEL] [--ratio 16] [--tp 1]
 
-Exit status 1 if something that serving needs is missing.
+Versions, plugin, registry, a model's layers and artifact, a round trip. Exit status 1 if something that
+serving needs is missing.
+
+    kvtc doctor http://localhost:8000 [--ratio 16]
+
+Is it compressing, and near the target; are stores dropped or loads damaged; hits, memory, disk.
+Exit status 1 if something is wrong.
 """
 
 from __future__ import annotations
@@ -16,6 +22,8 @@ from pathlib import Path
 
 import torch
 
+from kvtc_vllm.cli.checks import Checks
+from kvtc_vllm.cli.server_checks import check_server, is_url, read_page
 from kvtc_vllm.codec.errors import ArtifactError
 
 PACKAGES = ("kvtc-vllm", "torch", "vllm", "isal", "xxhash", "safetensors", "msgspec")
@@ -26,31 +34,30 @@ OPTIONAL_PACKAGES = ("lmcache", "nvidia-nvcomp-cu13", "nvidia-nvcomp-cu12", "tra
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("model", nargs="?", help="directory or Hugging Face name in the cache")
-    parser.add_argument("--ratio", type=float, default=16.0)
+    parser.add_argument(
+        "model", nargs="?", help="directory, Hugging Face name in the cache, or address of a server"
+    )
+    parser.add_argument("--ratio", type=float, help="target ratio; of an artifact: 16")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--registry", action="append", default=[], help="further directories")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one line per check."""
-    healthy = _environment()
-    healthy &= _plugin()
+    """Print one line per check and a verdict."""
+    checks = Checks(args.json)
+    if args.model is not None and is_url(args.model):
+        check_server(read_page(args.model), checks, args.ratio)
+        return checks.close("the connector is well", "something is wrong, see above")
+    ratio = 16.0 if args.ratio is None else args.ratio
+    _environment(checks)
+    _plugin(checks)
     if args.model is not None:
-        _layers(args.model, args.ratio)
-    directory = _registry(args)
-    if args.model is not None:
-        healthy &= directory is not None
+        _layers(args.model, ratio, checks)
+    directory = _registry(args, ratio, checks)
     if directory is not None:
-        healthy &= _round_trip(directory, args.ratio)
-    print("everything needed is there" if healthy else "something needed is missing, see above")
-    return 0 if healthy else 1
-
-
-def _line(good: bool | None, topic: str, text: str) -> bool:
-    mark = {True: "ok  ", False: "BAD ", None: "info"}[good]
-    print(f"{mark} {topic:11} {text}")
-    return good is not False
+        _round_trip(directory, ratio, checks)
+    return checks.close("everything needed is there", "something needed is missing, see above")
 
 
 def _installed(package: str) -> str | None:
@@ -60,45 +67,44 @@ def _installed(package: str) -> str | None:
         return None
 
 
-def _environment() -> bool:
-    _line(None, "python", f"{platform.python_version()} on {platform.machine()}")
-    healthy = True
+def _environment(checks: Checks) -> None:
+    checks.add(None, "python", f"{platform.python_version()} on {platform.machine()}")
     for package in PACKAGES:
         found = _installed(package)
-        healthy &= _line(found is not None, package, found or "not installed")
+        checks.add(found is not None, package, found or "not installed")
     for package in OPTIONAL_PACKAGES:
-        _line(None, package, _installed(package) or "not installed (optional)")
+        checks.add(None, package, _installed(package) or "not installed (optional)")
     vllm = _installed("vllm")
     if vllm is not None:
-        healthy &= _supported(vllm)
+        _supported(vllm, checks)
     if torch.cuda.is_available():
-        _line(None, "gpu", torch.cuda.get_device_name())
+        checks.add(None, "gpu", torch.cuda.get_device_name())
     else:
-        _line(None, "gpu", "none: encoding and decoding run on the CPU")
-    return healthy
+        checks.add(None, "gpu", "none: encoding and decoding run on the CPU")
 
 
-def _supported(vllm: str) -> bool:
+def _supported(vllm: str, checks: Checks) -> None:
     from kvtc_vllm.connector.compat import UnsupportedError, check_version
 
     try:
         check_version(vllm)
     except UnsupportedError as error:
-        return _line(False, "vllm", str(error))
-    return _line(True, "vllm", f"{vllm} is in the supported range")
+        checks.add(False, "vllm", str(error))
+    else:
+        checks.add(True, "vllm", f"{vllm} is in the supported range")
 
 
-def _plugin() -> bool:
+def _plugin(checks: Checks) -> None:
     names = [e.value for e in entry_points(group="vllm.general_plugins")]
     found = any(value.startswith("kvtc_vllm.") for value in names)
-    return _line(
+    checks.add(
         found,
         "plugin",
         "vllm.general_plugins entry point found" if found else "entry point not found: pip install",
     )
 
 
-def _layers(model: str, ratio: float) -> None:
+def _layers(model: str, ratio: float, checks: Checks) -> None:
     """What the model keeps of a prefix, and the ratio that is to be expected of all of it."""
     from kvtc_vllm.artifact.cache_kinds import expected_ratio, layer_kinds
     from kvtc_vllm.artifact.identity import model_directory
@@ -107,20 +113,20 @@ def _layers(model: str, ratio: float) -> None:
         config = json.loads((model_directory(model) / "config.json").read_text())
         kinds = layer_kinds(config)
     except (ArtifactError, OSError, ValueError) as error:
-        _line(None, "layers", f"not known: {error}")
+        checks.add(None, "layers", f"not known: {error}")
         return
     for kind in kinds:
         size = f"{kind.token_bytes:,} bytes per token"
         if not kind.coded:
             size = f"{kind.state_bytes:,} bytes per boundary, kept exactly"
-        _line(None, "layers", f"{kind.layers} x {kind.kind}: {size}")
+        checks.add(None, "layers", f"{kind.layers} x {kind.kind}: {size}")
     expected = ", ".join(
         f"{expected_ratio(kinds, tokens, ratio):.1f}x at {tokens:,} tokens" for tokens in LENGTHS
     )
-    _line(None, "net ratio", f"of 16-bit elements at {ratio:g}x, before DEFLATE: {expected}")
+    checks.add(None, "net ratio", f"of 16-bit elements at {ratio:g}x, before DEFLATE: {expected}")
 
 
-def _registry(args: argparse.Namespace) -> Path | None:
+def _registry(args: argparse.Namespace, ratio: float, checks: Checks) -> Path | None:
     """List artifacts; returns the model's match, or any artifact if no model was given."""
     from kvtc_vllm.artifact import registry
     from kvtc_vllm.artifact.identity import model_identity
@@ -128,26 +134,28 @@ def _registry(args: argparse.Namespace) -> Path | None:
     artifacts: list[Path] = []
     for place in registry.search_path(args.registry):
         for directory, card in registry.scan(place):
-            ratios = ",".join(f"{ratio:g}" for ratio in card.ratios)
-            _line(None, "artifact", f"{card.model_name} TP {card.tp_size} {ratios}x: {directory}")
+            ratios = ",".join(f"{one:g}" for one in card.ratios)
+            checks.add(
+                None, "artifact", f"{card.model_name} TP {card.tp_size} {ratios}x: {directory}"
+            )
             artifacts.append(directory)
     if not artifacts:
-        _line(None, "artifact", "none found")
+        checks.add(None, "artifact", "none found")
     if args.model is None:
         return artifacts[0] if artifacts else None
     try:
         identity = model_identity(args.model)
         match = registry.find(
-            identity, args.tp, args.ratio, model_name=args.model, registries=args.registry
+            identity, args.tp, ratio, model_name=args.model, registries=args.registry
         )
     except ArtifactError as error:
-        _line(False, "match", str(error))
+        checks.add(False, "match", str(error))
         return None
-    _line(True, "match", f"{identity.identity} -> {match}")
+    checks.add(True, "match", f"{identity.identity} -> {match}")
     return match
 
 
-def _round_trip(directory: Path, ratio: float) -> bool:
+def _round_trip(directory: Path, ratio: float, checks: Checks) -> None:
     """Encode and decode the artifact's probe on the CPU."""
     from kvtc_vllm.artifact.directory import load_rank_artifact
     from kvtc_vllm.codec.registry import open_codec
@@ -166,7 +174,7 @@ def _round_trip(directory: Path, ratio: float) -> bool:
     decoded = time.perf_counter()
     raw = k.nbytes + v.nbytes
     error = float((chunk.v.float() - v.float()).square().sum() / v.float().square().sum())
-    return _line(
+    checks.add(
         error < 0.5,
         "round trip",
         f"{directory.name} at {ratio:g}x: {k.shape[0]} tokens, {raw} -> {len(blob)} bytes "

@@ -8,7 +8,6 @@ kvtc inspect /var/cache/kvtc
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from contextlib import suppress
 from datetime import datetime
@@ -18,7 +17,7 @@ from typing import Any
 import msgspec
 
 from kvtc_vllm.artifact.regular_file import read_regular
-from kvtc_vllm.artifact.text import printable
+from kvtc_vllm.cli.facts import print_facts
 from kvtc_vllm.codec.errors import ContainerError
 from kvtc_vllm.tiers.disk import DiskError
 from kvtc_vllm.tiers.disk.layout import LAYOUT_FILE
@@ -31,7 +30,7 @@ RATIO_SAMPLE = 16
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("path", help="artifact directory, blob file or root of a disk tier")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of YAML")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,10 +42,7 @@ def run(args: argparse.Namespace) -> int:
         described = describe_artifact(path)
     else:
         described = describe_blob(path)
-    if args.json:
-        print(json.dumps(described, indent=1))
-    else:
-        _print(described)
+    print_facts(described, args.json)
     return 0
 
 
@@ -188,24 +184,3 @@ def _name(kinds: Any, value: int) -> str:
         return str(kinds(value).name).lower()
     except ValueError:
         return f"kind {value}"
-
-
-def _print(described: dict[str, Any], indent: str = "") -> None:
-    for key, value in described.items():
-        if isinstance(value, dict):
-            print(f"{indent}{printable(key)}:")
-            _print(value, indent + "  ")
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
-            print(f"{indent}{key}:")
-            for row in value:
-                line = ", ".join(f"{k} {_text(v)}" for k, v in row.items())
-                print(indent + "  " + printable(line))
-        else:
-            print(printable(f"{indent}{key}: {value}"))
-
-
-def _text(value: Any) -> str:
-    """A value within a row of a list."""
-    if isinstance(value, dict):
-        value = " ".join(f"{k}={v}" for k, v in value.items())
-    return str(value) if value != "" else "none"

@@ -11,14 +11,13 @@ caches included. RATIO is the real one, as measured, not the target.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import yaml
 
 from kvtc_vllm.cli.bench import add_traffic_arguments, traffic_of
+from kvtc_vllm.cli.facts import print_facts
 from kvtc_vllm.config import parse_bytes
 from kvtc_vllm.planning.errors import PlanError
 from kvtc_vllm.planning.lookups import Rules
@@ -87,10 +86,7 @@ def run(args: argparse.Namespace) -> int:
             "hit_rate": counted.hit_rate,
             "turns_per_second": counted.turns / counted.seconds,
         }
-    if args.json:
-        print(json.dumps(described, indent=1))
-    else:
-        print(yaml.safe_dump(_rounded(described), sort_keys=False), end="")
+    print_facts(described if args.json else _rounded(described), args.json)
     return 0
 
 

@@ -65,7 +65,10 @@ class KVTCConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     ] = None
     registry: Annotated[
         tuple[PathText, ...],
-        Meta(description="Registries to search before the user's and the shipped one."),
+        Meta(
+            description="Registries to search before the user's and the shipped one: "
+            "directories, or `hf:ORG/REPO@COMMIT`."
+        ),
     ] = ()
     memory_bytes: Annotated[
         Size,

@@ -34,7 +34,10 @@ class LMCacheSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     ] = None
     registry: Annotated[
         tuple[PathText, ...],
-        Meta(description="Registries to search before the user's and the shipped one."),
+        Meta(
+            description="Registries to search before the user's and the shipped one: "
+            "directories, or `hf:ORG/REPO@COMMIT`."
+        ),
     ] = ()
     ratio: Annotated[
         float,
