@@ -132,6 +132,7 @@ def find_layers(deviations: torch.Tensor, max_share: float) -> tuple[tuple[int, 
         for layer in range(deviations.shape[1])
         if two_modes(deviations[:, layer], max_share) is not None
     ]
+    modes = None
     for _ in range(_ROUNDS):
         if not layers:
             return None
@@ -145,7 +146,7 @@ def find_layers(deviations: torch.Tensor, max_share: float) -> tuple[tuple[int, 
         if again == layers:
             break
         layers = again
-    return (tuple(layers), modes) if layers else None
+    return (tuple(layers), modes) if layers and modes is not None else None
 
 
 def two_modes(values: torch.Tensor, max_share: float) -> Modes | None:

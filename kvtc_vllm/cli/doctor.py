@@ -2,8 +2,8 @@
 
     kvtc doctor [MODEL] [--ratio 16] [--tp 1]
 
-Versions, plugin, registry, a model's layers and artifact, a round trip. Exit status 1 if something that
-serving needs is missing.
+Versions, plugin, registry, a model's layers and artifact, a round trip. Exit status 1 if something
+that serving needs is missing.
 
     kvtc doctor http://localhost:8000 [--ratio 16]
 

@@ -146,7 +146,7 @@ def decode_columns(
                 byte = np.int64(source[i])
                 start = i * per_byte
                 for token in range(start, min(start + per_byte, tokens)):
-                    code = byte & escape
+                    code = int(byte & escape)
                     byte >>= width
                     if code < escape:
                         block[j, token] = table[code]
