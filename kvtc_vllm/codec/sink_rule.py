@@ -55,5 +55,5 @@ class SinkRule:
     def measure(self, values: torch.Tensor) -> torch.Tensor:
         """Mean log norm of every token: float32 [T]. values: floating [T, L, H, Dv]."""
         rows = values[:, list(self.layers)].float().flatten(2)
-        norms = torch.linalg.vector_norm(rows, dim=-1)
-        return norms.clamp_min(_SMALLEST_NORM).log().mean(dim=-1)
+        measure: torch.Tensor = rows.norm(dim=-1).clamp_min(_SMALLEST_NORM).log().mean(dim=-1)
+        return measure
