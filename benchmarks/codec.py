@@ -112,9 +112,10 @@ def codecs_of(
         codecs[name, "fast"] = CpuKvtcCodec(artifact, ratio, dtype)
         codecs[name, "fast-batch"] = codecs[name, "fast"]
         codecs[name, "fast-float32"] = CpuKvtcCodec(artifact, ratio, dtype, int8=False)
-    for ratio in () if other is None else other.ratios():
-        codec = open_codec(other.codec, dtype, artifact=other, ratio=ratio)
-        codecs[f"{other.codec}-{ratio:g}x", OTHER] = codec
+    if other is not None:
+        for ratio in other.ratios():
+            codec = open_codec(other.codec, dtype, artifact=other, ratio=ratio)
+            codecs[f"{other.codec}-{ratio:g}x", OTHER] = codec
     return codecs
 
 
