@@ -155,9 +155,13 @@ def read_rank_file(path: Path, rank: int, ranks: int) -> tuple[RankArtifact, Pro
 class _CoderTensors:
     """The `CoderTensors` of one plan. place: "k0.{}2", to be filled with a tensor's own name."""
 
+    left: set[str]
     read: Callable[[str, tuple[str, ...], tuple[int | None, ...]], torch.Tensor]
     wrong: Callable[[str, str], ArtifactError]
     place: str
+
+    def has(self, name: str) -> bool:
+        return self.place.format(name) in self.left
 
     def load(
         self, name: str, dtypes: tuple[str, ...], shape: tuple[int | None, ...]
@@ -298,7 +302,7 @@ class _RankReader:
         plans: dict[float, SectionCoder] = {}
         heldout: dict[float, float] = {}
         for j, (ratio, predicted, measured) in enumerate(errors.tolist()):
-            tensors = _CoderTensors(self._load, self._error, f"{name}.{{}}{j}")
+            tensors = _CoderTensors(self._left, self._load, self._error, f"{name}.{{}}{j}")
             plans[ratio] = rules.read_coder(tensors, ratio, predicted, basis.shape[1])
             heldout[ratio] = measured
         return SectionBasis(mean, basis, plans, heldout, weights)

@@ -149,7 +149,7 @@ class SectionFitter:
         self, plans: Mapping[float, Plan], through: Through[Plan]
     ) -> tuple[SectionBasis, SectionFit]:
         """The section with these plans and their held-out errors. To be called once, last."""
-        rank = max(1, *(plan.rank for plan in plans.values()))
+        rank = max(1, *(plan.total_rank for plan in plans.values()))
         full = self._full
         stored = full.basis[:, :rank].contiguous()
         # In the type of the product, or every block would convert it.

@@ -10,7 +10,7 @@ a column that costs more than it saves is not coded, and every coded one costs t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,8 @@ from kvtc_vllm.codec.v2.codes import WIDTHS
 from kvtc_vllm.codec.v2.plan import StepPlan
 
 PRICE_OF_A_BIT = math.log(2) / 6
+LEAST_SINKS = 8
+"""Marked tokens of a sample, below which nothing is fitted to them."""
 LEVELS = 15
 """Levels of a class that have a value of their own."""
 LEAST_DEVIATION = 0.08
@@ -61,10 +63,25 @@ def make_step_plan(
 ) -> StepPlan:
     """The plan with the fewest columns that are worth their bits; its bytes are not known yet.
 
-    marks: bool [n], tokens that the statistics leave out.
+    marks: bool [n], the sinks. The plan's classes and columns are those of the other tokens, its
+    `beyond` has the columns that sinks need besides.
     """
     coefficients = sample.coefficients
-    ordinary = coefficients[~marks] if bool(marks.any()) else coefficients
+    plan = _plan_of(coefficients[~marks], sample, step, settings)
+    if int(marks.sum()) < LEAST_SINKS:
+        return plan
+    sinks = coefficients[marks, plan.rank :] * settings.sink_gain
+    # Their columns take no time of other tokens.
+    free = replace(settings, column_bits=0.0)
+    beyond = _plan_of(sinks, Sample(sinks, 0.0, sample.row_size), step, free)
+    beyond = replace(beyond, expected_error=plan.expected_error)
+    return replace(plan, beyond=beyond) if beyond.rank else plan
+
+
+def _plan_of(
+    ordinary: torch.Tensor, sample: Sample, step: float, settings: StepSettings
+) -> StepPlan:
+    """From coefficients [n, r] of tokens that count; the sample is for the expected error."""
     deviation = ordinary.square().mean(0).sqrt() / step
     large = (deviation >= LEAST_DEVIATION).nonzero()
     shown = int(large[-1]) + 1 if len(large) else 0

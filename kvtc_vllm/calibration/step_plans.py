@@ -36,6 +36,7 @@ class _Found:
     step: float
     plans: list[StepPlan]
     bytes: list[float]
+    beyond: list[float]
 
     @property
     def total(self) -> float:
@@ -66,7 +67,7 @@ def make_step_plans(
             coded_bytes(plan, sample, marks, entropy)
             for plan, sample in zip(plans, samples, strict=True)
         ]
-        return _Found(rounded, plans, taken)
+        return _Found(rounded, plans, [all_of for all_of, _ in taken], [own for _, own in taken])
 
     found: list[_Found] = []
     for done, ratio in enumerate(sorted(ratios)):
@@ -81,28 +82,43 @@ def make_step_plans(
         found.append(_search(trial, target, start, ratio))
     return [
         {
-            ratio: replace(result.plans[i], token_bytes=result.bytes[i])
+            ratio: _with_bytes(result.plans[i], result.bytes[i], result.beyond[i])
             for ratio, result in zip(sorted(ratios), found, strict=True)
         }
         for i in range(len(samples))
     ]
 
 
+def _with_bytes(plan: StepPlan, of_tokens: float, of_sinks: float) -> StepPlan:
+    beyond = None if plan.beyond is None else replace(plan.beyond, token_bytes=of_sinks)
+    return replace(plan, token_bytes=of_tokens, beyond=beyond)
+
+
 def coded_bytes(
     plan: StepPlan, sample: Sample, marks: torch.Tensor, entropy: EntropyCoder
-) -> float:
-    """Bytes per token of the section in blobs of `CHUNK_TOKENS`, its entry in the table included.
+) -> tuple[float, float]:
+    """Bytes per token in blobs of `CHUNK_TOKENS`, entries in the table included; and per sink.
 
-    Of whatever the plan's own bound, which is not known yet.
+    The former of all of the section, the latter of what sinks have beyond the plan's rank. Of
+    whatever the plan's own bound, which is not known yet.
     """
     gains = torch.where(marks, plan.sink_gain, 1.0)[:, None]
-    taken = 0
+    taken = of_sinks = 0
+
+    def stored(own: StepPlan, coefficients: torch.Tensor) -> int:
+        encoded = entropy.encode(encode_codes(own.quantise(coefficients), own.packed))
+        return UNIT_BYTES * len(encoded.units) + aligned(len(encoded.body))
+
     for first in range(0, len(marks), CHUNK_TOKENS):
         rows = slice(first, first + CHUNK_TOKENS)
-        codes = plan.quantise(sample.coefficients[rows, : plan.rank] * gains[rows])
-        encoded = entropy.encode(encode_codes(codes, plan.packed))
-        taken += section_bytes(UNIT_BYTES * len(encoded.units) + aligned(len(encoded.body)))
-    return taken / len(marks)
+        coefficients = sample.coefficients[rows] * gains[rows]
+        taken += section_bytes(stored(plan, coefficients[:, : plan.rank]))
+        if bool(marks.any()):
+            taken += section_bytes(0)
+        if plan.beyond is not None and bool(marks[rows].any()):
+            own = coefficients[marks[rows], plan.rank : plan.total_rank]
+            of_sinks += stored(plan.beyond, own)
+    return (taken + of_sinks) / len(marks), of_sinks / max(1, int(marks.sum()))
 
 
 def _search(trial: Callable[[float], _Found], target: float, start: float, ratio: float) -> _Found:

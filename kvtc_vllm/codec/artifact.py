@@ -94,7 +94,7 @@ class SectionBasis:
     @property
     def rank(self) -> int:
         """Leading basis columns that some plan reads."""
-        return max(plan.rank for plan in self.plans.values())
+        return max(plan.total_rank for plan in self.plans.values())
 
     def on(self, device: torch.device, operand: torch.dtype = torch.float32) -> SectionBasis:
         """The section as a codec keeps it: the columns that plans read, of type `operand`."""

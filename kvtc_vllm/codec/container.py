@@ -77,6 +77,8 @@ class SectionKind(IntEnum):
     EXACT_K = 3
     EXACT_V = 4
     MARKS = 5
+    BEYOND_K = 6
+    BEYOND_V = 7
 
 
 @dataclass(frozen=True)

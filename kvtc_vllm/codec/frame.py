@@ -17,7 +17,7 @@ from typing import ClassVar
 
 import torch
 
-from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind, RankArtifact
+from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind, RankArtifact, SectionBasis
 from kvtc_vllm.codec.base import (
     ChunkCodec,
     DecodedGroup,
@@ -34,14 +34,24 @@ from kvtc_vllm.codec.container import (
     ContainerInfo,
     Header,
     NewSection,
+    Section,
     SectionKind,
     build,
     container_bytes,
 )
 from kvtc_vllm.codec.entropy import RAW, DeflateCoder, max_stored_bytes
 from kvtc_vllm.codec.errors import ArtifactError, CodecError, ContainerError
-from kvtc_vllm.codec.marks import marks_length, pack_marks, unpack_marks
-from kvtc_vllm.codec.section_coder import SectionCoder
+from kvtc_vllm.codec.marks import (
+    BEYOND_KIND,
+    NOTHING_CODED,
+    check_room,
+    marks_length,
+    new_beyond_section,
+    no_beyond,
+    pack_marks,
+    unpack_marks,
+)
+from kvtc_vllm.codec.section_coder import CodedSection, SectionCoder
 from kvtc_vllm.codec.shuffle import shuffle, unshuffle
 from kvtc_vllm.codec.transform import (
     chunk_rows,
@@ -132,6 +142,10 @@ class TransformCodec(ChunkCodec):
                         coded.encoded,
                     )
                 )
+                if marks is not None:
+                    beyond = self._beyond(rows[marks], section)
+                    check_room(plan, tokens - sinks, coded, beyond)
+                    sections.append(new_beyond_section(group, tensor, beyond))
         header = self._new_header(tokens, start, sinks, self.ratio, self.artifact.fingerprint, key)
         return build(header, sections)
 
@@ -191,6 +205,14 @@ class TransformCodec(ChunkCodec):
         encoded = RAW.encode([bitmap])
         return NewSection(SectionKind.MARKS, RAW.coder_id, ALL_LAYERS, len(bitmap), encoded)
 
+    def _beyond(self, rows: torch.Tensor, section: SectionBasis) -> CodedSection:
+        """Of marked rows [M, p]: their coefficients past the rank."""
+        plan = section.plans[self.ratio]
+        if plan.beyond is None or not len(rows):
+            return NOTHING_CODED
+        coefficients = to_coefficients(rows, section, plan.total_rank)[:, plan.rank :]
+        return plan.beyond.encode(coefficients * plan.sink_gain, self._entropy)
+
     def _check_header(self, header: Header) -> None:
         if header.artifact != self.artifact.fingerprint:
             raise ContainerError("fingerprint", "written with another artifact")
@@ -228,6 +250,13 @@ class TransformCodec(ChunkCodec):
                         coder.most_raw_length(coded),
                     )
                 )
+                if self._has_marks:
+                    most = 0 if coder.beyond is None else coder.beyond.most_raw_length(coded)
+                    expected.append(
+                        ExpectedSection(
+                            BEYOND_KIND[tensor], group, 0, coder.coder_ids, most_raw_length=most
+                        )
+                    )
         return expected
 
     def _groups(self, info: ContainerInfo, blob: memoryview) -> Iterator[DecodedGroup]:
@@ -256,12 +285,28 @@ class TransformCodec(ChunkCodec):
                     coefficients = coder.decode(section, body, coded, self.device)
                     if marks is not None:
                         coefficients[marks] /= coder.sink_gain
+                        beyond = self._read_beyond(next(sections), blob, coder, marks)
+                        wider = coefficients.new_zeros(coded, coder.rank + beyond.shape[1])
+                        wider[:, : coder.rank] = coefficients
+                        wider[marks, coder.rank :] = beyond
+                        coefficients = wider
                     rows = from_coefficients(coefficients, self._sections[group, tensor])
                     parts[tensor].append(
                         rows_to_cache(rows, group, tensor, self.artifact, positions, self.dtype)
                     )
             k, v = (p[0] if len(p) == 1 else torch.cat(p) for p in parts.values())
             yield DecodedGroup(first, end, k, v)
+
+    def _read_beyond(
+        self, section: Section, blob: memoryview, coder: SectionCoder, marks: torch.Tensor
+    ) -> torch.Tensor:
+        """Coefficients of marked tokens past the rank: float32 [M, columns]."""
+        marked = int(marks.sum())
+        if coder.beyond is None or not marked:
+            no_beyond(section)
+            return torch.zeros((marked, 0), device=self.device)
+        body = stored_body(section, blob)
+        return coder.beyond.decode(section, body, marked, self.device) / coder.sink_gain
 
     def _decode_sinks(
         self, payload: bytearray, sinks: int, device: torch.device | None = None
@@ -338,8 +383,10 @@ def check_artifact(artifact: RankArtifact) -> None:
             raise ArtifactError(f"mean or basis of section {group}{kind} is not for rows of {p}")
         _check_weights(section.weights, p, f"{group}{kind}")
         for coder in section.plans.values():
-            if coder.rank > section.basis.shape[1]:
-                raise ArtifactError(f"a plan of section {group}{kind} needs rank {coder.rank}")
+            if coder.total_rank > section.basis.shape[1]:
+                raise ArtifactError(
+                    f"a plan of section {group}{kind} needs rank {coder.total_rank}"
+                )
 
 
 def _check_weights(weights: torch.Tensor | None, p: int, name: str) -> None:

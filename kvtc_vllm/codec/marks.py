@@ -1,6 +1,8 @@
-"""Which coded tokens of a chunk are marked as sinks, as a blob stores it: a bitmap.
+"""What a blob has for marked tokens, the sinks: which they are, and coefficients of their own.
 
-Token i is bit i % 8 of byte i // 8, bit 0 being the least significant. Padding bits are zero.
+Marks are a bitmap: token i is bit i % 8 of byte i // 8, bit 0 being the least significant. Padding
+bits are zero. Beside what all coded tokens have, marked ones have coefficients *beyond* the rank of
+a section's plan, in a section that follows it.
 """
 
 from __future__ import annotations
@@ -8,7 +10,17 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from kvtc_vllm.codec.errors import ContainerError
+from kvtc_vllm.codec.artifact import Kind
+from kvtc_vllm.codec.container import NewSection, Section, SectionKind, section_bytes
+from kvtc_vllm.codec.entropy import RAW, UNIT_BYTES, aligned
+from kvtc_vllm.codec.errors import CodecError, ContainerError
+from kvtc_vllm.codec.section_coder import CodedSection, SectionCoder
+
+NOTHING_CODED = CodedSection(RAW.coder_id, 0, RAW.encode([]))
+BEYOND_KIND: dict[Kind, SectionKind] = {
+    "k": SectionKind.BEYOND_K,
+    "v": SectionKind.BEYOND_V,
+}
 
 
 def marks_length(tokens: int) -> int:
@@ -30,3 +42,28 @@ def unpack_marks(bitmap: bytes | bytearray, tokens: int) -> torch.Tensor:
     if bits[tokens:].any():
         raise ContainerError("bounds", "padding after the marks is not zero")
     return torch.from_numpy(bits[:tokens].astype(np.bool_))
+
+
+def new_beyond_section(group: int, tensor: Kind, coded: CodedSection) -> NewSection:
+    """What marked tokens have beside what all have."""
+    kind = BEYOND_KIND[tensor]
+    return NewSection(kind, coded.coder_id, group, coded.raw_length, coded.encoded)
+
+
+def check_room(plan: SectionCoder, tokens: int, coded: CodedSection, beyond: CodedSection) -> None:
+    """Raise CodecError("size") if both, with what marks take, are more than a section may take."""
+    taken = 2 * section_bytes(0) + aligned(marks_length(tokens))
+    for part in (coded.encoded, beyond.encoded):
+        taken += UNIT_BYTES * len(part.units) + aligned(len(part.body))
+    if taken > plan.max_bytes(tokens):
+        raise CodecError(
+            "size",
+            f"a section of {tokens} tokens and its sinks take {taken} bytes, at most "
+            f"{plan.max_bytes(tokens)} are kept; it is unlike the calibration data",
+        )
+
+
+def no_beyond(section: Section) -> None:
+    """Raise ContainerError unless a section of coefficients past the rank is empty."""
+    if section.raw_length:
+        raise ContainerError("bounds", "no token is marked, but marked tokens have coefficients")

@@ -93,6 +93,14 @@ class BitPlan:
         return self.predicted_error
 
     @property
+    def beyond(self) -> None:
+        return None
+
+    @property
+    def total_rank(self) -> int:
+        return self.rank
+
+    @property
     def sink_gain(self) -> float:
         return 1.0
 

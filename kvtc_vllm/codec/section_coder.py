@@ -50,6 +50,16 @@ class SectionCoder(Protocol):
         ...
 
     @property
+    def beyond(self) -> SectionCoder | None:
+        """Codes the coefficients after `rank`, of marked tokens alone."""
+        ...
+
+    @property
+    def total_rank(self) -> int:
+        """Leading basis columns that it and `beyond` read."""
+        ...
+
+    @property
     def sink_gain(self) -> float:
         """Coefficients of marked tokens are multiplied by it before `encode`; at least 1."""
         ...
@@ -105,6 +115,10 @@ class SectionCoder(Protocol):
 
 class CoderTensors(Protocol):
     """The tensors of one section coder in a rank file, none of them trusted."""
+
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor of this name that was not loaded yet."""
+        ...
 
     def load(
         self, name: str, dtypes: tuple[str, ...], shape: tuple[int | None, ...]

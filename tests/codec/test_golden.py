@@ -92,19 +92,24 @@ def test_encoding_gives_the_committed_codes(golden):
         assert blob == read(golden)
 
 
+def plain_steps(mean: np.ndarray, basis: np.ndarray, plan: StepPlan) -> PlainStepSection:
+    return PlainStepSection(
+        mean,
+        basis,
+        plan.step,
+        plan.classes.tolist(),
+        plan.widths.tolist(),
+        plan.values.numpy(),
+        plan.sink_gain,
+        None if plan.beyond is None else plain_steps(mean, basis, plan.beyond),
+    )
+
+
 def plain_section(section: SectionBasis, ratio: float) -> PlainSection | PlainStepSection:
     mean, basis = section.mean.numpy(), section.basis.float().numpy()
     plan = section.plans[ratio]
     if isinstance(plan, StepPlan):
-        return PlainStepSection(
-            mean,
-            basis,
-            plan.step,
-            plan.classes.tolist(),
-            plan.widths.tolist(),
-            plan.values.numpy(),
-            plan.sink_gain,
-        )
+        return plain_steps(mean, basis, plan)
     return PlainSection(mean, basis, [(g.start, g.size, g.type) for g in plan.groups])
 
 

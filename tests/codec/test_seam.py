@@ -81,6 +81,14 @@ class ToyCoder:
         return TableCoder(bytes(self.table.tolist()))
 
     @property
+    def beyond(self) -> None:
+        return None
+
+    @property
+    def total_rank(self) -> int:
+        return self.rank
+
+    @property
     def sink_gain(self) -> float:
         return 1.0
 

@@ -79,18 +79,19 @@ def artifact(scaled: bool = False) -> RankArtifact:
     )
 
 
-STEPS: dict[tuple[int, Kind], dict[float, tuple[float, int]]] = {
-    (0, "k"): {4.0: (1 / 16, 13), 16.0: (2.0, 3)},
-    (0, "v"): {4.0: (1 / 2, 8), 16.0: (1.0, 1)},
-    (1, "k"): {4.0: (1 / 4, 7), 16.0: (1.0, 2)},
-    (1, "v"): {4.0: (1 / 32, 4), 16.0: (1.0, 0)},
+STEPS: dict[tuple[int, Kind], dict[float, tuple[float, int, int]]] = {
+    (0, "k"): {4.0: (1 / 16, 13, 3), 16.0: (2.0, 3, 5)},
+    (0, "v"): {4.0: (1 / 2, 8, 0), 16.0: (1.0, 1, 0)},
+    (1, "k"): {4.0: (1 / 4, 6, 1), 16.0: (1.0, 2, 4)},
+    (1, "v"): {4.0: (1 / 32, 3, 1), 16.0: (1.0, 0, 2)},
 }
-"""Of codec 2: step and number of coefficients. One plan is empty."""
+"""Of codec 2: step, number of coefficients, and of those that marked tokens have beyond. One plan
+is empty."""
 RULE = SinkRule(layers=(0, 2), threshold=1.6, max_share=0.2)
 _ROUNDING = ((0.75, 0.25), (0.5, 0.5), (0.625, 0.375))
 
 
-def step_plan(step: float, rank: int) -> StepPlan:
+def step_plan(step: float, rank: int, beyond: int) -> StepPlan:
     """Three classes in turn, one of each width; values a little below what levels would be."""
     levels = torch.arange(1.0, 6.0)
     return StepPlan(
@@ -102,6 +103,7 @@ def step_plan(step: float, rank: int) -> StepPlan:
         sink_gain=4.0,
         token_bytes=100.0,
         expected_error=0.0,
+        beyond=step_plan(step, beyond, 0) if beyond else None,
     )
 
 

@@ -26,9 +26,14 @@ class PlainSection(NamedTuple):
         assert not any(marks)
         return read_coefficients(payload, self, len(marks))
 
+    def add_beyond(self, payload: bytes, marks: Sequence[int], coefficients: np.ndarray) -> None:
+        raise AssertionError("codec 1 marks no tokens")
+
 
 class AnySection(Protocol):
-    """read: a payload and whether each token is marked -> coefficients [tokens, r]."""
+    """read: a payload and whether each token is marked -> coefficients [tokens, r]. add_beyond: a
+    payload of marked tokens alone, into coefficients.
+    """
 
     @property
     def mean(self) -> np.ndarray: ...
@@ -37,6 +42,10 @@ class AnySection(Protocol):
     def basis(self) -> np.ndarray: ...
 
     def read(self, payload: bytes, marks: Sequence[int]) -> np.ndarray: ...
+
+    def add_beyond(
+        self, payload: bytes, marks: Sequence[int], coefficients: np.ndarray
+    ) -> None: ...
 
 
 class PlainRope(NamedTuple):
@@ -130,6 +139,7 @@ def read_blob(
     v = np.zeros((tokens, layers, heads, size_v), np.float32)
     payloads = []
     marks = [0] * (tokens - sinks)
+    coded: dict[tuple[int, int], np.ndarray] = {}
     for kind, coder, group, units, raw_length, stored_length in table:
         body = blob[body_at : body_at + stored_length]
         body_at += -(-stored_length // 4) * 4
@@ -156,21 +166,24 @@ def read_blob(
                 planes = np.frombuffer(part, np.uint8).reshape(item, -1)
                 raw_values = planes[::-1].T.tobytes()
                 target[:sinks] = cache_values(raw_values, dtype).reshape(target[:sinks].shape)
+        elif kind in (6, 7):
+            sections[group, kind - 6].add_beyond(payload, marks, coded[group, kind - 6])
         else:
-            section = sections[group, kind]
-            coefficients = section.read(payload, marks)
-            rows = coefficients @ section.basis.T + section.mean
-            first, end = layer_groups[group]
-            rows = rows.reshape(tokens - sinks, end - first, heads, -1)
+            coded[group, kind] = sections[group, kind].read(payload, marks)
+    for (group, kind), coefficients in coded.items():
+        section = sections[group, kind]
+        rows = coefficients @ section.basis.T + section.mean
+        first, end = layer_groups[group]
+        rows = rows.reshape(tokens - sinks, end - first, heads, -1)
+        for layer in range(first, end):
+            rows[:, layer - first] /= 1 if scales is None else scales[layer][kind]
+        if kind == 1:
+            v[sinks:, first:end] = rows
+            continue
+        for t in range(sinks, tokens):
             for layer in range(first, end):
-                rows[:, layer - first] /= 1 if scales is None else scales[layer][kind]
-            if kind == 1:
-                v[sinks:, first:end] = rows
-                continue
-            for t in range(sinks, tokens):
-                for layer in range(first, end):
-                    for head in range(heads):
-                        key = rows[t - sinks, layer - first, head]
-                        k[t, layer, head] = rotate(key, ropes[layer], start + t)
+                for head in range(heads):
+                    key = rows[t - sinks, layer - first, head]
+                    k[t, layer, head] = rotate(key, ropes[layer], start + t)
     assert body_at == len(blob) - 16
     return k, v, payloads

@@ -9,7 +9,10 @@ import numpy as np
 
 
 class PlainStepSection(NamedTuple):
-    """mean [p], basis [p, r], values [C, M] float32; classes [r], widths [C]."""
+    """mean [p], basis [p, r], values [C, M] float32; classes [r], widths [C].
+
+    beyond: the same of the plan beyond this one; its mean and basis are not used.
+    """
 
     mean: np.ndarray
     basis: np.ndarray
@@ -18,6 +21,17 @@ class PlainStepSection(NamedTuple):
     widths: Sequence[int]
     values: np.ndarray
     gain: float
+    beyond: PlainStepSection | None = None
+
+    def add_beyond(self, payload: bytes, marks: Sequence[int], coefficients: np.ndarray) -> None:
+        marked = np.flatnonzero(marks)
+        if self.beyond is None or not len(marked):
+            assert payload == b""
+            return
+        first = len(self.classes)
+        columns = slice(first, first + len(self.beyond.classes))
+        found = self.beyond.read(payload, [1] * len(marked))
+        coefficients[marked, columns] = found[:, : len(self.beyond.classes)]
 
     def read(self, payload: bytes, marks: Sequence[int]) -> np.ndarray:
         tokens = len(marks)

@@ -22,26 +22,26 @@ from kvtc_vllm.codec.base import (
     StoredChunk,
     read_section,
 )
-from kvtc_vllm.codec.container import NO_FINGERPRINT, ContainerInfo, Header, NewSection, build
+from kvtc_vllm.codec.container import NO_FINGERPRINT, ContainerInfo, NewSection, build
 from kvtc_vllm.codec.cpu.bit_section import BitSection
 from kvtc_vllm.codec.cpu.products import Operand
 from kvtc_vllm.codec.cpu.rotation import Rotation
-from kvtc_vllm.codec.cpu.rows import Elements, Floats, centre, largest_bits16, uncentre
+from kvtc_vllm.codec.cpu.rows import Floats, Integers, centre, largest_bits16, uncentre
 from kvtc_vllm.codec.cpu.section import FastSection
 from kvtc_vllm.codec.cpu.step_section import StepSection
-from kvtc_vllm.codec.cpu.tiles import Span, tiles
+from kvtc_vllm.codec.cpu.stored import stored_sections
+from kvtc_vllm.codec.cpu.tiles import Span, elements_of, empty_chunk, tiles
 from kvtc_vllm.codec.errors import CodecError, ContainerError
 from kvtc_vllm.codec.frame import SECTION_KIND, TransformCodec
 from kvtc_vllm.codec.kvtc import KvtcCodec
-from kvtc_vllm.codec.marks import unpack_marks
+from kvtc_vllm.codec.marks import BEYOND_KIND, no_beyond, unpack_marks
 from kvtc_vllm.codec.transform import layer_ropes, layer_scales, mean_chunk, to_cache
 from kvtc_vllm.codec.v2.codec import Kvtc2Codec
+from kvtc_vllm.codec.v2.plan import step_plan
 
 logger = logging.getLogger(__name__)
 
 Marks = npt.NDArray[np.bool_]
-
-_ONE = np.float32(1.0)
 
 
 class CpuCodec(TransformCodec):
@@ -171,21 +171,19 @@ class CpuCodec(TransformCodec):
             for span in spans:
                 if span.number not in written:
                     continue
-                factors = operand.factors[span.rows]
-                if span.number in marks:
-                    gains = np.where(marks[span.number], np.float32(section.sink_gain), _ONE)
-                    factors = factors * gains
                 try:
-                    coded = section.store(product[span.rows], factors, self._entropy)
+                    coded = stored_sections(
+                        section, product, operand, span, marks.get(span.number), self._entropy
+                    )
                 except CodecError as error:
                     results[span.number] = error
                     del written[span.number]
                     continue
-                written[span.number].append(
-                    NewSection(
-                        SECTION_KIND[kind], coded.coder_id, group, coded.raw_length, coded.encoded
-                    )
-                )
+                kinds = (SECTION_KIND[kind], BEYOND_KIND[kind])
+                written[span.number] += [
+                    NewSection(own, part.coder_id, group, part.raw_length, part.encoded)
+                    for own, part in zip(kinds, coded, strict=False)
+                ]
         for i, new in written.items():
             chunk = chunks[i]
             tokens = chunk.k.shape[0]
@@ -210,14 +208,20 @@ class CpuCodec(TransformCodec):
             key: np.zeros((rows, section.live), np.float32) for key, section in sections.items()
         }
         row_of = {span.number: span.rows for span in spans}
+        beyond: dict[tuple[int, Kind], list[tuple[Integers, Floats]]] = {k: [] for k in sections}
         for i, (info, blob) in blobs.items():
             try:
-                results[i] = self._read(info, blob, sections, coefficients, row_of.get(i))
+                results[i] = self._read(info, blob, sections, coefficients, beyond, row_of.get(i))
             except ContainerError as error:
                 results[i] = error
         for key, section in sections.items() if spans else ():
             operand = section.inverse.operand(coefficients.pop(key))
             product = section.inverse.of(operand).numpy()
+            for rows_of_sinks, own in beyond[key]:
+                assert section.beyond is not None
+                more = section.beyond.inverse.operand(own)
+                found = section.beyond.inverse.of(more).numpy() * more.factors[:, None]
+                product[rows_of_sinks] += found / operand.factors[rows_of_sinks, None]
             for span in spans:
                 chunk = results[span.number]
                 if isinstance(chunk, DecodedChunk):
@@ -231,12 +235,16 @@ class CpuCodec(TransformCodec):
         blob: memoryview,
         sections: dict[tuple[int, Kind], FastSection],
         coefficients: dict[tuple[int, Kind], Floats],
+        beyond: dict[tuple[int, Kind], list[tuple[Integers, Floats]]],
         rows: slice | None,
     ) -> DecodedChunk:
-        """A chunk with its sinks and nothing else; its coefficients go to their rows."""
+        """A chunk with its sinks and nothing else; its coefficients go to their rows.
+
+        beyond: gets numbers of marked rows and the coefficients that they have beyond the rank.
+        """
         header = info.header
         entries = iter(info.sections)
-        chunk = self._empty_chunk(header)
+        chunk = empty_chunk(header, self.geometry, self.dtype)
         if header.sinks:
             payload = read_section(next(entries), blob)
             k, v = self._decode_sinks(payload, header.sinks)
@@ -249,19 +257,19 @@ class CpuCodec(TransformCodec):
             for key, section in sections.items():
                 payload = read_section(next(entries), blob)
                 section.coefficients(payload, coefficients[key][rows])
-                if marks is not None:
-                    coefficients[key][rows][marks] /= np.float32(section.sink_gain)
+                if marks is None:
+                    continue
+                gain = np.float32(section.sink_gain)
+                coefficients[key][rows][marks] /= gain
+                entry = next(entries)
+                numbers = rows.start + np.flatnonzero(marks)
+                if section.beyond is None or not len(numbers):
+                    no_beyond(entry)
+                    continue
+                own = np.zeros((len(numbers), section.beyond.live), np.float32)
+                section.beyond.coefficients(read_section(entry, blob), own)
+                beyond[key].append((numbers, own / gain))
         return chunk
-
-    def _empty_chunk(self, header: Header) -> DecodedChunk:
-        geometry = self.geometry
-        k, v = (
-            torch.empty(
-                (header.tokens, geometry.num_layers, geometry.num_kv_heads, size), dtype=self.dtype
-            )
-            for size in (geometry.head_size, geometry.head_size_v)
-        )
-        return DecodedChunk(k, v, header.start)
 
     def _centre(
         self,
@@ -280,7 +288,7 @@ class CpuCodec(TransformCodec):
             scales = layer_scales(self.artifact, kind, first, end, values.device)
             values = values[:, first:end].float()
             values = values if scales is None else values * scales
-        elements = _elements(values)
+        elements = elements_of(values)
         offset = (first - layers[0]) * (elements.shape[1] // (layers[1] - layers[0]))
         rotation = self._rotations[key]
         centre(
@@ -311,7 +319,7 @@ class CpuCodec(TransformCodec):
         first, end = self.geometry.layer_groups[group]
         whole = (chunk.k if kind == "k" else chunk.v)[span.first - chunk.start :]
         out = whole if self._direct else torch.empty(whole[:, first:end].shape)
-        elements = _elements(out)
+        elements = elements_of(out)
         rotation = self._rotations[key]
         uncentre(
             rows,
@@ -370,13 +378,6 @@ class CpuCodec(TransformCodec):
             self.decode(self.encode(k, v, start))
 
 
-def _elements(x: torch.Tensor) -> Elements:
-    """[T, ..] -> [T, n] as the integers of its bits; a view if x is contiguous."""
-    integers = torch.uint16 if x.dtype.itemsize == 2 else torch.uint32
-    flat: Elements = x.contiguous().flatten(1).view(integers).numpy()
-    return flat
-
-
 class CpuKvtcCodec(CpuCodec, KvtcCodec):
     """Version 1."""
 
@@ -388,4 +389,4 @@ class CpuKvtc2Codec(CpuCodec, Kvtc2Codec):
     """Version 2."""
 
     def _fast_section(self, section: SectionBasis, ratio: float, int8: bool | None) -> FastSection:
-        return StepSection(section, ratio, int8)
+        return StepSection(section, step_plan(section, ratio), int8)

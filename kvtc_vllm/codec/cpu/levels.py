@@ -137,10 +137,10 @@ def decode_columns(
         for j in range(last - first):
             own = values[classes[first + j]]
             table[0] = 0.0
-            for code in range(1, escape):
-                level = (code + 1) >> 1
+            for entry in range(1, escape):
+                level = (entry + 1) >> 1
                 x = own[level - 1] if level <= listed else np.float32(level) * step
-                table[code] = x if code & 1 else -x
+                table[entry] = x if entry & 1 else -x
             source = packed[(first + j) * size : (first + j + 1) * size]
             for i in range(size):
                 byte = np.int64(source[i])
@@ -156,9 +156,9 @@ def decode_columns(
                         code += np.int64(wide[2 * wides]) + 256 * np.int64(wide[2 * wides + 1])
                         wides += 1
                     lows += 1
-                    level = (code + 1) >> 1
-                    x = own[level - 1] if level <= listed else np.float32(level) * step
-                    block[j, token] = x if code & 1 else -x
+                    large = (code + 1) >> 1
+                    y = own[large - 1] if large <= listed else np.float32(large) * step
+                    block[j, token] = y if code & 1 else -y
         for token in range(tokens):
             row = coefficients[token, first:last]
             for j in range(len(row)):

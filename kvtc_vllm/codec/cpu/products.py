@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from kvtc_vllm.codec.cpu.rows import SECOND_TERM, ZERO_POINT, Bytes, Floats, to_int8
+from kvtc_vllm.codec.cpu.rows import SECOND_TERM, ZERO_POINT, Bytes, Floats, Integers, to_int8
 
 ONE_TERM_ERROR = 0.0065
 TWO_TERMS_ERROR = 0.0025
@@ -52,9 +52,10 @@ class Operand:
     codes: Bytes
     factors: Floats
 
-    def part(self, rows: slice) -> Operand:
-        """Views of some rows."""
-        return Operand(self.rows[rows], self.leading[rows], self.codes[rows], self.factors[rows])
+    def part(self, rows: slice | Integers) -> Operand:
+        """Some rows: views of a slice, copies of those with given numbers."""
+        own = self.rows[rows] if len(self.rows) else self.rows
+        return Operand(own, self.leading[rows], self.codes[rows], self.factors[rows])
 
 
 class Product(Protocol):

@@ -29,6 +29,7 @@ class FastSection(ABC):
 
     columns: of the basis, those that anything is stored of. projected: those that `store` is given
     products with. int8: see `CpuCodec`. terms: of the int8 products, 0 for products of float32.
+    beyond: of the coefficients that marked tokens alone have, with products of the same terms.
     Immutable: any number of threads may call it at once.
     """
 
@@ -40,13 +41,15 @@ class FastSection(ABC):
         columns: list[int],
         int8: bool | None,
     ) -> None:
+        self.coder = plan
+        self.beyond: FastSection | None = None
         self.mean = section.mean.to("cpu", torch.float32).contiguous().numpy()
         self.live = len(columns)
         self.sink_gain = plan.sink_gain
         size = section.basis.shape[0] * plan.rank
         use_int8 = has_int8_products() and size >= LEAST_INT8_SIZE if int8 is None else int8
         self.terms = terms_for(plan.expected_error) if use_int8 else 0
-        basis = section.basis[:, : plan.rank].to("cpu", torch.float32)
+        basis = section.basis.to("cpu", torch.float32)
         weights = torch.empty(0) if section.weights is None else section.weights.to("cpu")
         # Rows are weighted before they are rounded: one step serves all elements of a row, and
         # would swallow the small ones that weigh most. The inverse has a step per element.

@@ -16,7 +16,7 @@ from kvtc_vllm.codec.entropy import EntropyCoder
 from kvtc_vllm.codec.packing import packed_size
 from kvtc_vllm.codec.section_coder import CodedSection
 from kvtc_vllm.codec.v2.codes import MAX_LEVEL, WIDE, WIDE_BYTES, uneven_escapes
-from kvtc_vllm.codec.v2.plan import step_plan
+from kvtc_vllm.codec.v2.plan import StepPlan
 
 
 class StepSection(FastSection):
@@ -24,8 +24,11 @@ class StepSection(FastSection):
     and the largest coefficients come first.
     """
 
-    def __init__(self, section: SectionBasis, ratio: float, int8: bool | None) -> None:
-        self.plan = step_plan(section, ratio)
+    def __init__(
+        self, section: SectionBasis, plan: StepPlan, int8: bool | None, offset: int = 0
+    ) -> None:
+        """offset: columns of the basis before the plan's first."""
+        self.plan = plan
         held = [part.columns.tolist() for part in reversed(self.plan.packed)]
         order = [column for columns in held for column in columns]
         ends = np.cumsum([0, *map(len, held)]).tolist()
@@ -39,7 +42,11 @@ class StepSection(FastSection):
         self._values = self.plan.values.numpy()
         rounding = self.plan.rounding.numpy()[self._classes].T
         self._dead, self._offset = np.ascontiguousarray(rounding)
-        super().__init__(section, self.plan, order, order, int8)
+        columns = [offset + column for column in order]
+        super().__init__(section, self.plan, columns, columns, int8)
+        if plan.beyond is not None:
+            same = self.terms > 0
+            self.beyond = StepSection(section, plan.beyond, same, offset + plan.rank)
 
     def store(self, product: torch.Tensor, factors: Floats, entropy: EntropyCoder) -> CodedSection:
         return self.plan.store(self.payload(product, factors), len(product), entropy)

@@ -5,6 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+
+from kvtc_vllm.codec.artifact import Geometry
+from kvtc_vllm.codec.base import DecodedChunk
+from kvtc_vllm.codec.container import Header
+from kvtc_vllm.codec.cpu.rows import Elements
+
 TILE_TOKENS = 256
 """Most tokens whose rows are held at once, apart from a single chunk's."""
 
@@ -35,3 +42,19 @@ def tiles(sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
         total += tokens
     if tile:
         yield tile
+
+
+def empty_chunk(header: Header, geometry: Geometry, dtype: torch.dtype) -> DecodedChunk:
+    """Room for what a blob holds."""
+    k, v = (
+        torch.empty((header.tokens, geometry.num_layers, geometry.num_kv_heads, size), dtype=dtype)
+        for size in (geometry.head_size, geometry.head_size_v)
+    )
+    return DecodedChunk(k, v, header.start)
+
+
+def elements_of(x: torch.Tensor) -> Elements:
+    """[T, ..] -> [T, n] as the integers of its bits; a view if x is contiguous."""
+    integers = torch.uint16 if x.dtype.itemsize == 2 else torch.uint32
+    flat: Elements = x.contiguous().flatten(1).view(integers).numpy()
+    return flat

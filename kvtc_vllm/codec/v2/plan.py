@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -44,6 +44,8 @@ ELEMENT_BYTES = 2
 """Target ratios are to a cache of 16-bit elements."""
 MAX_CLASSES = 256
 MAX_SINK_GAIN = 256
+BEYOND = "beyond"
+"""Begins the names of the tensors of a plan's `beyond`."""
 _NUMBERS = struct.Struct("<ddd")
 
 
@@ -56,7 +58,9 @@ class StepPlan:
     values: float32 [C, M], what levels 1 .. M of a class stand for, in units of coefficients;
     a level beyond them stands for itself times step. rounding: float32 [C, 2], dead zone and offset
     of a class in steps. sink_gain: marked tokens are multiplied by it before they are coded.
-    token_bytes: bytes per coded token on calibration data, all of them.
+    token_bytes: bytes per coded token on calibration data, all of them. beyond: the plan of the
+    coefficients after these, which are coded for marked tokens alone; its bytes are in
+    token_bytes, and its own are per marked token.
     """
 
     step: float
@@ -67,6 +71,11 @@ class StepPlan:
     sink_gain: float
     token_bytes: float
     expected_error: float
+    beyond: StepPlan | None = None
+
+    @property
+    def total_rank(self) -> int:
+        return self.rank + (0 if self.beyond is None else self.beyond.rank)
 
     @property
     def rank(self) -> int:
@@ -93,7 +102,7 @@ class StepPlan:
         return most_length(self.packed, tokens)
 
     def max_bytes(self, tokens: int) -> int:
-        return math.ceil(HEADROOM * self.token_bytes * tokens) + self.rank + SLACK_BYTES
+        return math.ceil(HEADROOM * self.token_bytes * tokens) + self.total_rank + SLACK_BYTES
 
     def encode(self, coefficients: torch.Tensor, entropy: EntropyCoder) -> CodedSection:
         streams = encode_codes(self.quantise(coefficients), self.packed)
@@ -147,20 +156,24 @@ class StepPlan:
 
     def tensors(self) -> Mapping[str, torch.Tensor]:
         """numbers: float64 [3]: step, gain of marked tokens, bytes per token."""
-        return {
+        found = {
             "classes": self.classes,
             "widths": self.widths,
             "values": self.values,
             "rounding": self.rounding,
             "numbers": torch.tensor(self._numbers, dtype=torch.float64),
         }
+        if self.beyond is None:
+            return found
+        return found | {BEYOND + name: tensor for name, tensor in self.beyond.tensors().items()}
 
     def fingerprint_bytes(self) -> bytes:
         """Without the expected error, which changes no output."""
         tensors = (self.classes, self.widths, self.values, self.rounding)
         shapes = repr([tuple(tensor.shape) for tensor in tensors]).encode()
         contents = b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors)
-        return shapes + _NUMBERS.pack(*self._numbers) + contents
+        beyond = b"" if self.beyond is None else self.beyond.fingerprint_bytes()
+        return shapes + _NUMBERS.pack(*self._numbers) + contents + beyond
 
     @property
     def _numbers(self) -> tuple[float, float, float]:
@@ -171,6 +184,17 @@ def read_step_plan(
     tensors: CoderTensors, ratio: float, expected_error: float, rank: int
 ) -> StepPlan:
     """Inverse of `StepPlan.tensors`, for a basis of `rank` columns. Raises ArtifactError."""
+    plan = _read_plan(tensors, "", expected_error, rank)
+    if not tensors.has(BEYOND + "numbers"):
+        return plan
+    beyond = _read_plan(tensors, BEYOND, expected_error, rank - plan.rank)
+    if (beyond.step, beyond.sink_gain) != (plan.step, plan.sink_gain):
+        raise tensors.error(BEYOND + "numbers", "must have the step and gain of the plan")
+    return replace(plan, beyond=beyond)
+
+
+def _read_plan(source: CoderTensors, prefix: str, expected_error: float, rank: int) -> StepPlan:
+    tensors = _Prefixed(source, prefix)
     numbers = tensors.load("numbers", ("F64",), (3,))
     step, gain, token_bytes = numbers.tolist()
     rounded = float(numbers[0].float())
@@ -200,6 +224,22 @@ def read_step_plan(
     if float(rounding.min()) < 0 or float(rounding.max()) > MAX_LEVEL:
         raise tensors.error("rounding", f"must be 0 to {MAX_LEVEL}")
     return StepPlan(step, classes, widths, values, rounding, gain, token_bytes, expected_error)
+
+
+@dataclass(frozen=True)
+class _Prefixed:
+    """The tensors whose names begin so."""
+
+    source: CoderTensors
+    prefix: str
+
+    def load(
+        self, name: str, dtypes: tuple[str, ...], shape: tuple[int | None, ...]
+    ) -> torch.Tensor:
+        return self.source.load(self.prefix + name, dtypes, shape)
+
+    def error(self, name: str, problem: str) -> ArtifactError:
+        return self.source.error(self.prefix + name, problem)
 
 
 def step_plan(section: SectionBasis, ratio: float) -> StepPlan:

@@ -24,11 +24,14 @@ def step_plan_of(coefficients: torch.Tensor, row_size: int, ratio: float) -> Ste
     return plans[ratio]
 
 
-def fitted(samples: Sequence[Sample], ratios: Sequence[float]) -> list[dict[float, StepPlan]]:
-    """Plans of all sections together, without sinks among the rows."""
-    none = torch.zeros(len(samples[0].coefficients), dtype=torch.bool)
+def fitted(
+    samples: Sequence[Sample], ratios: Sequence[float], sinks: bool = False
+) -> list[dict[float, StepPlan]]:
+    """Plans of all sections together. sinks: some rows are, which gives plans more columns."""
+    rows = torch.arange(len(samples[0].coefficients))
+    marks = (rows % 20 == 3) & torch.tensor(sinks)
     found = make_step_plans(
-        samples, none, ratios, 0.0, ENTROPY, StepSettings(), lambda stage, done, total: None
+        samples, marks, ratios, 0.0, ENTROPY, StepSettings(), lambda stage, done, total: None
     )
     return [dict(plans) for plans in found]
 
@@ -48,7 +51,7 @@ def step_artifact(
         coefficients = to_coefficients(rows, section, section.basis.shape[1])
         outside = centred_rows(rows, section).square().sum() - coefficients.square().sum()
         samples.append(Sample(coefficients, max(0.0, float(outside)), rows.shape[1]))
-    plans = fitted(samples, ratios)
+    plans = fitted(samples, ratios, rule is not None)
     sections = {
         key: replace(section, basis=section.basis.contiguous(), plans=own)
         for (key, section), own in zip(base.sections.items(), plans, strict=True)

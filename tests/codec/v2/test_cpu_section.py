@@ -30,7 +30,7 @@ def plan() -> StepPlan:
 
 def section_of(plan: StepPlan) -> StepSection:
     basis = torch.eye(plan.rank + 1, plan.rank, dtype=torch.float16)
-    return StepSection(SectionBasis(torch.zeros(plan.rank + 1), basis, {4.0: plan}), 4.0, False)
+    return StepSection(SectionBasis(torch.zeros(plan.rank + 1), basis, {4.0: plan}), plan, False)
 
 
 def coefficients(plan: StepPlan, tokens: int, seed: int) -> torch.Tensor:

@@ -71,10 +71,10 @@ def test_sinks_are_marked_and_finer(fast: bool, start: int, tokens: int) -> None
         back = each.decode(each.encode(k, v, start), start, tokens).k.float()
         errors.append((back - k.float()).square().sum((1, 2, 3)))
     finer, coarse = errors
-    # Sixteen times less error but for what the basis leaves out, which is the same for both.
-    assert (finer[sinks] < 0.6 * coarse[sinks]).all()
+    # Sixteen times less error but for what no plan codes; plans for other tokens differ a little.
+    assert (finer[sinks] < 0.25 * coarse[sinks]).all()
     others = [t for t in range(exact, tokens) if t not in sinks]
-    assert float(finer[others].sum()) == pytest.approx(float(coarse[others].sum()), rel=1e-3)
+    assert float(finer[others].sum()) == pytest.approx(float(coarse[others].sum()), rel=0.4)
 
 
 @WAYS
@@ -111,20 +111,20 @@ def test_only_sinks_at_the_front_leave_nothing_to_mark(fast: bool) -> None:
     ("name", "damage", "reason"),
     [
         ("a set padding bit", lambda blob, at: blob.__setitem__(at + 1, 0x80), "bounds"),
-        ("another mark", lambda blob, at: blob.__setitem__(at, 0xFF), None),
+        ("other marks", lambda blob, at: blob.__setitem__(at, 0xFF), "bounds"),
+        ("no marks", lambda blob, at: blob.__setitem__(at, 0), "bounds"),
     ],
 )
 def test_resealed_marks(
-    fast: bool, name: str, damage: Callable[[bytearray, int], None], reason: str | None
+    fast: bool, name: str, damage: Callable[[bytearray, int], None], reason: str
 ) -> None:
+    """Marked tokens have coefficients of their own, as many as there are marks."""
     codec = codec_of(fast)
+    assert all(s.plans[8.0].beyond for s in codec.artifact.sections.values())
     k, v = chunk_with_sinks(12, 128, [5])
     blob = bytearray(codec.encode(k, v, 128))
     damage(blob, parse(blob).sections[0].offset)
     blob[-CHECKSUM_BYTES:] = checksum(bytes(blob[:-CHECKSUM_BYTES]))
-    if reason is None:
-        assert codec.decode(blob).k.isfinite().all()
-        return
     with pytest.raises(ContainerError) as caught:
         codec.decode(blob)
     assert caught.value.reason == reason
