@@ -35,7 +35,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.sensitivity import CHUNK, ROOT, interval, kl
-from benchmarks.sensitivity_gradients import TEXTS, collect
+from benchmarks.sensitivity_gradients import KINDS_OF_TEXT, TEXTS, collect, marked_share
 from benchmarks.sensitivity_variants import (
     ABLATIONS,
     Material,
@@ -101,6 +101,7 @@ def main() -> None:
         f"--spool DIR --data DIR --work DIR --rows {args.rows} --documents {args.documents}",
         "model": args.model.name,
         "variants": {variant.name: variant.about for variant in variants},
+        "sinks": {kind: marked_share(material.gradients, kind) for kind in KINDS_OF_TEXT},
         "rows": args.rows,
         "prefix_tokens": PREFIX,
         "exact_tokens": WINDOW,

@@ -121,6 +121,15 @@ def reduce(
     )
 
 
+def marked_share(documents: Sequence[Gradients], kind: str) -> dict[str, float]:
+    """Of the tokens of documents of a kind, and of their gradients' energy, in per cent."""
+    own = [d for d in documents if d.kind == kind]
+    tokens = 1 - sum(d.ordinary_tokens for d in own) / sum(d.tokens for d in own)
+    # Of each document the same weight: some have many times the energy of others.
+    energy = sum(1 - float(d.ordinary.sum() / d.every.sum()) for d in own) / len(own)
+    return {"tokens": round(100 * tokens, 2), "energy": round(100 * energy, 1)}
+
+
 def weights(
     documents: Sequence[Gradients],
     geometry: Geometry,

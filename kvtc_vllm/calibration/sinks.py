@@ -132,7 +132,7 @@ def find_layers(deviations: torch.Tensor, max_share: float) -> tuple[tuple[int, 
         for layer in range(deviations.shape[1])
         if two_modes(deviations[:, layer], max_share) is not None
     ]
-    modes = None
+    settled: tuple[tuple[int, ...], Modes] | None = None
     for _ in range(_ROUNDS):
         if not layers:
             return None
@@ -140,13 +140,14 @@ def find_layers(deviations: torch.Tensor, max_share: float) -> tuple[tuple[int, 
         modes = two_modes(mean, max_share)
         if modes is None:
             return None
+        settled = tuple(layers), modes
         # A layer may show them too faintly to tell them by itself, or show something else.
         sinks = deviations[mean < modes.threshold].median(dim=0).values
         again = (sinks < -COLLAPSE).nonzero().flatten().tolist()
         if again == layers:
             break
         layers = again
-    return (tuple(layers), modes) if layers and modes is not None else None
+    return settled
 
 
 def two_modes(values: torch.Tensor, max_share: float) -> Modes | None:

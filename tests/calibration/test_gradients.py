@@ -178,9 +178,7 @@ def test_marked_tokens_are_left_out_of_the_ordinary_ones(model: Path) -> None:
 def test_a_cache_of_another_shape_is_refused(model: Path) -> None:
     differentiable = Differentiable(model, "cpu")
     for shape in (replace(SHAPE, layers=3), replace(SHAPE, head_size_v=4)):
-        with pytest.raises(
-            ArtifactError, match=r"cannot run tiny .*give --sensitivity probe or none"
-        ):
+        with pytest.raises(ArtifactError, match=r"cannot run tiny .*give --sensitivity probe"):
             differentiable.gradients(IDS, PREFIX, shape, torch.Generator())
 
 

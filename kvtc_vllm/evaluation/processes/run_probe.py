@@ -13,10 +13,16 @@ import msgspec
 from tqdm import tqdm
 
 from kvtc_vllm.evaluation.methods import Method
-from kvtc_vllm.evaluation.replay.engine import replay_engine, scratch
+from kvtc_vllm.evaluation.replay.engine import ReplayEngine, replay_engine, scratch
 from kvtc_vllm.evaluation.replay.noise import TALLY, Noise
 from kvtc_vllm.evaluation.replay.round_trips import TURN
-from kvtc_vllm.evaluation.replay.two_passes import batches, exact_pass, replay_pass
+from kvtc_vllm.evaluation.replay.two_passes import (
+    Batch,
+    Exact,
+    batches,
+    exact_pass,
+    replay_pass,
+)
 from kvtc_vllm.evaluation.tasks import Example, Session
 
 CHILD = "kvtc_vllm.evaluation.processes.run_probe"
@@ -64,42 +70,40 @@ def run(job: ProbeJob) -> ProbeOutcome:
     method = Method(TASK, "noise", override={"round_trips": trips}, window=0)
     cut = job.prefix_tokens + 1
     sessions = [Session([Example(ids[:cut], ids[cut:], False)]) for ids in job.documents]
-    floor = 0.0
-    sums = {name: [0.0, 0.0, 0] for name in job.noises}
+    prompts = (2 + len(job.noises)) * len(sessions)
     with (
-        tqdm(total=(2 + len(sums)) * len(sessions), desc=TASK, unit="prompt", mininterval=2) as bar,
+        tqdm(total=prompts, desc=TASK, unit="prompt", mininterval=2.0) as bar,
         scratch() as directory,
         replay_engine(job.model, method, method.chunk_tokens, job.engine) as engine,
     ):
+        return _replay_all(engine, job, sessions, directory, bar)
 
-        def progress(done: int) -> None:
-            bar.update(done)
 
-        for batch in batches(sessions):
-            TURN.begin(None)
-            with exact_pass(engine, TASK, job.prefix_tokens, batch, directory, progress) as exact:
+def _replay_all(
+    engine: ReplayEngine, job: ProbeJob, sessions: list[Session], directory: Path, bar: Any
+) -> ProbeOutcome:
+    floor = 0.0
+    effects = {name: Effect(kl=0.0, energy=0.0, tokens=0) for name in job.noises}
+    for batch in batches(sessions):
+        TURN.begin(None)
+        with exact_pass(engine, TASK, job.prefix_tokens, batch, directory, bar.update) as exact:
 
-                def replayed(name: str | None, batch: Any = batch, exact: Any = exact) -> float:
-                    TURN.begin(name)
-                    found = replay_pass(
-                        engine, TASK, job.prefix_tokens, batch, directory, exact, progress
-                    )
-                    return sum(record.kl for record in found)
+            def replayed(name: str | None, batch: Batch = batch, exact: Exact = exact) -> float:
+                TURN.begin(name)
+                found = replay_pass(
+                    engine, TASK, job.prefix_tokens, batch, directory, exact, bar.update
+                )
+                return sum(record.kl for record in found)
 
-                floor += replayed(None)
-                for name, total in sums.items():
-                    TALLY.clear()
-                    total[0] += replayed(name)
-                    energy, tokens = TALLY.total()
-                    total[1] += energy
-                    total[2] += tokens
-    return ProbeOutcome(
-        floor=floor,
-        effects={
-            name: Effect(kl=kl, energy=energy, tokens=int(tokens))
-            for name, (kl, energy, tokens) in sums.items()
-        },
-    )
+            floor += replayed(None)
+            for name, before in effects.items():
+                TALLY.clear()
+                kl = replayed(name)
+                energy, tokens = TALLY.total()
+                effects[name] = Effect(
+                    kl=before.kl + kl, energy=before.energy + energy, tokens=before.tokens + tokens
+                )
+    return ProbeOutcome(floor=floor, effects=effects)
 
 
 def main() -> None:
