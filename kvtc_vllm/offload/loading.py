@@ -69,7 +69,7 @@ class LoadPipeline:
         for batch in parts:
             self._threads.submit(self._load, batch, request)
 
-    def check(self, proof: Proof, holds: Callable[[Proof], None]) -> None:
+    def check(self, proof: Proof, holds: Callable[[Proof], None] = lambda proof: None) -> None:
         """Report if the weights are not those of the names, else call `holds` on a thread."""
         self._threads.submit(self._check, proof, holds)
 
