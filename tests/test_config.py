@@ -73,7 +73,6 @@ def test_defaults_depend_on_the_codec() -> None:
         ({"store_policy": "lazy"}, ["store_policy='lazy'", "eager, on_evict"]),
         ({"store_policy": "on_evict", "store_horizon": -1}, ["store_horizon=-1", "0 to 1048576"]),
         ({"store_policy": "eager", "exclusive": True}, ["exclusive=True", "eager", "on_evict"]),
-        ({"store_policy": "eager", "store_horizon": 4}, ["store_horizon=4", "eager", "on_evict"]),
     ],
 )
 def test_bad_configuration_is_one_clear_line(extra: dict[str, object], words: list[str]) -> None:

@@ -120,11 +120,29 @@ def test_the_budget_of_the_demo_is_one_in_which_raw_thrashes() -> None:
 def test_every_divergence_in_the_page_on_quality_is_in_a_result() -> None:
     results = "".join(path.read_text() for path in ROOT.glob("benchmarks/quality/**/results.md"))
     turns = json.loads((ROOT / "benchmarks/quality/methods/results.json").read_text())["rows"]
+    fusion = json.loads((ROOT / "benchmarks/results/joint_fusion.json").read_text())["rows"]
     known = set(re.findall(r"\d\.\d{4}\b", results)) | {f"{r['value']:.4f}" for r in turns}
+    known |= {f"{value:.4f}" for r in fusion for value in (r["kl"], *r["interval"])}
     quoted = set(re.findall(r"\d\.\d{4}\b", (ROOT / "docs" / "quality.md").read_text()))
     assert len(quoted) > 100
     # A share in percent has no such form; 0.0001 as "below 0.0001" is a bound, not a figure.
     assert quoted - known == set()
+
+
+def test_the_table_of_store_policies_is_the_committed_one() -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    rows = json.loads((ROOT / "benchmarks/results/store_policy.json").read_text())["rows"]
+    found: dict[tuple[str, float], list[str]] = {}
+    for row in rows:
+        if row["policy"] in ("raw eager", "eager", "auto", "auto exclusive"):
+            cell = f"{100 * row['hit_share']:.1f} %, {row['encoded_chunks']:,.0f}"
+            again = row["reencoded_chunks"]
+            cell += f" ({again:,.0f} again)" if again else ""
+            found.setdefault((row["trace"], row["working_set"]), []).append(cell)
+    assert len(found) == 12
+    for (trace, size), cells in found.items():
+        assert f"| {trace}, {size}x | {' | '.join(cells)} |" in page
+    assert all(row["lost_chunks"] == 0 for row in rows)
 
 
 def test_the_tables_of_speed_are_the_committed_ones() -> None:

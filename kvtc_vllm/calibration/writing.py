@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import tempfile
@@ -144,6 +145,8 @@ def _write(
         _publish(temporary, final, overwrite)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):  # it may have held others before
+            parent.rmdir()
         raise
     return final
 

@@ -146,7 +146,7 @@ class KVTCConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             "the engine's own cache is about to give it up. `auto`: the first while memory has "
             "room and the encoder keeps up, else the second."
         ),
-    ] = "auto"
+    ] = "eager"
     store_horizon: Annotated[
         Annotated[int, Meta(ge=0, le=1 << 20)] | None,
         Meta(
@@ -307,13 +307,11 @@ def _check_contradictions(config: KVTCConfig) -> None:
                     f"{key}={getattr(config, key)!r} contradicts codec='raw', which stores KV "
                     f"uncompressed; remove {key} or set codec='kvtc'"
                 )
-    if config.store_policy == "eager":
-        for key, default in (("exclusive", False), ("store_horizon", None)):
-            if (value := getattr(config, key)) != default:
-                raise ConfigError(
-                    f"{key}={shown(value)} contradicts store_policy='eager', which does not watch "
-                    f"what the engine evicts; remove {key} or set store_policy='on_evict'"
-                )
+    if config.exclusive and config.store_policy == "eager":
+        raise ConfigError(
+            "exclusive=True contradicts store_policy='eager', which does not watch what the engine "
+            "evicts; remove exclusive or set store_policy='on_evict'"
+        )
     if config.artifact is not None and config.registry:
         raise ConfigError(
             "artifact and registry contradict each other: artifact names one directory, "

@@ -15,7 +15,7 @@ import torch
 from kvtc_vllm.codec.artifact import Geometry
 from kvtc_vllm.codec.base import Blob, NewChunk, StoredChunk
 from kvtc_vllm.codec.errors import CodecError, ContainerError
-from kvtc_vllm.codec.raw import RawCodec
+from kvtc_vllm.codec.registry import open_codec
 from kvtc_vllm.codec.streams import Event
 from kvtc_vllm.connector.compat import UnsupportedError
 from kvtc_vllm.offload.geometry import CacheGroup
@@ -61,7 +61,7 @@ class StateTransfer:
             self._pages.append(tensor)
         self._tables = [group.tables.index(table) for table in group.layer_table]
         self._tables = self._tables or [0] * len(self._pages)
-        self.codec = RawCodec(state_geometry(group), STATE_ELEMENT)
+        self.codec = open_codec("raw", STATE_ELEMENT, geometry=state_geometry(group))
 
     def staged_bytes(self, blocks: int) -> int:
         return blocks // len(self._group.tables) * self.codec.geometry.token_elements() * 2

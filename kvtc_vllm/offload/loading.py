@@ -123,7 +123,7 @@ class LoadPipeline:
 
         on_every_thread(self._threads, self._num_threads, load)
 
-    def check(self, proof: Proof, holds: Callable[[Proof], None]) -> None:
+    def check(self, proof: Proof, holds: Callable[[Proof], None] = lambda proof: None) -> None:
         """Report if the weights are not those of the names, else call `holds` on a thread."""
         self._threads.submit(self._check, proof, holds)
 

@@ -133,8 +133,6 @@ class WorkerReport:
     epoch: int
     stored: list[tuple[RecordKey, int, int]] = field(default_factory=list)
     """(key, rank, bytes) that memory holds now."""
-    resized: list[tuple[RecordKey, int, int]] = field(default_factory=list)
-    """(key, rank, bytes) of what takes other bytes in memory than when it was stored."""
     dropped: list[tuple[RecordKey, int]] = field(default_factory=list)
     """(key, rank) of stores and promotions that were given up."""
     bad: list[RecordKey] = field(default_factory=list)
@@ -143,6 +141,8 @@ class WorkerReport:
     """(key, rank, bytes) that the disk holds now."""
     disk_lost: list[RecordKey] = field(default_factory=list)
     """Not on disk any more, or of no use there."""
+    resized: list[tuple[RecordKey, int, int]] = field(default_factory=list)
+    """(key, rank, bytes) of what takes other bytes in memory than when it was stored."""
     load_tokens: int = 0
     """Of loads that ended well."""
     load_seconds: float = 0.0

@@ -70,7 +70,9 @@ class RunningLoads:
     def is_waiting(self, request_id: str) -> bool:
         """True while the load that a request was told to wait for runs. Takes constant time."""
         loader = self._waits.get(request_id)
-        return loader is not None and self._is_loading(loader)
+        if loader is None or loader.request_id not in self._keys:
+            return False  # it waits for nobody, or for a request that ended meanwhile
+        return self._is_loading(loader)
 
     def _is_loading(self, loader: Request) -> bool:
         status = getattr(getattr(loader, "status", None), "name", "")

@@ -89,7 +89,15 @@ class KVTCScheduler:
                 lambda name, amount, label: self._stats.add(name, amount, label),
             ),
         )
-        self._stores = StorePlanner(config, geometry, bounds, self.index, tier, policy)
+        self._stores = StorePlanner(
+            config,
+            geometry,
+            bounds,
+            self.index,
+            tier,
+            policy,
+            no_room=lambda records: self._stats.add("dropped_stores", records, "tier_full"),
+        )
         self._load_policy = LoadPolicy(config.load_gate)
         self._touched: list[RecordKey] = []
         self._step_number = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.offload.geometry import CacheGeometry
@@ -20,8 +20,8 @@ from kvtc_vllm.tiers.keys import ChunkKey, RecordKey, record_key, record_keys
 class StorePlanner:
     """Used by the scheduler's thread only.
 
-    bounds: by cache group, most bytes of a record on any rank. Raises ConfigError if chunks are
-    not whole blocks.
+    bounds: by cache group, most bytes of a record on any rank. no_room: called for records that
+    were due and found no room. Raises ConfigError if chunks are not whole blocks.
     """
 
     def __init__(
@@ -32,12 +32,14 @@ class StorePlanner:
         index: TierIndex,
         tier: TierView,
         policy: StorePolicy,
+        no_room: Callable[[int], None] = lambda records: None,
     ) -> None:
         self._chunk_tokens = config.chunk_tokens
         self._bounds = bounds
         self._index = index
         self._tier = tier
         self._policy = policy
+        self._no_room = no_room
         self._late: dict[RecordKey, int] = {}
         self._groups = len(geometry.groups)
         self._restore_points = RestorePoints(config, geometry)
@@ -74,13 +76,17 @@ class StorePlanner:
         state.next_chunk = max(state.next_chunk, complete)
         if not chunks:
             return []
-        stores = self._reserve(self._policy.completed(chunks))
+        stores = self._reserve(self._items(self._policy.completed(chunks)))
         self._release_passed(state, stores, complete)
         return stores
 
     def due(self) -> list[StoreItem]:
         """Stores of chunks of earlier steps, to be staged before this step's forward."""
-        stores = self._reserve(self._policy.due())
+        due = self._items(self._policy.due())
+        stores = self._reserve(due)
+        unknown = sum(not self._index.is_known(item.key) for item in due)
+        if unknown:
+            self._no_room(unknown)
         self._late.update((item.key, item.start) for item in stores)
         return stores
 
@@ -159,7 +165,7 @@ class StorePlanner:
             if block_ids
         ]
 
-    def _reserve(self, chunks: Sequence[Storable]) -> list[StoreItem]:
-        """Stores of records for which there is room; the index knows them from now on."""
+    def _reserve(self, items: Sequence[StoreItem]) -> list[StoreItem]:
+        """Those for which there is room; the index knows them from now on."""
         reserve, bounds = self._index.reserve, self._bounds
-        return [item for item in self._items(chunks) if reserve(item.key, bounds[item.group])]
+        return [item for item in items if reserve(item.key, bounds[item.group])]

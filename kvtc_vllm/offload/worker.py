@@ -291,7 +291,7 @@ class KVTCWorker:
                 out.report.other_weights = other_weights
         self._tell_adapters(self._names.adapters.refresh())
         if step.check:
-            self._loads.check(self._prove(step), self._kept.holds)
+            self._loads.check(self._prove(step))
 
     def _prove(self, step: StepMetadata) -> Proof:
         """One sample a step serves all that it stores and loads."""

@@ -29,7 +29,7 @@ def start(monkeypatch: pytest.MonkeyPatch, evaluation: dict[str, Any]) -> tuple[
     engine: Any = SimpleNamespace(
         kv_transfer_config=SimpleNamespace(kv_connector_extra_config=extra), model_config=None
     )
-    cache: Any = None
+    cache: Any = SimpleNamespace(kv_cache_groups=[])
     KVTCEvaluationConnector(engine, KVConnectorRole.WORKER, cache).register_kv_caches({})
     assert extra["evaluation"] == evaluation
     return given[0]

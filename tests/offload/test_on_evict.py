@@ -120,6 +120,16 @@ def test_a_head_outlives_its_tail_in_memory() -> None:
     assert [key in running.memory for key in keys(first)] == [True, True, True, False]
 
 
+def test_what_finds_no_room_is_counted() -> None:
+    running = engine(32, scheduler_side(chunks=3, store_horizon=0), batch=1024)
+    fill(running, "a", 4)
+    fill(running, "b", 4)
+    running.add(request("c", ["c"], 16))
+    running.drain()
+    assert len(running.memory) == 3
+    assert counters(running.side)["dropped_stores/tier_full"] == 1
+
+
 def test_resets_of_vllm_s_cache_lose_nothing() -> None:
     running = engine(32)
     first = fill(running, "a", 4)

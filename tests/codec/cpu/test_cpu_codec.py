@@ -328,7 +328,7 @@ def test_what_opens_codecs_takes_it_where_it_runs(artifact, monkeypatch, caplog)
 
     with caplog.at_level("INFO"):
         assert opened() is CpuKvtcCodec
-    assert "KVTC 16x on the CPU: compiled loops" in caplog.text
+    assert "kvtc 16x on the CPU: compiled loops" in caplog.text
     assert opened(fast=False) is KvtcCodec
     assert opened(device="meta") is KvtcCodec
     with pytest.raises(ValueError, match="device is meta"):
