@@ -108,22 +108,23 @@ class Evictor:
             return bool(self.candidates)
 
     def count(self, namespace: str) -> list[ChunkFile]:
-        """Count one namespace; returns its chunks, least recently used first."""
-        with without_collector():
-            found = list(in_order(self._count.run(namespace)))
-        if found:
-            self._recency.seen(found[-1].mtime_ns)
+        """Count one namespace; returns its chunks, in no order."""
+        found: list[ChunkFile] = []
+        self._count.run(namespace, found)
+        self._saw(found)
         return found
 
     def look_through(self) -> list[ChunkFile]:
-        """Count all; returns every chunk."""
+        """Count all; returns every chunk, in no order."""
         found: list[ChunkFile] = []
         for name in scan.namespaces(self._fs, self._root):
-            found += self._count.run(name)
+            self._count.run(name, found)
         self.count_unknown()
-        if found:
-            self._recency.seen(max(chunk.mtime_ns for chunk in found))
+        self._saw(found)
         return found
+
+    def _saw(self, found: list[ChunkFile]) -> None:
+        self._recency.seen(max((chunk.mtime_ns for chunk in found), default=0))
 
     def count_unknown(self) -> None:
         """Count what is not known, and drop accounts of namespaces that are gone."""

@@ -32,6 +32,7 @@ from kvtc_vllm.tiers.disk.places import make_directory
 from kvtc_vllm.tiers.disk.recency import Recency, Temporary
 from kvtc_vllm.tiers.disk.removal_log import RemovalReader
 from kvtc_vllm.tiers.disk.scan import ChunkFile, without_collector
+from kvtc_vllm.tiers.disk.sorting import in_order
 from kvtc_vllm.tiers.disk.space import Space
 from kvtc_vllm.tiers.keys import RecordKey
 
@@ -201,10 +202,9 @@ class DiskStore:
         with self._counted("scan"), without_collector():
             with self._removals_lock:
                 self._removals.skip()
-            found = self._space.count(self._name)
             return [
                 DiskEntry(chunk.key, disk_bytes(chunk.length), chunk.mtime_ns / 1e9)
-                for chunk in found
+                for chunk in in_order(self._space.count(self._name))
             ]
 
     def used(self) -> int:
