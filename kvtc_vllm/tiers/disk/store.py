@@ -256,8 +256,14 @@ class DiskStore:
     def _prepare(self) -> None:
         self._fs.mkdir(self.root)
         damage = record.layout_damage(self._fs, self.root)
-        make_directory(self._fs, self.root, self._directory)
-        make_directory(self._fs, self.root, f"{self._directory}/{TEMPORARY_DIRECTORY}")
+        try:
+            self._fs.mkdir(f"{self._directory}/{TEMPORARY_DIRECTORY}")
+        except DiskError as error:
+            if error.reason != "foreign":
+                raise
+            with self._space.locked():
+                for path in (self._directory, f"{self._directory}/{TEMPORARY_DIRECTORY}"):
+                    make_directory(self._fs, self.root, path)
         self._mark.set()  # before the record, by which alone it could be taken for ended
         if damage is None and self._record is None:
             return
