@@ -4,9 +4,9 @@
 
 Each part and size runs in a process of its own. Costs are processor time of that process where
 nothing else is said, so other programs do not count; medians of repetitions. "pause" is the
-longest time that another thread, which only wants to note the time every millisecond, had to wait
-for Python's lock: elapsed, so a busy machine adds to it, and what it was while nothing ran stands
-beside it. b is the exponent of cost ~ n^b between the smallest and the largest size.
+longest processor time for which another thread, which wants to note the time every millisecond,
+waited for Python's lock; Python hands it over after 5 ms at the soonest. b is the exponent of
+cost ~ n^b between the smallest and the largest size.
 
 Results are added to scale.json under the label, and scale.md is written from all labels: the same
 measurements of an earlier commit are made by running this file and scale_parts.py there.

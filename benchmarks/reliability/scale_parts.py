@@ -49,7 +49,11 @@ def key_of(number: int) -> bytes:
 
 
 class Pauses:
-    """A thread that asks for Python's lock every millisecond. Milliseconds."""
+    """A thread that asks for Python's lock every millisecond. Milliseconds.
+
+    What counts is the processor time that the main thread takes between two of its turns: time in
+    which other programs run is not in it. Python asks for the lock after 5 ms only.
+    """
 
     def __init__(self) -> None:
         self._stop = threading.Event()
@@ -58,10 +62,13 @@ class Pauses:
         self._thread.start()
 
     def _tick(self) -> None:
-        last = time.perf_counter()
+        main = threading.main_thread().ident
+        assert main is not None
+        clock = time.pthread_getcpuclockid(main)
+        last = time.clock_gettime(clock)
         while not self._stop.is_set():
             time.sleep(0.001)
-            now = time.perf_counter()
+            now = time.clock_gettime(clock)
             self._longest = max(self._longest, now - last)
             last = now
 
@@ -170,12 +177,11 @@ def disk(size: int) -> Row:
         DiskStore(root, NAMESPACE, min_free=0).close()
         _make_files(root / NAMESPACE.hex(), size)
         row: Row = _Told()
-        row["idle pause, ms"] = _pause(lambda: time.sleep(0.2))
         store: Any = DiskStore(root, NAMESPACE, capacity=used + (1 << 30), min_free=0)
         began = time.perf_counter()
         row["scan, s"] = cpu(store.scan)
         row["scan, elapsed s"] = time.perf_counter() - began
-        row["pause in a scan, ms"] = _pause(store.scan)
+        row["pause in a scan, ms"] = _pause(lambda: _take(store.scan()))
         row["others wait for the lock in a scan, elapsed ms"] = _lock_wait(root, store.scan)
         keys = [blob_key(number) for number in range(400)]
         blobs = [blob_of(key) for key in keys]
@@ -204,6 +210,13 @@ def disk(size: int) -> Row:
         return row
     finally:
         shutil.rmtree(place, ignore_errors=True)
+
+
+def _take(found: list[Any]) -> None:
+    """As the worker takes them: to free all at once would be a pause of its own."""
+    found.reverse()
+    while found:
+        found.pop()
 
 
 class _Told(dict[str, float]):

@@ -115,13 +115,31 @@ class Attacker:
             self.directory,
             self.open_to_others,
         )
+        self._in_place = (
+            self.flip,
+            self.cut,
+            self.garbage,
+            self.nest,
+            self.enlarge,
+            self.sparse,
+        )
 
     def strike(self) -> None:
         """One damage in one place, if the place is there."""
         damage = self._chance.choice(self._damages)
+        path = self.place()
         with suppress(OSError):
-            damage(self.place())
-            self.done[damage.__name__] += 1
+            if self._is_inside(path, damage in self._in_place):
+                damage(path)
+                self.done[damage.__name__] += 1
+
+    def _is_inside(self, path: Path, in_place: bool) -> bool:
+        """Whether the damage would be done here, and not through links of before elsewhere."""
+        if path.parent.resolve() != path.parent:
+            return False
+        return not in_place or not (
+            path.is_symlink() or (path.is_file() and path.stat().st_nlink > 1)
+        )
 
     def place(self) -> Path:
         namespace = self._root / self._chance.choice(NAMESPACES).hex()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from kvtc_vllm.tiers.disk import DiskError, DiskStore, NamespaceRecord
 from kvtc_vllm.tiers.disk.survey import Survey
 from tests.reliability import disk
 from tests.reliability.blobs import NAMESPACE, OTHER_NAMESPACE, blob_of, key_of
+from tests.reliability.faults import WrappedFileSystem
 
 ROOT = Path(__file__).parents[2]
 RECORD = NamespaceRecord(model="m", codec="raw", dtype="bfloat16", rank=0, tp_size=1)
@@ -332,3 +334,27 @@ def test_another_namespace_s_directory_as_a_link_is_no_namespace(
         store.write(key_of(number), blob(key_of(number)))
     assert Survey(tier).namespaces() == [NAME]
     assert outside.state() == outside.before
+
+
+class LateFileSystem(WrappedFileSystem):
+    """Saw something in the way that another process has cleared meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = {"mkdir": False, "open": False}
+
+    def perform(self, number, name, real, args):
+        ends = {"mkdir": "/tmp", "open": "/ledger.json"}.get(name)
+        if ends is not None and args[0].endswith(ends) and not self.seen[name]:
+            self.seen[name] = True
+            raise OSError(errno.EEXIST, "something was there")
+        return real(*args)
+
+
+def test_what_another_process_has_just_made_does_not_go_aside(tier: Path) -> None:
+    filesystem = LateFileSystem()
+    store = open_store(tier, filesystem=filesystem)
+    assert store.read(A) == blob(A)
+    assert all(filesystem.seen.values())
+    assert list(tier.glob("set-aside-*")) == []
+    assert {entry.key for entry in store.scan()} == {A, B}

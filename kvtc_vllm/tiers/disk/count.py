@@ -40,14 +40,13 @@ class NamespaceCount:
         self._locked = locked
         self._sound = sound
 
-    def run(self, namespace: str) -> list[ChunkFile]:
+    def run(self, namespace: str, found: list[ChunkFile]) -> None:
         """Count from the start: removes temporaries of dead writers, corrects the account.
 
-        Returns the chunks in no order. The result is exact even if others change the namespace
-        meanwhile, see `Account`; if another process counts too, the one that began last decides.
-        Raises DiskError.
+        Appends the chunks to `found`, in no order. The result is exact even if others change the
+        namespace meanwhile, see `Account`; if another process counts too, the one that began last
+        decides. Raises DiskError.
         """
-        found: list[ChunkFile] = []
         place = 0
         with self._locked() as ledger:
             ledger.account(namespace).begin_count()
@@ -56,7 +55,6 @@ class NamespaceCount:
             let_others()
             with self._locked() as ledger:
                 place = self._go_on(ledger.account(namespace), namespace, place, found)
-        return found
 
     def finish(self, namespace: str) -> None:
         """Go on with a count that anybody has begun, until the account is known."""

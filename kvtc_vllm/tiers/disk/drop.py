@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from itertools import islice
 
 from kvtc_vllm.tiers.disk import scan
 from kvtc_vllm.tiers.disk.checked import CheckedFileSystem, DiskError
@@ -16,6 +17,9 @@ from kvtc_vllm.tiers.disk.layout import (
 )
 from kvtc_vllm.tiers.disk.space import Space
 
+LISTED_AT_ONCE = 4096
+"""Keys in memory."""
+
 
 def drop_namespace(fs: CheckedFileSystem, space: Space, root: str, namespace: str) -> int:
     """Remove a namespace; returns how many chunks it had.
@@ -25,7 +29,10 @@ def drop_namespace(fs: CheckedFileSystem, space: Space, root: str, namespace: st
     then may be dropped again.
     """
     directory = f"{root}/{namespace}"
-    removed = space.remove(namespace, [chunk.key for chunk in scan.chunks(fs, directory)])
+    chunks = scan.chunks(fs, directory)
+    removed = 0
+    while keys := [chunk.key for chunk in islice(chunks, LISTED_AT_ONCE)]:
+        removed += space.remove(namespace, keys)
     space.count(namespace)  # for its effect: it removes the temporaries of dead writers
     with space.locked() as ledger:
         for name, *_ in fs.list(directory):

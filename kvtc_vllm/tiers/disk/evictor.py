@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from itertools import islice
 from typing import Protocol
 
 from kvtc_vllm.tiers.disk import scan
@@ -22,7 +21,8 @@ from kvtc_vllm.tiers.keys import RecordKey
 
 MIN_CANDIDATES = 1024
 CANDIDATE_SHARE = 8
-"""A survey keeps the oldest eighth: it then costs the scan of about eight files an eviction."""
+"""A survey keeps at least the oldest eighth: it then costs the scan of about eight files an
+eviction."""
 REMOVED_AT_ONCE = 256
 """Chunks removed under one hold of the root's lock, for which others wait."""
 VAIN_SURVEYS = 3
@@ -92,38 +92,41 @@ class Evictor:
         for _ in range(VAIN_SURVEYS):
             with self._locked() as ledger:
                 freed += self.evict(ledger, size - freed)
-            if freed >= size or (not self.candidates and not self.survey()):
+            if freed >= size or (not self.candidates and not self.survey(size - freed)):
                 break
         return freed > 0
 
-    def survey(self) -> bool:
-        """Count every namespace and choose the next candidates; False if there are none."""
+    def survey(self, missing: int) -> bool:
+        """Count every namespace and choose the next candidates; False if there are none.
+
+        At least those whose removal frees `missing` bytes.
+        """
         with self._surveying:
             if self.candidates:
                 return True  # another thread was faster
             with without_collector():
                 found = self.look_through()
-                share = max(MIN_CANDIDATES, len(found) // CANDIDATE_SHARE)
-                self.candidates = deque(islice(in_order(found), share))
+                self.candidates = deque(_oldest(found, missing))
             return bool(self.candidates)
 
     def count(self, namespace: str) -> list[ChunkFile]:
-        """Count one namespace; returns its chunks, least recently used first."""
-        with without_collector():
-            found = list(in_order(self._count.run(namespace)))
-        if found:
-            self._recency.seen(found[-1].mtime_ns)
+        """Count one namespace; returns its chunks, in no order."""
+        found: list[ChunkFile] = []
+        self._count.run(namespace, found)
+        self._saw(found)
         return found
 
     def look_through(self) -> list[ChunkFile]:
-        """Count all; returns every chunk."""
+        """Count all; returns every chunk, in no order."""
         found: list[ChunkFile] = []
         for name in scan.namespaces(self._fs, self._root):
-            found += self._count.run(name)
+            self._count.run(name, found)
         self.count_unknown()
-        if found:
-            self._recency.seen(max(chunk.mtime_ns for chunk in found))
+        self._saw(found)
         return found
+
+    def _saw(self, found: list[ChunkFile]) -> None:
+        self._recency.seen(max((chunk.mtime_ns for chunk in found), default=0))
 
     def count_unknown(self) -> None:
         """Count what is not known, and drop accounts of namespaces that are gone."""
@@ -146,6 +149,16 @@ class Evictor:
         return disk_bytes(there.size)
 
 
+def _oldest(found: list[ChunkFile], missing: int) -> Iterator[ChunkFile]:
+    """A share of the chunks, and more if these are less than `missing` bytes. Empties the list."""
+    share = max(MIN_CANDIDATES, len(found) // CANDIDATE_SHARE)
+    for number, chunk in enumerate(in_order(found)):
+        if number >= share and missing <= 0:
+            return
+        missing -= disk_bytes(chunk.length)
+        yield chunk
+
+
 class Room:
     """Room for `size` bytes, made in holds of the lock with pauses between them.
 
@@ -163,13 +176,14 @@ class Room:
 
     def make(self, ledger: LedgerState) -> bool:
         """Evict under the lock. True if there is room now."""
-        for _ in range(2):
-            over_cap = ledger.used + self._size - self._evictor.capacity
-            self.missing = max(over_cap, self._size - self._free - self._freed)
-            if self.missing <= 0:
-                return True
+        if not self._is_there(ledger):
             self._freed += self._evictor.evict(ledger, self.missing)
-        return False
+        return self._is_there(ledger)
+
+    def _is_there(self, ledger: LedgerState) -> bool:
+        over_cap = ledger.used + self._size - self._evictor.capacity
+        self.missing = max(over_cap, self._size - self._free - self._freed)
+        return self.missing <= 0
 
     def find(self) -> bool:
         """Without the lock: look for what can be evicted. False if the last look was in vain."""
@@ -181,5 +195,5 @@ class Room:
         if self._exhausted or self._vain > VAIN_SURVEYS:
             return False
         # Even if it finds nothing, it has corrected the ledger: there may be room all the same.
-        self._exhausted = not self._evictor.survey()
+        self._exhausted = not self._evictor.survey(self.missing)
         return True

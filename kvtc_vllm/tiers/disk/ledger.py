@@ -227,7 +227,9 @@ class Ledger:
                 raise
             # What is written here would be written into somebody's file of another name.
             self._fs.close_quietly(fd)
-        clear_place(self._fs, self._root, self._path)
+        there = self._fs.stat(self._path)
+        if there is not None and not (there.is_regular and there.links == 1):
+            clear_place(self._fs, self._root, self._path)
         return self._fs.open(self._path, flags)
 
     def _try_lock(self, fd: int) -> bool:

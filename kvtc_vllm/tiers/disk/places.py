@@ -15,14 +15,21 @@ SET_ASIDE = "set-aside-"
 
 
 def clear_place(fs: CheckedFileSystem, root: str, path: str) -> None:
-    """Move whatever is at `path` aside, within the root. Raises DiskError if that fails."""
+    """Move what is at `path` aside, within the root. Raises DiskError if that fails.
+
+    The caller has just seen that it is not what belongs there.
+    """
     aside = f"{root}/{SET_ASIDE}{os.urandom(8).hex()}"
     fs.rename(path, aside)
     logger.warning("kvtc: %s was in the way of the disk tier and is now %s", path, aside)
 
 
 def make_directory(fs: CheckedFileSystem, root: str, path: str) -> None:
-    """Make a directory whose parent is there; what else is in its place goes aside."""
+    """Make a directory whose parent is there; what else is in its place goes aside.
+
+    Call under the root's lock: another process may just have made the directory, and that must
+    not go aside.
+    """
     try:
         fs.mkdir(path)
     except DiskError as error:

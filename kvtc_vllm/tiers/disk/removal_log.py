@@ -31,7 +31,10 @@ def append(fs: CheckedFileSystem, directory: str, keys: Iterable[RecordKey]) -> 
         fs.rename(path, f"{directory}/{OLD_REMOVALS_FILE}")
     fd = fs.open(path, os.O_RDWR | os.O_CREAT)
     try:
-        fs.write_all(fd, content, fs.fstat(fd).size)
+        found = fs.fstat(fd)
+        if found.links > 1:  # put there since
+            raise DiskError("foreign", f"{path} is a file of another name too")
+        fs.write_all(fd, content, found.size)
     finally:
         fs.close_quietly(fd)
 

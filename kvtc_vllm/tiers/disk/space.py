@@ -201,7 +201,7 @@ class Space:
     def count(self, namespace: str) -> list[ChunkFile]:
         """Remove orphans of one namespace and correct its account.
 
-        Returns its chunks, least recently used first.
+        Returns its chunks, in no order.
         """
         return self._evictor.count(namespace)
 

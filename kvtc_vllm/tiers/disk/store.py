@@ -33,6 +33,7 @@ from kvtc_vllm.tiers.disk.places import make_directory
 from kvtc_vllm.tiers.disk.recency import Recency, Temporary
 from kvtc_vllm.tiers.disk.removal_log import RemovalReader
 from kvtc_vllm.tiers.disk.scan import ChunkFile, without_collector
+from kvtc_vllm.tiers.disk.sorting import in_order
 from kvtc_vllm.tiers.disk.space import Space
 from kvtc_vllm.tiers.keys import RecordKey
 
@@ -204,10 +205,9 @@ class DiskStore:
         with self._counted("scan"), without_collector():
             with self._removals_lock:
                 self._removals.skip()
-            found = self._space.count(self._name)
             return [
                 DiskEntry(chunk.key, disk_bytes(chunk.length), chunk.mtime_ns / 1e9)
-                for chunk in found
+                for chunk in in_order(self._space.count(self._name))
             ]
 
     def used(self) -> int:
@@ -259,8 +259,14 @@ class DiskStore:
     def _prepare(self) -> None:
         self._fs.mkdir(self.root)
         damage = record.layout_damage(self._fs, self.root)
-        make_directory(self._fs, self.root, self._directory)
-        make_directory(self._fs, self.root, f"{self._directory}/{TEMPORARY_DIRECTORY}")
+        try:
+            self._fs.mkdir(f"{self._directory}/{TEMPORARY_DIRECTORY}")
+        except DiskError as error:
+            if error.reason != "foreign":
+                raise
+            with self._space.locked():
+                for path in (self._directory, f"{self._directory}/{TEMPORARY_DIRECTORY}"):
+                    make_directory(self._fs, self.root, path)
         self._mark.set()  # before the record, by which alone it could be taken for ended
         if damage is None and self._record is None:
             return

@@ -104,6 +104,20 @@ def test_no_hold_of_the_lock_is_long(scratch: Path, monkeypatch: pytest.MonkeyPa
     assert store.used() == disk.bytes_on_disk(scratch / "tier") == 1000 * PAGE
 
 
+def test_one_survey_is_enough_for_half_of_many(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = scratch / "tier"
+    fill(root, 3000)
+    looked = []
+    look_through = evictor.Evictor.look_through
+    monkeypatch.setattr(
+        evictor.Evictor, "look_through", lambda self: looked.append(1) or look_through(self)
+    )
+    assert Survey(root).shrink(1000 * PAGE) == (2000, 2000 * PAGE, 0)
+    assert len(looked) == 1
+
+
 def test_what_a_scan_and_a_survey_find_is_nothing_to_the_collector(scratch: Path) -> None:
     """A million objects that it visits stop every thread of the process."""
     fill(scratch / "tier", 100)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import islice
 
 import pytest
 
@@ -28,7 +29,15 @@ SHAPES: dict[str, Callable[[random.Random], list[int]]] = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_order_is_that_of_sorted(shape: str) -> None:
     items = SHAPES[shape](random.Random(1))
-    assert list(in_order(items)) == sorted(items)
+    expected = sorted(items)
+    assert list(in_order(items)) == expected
+    assert items == []
+
+
+def test_the_first_of_many() -> None:
+    items = SHAPES["random"](random.Random(1))
+    expected = sorted(items)[:100]
+    assert list(islice(in_order(items), 100)) == expected
 
 
 @pytest.mark.parametrize("shape", ["random", "sorted", "reversed", "saw"])
