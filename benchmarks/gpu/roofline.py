@@ -92,16 +92,17 @@ def main() -> None:
 
 
 def kernel_instructions(served: ServedCodec) -> dict[str, float]:
-    """Instructions of warps: of a program of gather and scatter, and per code by way and bits."""
+    """Instructions of warps: of a program of gather and scatter, for K and for V, and per code by
+    way and bits."""
     launches = compiled.record(_CAPABILITY)
     blobs = served.store([0, 1])
     served.load([0, 1], blobs)
     found: dict[str, float] = {}
     for code in launches.machine_code():
-        if code.name in ("_gather_kernel", "_scatter_kernel"):
-            # The largest: keys with their rotation. Values cost less.
-            cost = code.instructions * code.threads / _WARP
-            found[code.name] = max(cost, found.get(code.name, 0.0))
+        # Those without a mean are for sinks.
+        if code.constants.get("HAS_MEAN"):
+            tensor = "k" if code.constants["HALF"] else "v"
+            found[f"{code.name} {tensor}"] = code.instructions * code.threads / _WARP
     for (way, bits), cost in instructions_per_code(_CAPABILITY).items():
         found[f"{way} {bits}"] = cost / _WARP
     return found
@@ -187,18 +188,19 @@ def _stages(
                 unpack += tokens * part.size * costs[f"unpack {bits}"]
                 pack += tokens * part.size * costs[f"pack {bits}"]
     rows = elements * codec.row_dtype.itemsize
-    programs = 2 * tokens * shape.layers
+    gathering, scattering = (
+        tokens * shape.layers * (costs[f"{kernel} k"] + costs[f"{kernel} v"])
+        for kernel in ("_gather_kernel", "_scatter_kernel")
+    )
     load = [
         Stage("upload", other=stored / gpu.bus),
         Stage("inflate", other=payload / gpu.inflate),
         Stage("unpack", bytes=payload + 2 * columns, instructions=unpack),
         Stage("decode product", bytes=2 * columns + bases + rows, flops=flops),
-        Stage("scatter", bytes=rows + cache, instructions=programs * costs["_scatter_kernel"]),
+        Stage("scatter", bytes=rows + cache, instructions=scattering),
     ]
     store = [
-        Stage(
-            "gather", bytes=cache + 2 * elements, instructions=programs * costs["_gather_kernel"]
-        ),
+        Stage("gather", bytes=cache + 2 * elements, instructions=gathering),
         Stage("encode product", bytes=2 * elements + bases + 4 * columns, flops=flops),
         Stage("range", bytes=4 * columns),
         Stage("pack", bytes=4 * columns + payload, instructions=pack),
