@@ -3,7 +3,8 @@
     python -m benchmarks.gpu.roofline llama-3.1-8b 16 [--layers 8] [--tokens 8192]
 
 Bytes and floating-point operations are those of the plan, instructions those of the compiled
-kernels, host times are measured here with kernels that do not run. What is assumed of the GPU is
+kernels, host times are measured here with kernels that do not run: CPU time, because a server has
+cores for all threads. What is assumed of the GPU is
 in `GPUS`. Prints a line per stage and appends a row for each GPU.
 """
 
@@ -30,6 +31,8 @@ from kvtc_vllm.codec.quantizers import REGISTRY
 
 _CAPABILITY = 90
 _WARP = 32
+_HOST_THREADS = 16
+"""Of `deflate_nvcomp.host_threads` on a server."""
 
 
 @dataclass(frozen=True)
@@ -126,11 +129,12 @@ def predict(
     # Inflating runs beside all the rest, except before the first layer group.
     inflate = by_name["inflate"]
     device = by_name["upload"] + inflate / groups + max(work, inflate * (1 - 1 / groups))
-    first = host["load_first_upload_ms"] / 1e3
-    decode = first + max(device, host["load_wall_ms"] / 1e3 - first)
+    first = host["load_first_upload_cpu_ms"] / 1e3
+    decode = first + max(device, host["load_thread_ms"] / 1e3, _on_others(host, "load"))
     encoding = sum(stage.seconds(gpu)[0] for stage in store)
-    launching = (host["store_wall_ms"] - host["store_after_device_ms"]) / 1e3
-    encode = max(encoding, launching) + host["store_after_device_ms"] / 1e3
+    after = host["store_after_device_ms"] / 1e3
+    launching = host["store_thread_ms"] / 1e3 - after
+    encode = max(encoding, launching) + after + _on_others(host, "store")
     for stage in (*load, *store):
         seconds, bound = stage.seconds(gpu)
         print(f"{name} {stage.name:16} {seconds * 1e3:7.3f} ms, bound by {bound}")
@@ -154,6 +158,11 @@ def predict(
         "encode_bound": _largest({"host": encode - encoding, **_of(store, gpu)}),
         "host": host,
     }
+
+
+def _on_others(host: dict[str, Any], way: str) -> float:
+    """Seconds of the work of the host's other threads, on cores of their own."""
+    return float(host[f"{way}_cpu_ms"] - host[f"{way}_thread_ms"]) / 1e3 / _HOST_THREADS
 
 
 def _of(stages: list[Stage], gpu: Gpu) -> dict[str, float]:
