@@ -14,7 +14,6 @@ from typing import Protocol
 
 import torch
 
-
 _SHARE = 4
 """Chunks that a thread takes at a time: handing one over costs as much as a tenth of its work."""
 
