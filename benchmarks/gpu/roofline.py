@@ -3,7 +3,8 @@
     python -m benchmarks.gpu.roofline llama-3.1-8b 16 [--layers 8] [--tokens 8192]
 
 Bytes and floating-point operations are those of the plan, instructions those of the compiled
-kernels, host times are measured here with kernels that do not run. What is assumed of the GPU is
+kernels, host times are measured here with kernels that do not run: CPU time, because a server has
+cores for all threads. What is assumed of the GPU is
 in `GPUS`. Prints a line per stage and appends a row for each GPU.
 """
 
@@ -30,6 +31,8 @@ from kvtc_vllm.codec.quantizers import REGISTRY
 
 _CAPABILITY = 90
 _WARP = 32
+_HOST_THREADS = 16
+"""Of `deflate_nvcomp.host_threads` on a server."""
 
 
 @dataclass(frozen=True)
@@ -92,16 +95,17 @@ def main() -> None:
 
 
 def kernel_instructions(served: ServedCodec) -> dict[str, float]:
-    """Instructions of warps: of a program of gather and scatter, and per code by way and bits."""
+    """Instructions of warps: of a program of gather and scatter, for K and for V, and per code by
+    way and bits."""
     launches = compiled.record(_CAPABILITY)
     blobs = served.store([0, 1])
     served.load([0, 1], blobs)
     found: dict[str, float] = {}
     for code in launches.machine_code():
-        if code.name in ("_gather_kernel", "_scatter_kernel"):
-            # The largest: keys with their rotation. Values cost less.
-            cost = code.instructions * code.threads / _WARP
-            found[code.name] = max(cost, found.get(code.name, 0.0))
+        # Those without a mean are for sinks.
+        if code.constants.get("HAS_MEAN"):
+            tensor = "k" if code.constants["HALF"] else "v"
+            found[f"{code.name} {tensor}"] = code.instructions * code.threads / _WARP
     for (way, bits), cost in instructions_per_code(_CAPABILITY).items():
         found[f"{way} {bits}"] = cost / _WARP
     return found
@@ -125,11 +129,12 @@ def predict(
     # Inflating runs beside all the rest, except before the first layer group.
     inflate = by_name["inflate"]
     device = by_name["upload"] + inflate / groups + max(work, inflate * (1 - 1 / groups))
-    first = host["load_first_upload_ms"] / 1e3
-    decode = first + max(device, host["load_wall_ms"] / 1e3 - first)
+    first = host["load_first_upload_cpu_ms"] / 1e3
+    decode = first + max(device, host["load_thread_ms"] / 1e3, _on_others(host, "load"))
     encoding = sum(stage.seconds(gpu)[0] for stage in store)
-    launching = (host["store_wall_ms"] - host["store_after_device_ms"]) / 1e3
-    encode = max(encoding, launching) + host["store_after_device_ms"] / 1e3
+    after = host["store_after_device_ms"] / 1e3
+    launching = host["store_thread_ms"] / 1e3 - after
+    encode = max(encoding, launching) + after + _on_others(host, "store")
     for stage in (*load, *store):
         seconds, bound = stage.seconds(gpu)
         print(f"{name} {stage.name:16} {seconds * 1e3:7.3f} ms, bound by {bound}")
@@ -153,6 +158,11 @@ def predict(
         "encode_bound": _largest({"host": encode - encoding, **_of(store, gpu)}),
         "host": host,
     }
+
+
+def _on_others(host: dict[str, Any], way: str) -> float:
+    """Seconds of the work of the host's other threads, on cores of their own."""
+    return float(host[f"{way}_cpu_ms"] - host[f"{way}_thread_ms"]) / 1e3 / _HOST_THREADS
 
 
 def _of(stages: list[Stage], gpu: Gpu) -> dict[str, float]:
@@ -187,18 +197,19 @@ def _stages(
                 unpack += tokens * part.size * costs[f"unpack {bits}"]
                 pack += tokens * part.size * costs[f"pack {bits}"]
     rows = elements * codec.row_dtype.itemsize
-    programs = 2 * tokens * shape.layers
+    gathering, scattering = (
+        tokens * shape.layers * (costs[f"{kernel} k"] + costs[f"{kernel} v"])
+        for kernel in ("_gather_kernel", "_scatter_kernel")
+    )
     load = [
         Stage("upload", other=stored / gpu.bus),
         Stage("inflate", other=payload / gpu.inflate),
         Stage("unpack", bytes=payload + 2 * columns, instructions=unpack),
         Stage("decode product", bytes=2 * columns + bases + rows, flops=flops),
-        Stage("scatter", bytes=rows + cache, instructions=programs * costs["_scatter_kernel"]),
+        Stage("scatter", bytes=rows + cache, instructions=scattering),
     ]
     store = [
-        Stage(
-            "gather", bytes=cache + 2 * elements, instructions=programs * costs["_gather_kernel"]
-        ),
+        Stage("gather", bytes=cache + 2 * elements, instructions=gathering),
         Stage("encode product", bytes=2 * elements + bases + 4 * columns, flops=flops),
         Stage("range", bytes=4 * columns),
         Stage("pack", bytes=4 * columns + payload, instructions=pack),

@@ -37,6 +37,7 @@ class MachineCode:
     name: str
     about: str
     """Types and values of its arguments that it was compiled for."""
+    constants: dict[str, Any]
     ptx: str
     registers: int
     stack: int
@@ -136,6 +137,7 @@ def _machine_code(name: str, kernel: Any) -> MachineCode:
     return MachineCode(
         name,
         f"{' '.join(types)} {constants}",
+        constants,
         kernel.asm["ptx"],
         int(usage.group(1)),
         int(usage.group(2)),

@@ -77,48 +77,51 @@ def idle_device() -> NvcompUnitCoder:
 
 
 def measure(case: Case, tokens: int, rounds: int) -> dict[str, Any]:
-    """Milliseconds: wall and CPU time, the longest stretch without another thread."""
+    """Milliseconds: wall time, CPU time of all threads and of the calling one, the longest stretch
+    without another thread."""
     served = ServedCodec(case, tokens, idle_device())
     chunks = range(tokens // CHUNK)
     blobs = served.store(chunks)
     served.load(chunks, blobs)
     found: dict[str, Any] = {"stored_bytes": sum(map(len, blobs))}
     found |= _timed("load", lambda: served.load(chunks, blobs), rounds)
-    found["load_first_upload_ms"] = _until_first_upload(served, chunks, blobs, rounds)
+    wall, cpu = _until_first_upload(served, chunks, blobs, rounds)
+    found |= {"load_first_upload_ms": wall, "load_first_upload_cpu_ms": cpu}
     found |= _timed("store", lambda: served.store(chunks), rounds)
     found["store_after_device_ms"] = _after_device(served, chunks, rounds)
     return found
 
 
 def _after_device(served: ServedCodec, chunks: range, rounds: int) -> float:
-    """From when the sizes of the units are known, so that nothing on the device hides it."""
+    """CPU time of the calling thread from when the sizes of the units are known, so that nothing on
+    the device hides it."""
     names = vars(deflate_nvcomp)
     wait = names["synchronize"]
     known: list[float] = []
-    names["synchronize"] = lambda device: known.append(time.perf_counter())
+    names["synchronize"] = lambda device: known.append(time.thread_time())
     times: list[float] = []
     try:
         for _ in range(rounds):
             known.clear()
             served.store(chunks)
             # Several steps, if there are, overlap with nothing but their own.
-            times.append(time.perf_counter() - known[0])
+            times.append(time.thread_time() - known[0])
     finally:
         names["synchronize"] = wait
     return _best(times)
 
 
 def _timed(name: str, call: Callable[[], object], rounds: int) -> dict[str, float]:
-    wall, cpu = [], []
+    clocks = {"wall": time.perf_counter, "cpu": time.process_time, "thread": time.thread_time}
+    times: dict[str, list[float]] = {clock: [] for clock in clocks}
     for _ in range(rounds):
-        began, used = time.perf_counter(), time.process_time()
+        began = {clock: read() for clock, read in clocks.items()}
         call()
-        wall.append(time.perf_counter() - began)
-        cpu.append(time.process_time() - used)
+        for clock, read in clocks.items():
+            times[clock].append(read() - began[clock])
     held = [_longest_stretch(call) for _ in range(rounds)]
     return {
-        f"{name}_wall_ms": _best(wall),
-        f"{name}_cpu_ms": _best(cpu),
+        **{f"{name}_{clock}_ms": _best(found) for clock, found in times.items()},
         f"{name}_longest_stretch_ms": _best(held),
     }
 
@@ -150,26 +153,31 @@ def _longest_stretch(call: Callable[[], object]) -> float:
     return gaps[0]
 
 
-def _until_first_upload(served: ServedCodec, chunks: range, blobs: list[Any], rounds: int) -> float:
+def _until_first_upload(
+    served: ServedCodec, chunks: range, blobs: list[Any], rounds: int
+) -> tuple[float, float]:
+    """Wall time, and CPU time of all threads."""
     send = uploads.UploadedBlobs.send
-    first: list[float] = []
+    first: list[tuple[float, float]] = []
 
     def noted(self: Any, index: int) -> None:
         if not first:
-            first.append(time.perf_counter())
+            first.append((time.perf_counter(), time.process_time()))
         send(self, index)
 
     uploads.UploadedBlobs.send = noted  # type: ignore[method-assign]
-    times: list[float] = []
+    wall: list[float] = []
+    cpu: list[float] = []
     try:
         for _ in range(rounds):
             first.clear()
-            began = time.perf_counter()
+            began, used = time.perf_counter(), time.process_time()
             served.load(chunks, blobs)
-            times.append(first[0] - began)
+            wall.append(first[0][0] - began)
+            cpu.append(first[0][1] - used)
     finally:
         uploads.UploadedBlobs.send = send  # type: ignore[method-assign]
-    return _best(times)
+    return _best(wall), _best(cpu)
 
 
 def _best(seconds: list[float]) -> float:

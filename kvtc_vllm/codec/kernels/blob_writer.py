@@ -20,6 +20,7 @@ from kvtc_vllm.codec.container import (
 )
 from kvtc_vllm.codec.entropy import UnitList, aligned, unit_lengths
 from kvtc_vllm.codec.errors import CodecError
+from kvtc_vllm.codec.kernels.chunks import shares
 from kvtc_vllm.codec.kernels.deflate_nvcomp import host_threads
 from kvtc_vllm.codec.streams import DeviceThread, synchronize
 
@@ -109,4 +110,7 @@ def write_blobs(
         view[end:] = checksum(view[:end])
         return view
 
-    return list(host_threads().map(write, plans))
+    parts = [plans[part.start : part.stop] for part in shares(len(plans))]
+    return [
+        blob for found in host_threads().map(lambda p: [*map(write, p)], parts) for blob in found
+    ]

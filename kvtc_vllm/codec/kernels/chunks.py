@@ -14,6 +14,9 @@ from typing import Protocol
 
 import torch
 
+_SHARE = 4
+"""Chunks that a thread takes at a time: handing one over costs as much as a tenth of its work."""
+
 
 class StoreChunk(Protocol):
     """A chunk to encode: whole blocks of the paged cache."""
@@ -107,6 +110,12 @@ class RowLayout:
         """Concatenate part(chunk), int64 [coded tokens of the chunk]."""
         parts = [part(index) for index in self.members]
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+
+
+def shares(count: int) -> list[range]:
+    """0 .. count - 1 in parts for threads: a small one to begin with, and then few."""
+    first = [range(min(count, 1))]
+    return first + [range(i, min(i + _SHARE, count)) for i in range(1, count, _SHARE)]
 
 
 def steps(weights: Sequence[int], limit: int) -> list[slice]:

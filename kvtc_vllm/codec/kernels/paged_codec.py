@@ -28,7 +28,7 @@ from kvtc_vllm.codec.errors import CodecError, ContainerError
 from kvtc_vllm.codec.frame import NON_FINITE, SECTION_KIND
 from kvtc_vllm.codec.kernels import decoder, encoder
 from kvtc_vllm.codec.kernels.blob_writer import BlobPlan, write_blobs
-from kvtc_vllm.codec.kernels.chunks import LoadChunk, RowLayout, StoreChunk, steps
+from kvtc_vllm.codec.kernels.chunks import LoadChunk, RowLayout, StoreChunk, shares, steps
 from kvtc_vllm.codec.kernels.decoder import DecodeStep, DecodeWorkspace
 from kvtc_vllm.codec.kernels.deflate_nvcomp import host_threads
 from kvtc_vllm.codec.kernels.encoder import EncodedStep, StagedChunks, encode_rows
@@ -258,7 +258,9 @@ class PagedKvtcCodec(KvtcCodec):
                 uploads.stage(place)
             return info
 
-        return host_threads().map(verify, range(len(chunks)))
+        parts = shares(len(chunks))
+        for found in host_threads().map(lambda places: [*map(verify, places)], parts):
+            yield from found
 
     @property
     def _encode_limit(self) -> int:

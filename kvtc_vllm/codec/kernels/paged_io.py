@@ -13,6 +13,11 @@ from kvtc_vllm.codec.kernels.jit import EXACT, jit
 from kvtc_vllm.codec.kernels.numeric import narrow, storage, storage_type, widen
 from kvtc_vllm.codec.kernels.paged import PagedTensor, Rotation
 
+_WARP_ELEMENTS = 1024
+"""Elements of a token and layer that one warp works on: what is the same for all of them, such as
+finding the page, is then shared by 32 elements of each thread."""
+_MOST_WARPS = 4
+
 
 def gather_rows(
     tensor: PagedTensor,
@@ -75,6 +80,8 @@ def _launch(
     if len(slots) == 0:
         return
     elements = tensor.layer_elements
+    heads = triton.next_power_of_2(tensor.num_heads)
+    tile = heads * triton.next_power_of_2(tensor.head_size)
     for span in rotations:
         table = rows if span.rope is None else storage(span.rope.cos_sin)
         first, end = span.first - first_layer, span.end - first_layer
@@ -100,9 +107,10 @@ def _launch(
             HAS_SCALE=tensor.scales is not None,
             HAS_FLAGS=overflowed is not None,
             ALIGNMENT=tensor.alignment,
-            HEAD_TILE=triton.next_power_of_2(tensor.num_heads),
+            HEAD_TILE=heads,
             PAIR_TILE=triton.next_power_of_2(max(span.half, 1)),
             REST_TILE=triton.next_power_of_2(max(tensor.head_size - 2 * span.half, 1)),
+            num_warps=max(1, min(_MOST_WARPS, tile // _WARP_ELEMENTS)),
             **EXACT,
         )
 

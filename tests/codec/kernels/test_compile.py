@@ -39,7 +39,8 @@ def test_kernels_of_an_8b_model(capability: str, tmp_path: Path) -> None:
 FINDS = """
 import dataclasses
 from benchmarks.gpu.offline import check_kernels, compiled
-good = compiled.MachineCode("_scatter_kernel", "", "mul.rn.f32", 32, 0, 0, {"STG.E.128": 2}, 128)
+stores = {"STG.E.128": 2}
+good = compiled.MachineCode("_scatter_kernel", "", {}, "mul.rn.f32", 32, 0, 0, stores, 128)
 assert check_kernels.inspect(good) == []
 for change in (
     {"local": 8}, {"stack": 16}, {"operations": {"STL": 1}}, {"ptx": "fma.rn.f32 a"},
