@@ -65,17 +65,24 @@ def main() -> None:
         "--artifact", action="append", required=True, metavar="NAME=DIR", help="may be repeated"
     )
     parser.add_argument("--ratios", default="16,32,64", help="target ratios")
+    parser.add_argument(
+        "--way",
+        action="append",
+        choices=[way.name for way in WAYS[1:]],
+        help="beside 16 bits; may be repeated; default: all",
+    )
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/basis-bits.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     ratios = [float(ratio) for ratio in args.ratios.split(",")]
+    ways = [way for way in WAYS if way is SIXTEEN or not args.way or way.name in args.way]
     artifacts: dict[str, RankArtifact] = {}
     sizes: dict[str, int] = {}
     for named in args.artifact:
         name, _, directory = named.partition("=")
         artifact = load_rank_artifact(Path(directory), 0)[0]
-        for way in WAYS:
+        for way in ways:
             key = f"{name}: {way.name}"
             artifacts[key] = rounded(artifact, way)
             sizes[key] = stored_bytes(artifact, ratios, way)
@@ -83,7 +90,9 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     result: dict[str, Any] = {
         "command": "python -m benchmarks.basis_bits --model DIR --data DIR "
-        + " ".join(f"--artifact {named.partition('=')[0]}=ARTIFACT" for named in args.artifact),
+        + " ".join(f"--artifact {named.partition('=')[0]}=ARTIFACT" for named in args.artifact)
+        + f" --ratios {args.ratios}"
+        + "".join(f' --way "{way.name}"' for way in ways if way is not SIXTEEN),
         "model": args.model.name,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} used",
         "versions": {p: version(p) for p in ("kvtc-vllm", "torch", "transformers")},
