@@ -30,7 +30,7 @@ OLD_TESTS := tests/connector/test_contract.py tests/connector/test_restart.py \
 	tests/reliability/test_identity_matrix.py tests/reliability/test_hash_seeds.py \
 	tests/reliability/live/test_weight_updates.py tests/reliability/live/test_adapters.py
 
-.PHONY: help setup setup-old test test-old check soak demo demo-quick serving release reference clean
+.PHONY: help setup setup-old test test-old check soak demo demo-quick serving docs release reference clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -72,6 +72,9 @@ demo-quick: setup  ## the same with a small stand-in model, without a download; 
 
 serving: setup  ## time to first token of a return against recompute; writes build/serving.json
 	$(RUN) benchmarks.serving $(if $(MODEL),--model $(MODEL))
+
+docs: setup  ## the documents as a site in build/site; needs the extra docs
+	$(RUN) tools.site
 
 release: setup  ## sdist and wheel in dist/, checked, and tried without the source tree
 	$(RUN) tools.release
