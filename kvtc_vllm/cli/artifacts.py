@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     if args.model is not None:
         wanted = registry.Wanted(model_identity(args.model), args.tp, args.ratio, args.model)
     places = registry.search_path(args.registry)
-    found = [
+    found: list[dict[str, Any]] = [
         {
             "registry": str(place),
             "artifacts": [
