@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from tools.dashboard import COLUMNS, PANELS, Panel
 
 STEPS = 240
+MOST_LEGENDS = 6
 Series = list[tuple[str, list[tuple[float, float]]]]
 """Legend, and (seconds, value) of each line."""
 
@@ -72,8 +73,9 @@ def draw(axis: Axes, panel: Panel, lines: Series, start: float) -> None:
     axis.set_ylim(bottom=0)
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.3)
-    if axis.get_legend_handles_labels()[1]:
-        axis.legend(fontsize=7)
+    handles, labels = axis.get_legend_handles_labels()
+    if labels:
+        axis.legend(handles[:MOST_LEGENDS], labels[:MOST_LEGENDS], fontsize=7)
 
 
 if __name__ == "__main__":
