@@ -32,7 +32,7 @@ OLD_TESTS := tests/connector/test_contract.py tests/connector/test_restart.py \
 	tests/reliability/live/test_store_policy.py
 
 .PHONY: help setup setup-old test test-old check check-kernels soak demo demo-quick serving \
-	release reference clean
+	docs release reference clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -77,6 +77,9 @@ demo-quick: setup  ## the same with a small stand-in model, without a download; 
 
 serving: setup  ## time to first token of a return against recompute; writes build/serving.json
 	$(RUN) benchmarks.serving $(if $(MODEL),--model $(MODEL))
+
+docs: setup  ## the documents as a site in build/site; needs the extra docs
+	$(RUN) tools.site
 
 release: setup  ## sdist and wheel in dist/, checked, and tried without the source tree
 	$(RUN) tools.release

@@ -30,6 +30,7 @@ from kvtc_vllm.load_test.trace import TraceForm, read_trace
 from kvtc_vllm.load_test.traffic import Traffic, conversations
 
 PROGRESS_SECONDS = 2.0
+PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 TRAFFIC_HELP = {
     "conversations": "conversations in all",
     "turns": "questions per conversation",
@@ -96,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.clients < 1:
         raise LoadTestError(f"--clients is {args.clients}, 1 or more is right")
+    _check_files(args)
     said, traffic = _conversations(args)
     servers = [
         Server(
@@ -122,6 +124,15 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(table(result))
     return 1 if any(server["failed"] for server in result["servers"]) else 0
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """Before the load, not after it. Raises LoadTestError."""
+    for option, path in (("--out", args.out), ("--plot", args.plot)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise LoadTestError(f"{option} {path}: there is no directory {path.absolute().parent}")
+    if args.plot is not None and args.plot.suffix.lower() not in PLOT_SUFFIXES:
+        raise LoadTestError(f"--plot {args.plot}: its name must end in {', '.join(PLOT_SUFFIXES)}")
 
 
 def _conversations(args: argparse.Namespace) -> tuple[list[Conversation], dict[str, object]]:

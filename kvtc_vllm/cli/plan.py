@@ -5,7 +5,8 @@
 
 Traffic is described as for `kvtc bench`. Hit rates are those of LRU in the long run, by Che's
 approximation; --simulate holds the finite traffic of `kvtc bench` with the same seed instead, cold
-caches included. RATIO is the real one, as measured, not the target.
+caches included, also with many engines before one remote storage. RATIO is the real one, as
+measured, not the target.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ import msgspec
 from kvtc_vllm.cli.bench import add_traffic_arguments, traffic_of
 from kvtc_vllm.cli.facts import print_facts
 from kvtc_vllm.config import parse_bytes
+from kvtc_vllm.load_test.traffic import Traffic
 from kvtc_vllm.planning.errors import PlanError
 from kvtc_vllm.planning.lookups import Rules
 from kvtc_vllm.planning.model_shape import kv_bytes_per_token
-from kvtc_vllm.planning.plan import Hardware, plan
-from kvtc_vllm.planning.simulation import Service, simulate
+from kvtc_vllm.planning.plan import Hardware, Plan, plan
+from kvtc_vllm.planning.simulation import Fleet, Service, simulate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_traffic_arguments(parser)
     parser.add_argument("--simulate", action="store_true", help="the finite traffic, cold caches")
+    fleet = parser.add_argument_group(
+        "fleet, with --simulate; users and traffic are of all engines"
+    )
+    fleet.add_argument("--engines", type=int, default=1, help="each with tiers of its own")
+    fleet.add_argument("--remote", default="0", help="storage behind all of them, as with LMCache")
+    fleet.add_argument(
+        "--scatter", action="store_true", help="turns go to any engine, not to one per conversation"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of YAML")
 
 
@@ -76,18 +86,31 @@ def run(args: argparse.Namespace) -> int:
     found = plan(traffic, rules, hardware, args.clients, args.ratio)
     described: dict[str, Any] = msgspec.to_builtins(found)
     if args.simulate:
-        names = list(found.tiers)
-        service = Service(args.prefill_rate, args.decode_rate)
-        capacities = [found.tiers[name].capacity_tokens for name in names]
-        counted = simulate(traffic, rules, service, args.clients, capacities)
-        described = {
-            "prompt_tokens": counted.prompt_tokens,
-            "hit_tokens": dict(zip(names, counted.hit_tokens, strict=True)),
-            "hit_rate": counted.hit_rate,
-            "turns_per_second": counted.turns / counted.seconds,
-        }
+        described = _simulated(args, traffic, rules, found)
+    elif args.engines != 1:
+        raise PlanError(f"--engines is {args.engines}: more than one needs --simulate")
     print_facts(described if args.json else _rounded(described), args.json)
     return 0
+
+
+def _simulated(
+    args: argparse.Namespace, traffic: Traffic, rules: Rules, planned: Plan
+) -> dict[str, Any]:
+    if args.engines < 1:
+        raise PlanError(f"--engines is {args.engines}, 1 or more is right")
+    per_token = planned.stored_bytes_per_token
+    fleet = Fleet(args.engines, parse_bytes("--remote", args.remote) / per_token, args.scatter)
+    service = Service(args.prefill_rate, args.decode_rate)
+    capacities = [tier.capacity_tokens for tier in planned.tiers.values()]
+    counted = simulate(traffic, rules, service, args.clients, capacities, fleet=fleet)
+    names = [*planned.tiers, "remote"]
+    return {
+        "prompt_tokens": counted.prompt_tokens,
+        "hit_tokens": dict(zip(names, counted.hit_tokens, strict=True)),
+        "hit_rate": counted.hit_rate,
+        "turns_per_second": counted.turns / counted.seconds,
+        "remote_bytes_per_second": counted.hit_tokens[-1] * per_token / counted.seconds,
+    }
 
 
 def _rounded(value: Any) -> Any:

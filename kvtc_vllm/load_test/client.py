@@ -102,7 +102,10 @@ class Server:
 
     async def metrics(self) -> Samples:
         """The server's metrics now. Raises LoadTestError if it has no such page."""
-        return parse(await self._get("/metrics"))
+        try:
+            return parse(await self._get("/metrics"))
+        except LoadTestError as error:
+            raise LoadTestError(f"{error}; --no-metrics does without") from error
 
     async def _only_model(self) -> str:
         page = await self._get("/v1/models")

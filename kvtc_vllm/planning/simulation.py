@@ -1,18 +1,20 @@
 """The same traffic through LRU caches, chunk by chunk: what `kvtc bench` would meet.
 
-Users think, ask and wait. Prompts are computed one after the other, answers side by side. Caches
-are inclusive, as vLLM's own is of the tiers behind it: each sees every prompt.
+Users think, ask and wait. An engine computes prompts one after the other, answers side by side.
+Caches are inclusive, as vLLM's own is of the tiers behind it: each sees every prompt. A fleet is
+many engines before one remote storage, as with LMCache.
 """
 
 from __future__ import annotations
 
 import heapq
+import random
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from kvtc_vllm.load_test.traffic import Script, Traffic, scripts
-from kvtc_vllm.planning.lookups import Rules, lengths
+from kvtc_vllm.planning.lookups import Lengths, Rules, lengths
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,18 @@ class LruTokens:
             self._chunks.popitem(last=False)
 
 
+@dataclass(frozen=True)
+class Fleet:
+    """engines: each with caches of its own. remote_tokens: of the storage behind all of them.
+
+    scatter: every turn goes to an engine by lot; otherwise a conversation stays with one.
+    """
+
+    engines: int = 1
+    remote_tokens: float = 0.0
+    scatter: bool = False
+
+
 def simulate(
     traffic: Traffic,
     rules: Rules,
@@ -71,30 +85,34 @@ def simulate(
     clients: int,
     capacities: Sequence[float],
     skip: int = 0,
+    fleet: Fleet = Fleet(),
 ) -> Simulated:
     """Hold all conversations with so many users.
 
-    capacities: tokens, from the first cache to the last. skip: conversations at the start that
-    warm the caches and are not counted.
+    capacities: tokens, from an engine's first cache to its last. skip: conversations at the start
+    that warm the caches and are not counted. In the result the remote storage is the last cache.
     """
-    caches = [LruTokens(capacity, rules.chunk_tokens) for capacity in capacities]
-    result = Simulated(hit_tokens=[0] * len(caches))
+    chunk = rules.chunk_tokens
+    own = [[LruTokens(size, chunk) for size in capacities] for _ in range(fleet.engines)]
+    remote = LruTokens(fleet.remote_tokens, chunk)
+    result = Simulated(hit_tokens=[0] * (len(capacities) + 1))
     length = lengths(traffic, rules)
     users = _Users(traffic, clients)
-    free = 0.0
+    lot = random.Random(traffic.seed)
+    free = [0.0] * fleet.engines
     for now, number, turn, script in users:
+        engine = lot.randrange(fleet.engines) if fleet.scatter else number % fleet.engines
         prompt = length.prompts[turn]
-        chunks = _chunks(traffic, script, number, length.stored[turn], rules)
-        asked = chunks[: prompt // rules.chunk_tokens]
+        chunks = _chunks(traffic, script, number, length, length.stored[turn] // chunk, chunk)
+        asked = chunks[: prompt // chunk]
         best, served = 0, []
-        for cache in caches:
-            found = rules.reusable(cache.found(asked) * rules.chunk_tokens, prompt)
+        for cache in (*own[engine], remote):
+            found = rules.reusable(cache.found(asked) * chunk, prompt)
             served.append(max(0, found - best))
             best = max(best, found)
-        for cache in caches:
             cache.use(chunks)
-        free = max(free, now) + (prompt - best) / service.prefill_rate
-        end = free + traffic.answer_tokens / service.decode_rate
+        free[engine] = max(free[engine], now) + (prompt - best) / service.prefill_rate
+        end = free[engine] + traffic.answer_tokens / service.decode_rate
         users.answered(number, turn, script, end)
         result.seconds = max(result.seconds, end)
         if number >= skip:
@@ -132,13 +150,12 @@ class _Users:
 
 
 def _chunks(
-    traffic: Traffic, script: Script, number: int, tokens: int, rules: Rules
+    traffic: Traffic, script: Script, number: int, length: Lengths, count: int, chunk_tokens: int
 ) -> list[Hashable]:
-    """Names of the whole chunks of a prefix: equal where the prefixes are."""
-    length = lengths(traffic, rules)
+    """Names of the first `count` chunks of a prefix: equal where the prefixes are."""
     found: list[Hashable] = []
-    for index in range(tokens // rules.chunk_tokens):
-        end = (index + 1) * rules.chunk_tokens
+    for index in range(count):
+        end = (index + 1) * chunk_tokens
         if end <= length.prefix:
             found.append(("prefix", script.prefix, index))
         elif end <= length.document and traffic.documents:

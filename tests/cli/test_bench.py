@@ -36,6 +36,9 @@ def test_the_command_writes_table_json_and_plot(
         (["http://a", "http://b", "http://c"], "3 servers are named"),
         (["http://a", "--clients", "0"], "--clients is 0"),
         (["http://a", "--turns", "0"], "turns is 0"),
+        (["http://a", "--out", "gone/r.json"], "there is no directory"),
+        (["http://a", "--plot", "r.txt"], "must end in .png"),
+        (["http://a", "--trace", "gone.jsonl"], "cannot be read"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -44,3 +47,14 @@ def test_bad_input_is_one_line(
     assert main(["bench", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line
+
+
+def test_a_server_without_metrics_is_told_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    fake = FakeServer()
+    fake.metrics.clear()
+    small = ["--conversations", "1", "--turns", "1", "--think-seconds", "0"]
+    with in_a_thread(fake) as url:
+        assert main(["bench", url, *small]) == 2
+        assert "holds no metric in Prometheus' text format; --no-metrics" in capsys.readouterr().err
+        assert main(["bench", url, *small, "--no-metrics"]) == 0
+    assert "share of hits" not in capsys.readouterr().out

@@ -73,7 +73,26 @@ def test_the_simulation_is_of_the_finite_traffic(capsys: pytest.CaptureFixture[s
     found = planned(capsys, "--simulate", "--conversations", "1", "--turns", "2")
     # The document and two turns of it: whole chunks of what was stored, once.
     assert found["prompt_tokens"] == (1024 + 32) + (1024 + 32 + 64 + 32)
-    assert found["hit_tokens"] == {"gpu": 0, "memory": 1024}
+    assert found["hit_tokens"] == {"gpu": 0, "memory": 1024, "remote": 0}
+
+
+def test_a_fleet_finds_in_the_remote_storage_what_another_engine_computed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    many = [
+        "--simulate",
+        "--engines",
+        "50",
+        "--conversations",
+        "60",
+        "--clients",
+        "20",
+        "--scatter",
+    ]
+    alone = planned(capsys, *many)
+    behind = planned(capsys, *many, "--remote", "1GB")
+    assert alone["hit_rate"] < 0.1 < behind["hit_rate"]  # type: ignore[operator]
+    assert behind["remote_bytes_per_second"] > 0 == alone["remote_bytes_per_second"]  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(
@@ -84,6 +103,8 @@ def test_the_simulation_is_of_the_finite_traffic(capsys: pytest.CaptureFixture[s
         (["--kv-bytes-per-token", "9", "--clients", "0"], "clients is 0"),
         (["--kv-bytes-per-token", "9", "--memory", "lots"], "is not a size"),
         (["--kv-bytes-per-token", "9", "--chunk-tokens", "0"], "--chunk-tokens must be"),
+        (["--kv-bytes-per-token", "9", "--engines", "3"], "needs --simulate"),
+        (["--kv-bytes-per-token", "9", "--engines", "0", "--simulate"], "--engines is 0"),
         (["--model", "gone"], "gone"),
     ],
 )

@@ -11,7 +11,7 @@ from kvtc_vllm.load_test.traffic import Traffic, zipf_weights
 from kvtc_vllm.planning.che import Pace, steady
 from kvtc_vllm.planning.lookups import Rules, lengths
 from kvtc_vllm.planning.plan import Hardware, plan
-from kvtc_vllm.planning.simulation import LruTokens, Service, simulate
+from kvtc_vllm.planning.simulation import Fleet, LruTokens, Service, simulate
 
 ALL = Rules(chunk_tokens=16, recent_window=0)
 
@@ -89,10 +89,10 @@ def test_the_simulation_counts_what_a_list_of_chunks_counts() -> None:
     )
     found = simulate(traffic, ALL, Service(1e9, 1e9), 1, [10_000])
     assert found.prompt_tokens == 4 * 112
-    assert found.hit_tokens == [3 * 32]
+    assert found.hit_tokens == [3 * 32, 0]
     # Two caches: the first serves what it has, the second only what lies beyond.
     both = simulate(traffic, ALL, Service(1e9, 1e9), 1, [16, 10_000])
-    assert both.hit_tokens == [3 * 16, 3 * 16]
+    assert both.hit_tokens == [3 * 16, 3 * 16, 0]
 
 
 def test_the_tail_of_a_prefix_is_evicted_first() -> None:
@@ -126,3 +126,17 @@ def test_more_capacity_never_lowers_the_hit_rate() -> None:
     rates = [steady(traffic, Rules(), pace, 2.0**n).hit_rate for n in range(8, 24)]
     assert rates == sorted(rates)
     assert rates[0] < 0.1 < 0.6 < rates[-1]
+
+
+def test_a_fleet_whose_conversations_stay_is_so_many_single_engines() -> None:
+    """With a storage that holds all, scattering costs nothing; without one, nearly everything."""
+    traffic = Traffic(conversations=400, turns=4, prefix_tokens=0, think_seconds=1)
+    service, room = Service(1e6, 50), [1e9]
+    single = simulate(traffic, Rules(), service, 40, room).hit_rate
+    fleet = Fleet(engines=100)
+    assert simulate(traffic, Rules(), service, 40, room, fleet=fleet).hit_rate == single
+    apart = simulate(traffic, Rules(), service, 40, room, fleet=Fleet(100, scatter=True))
+    assert apart.hit_rate < 0.05
+    behind = simulate(traffic, Rules(), service, 40, room, fleet=Fleet(100, 1e9, scatter=True))
+    assert behind.hit_rate == single
+    assert behind.hit_tokens[-1] > 0.9 * sum(behind.hit_tokens)
