@@ -195,6 +195,23 @@ def test_columns_are_kept_while_they_are_worth_their_bits() -> None:
     assert plan.expected_error == pytest.approx(float(error / energy), rel=1e-3)
 
 
+def test_sinks_have_columns_of_their_own() -> None:
+    """As many as finer steps need; few sinks have none."""
+    drawn = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
+    sample = Sample(drawn * torch.logspace(1, -1.5, 64), 0.0, 64)
+    marks = torch.arange(4096) % 20 == 0
+    plan = make_step_plan(sample, marks, 1.0, StepSettings(sink_gain=4.0))
+    assert plan.beyond is not None
+    assert plan.rank < plan.beyond.rank + plan.rank == plan.total_rank <= 64
+    assert plan.beyond.expected_error == plan.expected_error
+    sinks = sample.coefficients[marks] * plan.sink_gain
+    own = sinks[:, plan.rank : plan.total_rank]
+    error = (own - plan.beyond.restore(plan.beyond.quantise(own))).square().sum()
+    assert float(error) < 0.3 * float(own.square().sum())
+    few = torch.arange(4096) % 1000 == 0
+    assert make_step_plan(sample, few, 1.0, StepSettings()).beyond is None
+
+
 def test_rounding_by_price_saves_bits_that_are_worth_more_than_their_error() -> None:
     """Against plain rounding with the same step: error goes up by less than the bits' price."""
     drawn = torch.randn(8192, 8, generator=torch.Generator().manual_seed(1)) * 0.6

@@ -7,16 +7,17 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from kvtc_vllm.codec.base import NewChunk
 from kvtc_vllm.codec.container import (
     CHECKSUM_BYTES,
     SectionKind,
     checksum,
     parse,
 )
-from kvtc_vllm.codec.errors import ContainerError
+from kvtc_vllm.codec.errors import CodecError, ContainerError
 from kvtc_vllm.codec.frame import TransformCodec
 from kvtc_vllm.codec.marks import marks_length, pack_marks, unpack_marks
-from kvtc_vllm.codec.registry import open_codec
+from kvtc_vllm.codec.registry import max_blob_bytes, open_codec
 from kvtc_vllm.codec.sink_rule import SinkRule
 from tests.codec.synthetic import SyntheticModel
 from tests.codec.v2.made_up import step_artifact
@@ -139,3 +140,30 @@ def test_blobs_with_and_without_marks_are_apart(fast: bool) -> None:
         with pytest.raises(ContainerError) as caught:
             codec_of(fast, reader).decode(blob)
         assert caught.value.reason == "geometry"
+
+
+@WAYS
+def test_sizes_are_bounded_with_marks(fast: bool) -> None:
+    """Of chunks that are twice as large as usual, and more; a codec may refuse them."""
+    codec = codec_of(fast)
+    kept = 0
+    for tokens in (1, 9, 128):
+        bound = max_blob_bytes(
+            "kvtc2",
+            torch.bfloat16,
+            tokens,
+            geometry=MODEL.geometry,
+            sink_tokens=4,
+            ratio=codec.ratio,
+        )
+        assert codec.max_blob_bytes(tokens) <= bound
+        for start in (0, 256):
+            k, v = chunk_with_sinks(tokens, start, [tokens - 1])
+            for louder in (1, 2, 4, 8):
+                (made,) = codec.encode_many([NewChunk(louder * k, louder * v, start)])
+                if isinstance(made, CodecError):
+                    assert made.reason == "size"
+                else:
+                    kept += 1
+                    assert len(made) <= codec.max_blob_bytes(tokens)
+    assert kept >= 6
