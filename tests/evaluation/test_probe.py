@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
@@ -28,9 +32,12 @@ from kvtc_vllm.evaluation.probe import (
     marked,
     probe_prefix,
 )
-from kvtc_vllm.evaluation.processes.run_probe import Effect, ProbeOutcome
+from kvtc_vllm.evaluation.processes import run_probe
+from kvtc_vllm.evaluation.processes.run_probe import Effect, ProbeJob, ProbeOutcome
+from kvtc_vllm.evaluation.replay import two_passes
 from kvtc_vllm.evaluation.replay.connector import CodecOverride
 from kvtc_vllm.evaluation.replay.noise import TALLY, Noise, NoiseCodec
+from kvtc_vllm.evaluation.replay.round_trips import TURN
 
 GEOMETRY = Geometry(3, 2, 16, 16, ((0, 3),))
 NOISE = Noise(kind="v", layer=1, deviation=0.5, sink_tokens=4)
@@ -98,6 +105,42 @@ def test_a_noise_travels_in_a_configuration() -> None:
     trips = {"v1": {"noise": msgspec.to_builtins(noise)}}
     wanted = msgspec.convert({"round_trips": trips}, CodecOverride)
     assert wanted.round_trips["v1"].noise == noise
+
+
+def test_every_noise_has_its_turn_in_every_batch(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The passes are replaced; what is left adds up their divergence and the noise's energy."""
+    costs = {None: 0.25, "k0": 1.0, "v0": 3.0}
+    turns: list[str | None] = []
+
+    def replayed(engine: object, task: str, context: int, batch: list, *_: object) -> Iterator[Any]:
+        turns.append(TURN.method)
+        if TURN.method is not None:
+            TALLY.count(b"chunk", 8.0, 100)
+        yield from (SimpleNamespace(kl=costs[TURN.method]) for _ in batch)
+
+    monkeypatch.setattr(run_probe, "exact_pass", lambda *_: contextlib.nullcontext({}))
+    monkeypatch.setattr(run_probe, "replay_pass", replayed)
+    monkeypatch.setattr(run_probe, "replay_engine", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(two_passes, "BATCH", 2)
+    job = ProbeJob(
+        model="m",
+        documents=[list(range(140))] * 3,
+        prefix_tokens=128,
+        noises={
+            "k0": msgspec.structs.replace(NOISE, kind="k", layer=0),
+            "v0": msgspec.structs.replace(NOISE, layer=0),
+        },
+        engine={},
+        out="",
+    )
+    found = run_probe.run(job)
+    TURN.begin(None)
+    assert turns == [None, "k0", "v0"] * 2
+    assert found.floor == pytest.approx(3 * 0.25)
+    assert found.effects["k0"] == Effect(kl=3.0, energy=16.0, tokens=200)
+    assert found.effects["v0"] == Effect(kl=9.0, energy=16.0, tokens=200)
 
 
 PLACES = [Place(kind, layer, o) for o in (False, True) for kind in KINDS for layer in range(2)]
