@@ -4,7 +4,8 @@
 
 Half are damaged and left so: every one must be refused. Half are resealed with a valid
 checksum: the bounds checks behind it must refuse them or decode them, without another exception,
-in less than 2 s of processor time each and, on a sample, within 1 MiB beyond the blob. Prints a dictionary.
+in less than 2 s of processor time each and, on a sample, within 1 MiB beyond the blob. Prints a
+dictionary.
 """
 
 from __future__ import annotations
