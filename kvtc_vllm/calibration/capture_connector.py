@@ -72,7 +72,7 @@ class KVTCCaptureConnector(KVConnectorBase_V1, SupportsHMA):
         self._directory = Path(extra["spool"])
         self._seed = int(extra.get("seed", 0))
         self._sinks = int(extra.get("sink_tokens", 4))
-        geometry = read_geometry(vllm_config, kv_cache_config)
+        geometry = read_geometry(vllm_config, kv_cache_config, False)
         # States are not coded.
         self._groups, self._tp_size = geometry.coded_groups, geometry.tp_size
         self._geometry = geometry

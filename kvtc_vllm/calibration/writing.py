@@ -97,6 +97,8 @@ def write_artifact(
     `overwrite` is set.
     """
 
+    _check(fits, probes)
+
     def fill(temporary: Path) -> str:
         return artifact_name(_fill(temporary, description, fits, probes))
 
@@ -112,6 +114,8 @@ def write_groups(
     overwrite: bool = False,
 ) -> Path:
     """As `write_artifact`, for a model with several cache groups. Raises what it does."""
+    for part in groups:
+        _check(part.fits, part.probes)
     cards = tuple(part.group for part in groups)
 
     def fill(temporary: Path) -> str:
@@ -151,14 +155,8 @@ def _write(
     return final
 
 
-def _fill(
-    directory: Path,
-    description: Description,
-    fits: Sequence[RankFit],
-    probes: Sequence[Probe],
-    groups: tuple[CacheGroupCard, ...] = (),
-) -> ArtifactCard:
-    """Rank files, report and card of one cache group; returns the card."""
+def _check(fits: Sequence[RankFit], probes: Sequence[Probe]) -> None:
+    """Raise ArtifactError unless all ranks may be written, and together."""
     if not fits or len(fits) != len(probes):
         raise ArtifactError(f"{len(fits)} fitted ranks and {len(probes)} probes; one each is right")
     for rank, fit in enumerate(fits):
@@ -167,6 +165,16 @@ def _fill(
             raise ArtifactError(f"rank {rank}: geometry differs from that of rank 0")
         if fit.artifact.ratios() != fits[0].artifact.ratios():
             raise ArtifactError(f"rank {rank}: ratios differ from those of rank 0")
+
+
+def _fill(
+    directory: Path,
+    description: Description,
+    fits: Sequence[RankFit],
+    probes: Sequence[Probe],
+    groups: tuple[CacheGroupCard, ...] = (),
+) -> ArtifactCard:
+    """Rank files, report and card of one cache group; returns the card."""
     sizes: dict[str, int] = {}
     checksums: dict[str, str] = {}
     for rank, (fit, probe) in enumerate(zip(fits, probes, strict=True)):

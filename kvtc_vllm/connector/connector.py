@@ -33,7 +33,7 @@ from kvtc_vllm.connector.compat import (
     source_of_hits,
     vllm_version,
 )
-from kvtc_vllm.connector.geometry import check_states, read_geometry
+from kvtc_vllm.connector.geometry import read_geometry
 from kvtc_vllm.connector.messages import DiskInventory, ReportMessage, StepMessage
 from kvtc_vllm.connector.metrics import KVTCPromMetrics, KVTCStats
 from kvtc_vllm.connector.startup import CodecFactory, build_worker
@@ -74,7 +74,6 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
             algorithm = str(vllm_config.cache_config.prefix_caching_hash_algo)
             check_stable_hashes(version, algorithm)
         self._geometry = read_geometry(vllm_config, kv_cache_config)
-        check_states(kv_cache_config)
         if "chunk_tokens" not in transfer.kv_connector_extra_config:
             self._config = with_whole_blocks(self._config, self._geometry)
         # Both sides check, so that the worker, made first, fails before it loads an artifact.

@@ -28,10 +28,17 @@ REACHES: dict[str, Callable[[Any], Reach]] = {
 MLA's latents, fixed sinks."""
 
 
-def read_geometry(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> CacheGeometry:
-    """Describe the cache, or raise UnsupportedError with one clear sentence."""
+def read_geometry(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, resumes: bool = True
+) -> CacheGeometry:
+    """Describe the cache, or raise UnsupportedError with one clear sentence.
+
+    resumes: whether requests are to go on behind stored prefixes.
+    """
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
     _check_kinds(specs)
+    if resumes:
+        _check_states(specs)
     parallel = vllm_config.parallel_config
     for name in (
         "pipeline_parallel_size",
@@ -134,10 +141,10 @@ def _state_bytes(spec: Any) -> int:
     return int(sum(sizes))
 
 
-def check_states(kv_cache_config: KVCacheConfig) -> None:
+def _check_states(specs: Sequence[Any]) -> None:
     """Raise UnsupportedError if vLLM keeps states nowhere but at the end of a request."""
-    for group in kv_cache_config.kv_cache_groups:
-        mode = getattr(group.kv_cache_spec, "mamba_cache_mode", "align")
+    for spec in specs:
+        mode = getattr(spec, "mamba_cache_mode", "align")
         if mode != "align":
             raise UnsupportedError(
                 f"the model's recurrent layers keep states in mode {mode!r}, where no prefix can "

@@ -17,7 +17,7 @@ from kvtc_vllm.config import ConfigError, load_config
 from kvtc_vllm.connector import geometry
 from kvtc_vllm.connector.artifact_lookup import group_cards
 from kvtc_vllm.connector.compat import UnsupportedError
-from kvtc_vllm.connector.geometry import check_states, read_geometry
+from kvtc_vllm.connector.geometry import read_geometry
 from kvtc_vllm.connector.layout import paged_layouts
 from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup, check_chunks
 from kvtc_vllm.offload.reach import FULL, ChunkedLocal, LastState, SlidingWindow
@@ -169,9 +169,8 @@ def test_states_have_bytes_and_no_heads() -> None:
 def test_states_without_prefix_caching_are_refused() -> None:
     """Then vLLM keeps one state per request, at its end."""
     spec = specs.MambaSpec(block_size=64, shapes=((4, 4),), dtypes=(torch.float32,))
-    config = SimpleNamespace(kv_cache_groups=[specs.KVCacheGroupSpec(["layers.0"], spec)])
     with pytest.raises(UnsupportedError, match=r"in mode 'none'.*--enable-prefix-caching"):
-        check_states(config)
+        read((spec, [0]))
 
 
 def test_speculative_decoding_is_refused_for_windows_only() -> None:
