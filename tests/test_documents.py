@@ -125,6 +125,9 @@ def test_every_divergence_in_the_page_on_quality_is_in_a_result() -> None:
     fusion = json.loads((ROOT / "benchmarks/results/joint_fusion.json").read_text())["rows"]
     known = set(re.findall(r"\d\.\d{4}\b", results)) | {f"{r['value']:.4f}" for r in turns}
     known |= {f"{value:.4f}" for r in fusion for value in (r["kl"], *r["interval"])}
+    for row in json.loads((ROOT / "benchmarks/results/basis-bits.json").read_text())["rows"]:
+        figures = (row["kl"], row["change"], *row["change_interval"])
+        known |= {f"{abs(figure):.4f}" for figure in figures}
     quoted = set(re.findall(r"\d\.\d{4}\b", (ROOT / "docs" / "quality.md").read_text()))
     assert len(quoted) > 100
     # A share in percent has no such form; 0.0001 as "below 0.0001" is a bound, not a figure.
