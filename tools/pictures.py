@@ -70,7 +70,7 @@ def draw(axis: Axes, panel: Panel, lines: Series, start: float) -> None:
     axis.set_title(panel.title, fontsize=10)
     axis.set_ylabel(panel.unit, fontsize=8)
     axis.set_xlabel("minutes", fontsize=8)
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.3)
     handles, labels = axis.get_legend_handles_labels()

@@ -1,9 +1,10 @@
-"""The simulation against what the demo measured: real chats, one real engine per run."""
+"""The simulation against what was measured on real engines: by the demo, and by `kvtc bench`."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -12,9 +13,9 @@ from kvtc_vllm.load_test.traffic import Traffic
 from kvtc_vllm.planning.lookups import Rules
 from kvtc_vllm.planning.simulation import Service, simulate
 
-REPORT = json.loads(
-    (Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "demo.json").read_text()
-)
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+REPORT = json.loads((RESULTS / "demo.json").read_text())
+LOAD = json.loads((RESULTS / "load_test.json").read_text())
 TURNS = 3
 KV_BYTES_PER_TOKEN = 2 * 30 * 3 * 64 * 2
 """SmolLM2-135M: K and V, 30 layers, 3 heads of 64, bfloat16."""
@@ -41,3 +42,34 @@ def test_tokens_that_the_demo_reloaded_are_predicted(name: str) -> None:
     found = simulate(traffic, Rules(), Service(500, 20), chats, [capacity])
     measured = run["reloaded_tokens"] / run["prompt_tokens"]
     assert found.hit_rate == pytest.approx(measured, rel=0.2, abs=0.02)
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["raw", "kvtc-16x"])
+def test_hits_that_a_load_test_met_are_predicted(place: int) -> None:
+    """By the same traffic, with the engine's own rates and sizes. Both of its caches alike."""
+    traffic, engine, server = Traffic(**LOAD["traffic"]), LOAD["engine"], LOAD["servers"][place]
+    rows = [r for r in LOAD["requests"] if r["server"] == place and not r["turn"]]
+    prompt = median(row["prompt_tokens"] for row in rows)
+    words = traffic.prefix_tokens + traffic.document_tokens + traffic.question_tokens
+    # A first prompt has two messages.
+    rules = Rules(template_tokens=round((prompt - words) / 2))
+    prefill = median(1e3 * row["prompt_tokens"] / row["ttft_ms"] for row in rows)
+    service = Service(prefill, 1e3 / server["median_itl_ms"])
+    metrics = server["metrics"]
+    memory = engine["memory_bytes"] * metrics["kvtc_ratio"] / engine["kv_bytes_per_token"]
+    capacities = [engine["gpu_cache_tokens"], memory]
+    found = simulate(traffic, rules, service, LOAD["clients"], capacities)
+    assert found.prompt_tokens == pytest.approx(metrics["prompt_tokens"], rel=0.02)
+    assert found.hit_rate == pytest.approx(metrics["hit_rate"], rel=0.2)
+    gpu, tier, _ = found.hit_tokens
+    assert gpu == pytest.approx(metrics["gpu_hit_tokens"], rel=0.2)
+    assert tier == pytest.approx(metrics["tier_hit_tokens"], rel=0.2)
+
+
+def test_the_page_shows_the_measured_figures() -> None:
+    page = (RESULTS.parents[1] / "docs" / "operations.md").read_text()
+    raw, kvtc = (server["metrics"] for server in LOAD["servers"])
+    assert f"| {100 * raw['hit_rate']:.1f} % | {100 * kvtc['hit_rate']:.1f} % |" in page
+    assert f"| {raw['kvtc_ratio']:.2f} | {kvtc['kvtc_ratio']:.2f} |" in page
+    ratio, low, high = LOAD["paired"]["ttft_ratio"]
+    assert f"{ratio:.2f}, with an interval from {low:.2f} to {high:.2f}" in page
