@@ -111,6 +111,7 @@ def cache_groups(llm: Any) -> int:
 def records(llm: Any, group: int) -> int:
     """Ready or pending records of a cache group in the scheduler's index."""
     index = llm.llm_engine.engine_core.engine_core.scheduler.connector._scheduler.index
-    plain = min(len(key) for key in index._entries)
+    keys = [*index._ready, *index._pending]
+    plain = min(map(len, keys))
     suffix = {bytes((group,))} if group else {b""}
-    return sum(key[plain:] in suffix for key in index._entries)
+    return sum(key[plain:] in suffix for key in keys)
