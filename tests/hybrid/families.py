@@ -121,7 +121,9 @@ STATES: dict[str, Callable[[], Any]] = {
         layer_types=["linear_attention"] * 3 + [FULL],
     ),
     # Short convolutions.
-    "lfm2": _configuration("Lfm2Config", layer_types=["conv"] * 3 + [FULL], conv_L_cache=3),
+    "lfm2": _configuration(
+        "Lfm2Config", layer_types=["conv"] * 3 + [FULL], conv_L_cache=3, head_dim=32
+    ),
 }
 """Families with recurrent layers."""
 

@@ -22,7 +22,7 @@ from tests.hybrid.running import (
 
 pytestmark = pytest.mark.vllm
 
-SAME, DIFFERENT = 1e-5, 1e-2
+SAME, DIFFERENT = 1e-5, 1e-4
 OPTIONS: dict[str, dict[str, Any]] = {
     "qwen3next": {"dtype": "bfloat16"},
 }
@@ -37,7 +37,8 @@ def boundary(llm: Any) -> int:
 
 @pytest.mark.parametrize("family", STATES)
 def test_a_reload_equals_a_prefix_hit(family: str, family_model: Callable[[str], Path]) -> None:
-    options = {"max_num_batched_tokens": 256, "max_model_len": 2048}
+    # The CPU build keeps no states inside a step, so a step is at most a block.
+    options = {"max_num_batched_tokens": 256, "block_size": 256, "max_model_len": 2048}
     options |= {"enable_prefix_caching": True, **OPTIONS.get(family, {})}
     with start(family_model(family), RAW, **options) as llm:
         length = boundary(llm)
