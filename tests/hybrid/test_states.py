@@ -29,6 +29,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 """What vLLM's CPU build needs besides."""
 
 
+def each(llm: Any, texts: list[list[int]]) -> list[Any]:
+    """Answers one by one: amplified models round differently in batches of another size."""
+    return [answer for text in texts for answer in ask(llm, [text])]
+
+
 def boundary(llm: Any) -> int:
     """Tokens per chunk, which follow vLLM's blocks."""
     core = llm.llm_engine.engine_core.engine_core
@@ -43,20 +48,20 @@ def test_a_reload_equals_a_prefix_hit(family: str, family_model: Callable[[str],
     with start(family_model(family), RAW, **options) as llm:
         length = boundary(llm)
         texts = prompts(2, 2 * length + 40)
-        ask(llm, texts)
-        hit = ask(llm, texts)
+        each(llm, texts)
+        hit = each(llm, texts)
         assert metrics(llm).get("kvtc_hit_tokens", 0) == 0
         assert metrics(llm)["prefix_cache_hits"] == 2 * 2 * length
 
         assert llm.reset_prefix_cache()
-        assert difference(ask(llm, texts), hit) < SAME
+        assert difference(each(llm, texts), hit) < SAME
         values = metrics(llm)
         assert values["kvtc_hit_tokens"] == 2 * 2 * length
         assert not any(values[name] for name in values if name.startswith("kvtc_failed_loads"))
         for group in range(cache_groups(llm)):
             assert llm.reset_prefix_cache()
             with loading_zeros(group):
-                assert difference(ask(llm, texts), hit) > DIFFERENT
+                assert difference(each(llm, texts), hit) > DIFFERENT
 
         # The next turn goes on from the states of the answer.
         (answer,) = ask(llm, texts[:1], tokens=length + 20)
