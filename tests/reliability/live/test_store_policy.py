@@ -67,7 +67,7 @@ def test_what_the_engine_holds_is_not_stored_and_one_step_takes_all_of_it(
         assert stored == count(llm, "late_stores") >= 3 * CHUNKS - 4
         assert overwritten(llm) == 0
         assert greedy(llm, prompts[:3], ANSWER) == before[:3]
-        assert count(llm, "loaded_tokens") > 2 * 608
+        assert count(llm, "loaded_tokens") >= 2 * 608
 
 
 def test_a_reset_of_vllm_s_cache_keeps_what_was_put_off(
