@@ -31,7 +31,7 @@ OLD_TESTS := tests/connector/test_contract.py tests/connector/test_restart.py \
 	tests/reliability/live/test_weight_updates.py tests/reliability/live/test_adapters.py \
 	tests/reliability/live/test_store_policy.py
 
-.PHONY: help setup setup-old test test-old check check-kernels soak demo demo-quick serving \
+.PHONY: help setup setup-old test test-old test-families check check-kernels soak demo demo-quick serving \
 	docs release reference clean
 
 help:  ## this list
@@ -53,6 +53,9 @@ test:  ## every test, and the connector's contract on the old vLLM before
 
 test-old: setup-old  ## the connector's contract and its restart on the old vLLM
 	$(VENV_OLD)/bin/python -m $(PYTEST) -m vllm $(OLD_TESTS)
+
+test-families: setup  ## every family of models with several kinds of attention, in an engine
+	KVTC_FAMILIES=all $(RUN) $(PYTEST) -m vllm tests/hybrid
 
 test-lmcache: setup-lmcache  ## KVTC in LMCache: contract, storages, servers killed and shared
 	$(VENV_LMCACHE)/bin/python -m pytest tests/lmcache
