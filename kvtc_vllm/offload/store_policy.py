@@ -148,15 +148,11 @@ class Nothing(Eager):
         return ()
 
 
-class _Filter:
-    """Asks another policy about some of the chunks only."""
+class Around:
+    """Hands everything on to another policy."""
 
     def __init__(self, inner: StorePolicy) -> None:
         self._inner = inner
-
-    def takes(self, chunk: Candidate) -> bool:
-        """Whether the other policy hears of this chunk."""
-        raise NotImplementedError
 
     @property
     def watches(self) -> bool:
@@ -166,7 +162,7 @@ class _Filter:
         self._inner.bind(pool)
 
     def completed(self, chunks: Sequence[Candidate]) -> Sequence[Candidate]:
-        return self._inner.completed([chunk for chunk in chunks if self.takes(chunk)])
+        return self._inner.completed(chunks)
 
     def due(self) -> Sequence[Storable]:
         return self._inner.due()
@@ -185,6 +181,17 @@ class _Filter:
 
     def clear(self) -> None:
         self._inner.clear()
+
+
+class _Filter(Around):
+    """Asks another policy about some of the chunks only."""
+
+    def takes(self, chunk: Candidate) -> bool:
+        """Whether the other policy hears of this chunk."""
+        raise NotImplementedError
+
+    def completed(self, chunks: Sequence[Candidate]) -> Sequence[Candidate]:
+        return self._inner.completed([chunk for chunk in chunks if self.takes(chunk)])
 
 
 class OptOut(_Filter):
