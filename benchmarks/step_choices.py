@@ -12,11 +12,11 @@ NAME is one of
     columns  bits that a column must save per token for its time, 0 to 8; columns of sinks alone
 
 With --layers a layer group has so many layers. Bases are fitted once to the rows of a spool, with
-weights by its sensitivity.json, and kept in --work; variants differ in their plans. Documents and
-KL are those of `benchmarks.sensitivity`, by default of the part for choosing. Ratios are of whole
-blobs; every variant meets the target ratio on calibration rows with all that it stores. *products*
-are millions of multiplications and additions per token, of encoding and again of decoding. *basis*
-is the room of all plans' columns in an artifact.
+weights by its sensitivity.json, and kept in --work, as are the documents' caches; variants differ
+in their plans. Documents and KL are those of `benchmarks.sensitivity`, by default of the part for
+choosing. Ratios are of whole blobs; every variant meets the target ratio on calibration rows with
+all that it stores. *products* are millions of multiplications with an addition per token, of
+encoding and again of decoding. *basis* is the room of all plans' columns in an artifact.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import json
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ class Choice:
     """sink_tokens: exact first positions. marked: floating sinks are. chunk: tokens per blob."""
 
     name: str
-    steps: StepSettings = StepSettings()
+    steps: StepSettings = field(default_factory=StepSettings)
     sink_tokens: int = 4
     marked: bool = True
     chunk: int = 128
@@ -130,10 +130,12 @@ def main() -> None:
     fitted = fit_bases(args.spool, args.layers, min(ratios), args.work)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    prefixes = [
-        compute_prefix(model, name, ids, PREFIX, SCORED)
-        for name, ids in list(documents(args.data, tokenizer, args.part))[: args.documents]
-    ]
+    kept = args.work / f"prefixes-{args.part}.pt"
+    if not kept.exists():
+        found = list(documents(args.data, tokenizer, args.part))
+        torch.save([compute_prefix(model, *document, PREFIX, SCORED) for document in found], kept)
+    # Our own file.
+    prefixes = torch.load(kept, weights_only=False)[: args.documents]
     about = {
         "command": f"python -m benchmarks.step_choices {args.name} --model DIR --spool DIR "
         f"--data DIR --work DIR --part {args.part} --documents {args.documents}"

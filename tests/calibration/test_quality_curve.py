@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kvtc_vllm.artifact.card import load_card, ratio_within
 from kvtc_vllm.artifact.identity import model_identity
@@ -22,7 +22,7 @@ from kvtc_vllm.calibration.quality_curve import CurveSettings
 from kvtc_vllm.calibration.spool import SpoolWriter
 from kvtc_vllm.codec.artifact import Geometry
 from kvtc_vllm.codec.errors import ArtifactError
-from tests.calibration.test_gradients import VOCABULARY, Letters, model  # noqa: F401
+from tests.calibration.test_gradients import TINY, VOCABULARY, Letters
 from tests.calibration.toy import HEADS, LAYERS, SIZE, toy_header, toy_rope
 
 RATIOS = (2.0, 4.0, 8.0)
@@ -44,7 +44,15 @@ def texts() -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def spool(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**TINY)).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def spool(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a capture of the tiny model would leave: its cache of ten documents, two held out."""
     directory = tmp_path_factory.mktemp("tiny-spool")
     network = AutoModelForCausalLM.from_pretrained(model)
@@ -87,7 +95,7 @@ def cache_of(network: torch.nn.Module, ids: Sequence[int]) -> tuple[torch.Tensor
     return k.bfloat16(), v.bfloat16()
 
 
-def settings(model: Path, out: Path, codec: str = "kvtc") -> ArtifactSettings:  # noqa: F811
+def settings(model: Path, out: Path, codec: str = "kvtc") -> ArtifactSettings:
     return ArtifactSettings(
         RATIOS,
         FitSettings(simulation_rows=1024, codec=codec),
@@ -99,7 +107,7 @@ def settings(model: Path, out: Path, codec: str = "kvtc") -> ArtifactSettings:  
 def test_a_card_has_what_every_ratio_costs(
     spool: Path,
     model: Path,
-    tmp_path: Path,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     directory = fit_spool(spool, settings(model, tmp_path))
     card = load_card(directory)
@@ -121,7 +129,7 @@ def test_a_card_has_what_every_ratio_costs(
 def test_only_the_ratio_of_a_quality_is_kept(
     spool: Path,
     model: Path,
-    tmp_path: Path,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     made = settings(model, tmp_path, "kvtc2")
     whole = load_card(fit_spool(spool, replace(made, name="whole")))
@@ -141,7 +149,7 @@ def test_only_the_ratio_of_a_quality_is_kept(
 def test_another_cache_than_the_captured_one_is_refused(
     spool: Path,
     model: Path,
-    tmp_path: Path,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     """Of documents that were not there: as if transformers computed something else."""
     kept = load_heldout(spool, model_identity(model).identity)
