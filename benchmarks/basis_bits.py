@@ -27,8 +27,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.sensitivity import CHUNK, ROOT, interval, measure
+from benchmarks.sensitivity import CHUNK, ROOT, measure
 from kvtc_vllm.artifact.directory import load_rank_artifact
+from kvtc_vllm.calibration.cache_replay import interval
 from kvtc_vllm.codec.artifact import RankArtifact
 
 LEADING = 128

@@ -29,19 +29,16 @@ import matplotlib as mpl
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.sensitivity import (
-    CHUNK,
-    PREFIX,
-    ROOT,
+from benchmarks.sensitivity import CHUNK, PREFIX, ROOT, SCORED, documents
+from kvtc_vllm.artifact.directory import load_rank_artifact
+from kvtc_vllm.calibration.cache_replay import (
     Prefix,
     compute_prefix,
-    documents,
     interval,
     kl,
     round_trip,
     score,
 )
-from kvtc_vllm.artifact.directory import load_rank_artifact
 from kvtc_vllm.codec.artifact import RankArtifact
 from kvtc_vllm.codec.registry import open_codec
 from kvtc_vllm.evaluation.baselines.formats import pack_positions
@@ -73,8 +70,8 @@ def main() -> None:
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    found = list(documents(args.data, tokenizer))[: args.count]
-    prefixes = [compute_prefix(model, name, ids) for name, ids in found]
+    found = list(documents(args.data, tokenizer, "report"))[: args.count]
+    prefixes = [compute_prefix(model, name, ids, PREFIX, SCORED) for name, ids in found]
     artifact = load_rank_artifact(args.artifact, 0)[0]
     rows = measure(model, prefixes, artifact)
     predictions = poisson(prefixes)
@@ -112,7 +109,7 @@ def measure(model: Any, prefixes: Sequence[Prefix], artifact: RankArtifact) -> l
     for name, method in methods.items():
         stored, restored, kept = method(prefixes)
         divergence = [
-            kl(prefix.exact, score(model, prefix.ids, k, v))
+            kl(prefix.exact, score(model, prefix.ids, k, v, SCORED))
             for prefix, (k, v) in zip(prefixes, restored, strict=True)
         ]
         rows.append(
@@ -175,7 +172,7 @@ def by_codec(prefixes: Sequence[Prefix], codec: Any) -> tuple[int, Restored, flo
     """The same of a codec of chunks."""
     stored, restored = 0, []
     for prefix in prefixes:
-        taken, k, v = round_trip(codec, prefix, CHUNK)
+        taken, k, v = round_trip(codec, prefix.k, prefix.v, CHUNK)
         stored += taken
         restored.append((k, v))
     return stored, restored, None

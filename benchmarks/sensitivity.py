@@ -12,53 +12,37 @@ included; intervals are 95 %, bootstrapped over documents.
 
 `--data` has essays.jsonl.gz and gsm8k-test.jsonl. Documents are those whose number modulo 4 is 3,
 which no calibration and no tuning uses: five essays that are long enough, and five times ten
-GSM8K problems, 1,024 tokens of each.
+GSM8K problems, 1,024 tokens of each. With `--part tune` the number modulo 4 is 2: what is chosen
+is chosen on those.
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
-import math
 import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvtc_vllm.artifact.directory import load_rank_artifact
+from kvtc_vllm.calibration.cache_replay import compute_prefix, interval, kl, round_trip, score
 from kvtc_vllm.codec.artifact import RankArtifact
-from kvtc_vllm.codec.base import ChunkCodec, DecodedChunk
 from kvtc_vllm.codec.registry import open_codec
+from kvtc_vllm.evaluation.data.public import Part, Source
 
 ROOT = Path(__file__).resolve().parents[1]
 PREFIX, WINDOW, SCORED = 768, 128, 128
 CHUNK = 128
 OF_EACH = 5
 PROBLEMS = 10
-RESAMPLES = 10_000
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """A document: its name, token ids, and bfloat16 K post-RoPE and V of the prefix [T, L, H, D].
-
-    exact: log-probabilities of the scored tokens on the uncompressed cache, float32 [S, V].
-    """
-
-    name: str
-    ids: Sequence[int]
-    k: torch.Tensor
-    v: torch.Tensor
-    exact: torch.Tensor
 
 
 def main() -> None:
@@ -75,6 +59,7 @@ def main() -> None:
     )
     parser.add_argument("--ratios", default="8,16,32,64", help="target ratios, of all artifacts")
     parser.add_argument("--chunk", type=int, default=CHUNK, help="tokens per chunk")
+    parser.add_argument("--part", choices=("tune", "report"), default="report")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/sensitivity.json")
     args = parser.parse_args()
@@ -86,7 +71,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     result: dict[str, Any] = {
         "command": "python -m benchmarks.sensitivity --model DIR --data DIR "
-        + " ".join(f"--artifact {name}=DIR" for name in artifacts),
+        + " ".join(f"--artifact {name}=DIR" for name in artifacts)
+        + ("" if args.part == "report" else f" --part {args.part}"),
         "model": args.model.name,
         "artifacts": {name: artifact.fingerprint.hex() for name, artifact in artifacts.items()},
         "codecs": {name: artifact.codec for name, artifact in artifacts.items()},
@@ -101,7 +87,9 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     # After every document: the whole takes long on a small machine.
-    for names, rows in measure(model, tokenizer, args.data, artifacts, ratios, args.chunk):
+    for names, rows in measure(
+        model, tokenizer, args.data, artifacts, ratios, args.chunk, args.part
+    ):
         finished = result | {"documents": names, "rows": rows}
         args.out.write_text(json.dumps(finished, indent=1) + "\n")
     for row in rows:
@@ -119,6 +107,7 @@ def measure(
     artifacts: dict[str, RankArtifact],
     ratios: Sequence[float],
     chunk: int,
+    part: Part = "report",
 ) -> Iterator[tuple[list[str], list[dict[str, Any]]]]:
     """After every document: names so far, and a row per artifact and ratio."""
     codecs = {
@@ -130,15 +119,15 @@ def measure(
     divergence: dict[tuple[str, float], list[float]] = {key: [] for key in codecs}
     names: list[str] = []
     raw = 0
-    for name, ids in documents(data, tokenizer):
+    for name, ids in documents(data, tokenizer, part):
         started = time.monotonic()
-        prefix = compute_prefix(model, name, ids)
+        prefix = compute_prefix(model, name, ids, PREFIX, SCORED)
         names.append(name)
         raw += prefix.k.nbytes + prefix.v.nbytes
         for key, codec in codecs.items():
-            taken, k, v = round_trip(codec, prefix, chunk)
+            taken, k, v = round_trip(codec, prefix.k, prefix.v, chunk)
             stored[key] += taken
-            divergence[key].append(kl(prefix.exact, score(model, ids, k, v)))
+            divergence[key].append(kl(prefix.exact, score(model, ids, k, v, SCORED)))
         print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
         yield names, [row(*key, divergence[key], raw, stored[key]) for key in codecs]
 
@@ -159,18 +148,22 @@ def row(
     }
 
 
-def documents(data: Path, tokenizer: Any) -> Iterator[tuple[str, list[int]]]:
-    """Names and token ids of documents to report on, of one length, essays and problems in turn."""
+def documents(data: Path, tokenizer: Any, part: Part) -> Iterator[tuple[str, list[int]]]:
+    """Names and token ids of documents of one length, essays and problems in turn."""
     length = PREFIX + WINDOW + SCORED
-    with gzip.open(data / "essays.jsonl.gz", "rt") as file:
-        essays = [json.loads(line)["text"] for line in file]
-    prose = ((f"essay {number}", essays[number]) for number in range(3, len(essays), 4))
-    lines = (data / "gsm8k-test.jsonl").read_text().splitlines()
-    solved = [
-        f"Question: {p['question']}\nAnswer: {p['answer']}" for p in map(json.loads, lines[3::4])
-    ]
+    source = Source(str(data), part)
+    prose = (
+        (d.name.replace("essays", "essay"), d.content["text"]) for d in source.documents("essays")
+    )
+    solved = source.documents("gsm8k-test")
     problems = (
-        (f"gsm8k-test {3 + 4 * first} and on", "\n\n".join(solved[first : first + PROBLEMS]))
+        (
+            f"{solved[first].name} and on",
+            "\n\n".join(
+                f"Question: {d.content['question']}\nAnswer: {d.content['answer']}"
+                for d in solved[first : first + PROBLEMS]
+            ),
+        )
         for first in range(0, len(solved), PROBLEMS)
     )
     for pair in zip(
@@ -185,61 +178,6 @@ def _long(
     """The first `OF_EACH` that are long enough."""
     encoded = ((name, tokenizer.encode(text)) for name, text in texts)
     return islice(((name, ids[:length]) for name, ids in encoded if len(ids) >= length), OF_EACH)
-
-
-@torch.no_grad()
-def compute_prefix(model: Any, name: str, ids: Sequence[int]) -> Prefix:
-    """Run the prefix and score on its own cache, which is rounded to bfloat16 as in serving."""
-    cache: Any = DynamicCache()
-    model(input_ids=torch.tensor([ids[:PREFIX]]), past_key_values=cache, logits_to_keep=1)
-    k, v = (
-        torch.stack([getattr(layer, which)[0].transpose(0, 1) for layer in cache.layers], dim=1)
-        for which in ("keys", "values")
-    )
-    k, v = k.to(torch.bfloat16), v.to(torch.bfloat16)
-    return Prefix(name, ids, k, v, score(model, ids, k, v))
-
-
-def round_trip(
-    codec: ChunkCodec, prefix: Prefix, chunk: int
-) -> tuple[int, torch.Tensor, torch.Tensor]:
-    """Bytes of all blobs, of so many tokens each, and the K and V that they hold."""
-    taken = 0
-    chunks: list[DecodedChunk] = []
-    for start in range(0, PREFIX, chunk):
-        part = slice(start, start + chunk)
-        k, v = prefix.k[part], prefix.v[part]
-        blob = codec.encode(k, v, start)
-        taken += len(blob)
-        chunks.append(codec.decode(blob, start, len(k)))
-    return taken, torch.cat([c.k for c in chunks]), torch.cat([c.v for c in chunks])
-
-
-@torch.no_grad()
-def score(model: Any, ids: Sequence[int], k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities after each scored token, float32 [S, V], on a prefix cache."""
-    cache: Any = DynamicCache()
-    for layer in range(k.shape[1]):
-        keys, values = (x[:, layer].transpose(0, 1)[None].float() for x in (k, v))
-        cache.update(keys.contiguous(), values.contiguous(), layer)
-    output = model(
-        input_ids=torch.tensor([ids[PREFIX:]]), past_key_values=cache, logits_to_keep=SCORED
-    )
-    return torch.log_softmax(output.logits[0].float(), dim=-1)
-
-
-def kl(exact: torch.Tensor, found: torch.Tensor) -> float:
-    """Nats per token."""
-    return float((exact.exp() * (exact - found)).sum(-1).double().mean())
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Of the mean, 95 %: percentiles of resampled documents."""
-    observed = torch.tensor(values, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
-    means = observed[drawn].mean(dim=1).sort().values
-    return float(means[math.floor(0.025 * RESAMPLES)]), float(means[math.ceil(0.975 * RESAMPLES)])
 
 
 if __name__ == "__main__":

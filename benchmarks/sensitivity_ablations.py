@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.sensitivity import CHUNK, ROOT, interval, kl
+from benchmarks.sensitivity import CHUNK, ROOT
 from benchmarks.sensitivity_gradients import KINDS_OF_TEXT, TEXTS, collect, marked_share
 from benchmarks.sensitivity_variants import (
     ABLATIONS,
@@ -44,6 +44,7 @@ from benchmarks.sensitivity_variants import (
     keep_sinks,
     open_codec_of,
 )
+from kvtc_vllm.calibration.cache_replay import interval, kl
 from kvtc_vllm.calibration.sinks import fit_sinks
 from kvtc_vllm.calibration.spool import SpoolReader
 from kvtc_vllm.evaluation.data.public import Source

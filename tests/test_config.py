@@ -47,6 +47,13 @@ def test_given_keys_override_the_preset() -> None:
     assert kv_transfer_config({"preset": "raw"})["kv_connector_extra_config"]["codec"] == "raw"
 
 
+def test_a_quality_takes_the_place_of_a_presets_ratio() -> None:
+    config = load_config({"preset": "kvtc-16x", "quality": 0.002})
+    assert (config.ratio, config.quality) == (None, 0.002)
+    with pytest.raises(ConfigError, match="contradict each other"):
+        load_config({"preset": "kvtc-16x", "quality": 0.002, "ratio": 16})
+
+
 def test_defaults_depend_on_the_codec() -> None:
     assert load_config({}).window == 128
     assert load_config({}).target_ratio == 16
@@ -62,6 +69,9 @@ def test_defaults_depend_on_the_codec() -> None:
         ({"codec": "zip"}, ["codec", "zip"]),
         ({"codec": "raw", "ratio": 8}, ["ratio=8", "contradicts", "raw"]),
         ({"codec": "raw", "artifact": "x"}, ["artifact", "contradicts"]),
+        ({"codec": "raw", "quality": 0.002}, ["quality=0.002", "contradicts", "raw"]),
+        ({"ratio": 8, "quality": 0.002}, ["ratio=8", "quality=0.002", "remove either"]),
+        ({"quality": 0}, ["quality=0", "above 0"]),
         ({"artifact": "x", "registry": ["y"]}, ["artifact", "registry"]),
         ({"ratio": 0.5}, ["ratio=0.5", "above 1"]),
         ({"memory_bytes": "lots"}, ["memory_bytes='lots'", "8GiB"]),

@@ -120,6 +120,37 @@ class SinkCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     documents: float
 
 
+class CurvePoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a target ratio costs on held-out documents.
+
+    real_ratio: of whole blobs. kl: divergence from exact runs, nats per token, mean over documents;
+    low, high: 95 % of it.
+    """
+
+    ratio: float
+    real_ratio: float
+    kl: float
+    low: float
+    high: float
+
+
+class CurveCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Measured quality of an artifact, all ranks together.
+
+    documents: numbers of the held-out documents.
+    prefix_tokens, exact_tokens, scored_tokens: of a document, at most: through blobs, computed
+    exactly after them, and compared.
+    chunk_tokens: of the blobs. points: one per ratio.
+    """
+
+    documents: tuple[int, ...]
+    prefix_tokens: int
+    exact_tokens: int
+    scored_tokens: int
+    chunk_tokens: int
+    points: tuple[CurvePoint, ...]
+
+
 class CacheGroupCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Layers that are stored together, see `kvtc_vllm.offload.geometry.CacheGroup`.
 
@@ -158,6 +189,7 @@ class ArtifactCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     sinks: one per rank whose rows show floating sinks, none if none does; unset if nobody looked.
     cache_groups: of a model with several, all of them; unset if there is one. The card is of the
     first, cards of the others lie in `directory.group_directory`.
+    curve: what the ratios cost; unset if it was not measured.
     """
 
     model_name: str
@@ -184,6 +216,7 @@ class ArtifactCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     sinks: tuple[SinkCard, ...] | msgspec.UnsetType = msgspec.UNSET
     codec: str | msgspec.UnsetType = msgspec.UNSET
     cache_groups: tuple[CacheGroupCard, ...] | msgspec.UnsetType = msgspec.UNSET
+    curve: CurveCard | msgspec.UnsetType = msgspec.UNSET
     format_version: int = FORMAT_VERSION
 
     @property
@@ -195,6 +228,15 @@ class ArtifactCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 def cache_groups(card: ArtifactCard) -> tuple[CacheGroupCard, ...]:
     """Of a model with several; none if there is one."""
     return () if card.cache_groups is msgspec.UNSET else card.cache_groups
+
+
+def ratio_within(card: ArtifactCard, quality: float) -> float | None:
+    """The highest ratio of which a KL of at most `quality` was measured; None if there is none.
+
+    quality: nats per token.
+    """
+    points = () if card.curve is msgspec.UNSET else card.curve.points
+    return max((point.ratio for point in points if point.kl <= quality), default=None)
 
 
 def save_card(directory: Path, card: ArtifactCard) -> None:
@@ -234,6 +276,12 @@ def load_card(directory: Path) -> ArtifactCard:
         raise ArtifactError(
             f"{path}: tp_size is {card.tp_size} but fingerprints has {len(card.fingerprints)}"
         )
+    if card.curve is not msgspec.UNSET:
+        measured = tuple(point.ratio for point in card.curve.points)
+        if measured != card.ratios:
+            raise ArtifactError(
+                f"{path}: curve is of ratios {measured}, the plans of {card.ratios}"
+            )
     return card
 
 

@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 import kvtc_vllm
 from kvtc_vllm.artifact.card import (
     CARD_NAME,
@@ -24,6 +26,7 @@ from kvtc_vllm.artifact.card import (
     CacheGroupCard,
     cache_groups,
     load_card,
+    ratio_within,
 )
 from kvtc_vllm.artifact.hub import hub_registry, is_hub_name
 from kvtc_vllm.artifact.identity import ModelIdentity
@@ -40,14 +43,23 @@ _LISTED = 20
 @dataclass(frozen=True)
 class Wanted:
     """What an artifact must fit. codec: None for any. groups: cache groups, none where there is
-    one; None for any. model_name is only used in messages."""
+    one; None for any. quality: instead of a ratio, see `find`. model_name is only used in
+    messages."""
 
     identity: ModelIdentity
     tp_size: int
-    ratio: float
+    ratio: float | None
     model_name: str
     codec: str | None = None
     groups: tuple[CacheGroupCard, ...] | None = None
+    quality: float | None = None
+
+    @property
+    def target(self) -> str:
+        """Ratio or quality, in words."""
+        if self.quality is not None:
+            return f"quality {self.quality:g}"
+        return f"ratio {self.ratio:g}x"
 
 
 def user_registry() -> Path:
@@ -84,10 +96,11 @@ def _environment() -> list[str]:
 def find(
     identity: ModelIdentity,
     tp_size: int,
-    ratio: float,
+    ratio: float | None,
     *,
     model_name: str,
     codec: str | None = None,
+    quality: float | None = None,
     artifact: str | Path | None = None,
     registries: Sequence[str | Path] = (),
     groups: tuple[CacheGroupCard, ...] | None = None,
@@ -97,6 +110,8 @@ def find(
     artifact: use this directory and search nowhere. It must fit like a found
     one, except that other weights are only warned about: whoever names an
     artifact may know that it serves a fine-tuned model as well.
+    ratio: that it has a plan for. quality: instead, nats per token: that it has a plan whose
+    measured KL is at most this (`card.ratio_within`).
     registries: directories to search first. model_name: as the user names the
     model, for messages. codec: only artifacts of this one. groups: of the
     engine's cache, none if it has one; None where no engine is.
@@ -104,7 +119,7 @@ def find(
     Raises ArtifactError that says what was found, why it does not fit, where
     the search went, and the command that makes what is missing.
     """
-    wanted = Wanted(identity, tp_size, ratio, model_name, codec, groups)
+    wanted = Wanted(identity, tp_size, ratio, model_name, codec, groups, quality)
     if artifact is not None:
         return _explicit(Path(artifact), wanted)
     directories = search_path(registries)
@@ -157,15 +172,29 @@ def mismatches(card: ArtifactCard, wanted: Wanted) -> list[str]:
     if wanted.groups is not None and cache_groups(card) != wanted.groups:
         there, here = _groups(cache_groups(card)), _groups(wanted.groups)
         reasons.append(f"calibrated for {there}, this engine has {here}")
-    if wanted.ratio not in card.ratios:
+    if wanted.quality is not None:
+        reasons += _not_within(card, wanted.quality)
+    elif wanted.ratio is not None and wanted.ratio not in card.ratios:
         reasons.append(f"no plan for {wanted.ratio:g}x, only {_ratios(card.ratios)}")
     return reasons
+
+
+def _not_within(card: ArtifactCard, quality: float) -> list[str]:
+    """Why no plan is known to be as good; empty if one is."""
+    if card.curve is msgspec.UNSET:
+        return ["no measured curve of quality; --quality-curve measures one"]
+    if ratio_within(card, quality) is not None:
+        return []
+    best = min(card.curve.points, key=lambda point: point.kl)
+    return [f"no plan with a KL of at most {quality:g}, the best is {best.ratio:g}x: {best.kl:.2g}"]
 
 
 def calibrate_command(wanted: Wanted) -> str:
     """The command that would make the artifact."""
     codec = "" if wanted.codec in (None, UNNAMED_CODEC) else f" --codec {wanted.codec}"
-    return f"kvtc calibrate {wanted.model_name} --data TEXT_FILES --tp {wanted.tp_size}{codec}"
+    curve = "" if wanted.quality is None else " --quality-curve"
+    command = f"kvtc calibrate {wanted.model_name} --data TEXT_FILES --tp {wanted.tp_size}"
+    return f"{command}{codec}{curve}"
 
 
 def _explicit(directory: Path, wanted: Wanted) -> Path:
@@ -196,7 +225,7 @@ def _not_found(
 ) -> str:
     lines = [
         f"no KVTC artifact fits {wanted.model_name} (identity {wanted.identity.identity}, "
-        f"TP {wanted.tp_size}, ratio {wanted.ratio:g}x)"
+        f"TP {wanted.tp_size}, {wanted.target})"
     ]
     # Nearest first: the fewest reasons, then those that are the same model.
     nearest = sorted(rejected, key=lambda entry: (len(entry[2]), "another model" in entry[2]))

@@ -15,7 +15,15 @@ from kvtc_vllm.calibration.capture import CaptureSettings, capture_rows
 from kvtc_vllm.calibration.capture_record import CaptureRecord, find_record
 from kvtc_vllm.calibration.fit import RankFit, fit_rank
 from kvtc_vllm.calibration.fit_settings import FitSettings, estimate_fit
+from kvtc_vllm.calibration.heldout_documents import spool_heldout
+from kvtc_vllm.calibration.in_transformers import check_supported
 from kvtc_vllm.calibration.progress import FitProgress
+from kvtc_vllm.calibration.quality_curve import (
+    CURVE,
+    CurveSettings,
+    at_quality,
+    measure_curve,
+)
 from kvtc_vllm.calibration.sensitivity import Sensitivity, SensitivityMeasure, load_sensitivity
 from kvtc_vllm.calibration.shards import RankRows, rank_heads
 from kvtc_vllm.calibration.sinks import fit_sinks
@@ -42,6 +50,11 @@ class ArtifactSettings:
     name: directory of the artifact; None: see `writing.artifact_name`.
     model_name: what to call the model on the card; None: as it was captured.
     sensitivity_tokens, sensitivity_metric: of the weights, if rows are weighted; see `RowWeights`.
+    Tokens of None are the ordinary ones where the artifact gets a sink rule, else all.
+    sink_tokens: first positions that are stored exactly; None: those that the capture left out.
+    curve: measure what the ratios cost, with this model; None: do not.
+    quality: keep the plan of the highest ratio of which a KL of at most this was measured, in nats
+    per token, and no other; None: keep all. It takes a curve.
     """
 
     ratios: Sequence[float]
@@ -51,8 +64,11 @@ class ArtifactSettings:
     out: str = "calibrations"
     name: str | None = None
     model_name: str | None = None
-    sensitivity_tokens: Tokens = "all"
+    sensitivity_tokens: Tokens | None = None
     sensitivity_metric: Metric = "layer"
+    sink_tokens: int | None = None
+    curve: CurveSettings | None = None
+    quality: float | None = None
 
 
 def calibrate(
@@ -72,12 +88,21 @@ def calibrate(
     """
     if sensitivity is not None:
         sensitivity.check()
+    if settings.curve is not None:
+        check_supported(
+            settings.curve.directory(),
+            CURVE,
+            trust_remote_code=settings.curve.trust_remote_code,
+        )
     with _spool_directory(spool) as directory:
         record = capture_rows(capture, directory)
         measured = None
         if sensitivity is not None:
             _check_one_group(_groups_of(directory), None)
             measured = sensitivity.measure(record, directory)
+        if settings.curve is not None:
+            _check_curve(_groups_of(directory))
+            spool_heldout(capture, record, directory, CURVE)
         return fit_spool(directory, settings, measured)
 
 
@@ -86,8 +111,8 @@ def fit_spool(spool: Path, settings: ArtifactSettings, sensitivity: Path | None 
 
     sensitivity: the file that rows are weighted by, see `sensitivity.load_sensitivity`; None: rows
     are not weighted. Raises ArtifactError for a spool that is missing, unfinished or damaged, for a
-    sensitivity of another model, for KV heads that do not divide among the ranks, and for a result
-    that acceptance refuses.
+    sensitivity of another model, for KV heads that do not divide among the ranks, for a curve that
+    cannot be measured or a quality that no ratio has, and for a result that acceptance refuses.
     """
     record = find_record(spool)
     if record is None:
@@ -101,8 +126,17 @@ def fit_spool(spool: Path, settings: ArtifactSettings, sensitivity: Path | None 
     if sensitivity is not None:
         _check_one_group(places, sensitivity)
         found = _own_sensitivity(sensitivity, record, SpoolReader(spool / "rank0"))
+    if settings.curve is not None:
+        _check_curve(places)
     groups = [_fit_group(place, record, settings, found) for place in places]
     description = _describe(record, SpoolReader(spool / "rank0"), settings.model_name)
+    if settings.curve is not None:
+        artifacts = [fit.artifact for fit in groups[0].fits]
+        curve = measure_curve(spool, record, artifacts, settings.curve)
+        if settings.quality is not None:
+            curve, kept = at_quality(curve, groups[0].fits, settings.quality)
+            groups[0] = replace(groups[0], fits=kept)
+        description = replace(description, curve=curve)
     root = Path(settings.out)
     if len(groups) > 1:
         return write_groups(root, description, groups, name=settings.name)
@@ -126,6 +160,14 @@ def _check_one_group(places: Sequence[Path], sensitivity: Path | None) -> None:
         )
 
 
+def _check_curve(places: Sequence[Path]) -> None:
+    if len(places) > 1:
+        raise ArtifactError(
+            f"{CURVE.option}: the model has {len(places)} cache groups, and a replay has caches of "
+            f"one; {CURVE.instead}"
+        )
+
+
 def _fit_group(
     place: Path, record: CaptureRecord, settings: ArtifactSettings, found: Sensitivity | None
 ) -> FittedGroup:
@@ -140,9 +182,9 @@ def _fit_group(
     for rank, source in enumerate(sources):
         heads = rank_heads(header.total_kv_heads, tp, rank)
         if heads not in by_heads:
-            weights = None if found is None else _weights(found, settings, heads)
-            own = replace(settings, fit=replace(settings.fit, weights=weights))
-            by_heads[heads] = _fit(source, rank, own, record.source.sink_tokens)
+            exact = settings.sink_tokens
+            first = record.source.sink_tokens if exact is None else exact
+            by_heads[heads] = _fit(source, rank, settings, first, found, heads)
         fits.append(by_heads[heads])
     group = CacheGroupCard(attention=header.attention, layers=header.layers)
     return FittedGroup(group, fits, [source.probe() for source in sources])
@@ -159,22 +201,31 @@ def _own_sensitivity(path: Path, record: CaptureRecord, reader: SpoolReader) -> 
     return found
 
 
-def _weights(found: Sensitivity, settings: ArtifactSettings, heads: range) -> RowWeights:
-    return RowWeights(found, settings.sensitivity_tokens, settings.sensitivity_metric, heads)
-
-
-def _fit(source: RankRows, rank: int, settings: ArtifactSettings, sink_tokens: int) -> RankFit:
+def _fit(
+    source: RankRows,
+    rank: int,
+    settings: ArtifactSettings,
+    sink_tokens: int,
+    found: Sensitivity | None,
+    heads: range,
+) -> RankFit:
     rows = source.count(heldout=False)
-    estimate = estimate_fit(source.geometry, rows, settings.ratios, settings.fit)
+    sinks = fit_sinks(source)
+    fit = settings.fit
+    if found is not None:
+        protected = sinks is not None and fit.marks_sinks
+        tokens = settings.sensitivity_tokens or ("ordinary" if protected else "all")
+        weights = RowWeights(found, tokens, settings.sensitivity_metric, heads)
+        fit = replace(fit, weights=weights)
+    estimate = estimate_fit(source.geometry, rows, settings.ratios, fit)
     sections = 2 * len(source.geometry.layer_groups)
-    where = "a GPU" if settings.fit.device.startswith("cuda") else "one core"
+    where = "a GPU" if fit.device.startswith("cuda") else "one core"
     print(
         f"rank {rank}: {sections} sections of {rows} rows by {'+'.join(estimate.solvers)}, "
-        f"peak memory about {estimate.peak_bytes / 2**30:.2f} GiB on {settings.fit.device} and "
+        f"peak memory about {estimate.peak_bytes / 2**30:.2f} GiB on {fit.device} and "
         f"host together, PCA about {estimate.pca_seconds / 60:.1f} min on {where}",
         flush=True,
     )
-    sinks = fit_sinks(source)
     if sinks is not None:
         print(f"rank {rank}: {sinks.train_share:.2%} of the tokens are floating sinks", flush=True)
     with FitProgress(rank) as progress:
@@ -186,7 +237,7 @@ def _fit(source: RankRows, rank: int, settings: ArtifactSettings, sink_tokens: i
             settings.ratios,
             sink_tokens=sink_tokens,
             sinks=() if sinks is None else (sinks,),
-            settings=settings.fit,
+            settings=fit,
             progress=progress,
         )
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from kvtc_vllm.codec.errors import ArtifactError
+from kvtc_vllm.calibration.in_transformers import Asked, load_model
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,13 @@ class PrefixGradients:
         return k, v
 
 
-def max_positions(config: Any) -> int:
-    """Longest prompt that a model's configuration in transformers allows."""
-    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31)
+GRADIENTS = Asked("--sensitivity gradient", "give --sensitivity probe or none")
 
 
 class Differentiable:
     """A model in transformers whose prefix cache can be differentiated.
 
+    tokenizer: the model's. max_positions: longest prompt that its configuration allows.
     directory: of the model. device: as torch names it; on a CPU arithmetic is float32, on a GPU
     the checkpoint's dtype. Raises ArtifactError if transformers cannot load it.
     """
@@ -65,24 +64,9 @@ class Differentiable:
     def __init__(self, directory: Path, device: str, *, trust_remote_code: bool = False) -> None:
         self.directory = directory
         self._device = torch.device(device)
-        self._options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-        try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
-
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(directory, **self._options)
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                directory,
-                dtype=torch.float32 if self._device.type == "cpu" else "auto",
-                **self._options,
-            )
-        except Exception as error:  # whatever a model's own code raises
-            raise unusable(directory, error) from error
-        self._model = model.eval().requires_grad_(False).to(self._device)
-
-    @property
-    def max_positions(self) -> int:
-        """Longest prompt that the configuration allows."""
-        return max_positions(self._model.config)
+        loaded = load_model(directory, device, GRADIENTS, trust_remote_code=trust_remote_code)
+        self._model, self.tokenizer = loaded.model, loaded.tokenizer
+        self.max_positions = loaded.max_positions
 
     def gradients(
         self, ids: Sequence[int], prefix: int, shape: CacheShape, generator: torch.Generator
@@ -95,11 +79,11 @@ class Differentiable:
         try:
             leaves, gradients = self._gradients(ids, prefix, generator)
         except Exception as error:
-            raise unusable(self.directory, error) from error
+            raise GRADIENTS.unusable(self.directory, error) from error
         wanted = [(1, shape.kv_heads, prefix, n) for n in (shape.head_size, shape.head_size_v)]
         found = [tuple(leaf.shape) for leaf in leaves]
         if found != wanted * shape.layers:
-            raise unusable(
+            raise GRADIENTS.unusable(
                 self.directory,
                 f"its cache has {len(found) // 2} layers, the first of K {found[0]} and V "
                 f"{found[1]}; captured were {shape.layers} of {wanted[0]} and {wanted[1]}",
@@ -134,31 +118,3 @@ class Differentiable:
         chances = likelihood.detach().exp().cpu()
         labels = torch.multinomial(chances, 1, generator=generator).to(self._device)
         return leaves, torch.autograd.grad(likelihood.gather(1, labels).sum(), leaves)
-
-
-def unusable(directory: Path, reason: Exception | str) -> ArtifactError:
-    """That gradients cannot be had of this model, and what to give instead."""
-    text = " ".join(str(reason).split()) or type(reason).__name__
-    return ArtifactError(
-        f"--sensitivity gradient: transformers cannot run {directory.name} as needed ({text}); "
-        "give --sensitivity probe or none"
-    )
-
-
-def check_supported(directory: Path, *, trust_remote_code: bool = False) -> None:
-    """Raise ArtifactError if transformers does not know this model. Reads its configuration only.
-
-    To be asked before a capture, which takes long.
-    """
-    try:
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-        known = type(config) in AutoModelForCausalLM._model_mapping
-        remote = trust_remote_code and "AutoModelForCausalLM" in (
-            getattr(config, "auto_map", None) or {}
-        )
-    except Exception as error:
-        raise unusable(directory, error) from error
-    if not known and not remote:
-        raise unusable(directory, f"it knows no causal language model for {type(config).__name__}")

@@ -14,13 +14,9 @@ from tqdm import tqdm
 from kvtc_vllm.artifact.identity import model_directory
 from kvtc_vllm.calibration.capture import PREFILL_FACTOR, CaptureSettings
 from kvtc_vllm.calibration.capture_record import CaptureRecord, texts_fingerprint
-from kvtc_vllm.calibration.differentiable import (
-    CacheShape,
-    Differentiable,
-    check_supported,
-    unusable,
-)
+from kvtc_vllm.calibration.differentiable import GRADIENTS, CacheShape, Differentiable
 from kvtc_vllm.calibration.documents import DataError, Document, Text, make_documents, read_texts
+from kvtc_vllm.calibration.in_transformers import check_supported
 from kvtc_vllm.calibration.sensitivity import (
     SENSITIVITY_NAME,
     Average,
@@ -62,6 +58,7 @@ class Gradients(SensitivityMeasure):
         """Raise ArtifactError if transformers does not know the model."""
         check_supported(
             model_directory(self._capture.model, self._capture.engine.get("revision")),
+            GRADIENTS,
             trust_remote_code=bool(self._capture.engine.get("trust_remote_code")),
         )
 
@@ -184,7 +181,7 @@ def measure_sensitivity(
         )
     every, ordinary = sums
     if not bool(every.isfinite().all()) or not bool(ordinary.any()):
-        raise unusable(directory, "gradients are not finite, or all 0")
+        raise GRADIENTS.unusable(directory, "gradients are not finite, or all 0")
     numbers = tuple(document.doc for document in drawn)
     say(f"gradients of {tokens} tokens in documents {', '.join(map(str, numbers))}")
     without, sinks = None, None

@@ -47,6 +47,7 @@ def _markdown(card: ArtifactCard, fits: Sequence[RankFit]) -> str:
         f"{sum(card.size_bytes.values()) / 2**20:.1f} MiB on disk",
         *_sensitivity_lines(card),
         *_sink_lines(card),
+        *_curve_lines(card),
         "",
         "Errors are relative and squared, of rows after mean removal (keys before RoPE): "
         "predicted on the rows the plan was made for / measured on held-out rows"
@@ -131,6 +132,21 @@ def _sink_lines(card: ArtifactCard) -> list[str]:
         f"{sinks.threshold:.2f}, modes {sinks.separation:.2f} nats apart, density in the valley "
         f"{sinks.valley:.2f} of the lower mode's{energy}"
         for sinks in card.sinks
+    ]
+
+
+def _curve_lines(card: ArtifactCard) -> list[str]:
+    if card.curve is msgspec.UNSET:
+        return []
+    found = card.curve
+    points = ", ".join(
+        f"{p.ratio:g}x {p.kl:.5f} [{p.low:.5f}, {p.high:.5f}] at a real ratio of {p.real_ratio:.1f}"
+        for p in found.points
+    )
+    return [
+        f"- KL in nats per token, {len(found.documents)} held-out documents, up to "
+        f"{found.prefix_tokens} tokens of prefix, {found.exact_tokens} exact, "
+        f"{found.scored_tokens} scored: {points}"
     ]
 
 

@@ -131,6 +131,11 @@ class SectionFitter:
         drawn = torch.randperm(len(index), generator=self._generator)[: settings.simulation_rows]
         self._sample_index = index[drawn]
 
+    @property
+    def basis(self) -> SectionBasis:
+        """Mean, weights and all columns that were fitted, on the device of the fit; no plans."""
+        return self._full
+
     def table(self, budgets: Sequence[int]) -> AllocationTable:
         """Plans for every budget up to the largest of these, in bits per row."""
         self._report("sample", 0, 1)

@@ -42,10 +42,13 @@ Table = npt.NDArray[np.float64]
 @dataclass(frozen=True)
 class StepSettings:
     """sink_gain: marked tokens are quantised by so many times finer steps. column_bits: bits per
-    token that a coded column must save beside its own, for the time that products take."""
+    token that a coded column must save beside its own, for the time that products take.
+    beyond_bits: the same per marked token, of columns that only these have, for the room that they
+    take in the artifact."""
 
     sink_gain: float = 4.0
     column_bits: float = 1.0
+    beyond_bits: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -71,9 +74,8 @@ def make_step_plan(
     if int(marks.sum()) < LEAST_SINKS:
         return plan
     sinks = coefficients[marks, plan.rank :] * settings.sink_gain
-    # Their columns take no time of other tokens.
-    free = replace(settings, column_bits=0.0)
-    beyond = _plan_of(sinks, Sample(sinks, 0.0, sample.row_size), step, free)
+    own = replace(settings, column_bits=settings.beyond_bits)
+    beyond = _plan_of(sinks, Sample(sinks, 0.0, sample.row_size), step, own)
     beyond = replace(beyond, expected_error=plan.expected_error)
     return replace(plan, beyond=beyond) if beyond.rank else plan
 

@@ -19,6 +19,7 @@ from kvtc_vllm.artifact.card import (
     UNNAMED_CODEC,
     ArtifactCard,
     CacheGroupCard,
+    CurveCard,
     DataCard,
     ErrorCard,
     SectionCard,
@@ -51,6 +52,7 @@ class Description:
     identity: ModelIdentity
     kv_dtype: str
     data: DataCard
+    curve: CurveCard | msgspec.UnsetType = msgspec.UNSET
 
 
 @dataclass(frozen=True)
@@ -246,6 +248,7 @@ def _card(
         key_share=fits[0].key_share,
         sensitivity=_sensitivity_card(fits[0].weights),
         sinks=_sink_cards(fits),
+        curve=description.curve,
         codec=msgspec.UNSET if first.codec == UNNAMED_CODEC else first.codec,
     )
 

@@ -10,10 +10,11 @@ them again, and kvtc fit makes other artifacts of them.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kvtc_vllm.cli.extras import require
-from kvtc_vllm.cli.fit_arguments import add_fit_arguments, artifact_settings, positive
+from kvtc_vllm.cli.fit_arguments import add_fit_arguments, artifact_settings, positive, wants_curve
 from kvtc_vllm.cli.options import add_engine, parse_engine
 from kvtc_vllm.config import ConfigError
 
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
     from kvtc_vllm.calibration.calibrate import calibrate
     from kvtc_vllm.calibration.capture import CaptureSettings
     from kvtc_vllm.calibration.gradients import Gradients, GradientSettings
+    from kvtc_vllm.calibration.quality_curve import curve_settings
 
     capture = CaptureSettings(
         model=args.model,
@@ -72,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
         engine=parse_engine(args.engine),
     )
     settings = artifact_settings(args)
+    if wants_curve(args):
+        settings = replace(settings, curve=curve_settings(capture, settings.fit.device))
     sensitivity: SensitivityMeasure | None = None
     if args.sensitivity == "gradient":
         sensitivity = Gradients(capture, GradientSettings(), settings.fit.device)

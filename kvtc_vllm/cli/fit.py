@@ -2,17 +2,19 @@
 
     kvtc fit DIR --ratios 8,16 --tp 4 --out calibrations/
 
-Neither the model nor the data is needed. A capture serves every tensor-parallel size, because the
-rows of a rank are a slice of the KV heads.
+Neither the model nor the data is needed, but for a quality curve the model. A capture serves every
+tensor-parallel size, because the rows of a rank are a slice of the KV heads.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from kvtc_vllm.cli.extras import require
-from kvtc_vllm.cli.fit_arguments import add_fit_arguments, artifact_settings
+from kvtc_vllm.cli.fit_arguments import add_fit_arguments, artifact_settings, wants_curve
+from kvtc_vllm.config import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="weigh layers by this file, or not; default: by the one that kvtc calibrate "
         "--sensitivity left in the spool, if it did",
     )
+    parser.add_argument(
+        "--model", help="the captured model, a directory or hub name; for --quality-curve"
+    )
     add_fit_arguments(parser)
 
 
@@ -34,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     """Fit, write and print where the artifact is."""
     require("kvtc fit", "calibrate")
     from kvtc_vllm.calibration.calibrate import fit_spool
+    from kvtc_vllm.calibration.quality_curve import CurveSettings
     from kvtc_vllm.calibration.sensitivity import SENSITIVITY_NAME
 
     spool = Path(args.spool)
@@ -45,5 +51,11 @@ def run(args: argparse.Namespace) -> int:
         sensitivity = Path(args.sensitivity)
     if sensitivity is not None:
         print(f"layers are weighted by {sensitivity}", flush=True)
-    print(f"artifact: {fit_spool(spool, artifact_settings(args), sensitivity)}")
+    settings = artifact_settings(args)
+    if wants_curve(args):
+        if args.model is None:
+            option = "--quality-curve" if args.quality is None else f"--quality {args.quality:g}"
+            raise ConfigError(f"{option}: is measured with the model; give --model MODEL")
+        settings = replace(settings, curve=CurveSettings(args.model, settings.fit.device))
+    print(f"artifact: {fit_spool(spool, settings, sensitivity)}")
     return 0

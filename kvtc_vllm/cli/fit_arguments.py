@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import TYPE_CHECKING, get_args
 
 from kvtc_vllm.calibration.solvers import RANK_CAP, Method
 from kvtc_vllm.calibration.step_classes import StepSettings
 from kvtc_vllm.calibration.weights import Metric, Tokens
+from kvtc_vllm.codec.container import MAX_SINK_TOKENS
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.registry import CODECS
 from kvtc_vllm.codec.v2.codec import Kvtc2Codec
@@ -45,6 +47,24 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
         default=StepSettings.sink_gain,
         help=f"how much finer those steps are (default {StepSettings.sink_gain:g})",
     )
+    add(
+        "--sink-tokens",
+        type=int,
+        help="first positions that are stored exactly; default: those that the capture left out, 4",
+    )
+    add(
+        "--quality-curve",
+        action="store_true",
+        help="measure what every ratio costs on held-out documents, in transformers, and put it on "
+        "the card, which the key `quality` of a serving configuration reads",
+    )
+    add(
+        "--quality",
+        type=float,
+        metavar="KL",
+        help="keep only the highest of --ratios whose measured KL is at most this, in nats per "
+        "token, such as 0.002; measures the curve",
+    )
     add("--layers-per-group", default="all", help='layers coded together, or "all"')
     add("--rank-cap", type=int, default=RANK_CAP, help="most basis columns kept")
     add(
@@ -63,9 +83,8 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--sensitivity-tokens",
         choices=get_args(Tokens),
-        default="all",
         help="what weights are averaged over: all tokens, or ordinary ones, attention sinks left "
-        "out, which is right for a codec that protects sinks apart (default all)",
+        "out; default: ordinary where the artifact protects sinks apart, else all",
     )
     add(
         "--sensitivity-metric",
@@ -89,6 +108,10 @@ def artifact_settings(args: argparse.Namespace) -> ArtifactSettings:
             f"--key-share {args.key_share:g}: {args.codec} has one step for K and V, which divides "
             "the bytes; leave it out"
         )
+    if args.sink_tokens is not None and not 0 <= args.sink_tokens <= MAX_SINK_TOKENS:
+        raise ConfigError(f"--sink-tokens {args.sink_tokens}: give 0 to {MAX_SINK_TOKENS}")
+    if args.quality is not None and not 0 < args.quality < math.inf:
+        raise ConfigError(f"--quality {args.quality:g}: give a KL above 0, such as 0.002")
     fit = FitSettings(
         method=args.method,
         rank_cap=positive("--rank-cap", args.rank_cap),
@@ -109,7 +132,14 @@ def artifact_settings(args: argparse.Namespace) -> ArtifactSettings:
         model_name=args.model_name,
         sensitivity_tokens=args.sensitivity_tokens,
         sensitivity_metric=args.sensitivity_metric,
+        sink_tokens=args.sink_tokens,
+        quality=args.quality,
     )
+
+
+def wants_curve(args: argparse.Namespace) -> bool:
+    """Whether parsed arguments ask for a quality curve."""
+    return bool(args.quality_curve or args.quality is not None)
 
 
 def positive(option: str, value: int) -> int:

@@ -11,7 +11,7 @@ is p. K rows are pre-RoPE.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -165,3 +165,21 @@ class RankArtifact:
             keys = set(section.plans)
             common = keys if common is None else common & keys
         return tuple(sorted(common or ()))
+
+
+def at_ratio(artifact: RankArtifact, ratio: float) -> RankArtifact:
+    """The artifact with no other plan than those of `ratio`, and no column that they don't read.
+
+    Its blobs are those of the whole artifact at that ratio.
+    """
+    sections: dict[tuple[int, Kind], SectionBasis] = {}
+    for key, section in artifact.sections.items():
+        plan = section.plans[ratio]
+        errors = {r: e for r, e in section.heldout_error.items() if r == ratio}
+        sections[key] = replace(
+            section,
+            basis=section.basis[:, : plan.total_rank].contiguous(),
+            plans={ratio: plan},
+            heldout_error=errors,
+        )
+    return replace(artifact, sections=sections)

@@ -36,6 +36,7 @@ _MIB = 1 << 20
 _MOST_BYTES = 1 << 50
 
 Ratio = Annotated[float, Meta(gt=1, le=1024)]
+Quality = Annotated[float, Meta(gt=0, le=100)]
 Window = Annotated[int, Meta(ge=0, le=1 << 20)]
 Size = int | str
 """Bytes, or a string such as "8GiB". The field's Meta has its limits under `size`."""
@@ -57,6 +58,14 @@ class KVTCConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             description="Target ratio before DEFLATE, with `kvtc2` of all bytes. The artifact must "
             "have a plan for it.",
             extra={"default": f"{DEFAULT_RATIO:g}"},
+        ),
+    ] = None
+    quality: Annotated[
+        Quality | None,
+        Meta(
+            description="Instead of `ratio`: the highest ratio of the artifact whose KL, measured "
+            "on held-out documents at calibration, is at most this, in nats per token. The "
+            "artifact must have a measured curve (`kvtc calibrate --quality-curve`)."
         ),
     ] = None
     artifact: Annotated[
@@ -216,7 +225,7 @@ class KVTCConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     @property
     def target_ratio(self) -> float:
-        """Ratio of the plan; 1.0 for the raw codec."""
+        """Ratio of the plan; 1.0 for the raw codec. Of `quality`, once an artifact is chosen."""
         if self.codec == "raw":
             return 1.0
         return self.ratio if self.ratio is not None else DEFAULT_RATIO
@@ -283,7 +292,11 @@ def _expand(extra: Mapping[str, Any]) -> dict[str, Any]:
         )
     given = dict(extra)
     preset = given.pop("preset", None)
-    return {**(load_preset(preset) if preset is not None else {}), **given}
+    keys = load_preset(preset) if preset is not None else {}
+    if given.get("quality") is not None:
+        # What a preset says of the ratio is then not meant.
+        keys = {key: value for key, value in keys.items() if key != "ratio"}
+    return {**keys, **given}
 
 
 def _check_sizes(config: KVTCConfig) -> None:
@@ -300,8 +313,13 @@ def _check_sizes(config: KVTCConfig) -> None:
 
 
 def _check_contradictions(config: KVTCConfig) -> None:
+    if config.ratio is not None and config.quality is not None:
+        raise ConfigError(
+            f"ratio={config.ratio!r} and quality={config.quality!r} contradict each other: quality "
+            "is what the ratio is chosen by; remove either"
+        )
     if config.codec == "raw":
-        for key in ("ratio", "artifact"):
+        for key in ("ratio", "quality", "artifact"):
             if getattr(config, key) is not None:
                 raise ConfigError(
                     f"{key}={getattr(config, key)!r} contradicts codec='raw', which stores KV "

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from kvtc_vllm.artifact import registry
-from kvtc_vllm.artifact.card import CacheGroupCard, load_card
+from kvtc_vllm.artifact.card import CacheGroupCard, load_card, ratio_within
 from kvtc_vllm.artifact.directory import group_directory
 from kvtc_vllm.artifact.identity import model_identity
 from kvtc_vllm.codec.registry import CODECS, max_blob_bytes
@@ -17,6 +20,8 @@ from kvtc_vllm.offload.geometry import CacheGeometry, codec_geometry
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
+
+logger = logging.getLogger("vllm.kvtc")
 
 
 def group_cards(geometry: CacheGeometry) -> tuple[CacheGroupCard, ...]:
@@ -45,11 +50,25 @@ def find_artifact(
         ratio=config.target_ratio,
         model_name=model.model,
         codec=config.codec,
+        quality=config.quality,
         artifact=config.artifact,
         registries=config.registry,
         groups=group_cards(geometry),
     )
     return directory, identity.identity
+
+
+def with_ratio(model: ModelConfig, config: KVTCConfig, geometry: CacheGeometry) -> KVTCConfig:
+    """The configuration with the ratio that its `quality` stands for, and that artifact.
+
+    Unchanged without one. Raises ArtifactError if no artifact has a ratio of that quality.
+    """
+    if config.quality is None:
+        return config
+    directory, _ = find_artifact(model, config, geometry)
+    ratio = ratio_within(load_card(directory), config.quality)
+    logger.info("kvtc: quality %g is %gx of artifact %s", config.quality, ratio, directory.name)
+    return msgspec.structs.replace(config, quality=None, ratio=ratio, artifact=str(directory))
 
 
 def record_bounds(model: ModelConfig, config: KVTCConfig, geometry: CacheGeometry) -> list[int]:

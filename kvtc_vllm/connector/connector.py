@@ -25,7 +25,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 )
 
 from kvtc_vllm.config import KVTCConfig, load_config
-from kvtc_vllm.connector.artifact_lookup import record_bounds
+from kvtc_vllm.connector.artifact_lookup import record_bounds, with_ratio
 from kvtc_vllm.connector.block_reuse import block_reuse
 from kvtc_vllm.connector.compat import (
     check_stable_hashes,
@@ -78,6 +78,7 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
             self._config = with_whole_blocks(self._config, self._geometry)
         # Both sides check, so that the worker, made first, fails before it loads an artifact.
         check_chunks(self._config, self._geometry)
+        self._config = with_ratio(vllm_config.model_config, self._config, self._geometry)
         bounds = record_bounds(vllm_config.model_config, self._config, self._geometry)
         check_budget(self._config, self._geometry.tp_size, sum(bounds))
         self._scheduler: KVTCScheduler | None = None

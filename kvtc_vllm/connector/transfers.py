@@ -11,10 +11,9 @@ from typing import TypeVar
 import torch
 
 from kvtc_vllm.artifact.rank_file import Probe
-from kvtc_vllm.codec.artifact import RankArtifact
+from kvtc_vllm.codec.artifact import RankArtifact, at_ratio
 from kvtc_vllm.codec.base import ChunkCodec
 from kvtc_vllm.codec.frame import TransformCodec
-from kvtc_vllm.codec.kernels.resident import at_ratio
 from kvtc_vllm.codec.registry import CODECS, open_codec
 from kvtc_vllm.codec.streams import Event, SideStream
 from kvtc_vllm.config import KVTCConfig

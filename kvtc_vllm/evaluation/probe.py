@@ -16,7 +16,6 @@ import torch
 from kvtc_vllm.artifact.identity import model_directory
 from kvtc_vllm.calibration.capture import PREFILL_FACTOR, CaptureSettings
 from kvtc_vllm.calibration.capture_record import CaptureRecord
-from kvtc_vllm.calibration.differentiable import max_positions
 from kvtc_vllm.calibration.documents import DataError, Document, Text, read_texts
 from kvtc_vllm.calibration.gradients import (
     GradientSettings,
@@ -24,6 +23,7 @@ from kvtc_vllm.calibration.gradients import (
     draw_documents,
     sensitivity_source,
 )
+from kvtc_vllm.calibration.in_transformers import max_positions
 from kvtc_vllm.calibration.rows import CapturedRows
 from kvtc_vllm.calibration.sensitivity import (
     SENSITIVITY_NAME,

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from kvtc_vllm.artifact import registry
+from kvtc_vllm.artifact.card import load_card, ratio_within
 from kvtc_vllm.artifact.identity import ModelIdentity
 from kvtc_vllm.artifact.registry import find, search_path
 from kvtc_vllm.codec.errors import ArtifactError
-from tests.calibration.toy import IDENTITY
+from tests.calibration.toy import IDENTITY, RATIOS
 
 OTHER_WEIGHTS = ModelIdentity(IDENTITY.config, "e" * 32)
 OTHER_CONFIG = ModelIdentity("e" * 32, IDENTITY.weights)
@@ -36,7 +37,9 @@ def place(written: Path, root: Path, name: str, **changes: Any) -> Path:
     return target
 
 
-def look(identity: ModelIdentity = IDENTITY, tp: int = 1, ratio: float = 4.0, **more: Any) -> Path:
+def look(
+    identity: ModelIdentity = IDENTITY, tp: int = 1, ratio: float | None = 4.0, **more: Any
+) -> Path:
     return find(identity, tp, ratio, model_name="org/toy", **more)
 
 
@@ -104,6 +107,35 @@ def test_refusal_says_why(
     assert f"searched {tmp_path / 'user' / 'kvtc' / 'calibrations'} (does not exist)" in message
     tp = arguments.get("tp", 1)
     assert f"kvtc calibrate org/toy --data TEXT_FILES --tp {tp}" in message
+
+
+def curve(*kls: float) -> dict[str, Any]:
+    points = [
+        {"ratio": ratio, "real_ratio": ratio, "kl": kl, "low": kl, "high": kl}
+        for ratio, kl in zip(RATIOS, kls, strict=True)
+    ]
+    tokens = {"prefix_tokens": 768, "exact_tokens": 128, "scored_tokens": 128, "chunk_tokens": 128}
+    return {"documents": [4, 9], "points": points} | tokens
+
+
+def test_an_artifact_is_found_by_quality(written: Path, tmp_path: Path) -> None:
+    plain = place(written, tmp_path / "shipped", "plain")
+    message = refusal(ratio=None, quality=0.002)
+    assert f"{plain}: no measured curve of quality; --quality-curve measures one" in message
+    assert message.endswith("--tp 1 --quality-curve")
+    measured = place(written, tmp_path / "shipped", "measured", curve=curve(0.0005, 0.002, 0.009))
+    assert look(ratio=None, quality=0.002) == measured
+    assert ratio_within(load_card(measured), 0.002) == 4.0
+    assert ratio_within(load_card(measured), 1.0) == 8.0
+    message = refusal(ratio=None, quality=0.0001)
+    assert "TP 1, quality 0.0001)" in message
+    assert "no plan with a KL of at most 0.0001, the best is 2x: 0.0005" in message
+
+
+def test_a_curve_of_other_ratios_is_refused(written: Path, tmp_path: Path) -> None:
+    other = place(written, tmp_path, "x", ratios=[2.0, 4.0], curve=curve(0.1, 0.2, 0.3))
+    with pytest.raises(ArtifactError, match=r"curve is of ratios \(2.0, 4.0, 8.0\), the plans of"):
+        load_card(other)
 
 
 def test_refusal_with_nothing_there() -> None:

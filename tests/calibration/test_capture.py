@@ -15,6 +15,7 @@ import pytest
 from kvtc_vllm.artifact.card import ArtifactCard, load_card
 from kvtc_vllm.artifact.directory import load_rank_artifact
 from kvtc_vllm.artifact.identity import model_identity
+from kvtc_vllm.calibration import calibrate as calibrate_module
 from kvtc_vllm.calibration import capture as capture_module
 from kvtc_vllm.calibration import gradients
 from kvtc_vllm.calibration.calibrate import ArtifactSettings, calibrate, fit_spool
@@ -25,9 +26,11 @@ from kvtc_vllm.calibration.documents import Text
 from kvtc_vllm.calibration.fit_settings import FitSettings
 from kvtc_vllm.calibration.gradients import Gradients, GradientSettings
 from kvtc_vllm.calibration.sensitivity import load_sensitivity, save_sensitivity
+from kvtc_vllm.calibration.sinks import SinkFit
 from kvtc_vllm.calibration.spool import SpoolWriter
 from kvtc_vllm.cli import main
 from kvtc_vllm.codec.errors import ArtifactError
+from kvtc_vllm.codec.sink_rule import SinkRule
 from tests.calibration.fitted import fill
 from tests.calibration.test_sensitivity import FOUND
 from tests.calibration.toy import HEADS, LAYERS, RATIOS, toy_header, toy_rope
@@ -214,6 +217,46 @@ def test_fit_of_no_spool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     (tmp_path / "capture.json").write_text("{}")
     assert main(["fit", str(tmp_path)]) == 2
     assert "capture.json: " in capsys.readouterr().err
+
+
+def test_ordinary_tokens_are_the_default_where_sinks_are_protected(
+    runs: Runs, settings: CaptureSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule = SinkRule((0, 2), -1.0)
+    told = SinkFit(rule, 1.0, 0.1, train_share=0.0, heldout_share=0.0, documents=0.0)
+    spool = tmp_path / "spool"
+    record = capture_rows(settings, spool)
+    source = msgspec.structs.replace(FOUND.source, model=record.source.model)
+    save_sensitivity(spool / "sensitivity.json", msgspec.structs.replace(FOUND, source=source))
+
+    def averaged(number: int, *more: str) -> str:
+        out = tmp_path / str(number)
+        assert main(["fit", str(spool), *FIT, "--ratios", "4", "--out", str(out), *more]) == 0
+        (card,) = (load_card(path.parent) for path in out.glob("*/*/card.json"))
+        assert card.sensitivity is not msgspec.UNSET
+        return card.sensitivity.averaged
+
+    assert averaged(0, "--codec", "kvtc2") == "all", "there are no sinks to protect"
+    monkeypatch.setattr(calibrate_module, "fit_sinks", lambda _: told)
+    assert averaged(1, "--codec", "kvtc2") == "ordinary"
+    assert averaged(2, "--codec", "kvtc2", "--sensitivity-tokens", "all") == "all"
+    assert averaged(3, "--codec", "kvtc2", "--sinks", "plain") == "all"
+    assert averaged(4) == "all", "version 1 protects none"
+
+
+def test_fewer_first_positions_are_exact_if_asked(
+    runs: Runs, settings: CaptureSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spool = tmp_path / "spool"
+    capture_rows(settings, spool)
+    fit = ["fit", str(spool), *FIT, "--ratios", "4", "--out", str(tmp_path)]
+    for asked, exact in (((), 4), (("--sink-tokens", "1"), 1), (("--sink-tokens", "0"), 0)):
+        assert main([*fit, "--name", f"exact-{exact}", *asked]) == 0
+        (path,) = tmp_path.glob(f"*/exact-{exact}")
+        artifact, card, _ = load_rank_artifact(path, 0)
+        assert artifact.sink_tokens == card.sink_tokens == exact
+    assert main([*fit, "--sink-tokens", "256"]) == 2
+    assert "--sink-tokens 256: give 0 to 255" in capsys.readouterr().err
 
 
 def test_fit_uses_the_sensitivity_in_the_spool(

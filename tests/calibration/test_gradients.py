@@ -22,7 +22,7 @@ from transformers import (
 from kvtc_vllm.calibration import gradients
 from kvtc_vllm.calibration.capture import CaptureSettings
 from kvtc_vllm.calibration.capture_record import CaptureRecord, CaptureSource
-from kvtc_vllm.calibration.differentiable import CacheShape, Differentiable, check_supported
+from kvtc_vllm.calibration.differentiable import GRADIENTS, CacheShape, Differentiable
 from kvtc_vllm.calibration.documents import DataError, Document
 from kvtc_vllm.calibration.gradients import (
     GradientSettings,
@@ -30,6 +30,7 @@ from kvtc_vllm.calibration.gradients import (
     measure_sensitivity,
     spool_sensitivity,
 )
+from kvtc_vllm.calibration.in_transformers import check_supported
 from kvtc_vllm.calibration.sensitivity import load_sensitivity
 from kvtc_vllm.calibration.spool import SpoolWriter
 from kvtc_vllm.codec.artifact import Geometry
@@ -183,15 +184,18 @@ def test_a_cache_of_another_shape_is_refused(model: Path) -> None:
 
 
 def test_a_model_that_transformers_does_not_know_is_refused(model: Path, tmp_path: Path) -> None:
-    check_supported(model)
+    check_supported(model, GRADIENTS)
     (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}')
-    for call in (check_supported, lambda path: Differentiable(path, "cpu")):
+    for call in (
+        lambda path: check_supported(path, GRADIENTS),
+        lambda path: Differentiable(path, "cpu"),
+    ):
         with pytest.raises(ArtifactError, match=r"--sensitivity gradient: transformers cannot run"):
             call(tmp_path)
     # Known, but nothing that predicts the next token.
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(ArtifactError, match="no causal language model for ViTConfig"):
-        check_supported(tmp_path)
+        check_supported(tmp_path, GRADIENTS)
 
 
 def test_long_documents_that_are_not_held_out_are_drawn() -> None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 import torch
 
 pytest.importorskip("vllm")
 
-from kvtc_vllm.artifact.card import ArtifactCard, DataCard, save_card
+from kvtc_vllm.artifact.card import ArtifactCard, CurveCard, CurvePoint, DataCard, save_card
 from kvtc_vllm.codec.artifact import KINDS, RankArtifact, SectionBasis
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.payload import BitPlan, CoefficientGroup
 from kvtc_vllm.codec.registry import open_codec
-from kvtc_vllm.config import load_config
+from kvtc_vllm.config import KVTCConfig, load_config
 from kvtc_vllm.connector import artifact_lookup
 from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup, codec_geometry
 
@@ -111,3 +112,34 @@ def test_a_card_with_impossible_sinks_is_refused(
     monkeypatch.setattr(artifact_lookup, "find_artifact", lambda *_: (tmp_path, ""))
     with pytest.raises(ArtifactError, match=f"sink_tokens is {sink_tokens}, 0 to 255 are right"):
         artifact_lookup.record_bounds(SimpleNamespace(), load_config({}), CACHE)
+
+
+def test_a_quality_becomes_a_ratio_before_anything_is_sized(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the artifact that has it is the one that is loaded."""
+    point = CurvePoint(ratio=RATIO, real_ratio=RATIO, kl=0.002, low=0.001, high=0.003)
+    curve = CurveCard(
+        documents=(3,),
+        prefix_tokens=768,
+        exact_tokens=128,
+        scored_tokens=128,
+        chunk_tokens=128,
+        points=(point,),
+    )
+    save_card(tmp_path, msgspec.structs.replace(card(4), curve=curve))
+    asked: list[float | None] = []
+
+    def find(_: object, config: KVTCConfig, __: object) -> tuple[Path, str]:
+        asked.append(config.quality)
+        return tmp_path, ""
+
+    monkeypatch.setattr(artifact_lookup, "find_artifact", find)
+    config = load_config({"quality": 0.0025, "registry": [str(tmp_path)]})
+    settled = artifact_lookup.with_ratio(SimpleNamespace(), config, CACHE)
+    assert asked == [0.0025]
+    assert (settled.target_ratio, settled.quality) == (RATIO, None)
+    assert settled.artifact == str(tmp_path)
+    plain = load_config({"ratio": 8})
+    assert artifact_lookup.with_ratio(SimpleNamespace(), plain, CACHE) is plain
+    assert len(asked) == 1

@@ -12,8 +12,8 @@ import torch
 pytest.importorskip("triton", reason="kernels need Triton")
 pytest.importorskip("vllm")
 
+from kvtc_vllm.codec.artifact import at_ratio
 from kvtc_vllm.codec.kernels import paged_codec
-from kvtc_vllm.codec.kernels.resident import at_ratio
 from kvtc_vllm.config import load_config
 from kvtc_vllm.connector import transfers
 from kvtc_vllm.connector.layout import PagedLayout

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvtc_vllm.codec.artifact import KINDS, Kind, RankArtifact
+from kvtc_vllm.codec.artifact import KINDS, Kind, RankArtifact, at_ratio
 from kvtc_vllm.codec.base import Blob, read_section
 from kvtc_vllm.codec.container import NO_FINGERPRINT, ContainerInfo, Header, Section
 from kvtc_vllm.codec.errors import CodecError, ContainerError
@@ -40,7 +40,7 @@ from kvtc_vllm.codec.kernels.paged import (
     rotations,
 )
 from kvtc_vllm.codec.kernels.paged_io import gather_rows, scatter_rows
-from kvtc_vllm.codec.kernels.resident import ResidentArtifact, at_ratio
+from kvtc_vllm.codec.kernels.resident import ResidentArtifact
 from kvtc_vllm.codec.kernels.unit_coders import UnitCoder, unit_coder
 from kvtc_vllm.codec.kernels.uploads import UploadedBlobs
 from kvtc_vllm.codec.kvtc import KvtcCodec

@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from kvtc_vllm.codec.artifact import KINDS, Kind, RankArtifact, SectionBasis
+from kvtc_vllm.codec.artifact import KINDS, Kind, RankArtifact
 from kvtc_vllm.codec.entropy import cut_units
 from kvtc_vllm.codec.kernels.paged import Rotation, rotations
 from kvtc_vllm.codec.payload import (
@@ -174,24 +174,6 @@ def _stored(plan: BitPlan, tokens: int) -> list[tuple[CoefficientGroup, int, int
             found.append((by_start[start], batch.quantizer.type_id, offset))
             offset += batch.packed_bytes(tokens)
     return found
-
-
-def at_ratio(artifact: RankArtifact, ratio: float) -> RankArtifact:
-    """The artifact with no other plan than those of `ratio`, and no column that they don't read.
-
-    Its blobs are those of the whole artifact at that ratio.
-    """
-    sections: dict[tuple[int, Kind], SectionBasis] = {}
-    for key, section in artifact.sections.items():
-        plan = section.plans[ratio]
-        errors = {r: e for r, e in section.heldout_error.items() if r == ratio}
-        sections[key] = replace(
-            section,
-            basis=section.basis[:, : plan.rank].contiguous(),
-            plans={ratio: plan},
-            heldout_error=errors,
-        )
-    return replace(artifact, sections=sections)
 
 
 class ResidentArtifact:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from kvtc_vllm.codec.artifact import at_ratio
 from kvtc_vllm.codec.base import NewChunk
 from kvtc_vllm.codec.container import (
     CHECKSUM_BYTES,
@@ -167,3 +168,18 @@ def test_sizes_are_bounded_with_marks(fast: bool) -> None:
                     kept += 1
                     assert len(made) <= codec.max_blob_bytes(tokens)
     assert kept >= 6
+
+
+def test_an_artifact_of_one_ratio_keeps_the_columns_of_sinks() -> None:
+    """What is resident on a GPU. Its blobs are those of the whole."""
+    artifact = step_artifact(MODEL, (4.0, 8.0), RULE)
+    kept = at_ratio(artifact, 8.0)
+    assert kept.ratios() == (8.0,)
+    for section in kept.sections.values():
+        plan = section.plans[8.0]
+        assert plan.rank < section.basis.shape[1] == plan.total_rank
+    k, v = chunk_with_sinks(100, 0, [20, 50])
+    whole, own = (
+        open_codec("kvtc2", torch.bfloat16, artifact=a, ratio=8.0) for a in (artifact, kept)
+    )
+    assert own.encode(k, v, 0) == whole.encode(k, v, 0)
