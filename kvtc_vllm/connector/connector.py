@@ -34,6 +34,7 @@ from kvtc_vllm.connector.compat import (
     vllm_version,
 )
 from kvtc_vllm.connector.geometry import read_geometry
+from kvtc_vllm.connector.latent import with_latent_ratio
 from kvtc_vllm.connector.messages import DiskInventory, ReportMessage, StepMessage
 from kvtc_vllm.connector.metrics import KVTCPromMetrics, KVTCStats
 from kvtc_vllm.connector.startup import CodecFactory, build_worker
@@ -76,6 +77,9 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
         self._geometry = read_geometry(vllm_config, kv_cache_config)
         if "chunk_tokens" not in transfer.kv_connector_extra_config:
             self._config = with_whole_blocks(self._config, self._geometry)
+        self._config = with_latent_ratio(
+            self._config, self._geometry, transfer.kv_connector_extra_config
+        )
         # Both sides check, so that the worker, made first, fails before it loads an artifact.
         check_chunks(self._config, self._geometry)
         bounds = record_bounds(vllm_config.model_config, self._config, self._geometry)

@@ -11,6 +11,7 @@ import torch
 
 from kvtc_vllm.connector.cache_dtype import cache_dtype
 from kvtc_vllm.connector.compat import UnsupportedError, check_failed_loads, vllm_version
+from kvtc_vllm.connector.latent import is_latent, latent_sizes
 from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup
 from kvtc_vllm.offload.reach import FULL, ChunkedLocal, LastState, Reach, SlidingWindow
 
@@ -20,12 +21,13 @@ if TYPE_CHECKING:
 
 REACHES: dict[str, Callable[[Any], Reach]] = {
     "FullAttentionSpec": lambda spec: FULL,
+    "MLAAttentionSpec": lambda spec: FULL,
     "SlidingWindowSpec": lambda spec: SlidingWindow(spec.sliding_window),
     "ChunkedLocalAttentionSpec": lambda spec: ChunkedLocal(spec.attention_chunk_size),
     "MambaSpec": lambda spec: LastState(),
 }
-"""Name of vLLM's class of a cache group -> what its attention needs. Subclasses are other things:
-MLA's latents, fixed sinks."""
+"""Name of vLLM's class of a cache group -> what its attention needs. Subclasses are other things,
+such as fixed sinks."""
 
 
 def read_geometry(
@@ -101,18 +103,20 @@ def _cache_groups(
         of_shape.sort(key=lambda layer: layer_number(layer[0]))
         spec = specs[of_shape[0][1]]
         is_state = _is_state(spec)
+        sizes = (0, 0) if is_state else _head_sizes(vllm_config, spec)
         groups.append(
             CacheGroup(
                 layer_names=tuple(name for name, _ in of_shape),
                 block_size=spec.block_size,
                 num_kv_heads=0 if is_state else spec.num_kv_heads,
-                head_size=0 if is_state else spec.head_size,
-                head_size_v=0 if is_state else spec.head_size_v,
+                head_size=sizes[0],
+                head_size_v=sizes[1],
                 dtype=torch.uint8 if is_state else cache_dtype(vllm_config, spec),
                 model_dtype=vllm_config.model_config.dtype,
                 reach=REACHES[type(spec).__name__](spec),
                 layer_table=tuple(table for _, table in of_shape) if len(specs) > 1 else (),
                 state_bytes=_state_bytes(spec) if is_state else 0,
+                latent=is_latent(spec),
             )
         )
     groups.sort(key=lambda group: (not group.keeps_all, layer_number(group.layer_names[0])))
@@ -126,6 +130,13 @@ def _shape(spec: AttentionSpec) -> tuple[Any, ...]:
         return (reach, spec.block_size, spec.shapes, spec.dtypes)
     heads = (spec.num_kv_heads, spec.head_size, spec.head_size_v)
     return (reach, spec.block_size, *heads, spec.dtype)
+
+
+def _head_sizes(vllm_config: VllmConfig, spec: AttentionSpec) -> tuple[int, int]:
+    """Of K and of V."""
+    if is_latent(spec):
+        return latent_sizes(vllm_config, spec)
+    return spec.head_size, spec.head_size_v
 
 
 def _is_state(spec: Any) -> bool:

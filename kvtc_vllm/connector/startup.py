@@ -62,10 +62,11 @@ model may be calibrated in one dtype and served in another; another RoPE differs
 far more.
 """
 
-CodecFactory = Callable[[CacheGroup, tuple[Rope, ...], tuple[int | None, ...]], Coder]
-"""Makes what codes chunks instead of the configured codec: from the cache group, the live RoPE
-tables and each layer's index into them. For measurements; blobs of it are only read by the engine
-that wrote them, so it does not go with a disk tier."""
+CodecFactory = Callable[[int, CacheGroup, tuple[Rope, ...], tuple[int | None, ...]], Coder]
+"""Makes what codes chunks instead of the configured codec: from the cache group's number among
+those of attention, the group, the live RoPE tables and each layer's index into them. For
+measurements; blobs of it are only read by the engine that wrote them, so it does not go with a disk
+tier."""
 
 
 def build_worker(
@@ -126,8 +127,10 @@ def build_worker(
     coded: list[Transfer] = [one.transfer for one in served]
     if codec_factory is not None:
         coded = [
-            TorchTransfer(layout, codec_factory(group, *rotation), config.chunk_tokens)
-            for group, layout, rotation in zip(groups, layouts, rotations, strict=True)
+            TorchTransfer(layout, codec_factory(number, group, *rotation), config.chunk_tokens)
+            for number, (group, layout, rotation) in enumerate(
+                zip(groups, layouts, rotations, strict=True)
+            )
         ]
     of_states, of_attention = iter(states), iter(coded)
     transfers = [next(of_states if g.state_bytes else of_attention) for g in geometry.groups]

@@ -43,6 +43,9 @@ class CacheGroup:
     state_bytes: int = 0
     """Of a recurrent layer's states at one boundary; 0 for attention. Such a group has one page per
     block, which holds the states after the block's last token, and no heads."""
+    latent: bool = False
+    """Whether it is of multi-head latent attention: V is the latent, K the part with RoPE behind
+    it, both of one head that every rank holds whole."""
 
     @cached_property
     def tables(self) -> tuple[int, ...]:
