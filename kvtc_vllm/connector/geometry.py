@@ -42,17 +42,19 @@ def read_geometry(
     if resumes:
         _check_states(specs)
     parallel = vllm_config.parallel_config
-    for name in (
-        "pipeline_parallel_size",
-        "decode_context_parallel_size",
-        "prefill_context_parallel_size",
-    ):
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         size = getattr(parallel, name, 1)
         if size != 1:
             raise UnsupportedError(f"{name}={size} is not supported; use 1")
+    stages = parallel.pipeline_parallel_size
+    if stages > 1 and len(specs) > 1:
+        raise UnsupportedError(
+            f"pipeline_parallel_size={stages} is not supported for a model with {len(specs)} KV "
+            "cache groups, of which a stage may have none; use 1, and tensor parallel instead"
+        )
     groups = _cache_groups(vllm_config, kv_cache_config)
     hash_block = _hash_block(vllm_config, kv_cache_config) if len(specs) > 1 else None
-    geometry = CacheGeometry(groups, parallel.tensor_parallel_size, hash_block)
+    geometry = CacheGeometry(groups, parallel.tensor_parallel_size, hash_block, stages)
     if not geometry.keeps_all:
         check_failed_loads(vllm_version())
         if vllm_config.speculative_config is not None:

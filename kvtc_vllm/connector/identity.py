@@ -181,6 +181,7 @@ def setup_identity(
         "geometry": geometry,
         "tensor_parallel_size": vllm_config.parallel_config.tensor_parallel_size,
         "rank": rank,
+        "pipeline_parallel_size": vllm_config.parallel_config.pipeline_parallel_size,
         "ropes": [rope.fingerprint() for rope in ropes],
         "layer_rope": layer_rope,
         "scales": {kind: of_kind.tolist() for kind, of_kind in (scales or {}).items()},

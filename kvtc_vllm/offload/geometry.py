@@ -95,6 +95,13 @@ class CacheGeometry:
     tp_size: int
     hash_block: int | None = None
     """Tokens per block hash of the engine; None: the first group's block size."""
+    pp_size: int = 1
+    """Pipeline stages, each with layers of its own."""
+
+    @property
+    def ranks(self) -> int:
+        """Workers of the engine: every stage's tensor-parallel ranks."""
+        return self.tp_size * self.pp_size
 
     @property
     def hash_tokens(self) -> int:

@@ -48,7 +48,7 @@ class StorePipeline:
         self._stream = SideStream(device)
         self._share = Throttle(
             share_of_thread(
-                config.encode_share, device, config.encode_threads, context.geometry.tp_size
+                config.encode_share, device, config.encode_threads, context.geometry.ranks
             )
         )
         self._num_threads = config.encode_threads
