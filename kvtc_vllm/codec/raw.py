@@ -23,7 +23,14 @@ from kvtc_vllm.codec.container import (
     build,
     container_bytes,
 )
-from kvtc_vllm.codec.entropy import RAW, UNIT_ALIGNMENT, aligned
+from kvtc_vllm.codec.entropy import (
+    DEFLATE,
+    RAW,
+    UNIT_ALIGNMENT,
+    EntropyCoder,
+    aligned,
+    max_stored_bytes,
+)
 from kvtc_vllm.codec.errors import ContainerError
 from kvtc_vllm.codec.shuffle import to_bytes
 
@@ -41,6 +48,7 @@ class RawCodec(ChunkCodec):
 
     codec_id: ClassVar[int] = 0
     name: ClassVar[str] = "raw"
+    _coder: ClassVar[EntropyCoder] = RAW
 
     def encode(self, k: torch.Tensor, v: torch.Tensor, start: int, key: bytes = b"") -> bytes:
         self._check_tensors(k, v, start)
@@ -48,7 +56,9 @@ class RawCodec(ChunkCodec):
             k.shape[0], start, sinks=0, ratio=0.0, artifact=NO_FINGERPRINT, key=key
         )
         sections = [
-            NewSection(kind, RAW.coder_id, ALL_LAYERS, len(data), RAW.encode([data]))
+            NewSection(
+                kind, self._coder.coder_id, ALL_LAYERS, len(data), self._coder.encode([data])
+            )
             for kind, data in (
                 (SectionKind.EXACT_K, to_bytes(k)),
                 (SectionKind.EXACT_V, to_bytes(v)),
@@ -83,3 +93,19 @@ class RawCodec(ChunkCodec):
         data = torch.frombuffer(read_section(info.sections[index], blob), dtype=self.dtype)
         shape = (info.header.tokens, self.geometry.num_layers, self.geometry.num_kv_heads, -1)
         return data.view(shape).to(self.device)
+
+
+class DeflatedRawCodec(RawCodec):
+    """Writes raw blobs whose sections are DEFLATE units; reads what `RawCodec` does.
+
+    For bytes that someone has put in an order in which they compress.
+    """
+
+    _coder: ClassVar[EntropyCoder] = DEFLATE
+
+    def max_blob_bytes(self, tokens: int) -> int:
+        elements = tokens * self.geometry.num_layers * self.geometry.num_kv_heads
+        sizes = (self.geometry.head_size, self.geometry.head_size_v)
+        return container_bytes(
+            [max_stored_bytes([elements * n * self.dtype.itemsize]) for n in sizes]
+        )

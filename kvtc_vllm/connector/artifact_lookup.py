@@ -15,7 +15,7 @@ from kvtc_vllm.codec.registry import CODECS, max_blob_bytes
 from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.connector.geometry import layer_number
 from kvtc_vllm.connector.stages import stage_geometry, stage_layers
-from kvtc_vllm.connector.state_transfer import STATE_ELEMENT, state_geometry
+from kvtc_vllm.connector.state_transfer import state_codec
 from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup, codec_geometry
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def record_bounds(model: ModelConfig, config: KVTCConfig, geometry: CacheGeometr
     """
     coded = iter(_coded_bounds(model, config, geometry))
     return [
-        max_blob_bytes("raw", STATE_ELEMENT, 1, geometry=state_geometry(group))
+        state_codec(group, config.rounds_states).max_blob_bytes(1)
         if group.state_bytes
         else next(coded)
         for group in geometry.groups

@@ -106,6 +106,7 @@ def _cache_groups(
         spec = specs[of_shape[0][1]]
         is_state = _is_state(spec)
         sizes = (0, 0) if is_state else _head_sizes(vllm_config, spec)
+        parts = _state_parts(spec) if is_state else ()
         groups.append(
             CacheGroup(
                 layer_names=tuple(name for name, _ in of_shape),
@@ -117,7 +118,8 @@ def _cache_groups(
                 model_dtype=vllm_config.model_config.dtype,
                 reach=REACHES[type(spec).__name__](spec),
                 layer_table=tuple(table for _, table in of_shape) if len(specs) > 1 else (),
-                state_bytes=_state_bytes(spec) if is_state else 0,
+                state_bytes=sum(n * dtype.itemsize for n, dtype in parts),
+                state_parts=parts,
                 latent=is_latent(spec),
             )
         )
@@ -145,13 +147,10 @@ def _is_state(spec: Any) -> bool:
     return type(spec).__name__ == "MambaSpec"
 
 
-def _state_bytes(spec: Any) -> int:
-    """Of one layer at one boundary, without what pads its page."""
-    sizes = (
-        math.prod(shape) * dtype.itemsize
-        for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True)
-    )
-    return int(sum(sizes))
+def _state_parts(spec: Any) -> tuple[tuple[int, torch.dtype], ...]:
+    """Elements and type of one layer's states at one boundary, as they lie in its page."""
+    shapes = zip(spec.shapes, spec.dtypes, strict=True)
+    return tuple((math.prod(shape), dtype) for shape, dtype in shapes)
 
 
 def _check_states(specs: Sequence[Any]) -> None:

@@ -191,6 +191,8 @@ def setup_identity(
     }
     if only_ratio is not None:
         own["only_ratio"] = only_ratio
+    if geometry.has_states:
+        own["state_codec"] = config.state_codec
     for name, find in (("draft_files", _draft_files), ("model_code", _model_code)):
         try:
             own[name] = find(vllm_config)

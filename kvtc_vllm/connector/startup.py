@@ -87,7 +87,11 @@ def build_worker(
         layers = stage_layers(vllm_config.model_config, geometry)[place.stage]
     groups = geometry.coded_groups
     layouts = paged_layouts(kv_caches, geometry)
-    states = [StateTransfer(kv_caches, group) for group in geometry.groups if group.state_bytes]
+    states = [
+        StateTransfer(kv_caches, group, config.rounds_states)
+        for group in geometry.groups
+        if group.state_bytes
+    ]
     device = next(iter(kv_caches.values())).device
     step_tokens = vllm_config.scheduler_config.max_num_batched_tokens
     live = LiveModel(vllm_config, [n for group in geometry.groups for n in group.layer_names])
