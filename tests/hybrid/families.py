@@ -107,6 +107,16 @@ STATES: dict[str, Callable[[], Any]] = {
     ),
     # Attention and a state in every layer.
     "falcon": _configuration("FalconH1Config", mamba_d_ssm=256, **_MAMBA),
+    "nemotron": _configuration(
+        "NemotronHConfig",
+        layers_block_type=["mamba", "attention", "mamba", "mlp"],
+        ssm_state_size=32,
+        mamba_num_heads=8,
+        mamba_head_dim=32,
+        n_groups=1,
+        chunk_size=64,
+        expand=2,
+    ),
     # Gated delta nets. vLLM's CPU kernel takes heads of 128, and bfloat16 only.
     "qwen3next": _configuration(
         "Qwen3NextConfig",
@@ -194,7 +204,7 @@ def _amplify(model: Any) -> None:
         for name, weight in model.named_parameters():
             if name.endswith("A_log"):
                 weight.fill_(-6.0)
-            elif any(part in name for part in (".conv.", ".mamba.", ".linear_attn.")):
+            elif any(part in name for part in (".conv.", ".mamba.", ".mixer.", ".linear_attn.")):
                 if ".out_proj" in name:
                     weight.mul_(10.0)
                 elif ".in_proj" in name or ".conv1d" in name or ".conv.conv" in name:
