@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -24,15 +25,17 @@ from kvtc_vllm.codec.container import (
     container_bytes,
 )
 from kvtc_vllm.codec.entropy import (
-    DEFLATE,
     RAW,
     UNIT_ALIGNMENT,
+    UNIT_BYTES,
+    DeflateCoder,
     EntropyCoder,
     aligned,
-    max_stored_bytes,
 )
 from kvtc_vllm.codec.errors import ContainerError
 from kvtc_vllm.codec.shuffle import to_bytes
+
+_SMALL_UNIT = 8192
 
 
 def max_raw_blob_bytes(chunk_bytes: int) -> int:
@@ -98,14 +101,24 @@ class RawCodec(ChunkCodec):
 class DeflatedRawCodec(RawCodec):
     """Writes raw blobs whose sections are DEFLATE units; reads what `RawCodec` does.
 
-    For bytes that someone has put in an order in which they compress.
+    For bytes that someone has put in an order in which they compress, with other statistics from
+    stretch to stretch: a Huffman table for each small unit, and no search for matches.
     """
 
-    _coder: ClassVar[EntropyCoder] = DEFLATE
+    _coder: ClassVar[EntropyCoder] = DeflateCoder(matches=False, unit_bytes=_SMALL_UNIT)
 
     def max_blob_bytes(self, tokens: int) -> int:
         elements = tokens * self.geometry.num_layers * self.geometry.num_kv_heads
         sizes = (self.geometry.head_size, self.geometry.head_size_v)
         return container_bytes(
-            [max_stored_bytes([elements * n * self.dtype.itemsize]) for n in sizes]
+            [_most_of_small_units(elements * n * self.dtype.itemsize) for n in sizes]
         )
+
+
+def _most_of_small_units(size: int) -> int:
+    """Most bytes that a payload of `size` takes as units of about `_SMALL_UNIT`, with their table.
+
+    Units may be up to half as large again, or two thirds as large.
+    """
+    units = 1 + math.ceil(1.5 * size / _SMALL_UNIT)
+    return size + units * (UNIT_BYTES + UNIT_ALIGNMENT)

@@ -96,25 +96,28 @@ def test_room_for_states_is_what_they_are_filled_up_to() -> None:
 def test_equal_exponents_compress_and_rounding_is_to_nearest() -> None:
     """Numbers like those of states: signs and exponents of few kinds, mantissas of any."""
     torch.manual_seed(1)
-    values = torch.randn(2, 4000)
+    values = torch.randn(3, 40000)
     pages = values.view(torch.uint8)
-    exact, rounded = (StateBytes(((4000, torch.float32),), rounds) for rounds in (False, True))
+    exact, rounded = (StateBytes(((40000, torch.float32),), rounds) for rounds in (False, True))
     assert torch.equal(exact.unpack(exact.pack(pages)), pages)
     kept = rounded.unpack(rounded.pack(pages)).view(torch.float32)
     assert torch.equal(kept, values.to(torch.bfloat16).float())
     assert rounded.stored_bytes * 2 == exact.stored_bytes == exact.page_bytes
 
-    group = replace(GROUP, state_bytes=16000, state_parts=((4000, torch.float32),))
+    group = replace(GROUP, state_bytes=160000, state_parts=((40000, torch.float32),))
     sizes = []
     for rounds in (False, True):
-        names = {name: values[:1].clone().view(1, 1, 4000) for name in group.layer_names}
+        names = {
+            name: of_layer.clone().view(1, 1, 40000)
+            for name, of_layer in zip(group.layer_names, values, strict=True)
+        }
         transfer = StateTransfer(names, group, rounds)
         (blob,) = transfer.encode(transfer.stage([StoreItem(KEY, 256, [0, 0])]))
         assert isinstance(blob, bytes)
         assert transfer.load([(LoadItem(KEY, 256, 0, [0, 0]), blob)]) == [None]
-        expected = values[:1].to(torch.bfloat16).float() if rounds else values[:1]
-        assert torch.equal(names["layers.1"].view(1, 4000), expected)
-        sizes.append(len(blob) / (3 * 16000))
+        expected = values[1].to(torch.bfloat16).float() if rounds else values[1]
+        assert torch.equal(names["layers.1"].flatten(), expected)
+        sizes.append(len(blob) / (3 * 160000))
     # A plane in four of float32, in two of bfloat16, holds next to nothing.
     assert 0.7 < sizes[0] < 0.9
     assert 0.2 < sizes[1] < 0.4
