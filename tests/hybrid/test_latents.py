@@ -88,5 +88,5 @@ def test_calibrate_then_serve(reference_model: Path, tmp_path: Path) -> None:
     assert values["kvtc_hit_tokens"] == values["external_prefix_cache_hits"] == 2 * 512
     assert not any(values[name] for name in values if name.startswith("kvtc_failed_loads"))
     assert values["kvtc_kind_stored_bytes"] == values["kvtc_stored_bytes"]
-    # Of float32 elements twice the ratio is planned; sinks are exact.
-    assert 2.5 < values["kvtc_stored_raw_bytes"] / values["kvtc_stored_bytes"] < 6
+    # Of float32 elements twice the ratio is planned; these few words deflate well.
+    assert 2 * RATIO < values["kvtc_stored_raw_bytes"] / values["kvtc_stored_bytes"] < 20
