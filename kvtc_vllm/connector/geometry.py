@@ -45,11 +45,12 @@ def read_geometry(
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         size = getattr(parallel, name, 1)
         if size != 1:
-            raise UnsupportedError(f"{name}={size} is not supported; use 1")
+            flag = f"--{name.replace('_', '-')}"
+            raise UnsupportedError(f"{flag}={size} is not supported; use 1")
     stages = parallel.pipeline_parallel_size
     if stages > 1 and len(specs) > 1:
         raise UnsupportedError(
-            f"pipeline_parallel_size={stages} is not supported for a model with {len(specs)} KV "
+            f"--pipeline-parallel-size={stages} is not supported for a model with {len(specs)} KV "
             "cache groups, of which a stage may have none; use 1, and tensor parallel instead"
         )
     groups = _cache_groups(vllm_config, kv_cache_config)

@@ -203,10 +203,10 @@ def test_pipeline_stages_of_one_group_are_served_and_context_parallel_is_not() -
     found = read((full(), [0, 1]), **two)
     assert (found.tp_size, found.pp_size, found.ranks) == (3, 2, 6)
     with pytest.raises(
-        UnsupportedError, match=r"pipeline_parallel_size=2 .* with 2 KV cache groups"
+        UnsupportedError, match=r"--pipeline-parallel-size=2 .* with 2 KV cache groups"
     ):
         read((full(), [0]), (window(), [1]), **two)
-    with pytest.raises(UnsupportedError, match="decode_context_parallel_size=2 is not supported"):
+    with pytest.raises(UnsupportedError, match="--decode-context-parallel-size=2 is not supported"):
         read((full(), [0]), parallel={"decode_context_parallel_size": 2})
 
 
