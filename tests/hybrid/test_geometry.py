@@ -21,7 +21,7 @@ from kvtc_vllm.connector.geometry import read_geometry
 from kvtc_vllm.connector.latent import with_latent_ratio
 from kvtc_vllm.connector.layout import paged_layouts
 from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup, check_chunks
-from kvtc_vllm.offload.reach import FULL, ChunkedLocal, LastState, SlidingWindow
+from kvtc_vllm.offload.reach import FULL, ChunkedLocal, LastState, SlidingWindow, named_reach
 from tests.connector.test_layout import packed
 
 SHAPE = {"block_size": 32, "num_kv_heads": 2, "head_size": 64, "dtype": torch.bfloat16}
@@ -271,3 +271,14 @@ def test_layers_that_read_another_s_kv_are_left_out() -> None:
     stranger = {**caches, "model.layers.2.attn": torch.zeros(4, 2, 32, 128).bfloat16()}
     with pytest.raises(UnsupportedError, match=r"unexpected \['model.layers.2.attn'\]"):
         paged_layouts(stranger, found)
+
+
+@pytest.mark.parametrize("reach", [FULL, LastState(), SlidingWindow(512), ChunkedLocal(8192)])
+def test_names_of_attention_are_read_as_they_are_written(reach: Any) -> None:
+    assert named_reach(str(reach)) == reach
+
+
+@pytest.mark.parametrize("name", ["", "window", "window 0", "window x", "global 5"])
+def test_other_names_of_attention_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="is not known; full, state, window N"):
+        named_reach(name)
