@@ -71,7 +71,7 @@ def collect(
     found = []
     jobs = list(calibration_documents(runner.tokenizer, data))
     for kind, ids, prefix in tqdm(jobs, unit="document"):
-        gradients = runner.gradients(ids, prefix, shape, generator)
+        (gradients,) = runner.gradients(ids, prefix, [shape], generator)
         found.append(reduce(kind, gradients, ropes, rule))
     unfinished = kept.with_suffix(".writing")
     torch.save([vars(gradients) for gradients in found], unfinished)

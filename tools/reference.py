@@ -13,7 +13,7 @@ from kvtc_vllm.cli import COMMANDS
 from kvtc_vllm.config import ConfigKey, describe
 from kvtc_vllm.config.keys import describe_keys
 from kvtc_vllm.lmcache.settings import LMCacheSettings
-from kvtc_vllm.offload.stats import COUNTERS, GAUGES, LABELLED
+from kvtc_vllm.offload.stats import BY_KIND, CACHE_KINDS, COUNTERS, GAUGES, LABELLED
 
 PATH = Path(__file__).resolve().parents[1] / "docs" / "reference.md"
 
@@ -60,6 +60,11 @@ def _metrics() -> str:
     rows += [
         (f"`vllm:kvtc_{name}_total`", "counter, label `reason`", says)
         for name, (says, _) in LABELLED.items()
+    ]
+    kinds = ", ".join(f"`{kind}`" for kind in CACHE_KINDS)
+    rows += [
+        (f"`vllm:kvtc_{name}_total`", f"counter, label `kind`: {kinds}", says)
+        for name, says in BY_KIND.items()
     ]
     rows += [(f"`vllm:kvtc_{name}`", "gauge", says) for name, says in GAUGES.items()]
     return _table(["metric", "type", "meaning"], iter(rows))

@@ -13,7 +13,20 @@ from typing import Any
 
 ELEMENT_BYTES = 2
 """Of a cache of 16 bits."""
+LATENT_RATIO = 8.0
+"""Most that a preset codes latents by: no trained model with them was measured above."""
 _WINDOWS = ("sliding_attention", "local_attention")
+_PERIODS = {
+    "gemma2": ("sliding_attention", "sliding_window_pattern", 2),
+    "gemma3": ("sliding_attention", "sliding_window_pattern", 6),
+    "cohere2": ("sliding_attention", "sliding_window_pattern", 4),
+    "llama4": ("chunked_attention", "no_rope_layer_interval", 4),
+    "qwen3_next": ("linear_attention", "full_attention_interval", 4),
+}
+"""Where a configuration does not list its layers: family -> kind of the layers between those of
+full attention, field and default of how many layers make a period."""
+_LETTERS = {"M": "mamba", "*": "full_attention"}
+"""Of Nemotron-H's pattern; its other layers keep nothing."""
 _RECURRENT = ("linear_attention", "mamba", "mamba2", "conv", "recurrent")
 
 
@@ -41,6 +54,12 @@ class LayerKind:
         """Whether a codec codes it; states are kept exactly."""
         return self.kind != "state"
 
+    def coded_by(self, ratio: float) -> float:
+        """Uncompressed over stored bytes at a target ratio."""
+        if not self.coded:
+            return 1.0
+        return min(ratio, LATENT_RATIO) if self.kind == "latent" else ratio
+
     def prefix_bytes(self, tokens: int, behind: int) -> int:
         """Uncompressed, of a prefix with one boundary. behind: tokens kept besides the reach."""
         kept = tokens if self.reach is None else min(tokens, self.reach + behind)
@@ -60,10 +79,11 @@ def expected_ratio(
 ) -> float:
     """Uncompressed over stored bytes of a prefix with one boundary, before entropy coding.
 
-    ratio: of what is coded. behind: the recent window and a chunk, kept besides what is needed.
+    ratio: of what is coded, latents at most by `LATENT_RATIO`. behind: the recent window and a
+    chunk, kept besides what is needed.
     """
     sizes = [(kind, kind.prefix_bytes(tokens, behind)) for kind in kinds]
-    stored = sum(size / ratio if kind.coded else size for kind, size in sizes)
+    stored = sum(size / kind.coded_by(ratio) for kind, size in sizes)
     return sum(size for _, size in sizes) / stored
 
 
@@ -75,9 +95,20 @@ def _layer_types(text: Mapping[str, Any]) -> list[str]:
         both = ["mamba"] * len(kept) if text.get("model_type") == "falcon_h1" else []
         shared = int(text.get("num_kv_shared_layers") or 0)
         return kept[: len(kept) - shared] + both
+    if pattern := text.get("hybrid_override_pattern"):
+        return [_LETTERS[letter] for letter in str(pattern) if letter in _LETTERS]
     layers = int(_number(text, "num_hidden_layers"))
-    if text.get("model_type") == "falcon_h1":
+    family = str(text.get("model_type")).removesuffix("_text")
+    if family == "falcon_h1":
         return ["full_attention", "mamba"] * layers
+    if text.get("no_rope_layers"):
+        return [
+            "chunked_attention" if rope else "full_attention" for rope in text["no_rope_layers"]
+        ]
+    if family in _PERIODS:
+        name, field, period = _PERIODS[family]
+        period = int(text.get(field) or period)
+        return ["full_attention" if i % period == 0 else name for i in range(1, layers + 1)]
     if text.get("sliding_window") and text.get("use_sliding_window", True):
         return ["sliding_attention"] * layers
     return ["full_attention"] * layers

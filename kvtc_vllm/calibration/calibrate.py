@@ -27,7 +27,7 @@ from kvtc_vllm.calibration.quality_curve import (
 from kvtc_vllm.calibration.sensitivity import Sensitivity, SensitivityMeasure, load_sensitivity
 from kvtc_vllm.calibration.shards import RankRows, rank_heads
 from kvtc_vllm.calibration.sinks import fit_sinks
-from kvtc_vllm.calibration.spool import SpoolReader
+from kvtc_vllm.calibration.spool import SpoolReader, cache_group_places
 from kvtc_vllm.calibration.weights import Metric, RowWeights, Tokens
 from kvtc_vllm.calibration.writing import (
     Description,
@@ -98,10 +98,9 @@ def calibrate(
         record = capture_rows(capture, directory)
         measured = None
         if sensitivity is not None:
-            _check_one_group(_groups_of(directory), None)
             measured = sensitivity.measure(record, directory)
         if settings.curve is not None:
-            _check_curve(_groups_of(directory))
+            _check_curve(cache_group_places(directory))
             spool_heldout(capture, record, directory, CURVE)
         return fit_spool(directory, settings, measured)
 
@@ -109,26 +108,35 @@ def calibrate(
 def fit_spool(spool: Path, settings: ArtifactSettings, sensitivity: Path | None = None) -> Path:
     """Fit an artifact to a finished spool and write it; returns its directory.
 
-    sensitivity: the file that rows are weighted by, see `sensitivity.load_sensitivity`; None: rows
-    are not weighted. Raises ArtifactError for a spool that is missing, unfinished or damaged, for a
-    sensitivity of another model, for KV heads that do not divide among the ranks, for a curve that
-    cannot be measured or a quality that no ratio has, and for a result that acceptance refuses.
+    sensitivity: the file that rows are weighted by, see `sensitivity.load_sensitivity`; those of
+    further cache groups lie beside it as in a spool. None: rows are not weighted. Raises
+    ArtifactError for a spool that is missing, unfinished or damaged, for a sensitivity of another
+    model, for KV heads that do not divide among the ranks, for a curve that cannot be measured or
+    a quality that no ratio has, and for a result that acceptance refuses.
     """
     record = find_record(spool)
     if record is None:
         raise ArtifactError(
             f"{spool}: holds no finished capture; make one with: kvtc calibrate --spool {spool}"
         )
-    places = _groups_of(spool)
+    places = cache_group_places(spool)
     # The same draws as `calibrate` from the beginning, hence the same artifact.
     settings = replace(settings, fit=replace(settings.fit, seed=record.source.seed))
-    found = None
+    found: list[Sensitivity | None] = [None] * len(places)
     if sensitivity is not None:
-        _check_one_group(places, sensitivity)
-        found = _own_sensitivity(sensitivity, record, SpoolReader(spool / "rank0"))
+        found = [
+            _own_sensitivity(
+                group_directory(sensitivity.parent, number) / sensitivity.name,
+                record,
+                SpoolReader(place / "rank0"),
+            )
+            for number, place in enumerate(places)
+        ]
     if settings.curve is not None:
         _check_curve(places)
-    groups = [_fit_group(place, record, settings, found) for place in places]
+    groups = [
+        _fit_group(place, record, settings, own) for place, own in zip(places, found, strict=True)
+    ]
     description = _describe(record, SpoolReader(spool / "rank0"), settings.model_name)
     if settings.curve is not None:
         artifacts = [fit.artifact for fit in groups[0].fits]
@@ -141,23 +149,6 @@ def fit_spool(spool: Path, settings: ArtifactSettings, sensitivity: Path | None 
     if len(groups) > 1:
         return write_groups(root, description, groups, name=settings.name)
     return write_artifact(root, description, groups[0].fits, groups[0].probes, name=settings.name)
-
-
-def _groups_of(spool: Path) -> list[Path]:
-    """Where the ranks of each cache group lie."""
-    places = [spool]
-    while (place := group_directory(spool, len(places))).is_dir():
-        places.append(place)
-    return places
-
-
-def _check_one_group(places: Sequence[Path], sensitivity: Path | None) -> None:
-    if len(places) > 1:
-        given = "gradient" if sensitivity is None else sensitivity
-        raise ArtifactError(
-            f"--sensitivity {given}: the model has {len(places)} cache groups, and gradients are "
-            "taken as if all layers saw all tokens; give --sensitivity none"
-        )
 
 
 def _check_curve(places: Sequence[Path]) -> None:

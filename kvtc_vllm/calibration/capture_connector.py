@@ -118,6 +118,8 @@ class KVTCCaptureConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _total_kv_heads(self, group: CacheGroup) -> int:
         """Of all ranks. The model's own number, but for layers that have another."""
+        if group.latent:
+            return 1
         tp_size = self._tp_size
         total = int(self._vllm_config.model_config.get_total_num_kv_heads())
         return (

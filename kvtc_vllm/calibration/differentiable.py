@@ -17,16 +17,32 @@ from typing import Any
 import torch
 
 from kvtc_vllm.calibration.in_transformers import Asked, load_model
+from kvtc_vllm.offload.reach import FULL, Reach
 
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What the gradients must be of: layers, KV heads of all ranks, head sizes of K and V."""
+    """A cache group that gradients must be of.
+
+    layers, KV heads of all ranks, head sizes of K and V. numbers: of the layers in the model;
+    none: from 0 on. reach: the tokens that its attention sees.
+    """
 
     layers: int
     kv_heads: int
     head_size: int
     head_size_v: int
+    numbers: tuple[int, ...] = ()
+    reach: Reach = FULL
+
+    @property
+    def places(self) -> Sequence[int]:
+        """Of its layers among the model's."""
+        return self.numbers or range(self.layers)
+
+    def leaves(self, prefix: int) -> list[tuple[int, ...]]:
+        """Shapes of a layer's K and V in transformers."""
+        return [(1, self.kv_heads, prefix, size) for size in (self.head_size, self.head_size_v)]
 
 
 @dataclass(frozen=True)
@@ -69,28 +85,39 @@ class Differentiable:
         self.max_positions = loaded.max_positions
 
     def gradients(
-        self, ids: Sequence[int], prefix: int, shape: CacheShape, generator: torch.Generator
-    ) -> PrefixGradients:
+        self,
+        ids: Sequence[int],
+        prefix: int,
+        shapes: Sequence[CacheShape],
+        generator: torch.Generator,
+    ) -> list[PrefixGradients]:
         """Differentiate the likelihood of labels drawn after each token of the continuation.
 
-        ids: of prefix and continuation. generator: draws the labels, on the CPU. Raises
-        ArtifactError if the model does not run, or its cache is not of `shape`.
+        ids: of prefix and continuation. shapes: of all cache groups; what is returned is theirs,
+        in order. generator: draws the labels, on the CPU. Raises ArtifactError if the model does
+        not run, or its cache is not of these shapes.
         """
         try:
             leaves, gradients = self._gradients(ids, prefix, generator)
         except Exception as error:
             raise GRADIENTS.unusable(self.directory, error) from error
-        wanted = [(1, shape.kv_heads, prefix, n) for n in (shape.head_size, shape.head_size_v)]
+        wanted = {layer: shape.leaves(prefix) for shape in shapes for layer in shape.places}
         found = [tuple(leaf.shape) for leaf in leaves]
-        if found != wanted * shape.layers:
+        if found != [leaf for layer in sorted(wanted) for leaf in wanted[layer]]:
+            captured = ", ".join(
+                f"{shape.layers} of {shape.leaves(prefix)[0]} and {shape.leaves(prefix)[1]}"
+                for shape in shapes
+            )
             raise GRADIENTS.unusable(
                 self.directory,
                 f"its cache has {len(found) // 2} layers, the first of K {found[0]} and V "
-                f"{found[1]}; captured were {shape.layers} of {wanted[0]} and {wanted[1]}",
+                f"{found[1]}; captured were {captured}",
             )
-        cached = torch.stack([leaf.detach()[0].transpose(0, 1) for leaf in leaves[1::2]], dim=1)
-        of_document = [gradient[0] for gradient in gradients]
-        return PrefixGradients(of_document[0::2], of_document[1::2], cached)
+        keys = dict(zip(sorted(wanted), range(0, len(found), 2), strict=True))
+        return [
+            _of_layers(leaves, gradients, [keys[layer] for layer in shape.places])
+            for shape in shapes
+        ]
 
     def _gradients(
         self, ids: Sequence[int], prefix: int, generator: torch.Generator
@@ -118,3 +145,13 @@ class Differentiable:
         chances = likelihood.detach().exp().cpu()
         labels = torch.multinomial(chances, 1, generator=generator).to(self._device)
         return leaves, torch.autograd.grad(likelihood.gather(1, labels).sum(), leaves)
+
+
+def _of_layers(
+    leaves: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], keys: Sequence[int]
+) -> PrefixGradients:
+    """keys: where the keys of each layer are; its values follow."""
+    cached = torch.stack([leaves[key + 1].detach()[0].transpose(0, 1) for key in keys], dim=1)
+    return PrefixGradients(
+        [gradients[key][0] for key in keys], [gradients[key + 1][0] for key in keys], cached
+    )

@@ -14,7 +14,12 @@ from tqdm import tqdm
 from kvtc_vllm.artifact.identity import model_directory
 from kvtc_vllm.calibration.capture import PREFILL_FACTOR, CaptureSettings
 from kvtc_vllm.calibration.capture_record import CaptureRecord, texts_fingerprint
-from kvtc_vllm.calibration.differentiable import GRADIENTS, CacheShape, Differentiable
+from kvtc_vllm.calibration.differentiable import (
+    GRADIENTS,
+    CacheShape,
+    Differentiable,
+    PrefixGradients,
+)
 from kvtc_vllm.calibration.documents import DataError, Document, Text, make_documents, read_texts
 from kvtc_vllm.calibration.in_transformers import check_supported
 from kvtc_vllm.calibration.sensitivity import (
@@ -29,8 +34,10 @@ from kvtc_vllm.calibration.sensitivity import (
 )
 from kvtc_vllm.calibration.shards import RankRows
 from kvtc_vllm.calibration.sinks import fit_sinks
-from kvtc_vllm.calibration.spool import SpoolReader
+from kvtc_vllm.calibration.spool import SpoolReader, cache_group_places
+from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.sink_rule import SinkRule
+from kvtc_vllm.offload.reach import named_reach
 
 
 @dataclass(frozen=True)
@@ -77,36 +84,56 @@ def spool_sensitivity(
 ) -> Path:
     """SPOOL/sensitivity.json of a finished capture, measured unless it is there.
 
-    One of other settings or another text is replaced. Raises what `measure_sensitivity` does.
+    That of a further cache group lies in its directory. One of other settings or another text is
+    replaced. Raises what `measure_sensitivity` does.
     """
-    path = spool / SENSITIVITY_NAME
     texts = read_texts(capture.data, PREFILL_FACTOR * capture.tokens)
-    readers = [SpoolReader(spool / f"rank{rank}") for rank in range(record.tp_size)]
-    header = readers[0].header
-    geometry = header.geometry
     source = sensitivity_source(capture, record, texts, settings)
-    sinks = fit_sinks(RankRows(readers, 1, 0, None))
-    rule = None if sinks is None else sinks.rule
-    if is_measured(path, geometry.num_layers, header.total_kv_heads, "gradient", source, rule):
-        say(f"{path}: measured earlier with the same settings, used again")
-        return path
+    places = cache_group_places(spool)
+    paths = [place / SENSITIVITY_NAME for place in places]
+    groups = [_measured_group(place, record) for place in places]
+    if all(
+        is_measured(path, shape.layers, shape.kv_heads, "gradient", source, rule)
+        for path, (shape, rule) in zip(paths, groups, strict=True)
+    ):
+        say(f"{paths[0]}: measured earlier with the same settings, used again")
+        return paths[0]
     max_model_len = capture.engine.get("max_model_len")
     found = measure_sensitivity(
         model_directory(capture.model, capture.engine.get("revision")),
         texts,
-        CacheShape(
-            geometry.num_layers, header.total_kv_heads, geometry.head_size, geometry.head_size_v
-        ),
+        groups,
         source,
-        rule,
         total_tokens=PREFILL_FACTOR * capture.tokens,
         device=device,
         max_model_len=max_model_len if isinstance(max_model_len, int) else None,
         trust_remote_code=bool(capture.engine.get("trust_remote_code")),
         say=say,
     )
-    save_sensitivity(path, found)
-    return path
+    for path, of_group in zip(paths, found, strict=True):
+        save_sensitivity(path, of_group)
+    return paths[0]
+
+
+def _measured_group(place: Path, record: CaptureRecord) -> tuple[CacheShape, SinkRule | None]:
+    """What is captured of a cache group, and what marks its sinks."""
+    readers = [SpoolReader(place / f"rank{rank}") for rank in range(record.tp_size)]
+    header = readers[0].header
+    geometry = header.geometry
+    try:
+        reach = named_reach(header.attention)
+    except ValueError as error:
+        raise ArtifactError(f"{readers[0].directory}/header.json: {error}") from error
+    sinks = fit_sinks(RankRows(readers, 1, 0, None))
+    shape = CacheShape(
+        geometry.num_layers,
+        header.total_kv_heads,
+        geometry.head_size,
+        geometry.head_size_v,
+        numbers=header.layers,
+        reach=reach,
+    )
+    return shape, None if sinks is None else sinks.rule
 
 
 def sensitivity_source(
@@ -132,21 +159,22 @@ def sensitivity_source(
 def measure_sensitivity(
     directory: Path,
     texts: Sequence[Text],
-    shape: CacheShape,
+    groups: Sequence[tuple[CacheShape, SinkRule | None]],
     source: SensitivitySource,
-    rule: SinkRule | None,
     *,
     total_tokens: int,
     device: str = "cpu",
     max_model_len: int | None = None,
     trust_remote_code: bool = False,
     say: Callable[[str], None] = print,
-) -> Sensitivity:
+) -> list[Sensitivity]:
     """Average squared gradients over documents of calibration text that are not held out.
 
-    texts: what a capture reads, cut into the same documents. source: how many documents, how
-    long, and the seed of what is drawn; equal seeds give equal documents and labels. rule: what
-    marks sinks, over the heads of all ranks; without it there is one average. total_tokens:
+    texts: what a capture reads, cut into the same documents. groups: all cache groups of the
+    model, each with what marks its sinks, over the heads of all ranks; without that there is one
+    average. Averages are over the tokens that a group's attention sees. source: how many
+    documents, how long, and the seed of what is drawn; equal seeds give equal documents and
+    labels. total_tokens:
     of all documents of the capture. max_model_len: of the engine; None: the model's. Shows a
     progress bar. Raises ArtifactError if transformers cannot run the model, DataError if there is
     too little text.
@@ -157,46 +185,75 @@ def measure_sensitivity(
         calibration_documents(texts, model.tokenizer, source, total_tokens, limit), source
     )
     generator = torch.Generator().manual_seed(source.seed)
-    sums = [torch.zeros(2, shape.layers, shape.kv_heads, dtype=torch.float64) for _ in range(2)]
-    tokens = marked = 0
+    shapes = [shape for shape, _ in groups]
+    sums = [_Sums(shape, rule) for shape, rule in groups]
     for document in tqdm(drawn, unit="document", desc="gradients"):
         ids = document.token_ids[: source.prefix_tokens + source.continuation_tokens]
         share = source.prefix_tokens / (source.prefix_tokens + source.continuation_tokens)
         prefix = min(source.prefix_tokens, round(share * len(ids)))
         if prefix <= source.sink_tokens:
             continue
-        found = model.gradients(ids, prefix, shape, generator)
-        energies = torch.stack(found.energies())[..., source.sink_tokens :]
-        sums[0] += energies.sum(dim=-1)
-        tokens += energies.shape[-1]
-        marks = torch.zeros(energies.shape[-1], dtype=torch.bool)
-        if rule is not None:
-            marks = rule.marks(found.cached_values[source.sink_tokens :]).cpu()
-        sums[1] += energies[..., ~marks].sum(dim=-1)
-        marked += int(marks.sum())
-    if tokens < 1:
-        raise DataError(
-            f"--sensitivity gradient: documents of {source.max_len} tokens have none past the "
-            f"{source.sink_tokens} sinks to take gradients of; give a larger --max-len"
-        )
-    every, ordinary = sums
-    if not bool(every.isfinite().all()) or not bool(ordinary.any()):
-        raise GRADIENTS.unusable(directory, "gradients are not finite, or all 0")
+        found = model.gradients(ids, prefix, shapes, generator)
+        for of_group, gradients in zip(sums, found, strict=True):
+            of_group.add(gradients, prefix, source.sink_tokens)
     numbers = tuple(document.doc for document in drawn)
-    say(f"gradients of {tokens} tokens in documents {', '.join(map(str, numbers))}")
-    without, sinks = None, None
-    if rule is not None:
-        energy = 1 - float(ordinary.sum() / every.sum())
-        sinks = Marked(rule=rule, share=marked / tokens, energy=energy)
-        without = _average(ordinary, tokens - marked, shape)
-        say(f"sinks: {sinks.share:.2%} of them, with {energy:.0%} of the gradients' energy")
-    return Sensitivity(
-        all_tokens=_average(every, tokens, shape),
-        ordinary=without,
-        marked=sinks,
-        documents=numbers,
-        source=source,
-    )
+    return [of_group.average(directory, source, numbers, say) for of_group in sums]
+
+
+class _Sums:
+    """Squared gradients of a cache group, of all tokens and of those that no rule marks."""
+
+    def __init__(self, shape: CacheShape, rule: SinkRule | None) -> None:
+        self._shape = shape
+        self._rule = rule
+        self._every, self._ordinary = torch.zeros(
+            2, 2, shape.layers, shape.kv_heads, dtype=torch.float64
+        )
+        self._tokens = self._marked = 0
+
+    def add(self, found: PrefixGradients, prefix: int, sink_tokens: int) -> None:
+        """Those of a document's prefix, but for sinks and what the continuation does not see."""
+        first = max(sink_tokens, self._shape.reach.first_needed(prefix))
+        energies = torch.stack(found.energies())[..., first:]
+        self._every += energies.sum(dim=-1)
+        self._tokens += energies.shape[-1]
+        marks = torch.zeros(energies.shape[-1], dtype=torch.bool)
+        if self._rule is not None and len(marks):
+            marks = self._rule.marks(found.cached_values[first:]).cpu()
+        self._ordinary += energies[..., ~marks].sum(dim=-1)
+        self._marked += int(marks.sum())
+
+    def average(
+        self,
+        directory: Path,
+        source: SensitivitySource,
+        documents: tuple[int, ...],
+        say: Callable[[str], None],
+    ) -> Sensitivity:
+        """What was added, per token. Raises what `measure_sensitivity` does."""
+        shape, rule, tokens = self._shape, self._rule, self._tokens
+        if tokens < 1:
+            raise DataError(
+                f"--sensitivity gradient: documents of {source.max_len} tokens have none past the "
+                f"{source.sink_tokens} sinks to take gradients of; give a larger --max-len"
+            )
+        if not bool(self._every.isfinite().all()) or not bool(self._ordinary.any()):
+            raise GRADIENTS.unusable(directory, "gradients are not finite, or all 0")
+        numbers = ", ".join(map(str, documents))
+        say(f"{shape.reach}: gradients of {tokens} tokens in documents {numbers}")
+        without, sinks = None, None
+        if rule is not None:
+            energy = 1 - float(self._ordinary.sum() / self._every.sum())
+            sinks = Marked(rule=rule, share=self._marked / tokens, energy=energy)
+            without = _average(self._ordinary, tokens - self._marked, shape)
+            say(f"sinks: {sinks.share:.2%} of them, with {energy:.0%} of the gradients' energy")
+        return Sensitivity(
+            all_tokens=_average(self._every, tokens, shape),
+            ordinary=without,
+            marked=sinks,
+            documents=documents,
+            source=source,
+        )
 
 
 def _average(sums: torch.Tensor, tokens: int, shape: CacheShape) -> Average:

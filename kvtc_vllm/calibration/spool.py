@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from kvtc_vllm.artifact.directory import group_directory
 from kvtc_vllm.calibration.rows import CapturedRows
 from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind, check_layer_rope
 from kvtc_vllm.codec.errors import ArtifactError
@@ -40,6 +41,14 @@ _SIDE_FILES: dict[str, np.dtype] = {
     "docs": np.dtype("<i4"),
     "heldout": np.dtype("u1"),
 }
+
+
+def cache_group_places(spool: Path) -> list[Path]:
+    """Where the ranks of each cache group lie in a spool."""
+    places = [spool]
+    while (place := group_directory(spool, len(places))).is_dir():
+        places.append(place)
+    return places
 
 
 class SpoolHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -23,9 +24,18 @@ from kvtc_vllm.codec.container import (
     build,
     container_bytes,
 )
-from kvtc_vllm.codec.entropy import RAW, UNIT_ALIGNMENT, aligned
+from kvtc_vllm.codec.entropy import (
+    RAW,
+    UNIT_ALIGNMENT,
+    UNIT_BYTES,
+    DeflateCoder,
+    EntropyCoder,
+    aligned,
+)
 from kvtc_vllm.codec.errors import ContainerError
 from kvtc_vllm.codec.shuffle import to_bytes
+
+_SMALL_UNIT = 8192
 
 
 def max_raw_blob_bytes(chunk_bytes: int) -> int:
@@ -41,6 +51,7 @@ class RawCodec(ChunkCodec):
 
     codec_id: ClassVar[int] = 0
     name: ClassVar[str] = "raw"
+    _coder: ClassVar[EntropyCoder] = RAW
 
     def encode(self, k: torch.Tensor, v: torch.Tensor, start: int, key: bytes = b"") -> bytes:
         self._check_tensors(k, v, start)
@@ -48,7 +59,9 @@ class RawCodec(ChunkCodec):
             k.shape[0], start, sinks=0, ratio=0.0, artifact=NO_FINGERPRINT, key=key
         )
         sections = [
-            NewSection(kind, RAW.coder_id, ALL_LAYERS, len(data), RAW.encode([data]))
+            NewSection(
+                kind, self._coder.coder_id, ALL_LAYERS, len(data), self._coder.encode([data])
+            )
             for kind, data in (
                 (SectionKind.EXACT_K, to_bytes(k)),
                 (SectionKind.EXACT_V, to_bytes(v)),
@@ -83,3 +96,29 @@ class RawCodec(ChunkCodec):
         data = torch.frombuffer(read_section(info.sections[index], blob), dtype=self.dtype)
         shape = (info.header.tokens, self.geometry.num_layers, self.geometry.num_kv_heads, -1)
         return data.view(shape).to(self.device)
+
+
+class DeflatedRawCodec(RawCodec):
+    """Writes raw blobs whose sections are DEFLATE units; reads what `RawCodec` does.
+
+    For bytes that someone has put in an order in which they compress, with other statistics from
+    stretch to stretch: a Huffman table for each small unit, and no search for matches.
+    """
+
+    _coder: ClassVar[EntropyCoder] = DeflateCoder(matches=False, unit_bytes=_SMALL_UNIT)
+
+    def max_blob_bytes(self, tokens: int) -> int:
+        elements = tokens * self.geometry.num_layers * self.geometry.num_kv_heads
+        sizes = (self.geometry.head_size, self.geometry.head_size_v)
+        return container_bytes(
+            [_most_of_small_units(elements * n * self.dtype.itemsize) for n in sizes]
+        )
+
+
+def _most_of_small_units(size: int) -> int:
+    """Most bytes that a payload of `size` takes as units of about `_SMALL_UNIT`, with their table.
+
+    Units may be up to half as large again, or two thirds as large.
+    """
+    units = 1 + math.ceil(1.5 * size / _SMALL_UNIT)
+    return size + units * (UNIT_BYTES + UNIT_ALIGNMENT)

@@ -106,6 +106,13 @@ class KVTCConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             "it is rounded up to one, as models with recurrent layers need.",
         ),
     ] = 128
+    state_codec: Annotated[
+        Literal["exact", "bf16"],
+        Meta(
+            description="How states of recurrent layers are kept: bit for bit, or float32 ones "
+            "rounded to bfloat16, at half the bytes."
+        ),
+    ] = "exact"
     recent_window: Annotated[
         Window | None,
         Meta(
@@ -222,6 +229,11 @@ class KVTCConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     self_test: Annotated[
         bool, Meta(description="At start-up, round trip of the artifact's probe rows.")
     ] = True
+
+    @property
+    def rounds_states(self) -> bool:
+        """Whether float32 states are kept as bfloat16."""
+        return self.state_codec == "bf16"
 
     @property
     def target_ratio(self) -> float:

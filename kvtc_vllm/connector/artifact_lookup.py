@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,11 +13,13 @@ from kvtc_vllm.artifact import registry
 from kvtc_vllm.artifact.card import CacheGroupCard, load_card, ratio_within
 from kvtc_vllm.artifact.directory import group_directory
 from kvtc_vllm.artifact.identity import model_identity
+from kvtc_vllm.codec.artifact import Geometry
 from kvtc_vllm.codec.registry import CODECS, max_blob_bytes
 from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.connector.geometry import layer_number
-from kvtc_vllm.connector.state_transfer import STATE_ELEMENT, state_geometry
-from kvtc_vllm.offload.geometry import CacheGeometry, codec_geometry
+from kvtc_vllm.connector.stages import stage_geometry, stage_layers
+from kvtc_vllm.connector.state_transfer import state_codec
+from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup, codec_geometry
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -78,7 +81,7 @@ def record_bounds(model: ModelConfig, config: KVTCConfig, geometry: CacheGeometr
     """
     coded = iter(_coded_bounds(model, config, geometry))
     return [
-        max_blob_bytes("raw", STATE_ELEMENT, 1, geometry=state_geometry(group))
+        state_codec(group, config.rounds_states).max_blob_bytes(1)
         if group.state_bytes
         else next(coded)
         for group in geometry.groups
@@ -90,19 +93,45 @@ def _coded_bounds(model: ModelConfig, config: KVTCConfig, geometry: CacheGeometr
     name, tokens, groups = config.codec, config.chunk_tokens, geometry.coded_groups
     if not CODECS[name].needs_artifact:
         return [
-            max_blob_bytes(name, group.dtype, tokens, geometry=codec_geometry(group))
+            max(
+                max_blob_bytes(name, group.dtype, tokens, geometry=part)
+                for part in _raw_geometries(model, geometry, group)
+            )
             for group in groups
         ]
     directory, _ = find_artifact(model, config, geometry)
     cards = [load_card(group_directory(directory, n)) for n in range(len(groups))]
     return [
-        max_blob_bytes(
-            name,
-            group.dtype,
-            tokens,
-            geometry=card.geometry,
-            sink_tokens=card.sink_tokens,
-            ratio=config.target_ratio,
+        max(
+            max_blob_bytes(
+                name,
+                group.dtype,
+                tokens,
+                geometry=part,
+                sink_tokens=card.sink_tokens,
+                ratio=config.target_ratio,
+            )
+            for part in _stage_geometries(model, geometry, card.geometry)
         )
         for group, card in zip(groups, cards, strict=True)
     ]
+
+
+def _stage_geometries(
+    model: ModelConfig, geometry: CacheGeometry, whole: Geometry
+) -> list[Geometry]:
+    """An artifact's geometry by pipeline stage."""
+    if geometry.pp_size == 1:
+        return [whole]
+    return [stage_geometry(whole, *layers) for layers in stage_layers(model, geometry)]
+
+
+def _raw_geometries(
+    model: ModelConfig, geometry: CacheGeometry, group: CacheGroup
+) -> list[Geometry]:
+    """A cache group's geometry by pipeline stage; the scheduler has that of the first."""
+    own = codec_geometry(group)
+    if geometry.pp_size == 1:
+        return [own]
+    sizes = [end - first for first, end in stage_layers(model, geometry)]
+    return [replace(own, num_layers=size, layer_groups=((0, size),)) for size in sizes]

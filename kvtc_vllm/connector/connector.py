@@ -34,8 +34,10 @@ from kvtc_vllm.connector.compat import (
     vllm_version,
 )
 from kvtc_vllm.connector.geometry import read_geometry
+from kvtc_vllm.connector.latent import with_latent_ratio
 from kvtc_vllm.connector.messages import DiskInventory, ReportMessage, StepMessage
 from kvtc_vllm.connector.metrics import KVTCPromMetrics, KVTCStats
+from kvtc_vllm.connector.stages import world_rank
 from kvtc_vllm.connector.startup import CodecFactory, build_worker
 from kvtc_vllm.offload.geometry import check_budget, check_chunks, with_whole_blocks
 from kvtc_vllm.offload.messages import StepMetadata
@@ -76,11 +78,14 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
         self._geometry = read_geometry(vllm_config, kv_cache_config)
         if "chunk_tokens" not in transfer.kv_connector_extra_config:
             self._config = with_whole_blocks(self._config, self._geometry)
+        self._config = with_latent_ratio(
+            self._config, self._geometry, transfer.kv_connector_extra_config
+        )
         # Both sides check, so that the worker, made first, fails before it loads an artifact.
         check_chunks(self._config, self._geometry)
         self._config = with_ratio(vllm_config.model_config, self._config, self._geometry)
         bounds = record_bounds(vllm_config.model_config, self._config, self._geometry)
-        check_budget(self._config, self._geometry.tp_size, sum(bounds))
+        check_budget(self._config, self._geometry.ranks, sum(bounds))
         self._scheduler: KVTCScheduler | None = None
         self._worker: KVTCWorker | None = None
         source = source_of_hits()
@@ -177,8 +182,17 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
     # --------------------------------------------------------------- scheduler
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
-        """What all ranks have on disk, before the first request."""
+        """What all ranks of one stage have on disk, before the first request."""
         self._live_scheduler.restore({rank: found.entries for rank, found in metadata.items()})
+
+    def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], Any]) -> None:
+        """The same of all pipeline stages, by stage and rank in it."""
+        self._live_scheduler.restore(
+            {
+                world_rank(self._geometry, stage, rank): found.entries
+                for (stage, rank), found in metadata.items()
+            }
+        )
 
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
         """Lets the scheduler's side see what vLLM's own prefix cache evicts, and its resets."""

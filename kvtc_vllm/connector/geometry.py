@@ -11,6 +11,7 @@ import torch
 
 from kvtc_vllm.connector.cache_dtype import cache_dtype
 from kvtc_vllm.connector.compat import UnsupportedError, check_failed_loads, vllm_version
+from kvtc_vllm.connector.latent import is_latent, latent_sizes
 from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup
 from kvtc_vllm.offload.reach import FULL, ChunkedLocal, LastState, Reach, SlidingWindow
 
@@ -20,12 +21,13 @@ if TYPE_CHECKING:
 
 REACHES: dict[str, Callable[[Any], Reach]] = {
     "FullAttentionSpec": lambda spec: FULL,
+    "MLAAttentionSpec": lambda spec: FULL,
     "SlidingWindowSpec": lambda spec: SlidingWindow(spec.sliding_window),
     "ChunkedLocalAttentionSpec": lambda spec: ChunkedLocal(spec.attention_chunk_size),
     "MambaSpec": lambda spec: LastState(),
 }
-"""Name of vLLM's class of a cache group -> what its attention needs. Subclasses are other things:
-MLA's latents, fixed sinks."""
+"""Name of vLLM's class of a cache group -> what its attention needs. Subclasses are other things,
+such as fixed sinks."""
 
 
 def read_geometry(
@@ -40,17 +42,20 @@ def read_geometry(
     if resumes:
         _check_states(specs)
     parallel = vllm_config.parallel_config
-    for name in (
-        "pipeline_parallel_size",
-        "decode_context_parallel_size",
-        "prefill_context_parallel_size",
-    ):
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         size = getattr(parallel, name, 1)
         if size != 1:
-            raise UnsupportedError(f"{name}={size} is not supported; use 1")
+            flag = f"--{name.replace('_', '-')}"
+            raise UnsupportedError(f"{flag}={size} is not supported; use 1")
+    stages = parallel.pipeline_parallel_size
+    if stages > 1 and len(specs) > 1:
+        raise UnsupportedError(
+            f"--pipeline-parallel-size={stages} is not supported for a model with {len(specs)} KV "
+            "cache groups, of which a stage may have none; use 1, and tensor parallel instead"
+        )
     groups = _cache_groups(vllm_config, kv_cache_config)
     hash_block = _hash_block(vllm_config, kv_cache_config) if len(specs) > 1 else None
-    geometry = CacheGeometry(groups, parallel.tensor_parallel_size, hash_block)
+    geometry = CacheGeometry(groups, parallel.tensor_parallel_size, hash_block, stages)
     if not geometry.keeps_all:
         check_failed_loads(vllm_version())
         if vllm_config.speculative_config is not None:
@@ -101,18 +106,22 @@ def _cache_groups(
         of_shape.sort(key=lambda layer: layer_number(layer[0]))
         spec = specs[of_shape[0][1]]
         is_state = _is_state(spec)
+        sizes = (0, 0) if is_state else _head_sizes(vllm_config, spec)
+        parts = _state_parts(spec) if is_state else ()
         groups.append(
             CacheGroup(
                 layer_names=tuple(name for name, _ in of_shape),
                 block_size=spec.block_size,
                 num_kv_heads=0 if is_state else spec.num_kv_heads,
-                head_size=0 if is_state else spec.head_size,
-                head_size_v=0 if is_state else spec.head_size_v,
+                head_size=sizes[0],
+                head_size_v=sizes[1],
                 dtype=torch.uint8 if is_state else cache_dtype(vllm_config, spec),
                 model_dtype=vllm_config.model_config.dtype,
                 reach=REACHES[type(spec).__name__](spec),
                 layer_table=tuple(table for _, table in of_shape) if len(specs) > 1 else (),
-                state_bytes=_state_bytes(spec) if is_state else 0,
+                state_bytes=sum(n * dtype.itemsize for n, dtype in parts),
+                state_parts=parts,
+                latent=is_latent(spec),
             )
         )
     groups.sort(key=lambda group: (not group.keeps_all, layer_number(group.layer_names[0])))
@@ -128,17 +137,21 @@ def _shape(spec: AttentionSpec) -> tuple[Any, ...]:
     return (reach, spec.block_size, *heads, spec.dtype)
 
 
+def _head_sizes(vllm_config: VllmConfig, spec: AttentionSpec) -> tuple[int, int]:
+    """Of K and of V."""
+    if is_latent(spec):
+        return latent_sizes(vllm_config, spec)
+    return spec.head_size, spec.head_size_v
+
+
 def _is_state(spec: Any) -> bool:
     return type(spec).__name__ == "MambaSpec"
 
 
-def _state_bytes(spec: Any) -> int:
-    """Of one layer at one boundary, without what pads its page."""
-    sizes = (
-        math.prod(shape) * dtype.itemsize
-        for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True)
-    )
-    return int(sum(sizes))
+def _state_parts(spec: Any) -> tuple[tuple[int, torch.dtype], ...]:
+    """Elements and type of one layer's states at one boundary, as they lie in its page."""
+    shapes = zip(spec.shapes, spec.dtypes, strict=True)
+    return tuple((math.prod(shape), dtype) for shape, dtype in shapes)
 
 
 def _check_states(specs: Sequence[Any]) -> None:

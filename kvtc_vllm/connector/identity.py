@@ -181,6 +181,7 @@ def setup_identity(
         "geometry": geometry,
         "tensor_parallel_size": vllm_config.parallel_config.tensor_parallel_size,
         "rank": rank,
+        "pipeline_parallel_size": vllm_config.parallel_config.pipeline_parallel_size,
         "ropes": [rope.fingerprint() for rope in ropes],
         "layer_rope": layer_rope,
         "scales": {kind: of_kind.tolist() for kind, of_kind in (scales or {}).items()},
@@ -190,6 +191,8 @@ def setup_identity(
     }
     if only_ratio is not None:
         own["only_ratio"] = only_ratio
+    if geometry.has_states:
+        own["state_codec"] = config.state_codec
     for name, find in (("draft_files", _draft_files), ("model_code", _model_code)):
         try:
             own[name] = find(vllm_config)

@@ -51,6 +51,23 @@ class _PackedOrder:
         return PagedCache.packed(tensors, self._head_size)
 
 
+class _LatentOrder:
+    """V in the first elements of the last dimension, K in the rest."""
+
+    def __init__(self, head_size_v: int) -> None:
+        self._head_size_v = head_size_v
+
+    def split(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return pages[..., self._head_size_v :], pages[..., : self._head_size_v]
+
+    def join(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.cat((v, k), dim=-1)
+
+    def sides(self, tensors: Sequence[torch.Tensor]) -> PagedCache:
+        keys, values = zip(*map(self.split, tensors), strict=True)
+        return PagedCache(PagedTensor.of(keys), PagedTensor.of(values))
+
+
 class _PermutedOrder:
     """A head's page is K in one order of its elements, then V in another.
 
@@ -118,7 +135,7 @@ class PagedLayout:
                 f"unexpected {extra[:3]}"
             )
         self._group = group
-        self.tensors = tuple(_elements(caches[name], group.dtype) for name in group.layer_names)
+        self.tensors = tuple(_elements(caches[name], group) for name in group.layer_names)
         """Registered tensors in model order, of the cache dtype."""
         width = group.head_size + group.head_size_v
         for name, tensor in zip(group.layer_names, self.tensors, strict=True):
@@ -144,7 +161,9 @@ class PagedLayout:
         self._kernel_tokens = int(first.shape[2])
         self._split = group.block_size // self._kernel_tokens
         self._order: _PageOrder
-        if first.device.type == "cpu":
+        if group.latent:
+            self._order = _LatentOrder(group.head_size_v)
+        elif first.device.type == "cpu":
             self._order = _cpu_page_order(self._kernel_tokens, group)
         else:
             self._order = _PackedOrder(group.head_size)
@@ -255,9 +274,12 @@ def paged_layouts(
     )
 
 
-def _elements(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A registered tensor as the elements that it holds."""
-    return tensor.view(dtype) if tensor.dtype == torch.uint8 and is_fp8(dtype) else tensor
+def _elements(tensor: torch.Tensor, group: CacheGroup) -> torch.Tensor:
+    """A registered tensor as the elements that it holds: [blocks, H, tokens, D + Dv]."""
+    if group.latent and tensor.dim() == 3:  # some releases leave out the only head
+        tensor = tensor.unsqueeze(1)
+    fp8 = tensor.dtype == torch.uint8 and is_fp8(group.dtype)
+    return tensor.view(group.dtype) if fp8 else tensor
 
 
 def _movable(x: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 
-from kvtc_vllm.offload.stats import COUNTERS, GAUGES, LABELLED, metric_key
+from kvtc_vllm.offload.stats import (
+    BY_KIND,
+    CACHE_KINDS,
+    COUNTERS,
+    GAUGES,
+    LABELLED,
+    metric_key,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -77,6 +84,13 @@ class KVTCPromMetrics(KVConnectorPromMetrics):
             )
             for reason in reasons:
                 self._children[metric_key(name, reason)] = self._per_engine(metric, (reason,))
+
+        for name, text in BY_KIND.items():
+            metric = self._counter_cls(
+                name=f"vllm:kvtc_{name}", documentation=text, labelnames=[*labelnames, "kind"]
+            )
+            for kind in CACHE_KINDS:
+                self._children[metric_key(name, kind)] = self._per_engine(metric, (kind,))
 
     def _per_engine(self, metric: Any, extra: Iterable[object] = ()) -> dict[int, Any]:
         return {

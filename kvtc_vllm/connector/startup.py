@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import torch
-from vllm.distributed import get_tensor_model_parallel_rank
 
 from kvtc_vllm.artifact.directory import group_directory, load_rank_artifact
 from kvtc_vllm.artifact.identity import model_identity, public_model_name
@@ -32,6 +31,7 @@ from kvtc_vllm.connector.live_model import LiveModel
 from kvtc_vllm.connector.rotary import find_ropes, joined_ropes
 from kvtc_vllm.connector.scales import find_scales, joined_scales
 from kvtc_vllm.connector.sizing import log_plan, plan_memory
+from kvtc_vllm.connector.stages import stage_artifact, stage_layers, worker_rank
 from kvtc_vllm.connector.state_transfer import StateTransfer
 from kvtc_vllm.connector.torch_transfer import TorchTransfer
 from kvtc_vllm.connector.transfers import FoundArtifact, build_transfer
@@ -62,10 +62,11 @@ model may be calibrated in one dtype and served in another; another RoPE differs
 far more.
 """
 
-CodecFactory = Callable[[CacheGroup, tuple[Rope, ...], tuple[int | None, ...]], Coder]
-"""Makes what codes chunks instead of the configured codec: from the cache group, the live RoPE
-tables and each layer's index into them. For measurements; blobs of it are only read by the engine
-that wrote them, so it does not go with a disk tier."""
+CodecFactory = Callable[[int, CacheGroup, tuple[Rope, ...], tuple[int | None, ...]], Coder]
+"""Makes what codes chunks instead of the configured codec: from the cache group's number among
+those of attention, the group, the live RoPE tables and each layer's index into them. For
+measurements; blobs of it are only read by the engine that wrote them, so it does not go with a disk
+tier."""
 
 
 def build_worker(
@@ -79,10 +80,18 @@ def build_worker(
 
     Raises ArtifactError or UnsupportedError, one clear line, if it can't serve.
     """
-    rank = get_tensor_model_parallel_rank()
+    place = worker_rank(geometry)
+    rank = place.world
+    layers = None
+    if geometry.pp_size > 1:
+        layers = stage_layers(vllm_config.model_config, geometry)[place.stage]
     groups = geometry.coded_groups
     layouts = paged_layouts(kv_caches, geometry)
-    states = [StateTransfer(kv_caches, group) for group in geometry.groups if group.state_bytes]
+    states = [
+        StateTransfer(kv_caches, group, config.rounds_states)
+        for group in geometry.groups
+        if group.state_bytes
+    ]
     device = next(iter(kv_caches.values())).device
     step_tokens = vllm_config.scheduler_config.max_num_batched_tokens
     live = LiveModel(vllm_config, [n for group in geometry.groups for n in group.layer_names])
@@ -95,7 +104,14 @@ def build_worker(
     else:
         directory, files = find_artifact(vllm_config.model_config, config, geometry)
         found = [
-            _load_artifact(group_directory(directory, number), group, rank, *rotation, scale)
+            _load_artifact(
+                group_directory(directory, number),
+                group,
+                place.tensor,
+                layers,
+                *rotation,
+                scale,
+            )
             for number, (group, rotation, scale) in enumerate(
                 zip(groups, rotations, scales, strict=True)
             )
@@ -111,7 +127,7 @@ def build_worker(
         logger.info(
             "kvtc: rank %d/%d codec %s, %d tokens per chunk, memory tier %.1f MiB",
             rank,
-            geometry.tp_size,
+            geometry.ranks,
             config.codec,
             config.chunk_tokens,
             config.memory_capacity / 2**20,
@@ -119,15 +135,17 @@ def build_worker(
     for part, one, group in zip(found, served, groups, strict=True):
         if part is not None and isinstance(one.codec, TransformCodec):
             own = "" if len(groups) == 1 else f" ({group.reach})"
-            _log_start(one.codec, config, rank, geometry.tp_size, directory.name + own)
+            _log_start(one.codec, config, rank, geometry.ranks, directory.name + own)
     if device.type == "cuda":
         log_plan(plan, geometry, sum(one.resident for one in served), step_tokens)
     codecs = [*(transfer.codec for transfer in states), *(one.codec for one in served)]
     coded: list[Transfer] = [one.transfer for one in served]
     if codec_factory is not None:
         coded = [
-            TorchTransfer(layout, codec_factory(group, *rotation), config.chunk_tokens)
-            for group, layout, rotation in zip(groups, layouts, rotations, strict=True)
+            TorchTransfer(layout, codec_factory(number, group, *rotation), config.chunk_tokens)
+            for number, (group, layout, rotation) in enumerate(
+                zip(groups, layouts, rotations, strict=True)
+            )
         ]
     of_states, of_attention = iter(states), iter(coded)
     transfers = [next(of_states if g.state_bytes else of_attention) for g in geometry.groups]
@@ -151,7 +169,7 @@ def build_worker(
         codec=config.codec,
         dtype=str(geometry.groups[0].dtype).removeprefix("torch."),
         rank=rank,
-        tp_size=geometry.tp_size,
+        tp_size=geometry.ranks,
         artifact=fingerprint.hex(),
         ratio=config.target_ratio,
         vllm_version=vllm_version(),
@@ -168,7 +186,7 @@ def build_worker(
     )
     names.rename(b"")
     disk = _open_disk(config, geometry, names, rank, plan.staging)
-    memory: MemoryStore = MemoryArena(config.memory_capacity // geometry.tp_size)
+    memory: MemoryStore = MemoryArena(config.memory_capacity // geometry.ranks)
     if config.joint == "exact":
         memory = OnceStore(memory, HEADER_BYTES, CHECKSUM_BYTES)
     worker = KVTCWorker(
@@ -237,7 +255,7 @@ def _open_disk(
     logger.info(
         "kvtc: rank %d/%d disk tier %s, at most %.1f GiB, write-%s",
         rank,
-        geometry.tp_size,
+        geometry.ranks,
         config.disk_path,
         config.disk_capacity / 2**30,
         config.disk_write,
@@ -249,12 +267,19 @@ def _load_artifact(
     directory: Path,
     group: CacheGroup,
     rank: int,
+    layers: tuple[int, int] | None,
     ropes: tuple[Rope, ...],
     layer_rope: tuple[int | None, ...],
     scales: dict[Kind, torch.Tensor] | None,
 ) -> FoundArtifact:
-    """A cache group's artifact, with the live RoPE tables and scales."""
+    """A cache group's artifact, with the live RoPE tables and scales.
+
+    layers: first and end of those of this pipeline stage; None: all.
+    """
     artifact, _, probe = load_rank_artifact(directory, rank)
+    if layers is not None:
+        artifact = stage_artifact(artifact, *layers)
+        probe = replace(probe, k=probe.k[:, slice(*layers)], v=probe.v[:, slice(*layers)])
     expected = codec_geometry(group, artifact.geometry.layer_groups)
     if artifact.geometry != expected:
         raise ArtifactError(
@@ -314,13 +339,13 @@ def _raw_model_fingerprint(model: ModelConfig, config: KVTCConfig) -> str:
 
 
 def _log_start(
-    codec: TransformCodec, config: KVTCConfig, rank: int, tp_size: int, source: str
+    codec: TransformCodec, config: KVTCConfig, rank: int, ranks: int, source: str
 ) -> None:
     logger.info(
         "kvtc: rank %d/%d codec %s %gx (%gx of %s), artifact %s, %d layer group(s), "
         "bases %.1f MiB on %s, %d tokens per chunk, memory tier %.1f MiB",
         rank,
-        tp_size,
+        ranks,
         codec.name,
         codec.ratio,
         # Plans count 16-bit elements.

@@ -1,8 +1,8 @@
-"""States of recurrent layers (Mamba, gated delta nets, short convolutions) <-> blobs, bit for bit.
+"""States of recurrent layers (Mamba, gated delta nets, short convolutions) <-> blobs.
 
 vLLM gives every layer of such a group one page per block: all of its states back to back, as
-bytes. A record is the pages of one boundary. The raw codec keeps them as a chunk of one token,
-whose keys and values are the bytes of the page; nothing computes with them.
+bytes. A record is the pages of one boundary, in byte planes (`state_bytes.py`). The raw codec keeps
+them as a chunk of one token, whose keys and values are these bytes, deflated.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import torch
 from kvtc_vllm.codec.artifact import Geometry
 from kvtc_vllm.codec.base import Blob, NewChunk, StoredChunk
 from kvtc_vllm.codec.errors import CodecError, ContainerError
-from kvtc_vllm.codec.registry import open_codec
+from kvtc_vllm.codec.raw import DeflatedRawCodec
 from kvtc_vllm.codec.streams import Event
 from kvtc_vllm.connector.compat import UnsupportedError
+from kvtc_vllm.connector.state_bytes import StateBytes
 from kvtc_vllm.offload.geometry import CacheGroup
 from kvtc_vllm.offload.messages import LoadItem, StoreItem
 from kvtc_vllm.offload.transfer import Staged
@@ -29,23 +30,26 @@ HEAD_SIZE = 128
 _HEAD_BYTES = 2 * HEAD_SIZE * STATE_ELEMENT.itemsize
 
 
-def state_geometry(group: CacheGroup) -> Geometry:
-    """The codec's view of a page: so many heads of a token."""
+def state_codec(group: CacheGroup, rounds: bool) -> DeflatedRawCodec:
+    """What codes a boundary's pages, as so many heads of a token. rounds: see `StateBytes`."""
     layers = len(group.layer_names)
-    heads = -(-group.state_bytes // _HEAD_BYTES)
-    return Geometry(layers, heads, HEAD_SIZE, HEAD_SIZE, ((0, layers),))
+    heads = -(-StateBytes(group.state_parts, rounds).stored_bytes // _HEAD_BYTES)
+    geometry = Geometry(layers, heads, HEAD_SIZE, HEAD_SIZE, ((0, layers),))
+    return DeflatedRawCodec(geometry, STATE_ELEMENT)
 
 
 class StateTransfer:
     """A `Transfer`, a record at a time.
 
     caches: layer name -> registered tensor, bytes [blocks, ..., C], C those of a layer's states.
-    Raises UnsupportedError for other tensors.
+    rounds: whether float32 is kept as bfloat16. Raises UnsupportedError for other tensors.
     """
 
     store_batch = load_batch = 1
 
-    def __init__(self, caches: dict[str, torch.Tensor], group: CacheGroup) -> None:
+    def __init__(
+        self, caches: dict[str, torch.Tensor], group: CacheGroup, rounds: bool = False
+    ) -> None:
         missing = [name for name in group.layer_names if name not in caches]
         if missing:
             raise UnsupportedError(f"layers {missing[:3]} have states, but no KV cache")
@@ -61,10 +65,11 @@ class StateTransfer:
             self._pages.append(tensor)
         self._tables = [group.tables.index(table) for table in group.layer_table]
         self._tables = self._tables or [0] * len(self._pages)
-        self.codec = open_codec("raw", STATE_ELEMENT, geometry=state_geometry(group))
+        self._bytes = StateBytes(group.state_parts, rounds)
+        self.codec = state_codec(group, rounds)
 
     def staged_bytes(self, blocks: int) -> int:
-        return blocks // len(self._group.tables) * self.codec.geometry.token_elements() * 2
+        return blocks // len(self._group.tables) * len(self._pages) * self._group.state_bytes
 
     def stage(self, items: Sequence[StoreItem]) -> Staged:
         return _CopiedStates(items, [self._copy(item.block_ids) for item in items])
@@ -74,7 +79,10 @@ class StateTransfer:
         shape = (1, geometry.num_layers, geometry.num_kv_heads, 2 * HEAD_SIZE)
         chunks = []
         for item, pages in zip(staged.items, staged.tensors, strict=True):
-            k, v = pages.view(STATE_ELEMENT).view(shape).split(HEAD_SIZE, dim=-1)
+            stored = self._bytes.pack(pages)
+            filled = stored.new_zeros((len(stored), geometry.num_kv_heads * _HEAD_BYTES))
+            filled[:, : stored.shape[1]] = stored
+            k, v = filled.view(STATE_ELEMENT).view(shape).split(HEAD_SIZE, dim=-1)
             chunks.append(NewChunk(k, v, item.start, item.key))
         return self.codec.encode_many(chunks)
 
@@ -92,26 +100,24 @@ class StateTransfer:
                 errors.append(chunk)
             else:
                 both = torch.cat((chunk.k, chunk.v), dim=-1)[0].flatten(1).contiguous()
-                self._fill(item.block_ids, both.view(torch.uint8))
+                stored = both.view(torch.uint8)[:, : self._bytes.stored_bytes]
+                self._fill(item.block_ids, self._bytes.unpack(stored.contiguous()))
                 errors.append(None)
         return errors
 
     def _copy(self, block_ids: Sequence[int]) -> torch.Tensor:
-        """Pages of all layers, filled up with zeros: uint8 [L, heads * bytes per head]."""
-        size, heads = self._group.state_bytes, self.codec.geometry.num_kv_heads
-        device = self._pages[0].device
-        shape = (len(self._pages), heads * _HEAD_BYTES)
-        copied = torch.zeros(shape, dtype=torch.uint8, device=device)
-        for page, table, out in zip(self._pages, self._tables, copied, strict=True):
-            out[:size] = page[block_ids[table]].flatten().view(torch.uint8)
-        return copied
+        """Pages of all layers: uint8 [L, bytes]."""
+        pages = [
+            page[block_ids[table]].flatten().view(torch.uint8)
+            for page, table in zip(self._pages, self._tables, strict=True)
+        ]
+        return torch.stack(pages)
 
     def _fill(self, block_ids: Sequence[int], pages: torch.Tensor) -> None:
         """Inverse of `_copy`."""
-        size = self._group.state_bytes
         for page, table, data in zip(self._pages, self._tables, pages, strict=True):
             target = page[block_ids[table]]
-            target.copy_(data[:size].view(target.dtype).view(target.shape))
+            target.copy_(data.view(target.dtype).view(target.shape))
 
 
 @dataclass(frozen=True)

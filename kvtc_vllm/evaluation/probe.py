@@ -37,7 +37,7 @@ from kvtc_vllm.calibration.sensitivity import (
 )
 from kvtc_vllm.calibration.shards import RankRows
 from kvtc_vllm.calibration.sinks import fit_sinks
-from kvtc_vllm.calibration.spool import SpoolReader
+from kvtc_vllm.calibration.spool import SpoolReader, cache_group_places
 from kvtc_vllm.codec.artifact import KINDS, Kind
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.sink_rule import SinkRule
@@ -95,8 +95,15 @@ class Probe(SensitivityMeasure):
     ) -> Path:
         """SPOOL/sensitivity.json, probed unless it is there.
 
-        Raises DataError if there is too little text, ArtifactError if the engine fails.
+        Raises DataError if there is too little text, ArtifactError if the engine fails or the model
+        has several cache groups.
         """
+        groups = len(cache_group_places(spool))
+        if groups > 1:
+            raise ArtifactError(
+                f"--sensitivity probe: the model has {groups} cache groups, and noise goes into "
+                "layers of one; give --sensitivity gradient or none"
+            )
         capture, path = self._capture, spool / SENSITIVITY_NAME
         texts = read_texts(capture.data, PREFILL_FACTOR * capture.tokens)
         readers = [SpoolReader(spool / f"rank{rank}") for rank in range(record.tp_size)]

@@ -43,11 +43,21 @@ class CacheGroup:
     state_bytes: int = 0
     """Of a recurrent layer's states at one boundary; 0 for attention. Such a group has one page per
     block, which holds the states after the block's last token, and no heads."""
+    state_parts: tuple[tuple[int, torch.dtype], ...] = ()
+    """Elements and type of each state in such a page, in order; together `state_bytes`."""
+    latent: bool = False
+    """Whether it is of multi-head latent attention: V is the latent, K the part with RoPE behind
+    it, both of one head that every rank holds whole."""
 
     @cached_property
     def tables(self) -> tuple[int, ...]:
         """Numbers of its block tables, ascending."""
         return tuple(sorted(set(self.layer_table))) or (0,)
+
+    @cached_property
+    def kind(self) -> str:
+        """What it keeps in a word, whatever the size of its window; of `stats.CACHE_KINDS`."""
+        return "latent" if self.latent else str(self.reach).partition(" ")[0]
 
     @property
     def keeps_all(self) -> bool:
@@ -92,6 +102,13 @@ class CacheGeometry:
     tp_size: int
     hash_block: int | None = None
     """Tokens per block hash of the engine; None: the first group's block size."""
+    pp_size: int = 1
+    """Pipeline stages, each with layers of its own."""
+
+    @property
+    def ranks(self) -> int:
+        """Workers of the engine: every stage's tensor-parallel ranks."""
+        return self.tp_size * self.pp_size
 
     @property
     def hash_tokens(self) -> int:

@@ -228,13 +228,15 @@ class LoadPipeline:
             return error
 
     def _count(self, item: LoadItem, size: int) -> None:
-        tokens = self._tokens(item)
+        tokens, group = self._tokens(item), self._groups[item.group]
         with self._outbox.open() as out:
             out.stats.add("loaded_chunks")
+            out.stats.add("kind_loaded_chunks", label=group.kind)
             # Once per token, whatever the number of groups that it has KV in.
             out.stats.add("loaded_tokens", tokens if item.group == 0 else 0)
-            out.stats.add("loaded_raw_bytes", self._groups[item.group].raw_bytes(item.block_ids))
+            out.stats.add("loaded_raw_bytes", group.raw_bytes(item.block_ids))
             out.stats.add("loaded_bytes", size)
+            out.stats.add("kind_loaded_bytes", size, group.kind)
 
     def _tokens(self, item: LoadItem) -> int:
         return self._groups[item.group].tokens(item.block_ids)

@@ -6,12 +6,13 @@ whole blocks, and gives the blocks before them back while a request runs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 
 class Reach(Protocol):
-    """One kind of attention."""
+    """One kind of attention. `str` names it, and `named_reach` reads the name."""
 
     def first_needed(self, end: int) -> int:
         """Position of the first token that is needed to compute the one at position `end`.
@@ -70,3 +71,18 @@ class ChunkedLocal:
 
     def first_needed(self, end: int) -> int:
         return end // self.tokens * self.tokens
+
+
+_SIZED: dict[str, Callable[[int], Reach]] = {"window": SlidingWindow, "local": ChunkedLocal}
+
+
+def named_reach(name: str) -> Reach:
+    """The attention of a name, such as "full" or "window 512". Raises ValueError for others."""
+    if name in (str(FULL), str(LastState())):
+        return FULL if name == str(FULL) else LastState()
+    word, _, tokens = name.partition(" ")
+    if word not in _SIZED or not tokens.isdecimal() or int(tokens) < 1:
+        raise ValueError(
+            f"attention {name!r} is not known; full, state, window N and local N are right"
+        )
+    return _SIZED[word](int(tokens))

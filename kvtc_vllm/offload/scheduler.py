@@ -62,7 +62,7 @@ class KVTCScheduler:
         self._loads_allowed = loads
         self._config = config
         self._chunk_tokens = config.chunk_tokens
-        capacity, ranks = config.memory_capacity, geometry.tp_size
+        capacity, ranks = config.memory_capacity, geometry.ranks
         eviction = policies.REGISTRY[config.eviction]
         order = eviction(capacity)
         self._spare = SpareFirst(order) if config.exclusive else None

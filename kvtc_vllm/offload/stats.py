@@ -73,6 +73,14 @@ LABELLED: dict[str, tuple[str, tuple[str, ...]]] = {
     "disk_errors": ("Disk operations that failed, by reason, all ranks", DISK_REASONS),
     "failed_loads": ("Chunks that could not be loaded, by reason", LOAD_FAILURE_REASONS),
 }
+CACHE_KINDS = ("full", "window", "local", "latent", "state")
+"""Of cache groups, see `CacheGroup.kind`."""
+BY_KIND: dict[str, str] = {
+    "kind_stored_raw_bytes": "As stored_raw_bytes, by kind of cache group",
+    "kind_stored_bytes": "As stored_bytes, by kind of cache group",
+    "kind_loaded_chunks": "As loaded_chunks, by kind of cache group",
+    "kind_loaded_bytes": "As loaded_bytes, by kind of cache group",
+}
 GAUGES: dict[str, str] = {
     "tier_used_bytes": "Real bytes of chunks that are ready in the memory tier, all ranks",
     "tier_reserved_bytes": "Bytes of the budget in use, reservations of running stores included",
@@ -94,6 +102,7 @@ KNOWN = frozenset(
         *COUNTERS,
         *GAUGES,
         *(metric_key(name, r) for name, (_, reasons) in LABELLED.items() for r in reasons),
+        *(metric_key(name, kind) for name in BY_KIND for kind in CACHE_KINDS),
     }
 )
 """All that is published."""

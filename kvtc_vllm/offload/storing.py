@@ -48,7 +48,7 @@ class StorePipeline:
         self._stream = SideStream(device)
         self._share = Throttle(
             share_of_thread(
-                config.encode_share, device, config.encode_threads, context.geometry.tp_size
+                config.encode_share, device, config.encode_threads, context.geometry.ranks
             )
         )
         self._num_threads = config.encode_threads
@@ -196,8 +196,11 @@ class StorePipeline:
                 group = self._groups[item.group]
                 out.report.stored.append((item.key, self._rank, size))
                 out.stats.add("stored_chunks")
-                out.stats.add("stored_raw_bytes", group.raw_bytes(item.block_ids))
+                raw = group.raw_bytes(item.block_ids)
+                out.stats.add("stored_raw_bytes", raw)
                 out.stats.add("stored_bytes", size)
+                out.stats.add("kind_stored_raw_bytes", raw, group.kind)
+                out.stats.add("kind_stored_bytes", size, group.kind)
                 if size < len(blob):
                     out.stats.add("shared_chunks")
                     out.stats.add("shared_bytes", len(blob) - size)

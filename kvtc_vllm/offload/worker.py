@@ -91,7 +91,7 @@ class KVTCWorker:
         self._disk = disk
         self._rank = rank
         if memory is None:
-            memory = MemoryArena(config.memory_capacity // geometry.tp_size)
+            memory = MemoryArena(config.memory_capacity // geometry.ranks)
         self.arena: MemoryStore = memory
         self._step = StepMetadata()
         self._opened: StepMetadata | None = None

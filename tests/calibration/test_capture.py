@@ -317,10 +317,15 @@ def test_calibrate_measures_before_it_fits(
     monkeypatch.setattr(gradients, "check_supported", lambda *_, **__: None)
 
     def measured(
-        _: Path, __: object, shape: CacheShape, source: Any, *___: Any, **____: Any
+        _: Path,
+        __: object,
+        groups: Sequence[tuple[CacheShape, object]],
+        source: Any,
+        **___: Any,
     ) -> Any:
+        ((shape, _rule),) = groups
         assert (shape.layers, shape.kv_heads) == (len(FOUND.all_tokens.keys), HEADS)
-        return msgspec.structs.replace(FOUND, source=source)
+        return [msgspec.structs.replace(FOUND, source=source)]
 
     monkeypatch.setattr(gradients, "measure_sensitivity", measured)
     made = ArtifactSettings(

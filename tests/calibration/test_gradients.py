@@ -13,6 +13,8 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -36,6 +38,7 @@ from kvtc_vllm.calibration.spool import SpoolWriter
 from kvtc_vllm.codec.artifact import Geometry
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.sink_rule import SinkRule
+from kvtc_vllm.offload.reach import FULL, SlidingWindow
 from tests.calibration.test_sensitivity import SOURCE
 from tests.calibration.toy import HEADS, LAYERS, SIZE, toy_header, toy_rope
 
@@ -89,8 +92,8 @@ PREFIX = 30
 
 @pytest.mark.usefixtures("letters")
 def test_gradients_are_the_slopes_of_the_likelihood(model: Path) -> None:
-    gradients_ = Differentiable(model, "cpu").gradients(
-        IDS, PREFIX, SHAPE, torch.Generator().manual_seed(3)
+    (gradients_,) = Differentiable(model, "cpu").gradients(
+        IDS, PREFIX, [SHAPE], torch.Generator().manual_seed(3)
     )
     keys, values = gradients_.energies()
     assert keys.shape == values.shape == (LAYERS, HEADS, PREFIX)
@@ -136,19 +139,66 @@ def test_layers_with_a_window_are_differentiated_within_it(tmp_path: Path) -> No
         sliding_window=8,
     )
     MistralForCausalLM(config).save_pretrained(tmp_path)
-    found = Differentiable(tmp_path, "cpu").gradients(
-        IDS, PREFIX, SHAPE, torch.Generator().manual_seed(0)
+    (found,) = Differentiable(tmp_path, "cpu").gradients(
+        IDS, PREFIX, [SHAPE], torch.Generator().manual_seed(0)
     )
     for squares in found.energies():
         assert not squares[..., : PREFIX - 8].any(), "no later token sees these"
         assert bool((squares[..., -7:] > 0).all())
 
 
+GROUPS = (
+    replace(SHAPE, layers=1, numbers=(2,)),
+    replace(SHAPE, layers=LAYERS - 1, numbers=(0, 1, 3), reach=SlidingWindow(8)),
+)
+"""Full attention in the third layer, windows in the others."""
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Gemma 3 of these groups."""
+    directory = tmp_path_factory.mktemp("models") / "mixed"
+    torch.manual_seed(0)
+    kinds = ["sliding_attention"] * LAYERS
+    kinds[2] = "full_attention"
+    config = Gemma3TextConfig(
+        **TINY, query_pre_attn_scalar=SIZE, sliding_window=8, layer_types=kinds
+    )
+    Gemma3ForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.usefixtures("letters")
+def test_cache_groups_have_the_gradients_of_their_layers(mixed: Path) -> None:
+    differentiable = Differentiable(mixed, "cpu")
+    (whole,) = differentiable.gradients(IDS, PREFIX, [SHAPE], torch.Generator().manual_seed(0))
+    parts = differentiable.gradients(IDS, PREFIX, GROUPS, torch.Generator().manual_seed(0))
+    for shape, part in zip(GROUPS, parts, strict=True):
+        layers = list(shape.numbers)
+        for found, every in zip(part.energies(), whole.energies(), strict=True):
+            assert torch.equal(found, every[layers])
+            assert bool((found[..., : PREFIX - 8] > 0).any()) == (shape.reach == FULL)
+        assert torch.equal(part.cached_values, whole.cached_values[:, layers])
+    with pytest.raises(ArtifactError, match="its cache has 4 layers"):
+        differentiable.gradients(IDS, PREFIX, GROUPS[:1], torch.Generator())
+
+
+@pytest.mark.usefixtures("letters")
+def test_averages_are_over_what_a_window_sees(mixed: Path) -> None:
+    texts = ["the quick brown fox jumps over the lazy dog. " * 20]
+    source = msgspec.structs.replace(SOURCE, documents=2, max_len=90, prefix_tokens=60)
+    groups = [(shape, None) for shape in GROUPS]
+    full, windows = measure_sensitivity(mixed, texts, groups, source, total_tokens=400)
+    assert (len(full.all_tokens.keys), len(windows.all_tokens.keys)) == (1, LAYERS - 1)
+    assert full.all_tokens.tokens == 2 * (60 - source.sink_tokens)
+    assert windows.all_tokens.tokens == 2 * (8 - 1)
+
+
 @pytest.mark.usefixtures("letters")
 def test_documents_of_nothing_but_sinks_are_refused(model: Path) -> None:
     source = msgspec.structs.replace(SOURCE, max_len=4)
     with pytest.raises(DataError, match="documents of 4 tokens have none past the 4 sinks"):
-        measure_sensitivity(model, ["words " * 20], SHAPE, source, None, total_tokens=100)
+        measure_sensitivity(model, ["words " * 20], [(SHAPE, None)], source, total_tokens=100)
 
 
 @pytest.mark.usefixtures("letters")
@@ -157,10 +207,10 @@ def test_marked_tokens_are_left_out_of_the_ordinary_ones(model: Path) -> None:
     texts = ["the quick brown fox jumps over the lazy dog. " * 20]
     source = msgspec.structs.replace(SOURCE, documents=2, max_len=90, prefix_tokens=60)
     settings: dict[str, Any] = {"total_tokens": 400}
-    everything = measure_sensitivity(model, texts, SHAPE, source, None, **settings)
+    (everything,) = measure_sensitivity(model, texts, [(SHAPE, None)], source, **settings)
     assert everything.marked is None
     rule = SinkRule((0, 2), 100.0, max_share=0.2)
-    found = measure_sensitivity(model, texts, SHAPE, source, rule, **settings)
+    (found,) = measure_sensitivity(model, texts, [(SHAPE, rule)], source, **settings)
     assert found.all_tokens == everything.all_tokens
     assert found.ordinary is not None
     assert found.marked is not None
@@ -180,7 +230,7 @@ def test_a_cache_of_another_shape_is_refused(model: Path) -> None:
     differentiable = Differentiable(model, "cpu")
     for shape in (replace(SHAPE, layers=3), replace(SHAPE, head_size_v=4)):
         with pytest.raises(ArtifactError, match=r"cannot run tiny .*give --sensitivity probe"):
-            differentiable.gradients(IDS, PREFIX, shape, torch.Generator())
+            differentiable.gradients(IDS, PREFIX, [shape], torch.Generator())
 
 
 def test_a_model_that_transformers_does_not_know_is_refused(model: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Two ranks: real worker processes on the CPU build."""
+"""Two ranks, and two pipeline stages: real worker processes on the CPU build."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def main():
     prompts = texts(model, count=6, tokens=700)
     options = dict(num_gpu_blocks_override=72, max_num_batched_tokens=512, max_num_seqs=4)
     result = []
-    with engine(model, extra, tensor_parallel_size=2, **options) as llm:
+    with engine(model, extra, {size}=2, **options) as llm:
         result = [greedy(llm, prompts, 64) for _ in range(2)]
         values = metrics(llm)
     json.dump(dict(tokens=result, metrics=values), open({out!r}, "w"))
@@ -34,13 +34,20 @@ if __name__ == "__main__":
 """
 
 
-def run(model: Path, extra: dict[str, Any] | None, directory: Path) -> dict[str, Any]:
-    """Two visits of every prompt with two ranks, in a process of their own."""
+def run(
+    model: Path, extra: dict[str, Any], directory: Path, size: str = "tensor_parallel_size"
+) -> dict[str, Any]:
+    """Two visits of every prompt with two ranks, in a process of their own.
+
+    size: what is two.
+    """
     out = directory / "out.json"
     script = directory / "run.py"
     tests = str(Path(__file__).parent)
     script.write_text(
-        SCRIPT.format(tests=tests, model=str(model), extra=json.dumps(extra), out=str(out))
+        SCRIPT.format(
+            tests=tests, model=str(model), extra=json.dumps(extra), out=str(out), size=size
+        )
     )
     cores = sorted(os.sched_getaffinity(0))
     result = subprocess.run(
@@ -81,3 +88,30 @@ def test_raw_and_kvtc_on_two_ranks(reference_model: Path, tmp_path: Path) -> Non
     # Free-running: one different token changes all that follow, so this is far below
     # the agreement a position.
     assert sum(same) / len(same) > 0.6
+
+
+STAGES = "pipeline_parallel_size"
+
+
+@pytest.mark.skipif(os.environ.get("KVTC_FAMILIES") != "all", reason="make test-families runs it")
+def test_two_stages_and_their_restart(reference_model: Path, tmp_path: Path) -> None:
+    """Every stage keeps its own layers; what both have on disk is known before the first prompt."""
+    extra = {"preset": "raw", "memory_bytes": "256MiB", "disk_path": str(tmp_path / "disk")}
+    for place in ("one", "two", "kvtc"):
+        (tmp_path / place).mkdir()
+    one = run(reference_model, extra, tmp_path / "one", STAGES)
+    first, second = one["tokens"]
+    assert second == first
+    values = one["metrics"]
+    assert values["external_prefix_cache_hits"] == values["kvtc_hit_tokens"] > 0
+    offered = values["kvtc_hit_tokens"] + values.get("kvtc_resumed_hit_tokens", 0)
+    assert values["kvtc_loaded_tokens"] == 2 * offered
+    assert not any(values[name] for name in values if name.startswith("kvtc_failed_loads"))
+
+    two = run(reference_model, extra, tmp_path / "two", STAGES)
+    assert two["tokens"] == [first, first]
+    assert two["metrics"]["kvtc_hit_tokens"] > values["kvtc_hit_tokens"]
+
+    # The artifact that comes with the package codes all layers together.
+    with pytest.raises(AssertionError, match="codes layers in groups of 8, and a pipeline stage"):
+        run(reference_model, {"codec": "kvtc", "ratio": 4}, tmp_path / "kvtc", STAGES)

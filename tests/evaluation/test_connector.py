@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,9 @@ pytest.importorskip("vllm")
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
+from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.connector import connector as served
+from kvtc_vllm.evaluation.replay import connector as replayed
 from kvtc_vllm.evaluation.replay.connector import KVTCEvaluationConnector
 from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup
 
@@ -38,7 +41,7 @@ def start(monkeypatch: pytest.MonkeyPatch, evaluation: dict[str, Any]) -> tuple[
 def test_a_baseline_takes_the_codec_s_place(monkeypatch: pytest.MonkeyPatch) -> None:
     _, config, geometry, _, factory = start(monkeypatch, {"baseline": "fp8-e4m3"})
     assert (config.codec, config.chunk_tokens) == ("raw", 64)
-    coder = factory(geometry.only_group, (), (None, None))
+    coder = factory(0, geometry.only_group, (), (None, None))
     k, v = torch.randn(2, 64, 2, 2, 64).bfloat16()
     decoded = coder.decode(coder.encode(k, v, 128, b"key"), 128, 64, b"key")
     assert torch.allclose(decoded.k.float(), k.float(), rtol=0.1, atol=0.1)
@@ -47,3 +50,25 @@ def test_a_baseline_takes_the_codec_s_place(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_nothing_asked_for_leaves_the_codec(monkeypatch: pytest.MonkeyPatch) -> None:
     assert start(monkeypatch, {})[-1] is None
+
+
+def test_every_cache_group_has_its_own_part_of_an_artifact(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    read: list[Path] = []
+
+    def no_file(path: Path, *_: int) -> Any:
+        read.append(path)
+        raise ArtifactError("not read here")
+
+    monkeypatch.setattr(replayed, "read_rank_file", no_file)
+    trip = {
+        "variant": "unchanged",
+        "artifact": str(tmp_path / "rank0of1.safetensors"),
+        "ratio": 8.0,
+    }
+    factory = start(monkeypatch, {"round_trips": {"kvtc-8x": trip}})[-1]
+    for number in range(2):
+        with pytest.raises(ArtifactError):
+            factory(number, GROUP, (), (None, None))
+    assert read == [tmp_path / "rank0of1.safetensors", tmp_path / "group1" / "rank0of1.safetensors"]

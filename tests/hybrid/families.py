@@ -107,6 +107,16 @@ STATES: dict[str, Callable[[], Any]] = {
     ),
     # Attention and a state in every layer.
     "falcon": _configuration("FalconH1Config", mamba_d_ssm=256, **_MAMBA),
+    "nemotron": _configuration(
+        "NemotronHConfig",
+        layers_block_type=["mamba", "attention", "mamba", "mlp"],
+        ssm_state_size=32,
+        mamba_num_heads=8,
+        mamba_head_dim=32,
+        n_groups=1,
+        chunk_size=64,
+        expand=2,
+    ),
     # Gated delta nets. vLLM's CPU kernel takes heads of 128, and bfloat16 only.
     "qwen3next": _configuration(
         "Qwen3NextConfig",
@@ -127,6 +137,33 @@ STATES: dict[str, Callable[[], Any]] = {
 }
 """Families with recurrent layers."""
 
+_LATENT = {
+    "head_dim": 64,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 64,
+    # The CPU kernel takes these two sizes only.
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 64,
+    "v_head_dim": 64,
+    "n_routed_experts": 8,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+}
+LATENTS: dict[str, Callable[[], Any]] = {
+    "deepseek": _configuration("DeepseekV3Config", **_LATENT),
+    "glm": _configuration("Glm4MoeLiteConfig", **_LATENT),
+}
+"""Families with multi-head latent attention."""
+
+ROUTING = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+"""vLLM reads how experts are chosen; transformers does not write it any more."""
+
 LFM2_NAMES = {
     "conv_dim": 128,
     "conv_dim_out": 128,
@@ -143,15 +180,19 @@ def make_model(family: str, directory: Path, vocabulary: int = VOCABULARY) -> Pa
     import transformers
 
     torch.manual_seed(0)
-    config = {**FAMILIES, **STATES}[family]()
+    config = {**FAMILIES, **STATES, **LATENTS}[family]()
     config.vocab_size = vocabulary
     model = transformers.AutoModelForCausalLM.from_config(config)
     if family in STATES:
         _amplify(model)
+    if family in LATENTS:
+        # Or the best two tokens would be alike within what float32 rounds.
+        model.lm_head.weight.data.mul_(8.0)
     model.to(torch.float32).save_pretrained(directory)
-    if family == "lfm2":
+    names = LFM2_NAMES if family == "lfm2" else ROUTING if family in LATENTS else {}
+    if names:
         path = directory / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | LFM2_NAMES))
+        path.write_text(json.dumps(json.loads(path.read_text()) | names))
     return directory
 
 
@@ -163,7 +204,7 @@ def _amplify(model: Any) -> None:
         for name, weight in model.named_parameters():
             if name.endswith("A_log"):
                 weight.fill_(-6.0)
-            elif any(part in name for part in (".conv.", ".mamba.", ".linear_attn.")):
+            elif any(part in name for part in (".conv.", ".mamba.", ".mixer.", ".linear_attn.")):
                 if ".out_proj" in name:
                     weight.mul_(10.0)
                 elif ".in_proj" in name or ".conv1d" in name or ".conv.conv" in name:

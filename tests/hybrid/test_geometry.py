@@ -18,9 +18,10 @@ from kvtc_vllm.connector import geometry
 from kvtc_vllm.connector.artifact_lookup import group_cards
 from kvtc_vllm.connector.compat import UnsupportedError
 from kvtc_vllm.connector.geometry import read_geometry
+from kvtc_vllm.connector.latent import with_latent_ratio
 from kvtc_vllm.connector.layout import paged_layouts
 from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup, check_chunks
-from kvtc_vllm.offload.reach import FULL, ChunkedLocal, LastState, SlidingWindow
+from kvtc_vllm.offload.reach import FULL, ChunkedLocal, LastState, SlidingWindow, named_reach
 from tests.connector.test_layout import packed
 
 SHAPE = {"block_size": 32, "num_kv_heads": 2, "head_size": 64, "dtype": torch.bfloat16}
@@ -39,13 +40,24 @@ def local(tokens: int, **changes: Any) -> Any:
 
 
 def engine(**changes: Any) -> Any:
-    parallel = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1}
+    parallel = {
+        "tensor_parallel_size": 1,
+        "pipeline_parallel_size": 1,
+        "decode_context_parallel_size": 1,
+        **changes.get("parallel", {}),
+    }
     return SimpleNamespace(
-        parallel_config=SimpleNamespace(**parallel, decode_context_parallel_size=1),
+        parallel_config=SimpleNamespace(**parallel),
         cache_config=SimpleNamespace(
-            cache_dtype="auto", block_size=32, enable_prefix_caching=True, prefix_match_unit=None
+            cache_dtype=changes.get("cache_dtype", "auto"),
+            block_size=32,
+            enable_prefix_caching=True,
+            prefix_match_unit=None,
         ),
-        model_config=SimpleNamespace(dtype=torch.bfloat16),
+        model_config=SimpleNamespace(
+            dtype=torch.bfloat16,
+            hf_text_config=SimpleNamespace(kv_lora_rank=512, qk_rope_head_dim=64),
+        ),
         speculative_config=changes.get("speculative"),
         kv_transfer_config=object(),
     )
@@ -141,12 +153,61 @@ def test_older_releases_are_refused_in_a_sentence_that_names_0_30(
 
 def test_other_kinds_are_refused_by_name() -> None:
     """Subclasses of what is served are other things."""
-    latents = specs.MLAAttentionSpec(**{**SHAPE, "num_kv_heads": 1, "head_size": 576})
-    with pytest.raises(UnsupportedError, match="1 x MLAAttentionSpec; KVTC does not read MLA"):
-        read((latents, [0]))
     sinks = specs.SinkFullAttentionSpec(**SHAPE, sink_len=4)
     with pytest.raises(UnsupportedError, match="2 x SinkFullAttentionSpec, 1 x FullAttentionSpec"):
         read((sinks, [0]), (sinks, [1]), (full(), [2]))
+
+
+def latents(elements: int = 576) -> Any:
+    return specs.MLAAttentionSpec(**{**SHAPE, "num_kv_heads": 1, "head_size": elements})
+
+
+def test_a_latent_is_v_and_its_rotated_key_is_k() -> None:
+    (group,) = read((latents(), [0, 1])).groups
+    assert (group.num_kv_heads, group.head_size, group.head_size_v) == (1, 64, 512)
+    assert (group.latent, group.kind, group.reach) == (True, "latent", FULL)
+    assert group.token_bytes == 2 * 576 * 2
+    # A page holds the latent first; some releases leave the only head out of its shape.
+    for shape in ((5, 1, 32, 576), (5, 32, 576)):
+        caches = {name: torch.randn(shape).to(torch.bfloat16) for name in group.layer_names}
+        (layout,) = paged_layouts(caches, CacheGeometry((group,), 1))
+        k, v = layout.gather([3, 1])
+        first = caches[group.layer_names[0]].view(5, 32, 576)[[3, 1]].view(64, 576)
+        assert torch.equal(v[:, 0, 0], first[:, :512])
+        assert torch.equal(k[:, 0, 0], first[:, 512:])
+        assert [side.head_size for side in (layout.sides().k, layout.sides().v)] == [64, 512]
+        layout.scatter([0, 2], k, v)
+        copied = caches[group.layer_names[0]].view(5, 32, 576)[[0, 2]].view(64, 576)
+        assert torch.equal(copied, first)
+
+
+def test_what_else_a_cache_of_latents_may_hold_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match=r"704 elements per token is refused.*sparse"):
+        read((latents(704), [0]))
+    with pytest.raises(UnsupportedError, match="kv_cache_dtype='fp8' is refused for MLA"):
+        read((latents(), [0]), cache_dtype="fp8")
+
+
+def test_presets_code_latents_at_8x_at_most() -> None:
+    ours, others = read((latents(), [0])), read((full(), [0]))
+    config = load_config({"codec": "kvtc", "ratio": 16})
+    assert with_latent_ratio(config, ours, {"preset"}).target_ratio == 8
+    assert with_latent_ratio(config, ours, {"ratio"}).target_ratio == 16
+    assert with_latent_ratio(config, others, {"preset"}).target_ratio == 16
+    raw = load_config({"codec": "raw"})
+    assert with_latent_ratio(raw, ours, {"preset"}) is raw
+
+
+def test_pipeline_stages_of_one_group_are_served_and_context_parallel_is_not() -> None:
+    two = {"parallel": {"pipeline_parallel_size": 2, "tensor_parallel_size": 3}}
+    found = read((full(), [0, 1]), **two)
+    assert (found.tp_size, found.pp_size, found.ranks) == (3, 2, 6)
+    with pytest.raises(
+        UnsupportedError, match=r"--pipeline-parallel-size=2 .* with 2 KV cache groups"
+    ):
+        read((full(), [0]), (window(), [1]), **two)
+    with pytest.raises(UnsupportedError, match="--decode-context-parallel-size=2 is not supported"):
+        read((full(), [0]), parallel={"decode_context_parallel_size": 2})
 
 
 def test_states_have_bytes_and_no_heads() -> None:
@@ -161,6 +222,7 @@ def test_states_have_bytes_and_no_heads() -> None:
     assert found.coded_groups == (attention,)
     assert states.reach == LastState()
     assert states.tables == (0, 1)
+    assert states.state_parts == ((24, torch.bfloat16), (16, torch.float32))
     assert states.state_bytes == 3 * 8 * 2 + 4 * 4 * 4
     assert states.raw_bytes([5, 6]) == 2 * states.state_bytes
     assert group_cards(found) == ()
@@ -209,3 +271,14 @@ def test_layers_that_read_another_s_kv_are_left_out() -> None:
     stranger = {**caches, "model.layers.2.attn": torch.zeros(4, 2, 32, 128).bfloat16()}
     with pytest.raises(UnsupportedError, match=r"unexpected \['model.layers.2.attn'\]"):
         paged_layouts(stranger, found)
+
+
+@pytest.mark.parametrize("reach", [FULL, LastState(), SlidingWindow(512), ChunkedLocal(8192)])
+def test_names_of_attention_are_read_as_they_are_written(reach: Any) -> None:
+    assert named_reach(str(reach)) == reach
+
+
+@pytest.mark.parametrize("name", ["", "window", "window 0", "window x", "global 5"])
+def test_other_names_of_attention_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="is not known; full, state, window N"):
+        named_reach(name)

@@ -1,19 +1,23 @@
-"""States to blobs and back, bit for bit, from the blocks of every layer's own table."""
+"""States to blobs and back, from the blocks of every layer's own table."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
 
 from kvtc_vllm.connector.compat import UnsupportedError
-from kvtc_vllm.connector.state_transfer import StateTransfer, state_geometry
+from kvtc_vllm.connector.state_bytes import StateBytes
+from kvtc_vllm.connector.state_transfer import StateTransfer, state_codec
 from kvtc_vllm.offload.geometry import CacheGroup
 from kvtc_vllm.offload.messages import LoadItem, StoreItem
 from kvtc_vllm.offload.reach import LastState
 from kvtc_vllm.tiers.keys import RecordKey
 
+PARTS = ((150, torch.bfloat16), (250, torch.float32))
 SIZE = 1300
-"""Bytes of a state: not whole heads of the codec's view."""
+"""Bytes of a layer's states: not whole heads of the codec's view."""
 GROUP = CacheGroup(
     layer_names=("layers.0", "layers.1", "layers.2"),
     block_size=256,
@@ -24,6 +28,7 @@ GROUP = CacheGroup(
     reach=LastState(),
     layer_table=(0, 2, 0),
     state_bytes=SIZE,
+    state_parts=PARTS,
 )
 KEY = RecordKey(b"key")
 
@@ -47,7 +52,7 @@ def test_a_state_comes_back_in_other_blocks() -> None:
         page.zero_()
     (blob,) = transfer.encode(staged)
     assert isinstance(blob, bytes)
-    assert 3 * SIZE < len(blob) <= transfer.codec.max_blob_bytes(1)
+    assert SIZE < len(blob) <= transfer.codec.max_blob_bytes(1)
     assert transfer.load([(LoadItem(KEY, 256, 0, [1, 2]), blob)]) == [None]
     for name, source, target in (("layers.0", 3, 1), ("layers.1", 5, 2), ("layers.2", 3, 1)):
         assert torch.equal(pages[name][target], before[name][source])
@@ -83,6 +88,36 @@ def test_pages_of_another_size_are_refused() -> None:
 
 
 def test_room_for_states_is_what_they_are_filled_up_to() -> None:
-    transfer = StateTransfer(caches(), GROUP)
-    assert state_geometry(GROUP).num_kv_heads == 3
-    assert transfer.staged_bytes(2) == 3 * 3 * 512
+    assert state_codec(GROUP, rounds=False).geometry.num_kv_heads == 3
+    assert state_codec(GROUP, rounds=True).geometry.num_kv_heads == 2
+    assert StateTransfer(caches(), GROUP).staged_bytes(2) == 3 * SIZE
+
+
+def test_equal_exponents_compress_and_rounding_is_to_nearest() -> None:
+    """Numbers like those of states: signs and exponents of few kinds, mantissas of any."""
+    torch.manual_seed(1)
+    values = torch.randn(3, 40000)
+    pages = values.view(torch.uint8)
+    exact, rounded = (StateBytes(((40000, torch.float32),), rounds) for rounds in (False, True))
+    assert torch.equal(exact.unpack(exact.pack(pages)), pages)
+    kept = rounded.unpack(rounded.pack(pages)).view(torch.float32)
+    assert torch.equal(kept, values.to(torch.bfloat16).float())
+    assert rounded.stored_bytes * 2 == exact.stored_bytes == exact.page_bytes
+
+    group = replace(GROUP, state_bytes=160000, state_parts=((40000, torch.float32),))
+    sizes = []
+    for rounds in (False, True):
+        names = {
+            name: of_layer.clone().view(1, 1, 40000)
+            for name, of_layer in zip(group.layer_names, values, strict=True)
+        }
+        transfer = StateTransfer(names, group, rounds)
+        (blob,) = transfer.encode(transfer.stage([StoreItem(KEY, 256, [0, 0])]))
+        assert isinstance(blob, bytes)
+        assert transfer.load([(LoadItem(KEY, 256, 0, [0, 0]), blob)]) == [None]
+        expected = values[1].to(torch.bfloat16).float() if rounds else values[1]
+        assert torch.equal(names["layers.1"].flatten(), expected)
+        sizes.append(len(blob) / (3 * 160000))
+    # A plane in four of float32, in two of bfloat16, holds next to nothing.
+    assert 0.7 < sizes[0] < 0.9
+    assert 0.2 < sizes[1] < 0.4

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from kvtc_vllm.artifact.directory import group_directory
 from kvtc_vllm.artifact.rank_file import read_rank_file
 from kvtc_vllm.codec.base import Coder
 from kvtc_vllm.codec.registry import open_codec
@@ -39,7 +40,7 @@ class CodecOverride(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     variant: str | None = None
     """Name in `VARIANTS`."""
     artifact: str | None = None
-    """Rank file that the variant changes."""
+    """Rank file that the variant changes; of several cache groups the first's."""
     ratio: float | None = None
     """Target ratio of the variant."""
     options: dict[str, Any] = {}
@@ -71,6 +72,7 @@ class KVTCEvaluationConnector(KVTCConnector):
 
 def override_codec(
     wanted: CodecOverride,
+    number: int,
     group: CacheGroup,
     ropes: tuple[Rope, ...],
     layer_rope: tuple[int | None, ...],
@@ -79,7 +81,7 @@ def override_codec(
     exact = open_codec("raw", group.dtype, geometry=codec_geometry(group))
     if wanted.round_trips:
         methods = {
-            name: override_codec(method, group, ropes, layer_rope)
+            name: override_codec(method, number, group, ropes, layer_rope)
             for name, method in wanted.round_trips.items()
         }
         return RoundTripCodec(exact, methods)
@@ -96,7 +98,8 @@ def override_codec(
     assert wanted.variant is not None
     assert wanted.artifact is not None
     assert wanted.ratio is not None
-    artifact, _ = read_rank_file(Path(wanted.artifact), 0, 1)
+    first = Path(wanted.artifact)
+    artifact, _ = read_rank_file(group_directory(first.parent, number) / first.name, 0, 1)
     artifact = replace(artifact, ropes=ropes, layer_rope=layer_rope)
     context = VariantContext(artifact, wanted.ratio, group.dtype, wanted.options)
     return VARIANTS[wanted.variant](context)

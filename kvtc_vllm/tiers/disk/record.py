@@ -42,9 +42,9 @@ class NamespaceRecord(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     """Of the cache."""
     rank: _Number
-    """Tensor-parallel rank whose chunks these are, from 0."""
+    """Rank whose chunks these are, from 0, over all pipeline stages."""
     tp_size: _Number
-    """Number of tensor-parallel ranks."""
+    """Number of ranks."""
     artifact: str = ""
     """Hex of its fingerprint; empty for raw."""
     ratio: float = 1.0

@@ -1,0 +1,77 @@
+"""Multi-head latent attention: what its cache holds of a token, and how far it may be coded.
+
+vLLM keeps one vector per token and layer: the normed latent, then the part of the key that is
+rotated. Attention makes keys and values of all heads from it. Here the rotated part is K and the
+latent is V, so that RoPE is undone where there is any, and each has a basis and plans of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from kvtc_vllm.artifact.cache_kinds import LATENT_RATIO
+from kvtc_vllm.codec.registry import CODECS
+from kvtc_vllm.connector.cache_dtype import PLAIN
+from kvtc_vllm.connector.compat import UnsupportedError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import AttentionSpec
+
+    from kvtc_vllm.config import KVTCConfig
+    from kvtc_vllm.offload.geometry import CacheGeometry
+
+logger = logging.getLogger("vllm.kvtc")
+
+
+def is_latent(spec: Any) -> bool:
+    """Whether a cache group of vLLM is of latents."""
+    return type(spec).__name__ == "MLAAttentionSpec"
+
+
+def latent_sizes(vllm_config: VllmConfig, spec: AttentionSpec) -> tuple[int, int]:
+    """Elements per token of the rotated part and of the latent.
+
+    Raises UnsupportedError for caches that hold something else besides, and for fp8.
+    """
+    text = vllm_config.model_config.hf_text_config
+    rotated = int(getattr(text, "qk_rope_head_dim", 0) or 0)
+    latent = int(getattr(text, "kv_lora_rank", 0) or 0)
+    if not rotated or not latent or rotated + latent != spec.head_size:
+        raise UnsupportedError(
+            f"a cache of MLA with {spec.head_size} elements per token is refused: the model's "
+            f"latent of {latent} and rotated key of {rotated} do not make it up, so it is one of "
+            "sparse attention's, which KVTC does not read"
+        )
+    name = str(vllm_config.cache_config.cache_dtype)
+    if name not in PLAIN:
+        raise UnsupportedError(
+            f"kv_cache_dtype={name!r} is refused for MLA, whose latents and keys share a scale; "
+            "use auto, bfloat16 or float16"
+        )
+    return rotated, latent
+
+
+def with_latent_ratio(
+    config: KVTCConfig, geometry: CacheGeometry, given: Collection[str]
+) -> KVTCConfig:
+    """The configuration with the target ratio of a preset, or the default, capped for latents.
+
+    given: keys that the user has set. A latent is a learnt low-rank code already, and no trained
+    model has been measured at more; who sets `ratio` gets it.
+    """
+    latent = any(group.latent for group in geometry.groups)
+    coded = CODECS[config.codec].needs_artifact
+    if not latent or not coded or "ratio" in given or config.target_ratio <= LATENT_RATIO:
+        return config
+    logger.warning(
+        "kvtc: target ratio %g instead of %g: no trained model with latent attention was measured "
+        'above it; set "ratio" to have another',
+        LATENT_RATIO,
+        config.target_ratio,
+    )
+    return msgspec.structs.replace(config, ratio=LATENT_RATIO)
