@@ -119,6 +119,7 @@ def main() -> None:
     add("--work", type=Path, required=True, help="directory for bases, which are kept")
     add("--layers", type=int, help="per layer group; default: all")
     add("--ratios", default="8,16,32,64", help="target ratios")
+    add("--choices", help='these alone, such as "gain 4,gain 8"')
     add("--documents", type=int, default=10, help="at most 10")
     add("--part", choices=("tune", "report"), default="tune")
     add("--threads", type=int, default=1, help="of torch")
@@ -127,6 +128,11 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     ratios = [float(ratio) for ratio in args.ratios.split(",")]
     out = args.out or ROOT / f"benchmarks/results/step-{args.name}.json"
+    names = [choice.name for choice in CHOICES[args.name]]
+    asked = args.choices.split(",") if args.choices else names
+    if unknown := set(asked) - set(names):
+        parser.error(f"--choices {', '.join(sorted(unknown))}: {args.name} has {', '.join(names)}")
+    wanted = [choice for choice in CHOICES[args.name] if choice.name in asked]
     fitted = fit_bases(args.spool, args.layers, min(ratios), args.work)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -139,7 +145,8 @@ def main() -> None:
     about = {
         "command": f"python -m benchmarks.step_choices {args.name} --model DIR --spool DIR "
         f"--data DIR --work DIR --part {args.part} --documents {args.documents}"
-        + ("" if args.layers is None else f" --layers {args.layers}"),
+        + ("" if args.layers is None else f" --layers {args.layers}")
+        + ("" if args.choices is None else f' --choices "{args.choices}"'),
         "model": args.model.name,
         "documents": [prefix.name for prefix in prefixes],
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} used",
@@ -148,7 +155,7 @@ def main() -> None:
     }
     rows: list[dict[str, Any]] = []
     out.parent.mkdir(parents=True, exist_ok=True)
-    for choice in CHOICES[args.name]:
+    for choice in wanted:
         artifact = artifact_of(choice, fitted, ratios)
         for ratio in ratios:
             rows.append(measure(choice, artifact, ratio, model, prefixes))

@@ -28,7 +28,7 @@ from kvtc_vllm.calibration.sensitivity import Sensitivity, SensitivityMeasure, l
 from kvtc_vllm.calibration.shards import RankRows, rank_heads
 from kvtc_vllm.calibration.sinks import fit_sinks
 from kvtc_vllm.calibration.spool import SpoolReader, cache_group_places
-from kvtc_vllm.calibration.weights import Metric, RowWeights, Tokens
+from kvtc_vllm.calibration.weights import Metric, RowWeights, Tokens, finer_steps
 from kvtc_vllm.calibration.writing import (
     Description,
     FittedGroup,
@@ -51,6 +51,8 @@ class ArtifactSettings:
     model_name: what to call the model on the card; None: as it was captured.
     sensitivity_tokens, sensitivity_metric: of the weights, if rows are weighted; see `RowWeights`.
     Tokens of None are the ordinary ones where the artifact gets a sink rule, else all.
+    sink_gain: how much finer the steps of floating sinks are; None: see `weights.finer_steps`, and
+    4 without sensitivities.
     sink_tokens: first positions that are stored exactly; None: those that the capture left out.
     curve: measure what the ratios cost, with this model; None: do not.
     quality: keep the plan of the highest ratio of which a KL of at most this was measured, in nats
@@ -66,6 +68,7 @@ class ArtifactSettings:
     model_name: str | None = None
     sensitivity_tokens: Tokens | None = None
     sensitivity_metric: Metric = "layer"
+    sink_gain: float | None = None
     sink_tokens: int | None = None
     curve: CurveSettings | None = None
     quality: float | None = None
@@ -208,6 +211,9 @@ def _fit(
         tokens = settings.sensitivity_tokens or ("ordinary" if protected else "all")
         weights = RowWeights(found, tokens, settings.sensitivity_metric, heads)
         fit = replace(fit, weights=weights)
+    gain = settings.sink_gain or (None if found is None else finer_steps(found))
+    if gain is not None:
+        fit = replace(fit, steps=replace(fit.steps, sink_gain=gain))
     estimate = estimate_fit(source.geometry, rows, settings.ratios, fit)
     sections = 2 * len(source.geometry.layer_groups)
     where = "a GPU" if fit.device.startswith("cuda") else "one core"

@@ -8,6 +8,7 @@ in K as in V, so that all layers compete for one budget of bits.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +26,20 @@ LEAST_WEIGHT = 0.02
 
 Below it a layer hardly counts. A layer that the sample never reached would have a weight of
 0, which cannot be undone."""
+
+
+def finer_steps(sensitivity: Sensitivity) -> float | None:
+    """How much finer the steps of sinks should be than those of ordinary tokens.
+
+    The root of how much more an error in them costs: errors then cost the same in both. None if
+    sensitivities were measured without telling sinks, or the model has none.
+    """
+    marked = sensitivity.marked
+    if marked is None or not 0 < marked.share < 1 or not 0 < marked.energy < 1:
+        return None
+    of_sinks = marked.energy / marked.share
+    of_others = (1 - marked.energy) / (1 - marked.share)
+    return max(1.0, math.sqrt(of_sinks / of_others))
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,8 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--sink-gain",
         type=float,
-        default=StepSettings.sink_gain,
-        help=f"how much finer those steps are (default {StepSettings.sink_gain:g})",
+        help="how much finer those steps are; default: the root of how much more an error in sinks "
+        f"costs, where sensitivities were measured, else {StepSettings.sink_gain:g}",
     )
     add(
         "--sink-tokens",
@@ -101,7 +101,7 @@ def artifact_settings(args: argparse.Namespace) -> ArtifactSettings:
     from kvtc_vllm.calibration.fit_settings import FitSettings
 
     ratios = _ratios(args.ratios)
-    if not 1 <= args.sink_gain <= MAX_SINK_GAIN:
+    if args.sink_gain is not None and not 1 <= args.sink_gain <= MAX_SINK_GAIN:
         raise ConfigError(f"--sink-gain {args.sink_gain:g}: give 1 to {MAX_SINK_GAIN}")
     if args.codec == Kvtc2Codec.name and args.key_share is not None:
         raise ConfigError(
@@ -119,7 +119,6 @@ def artifact_settings(args: argparse.Namespace) -> ArtifactSettings:
         key_share=_key_share(args.key_share, min(ratios)),
         device=_device(args.device),
         codec=args.codec,
-        steps=StepSettings(sink_gain=args.sink_gain),
         protect_sinks=args.sinks == "finer",
     )
     return ArtifactSettings(
@@ -132,6 +131,7 @@ def artifact_settings(args: argparse.Namespace) -> ArtifactSettings:
         model_name=args.model_name,
         sensitivity_tokens=args.sensitivity_tokens,
         sensitivity_metric=args.sensitivity_metric,
+        sink_gain=args.sink_gain,
         sink_tokens=args.sink_tokens,
         quality=args.quality,
     )

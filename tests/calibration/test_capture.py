@@ -232,9 +232,13 @@ def test_ordinary_tokens_are_the_default_where_sinks_are_protected(
     def averaged(number: int, *more: str) -> str:
         out = tmp_path / str(number)
         assert main(["fit", str(spool), *FIT, "--ratios", "4", "--out", str(out), *more]) == 0
-        (card,) = (load_card(path.parent) for path in out.glob("*/*/card.json"))
+        (path,) = (path.parent for path in out.glob("*/*/card.json"))
+        artifact, card, _ = load_rank_artifact(path, 0)
+        gains.append(artifact.sections[0, "v"].plans[4.0].sink_gain)
         assert card.sensitivity is not msgspec.UNSET
         return card.sensitivity.averaged
+
+    gains: list[float] = []
 
     assert averaged(0, "--codec", "kvtc2") == "all", "there are no sinks to protect"
     monkeypatch.setattr(calibrate_module, "fit_sinks", lambda _: told)
@@ -242,6 +246,10 @@ def test_ordinary_tokens_are_the_default_where_sinks_are_protected(
     assert averaged(2, "--codec", "kvtc2", "--sensitivity-tokens", "all") == "all"
     assert averaged(3, "--codec", "kvtc2", "--sinks", "plain") == "all"
     assert averaged(4) == "all", "version 1 protects none"
+    asked = averaged(5, "--codec", "kvtc2", "--sink-gain", "3")
+    assert asked == "ordinary"
+    # 60 % of the energy on 10 of 180 tokens: an error in one costs 25.5 times as much.
+    assert gains == [pytest.approx(25.5**0.5)] * 4 + [1.0, 3.0]
 
 
 def test_fewer_first_positions_are_exact_if_asked(
