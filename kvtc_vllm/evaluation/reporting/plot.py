@@ -16,6 +16,8 @@ BIT_EXACT = "raw"
 """Its KL is rounding, orders below all others: it is left out."""
 _COLUMNS = 3
 _LEAST_KL = 1e-7
+_TICKS = (1, 2, 4, 8, 16, 32, 64, 128)
+"""Real ratios that the axis names."""
 
 
 def plot(path: Path, found: Sequence[Row]) -> None:
@@ -69,5 +71,8 @@ def _panel(panel: Axes, points: Sequence[Row], colours: dict[str, str]) -> None:
         xlabel="real ratio",
         ylabel="KL to the exact run, nats per token",
     )
+    panel.minorticks_off()
+    low, high = panel.get_xlim()
+    panel.set_xticks(ticks := [tick for tick in _TICKS if low <= tick <= high], map(str, ticks))
     panel.grid(alpha=0.3)
     panel.legend(fontsize="x-small")
