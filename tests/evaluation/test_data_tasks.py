@@ -75,8 +75,9 @@ def test_variables_have_their_number_at_their_depth(data: Path, tokenizer: Any) 
         assert assigned[number] == (name, tokenizer.decode(example.target).strip())
 
 
-def test_chats_grow_turn_by_turn_and_recall(data: Path, tokenizer: Any) -> None:
-    for session in sessions(data, tokenizer, "essay-chats"):
+@pytest.mark.parametrize("name", sorted(CHATS & DATA_TASKS.keys()))
+def test_chats_grow_turn_by_turn_and_recall(data: Path, tokenizer: Any, name: str) -> None:
+    for session in sessions(data, tokenizer, name):
         assert len(session.turns) >= 2
         for before, after in itertools.pairwise(session.turns):
             assert after.prompt[: len(before.prompt)] == before.prompt

@@ -77,6 +77,12 @@ def test_turns_of_one_chat_are_one_sample() -> None:
     assert row.ci95 == pytest.approx((row.value, row.value))
 
 
+def test_kl_is_kept_by_session_for_pairs() -> None:
+    chats = [record(1, kl=0.4), record(0, kl=0.2), record(1, kl=0.8), record(0, kl=0.0)]
+    kept = {(r.metric, r.label): r.by_session for r in rows(outcome(chats)) if r.by_session}
+    assert kept == {("kl", ""): [pytest.approx(0.2 / 8), pytest.approx(1.2 / 8)]}
+
+
 def test_damage_needs_the_whole_interval_beyond_the_limit() -> None:
     sound = [record(i) for i in range(20)]
     assert damaged(rows(outcome(sound))) == {}
@@ -98,6 +104,8 @@ def test_report_and_card(tmp_path: Path) -> None:
     assert fields <= set(first)
     text = (tmp_path / "results.md").read_text()
     assert "| kvtc-16x | 16.0 |" in text
+    assert "KL:\n\n| method | depth 0 | depth 1 |\n" in text
+    assert "| kvtc-16x | 0.0100 | 0.0100 |" in text
     assert (tmp_path / "results.png").stat().st_size > 5000
     page = card("tp1-all-0", {"command": "kvtc eval"}, found)
     assert "100% -> 50%" in page

@@ -11,9 +11,11 @@ import torch
 
 from kvtc_vllm.codec.artifact import Geometry
 from kvtc_vllm.codec.registry import open_codec
+from kvtc_vllm.config import load_config
 from kvtc_vllm.evaluation import methods
 from kvtc_vllm.evaluation.baselines import BASELINES
 from kvtc_vllm.evaluation.job import Job, Outcome, SharedJob, Workload
+from kvtc_vllm.evaluation.processes.carrier import carrier
 from kvtc_vllm.evaluation.processes.suite import CHILD, SHARED_CHILD, run_child
 from kvtc_vllm.evaluation.replay.baseline_codec import BaselineCodec
 from kvtc_vllm.evaluation.replay.round_trips import TURN, RoundTripCodec
@@ -47,6 +49,16 @@ def test_a_load_gives_what_the_method_would_have_stored(codecs: Any) -> None:
     assert torch.equal(loaded.v, alone.v)
     assert not torch.equal(loaded.k, k)
     assert TURN.bytes() == (k.nbytes + v.nbytes, len(coded))
+
+
+@pytest.mark.parametrize("first", ["raw", "kvtc-8x", "kivi-2bit"])
+def test_any_method_may_come_first(first: str, reference_model: Path, tmp_path: Path) -> None:
+    chosen = [methods.find(name) for name in (first, "kvtc-16x")]
+    shared = carrier(chosen, str(reference_model), tmp_path)
+    extra = shared.connector_config(shared.chunk_tokens)
+    assert extra.pop("evaluation")["round_trips"].keys() == {first, "kvtc-16x"}
+    config = load_config(extra)
+    assert (config.codec, config.ratio) == ("raw", None)
 
 
 def test_before_any_turn_loads_are_exact_and_uncounted(codecs: Any) -> None:

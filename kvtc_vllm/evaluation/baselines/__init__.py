@@ -9,6 +9,8 @@ from kvtc_vllm.evaluation.baselines.fp8 import Fp8
 from kvtc_vllm.evaluation.baselines.gear import Gear
 from kvtc_vllm.evaluation.baselines.joint_fusion import JointFusion, JointFusionStrict
 from kvtc_vllm.evaluation.baselines.kivi import Kivi
+from kvtc_vllm.evaluation.baselines.quantspec import QuantSpec4, QuantSpec8
+from kvtc_vllm.evaluation.baselines.turboquant import TurboQuant3, TurboQuant4
 from kvtc_vllm.evaluation.baselines.xkv import Xkv
 
 _METHODS: tuple[type[Baseline], ...] = (
@@ -20,6 +22,10 @@ _METHODS: tuple[type[Baseline], ...] = (
     CacheGenLmcache,
     JointFusion,
     JointFusionStrict,
+    TurboQuant4,
+    TurboQuant3,
+    QuantSpec8,
+    QuantSpec4,
 )
 BASELINES: dict[str, type[Baseline]] = {method.name: method for method in _METHODS}
 

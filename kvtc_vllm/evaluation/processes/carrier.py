@@ -24,7 +24,13 @@ def carrier(methods: Sequence[Method], model: str, directory: Path) -> Method:
     """
     trips = {m.name: _override(with_profile(m, model, directory), model) for m in methods}
     return replace(
-        methods[0], name=SHARED, codec="raw", plan="bit-exact", override={"round_trips": trips}
+        methods[0],
+        name=SHARED,
+        codec="raw",
+        plan="bit-exact",
+        ratio=None,
+        artifact=None,
+        override={"round_trips": trips},
     )
 
 

@@ -1,17 +1,15 @@
-"""Results as files: results.json, a Markdown table, a plot of quality against real ratio."""
+"""Results as files: results.json, Markdown tables, and the plot of `plot.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
+from kvtc_vllm.evaluation.reporting.plot import plot
 from kvtc_vllm.evaluation.reporting.results import EXACT, Row, damaged, unanswered
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 def write(directory: Path, about: dict[str, Any], found: Sequence[Row]) -> None:
@@ -69,11 +67,13 @@ def markdown(about: dict[str, Any], found: Sequence[Row]) -> str:
             ]
             here = [row for row in here if not row.metric.startswith("accuracy")]
         lines += _table([row for row in here if not row.label])
-        labelled = [row for row in here if row.label and row.metric == "accuracy"]
-        if labelled:
-            methods = dict.fromkeys(row.method for row in labelled)
-            table = label_table("method", labelled, [(method, method) for method in methods])
-            lines += ["Accuracy:", "", *table, ""]
+        for title, metric, form in (("Accuracy", "accuracy", "{:.0%}"), ("KL", "kl", "{:.4f}")):
+            labelled = [row for row in here if row.label and row.metric == metric]
+            if labelled:
+                methods = dict.fromkeys(row.method for row in labelled)
+                pairs = [(method, method) for method in methods]
+                table = label_table("method", labelled, pairs, metric, form)
+                lines += [f"{title}:", "", *table, ""]
     return "\n".join(lines)
 
 
@@ -128,16 +128,23 @@ def _table(found: Sequence[Row]) -> list[str]:
     return [*lines, ""]
 
 
-def label_table(head: str, found: Sequence[Row], lines: Sequence[tuple[str, str]]) -> list[str]:
-    """Accuracy of one task and context by label: a line per method, a column per label.
+def label_table(
+    head: str,
+    found: Sequence[Row],
+    lines: Sequence[tuple[str, str]],
+    metric: str = "accuracy",
+    form: str = "{:.0%}",
+) -> list[str]:
+    """A metric of one task and context by label: a line per method, a column per label.
 
     head: what the first column is. lines: text of the first column, and the method, of each line.
+    form: how a figure is written.
     """
     labels = sorted({row.label for row in found})
     table = [f"| {head} | " + " | ".join(labels) + " |", "|" + "---|" * (len(labels) + 1)]
     for text, method in lines:
-        own = {r.label: r.value for r in found if r.method == method and r.metric == "accuracy"}
-        cells = [f"{own[label]:.0%}" if label in own else "" for label in labels]
+        own = {r.label: r.value for r in found if r.method == method and r.metric == metric}
+        cells = [form.format(own[label]) if label in own else "" for label in labels]
         table.append(f"| {text} | " + " | ".join(cells) + " |")
     return table
 
@@ -150,47 +157,3 @@ def _cell(own: dict[str, Row], metric: str, form: str, interval: bool = True) ->
     if interval and row.n > 1:
         text += f" [{form.format(row.ci95[0])}, {form.format(row.ci95[1])}]"
     return text
-
-
-def plot(path: Path, found: Sequence[Row]) -> None:
-    """A panel per task: KL against real ratio, a line per variant of kvtc."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    tasks = list(dict.fromkeys(row.task for row in found))
-    columns = min(3, len(tasks))
-    lines = -(-len(tasks) // columns)
-    figure = Figure(figsize=(5.2 * columns, 4.2 * lines), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(lines, columns, squeeze=False).ravel()
-    for panel, task in zip(axes, tasks, strict=False):
-        context = max(row.context for row in found if row.task == task)
-        _panel(panel, [r for r in found if r.task == task and r.context == context])
-        panel.set_title(f"{task}, context {context}")
-    for panel in axes[len(tasks) :]:
-        panel.set_axis_off()
-    figure.savefig(path, dpi=110)
-
-
-def _panel(panel: Axes, found: Sequence[Row]) -> None:
-    points = [
-        r for r in found if r.metric == "kl" and not r.label and r.method != EXACT and r.real_ratio
-    ]
-    variants: dict[str, list[Row]] = {}
-    for row in sorted(points, key=lambda r: r.real_ratio):
-        if row.method.startswith("kvtc"):  # "kvtc-16x", or "kvtc-16x" and a variant's label
-            variants.setdefault(row.method.partition(" ")[2], []).append(row)
-    for _, rows in sorted(variants.items()):  # the same colour in every panel
-        panel.plot([r.real_ratio for r in rows], [max(r.value, 1e-7) for r in rows], "o-")
-    for row in points:
-        value = max(row.value, 1e-7)
-        if not row.method.startswith("kvtc"):
-            panel.plot([row.real_ratio], [value], "s", color="grey")
-        panel.annotate(row.method, (row.real_ratio, value), fontsize="x-small", rotation=20)
-    panel.set(
-        xscale="log",
-        yscale="log",
-        xlabel="real ratio",
-        ylabel="KL to the exact run, nats per token",
-    )
-    panel.grid(alpha=0.3)

@@ -24,7 +24,7 @@ MIN_EXACT_ACCURACY = 0.3
 """Share of answers that the exact run must get right, or accuracy says nothing of a method."""
 
 
-class Row(msgspec.Struct, frozen=True, kw_only=True):
+class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One figure."""
 
     task: str
@@ -41,6 +41,9 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     """Interval of a bootstrap over sessions."""
     n: int
     """Examples."""
+    by_session: list[float] = []
+    """Of KL over all examples, the value of each session in order: methods over the same sessions
+    can be compared in pairs."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class _Metric:
     name: str
     parts: Callable[[Record], tuple[float, float]]
     answers_only: bool = False
+    keep_sessions: bool = False
 
 
 _EXACT_METRICS = (
@@ -59,7 +63,7 @@ _EXACT_METRICS = (
 _METRICS = (
     _Metric("nll", lambda r: (r.nll, r.target_tokens)),
     _Metric("nll_change", lambda r: (r.nll - r.nll_exact, r.target_tokens)),
-    _Metric("kl", lambda r: (r.kl, r.target_tokens)),
+    _Metric("kl", lambda r: (r.kl, r.target_tokens), keep_sessions=True),
     _Metric("top1_agreement", lambda r: (r.agreed, r.target_tokens)),
     _Metric("accuracy", lambda r: (r.correct, 1), answers_only=True),
     _Metric("accuracy_change", lambda r: (r.correct - r.correct_exact, 1), answers_only=True),
@@ -136,7 +140,9 @@ def _rows(
             chosen = [r for r in part if r.is_answer or not metric.answers_only]
             if not chosen:
                 continue
-            value, interval = _estimate(chosen, metric)
+            table = _by_session(chosen, metric)
+            value, interval = _estimate(table)
+            keep = metric.keep_sessions and not label
             yield Row(
                 task=stored.task,
                 method=method,
@@ -148,16 +154,21 @@ def _rows(
                 value=value,
                 ci95=interval,
                 n=len(chosen),
+                by_session=[float(f"{a / b:.6g}") for a, b in table] if keep else [],
             )
 
 
-def _estimate(records: Sequence[Record], metric: _Metric) -> tuple[float, tuple[float, float]]:
-    """Ratio of sums, and the percentile bootstrap over sessions, which are independent."""
+def _by_session(records: Sequence[Record], metric: _Metric) -> np.ndarray:
+    """float64 [sessions, 2], in order of their numbers: sums of numerator and denominator."""
     sums: dict[int, np.ndarray] = {}
-    for record in records:
+    for record in sorted(records, key=lambda r: r.session):
         sums.setdefault(record.session, np.zeros(2))
         sums[record.session] += np.asarray(metric.parts(record), dtype=float)
-    table = np.stack(list(sums.values()))
+    return np.stack(list(sums.values()))
+
+
+def _estimate(table: np.ndarray) -> tuple[float, tuple[float, float]]:
+    """Ratio of sums, and the percentile bootstrap over sessions, which are independent."""
     value = table[:, 0].sum() / table[:, 1].sum()
     if len(table) == 1:
         return float(value), (float("-inf"), float("inf"))

@@ -6,7 +6,7 @@ from kvtc_vllm.evaluation.data.public import DataError, Source
 from kvtc_vllm.evaluation.tasks.base import Example, Session, Task, Tokenizer
 from kvtc_vllm.evaluation.tasks.common_words import CommonWords
 from kvtc_vllm.evaluation.tasks.dialogue import DataTask
-from kvtc_vllm.evaluation.tasks.essay_chats import EssayChats
+from kvtc_vllm.evaluation.tasks.essay_chats import EssayChats, EssayLongChats
 from kvtc_vllm.evaluation.tasks.essay_needle import EssayNeedle
 from kvtc_vllm.evaluation.tasks.essay_variables import EssayVariables
 from kvtc_vllm.evaluation.tasks.kv_retrieval import KeyValueRetrieval
@@ -35,11 +35,12 @@ DATA_TASKS: dict[str, type[DataTask]] = {
         EssayVariables,
         OpenQuestions,
         EssayChats,
+        EssayLongChats,
     )
 }
 """Over public documents, through the model's chat template if it has one."""
 
-CHATS = frozenset({MultiTurn.name, EssayChats.name})
+CHATS = frozenset({MultiTurn.name, EssayChats.name, EssayLongChats.name})
 """Tasks with several prompts per session."""
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from kvtc_vllm.evaluation.data.generators import personal_facts, seeded
+import random
+from typing import ClassVar
+
+from kvtc_vllm.evaluation.data.generators import Fact, personal_facts, place_facts, seeded
 from kvtc_vllm.evaluation.tasks.base import Example, Session, Tokenizer
 from kvtc_vllm.evaluation.tasks.dialogue import DataTask, Message, chat_text, encode_chat
 from kvtc_vllm.evaluation.tasks.essay_text import essay_sentences
 
-FACTS = 5
-FIRST_CHARACTERS, LATER_CHARACTERS = 1600, 500
-"""Of essay text in the first message, and in each later one."""
+FIRST_CHARACTERS = 1600
+"""Of essay text in the first message."""
 
 
 class EssayChats(DataTask):
@@ -22,14 +24,20 @@ class EssayChats(DataTask):
 
     name = "essay-chats"
     description = "recall in chats of up to five answers over essays, by turn"
+    later_characters: ClassVar[int] = 500
+    """Of essay text in each later message."""
+
+    def facts(self, rng: random.Random) -> list[Fact]:
+        """What a chat states at first, in the order in which it is asked for."""
+        return personal_facts(rng, 5)
 
     def sessions(self, tokenizer: Tokenizer, context: int, count: int, seed: int) -> list[Session]:
         documents = self.shuffled("essays", seed)
         sessions = []
         for number in range(count):
             first = number % len(documents)
-            facts = personal_facts(seeded("eval", f"{seed}-{number}", self.name), FACTS)
-            characters = FIRST_CHARACTERS + FACTS * LATER_CHARACTERS
+            facts = self.facts(seeded("eval", f"{seed}-{number}", self.name))
+            characters = FIRST_CHARACTERS + len(facts) * self.later_characters
             sentences, used = essay_sentences(documents[first:] + documents[:first], characters)
             text = " ".join(sentences)
             stated = " ".join(fact.stated for fact in facts)
@@ -41,8 +49,8 @@ class EssayChats(DataTask):
             ids: list[int] = []
             turns: list[Example] = []
             for turn, fact in enumerate(facts):
-                at = FIRST_CHARACTERS + turn * LATER_CHARACTERS
-                piece = text[at : at + LATER_CHARACTERS]
+                at = FIRST_CHARACTERS + turn * self.later_characters
+                piece = text[at : at + self.later_characters]
                 asked = ("user", f"It goes on.\n\n{piece}\n\n{fact.question}")
                 begun, _, answer = fact.answer.removesuffix(".").rpartition(" ")
                 whole = chat_text(tokenizer, [*messages, asked]) + begun
@@ -68,3 +76,19 @@ class EssayChats(DataTask):
                 raise ValueError(f"{self.name}: a context of {context} tokens holds no second turn")
             sessions.append(Session(turns, used))
         return sessions
+
+
+class EssayLongChats(EssayChats):
+    """Ten answers with less text between them: a turn stores about one chunk, computed after a
+    prefix that was reloaded turn by turn, so errors that add up show by turn.
+    """
+
+    name = "essay-long-chats"
+    description = "recall in chats of up to ten answers over essays, by turn"
+    later_characters = 300
+
+    def facts(self, rng: random.Random) -> list[Fact]:
+        """Five about the user and five about places, mixed."""
+        mixed = [*personal_facts(rng, 5), *place_facts(rng, 5)]
+        rng.shuffle(mixed)
+        return mixed

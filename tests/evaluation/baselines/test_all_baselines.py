@@ -29,6 +29,10 @@ NOISE_LOST = {
     "cachegen-lmcache": 0.006,
     "joint-fusion": 0.0001,
     "joint-fusion-strict": 0.0001,
+    "turboquant-4bit": 0.015,
+    "turboquant-3bit": 0.05,
+    "quantspec-8bit": 0.0001,
+    "quantspec-4bit": 0.01,
 }
 
 every_method = pytest.mark.parametrize("name", BASELINES)
