@@ -195,7 +195,7 @@ def test_levels_come_back(spread: float, share: float) -> None:
     classes = np.arange(shape[0]) // 20
     out = np.zeros(40 * own.size + room_of_column(shape[1]), np.uint8)
     taken = put_levels(own, sources, classes, new_model(3), out)
-    assert 0 < taken
+    assert taken > 0
     back = np.zeros_like(own)
     assert get_levels(out[:taken], sources, classes, new_model(3), back) > 0
     assert np.array_equal(back, own)
