@@ -8,7 +8,7 @@ kept as a difference, and a wrong source is no danger.
 It never leaves the process that made it, so its layout is no part of FORMAT.md: the parts of
 `_HEAD`; checksums of the sources; runs; header and section table of the blob; of every section that
 holds no levels unit table and padded body; of every other one u32 with the length of what
-`level_coder` writes, and that.
+`level_coder` writes, and that; checksum of all before.
 """
 
 from __future__ import annotations
@@ -72,11 +72,12 @@ class _Opened:
         """Tokens that have levels."""
         return self.info.header.tokens - self.info.header.sinks
 
-    def levels(self, number: int) -> Levels:
-        """Of a section with levels: int32 [r, N]. Raises ContainerError."""
-        plan, section = self.plans[number], self.info.sections[number]
-        assert plan is not None
-        return unpack_levels(read_body(section, self.body(section)), plan, self.coded)
+    def levels(self, kind: int, group: int) -> Levels:
+        """Of the section of this kind and layer group: int32 [r, N]. Raises ContainerError."""
+        for plan, section in zip(self.plans, self.info.sections, strict=True):
+            if plan is not None and (section.kind, section.group) == (kind, group):
+                return unpack_levels(read_body(section, self.body(section)), plan, self.coded)
+        raise ContainerError("geometry", f"no levels of kind {kind} in layer group {group}")
 
     def body(self, section: Section) -> memoryview:
         """As it is stored, without padding."""
@@ -102,6 +103,8 @@ class DeltaCoder:
             new = self._open(blob)
             alike = [self._open(source) for source in sources]
             sinks = new.info.header.sinks
+            if any(source.info.header.ratio != new.info.header.ratio for source in alike):
+                return None
             places = [_alike(new.marks, sinks, alike[run[1]], run) for run in runs]
             parts = [
                 _HEAD.pack(len(sources), len(runs), _head_bytes(new.info), bytes(blob[-16:])),
@@ -110,20 +113,19 @@ class DeltaCoder:
                 bytes(new.blob[: _head_bytes(new.info)]),
             ]
             room = most - sum(map(len, parts))
-            for number, (plan, section) in enumerate(
-                zip(new.plans, new.info.sections, strict=True)
-            ):
+            for plan, section in zip(new.plans, new.info.sections, strict=True):
+                part_of = (section.kind, section.group)
                 if plan is None:
                     body = bytes(new.body(section))
                     part = _table(section.units) + body.ljust(aligned(len(body)), b"\0")
                 else:
-                    levels = new.levels(number)
+                    levels = new.levels(*part_of)
                     if self._stored(plan, levels) != (
                         _table(section.units),
                         bytes(new.body(section)),
                     ):
                         return None
-                    predicted = _predicted(levels.shape, alike, number, runs, places)
+                    predicted = _predicted(levels.shape, alike, part_of, runs, places)
                     coded = _put(plan, levels, predicted, max(0, room))
                     if coded is None:
                         return None
@@ -132,21 +134,20 @@ class DeltaCoder:
                 room -= len(part)
         except (CodecError, struct.error):
             return None
-        return b"".join(parts) if room >= 0 else None
+        if room < CHECKSUM_BYTES:
+            return None
+        content = b"".join(parts)
+        return content + checksum(content)
 
     def decode(self, difference: Blob, sources: Sequence[Blob]) -> bytes:
         """The blob. sources: those that `encode` was given, in order.
 
-        Raises ContainerError: "fingerprint" for other sources, "checksum" if what comes out is
-        not the blob, or as reading a source does.
+        Raises ContainerError: "checksum" for a difference that was altered or gives another blob,
+        "fingerprint" for other sources, or as reading a source does.
         """
-        data = memoryview(difference)
-        try:
-            return self._decode(data, sources)
-        except (struct.error, IndexError, ValueError) as error:
-            raise ContainerError("bounds", f"the difference can't be read: {error}") from error
-
-    def _decode(self, data: memoryview, sources: Sequence[Blob]) -> bytes:
+        data = memoryview(difference)[:-CHECKSUM_BYTES]
+        if checksum(data) != bytes(difference[-CHECKSUM_BYTES:]):
+            raise ContainerError("checksum", "the difference was altered")
         count, num_runs, head_bytes, expected = _HEAD.unpack_from(data)
         at = _HEAD.size
         wanted = [bytes(data[at + 16 * n : at + 16 * n + 16]) for n in range(count)]
@@ -162,13 +163,12 @@ class DeltaCoder:
             for n in range((head_bytes - HEADER_BYTES) // _ENTRY_BYTES)
         ]
         alike = [self._open(source) for source in sources]
-        header = alike[0].info.header
-        tokens, sinks = struct.unpack_from("<I", head, 24)[0], head[11]
+        (tokens,), sinks = struct.unpack_from("<I", head, 24), head[11]
         marks = np.zeros(tokens - sinks, np.bool_)
         places: list[tuple[Integers, Integers]] | None = None
         tables: list[bytes] = []
         bodies: list[bytes] = []
-        for number, (kind, _, group, units, _, stored) in enumerate(rows):
+        for kind, _, group, units, _, stored in rows:
             if kind not in _KINDS:
                 end = at + UNIT_BYTES * units
                 tables.append(bytes(data[at:end]))
@@ -177,18 +177,18 @@ class DeltaCoder:
                     marks = _marks(bodies[-1][:stored], tokens - sinks)
                 at = end + aligned(stored)
                 continue
-            plan = step_plan(self._artifact.sections[group, _KINDS[kind]], header.ratio)
+            plan = step_plan(
+                self._artifact.sections[group, _KINDS[kind]], alike[0].info.header.ratio
+            )
             if places is None:  # by now marks are known: they come before all levels
                 places = [_alike(marks, sinks, alike[run[1]], run) for run in runs]
             (length,) = _LENGTH.unpack_from(data, at)
             coded = np.frombuffer(data[at + _LENGTH.size : at + _LENGTH.size + length], np.uint8)
             at += _LENGTH.size + length
             levels = np.zeros((plan.rank, tokens - sinks), np.int32)
-            predicted = _predicted(levels.shape, alike, number, runs, places)
-            if (
-                get_levels(coded, predicted, _classes(plan), new_model(len(plan.widths)), levels)
-                < 0
-            ):
+            predicted = _predicted(levels.shape, alike, (kind, group), runs, places)
+            model = new_model(len(plan.widths))
+            if get_levels(coded, predicted, _classes(plan), model, levels) < 0:
                 raise ContainerError("bounds", "the difference holds what is no level")
             table, body = self._stored(plan, levels)
             tables.append(table)
@@ -258,13 +258,16 @@ def _alike(
 def _predicted(
     shape: tuple[int, ...],
     sources: Sequence[_Opened],
-    number: int,
+    part_of: tuple[int, int],
     runs: Sequence[Run],
     places: Sequence[tuple[Integers, Integers]],
 ) -> Levels:
-    """Levels int32 [r, N] of the source's tokens in a section, `NO_SOURCE` where there is none."""
+    """Levels int32 [r, N] of the source's tokens, `NO_SOURCE` where there is none.
+
+    part_of: kind and layer group of the section.
+    """
     found = np.full(shape, NO_SOURCE, np.int32)
-    levels = [source.levels(number) for source in sources]
+    levels = [source.levels(*part_of) for source in sources]
     for (_, source, _, _), (own, other) in zip(runs, places, strict=True):
         take_tokens(levels[source], other, found, own)
     return found
