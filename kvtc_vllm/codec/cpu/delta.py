@@ -87,13 +87,15 @@ class _Opened:
 class DeltaCoder:
     """Differences between blobs of one artifact. Pure; safe for many threads.
 
-    artifact: of codec 2. entropy: with the settings that the blobs were written with.
+    artifact: of codec 2. entropy: with the settings that the blobs were written with. Compiles
+    when it is made, for seconds if numba's cache is cold.
     """
 
     def __init__(self, artifact: RankArtifact, entropy: EntropyCoder) -> None:
         self._artifact = artifact
         self._entropy = entropy
         self._ratios = frozenset(artifact.ratios())
+        self._warm_up()
 
     def encode(
         self, blob: Blob, sources: Sequence[Blob], runs: Sequence[Run], most: int
@@ -220,6 +222,21 @@ class DeltaCoder:
                 marks = _marks(bytes(stored), coded)
             plans.append(plan)
         return _Opened(info, view, marks, plans)
+
+    def _warm_up(self) -> None:
+        """Compile before anything waits for it."""
+        for section in self._artifact.sections.values():
+            plan = next(iter(section.plans.values()))
+            assert isinstance(plan, StepPlan)
+            if plan.rank:
+                levels = np.ones((plan.rank, 1), np.int32)
+                payload = bytearray(b"".join(pack_levels(levels, plan)))
+                found = unpack_levels(payload, plan, 1)
+                take_tokens(levels, np.zeros(1, np.int64), found, np.zeros(1, np.int64))
+                coded = _put(plan, levels, found, levels.size * 8)
+                assert coded is not None
+                data, model = np.frombuffer(coded, np.uint8), new_model(len(plan.widths))
+                get_levels(data, found, _classes(plan), model, levels)
 
     def _stored(self, plan: StepPlan, levels: Levels) -> tuple[bytes, bytes]:
         """Unit table and body of a section of these levels."""
