@@ -31,7 +31,7 @@ OLD_TESTS := tests/connector/test_contract.py tests/connector/test_restart.py \
 	tests/reliability/live/test_weight_updates.py tests/reliability/live/test_adapters.py \
 	tests/reliability/live/test_store_policy.py
 
-.PHONY: help setup setup-old test test-old test-families check check-kernels soak demo demo-quick serving \
+.PHONY: help setup setup-old test test-old test-families test-joint check check-kernels soak demo demo-quick serving \
 	docs release reference clean
 
 help:  ## this list

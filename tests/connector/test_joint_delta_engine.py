@@ -21,7 +21,13 @@ pytestmark = [
 TOKENS = 768
 OWN = 160
 """Tokens of a prompt before the passage, so that it lies on another grid of chunks."""
-ENGINE = {"block_size": 32, "max_model_len": 1024, "num_gpu_blocks_override": 100}
+ENGINE = {
+    "block_size": 32,
+    "max_model_len": 1024,
+    "max_num_batched_tokens": 1024,
+    "num_gpu_blocks_override": 100,
+    "gpu_memory_utilization": 0.3,
+}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +50,7 @@ def extra(reference_model: Path, tmp_path_factory: pytest.TempPathFactory) -> di
         "--simulation-rows": "512",
         "--out": str(directory),
         "--name": "made",
-        "--engine": json.dumps(ENGINE | {"max_num_batched_tokens": 1024}),
+        "--engine": json.dumps(ENGINE),
     }
     subprocess.run([*command, *(part for pair in options.items() for part in pair)], check=True)
     (artifact,) = directory.glob("*/made")
