@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ from typing import NamedTuple, Protocol
 from kvtc_vllm.tiers.blob_store import Blob, MemoryStore, StoreError
 from kvtc_vllm.tiers.keys import RecordKey
 from kvtc_vllm.tiers.token_windows import TokenWindows
+
+logger = logging.getLogger("vllm.kvtc")
 
 LARGEST_SHARE = 0.8
 """Of its blob that a difference may take; above it, decoding twice is not worth the bytes."""
@@ -97,7 +100,11 @@ class DeltaStore:
                 return Prepared(blob, tokens)
         most = int(LARGEST_SHARE * len(blob))
         blobs = [source for _, source in sources]
-        difference = self._differences.encode(blob, blobs, found.runs, most)
+        try:
+            difference = self._differences.encode(blob, blobs, found.runs, most)
+        except Exception as error:  # the blob itself is sound, and is kept
+            logger.warning("kvtc: a chunk is kept whole, no difference can be made: %s", error)
+            difference = None
         return Prepared(blob, tokens, difference, () if difference is None else sources)
 
     def write(self, key: RecordKey, blob: Blob | Prepared, tenant: bytes = b"") -> int:

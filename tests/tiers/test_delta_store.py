@@ -90,6 +90,22 @@ def test_what_saves_little_is_kept_whole() -> None:
     assert store.write(key(2), new, US) == len(made)
 
 
+def test_a_blob_is_kept_whole_if_making_a_difference_fails(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, inner = layer()
+    put(store, 1, text=0)
+
+    def fail(*_: object) -> bytes:
+        raise KeyError("of some kind")
+
+    monkeypatch.setattr(Zlib, "encode", fail)
+    with caplog.at_level("WARNING", "vllm.kvtc"):
+        assert put(store, 2, text=0) == len(blob(0, 2))
+    assert "kept whole" in caplog.text
+    assert inner.read(key(2)) == store.read(key(2)) == blob(0, 2)
+
+
 def test_a_source_that_is_removed_stays_for_others_and_is_charged_to_them() -> None:
     store, inner = layer()
     whole = put(store, 1, text=0)

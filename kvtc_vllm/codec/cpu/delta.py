@@ -109,8 +109,8 @@ class DeltaCoder:
                 return None
             places = [_alike(new.marks, sinks, alike[run[1]], run) for run in runs]
             parts = [
-                _HEAD.pack(len(sources), len(runs), _head_bytes(new.info), bytes(blob[-16:])),
-                *(bytes(source[-CHECKSUM_BYTES:]) for source in sources),
+                _HEAD.pack(len(sources), len(runs), _head_bytes(new.info), _checksum(blob)),
+                *map(_checksum, sources),
                 *(_RUN.pack(*run) for run in runs),
                 bytes(new.blob[: _head_bytes(new.info)]),
             ]
@@ -153,7 +153,7 @@ class DeltaCoder:
         count, num_runs, head_bytes, expected = _HEAD.unpack_from(data)
         at = _HEAD.size
         wanted = [bytes(data[at + 16 * n : at + 16 * n + 16]) for n in range(count)]
-        if wanted != [bytes(source[-CHECKSUM_BYTES:]) for source in sources]:
+        if wanted != list(map(_checksum, sources)):
             raise ContainerError("fingerprint", "the sources are not those of the difference")
         at += 16 * count
         runs = [_RUN.unpack_from(data, at + _RUN.size * n) for n in range(num_runs)]
@@ -242,6 +242,11 @@ class DeltaCoder:
         """Unit table and body of a section of these levels."""
         encoded = self._entropy.encode(pack_levels(levels, plan))
         return _table(encoded.units), encoded.body
+
+
+def _checksum(blob: Blob) -> bytes:
+    """As the blob says, not computed."""
+    return bytes(blob[-CHECKSUM_BYTES:])
 
 
 def _head_bytes(info: ContainerInfo) -> int:
