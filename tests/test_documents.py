@@ -150,6 +150,24 @@ def test_the_table_of_store_policies_is_the_committed_one() -> None:
     assert all(row["lost_chunks"] == 0 for row in rows)
 
 
+def test_the_table_of_differences_is_the_committed_one() -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    found = json.loads((ROOT / "benchmarks/results/joint_delta.json").read_text())["rows"]
+    assert set(found) == {"shared", "edited", "agent", "chats"}
+    for trace, rows in found.items():
+        for row in rows:
+            share, load = row["share_of_a_difference"], row["load_time_to_decoding"]
+            cells = (
+                f"{trace}, {row['target_ratio']:g}x",
+                f"{row['differences']} of {row['chunks']}",
+                f"{100 * row['saved']:.1f} %",
+                "-" if share is None else f"{share:.2f}",
+                f"{row['store_time_to_encoding']:.2f}",
+                "-" if load is None else f"{load:.2f}",
+            )
+            assert f"| {' | '.join(cells)} |" in page
+
+
 def test_the_tables_of_speed_are_the_committed_ones() -> None:
     page = (ROOT / "docs" / "quality.md").read_text()
     for name in ("codec", "codec-smollm2"):

@@ -91,10 +91,11 @@ class KVTCConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         Meta(description="Order in which a tier evicts chunks."),
     ] = "lru"
     joint: Annotated[
-        Literal["off", "exact"],
+        Literal["off", "exact", "delta"],
         Meta(
-            description="`exact`: in memory, equal bodies of chunks with other names are kept "
-            "once, within one `cache_salt`."
+            description="In memory, within one `cache_salt`. `exact`: equal bodies of chunks with "
+            "other names are kept once. `delta`, with `kvtc2`: a chunk whose text another has, at "
+            "any place, is kept as what it adds to that one."
         ),
     ] = "off"
     chunk_tokens: Annotated[
@@ -337,6 +338,16 @@ def _check_contradictions(config: KVTCConfig) -> None:
                     f"{key}={getattr(config, key)!r} contradicts codec='raw', which stores KV "
                     f"uncompressed; remove {key} or set codec='kvtc'"
                 )
+    if config.joint == "delta" and config.codec != "kvtc2":
+        raise ConfigError(
+            f"joint='delta' contradicts codec={config.codec!r}: only chunks of codec 2 can be kept "
+            "as differences; set codec='kvtc2', or joint='exact' or 'off'"
+        )
+    if config.joint == "delta" and config.disk_path is not None and config.disk_write == "behind":
+        raise ConfigError(
+            "joint='delta' contradicts disk_write='behind', which writes evicted chunks within a "
+            "step, and making them whole takes too long there; set disk_write='through'"
+        )
     if config.exclusive and config.store_policy == "eager":
         raise ConfigError(
             "exclusive=True contradicts store_policy='eager', which does not watch what the engine "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,12 +16,14 @@ import torch
 from kvtc_vllm.artifact.directory import group_directory, load_rank_artifact
 from kvtc_vllm.artifact.identity import model_identity, public_model_name
 from kvtc_vllm.codec.artifact import Kind, RankArtifact
-from kvtc_vllm.codec.base import Coder
+from kvtc_vllm.codec.base import ChunkCodec, Coder
 from kvtc_vllm.codec.container import CHECKSUM_BYTES, HEADER_BYTES
+from kvtc_vllm.codec.cpu import delta_coder
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.frame import TransformCodec
 from kvtc_vllm.codec.registry import CODECS
 from kvtc_vllm.codec.rope import Rope
+from kvtc_vllm.codec.v2.codec import ENTROPY
 from kvtc_vllm.config import ConfigError, KVTCConfig
 from kvtc_vllm.connector.artifact_lookup import find_artifact
 from kvtc_vllm.connector.compat import vllm_version
@@ -45,6 +47,7 @@ from kvtc_vllm.offload.transfer import Transfer
 from kvtc_vllm.offload.weights import WeightsWatch
 from kvtc_vllm.offload.worker import KVTCWorker
 from kvtc_vllm.tiers.blob_store import MemoryStore
+from kvtc_vllm.tiers.delta_store import DeltaStore
 from kvtc_vllm.tiers.disk import DiskError, DiskStore, NamespaceRecord
 from kvtc_vllm.tiers.memory import MemoryArena
 from kvtc_vllm.tiers.once_store import OnceStore
@@ -189,6 +192,8 @@ def build_worker(
     memory: MemoryStore = MemoryArena(config.memory_capacity // geometry.ranks)
     if config.joint == "exact":
         memory = OnceStore(memory, HEADER_BYTES, CHECKSUM_BYTES)
+    elif config.joint == "delta":
+        memory = _delta_store(memory, config, codecs)
     worker = KVTCWorker(
         config, geometry, transfers, device, plan.staging, rank, names, disk, memory
     )
@@ -197,6 +202,23 @@ def build_worker(
         for number, layout in zip(of_group, layouts, strict=True):
             warm_up(worker, layout, number, config.chunk_tokens, step_tokens, plan.staging)
     return worker
+
+
+def _delta_store(
+    memory: MemoryStore, config: KVTCConfig, codecs: Sequence[ChunkCodec]
+) -> DeltaStore:
+    """Raises ConfigError where it can't be."""
+    if len(codecs) > 1:
+        raise ConfigError(
+            f"joint='delta' is for models with one cache group, this one has {len(codecs)}; set "
+            "joint='exact' or 'off'"
+        )
+    coder = delta_coder()
+    if coder is None:
+        raise ConfigError("joint='delta' needs numba, which is not installed; install it")
+    (codec,) = codecs
+    assert isinstance(codec, TransformCodec)
+    return DeltaStore(memory, coder(codec.artifact, replace(ENTROPY, level=config.deflate_level)))
 
 
 def check_digested(setup: SetupIdentity, config: KVTCConfig) -> None:

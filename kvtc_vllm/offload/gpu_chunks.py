@@ -30,6 +30,7 @@ class GpuChunk:
     decoded: bool
     """It came out of the tier."""
     tenant: bytes = b""
+    tokens: bytes = b""
     adapter: AdapterUse = NO_ADAPTER
 
 
@@ -59,6 +60,7 @@ class GpuChunks:
         block_ids: tuple[list[int], ...],
         decoded: bool,
         tenant: bytes = b"",
+        tokens: bytes = b"",
     ) -> bool:
         """Follow a chunk that these blocks hold after this step.
 
@@ -76,7 +78,7 @@ class GpuChunks:
             self._overwrite(other)
         if key in self._by_key:
             self._overwrite(self._by_key[key])
-        chunk = GpuChunk(key, start, block_ids, hashes, decoded, tenant)
+        chunk = GpuChunk(key, start, block_ids, hashes, decoded, tenant, tokens)
         self._by_key[key] = chunk
         self._by_block.update((block, chunk) for block, _ in hashes)
         return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from array import array
 from collections.abc import Mapping
 from functools import cache
 from typing import cast
@@ -36,6 +37,11 @@ def tenant_of(request: Request) -> bytes:
     """Whose chunks a request's are: 16 bytes for each cache salt, and for none."""
     salt = getattr(request, "cache_salt", None)
     return xxhash.xxh3_128_digest(b"" if salt is None else b"salt" + str(salt).encode())
+
+
+def token_bytes(request: Request, start: int, end: int) -> bytes:
+    """Ids of a request's tokens start .. end - 1, int32."""
+    return array("i", request.all_token_ids[start:end]).tobytes()
 
 
 def allowed(request: Request, what: str) -> bool:

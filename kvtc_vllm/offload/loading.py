@@ -16,6 +16,7 @@ from kvtc_vllm.offload.names import Proof
 from kvtc_vllm.offload.rank_context import RankContext, batches
 from kvtc_vllm.offload.threads import on_every_thread, thread_pool
 from kvtc_vllm.tiers.blob_store import StoreError
+from kvtc_vllm.tiers.delta_store import LOST
 from kvtc_vllm.tiers.keys import RecordKey
 
 logger = logging.getLogger("vllm.kvtc")
@@ -160,7 +161,7 @@ class LoadPipeline:
                     out.bad_blocks.update(item.block_ids)
                 if reason is not None and reason not in _SOUND:
                     out.report.bad.append(item.key)
-                    if reason != "missing":
+                    if reason not in ("missing", LOST):
                         # What is on disk is the same blob: offered again, it would fail again.
                         out.report.disk_lost.append(item.key)
                 if reason is not None:

@@ -47,6 +47,8 @@ class StoreItem:
     """Number of the cache group."""
     tenant: bytes = b""
     """Whose it is, by the request's cache salt; empty for nobody's."""
+    tokens: bytes = b""
+    """Ids of the chunk's tokens, int32; empty where no layer of the memory tier wants them."""
 
 
 @dataclass

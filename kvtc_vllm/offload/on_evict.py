@@ -81,7 +81,9 @@ class OnEvict:
         if self._gpu is None or chunk.adapter != NO_ADAPTER:
             return False
         decoded = chunk.key in self._loaded.get(chunk.request.request_id, ())
-        return self._gpu.follow(chunk.key, chunk.start, chunk.block_ids, decoded, chunk.tenant)
+        return self._gpu.follow(
+            chunk.key, chunk.start, chunk.block_ids, decoded, chunk.tenant, chunk.tokens
+        )
 
     def due(self) -> Sequence[Storable]:
         gpu = self._gpu

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from kvtc_vllm.codec.errors import CONTAINER_REASONS
+from kvtc_vllm.tiers.delta_store import LOST
 from kvtc_vllm.tiers.disk import DISK_REASONS
 
 logger = logging.getLogger("vllm.kvtc")
@@ -30,6 +31,8 @@ COUNTERS: dict[str, str] = {
     "stored_bytes": "Real bytes of stored chunks, all ranks",
     "shared_chunks": "Chunks of these whose body was in memory already, all ranks",
     "shared_bytes": "Real bytes that were not kept again for them, all ranks",
+    "delta_chunks": "Chunks of these kept as a difference from others, all ranks",
+    "delta_bytes": "Real bytes that these take less than whole, all ranks",
     "loaded_chunks": "Chunks decoded into the paged cache, all ranks",
     "loaded_tokens": "Tokens written into the paged cache, all ranks",
     "loaded_raw_bytes": "Uncompressed KV bytes written into the paged cache, all ranks",
@@ -65,6 +68,7 @@ LOAD_FAILURE_REASONS = (
     "changed",
     "late",
     "blocks",
+    LOST,
     "out_of_memory",
     "error",
 )

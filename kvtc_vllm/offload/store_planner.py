@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.offload.geometry import CacheGeometry
-from kvtc_vllm.offload.keys import chunk_keys, tenant_of
+from kvtc_vllm.offload.keys import chunk_keys, tenant_of, token_bytes
 from kvtc_vllm.offload.messages import StoreItem
 from kvtc_vllm.offload.requests import RequestState
 from kvtc_vllm.offload.restore_points import RestorePoints
@@ -43,6 +43,7 @@ class StorePlanner:
         self._late: dict[RecordKey, int] = {}
         self._groups = len(geometry.groups)
         self._restore_points = RestorePoints(config, geometry)
+        self._wants_tokens = config.joint == "delta"
         self._hashes_per_chunk = config.chunk_tokens // geometry.hash_tokens
 
     def completed(
@@ -72,7 +73,10 @@ class StorePlanner:
                 continue
             blocks = self._restore_points.blocks(tables, n, wanted)
             start, end = n * length, (n + 1) * length
-            chunks.append(Candidate(key, request, start, end, blocks, adapter, tenant, known))
+            tokens = token_bytes(request, start, end) if self._wants_tokens else b""
+            chunks.append(
+                Candidate(key, request, start, end, blocks, adapter, tenant, known, tokens)
+            )
         state.next_chunk = max(state.next_chunk, complete)
         if not chunks:
             return []
@@ -159,6 +163,7 @@ class StorePlanner:
                 chunk.adapter,
                 group,
                 chunk.tenant,
+                chunk.tokens,
             )
             for chunk in chunks
             for group, block_ids in enumerate(chunk.block_ids)

@@ -43,6 +43,11 @@ class Storable(Protocol):
         """Whose it is."""
         ...
 
+    @property
+    def tokens(self) -> bytes:
+        """As of `StoreItem`."""
+        ...
+
 
 class Candidate(NamedTuple):
     """A chunk that a request's step completes, or that it began with."""
@@ -62,6 +67,8 @@ class Candidate(NamedTuple):
     """Whose it is."""
     stored: bool = False
     """Memory has it, or is about to."""
+    tokens: bytes = b""
+    """As of `StoreItem`."""
 
 
 class StorePolicy(Protocol):

@@ -23,6 +23,7 @@ from kvtc_vllm.offload.threads import (
 )
 from kvtc_vllm.offload.transfer import Staged
 from kvtc_vllm.tiers.blob_store import StoreError
+from kvtc_vllm.tiers.delta_store import DeltaStore, Prepared
 from kvtc_vllm.tiers.keys import RecordKey
 
 logger = logging.getLogger("vllm.kvtc")
@@ -41,6 +42,7 @@ class StorePipeline:
         self._capacity = context.staging_capacity
         self._rank = context.rank
         self._memory = context.memory
+        self._delta = context.memory if isinstance(context.memory, DeltaStore) else None
         self._write_through = context.disk if config.disk_write == "through" else None
         self._outbox = context.outbox
         self._staged = 0
@@ -190,8 +192,9 @@ class StorePipeline:
             logger.warning("kvtc: chunk at token %d not stored: %s", item.start, blob)
             self._drop(item, epoch, "non_finite" if blob.reason == "non_finite" else "error")
             return
+        new = blob if self._delta is None else self._prepare(self._delta, item, blob)
         with self._outbox.open() as out:  # against a reset between the check and the write
-            size = self._write(item, blob) if epoch == out.report.epoch else None
+            size = self._write(item, new) if epoch == out.report.epoch else None
             if size is not None:
                 group = self._groups[item.group]
                 out.report.stored.append((item.key, self._rank, size))
@@ -202,16 +205,24 @@ class StorePipeline:
                 out.stats.add("kind_stored_raw_bytes", raw, group.kind)
                 out.stats.add("kind_stored_bytes", size, group.kind)
                 if size < len(blob):
-                    out.stats.add("shared_chunks")
-                    out.stats.add("shared_bytes", len(blob) - size)
+                    how = "shared" if self._delta is None else "delta"
+                    out.stats.add(f"{how}_chunks")
+                    out.stats.add(f"{how}_bytes", len(blob) - size)
         if size is None:
             self._drop(item, epoch, "tier_full")
         elif self._write_through is not None:
             self._write_through.write(item.key, blob, epoch)
 
-    def _write(self, item: StoreItem, blob: Blob) -> int | None:
+    @staticmethod
+    def _prepare(delta: DeltaStore, item: StoreItem, blob: Blob) -> Prepared:
+        return delta.prepare(item.key, blob, item.tenant, item.tokens)
+
+    def _write(self, item: StoreItem, blob: Blob | Prepared) -> int | None:
         """The bytes that memory keeps for it; None if there is no room."""
         try:
+            if isinstance(blob, Prepared):
+                assert self._delta is not None
+                return self._delta.write(item.key, blob, item.tenant)
             return self._memory.write(item.key, blob, item.tenant)
         except StoreError:
             return None

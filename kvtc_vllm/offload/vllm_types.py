@@ -34,6 +34,11 @@ class Request(Protocol):
     def num_preemptions(self) -> int: ...
 
     @property
+    def all_token_ids(self) -> Sequence[int]:
+        """Of prompt and confirmed output."""
+        ...
+
+    @property
     def block_hashes(self) -> Sequence[bytes]:
         """One per full block of confirmed tokens; each covers the whole prefix."""
         ...

@@ -33,6 +33,11 @@ class FakeRequest:
         self.num_prompt_tokens = self.num_prompt_tokens or self.num_tokens
         self.grow(self.num_tokens)
 
+    @property
+    def all_token_ids(self) -> list[int]:
+        """As many as there are, each request's the same."""
+        return list(range(self.num_tokens))
+
     def grow(self, num_tokens: int) -> None:
         """The request now has this many tokens."""
         self.num_tokens = num_tokens

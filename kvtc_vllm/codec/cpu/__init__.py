@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvtc_vllm.codec.cpu.codec import CpuKvtc2Codec, CpuKvtcCodec
+    from kvtc_vllm.codec.cpu.delta import DeltaCoder
 
 
 def fast_kvtc() -> type[CpuKvtcCodec] | None:
@@ -32,3 +33,12 @@ def fast_kvtc2() -> type[CpuKvtc2Codec] | None:
     from kvtc_vllm.codec.cpu.codec import CpuKvtc2Codec
 
     return CpuKvtc2Codec
+
+
+def delta_coder() -> type[DeltaCoder] | None:
+    """What makes differences between blobs of version 2, or None where numba is not installed."""
+    if find_spec("numba") is None:
+        return None
+    from kvtc_vllm.codec.cpu.delta import DeltaCoder
+
+    return DeltaCoder

@@ -1,0 +1,120 @@
+"""`joint: delta` in a live engine. By `make test-joint`: it calibrates the model for codec 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.connector.engine import drain, engine, metrics, texts, worker_arena
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(os.environ.get("KVTC_JOINT") != "1", reason="takes a calibration"),
+]
+
+TOKENS = 768
+OWN = 160
+"""Tokens of a prompt before the passage, so that it lies on another grid of chunks."""
+ENGINE = {
+    "block_size": 32,
+    "max_model_len": 1024,
+    "max_num_batched_tokens": 1024,
+    "num_gpu_blocks_override": 100,
+    "gpu_memory_utilization": 0.3,
+}
+
+
+@pytest.fixture(scope="module")
+def extra(reference_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Configuration with an artifact of codec 2."""
+    directory = tmp_path_factory.mktemp("calibration")
+    text = directory / "documents.jsonl"
+    sys.path.insert(0, str(reference_model.parent))
+    import data
+
+    found = data.texts("train", "mix", 60_000)
+    text.write_text("".join(json.dumps({"text": part}) + "\n" for part in found))
+    command = [sys.executable, "-m", "kvtc_vllm.cli", "calibrate", str(reference_model)]
+    options = {
+        "--codec": "kvtc2",
+        "--data": str(text),
+        "--tokens": "8000",
+        "--max-len": "1000",
+        "--ratios": "8",
+        "--simulation-rows": "512",
+        "--out": str(directory),
+        "--name": "made",
+        "--engine": json.dumps(ENGINE),
+    }
+    subprocess.run([*command, *(part for pair in options.items() for part in pair)], check=True)
+    (artifact,) = directory.glob("*/made")
+    return {"codec": "kvtc2", "ratio": 8, "artifact": str(artifact), "memory_bytes": "64MiB"}
+
+
+@pytest.fixture(scope="module")
+def prompts(reference_model: Path) -> list[list[int]]:
+    """One passage after two beginnings."""
+    first, second, passage = texts(reference_model, count=3, tokens=TOKENS)
+    return [first[: 2 * OWN] + passage[:-OWN], second[:OWN] + passage[:-OWN]]
+
+
+def logprobs(llm: Any, prompts: list[list[int]]) -> list[dict[int, float]]:
+    """Of eight tokens per prompt, the three most likely and what was chosen, prompt by prompt."""
+    from vllm import SamplingParams
+
+    found: list[dict[int, float]] = []
+    for ids in prompts:  # one by one: batches change sums in their last bits
+        params = SamplingParams(temperature=0, max_tokens=8, logprobs=3, ignore_eos=True)
+        (output,) = llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
+        drain(llm)
+        found += [{t: p.logprob for t, p in one.items()} for one in output.outputs[0].logprobs]
+    return found
+
+
+def reloaded(
+    model: Path, extra: dict[str, Any], prompts: list[list[int]], spoil: Any = None
+) -> tuple[list[dict[int, float]], list[dict[int, float]], dict[str, float]]:
+    """What was computed, what comes after a reload, and the counters."""
+    with engine(model, extra, max_model_len=1024) as llm:
+        computed = logprobs(llm, prompts)
+        llm.reset_prefix_cache()
+        if spoil is not None:
+            spoil(worker_arena())
+        return computed, logprobs(llm, prompts), metrics(llm)
+
+
+def test_answers_are_those_without_it(
+    reference_model: Path, extra: dict[str, Any], prompts: list[list[int]]
+) -> None:
+    _, off, plain = reloaded(reference_model, extra, prompts)
+    _, on, counted = reloaded(reference_model, {**extra, "joint": "delta"}, prompts)
+    assert on == off  # to the bit: the same blobs were decoded
+    assert counted["kvtc_loaded_tokens"] == plain["kvtc_loaded_tokens"] > TOKENS
+    assert plain.get("kvtc_delta_chunks", 0) == 0
+    assert counted["kvtc_delta_chunks"] >= 3
+    saved = plain["kvtc_tier_used_bytes"] - counted["kvtc_tier_used_bytes"]
+    assert saved == counted["kvtc_delta_bytes"] > 0.1 * plain["kvtc_tier_used_bytes"]
+
+
+def test_without_representatives_it_recomputes(
+    reference_model: Path, extra: dict[str, Any], prompts: list[list[int]]
+) -> None:
+    """Taken away below the layer, after they were stored."""
+
+    def spoil(store: Any) -> None:
+        for name in list(store._sources):
+            store._inner.remove([name])
+
+    on = {**extra, "joint": "delta"}
+    computed, again, counted = reloaded(reference_model, on, prompts[::-1], spoil)
+    assert counted["kvtc_failed_loads/representative"] >= 1
+    # The last prompt's passage is kept as differences; what they lack is computed, as at first.
+    for before, after in zip(computed[8:], again[8:], strict=True):
+        for token in before.keys() & after.keys():
+            assert after[token] == pytest.approx(before[token], abs=0.3)

@@ -1,0 +1,148 @@
+"""`joint: delta` below a worker: what is loaded is what was stored, or is recomputed."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+from kvtc_vllm.codec.cpu.delta import DeltaCoder
+from kvtc_vllm.codec.frame import TransformCodec
+from kvtc_vllm.codec.registry import open_codec
+from kvtc_vllm.codec.v2.codec import ENTROPY
+from kvtc_vllm.config import ConfigError, load_config
+from kvtc_vllm.offload.messages import StepMetadata, StoreItem
+from kvtc_vllm.tiers.delta_store import LOST, DeltaStore
+from kvtc_vllm.tiers.keys import RecordKey
+from kvtc_vllm.tiers.memory import MemoryArena
+from tests.codec.synthetic import SyntheticModel
+from tests.codec.v2.made_up import step_artifact
+from tests.connector.fakes import FakeRequest, scheduler, start
+from tests.connector.test_worker import Rig
+
+MODEL = SyntheticModel(num_layers=2, num_kv_heads=2, head_size=64)
+A, B = RecordKey(b"a" * 32), RecordKey(b"b" * 32)
+TOKENS = array("i", random.Random(0).choices(range(50_000), k=128)).tobytes()
+BLOCKS = {A: [0, 1, 2, 3], B: [4, 5, 6, 7]}
+FREE = [8, 9, 10, 11]
+
+
+@pytest.fixture
+def rig() -> tuple[Rig, DeltaStore, MemoryArena]:
+    """Pages with one passage twice, the second time a little different, both stored."""
+    artifact = step_artifact(MODEL, (8.0,))
+    codec: TransformCodec = open_codec("kvtc2", torch.bfloat16, artifact=artifact, ratio=8.0)
+    inner = MemoryArena(1 << 20)
+    store = DeltaStore(inner, DeltaCoder(artifact, ENTROPY))
+    made = Rig(codec, memory=store)
+    k, v = MODEL.chunk(128, 128, seed=3)
+    noise = torch.Generator().manual_seed(0)
+    for key, share in ((A, 0.0), (B, 0.02)):
+        own = [(x + share * x * torch.randn(x.shape, generator=noise)).bfloat16() for x in (k, v)]
+        made.worker.transfers[0]._layout.scatter(BLOCKS[key], *own)  # type: ignore[attr-defined]
+        item = StoreItem(key, 128, BLOCKS[key], tenant=b"us", tokens=TOKENS)
+        step = StepMetadata(number=1, stores=[item])
+        made.worker.begin_step(step)
+        made.worker.store(step)
+        assert [stored for stored, _, _ in made.settled().stored] == [key]
+    return made, store, inner
+
+
+def expected(made: Rig, key: RecordKey) -> list[torch.Tensor]:
+    """Pages of a chunk that went through the codec alone."""
+    layout = made.worker.transfers[0]._layout  # type: ignore[attr-defined]
+    k, v = layout.unpack(layout.copy(BLOCKS[key]))
+    chunk = made.codec.decode(made.codec.encode(k, v, 128))
+    layout.scatter(FREE, chunk.k, chunk.v)
+    return [cache[FREE].clone() for cache in made.caches.values()]
+
+
+def load(made: Rig, key: RecordKey) -> set[int]:
+    """Into blocks that hold nothing; gives those that must be recomputed."""
+    for cache in made.caches.values():
+        cache[FREE] = 0
+    made.load(key, FREE, start=128)
+    return made.finish_load()
+
+
+def is_loaded(made: Rig, key: RecordKey) -> bool:
+    wanted = expected(made, key)
+    assert load(made, key) == set()
+    return all(map(torch.equal, (cache[FREE] for cache in made.caches.values()), wanted))
+
+
+def test_what_is_loaded_is_what_the_codec_gives(rig: Any) -> None:
+    made, store, inner = rig
+    whole = {key: len(store.read(key)) for key in (A, B)}
+    counted = made.counters()
+    assert counted["delta_chunks"] == 1
+    assert counted["delta_bytes"] == sum(whole.values()) - inner.used > 0.3 * whole[B]
+    assert "shared_chunks" not in counted
+    assert is_loaded(made, A)
+    assert is_loaded(made, B)
+    made.worker.shutdown()
+
+
+def test_an_evicted_representative_is_charged_to_what_needs_it(rig: Any) -> None:
+    """Between lookup and load of a chunk that is a difference, what it differs from is evicted."""
+    made, store, inner = rig
+    wanted = expected(made, B)
+    made.worker.begin_step(StepMetadata(number=1, evict=[A]))
+    assert load(made, B) == set()
+    assert all(map(torch.equal, (cache[FREE] for cache in made.caches.values()), wanted))
+    made.worker.poll(idle=False)
+    assert made.report().resized == [(B, 0, inner.used)]
+    assert store.keys() == [B]
+    made.worker.begin_step(StepMetadata(number=1, evict=[B]))
+    assert inner.used == 0
+    made.worker.shutdown()
+
+
+@pytest.mark.parametrize("altered", [False, True], ids=["lost", "altered"])
+def test_without_its_representative_a_chunk_is_recomputed(rig: Any, altered: bool) -> None:
+    made, _, inner = rig
+    kept = bytearray(inner.read(A))
+    inner.remove([A])
+    if altered:
+        kept[len(kept) // 2] ^= 1
+        inner.write(A, bytes(kept))
+    made.counters()
+    assert load(made, B) == set(FREE)
+    for cache in made.caches.values():
+        assert not cache[FREE].any()  # nothing of it was written
+    report = made.report()
+    assert report.bad == [B]
+    assert report.disk_lost == []  # what is on disk is whole
+    assert made.counters()[f"failed_loads/{LOST}"] == 1
+    made.worker.shutdown()
+
+
+def test_the_scheduler_tells_the_tokens_where_they_are_wanted() -> None:
+    for joint, length in (("delta", 4 * 128), ("off", 0)):
+        side = scheduler(codec="kvtc2", joint=joint)
+        request = FakeRequest("r", 257)
+        stores = start(side, request, list(range(9)), 257).stores
+        assert [len(item.tokens) for item in stores] == [length] * 2
+        if length:
+            assert array("i", stores[1].tokens).tolist() == list(range(128, 256))
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"codec": "kvtc"}, "joint='delta' contradicts codec='kvtc'"),
+        ({"codec": "raw"}, "joint='delta' contradicts codec='raw'"),
+        (
+            {"codec": "kvtc2", "disk_path": "/cache", "disk_write": "behind"},
+            "joint='delta' contradicts disk_write='behind'",
+        ),
+    ],
+)
+def test_what_it_does_not_go_with(extra: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config({"joint": "delta", **extra})
+    assert load_config({**extra, "joint": "exact"}).joint == "exact"
