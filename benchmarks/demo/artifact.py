@@ -1,7 +1,7 @@
-"""The demo's artifact: calibrated on this machine once, kept in the user's registry.
+"""The demo's artifact: the one shipped for its model, or one calibrated here and kept.
 
-It is found again by a name that holds a hash of the model, the text and the settings. So what is
-used was calibrated on `calibration_text` and nothing else.
+What is calibrated here is found again by a name that holds a hash of the model, the text and the
+settings. So it was calibrated on `calibration_text` and nothing else.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from benchmarks.demo import calibration_text
 from benchmarks.demo.server import ENVIRONMENT, tail
 from kvtc_vllm.artifact.card import load_card
 from kvtc_vllm.artifact.identity import model_identity
+from kvtc_vllm.artifact.registry import Wanted, mismatches, scan, shipped_registry
 from kvtc_vllm.calibration.writing import model_slug
 from kvtc_vllm.codec.errors import ArtifactError
 
@@ -29,16 +30,26 @@ ROWS = 24_000
 times as much as predicted, near what acceptance allows; so fewer rows are not advisable."""
 MAX_LEN = 4096
 TEXT = "standard-library-docstrings.jsonl"
+APART = {TEXT, "smollm2-texts.jsonl"}
+"""Texts without the pages of the demo: `calibration_text`, and `benchmarks.calibration_texts`."""
+CODEC = "kvtc"
+"""Of the presets that the demo serves."""
 _CHARACTERS = 4 * 2 * ROWS
 """A token of this text has some 3.8 characters; what is left over is not run."""
 
 
-def find_or_calibrate(model: Path, ratios: Sequence[float], registry: Path, log: Path) -> Path:
-    """Directory of the demo's artifact, made by `kvtc calibrate` if `registry` has none.
+def find_or_calibrate(
+    model: Path, ratios: Sequence[float], registry: Path, log: Path, *, shipped: bool = True
+) -> Path:
+    """Directory of the demo's artifact, made by `kvtc calibrate` if there is none.
 
-    model: directory that vLLM serves. ratios: target ratios. log: file for what a calibration
-    says. Raises RuntimeError with the end of the log if it fails.
+    model: directory that vLLM serves. ratios: target ratios. registry: keeps what is made. log:
+    file for what a calibration says. shipped: take the artifact that comes with this package, if
+    it has one of this model. Raises RuntimeError with the end of the log if a calibration fails.
     """
+    if shipped and (found := _shipped(model, ratios)):
+        print(f"artifact: {found.parent.name}/{found.name}, shipped", flush=True)
+        return found
     with tempfile.TemporaryDirectory(prefix="kvtc-demo-") as directory:
         text = Path(directory) / TEXT
         calibration_text.write(text, _CHARACTERS)
@@ -62,12 +73,21 @@ def describe(artifact: Path) -> str:
     card = load_card(artifact)
     files = ", ".join(card.data.files)
     line = f"calibrated on {card.data.train_tokens:,} rows of {files}"
-    if card.data.files == (TEXT,):
+    if set(card.data.files) <= APART:
         line += (
             "; the conversations are about pages of Python's language reference, on which nothing "
             "was calibrated or tuned"
         )
     return line
+
+
+def _shipped(model: Path, ratios: Sequence[float]) -> Path | None:
+    identity = model_identity(str(model))
+    for directory, card in scan(shipped_registry()):
+        wanted = (Wanted(identity, 1, ratio, model.name, CODEC) for ratio in ratios)
+        if not any(mismatches(card, each) for each in wanted):
+            return directory
+    return None
 
 
 def _usable(directory: Path) -> bool:
