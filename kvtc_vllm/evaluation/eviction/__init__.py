@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from kvtc_vllm.evaluation.eviction.base import Attention, Eviction
+from kvtc_vllm.evaluation.eviction.chunkkv import ChunkKV
 from kvtc_vllm.evaluation.eviction.h2o import H2O
+from kvtc_vllm.evaluation.eviction.snapkv import SnapKV
 from kvtc_vllm.evaluation.eviction.tova import Tova
 
-EVICTIONS: dict[str, type[Eviction]] = {eviction.name: eviction for eviction in (H2O, Tova)}
+_METHODS: tuple[type[Eviction], ...] = (H2O, Tova, SnapKV, ChunkKV)
+EVICTIONS: dict[str, type[Eviction]] = {eviction.name: eviction for eviction in _METHODS}
 
 __all__ = ["EVICTIONS", "Attention", "Eviction"]

@@ -10,6 +10,8 @@ import torch
 
 SHARE_KEPT = 1 / 8
 """Of the tokens, in the KVTC paper's comparison."""
+OBSERVED = 32
+"""Newest queries whose attention is also known apart: SnapKV's observation window."""
 
 
 @dataclass(frozen=True)
@@ -18,10 +20,21 @@ class Attention:
 
     received: [KV heads, C] float64, summed over all queries and over the query heads
     that share a KV head. last: [query heads, C], compute dtype, from the newest query.
+    observed: [KV heads, C] float64, summed over the newest `OBSERVED` queries (or all, if there
+    were fewer) and over the query heads that share a KV head.
     """
 
     received: torch.Tensor
     last: torch.Tensor
+    observed: torch.Tensor
+
+
+def observed_share(budget: int) -> int:
+    """Newest tokens that always stay, where a method keeps the observation window.
+
+    Never more than half of the budget, so that something is chosen at all.
+    """
+    return min(OBSERVED, budget // 2)
 
 
 class Eviction(ABC):

@@ -9,18 +9,21 @@ from typing import Any
 
 import torch
 
-from kvtc_vllm.evaluation.eviction.base import Attention
+from kvtc_vllm.evaluation.eviction.base import OBSERVED, Attention
 
 
 class AttentionTally:
     """Sums of each layer, kept in step with one cache.
 
-    Only sums are held, so that memory does not grow with the square of the context.
+    Only sums and the newest queries are held, so that memory does not grow with the square of
+    the context.
     """
 
     def __init__(self, kv_heads: int) -> None:
         self._kv_heads = kv_heads
         self._layers: dict[int, Attention] = {}
+        # [KV heads, newest queries, C] float64 of each layer, of which `observed` is the sum.
+        self._newest: dict[int, torch.Tensor] = {}
 
     @contextlib.contextmanager
     def watching(self, model: Any) -> Iterator[None]:
@@ -42,8 +45,12 @@ class AttentionTally:
     def keep(self, layer: int, slots: torch.Tensor) -> None:
         """Forget evicted tokens. slots: [KV heads, kept] int64."""
         received = self._layers[layer].received.gather(1, slots)
+        rows = self._newest[layer]
+        rows = rows.gather(2, slots[:, None].expand(-1, rows.shape[1], -1))
+        self._newest[layer] = rows
         # The newest query's attention is of use once only: the next query replaces it.
-        self._layers[layer] = Attention(received, self._layers[layer].last[:, :0])
+        last = self._layers[layer].last[:, :0]
+        self._layers[layer] = Attention(received, last, rows.sum(dim=1))
 
     def _add(self, layer: int, module: Any, arguments: Any, output: Any) -> None:
         weights = output[1][0]  # [query heads, queries, C]
@@ -52,5 +59,18 @@ class AttentionTally:
         if layer in self._layers:
             before = self._layers[layer].received
             received[:, : before.shape[1]] += before
+        newest = weights[:, -OBSERVED:].unflatten(0, (self._kv_heads, -1))
+        rows = newest.sum(dim=1, dtype=torch.float64)
+        if layer in self._newest:
+            before = self._newest[layer][:, max(0, rows.shape[1] + self._count(layer) - OBSERVED) :]
+            # Earlier queries have not seen the tokens that came since.
+            wider = before.new_zeros(*before.shape[:2], rows.shape[2])
+            wider[..., : before.shape[2]] = before
+            rows = torch.cat((wider, rows), dim=1)
+        self._newest[layer] = rows
         # A copy, because a view would keep the whole map alive.
-        self._layers[layer] = Attention(received, weights[:, -1].clone())
+        self._layers[layer] = Attention(received, weights[:, -1].clone(), rows.sum(dim=1))
+
+    def _count(self, layer: int) -> int:
+        """Newest queries that are kept of a layer."""
+        return self._newest[layer].shape[1]

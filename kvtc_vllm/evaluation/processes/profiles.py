@@ -8,34 +8,47 @@ from typing import Any
 
 import torch
 
+from kvtc_vllm.evaluation.baselines import BASELINES
 from kvtc_vllm.evaluation.baselines.cachegen import CacheGen
 from kvtc_vllm.evaluation.baselines.cachegen_profile import CacheGenProfile
+from kvtc_vllm.evaluation.baselines.fitted import FittedBaseline
+from kvtc_vllm.evaluation.baselines.statistics import StatisticsTally
 from kvtc_vllm.evaluation.data import corpus
 from kvtc_vllm.evaluation.methods import Method
 from kvtc_vllm.evaluation.tasks.base import encode_prompt
 
 PROMPTS = 8
 PROMPT_TOKENS = 1024
+_COUNTED = "kvtc-counted"
+"""Name of attention that is watched, in transformers."""
 
 
 def with_profile(method: Method, model: str, directory: Path) -> Method:
-    """CacheGen's distributions are profiled once per model, as our basis is fitted."""
-    if method.override.get("baseline") != CacheGen.name:
+    """The method with what it fits once per model, as our basis is fitted; made if need be.
+
+    directory: keeps it, so that methods that need the same share it. Raises ValueError for a
+    model of which it can't be made.
+    """
+    name = method.override.get("baseline")
+    if name == CacheGen.name:
+        path = directory / "profile.safetensors"
+        options = {"profile": str(path)}
+        make = cachegen_profile
+    elif name is not None and issubclass(BASELINES[name], FittedBaseline):
+        path = directory / "statistics.safetensors"
+        options = {"statistics": str(path)}
+        make = model_statistics
+    else:
         return method
-    path = cachegen_profile(model, directory / "profile.safetensors")
-    return replace(method, override={**method.override, "options": {"profile": str(path)}})
+    if not path.exists():
+        make(model, path)
+    return replace(method, override={**method.override, "options": options})
 
 
 @torch.inference_mode()
-def cachegen_profile(model: str, path: Path) -> Path:
+def cachegen_profile(model: str, path: Path) -> None:
     """Symbol counts over prose and code that no task uses, saved to `path`."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    network: Any = AutoModelForCausalLM.from_pretrained(
-        model,
-        dtype=torch.float32,  # several times faster than bfloat16 on most CPUs
-    ).eval()
+    tokenizer, network = _load(model)
     profile: CacheGenProfile | None = None
     for ids in _prompts(tokenizer):
         layers = network(input_ids=torch.tensor([ids]), use_cache=True).past_key_values.layers
@@ -48,7 +61,59 @@ def cachegen_profile(model: str, path: Path) -> Path:
         profile = counted if profile is None else profile + counted
     assert profile is not None
     profile.save(path)
-    return path
+
+
+@torch.inference_mode()
+def model_statistics(model: str, path: Path) -> None:
+    """`ModelStatistics` over the same prose and code, saved to `path`.
+
+    Raises ValueError for a model whose attention layers have no `k_proj` and `v_proj`, or that
+    computes attention its own way.
+    """
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    tokenizer, network = _load(model)
+    attention = [m for m in network.modules() if hasattr(m, "k_proj") and hasattr(m, "layer_idx")]
+    if not attention or any(not hasattr(m, "v_proj") for m in attention):
+        raise ValueError(f"{model}: its attention layers have no k_proj and v_proj")
+    tally = StatisticsTally(len(attention))
+    plain: dict[int, torch.Tensor] = {}
+    seen: set[int] = set()
+
+    def keep(layer: Any, inputs: Any, output: torch.Tensor) -> None:
+        plain[layer.kvtc_layer] = output
+
+    def counted(module: Any, query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> Any:
+        layer = module.layer_idx
+        heads, size = key.shape[1], key.shape[-1]
+        keys = plain.pop(layer)[0].unflatten(-1, (heads, size)).movedim(1, 0)
+        tally.add(layer, query[0], key[0], value[0], keys)
+        seen.add(layer)
+        return sdpa_attention_forward(module, query, key, value, *rest, **options)
+
+    for module in attention:
+        module.k_proj.kvtc_layer = module.layer_idx
+        module.k_proj.register_forward_hook(keep)
+    AttentionInterface.register(_COUNTED, counted)
+    network.set_attn_implementation(_COUNTED)
+    for ids in _prompts(tokenizer):
+        network(input_ids=torch.tensor([ids]), use_cache=False)
+    if len(seen) != len(attention):
+        raise ValueError(f"{model}: its attention can't be watched in transformers")
+    weights = ([getattr(m, name).weight for m in attention] for name in ("k_proj", "v_proj"))
+    tally.result(*weights).save(path)
+
+
+def _load(model: str) -> tuple[Any, Any]:
+    """Tokenizer and network in transformers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    network: Any = AutoModelForCausalLM.from_pretrained(
+        model,
+        dtype=torch.float32,  # several times faster than bfloat16 on most CPUs
+    )
+    return AutoTokenizer.from_pretrained(model), network.eval()
 
 
 def _prompts(tokenizer: Any) -> list[list[int]]:

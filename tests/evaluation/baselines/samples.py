@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from kvtc_vllm.codec.artifact import Geometry
 from kvtc_vllm.codec.rope import Rope
-from kvtc_vllm.evaluation.baselines import Baseline
+from kvtc_vllm.evaluation.baselines import BASELINES, Baseline
+from kvtc_vllm.evaluation.baselines.fitted import FittedBaseline
+from kvtc_vllm.evaluation.baselines.statistics import ModelStatistics, StatisticsTally
 from tests.codec.synthetic import rope_table
 
 GEOMETRY = Geometry(
@@ -45,13 +49,47 @@ def rope() -> Rope:
     return Rope(rope_table(GEOMETRY.head_size, 1024, torch.float32))
 
 
+def make(
+    name: str, dtype: torch.dtype = torch.bfloat16, geometry: Geometry = GEOMETRY, ropes=()
+) -> Baseline:
+    """A baseline by name, with statistics of `structured_cache` if it needs some."""
+    method = BASELINES[name]
+    if issubclass(method, FittedBaseline):
+        return method(geometry, dtype, ropes, statistics=statistics(geometry))
+    return method(geometry, dtype, ropes)
+
+
+@cache
+def statistics(geometry: Geometry = GEOMETRY) -> ModelStatistics:
+    """Of noise with some loud channels; two query heads per KV head."""
+    generator = torch.Generator().manual_seed(1)
+    heads, tokens, hidden = geometry.num_kv_heads, 400, 96
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * (
+            1 + 3 * torch.rand(shape[-1], generator=generator)
+        )
+
+    tally = StatisticsTally(geometry.num_layers)
+    for layer in range(geometry.num_layers):
+        keys = normal(heads, tokens, geometry.head_size)
+        values = normal(heads, tokens, geometry.head_size_v)
+        tally.add(layer, normal(2 * heads, tokens, geometry.head_size), keys, values, keys)
+    weights = (
+        [normal(heads * size, hidden) for _ in range(geometry.num_layers)]
+        for size in (geometry.head_size, geometry.head_size_v)
+    )
+    return tally.result(*weights)
+
+
 def views(parts: list[bytes]) -> list[memoryview]:
     return [memoryview(part) for part in parts]
 
 
 def reload(method: Baseline, k: torch.Tensor, v: torch.Tensor) -> Cache:
     """What comes back from the bytes alone, in a second instance of the method."""
-    second = type(method)(method.geometry, method.dtype, method.ropes)
+    known = {"statistics": method.statistics} if isinstance(method, FittedBaseline) else {}
+    second = type(method)(method.geometry, method.dtype, method.ropes, **known)
     return second.restore(views(method.compress(k, v, START)), len(k), START)
 
 

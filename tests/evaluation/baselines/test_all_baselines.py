@@ -7,8 +7,8 @@ import torch
 
 from kvtc_vllm.evaluation.baselines import BASELINES
 from tests.evaluation.baselines.samples import (
-    GEOMETRY,
     START,
+    make,
     random_cache,
     relative_error,
     reload,
@@ -33,6 +33,13 @@ NOISE_LOST = {
     "turboquant-3bit": 0.05,
     "quantspec-8bit": 0.0001,
     "quantspec-4bit": 0.01,
+    "think-40": 0.5,
+    "think-40-kivi": 0.5,
+    "swan-16bit": 0.2,
+    "swan-8bit": 0.2,
+    "lorc": 0.8,
+    "recalkv": 0.6,
+    "deltakv": 0.25,
 }
 
 every_method = pytest.mark.parametrize("name", BASELINES)
@@ -49,7 +56,7 @@ def test_has_a_source_and_its_own_name(name):
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_second_instance_restores_from_the_bytes(name, dtype, tokens):
     k, v = random_cache(tokens, dtype)
-    restored = reload(BASELINES[name](GEOMETRY, dtype), k, v)
+    restored = reload(make(name, dtype), k, v)
     for original, back in zip((k, v), restored, strict=True):
         assert back.shape == original.shape
         assert back.dtype == dtype
@@ -60,7 +67,7 @@ def test_second_instance_restores_from_the_bytes(name, dtype, tokens):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bytes_every_time_and_for_any_strides(name, dtype):
     k, v = (x.to(dtype) for x in structured_cache(100))
-    method = BASELINES[name](GEOMETRY, dtype)
+    method = make(name, dtype)
     reference = method.compress(k, v, START)
     assert method.compress(k, v, START) == reference
     strided = (x.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0) for x in (k, v))
@@ -72,7 +79,7 @@ def test_same_bytes_every_time_and_for_any_strides(name, dtype):
 def test_input_is_left_alone(name, dtype):
     k, v = (x.to(dtype) for x in structured_cache(70))
     before = k.clone(), v.clone()
-    BASELINES[name](GEOMETRY, dtype).compress(k, v, START)
+    make(name, dtype).compress(k, v, START)
     assert torch.equal(k, before[0])
     assert torch.equal(v, before[1])
 
@@ -83,7 +90,7 @@ def test_input_is_left_alone(name, dtype):
 def test_constant_and_extreme_caches_stay_finite(name, dtype, value):
     signs = torch.where(torch.arange(130) % 3 == 0, -1.0, 1.0)[:, None, None, None]
     k, v = ((torch.full_like(x, value) * signs).to(dtype) for x in random_cache(130, dtype))
-    for back in reload(BASELINES[name](GEOMETRY, dtype), k, v):
+    for back in reload(make(name, dtype), k, v):
         assert back.isfinite().all()
         if value == 0.0:
             assert not back.any()
@@ -92,11 +99,11 @@ def test_constant_and_extreme_caches_stay_finite(name, dtype, value):
 @every_method
 def test_position_only_matters_with_a_rotary_embedding(name):
     k, v = structured_cache(64)
-    method = BASELINES[name](GEOMETRY, torch.bfloat16)
+    method = make(name)
     assert method.compress(k, v, 0) == method.compress(k, v, 500)
 
 
 @every_method
 def test_ropes_must_be_one_a_layer(name):
     with pytest.raises(ValueError, match="rotary"):
-        BASELINES[name](GEOMETRY, torch.bfloat16, (rope(),))
+        make(name, ropes=(rope(),))

@@ -38,7 +38,43 @@ def tova(attention: torch.Tensor, alive: list[list[int]], budget: int) -> list[l
     return [sorted(alive[0][i] for i in order)] * len(alive)
 
 
-CHOOSE: dict[str, Choose] = {"h2o": h2o, "tova": tova}
+def snapkv(attention: torch.Tensor, alive: list[list[int]], budget: int) -> list[list[int]]:
+    """The newest tokens, and of each head's others those with the best mean of seven votes."""
+    group = len(attention) // len(alive)
+    recent = min(32, budget // 2)
+    kept = []
+    for head, tokens in enumerate(alive):
+        older = tokens[: len(tokens) - recent]
+        votes = [
+            float(attention[group * head : group * (head + 1), -32:, token].double().sum())
+            for token in older
+        ]
+        padded = [0.0] * 3 + votes + [0.0] * 3
+        score = [sum(padded[i : i + 7]) for i in range(len(votes))]
+        order = sorted(range(len(score)), key=lambda i, score=score: -score[i])
+        chosen = [older[i] for i in order[: budget - recent]]
+        kept.append(sorted(chosen + tokens[len(older) :]))
+    return kept
+
+
+def chunkkv(attention: torch.Tensor, alive: list[list[int]], budget: int) -> list[list[int]]:
+    """The newest tokens, then whole runs of ten by their votes, then newest tokens again."""
+    tokens = alive[0]
+    recent = min(32, budget // 2)
+    cut = len(tokens) - recent
+    runs = [tokens[first : min(first + 10, cut)] for first in range(0, cut, 10)]
+    score = [sum(float(attention[:, -32:, t].double().sum()) for t in run) for run in runs]
+    kept = tokens[cut:]
+    for i in sorted(range(len(runs)), key=lambda i: -score[i]):
+        if len(kept) + len(runs[i]) <= budget:
+            kept = kept + runs[i]
+    for token in reversed(tokens):
+        if len(kept) < budget and token not in kept:
+            kept = [*kept, token]
+    return [sorted(kept)] * len(alive)
+
+
+CHOOSE: dict[str, Choose] = {"h2o": h2o, "tova": tova, "snapkv": snapkv, "chunkkv": chunkkv}
 
 
 class Masked:

@@ -108,13 +108,22 @@ def test_pieces_give_the_same_attention_as_one_pass(name: str, tiny: str, exampl
     for (ours, _), (theirs, _) in zip(pieces.calls, whole.calls, strict=True):
         torch.testing.assert_close(ours.received, theirs.received, atol=1e-5, rtol=0)
         torch.testing.assert_close(ours.last, theirs.last, atol=1e-5, rtol=0)
+        torch.testing.assert_close(ours.observed, theirs.observed, atol=1e-5, rtol=0)
         # Every query gives 1 in all, from each of the 2 query heads of a KV head.
         torch.testing.assert_close(
             ours.received.sum(1), torch.full((KV_HEADS,), 2.0 * PREFIX).double(), atol=1e-3, rtol=0
         )
 
 
-@pytest.mark.parametrize(("name", "sets"), [("h2o", LAYERS * KV_HEADS), ("tova", LAYERS)])
+@pytest.mark.parametrize(
+    ("name", "sets"),
+    [
+        ("h2o", LAYERS * KV_HEADS),
+        ("tova", LAYERS),
+        ("snapkv", LAYERS * KV_HEADS),
+        ("chunkkv", LAYERS),
+    ],
+)
 def test_bytes_are_what_is_kept_and_which(
     name: str, sets: int, tiny: str, example: Example, chat: Session
 ) -> None:

@@ -1,0 +1,142 @@
+"""DeltaKV without its trained parts: tokens as residuals to the earlier ones most like them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from kvtc_vllm.codec.artifact import Geometry
+from kvtc_vllm.codec.rope import Rope
+from kvtc_vllm.codec.shuffle import to_bytes
+from kvtc_vllm.codec.transform import keys_from_rows, rows_from_keys
+from kvtc_vllm.evaluation.baselines.base import Baseline
+from kvtc_vllm.evaluation.baselines.formats import (
+    PARTS,
+    dequantize_groups,
+    from_bytes,
+    pack_positions,
+    quantize_groups,
+    sixteen_bit,
+    to_cache,
+    unpack_positions,
+)
+
+STRIDE = 10
+"""Every tenth token is a reference, kept whole."""
+REFERENCES = 4
+"""Of a residual: the paper's top-k."""
+GROUP = 32
+
+
+class DeltaKV(Baseline):
+    """DeltaKV (arXiv 2602.08005), training-free form.
+
+    Followed: in each layer every token of a stride is kept whole, as a reference. Another token
+    is predicted by the mean of the four references before it whose rows of K and V are nearest to
+    its own, and only the residual is coded. Keys before RoPE (given `ropes`), so that distant
+    tokens can be alike.
+    Charged: references in 16 bits, the number of each token's references per layer, 2-bit codes
+    of residuals with a float16 zero point and scale per 32 elements of a head.
+    Departures: the paper codes residuals by a small network that is trained on each model, here
+    they are quantised as KIVI quantises values; so this says what retrieval is worth, not what
+    that network is. Residuals are taken to references as stored. Nothing is dropped.
+    """
+
+    name = "deltakv"
+    source = "DeltaKV, arXiv 2602.08005, training-free: stride 10, 4 references, 2-bit residuals"
+    whole_prompt = True
+
+    def __init__(
+        self, geometry: Geometry, dtype: torch.dtype, ropes: Sequence[Rope | None] = ()
+    ) -> None:
+        super().__init__(geometry, dtype, ropes)
+        for size in (geometry.head_size, geometry.head_size_v):
+            if size % GROUP:
+                raise ValueError(f"a head of {size} elements is no whole groups of {GROUP}")
+
+    def compress(self, k: torch.Tensor, v: torch.Tensor, start: int) -> list[bytes]:
+        positions = torch.arange(start, start + len(k))
+        parts: list[bytes] = []
+        for layer in range(self.geometry.num_layers):
+            keys = rows_from_keys(k[:, layer : layer + 1], self.ropes[layer : layer + 1], positions)
+            rows = torch.cat((keys, v[:, layer].float().flatten(1)), dim=1)
+            stored = to_cache(rows[::STRIDE], sixteen_bit(self.dtype))
+            references = stored.float()
+            others = _others(len(rows))
+            chosen = nearest_references(rows[others], references, others)
+            residuals = rows[others] - _predictions(references, chosen)
+            parts += [
+                to_bytes(stored),
+                pack_positions(chosen, _numbers(len(references))),
+                *quantize_groups(residuals.unflatten(1, (-1, GROUP))),
+            ]
+        return parts
+
+    def restore(
+        self, parts: Sequence[memoryview], tokens: int, start: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        g = self.geometry
+        positions = torch.arange(start, start + tokens)
+        width_k = g.num_kv_heads * g.head_size
+        width = width_k + g.num_kv_heads * g.head_size_v
+        others = _others(tokens)
+        count = -(-tokens // STRIDE)
+        keys, values = [], []
+        for layer in range(g.num_layers):
+            own = parts[layer * (PARTS + 2) : (layer + 1) * (PARTS + 2)]
+            references = from_bytes(own[0], sixteen_bit(self.dtype), (count, width)).float()
+            chosen = unpack_positions(own[1], _numbers(count), (len(others), REFERENCES))
+            residuals = dequantize_groups(own[2:], (len(others), width // GROUP, GROUP))
+            rows = torch.empty(tokens, width)
+            rows[::STRIDE] = references
+            rows[others] = residuals.flatten(1) + _predictions(references, chosen)
+            ropes = self.ropes[layer : layer + 1]
+            keys.append(
+                keys_from_rows(rows[:, :width_k].contiguous(), ropes, positions, g.num_kv_heads)
+            )
+            values.append(rows[:, width_k:].reshape(tokens, 1, g.num_kv_heads, g.head_size_v))
+        return (
+            to_cache(torch.cat(keys, dim=1), self.dtype),
+            to_cache(torch.cat(values, dim=1), self.dtype),
+        )
+
+
+def nearest_references(
+    rows: torch.Tensor, references: torch.Tensor, tokens: torch.Tensor
+) -> torch.Tensor:
+    """Numbers of the nearest earlier references: int64 [n, REFERENCES].
+
+    rows: [n, width] of the tokens at `tokens`. A token with fewer earlier references repeats
+    its nearest one, which `_predictions` counts once.
+    """
+    distances = torch.cdist(rows, references)
+    later = torch.arange(len(references)) * STRIDE > tokens[:, None]
+    distances = distances.masked_fill(later, torch.inf)
+    order = distances.argsort(dim=1, stable=True)[:, :REFERENCES]
+    if order.shape[1] < REFERENCES:
+        order = torch.cat((order, order[:, :1].expand(-1, REFERENCES - order.shape[1])), dim=1)
+    return torch.where(_there(order, tokens), order, order[:, :1])
+
+
+def _predictions(references: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Mean of the references that were chosen, each once: [n, width]."""
+    repeats = chosen[:, 1:] == chosen[:, :1]
+    weights = torch.cat((torch.ones(len(chosen), 1), (~repeats).float()), dim=1)
+    total = torch.einsum("nr,nrw->nw", weights, references[chosen])
+    return total / weights.sum(dim=1, keepdim=True)
+
+
+def _there(order: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return order * STRIDE <= tokens[:, None]
+
+
+def _others(tokens: int) -> torch.Tensor:
+    """Tokens that are no references."""
+    numbers = torch.arange(tokens)
+    return numbers[numbers % STRIDE != 0]
+
+
+def _numbers(references: int) -> int:
+    """Numbers of references are below this: at least 2, as one bit is the least."""
+    return max(2, references)
