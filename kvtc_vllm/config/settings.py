@@ -6,15 +6,12 @@ messages and the table of `kvtc config --describe` all read them there.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
-from kvtc_vllm.config.contradictions import check_contradictions
 from kvtc_vllm.config.keys import (
     ConfigKey,
     PathText,
@@ -26,7 +23,7 @@ from kvtc_vllm.config.keys import (
     key_fields,
 )
 from kvtc_vllm.config.presets import load_preset, preset_names
-from kvtc_vllm.config.values import ConfigError, parse_bytes, shown
+from kvtc_vllm.config.values import ConfigError, check_path, parse_bytes, shown
 
 CONNECTOR_NAME = "KVTCConnector"
 DEFAULT_RATIO = 16.0
@@ -287,13 +284,13 @@ def load_config(extra: Mapping[str, Any]) -> KVTCConfig:
     place = "kv_connector_extra_config"
     config = convert_keys(KVTCConfig, _expand(extra), place, also=("preset",))
     _check_sizes(config)
-    check_contradictions(config)
+    _check_contradictions(config)
     if config.artifact is not None:
-        _check_path("artifact", config.artifact)
+        check_path("artifact", config.artifact)
     for place in config.registry:
-        _check_path("registry", place)
+        check_path("registry", place)
     if config.disk_path is not None:
-        _check_path("disk_path", config.disk_path, absolute=True)
+        check_path("disk_path", config.disk_path, absolute=True)
     return config
 
 
@@ -326,30 +323,38 @@ def _check_sizes(config: KVTCConfig) -> None:
             )
 
 
-def _check_path(key: str, text: str, absolute: bool = False) -> None:
-    """Raise ConfigError for what is no path.
-
-    absolute: also for one that is another in another working directory.
-    """
-    if not text:
-        kind = "an absolute path" if absolute else "a path"
-        raise ConfigError(f"{key}={shown(text)} is empty; give {kind}, or leave the key out")
-    if "\0" in text:
-        raise ConfigError(f"{key}={shown(text)} has a NUL character, which no path may have")
-    try:
-        os.fsencode(text)
-        path = Path(text).expanduser()
-    except UnicodeEncodeError:
+def _check_contradictions(config: KVTCConfig) -> None:
+    if config.ratio is not None and config.quality is not None:
         raise ConfigError(
-            f"{key}={shown(text)} has characters that no file name here may have"
-        ) from None
-    except RuntimeError:
+            f"ratio={config.ratio!r} and quality={config.quality!r} contradict each other: quality "
+            "is what the ratio is chosen by; remove either"
+        )
+    if config.codec == "raw":
+        for key in ("ratio", "quality", "artifact"):
+            if getattr(config, key) is not None:
+                raise ConfigError(
+                    f"{key}={getattr(config, key)!r} contradicts codec='raw', which stores KV "
+                    f"uncompressed; remove {key} or set codec='kvtc'"
+                )
+    if config.joint == "delta" and config.codec != "kvtc2":
         raise ConfigError(
-            f"{key}={shown(text)}: the home directory is not known; give an absolute path"
-        ) from None
-    if absolute and not path.is_absolute():
+            f"joint='delta' contradicts codec={config.codec!r}: only chunks of codec 2 can be kept "
+            "as differences; set codec='kvtc2', or joint='exact' or 'off'"
+        )
+    if config.joint == "delta" and config.disk_path is not None and config.disk_write == "behind":
         raise ConfigError(
-            f"{key}={shown(text)} is not absolute; give a path such as /var/cache/kvtc"
+            "joint='delta' contradicts disk_write='behind', which writes evicted chunks within a "
+            "step, and making them whole takes too long there; set disk_write='through'"
+        )
+    if config.exclusive and config.store_policy == "eager":
+        raise ConfigError(
+            "exclusive=True contradicts store_policy='eager', which does not watch what the engine "
+            "evicts; remove exclusive or set store_policy='on_evict'"
+        )
+    if config.artifact is not None and config.registry:
+        raise ConfigError(
+            "artifact and registry contradict each other: artifact names one directory, "
+            "registry is where to look for one; remove either"
         )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import reprlib
 from decimal import Decimal
+from pathlib import Path
 
 # No number of more digits is a size; without a limit, one of 400 has no float and one of 5,000
 # no int.
@@ -49,3 +51,30 @@ def shown(value: object) -> str:
         return _SHORT.repr(value)
     except ValueError:  # integers of more than 4,300 digits have no text
         return f"an {type(value).__name__} too long to print"
+
+
+def check_path(key: str, text: str, absolute: bool = False) -> None:
+    """Raise ConfigError for what is no path.
+
+    absolute: also for one that is another in another working directory.
+    """
+    if not text:
+        kind = "an absolute path" if absolute else "a path"
+        raise ConfigError(f"{key}={shown(text)} is empty; give {kind}, or leave the key out")
+    if "\0" in text:
+        raise ConfigError(f"{key}={shown(text)} has a NUL character, which no path may have")
+    try:
+        os.fsencode(text)
+        path = Path(text).expanduser()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"{key}={shown(text)} has characters that no file name here may have"
+        ) from None
+    except RuntimeError:
+        raise ConfigError(
+            f"{key}={shown(text)}: the home directory is not known; give an absolute path"
+        ) from None
+    if absolute and not path.is_absolute():
+        raise ConfigError(
+            f"{key}={shown(text)} is not absolute; give a path such as /var/cache/kvtc"
+        )
