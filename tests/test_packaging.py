@@ -71,7 +71,7 @@ def test_metadata(content: dict[str, bytes], dist_info: str) -> None:
     required = metadata.get_all("Requires-Dist")
     assert required is not None
     assert "torch" in required, "torch must have no version: vLLM pins it"
-    assert {"vllm", "lmcache", "cu12", "cu13", "bench", "calibrate", "eval", "docs", "dev"} == set(
+    assert {"vllm", "lmcache", "cu12", "cu13", "bench", "calibrate", "eval", "docs", "deploy", "dev"} == set(
         metadata.get_all("Provides-Extra") or ()
     )
 
