@@ -92,6 +92,7 @@ release: setup  ## sdist and wheel in dist/, checked, and tried without the sour
 
 reference: setup  ## the pages and the dashboard that are made from the code
 	$(RUN) tools.reference
+	$(RUN) tools.errors
 	$(RUN) tools.dashboard
 
 clean:  ## removes environments, caches and builds

@@ -59,7 +59,7 @@ def test_served(name: str, stored: torch.dtype, expected: torch.dtype) -> None:
         ("int8", torch.int8, "integers"),
         ("unheard_of", torch.uint8, "'unheard_of' is refused; use auto"),
         ("auto", torch.uint8, "'auto' is refused; use auto"),
-        ("fp8", torch.bfloat16, "kv_cache_dtype_skip_layers"),
+        ("fp8", torch.bfloat16, "--kv-cache-dtype-skip-layers"),
         ("fp8_e5m2", E4M3, "float8_e4m3fn"),
     ],
 )
@@ -74,7 +74,7 @@ def test_refused(name: str, stored: torch.dtype, words: str) -> None:
 
 def test_scales_that_change_are_refused() -> None:
     assert dtype_of("fp8", torch.uint8, calculate_kv_scales=False) == E4M3
-    with pytest.raises(UnsupportedError, match="calculate_kv_scales is refused"):
+    with pytest.raises(UnsupportedError, match="--calculate-kv-scales is refused"):
         dtype_of("fp8", torch.uint8, calculate_kv_scales=True)
 
 

@@ -1,0 +1,54 @@
+"""The page of start-up errors: made from the code, complete, flags as a user types them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+
+from kvtc_vllm.config import ConfigError, describe, load_config
+from tools import errors
+
+
+def found() -> list[errors.Refusal]:
+    return [one for place in errors.PLACES for one in errors.refusals(place)]
+
+
+def test_the_page_is_that_of_the_code() -> None:
+    assert errors.PATH.read_text() == errors.text(), "run `make reference`"
+
+
+def test_every_module_that_refuses_is_in_a_place() -> None:
+    package = errors.ROOT / "kvtc_vllm"
+    known = {
+        path
+        for place in errors.PLACES
+        for pattern in place.modules
+        for path in package.glob(pattern)
+    }
+    raises = re.compile(r"raise (?:ConfigError|UnsupportedError|ArtifactError)\(")
+    parts = ("config", "connector", "artifact", "codec", "lmcache")
+    for part in parts:
+        for path in package.glob(f"{part}/*.py"):
+            assert path in known or not raises.search(path.read_text()), path
+
+
+def test_a_message_of_the_program_is_on_the_page() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config({"disk_path": "here"})
+    said = str(caught.value)
+    patterns = [
+        re.sub(r"<[^>]*>", ".*", re.escape(one.message).replace(r"\<", "<").replace(r"\>", ">"))
+        for one in found()
+    ]
+    assert [p for p in patterns if re.fullmatch(p, said) and p != ".*"]
+
+
+def test_options_of_vllm_are_named_as_typed() -> None:
+    arg_utils = pytest.importorskip("vllm.engine.arg_utils")
+    ours = {key.name for key in describe()}
+    options = {f.name for f in dataclasses.fields(arg_utils.EngineArgs) if "_" in f.name} - ours
+    for one in found():
+        words = set(re.findall(r"(?<![<\w-])[a-z]+(?:_[a-z]+)+(?![\w>])", one.message))
+        assert not words & options - {"kv_connector_extra_config"}, one.message
