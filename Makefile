@@ -32,7 +32,7 @@ OLD_TESTS := tests/connector/test_contract.py tests/connector/test_restart.py \
 	tests/reliability/live/test_store_policy.py
 
 .PHONY: help setup setup-old test test-old test-families test-joint check check-kernels soak demo demo-quick serving \
-	docs release reference clean
+	docs check-deploy release reference clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -87,11 +87,15 @@ serving: setup  ## time to first token of a return against recompute; writes bui
 docs: setup  ## the documents as a site in build/site; needs the extra docs
 	$(RUN) tools.site
 
+check-deploy: setup  ## Kubernetes manifests, Dockerfile and compose file; needs the extra deploy
+	$(RUN) tools.manifests $(if $(CHART),--chart $(CHART))
+
 release: setup  ## sdist and wheel in dist/, checked, and tried without the source tree
 	$(RUN) tools.release
 
 reference: setup  ## the pages and the dashboard that are made from the code
 	$(RUN) tools.reference
+	$(RUN) tools.errors
 	$(RUN) tools.dashboard
 
 clean:  ## removes environments, caches and builds

@@ -69,7 +69,7 @@ def test_the_lmcache_command_prints_two_commands(capsys: pytest.CaptureFixture[s
 def test_options_named_in_the_table_of_calibration_exist() -> None:
     parser = argparse.ArgumentParser()
     COMMANDS["calibrate"].add_arguments(parser)
-    page = (ROOT / "docs" / "configuration.md").read_text()
+    page = (ROOT / "docs" / "calibrating.md").read_text()
     named = re.findall(r"^\| `(--[a-z-]+)` \|", page, re.MULTILINE)
     assert len(named) >= 5
     for option in named:
@@ -89,7 +89,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_the_python_example_runs() -> None:
-    (example,) = code_blocks(README, "python")
+    (example,) = code_blocks(ROOT / "docs" / "quick-start.md", "python")
     result = subprocess.run(
         [sys.executable, "-c", example], cwd=ROOT, capture_output=True, text=True
     )
@@ -98,13 +98,13 @@ def test_the_python_example_runs() -> None:
     assert 8 < ratio < 32
 
 
-def test_the_table_and_the_answers_of_the_readme_are_those_of_the_demo() -> None:
+def test_the_table_of_the_readme_and_the_answers_are_those_of_the_demo() -> None:
     report = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
     runs = msgspec.convert(report["runs"], dict[str, RunReport])
     readme = README.read_text()
     assert list(runs) == list(RUNS)
     assert markdown(runs, report["conversations"], RECOMPUTE) in readme
-    assert side_by_side(report["sample"]) in readme
+    assert side_by_side(report["sample"]) in (ROOT / "docs" / "performance.md").read_text()
     least, most = report["context_tokens"]
     assert f"{least:,} to {most:,} tokens" in readme
 
@@ -194,10 +194,10 @@ def test_the_table_below_lmcache_is_the_committed_one() -> None:
     assert rows <= known
 
 
-def test_metrics_and_log_lines_of_the_readme_are_in_the_source() -> None:
-    readme = README.read_text()
+def test_metrics_and_log_lines_of_the_page_on_serving_are_in_the_source() -> None:
+    page = (ROOT / "docs" / "serving.md").read_text()
     metrics = (ROOT / "kvtc_vllm" / "offload" / "stats.py").read_text()
-    names = set(re.findall(r"`vllm:kvtc_([a-z_]+?)(?:_total)?`", readme))
+    names = set(re.findall(r"`vllm:kvtc_([a-z_]+?)(?:_total)?`", page))
     assert len(names) >= 8
     for name in names:
         assert f'"{name}"' in metrics
@@ -206,7 +206,7 @@ def test_metrics_and_log_lines_of_the_readme_are_in_the_source() -> None:
     )
     source = "".join(path.read_text() for path in files)
     source = re.sub(r'"\n\s+"', "", source)
-    lines = re.findall(r"^kvtc: .*$", readme, re.MULTILINE)
+    lines = re.findall(r"^kvtc: .*$", page, re.MULTILINE)
     assert len(lines) == 2
     for words in ("kvtc: self-test %d tokens: ratio", "kvtc: rank %d/%d codec %s %gx"):
         assert words in source

@@ -75,7 +75,30 @@ def measure(trace: str, size: float, policy: str, seed: int) -> dict[str, float]
     """One run. Shares are of the prompts' tokens."""
     chunks = round(size * (GPU_CHUNKS + TIER_CHUNKS))
     requests = max(LEAST_REQUESTS, round(chunks * REQUESTS_PER_CHUNK))
-    keys = POLICIES[policy]
+    engine, side, record = build(POLICIES[policy])
+    source = TRACES[trace](chunks, requests, seed)
+    started = time.process_time()
+    shares = count_hits(engine, source, requests // 2)
+    stats = side.take_stats()
+    counted = {} if stats is None else stats.data
+    return {
+        "requests": requests,
+        **shares,
+        "encoded_chunks": engine.totals.encoded_records,
+        "encoded_bytes": engine.totals.encoded_records * record,
+        "reencoded_chunks": counted.get("reencoded_chunks", 0),
+        "late_chunks": counted.get("late_stores", 0),
+        "lost_chunks": counted.get("dropped_stores/overwritten", 0),
+        "preemptions": engine.totals.preemptions,
+        "cpu_seconds": time.process_time() - started,
+    }
+
+
+def build(keys: dict[str, Any]) -> tuple[SimEngine, KVTCScheduler, int]:
+    """An engine with GPU and tier of the sizes above, its scheduler side, bytes of a record.
+
+    keys: of the configuration.
+    """
     record = RAW_BYTES if keys.get("codec") == "raw" else RAW_BYTES // RATIO
     config = load_config(
         {
@@ -91,30 +114,19 @@ def measure(trace: str, size: float, policy: str, seed: int) -> dict[str, float]
         config, CacheGeometry((group,), 1), [record], prompt_only=False, reuse=reuse
     )
     blocks = GPU_CHUNKS * CHUNK // BLOCK + 1
-    engine = SimEngine(side, blocks, record, batch=BATCH, requests=AT_ONCE)
-    source = TRACES[trace](chunks, requests, seed)
-    started = time.process_time()
-    _serve(engine, islice(source, requests // 2))
+    return SimEngine(side, blocks, record, batch=BATCH, requests=AT_ONCE), side, record
+
+
+def count_hits(engine: SimEngine, source: Trace, warm: int) -> dict[str, float]:
+    """Serve all requests; shares of the prompts' tokens after the first `warm` requests."""
+    _serve(engine, islice(source, warm))
     before = engine.totals.prompt_tokens, engine.totals.engine_hit_tokens, _loaded(engine)
     _serve(engine, source)
     assert not engine.wrong
     prompt = engine.totals.prompt_tokens - before[0]
     gpu = engine.totals.engine_hit_tokens - before[1]
     loaded = _loaded(engine) - before[2]
-    stats = side.take_stats()
-    counted = {} if stats is None else stats.data
-    return {
-        "requests": requests,
-        "hit_share": (gpu + loaded) / prompt,
-        "gpu_share": gpu / prompt,
-        "encoded_chunks": engine.totals.encoded_records,
-        "encoded_bytes": engine.totals.encoded_records * record,
-        "reencoded_chunks": counted.get("reencoded_chunks", 0),
-        "late_chunks": counted.get("late_stores", 0),
-        "lost_chunks": counted.get("dropped_stores/overwritten", 0),
-        "preemptions": engine.totals.preemptions,
-        "cpu_seconds": time.process_time() - started,
-    }
+    return {"hit_share": (gpu + loaded) / prompt, "gpu_share": gpu / prompt}
 
 
 def _loaded(engine: SimEngine) -> int:

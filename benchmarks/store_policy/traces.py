@@ -32,7 +32,8 @@ def _hashes(parts: list[tuple[object, int]]) -> list[bytes]:
     return found
 
 
-def _request(number: int, prompt: list[tuple[object, int]], answer: int) -> SimRequest:
+def request_of(number: int, prompt: list[tuple[object, int]], answer: int) -> SimRequest:
+    """A prompt made of parts. Its answer is the part ("answer", number) of later prompts."""
     tokens = sum(size for _, size in prompt)
     hashes = _hashes([*prompt, (("answer", number), answer + BLOCK)])
     return SimRequest(f"r{number}", hashes, tokens, answer)
@@ -46,7 +47,7 @@ def documents(chunks: int, requests: int, seed: int) -> Trace:
     for number in range(requests):
         (document,) = rng.choices(range(count), cum_weights=weights)
         prompt = [(("document", document), DOCUMENT_CHUNKS * CHUNK), (number, CHUNK)]
-        yield _request(number, prompt, BLOCK)
+        yield request_of(number, prompt, BLOCK)
 
 
 def scan(chunks: int, requests: int, seed: int) -> Trace:
@@ -55,7 +56,7 @@ def scan(chunks: int, requests: int, seed: int) -> Trace:
     count = max(2, chunks // DOCUMENT_CHUNKS)
     for number in range(requests):
         prompt = [(("document", number % count), DOCUMENT_CHUNKS * CHUNK), (number, CHUNK)]
-        yield _request(number, prompt, BLOCK)
+        yield request_of(number, prompt, BLOCK)
 
 
 def chat(chunks: int, requests: int, seed: int) -> Trace:
@@ -73,7 +74,7 @@ def chat(chunks: int, requests: int, seed: int) -> Trace:
         if len(turns[user]) >= 2 * TURNS:
             turns[user] = []
         prompt = [*turns[user], ((user, number), TURN_TOKENS)]
-        yield _request(number, prompt, ANSWER_TOKENS)
+        yield request_of(number, prompt, ANSWER_TOKENS)
         turns[user] = [*prompt, (("answer", number), ANSWER_TOKENS)]
 
 

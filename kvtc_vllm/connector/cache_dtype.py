@@ -54,7 +54,7 @@ def cache_dtype(vllm_config: VllmConfig, spec: AttentionSpec) -> torch.dtype:
     if name not in FP8:
         reason = next((why for part, why in _REASONS.items() if part in name), None)
         because = f", because {reason}" if reason else ""
-        raise UnsupportedError(f"kv_cache_dtype={name!r} is refused{because}; {_ACCEPTED}")
+        raise UnsupportedError(f"--kv-cache-dtype {name} is refused{because}; {_ACCEPTED}")
     return _fp8_dtype(config, name, stored)
 
 
@@ -63,17 +63,17 @@ def _fp8_dtype(config: CacheConfig, name: str, stored: torch.dtype) -> torch.dty
 
     if stored not in (torch.uint8, FP8[name]):
         raise UnsupportedError(
-            f"kv_cache_dtype={name!r} with layers of {stored} (kv_cache_dtype_skip_layers) is "
+            f"--kv-cache-dtype {name} with layers of {stored} (--kv-cache-dtype-skip-layers) is "
             "refused; KVTC reads caches of one element type"
         )
     if current_platform.is_fp8_fnuz():
         raise UnsupportedError(
-            f"kv_cache_dtype={name!r} is refused on this GPU, whose fp8 is the fnuz kind; "
+            f"--kv-cache-dtype {name} is refused on this GPU, whose fp8 is the fnuz kind; "
             "use auto, bfloat16 or float16"
         )
     if getattr(config, "calculate_kv_scales", False):
         raise UnsupportedError(
-            "calculate_kv_scales is refused, because it changes scales while requests run; "
+            "--calculate-kv-scales is refused, because it changes scales while requests run; "
             "use scales from the checkpoint, or none"
         )
     return FP8[name]

@@ -82,7 +82,7 @@ def _check_backend(name: str, layer: Any, dtype: torch.dtype) -> None:
     backend = layer.attn_backend.get_name() if layer is not None else "unknown"
     if backend not in E5M2_BACKENDS:
         raise UnsupportedError(
-            f"kv_cache_dtype='fp8_e5m2' is refused with the attention backend {backend} of layer "
+            f"--kv-cache-dtype fp8_e5m2 is refused with the attention backend {backend} of layer "
             f"{name}, which may write E4M3 under that name; use fp8_e4m3, or one of "
             f"{', '.join(E5M2_BACKENDS)}"
         )

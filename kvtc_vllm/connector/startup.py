@@ -334,8 +334,8 @@ def check_ropes(
         if not same_shape or _difference(live, stored, common) > ROPE_TOLERANCE:
             raise ArtifactError(
                 f"{directory}: RoPE of layer {layer} differs from the calibrated one (rope "
-                "settings of the engine, such as rope_scaling or max_model_len); calibrate with "
-                "these settings"
+                "settings of the engine, such as --hf-overrides or --max-model-len); calibrate "
+                "with these settings"
             )
 
 

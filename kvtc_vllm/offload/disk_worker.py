@@ -15,6 +15,8 @@ from typing import TypeVar
 from kvtc_vllm.tiers.blob_store import Blob
 from kvtc_vllm.tiers.disk import DiskError, DiskStore, IoHandle, IoPool
 from kvtc_vllm.tiers.disk.scan import without_collector
+from kvtc_vllm.tiers.disk.sorting import taken
+from kvtc_vllm.tiers.disk.turns import short_turns
 from kvtc_vllm.tiers.keys import RecordKey
 
 logger = logging.getLogger("vllm.kvtc")
@@ -81,13 +83,9 @@ def _patiently(call: Callable[[], T], until: float) -> T:
 def _listed(namespace: Namespace, until: float) -> list[tuple[RecordKey, int]]:
     """Key and bytes of every chunk, least recently used first."""
     found = _patiently(namespace.store.scan, until)
-    listed = []
     found.reverse()
-    with without_collector():
-        while found:  # one at a time: to free a million at once stops every thread
-            entry = found.pop()
-            listed.append((entry.key, entry.size))
-    return listed
+    with without_collector(), short_turns():
+        return [(entry.key, entry.size) for entry in taken(found)]
 
 
 def _read(namespace: Namespace, key: RecordKey) -> bytes:

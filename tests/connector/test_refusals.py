@@ -50,7 +50,7 @@ def test_quantised_cache(reference_model: Path) -> None:
         kv_cache_dtype="int8_per_token_head",
         dtype="bfloat16",
     )
-    assert "kv_cache_dtype='int8_per_token_head' is refused" in message
+    assert "--kv-cache-dtype int8_per_token_head is refused" in message
     assert "fp8_e4m3" in message
 
 

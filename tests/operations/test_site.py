@@ -27,6 +27,15 @@ def test_the_menu_has_every_page_once() -> None:
     assert set(menu) == {str(path.relative_to(site.ROOT)) for path in site.roots()}
 
 
+def test_the_site_is_built_of_the_copied_pages() -> None:
+    settings = yaml.safe_load((site.ROOT / "mkdocs.yml").read_text())
+    assert settings["site_name"] == "kvtc-vllm"
+    assert site.ROOT / settings["docs_dir"] == site.PAGES
+    # Links end in .html then, as the pages lie; an anchor that is not there is a warning.
+    assert settings["use_directory_urls"] is False
+    assert settings["validation"]["links"]["anchors"] == "warn"
+
+
 def test_what_is_linked_is_taken_along() -> None:
     found = site.linked(site.roots())
     assert site.ROOT / "docker" / "compose.yaml" in found

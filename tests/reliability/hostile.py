@@ -134,12 +134,15 @@ class Attacker:
                 self.done[damage.__name__] += 1
 
     def _is_inside(self, path: Path, in_place: bool) -> bool:
-        """Whether the damage would be done here, and not through links of before elsewhere."""
+        """Whether the damage would be done here, and not through links of before elsewhere.
+
+        Nor in a pipe of before, which would wait for its other end.
+        """
         if path.parent.resolve() != path.parent:
             return False
-        return not in_place or not (
-            path.is_symlink() or (path.is_file() and path.stat().st_nlink > 1)
-        )
+        if not in_place or not os.path.lexists(path):
+            return True
+        return not path.is_symlink() and path.is_file() and path.stat().st_nlink == 1
 
     def place(self) -> Path:
         namespace = self._root / self._chance.choice(NAMESPACES).hex()

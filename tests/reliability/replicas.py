@@ -31,6 +31,8 @@ TIGHT = 100 * 4096
 OWN_KEYS = 30
 SHARED_KEYS = 40
 CHECK_EVERY = 20
+LOCK_WAIT_SECONDS = 900
+"""Nothing here is about time: a process that gets no core, or is stopped for a while, waits."""
 
 
 class Replica:
@@ -45,7 +47,13 @@ class Replica:
         self.shared = [key_of(n) for n in range(SHARED_KEYS)]
         self.present: set[bytes] = set()
         self.descriptors = disk.open_descriptors()
-        self.store = DiskStore(root, self.namespace, capacity=capacity, min_free=0)
+        self.store = DiskStore(
+            root,
+            self.namespace,
+            capacity=capacity,
+            min_free=0,
+            lock_wait_seconds=LOCK_WAIT_SECONDS,
+        )
 
     def run(self, operations: int) -> None:
         for number in range(operations):

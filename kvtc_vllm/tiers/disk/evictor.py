@@ -17,6 +17,7 @@ from kvtc_vllm.tiers.disk.ledger import LedgerState
 from kvtc_vllm.tiers.disk.recency import Recency
 from kvtc_vllm.tiers.disk.scan import ChunkFile, without_collector
 from kvtc_vllm.tiers.disk.sorting import in_order
+from kvtc_vllm.tiers.disk.turns import short_turns
 from kvtc_vllm.tiers.keys import RecordKey
 
 MIN_CANDIDATES = 1024
@@ -104,7 +105,7 @@ class Evictor:
         with self._surveying:
             if self.candidates:
                 return True  # another thread was faster
-            with without_collector():
+            with without_collector(), short_turns():
                 found = self.look_through()
                 self.candidates = deque(_oldest(found, missing))
             return bool(self.candidates)

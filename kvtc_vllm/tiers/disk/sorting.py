@@ -12,8 +12,14 @@ from typing import Any, TypeVar
 
 T = TypeVar("T", bound=Any)
 
-RUN = 2048
-"""So many are sorted or freed in one go: about a millisecond."""
+RUN = 1024
+"""So many are sorted or freed in one go: half a millisecond."""
+
+
+def taken(items: list[T]) -> Iterator[T]:
+    """The items, last first, each of which leaves the list: so none are freed all at once."""
+    while items:
+        yield items.pop()
 
 
 def in_order(items: list[T]) -> Iterator[T]:

@@ -35,6 +35,7 @@ from kvtc_vllm.tiers.disk.removal_log import RemovalReader
 from kvtc_vllm.tiers.disk.scan import ChunkFile, without_collector
 from kvtc_vllm.tiers.disk.sorting import in_order
 from kvtc_vllm.tiers.disk.space import Space
+from kvtc_vllm.tiers.disk.turns import short_turns
 from kvtc_vllm.tiers.keys import RecordKey
 
 logger = logging.getLogger("vllm.kvtc")
@@ -202,7 +203,7 @@ class DiskStore:
         this is all that a restart needs. Gives the root's lock back now and then: what others
         remove meanwhile is told by `take_removed`.
         """
-        with self._counted("scan"), without_collector():
+        with self._counted("scan"), without_collector(), short_turns():
             with self._removals_lock:
                 self._removals.skip()
             return [
