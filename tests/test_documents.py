@@ -128,10 +128,23 @@ def test_every_divergence_in_the_page_on_quality_is_in_a_result() -> None:
     for row in json.loads((ROOT / "benchmarks/results/basis-bits.json").read_text())["rows"]:
         figures = (row["kl"], row["change"], *row["change_interval"])
         known |= {f"{abs(figure):.4f}" for figure in figures}
-    quoted = set(re.findall(r"\d\.\d{4}\b", (ROOT / "docs" / "quality.md").read_text()))
+    page = (ROOT / "docs" / "quality.md").read_text()
+    of_codec_2 = [
+        figure
+        for name in ("sensitivity-kvtc2", "step-*", "stand-in-curves")
+        for path in ROOT.glob(f"benchmarks/results/{name}.json")
+        for row in json.loads(path.read_text())["rows"]
+        if "interval" in row
+        for figure in (row["kl"], *row["interval"])
+    ]
+    known |= {f"{figure:.4f}" for figure in of_codec_2}
+    quoted = set(re.findall(r"\d\.\d{4}\b", page))
     assert len(quoted) > 100
     # A share in percent has no such form; 0.0001 as "below 0.0001" is a bound, not a figure.
     assert quoted - known == set()
+    finer = set(re.findall(r"\b0\.\d{5}\b", page))
+    assert len(finer) > 50
+    assert finer - {f"{figure:.5f}" for figure in of_codec_2} == set()
 
 
 def test_the_table_of_store_policies_is_the_committed_one() -> None:

@@ -4,7 +4,8 @@ A registry is a directory of <model-slug>/<artifact-name>/card.json, or a
 repository `hf:ORG/REPO@COMMIT` that is laid out so (`hub.py`). Searched,
 in this order, until one holds a match: the configured directories; those in
 the environment variable KVTC_REGISTRY; the user's; the ones shipped with this
-package. Within one registry the newest match wins.
+package. Within one registry the newest match wins; if a quality is asked for, the one that has
+it at the highest ratio.
 """
 
 from __future__ import annotations
@@ -125,15 +126,16 @@ def find(
     directories = search_path(registries)
     rejected: list[tuple[Path, ArtifactCard, list[str]]] = []
     for registry in directories:
-        matches: list[tuple[str, Path]] = []
+        matches: list[tuple[float, str, Path]] = []
         for directory, card in scan(registry):
             reasons = mismatches(card, wanted)
             if reasons:
                 rejected.append((directory, card, reasons))
             else:
-                matches.append((card.created, directory))
+                reached = None if quality is None else ratio_within(card, quality)
+                matches.append((reached or 0.0, card.created, directory))
         if matches:
-            return max(matches)[1]
+            return max(matches)[-1]
     raise ArtifactError(_not_found(wanted, rejected, directories))
 
 

@@ -125,6 +125,15 @@ def test_an_artifact_is_found_by_quality(written: Path, tmp_path: Path) -> None:
     assert message.endswith("--tp 1 --quality-curve")
     measured = place(written, tmp_path / "shipped", "measured", curve=curve(0.0005, 0.002, 0.009))
     assert look(ratio=None, quality=0.002) == measured
+    place(
+        written,
+        tmp_path / "shipped",
+        "newer-worse",
+        curve=curve(0.0005, 0.003, 0.009),
+        created="2099-01-01T00:00:00+00:00",
+    )
+    assert look(ratio=None, quality=0.002) == measured
+    assert look(ratio=None, quality=0.0005).name == "newer-worse"
     assert ratio_within(load_card(measured), 0.002) == 4.0
     assert ratio_within(load_card(measured), 1.0) == 8.0
     message = refusal(ratio=None, quality=0.0001)

@@ -1,0 +1,88 @@
+"""How many times fewer bytes one artifact takes than another at equal KL, with intervals.
+
+    python -m benchmarks.equal_kl FILE:NAME FILE:NAME
+
+FILE is a result of `benchmarks.sensitivity` or `benchmarks.step_choices`, NAME an artifact or a
+choice in it; the base comes first. Both must be measured on the same documents. For every ratio of
+the base the other's ratio of the same KL is read off between its own, in logarithms. Intervals are
+95 %, of documents drawn again for both together. Beyond the other's ratios nothing is told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kvtc_vllm.calibration.cache_replay import RESAMPLES
+
+
+@dataclass(frozen=True)
+class Curve:
+    """ratios: real ones, rising. kls: float64 [ratios, documents]."""
+
+    documents: Sequence[str]
+    ratios: Sequence[float]
+    kls: torch.Tensor
+
+    def ratio_at(self, kl: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+        """Of mean KLs [n] over documents of numbers [n, m]: ratios [n].
+
+        0 for a KL below all of the curve, infinity above.
+        """
+        means = self.kls[:, drawn].mean(-1).log()
+        target = kl.log()
+        sizes = torch.tensor(self.ratios, dtype=torch.float64).log()
+        found = torch.where(target < means[0], -math.inf, math.inf).double()
+        for i in range(len(sizes) - 1):
+            low, high = means[i], means[i + 1]
+            there = (low <= target) & (target <= high)
+            share = (target - low) / (high - low)
+            found = torch.where(there, sizes[i] + share * (sizes[i + 1] - sizes[i]), found)
+        return found.exp()
+
+
+def read_curve(text: str) -> Curve:
+    """FILE:NAME. Raises SystemExit for a name that is not in the file."""
+    path, _, name = text.partition(":")
+    result = json.loads(Path(path).read_text())
+    rows = [row for row in result["rows"] if name in (row.get("artifact"), row.get("choice"))]
+    if not rows:
+        raise SystemExit(f"{path}: has no artifact or choice {name!r}")
+    rows.sort(key=lambda row: float(row["real_ratio"]))
+    kls = torch.tensor([row["by_document"] for row in rows], dtype=torch.float64)
+    return Curve(result["documents"], [row["real_ratio"] for row in rows], kls)
+
+
+def main() -> None:
+    """Print a line per ratio of the base."""
+    parser = argparse.ArgumentParser(prog="benchmarks.equal_kl", description=__doc__)
+    parser.add_argument("base", metavar="FILE:NAME")
+    parser.add_argument("other", metavar="FILE:NAME")
+    args = parser.parse_args()
+    base, other = read_curve(args.base), read_curve(args.other)
+    if base.documents != other.documents:
+        raise SystemExit("the two were measured on different documents")
+    count = len(base.documents)
+    every = torch.arange(count)[None]
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(count, (RESAMPLES, count), generator=generator)
+    for ratio, of_documents in zip(base.ratios, base.kls, strict=True):
+        kl = of_documents.mean()
+        there = float(other.ratio_at(kl[None], every))
+        if not 0 < there < math.inf:
+            print(f"{ratio:g}x, KL {kl:.5f}: beyond the other's ratios")
+            continue
+        factors = other.ratio_at(of_documents[drawn].mean(-1), drawn) / ratio
+        # Of draws beyond the curve it is known that they are, not how far.
+        low, high = (float(factors.quantile(q, interpolation="nearest")) for q in (0.025, 0.975))
+        print(f"{ratio:g}x, KL {kl:.5f}: {there:.1f}x, {there / ratio:.2f} [{low:.2f}, {high:.2f}]")
+
+
+if __name__ == "__main__":
+    main()
