@@ -54,8 +54,8 @@ test:  ## every test, and the connector's contract on the old vLLM before
 test-old: setup-old  ## the connector's contract and its restart on the old vLLM
 	$(VENV_OLD)/bin/python -m $(PYTEST) -m vllm $(OLD_TESTS)
 
-test-families: setup  ## every family of models with several kinds of attention, in an engine
-	KVTC_FAMILIES=all $(RUN) $(PYTEST) -m vllm tests/hybrid
+test-families: setup  ## every family of models, and pipeline stages, in an engine
+	KVTC_FAMILIES=all $(RUN) $(PYTEST) -m vllm tests/hybrid tests/connector/test_tensor_parallel.py
 
 test-lmcache: setup-lmcache  ## KVTC in LMCache: contract, storages, servers killed and shared
 	$(VENV_LMCACHE)/bin/python -m pytest tests/lmcache
