@@ -54,8 +54,8 @@ test:  ## every test, and the connector's contract on the old vLLM before
 test-old: setup-old  ## the connector's contract and its restart on the old vLLM
 	$(VENV_OLD)/bin/python -m $(PYTEST) -m vllm $(OLD_TESTS)
 
-test-families: setup  ## every family of models with several kinds of attention, in an engine
-	KVTC_FAMILIES=all $(RUN) $(PYTEST) -m vllm tests/hybrid
+test-families: setup  ## every family of models, and pipeline stages, in an engine
+	KVTC_FAMILIES=all $(RUN) $(PYTEST) -m vllm tests/hybrid tests/connector/test_tensor_parallel.py
 
 test-joint: setup  ## joint: delta in an engine, on an artifact of codec 2 made for it
 	KVTC_JOINT=1 $(RUN) $(PYTEST) -m vllm tests/connector/test_joint_delta_engine.py
