@@ -43,6 +43,10 @@ class SimRequest:
         return self.hashes[: self.num_tokens // BLOCK]
 
     @property
+    def all_token_ids(self) -> Sequence[int]:
+        return range(self.num_tokens)
+
+    @property
     def block_ids(self) -> list[int]:
         return [block.block_id for block in self.blocks]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import threading
@@ -199,17 +200,25 @@ class DeltaStore:
 
     def _keep_for_users(self, source: _Source) -> None:
         """Keep a blob that is removed as long as differences refer to it."""
-        blob = self._inner.read(source.name)
-        self._inner.remove([source.name])
-        source.name = RecordKey(b"removed %d" % next(self._numbers))
+        name, source.name = source.name, RecordKey(b"removed %d" % next(self._numbers))
         source.removed = True
-        self._inner.write(source.name, blob)
+        with contextlib.suppress(StoreError):  # lost: what refers to it can't be read any more
+            blob = self._inner.read(name)
+            self._inner.remove([name])
+            self._inner.write(source.name, blob)
         self._charge(next(iter(source.users)))
 
     def _charge(self, key: RecordKey) -> None:
         """Note all that removing a difference would free."""
-        size = len(self._inner.read(key))
+        size = self._size(key)
         for source in self._of[key]:
             if source.removed and next(iter(source.users)) == key:
-                size += len(self._inner.read(source.name))
+                size += self._size(source.name)
         self._resized[key] = size
+
+    def _size(self, name: RecordKey) -> int:
+        """Bytes in the store below; 0 for what is lost."""
+        try:
+            return len(self._inner.read(name))
+        except StoreError:
+            return 0

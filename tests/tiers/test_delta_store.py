@@ -161,6 +161,26 @@ def test_a_lost_or_altered_source_is_a_miss() -> None:
     assert store.read(key(2)) == blob(0, 2)
 
 
+@pytest.mark.parametrize("lost", [1, 2], ids=["source", "difference"])
+def test_what_is_lost_can_be_removed_and_written_again(lost: int) -> None:
+    """As the scheduler does once a load has failed; a step must not fail for it."""
+    store, inner = layer()
+    put(store, 1, text=0)
+    put(store, 2, text=0)
+    put(store, 3, text=0)
+    inner.remove([key(lost)])
+    store.remove([key(1)])
+    store.take_resized()
+    with pytest.raises(StoreError):
+        store.read(key(lost))
+    put(store, 1, text=0)
+    put(store, 2, text=0)
+    assert [store.read(key(number)) for number in (1, 2)] == [blob(0, 1), blob(0, 2)]
+    store.remove([key(number) for number in (1, 2, 3)])
+    assert inner.used == 0
+    assert store.keys() == []
+
+
 def test_no_room_keeps_nothing() -> None:
     store, inner = layer(capacity=len(blob(0, 1)))
     put(store, 1, text=0)
