@@ -57,7 +57,16 @@ PLACES = (
         "serve without this package, and report the model and the release of vLLM",
         tuple(
             f"connector/{name}.py"
-            for name in ("compat", "geometry", "cache_dtype", "scales", "layout", "state_transfer")
+            for name in (
+                "compat",
+                "geometry",
+                "cache_dtype",
+                "scales",
+                "layout",
+                "latent",
+                "stages",
+                "state_transfer",
+            )
         ),
     ),
     Place(
