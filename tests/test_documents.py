@@ -131,13 +131,14 @@ def test_every_divergence_in_the_page_on_quality_is_in_a_result() -> None:
     page = (ROOT / "docs" / "quality.md").read_text()
     of_codec_2 = [
         figure
-        for name in ("sensitivity-kvtc2", "step-*", "stand-in-curves")
+        for name in ("sensitivity-kvtc2", "sensitivity-shipped", "step-*", "stand-in-curves")
         for path in ROOT.glob(f"benchmarks/results/{name}.json")
         for row in json.loads(path.read_text())["rows"]
         if "interval" in row
         for figure in (row["kl"], *row["interval"])
     ]
     known |= {f"{figure:.4f}" for figure in of_codec_2}
+    known |= {f"{figure:.4f}" for figure in _by_kind_of_text()}
     quoted = set(re.findall(r"\d\.\d{4}\b", page))
     assert len(quoted) > 100
     # A share in percent has no such form; 0.0001 as "below 0.0001" is a bound, not a figure.
@@ -145,6 +146,23 @@ def test_every_divergence_in_the_page_on_quality_is_in_a_result() -> None:
     finer = set(re.findall(r"\b0\.\d{5}\b", page))
     assert len(finer) > 50
     assert finer - {f"{figure:.5f}" for figure in of_codec_2} == set()
+
+
+def _by_kind_of_text() -> list[float]:
+    """Means over the essays and over the maths of the shipped artifact's page, at 16x."""
+    means = []
+    for name, artifact in (("shipped", "thirds"), ("kvtc2", "weighted")):
+        report = json.loads((ROOT / f"benchmarks/results/sensitivity-{name}.json").read_text())
+        (row,) = (
+            row
+            for row in report["rows"]
+            if (row["artifact"], row["target_ratio"]) == (artifact, 16.0)
+        )
+        for kind in ("essay", "gsm8k"):
+            pairs = zip(report["documents"], row["by_document"], strict=True)
+            found = [kl for document, kl in pairs if document.startswith(kind)]
+            means.append(sum(found) / len(found))
+    return means
 
 
 def test_the_table_of_store_policies_is_the_committed_one() -> None:
