@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from benchmarks.demo.server import Server
 
-MAX_ANSWER_TOKENS = 40
+MAX_ANSWER_TOKENS = 32
 RESIDENT_SHARE = 0.9
 """A conversation counts as resident if its last return found this share of what it could."""
 

@@ -26,11 +26,11 @@ class Topic:
 TOPICS = (
     Topic("assignment", 9600, ("augmented assignment", "slicing", "the target list")),
     Topic("comparisons", 9800, ("membership", "identity", "NaN")),
-    Topic("typesmapping", 11800, ("popitem", "setdefault", "dictionary view objects")),
+    Topic("strings", 9000, ("escape sequences", "bytes literals", "triple-quoted literals")),
     Topic("import", 8700, ("ImportError", "relative imports", "__future__")),
     Topic("calls", 6900, ("keyword arguments", "TypeError", "positional arguments")),
     Topic("customization", 13000, ("__new__", "__repr__", "__hash__")),
-    Topic("strings", 9000, ("escape sequences", "bytes literals", "triple-quoted literals")),
+    Topic("typesmapping", 11800, ("popitem", "setdefault", "dictionary view objects")),
     Topic("try", 7700, ("finally", "ExceptionGroup", "handlers")),
     Topic("execmodel", 9400, ("global", "nonlocal", "NameError")),
     Topic("attribute-access", 13400, ("__getattr__", "descriptors", "__slots__")),
