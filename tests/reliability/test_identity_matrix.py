@@ -71,6 +71,7 @@ ONLY_IN = {
 
 FACTS_BY_THEMSELVES = {
     "parallel_config.tensor_parallel_size": "a fact of the connector",
+    "parallel_config.pipeline_parallel_size": "a fact of the connector",
     "speculative_config.draft_model_config.model": "where the draft's files are read",
 }
 """Left-out fields that an own fact is made from."""
@@ -344,6 +345,7 @@ def test_every_fact_of_the_connector_changes_the_identity(
 ) -> None:
     found = {name: digest(plain, **change) for name, change in OWN_CHANGES.items()}
     found["tp"] = digest(with_other(plain, "parallel_config.tensor_parallel_size"))
+    found["pp"] = digest(with_other(plain, "parallel_config.pipeline_parallel_size"))
     monkeypatch.setattr(identity, "FORMAT_VERSION", identity.FORMAT_VERSION + 1)
     found["format"] = digest(plain)
     monkeypatch.undo()
