@@ -351,7 +351,7 @@ def test_every_fact_of_the_connector_changes_the_identity(
     monkeypatch.undo()
     monkeypatch.setenv("PYTHONHASHSEED", "5")
     found["seed of the block hashes"] = digest(plain)
-    assert len(set(found.values())) == len(OWN_CHANGES) + 3
+    assert len(set(found.values())) == len(OWN_CHANGES) + 4
 
 
 def test_what_reads_the_same_chunks_shares_them(plain: Any) -> None:
