@@ -50,7 +50,7 @@ def latent_sizes(vllm_config: VllmConfig, spec: AttentionSpec) -> tuple[int, int
     name = str(vllm_config.cache_config.cache_dtype)
     if name not in PLAIN:
         raise UnsupportedError(
-            f"kv_cache_dtype={name!r} is refused for MLA, whose latents and keys share a scale; "
+            f"--kv-cache-dtype={name!r} is refused for MLA, whose latents and keys share a scale; "
             "use auto, bfloat16 or float16"
         )
     return rotated, latent

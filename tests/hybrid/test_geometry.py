@@ -184,7 +184,7 @@ def test_a_latent_is_v_and_its_rotated_key_is_k() -> None:
 def test_what_else_a_cache_of_latents_may_hold_is_refused() -> None:
     with pytest.raises(UnsupportedError, match=r"704 elements per token is refused.*sparse"):
         read((latents(704), [0]))
-    with pytest.raises(UnsupportedError, match="kv_cache_dtype='fp8' is refused for MLA"):
+    with pytest.raises(UnsupportedError, match="--kv-cache-dtype='fp8' is refused for MLA"):
         read((latents(), [0]), cache_dtype="fp8")
 
 

@@ -72,7 +72,7 @@ class Engine:
             cache_dtype="auto", block_size=32, prefix_caching_hash_algo="sha256"
         )
         self.load = SimpleNamespace(load_format="auto")
-        self.tp_size, self.rank = 2, 0
+        self.tp_size, self.pp_size, self.rank = 2, 1, 0
         self.extra: dict[str, Any] = {"codec": "kvtc"}
         self.group = GROUP
         self.artifact, self.ropes = b"artifact", (rope(1e4),)
@@ -93,7 +93,9 @@ class Engine:
             model_config=self.model,
             cache_config=self.cache,
             load_config=self.load,
-            parallel_config=SimpleNamespace(tensor_parallel_size=self.tp_size),
+            parallel_config=SimpleNamespace(
+                tensor_parallel_size=self.tp_size, pipeline_parallel_size=self.pp_size
+            ),
         )
         live = SimpleNamespace(
             compilation_config=SimpleNamespace(static_forward_context=self.layers)
@@ -131,6 +133,7 @@ CHANGES: dict[str, Callable[[Engine], Any]] = {
     "chunk size": lambda e: e.extra.update(chunk_tokens=256),
     "hash algorithm": lambda e: setattr(e.cache, "prefix_caching_hash_algo", "sha256_cbor"),
     "TP size": lambda e: setattr(e, "tp_size", 4),
+    "pipeline stages": lambda e: setattr(e, "pp_size", 2),
     "rank": lambda e: setattr(e, "rank", 1),
     "layers": lambda e: setattr(e, "group", replace(GROUP, layer_names=("layers.0",))),
     "heads": lambda e: setattr(e, "group", replace(GROUP, num_kv_heads=4)),
