@@ -33,3 +33,7 @@ class FittedBaseline(Baseline):
             statistics = ModelStatistics.load(Path(statistics))
         statistics.check(geometry)
         self.statistics = statistics
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Make of the statistics, once, what every chunk needs."""

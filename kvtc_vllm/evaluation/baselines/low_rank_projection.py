@@ -7,13 +7,12 @@ from collections.abc import Sequence
 
 import torch
 
-from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind
-from kvtc_vllm.codec.rope import Rope
+from kvtc_vllm.codec.artifact import KINDS, Kind
 from kvtc_vllm.codec.shuffle import to_bytes
 from kvtc_vllm.codec.transform import keys_from_rows, rows_from_keys
 from kvtc_vllm.evaluation.baselines.fitted import FittedBaseline
 from kvtc_vllm.evaluation.baselines.formats import from_bytes, sixteen_bit, to_cache
-from kvtc_vllm.evaluation.baselines.statistics import ModelStatistics, leading
+from kvtc_vllm.evaluation.baselines.statistics import leading
 
 LORC_SHARES = (0.3, 0.6)
 """Least and largest share of a layer's width that LoRC keeps; 55 to 60 % less on average."""
@@ -27,15 +26,7 @@ class LowRankProjection(FittedBaseline):
     Charged: the coordinates in 16 bits. The bases are of the model.
     """
 
-    def __init__(
-        self,
-        geometry: Geometry,
-        dtype: torch.dtype,
-        ropes: Sequence[Rope | None] = (),
-        *,
-        statistics: ModelStatistics | str,
-    ) -> None:
-        super().__init__(geometry, dtype, ropes, statistics=statistics)
+    def prepare(self) -> None:
         self._bases: dict[Kind, list[torch.Tensor]] = {kind: self.bases(kind) for kind in KINDS}
 
     @abstractmethod

@@ -8,13 +8,11 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from kvtc_vllm.codec.artifact import Geometry
 from kvtc_vllm.codec.quantizers.fp8 import E4M3_MAX
-from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.codec.shuffle import to_bytes
 from kvtc_vllm.evaluation.baselines.fitted import FittedBaseline
 from kvtc_vllm.evaluation.baselines.formats import from_bytes, sixteen_bit, to_cache
-from kvtc_vllm.evaluation.baselines.statistics import ModelStatistics, leading
+from kvtc_vllm.evaluation.baselines.statistics import leading
 
 KEPT = 0.5
 """Share of the coordinates of a vector that are kept: 50 to 60 % less is the paper's claim."""
@@ -36,20 +34,12 @@ class Swan(FittedBaseline):
     coordinate: ClassVar[torch.dtype | None]
     """How a coordinate is stored; None: in 16 bits."""
 
-    def __init__(
-        self,
-        geometry: Geometry,
-        dtype: torch.dtype,
-        ropes: Sequence[Rope | None] = (),
-        *,
-        statistics: ModelStatistics | str,
-    ) -> None:
-        super().__init__(geometry, dtype, ropes, statistics=statistics)
+    def prepare(self) -> None:
         known = self.statistics
         joint = _share(known.queries) + _share(known.keys)
         self._rotations = (
-            leading(joint, geometry.head_size),
-            leading(known.values, geometry.head_size_v),
+            leading(joint, self.geometry.head_size),
+            leading(known.values, self.geometry.head_size_v),
         )
 
     def compress(self, k: torch.Tensor, v: torch.Tensor, start: int) -> list[bytes]:

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from kvtc_vllm.codec.artifact import Geometry
-from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.codec.shuffle import to_bytes
 from kvtc_vllm.evaluation.baselines.fitted import FittedBaseline
 from kvtc_vllm.evaluation.baselines.formats import (
@@ -19,7 +17,6 @@ from kvtc_vllm.evaluation.baselines.formats import (
     to_cache,
 )
 from kvtc_vllm.evaluation.baselines.kivi import GROUP, Kivi
-from kvtc_vllm.evaluation.baselines.statistics import ModelStatistics
 
 PRUNED = 0.4
 """Share of the key channels that are dropped: the paper's most common setting."""
@@ -91,16 +88,8 @@ class ThinkKivi(Think):
     name = "think-40-kivi"
     source = "ThinK on KIVI, arXiv 2407.21018: 40 % of the key channels pruned, 2 bits, group 32"
 
-    def __init__(
-        self,
-        geometry: Geometry,
-        dtype: torch.dtype,
-        ropes: Sequence[Rope | None] = (),
-        *,
-        statistics: ModelStatistics | str,
-    ) -> None:
-        super().__init__(geometry, dtype, ropes, statistics=statistics)
-        Kivi(geometry, dtype)  # which refuses heads that are no whole groups
+    def prepare(self) -> None:
+        Kivi(self.geometry, self.dtype)  # which refuses heads that are no whole groups
 
     def compress(self, k: torch.Tensor, v: torch.Tensor, start: int) -> list[bytes]:
         kept = self._kept_channels(k)

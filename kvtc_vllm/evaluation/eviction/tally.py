@@ -62,7 +62,8 @@ class AttentionTally:
         newest = weights[:, -OBSERVED:].unflatten(0, (self._kv_heads, -1))
         rows = newest.sum(dim=1, dtype=torch.float64)
         if layer in self._newest:
-            before = self._newest[layer][:, max(0, rows.shape[1] + self._count(layer) - OBSERVED) :]
+            before = self._newest[layer]
+            before = before[:, max(0, rows.shape[1] + before.shape[1] - OBSERVED) :]
             # Earlier queries have not seen the tokens that came since.
             wider = before.new_zeros(*before.shape[:2], rows.shape[2])
             wider[..., : before.shape[2]] = before
@@ -70,7 +71,3 @@ class AttentionTally:
         self._newest[layer] = rows
         # A copy, because a view would keep the whole map alive.
         self._layers[layer] = Attention(received, weights[:, -1].clone(), rows.sum(dim=1))
-
-    def _count(self, layer: int) -> int:
-        """Newest queries that are kept of a layer."""
-        return self._newest[layer].shape[1]
