@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ from kvtc_vllm.artifact.registry import find
 from kvtc_vllm.cli import main
 from kvtc_vllm.codec.errors import ArtifactError
 from tests.connector.engine import greedy, metrics, texts
-from tests.hybrid.families import make_model
+from tests.hybrid.calibrating import calibrate
 from tests.hybrid.running import start
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -31,18 +29,7 @@ RATIO = 2.0
 def test_calibrate_then_serve(
     reference_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = make_model("gemma3", tmp_path / "model", vocabulary=2048)
-    for path in reference_model.glob("tokenizer*"):
-        shutil.copy(path, model)
-    sys.path.insert(0, str(reference_model.parent))
-    import data
-
-    text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(data.texts("train", "mix", characters=40_000)))
-    out = tmp_path / "registry"
-    arguments = ["calibrate", str(model), "--data", str(text), "--out", str(out)]
-    arguments += ["--tokens", "3000", "--max-len", "900", "--ratios", f"{RATIO:g}"]
-    assert main([*arguments, "--engine", ENGINE]) == 0
+    model, out = calibrate("gemma3", reference_model, tmp_path, RATIO, ENGINE)
 
     directory = find(model_identity(model), 1, RATIO, model_name="tiny", registries=[out])
     groups = cache_groups(load_card(directory))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +11,9 @@ import pytest
 from kvtc_vllm.artifact.directory import load_rank_artifact
 from kvtc_vllm.artifact.identity import model_identity
 from kvtc_vllm.artifact.registry import find
-from kvtc_vllm.cli import main
 from tests.connector.engine import greedy, metrics, texts
-from tests.hybrid.families import LATENTS, make_model
+from tests.hybrid.calibrating import calibrate
+from tests.hybrid.families import LATENTS
 from tests.hybrid.running import RAW, ask, difference, loading_zeros, prompts, start
 
 pytestmark = [
@@ -57,19 +55,8 @@ def test_a_reload_equals_what_was_computed(
 
 
 def test_calibrate_then_serve(reference_model: Path, tmp_path: Path) -> None:
-    model = make_model("deepseek", tmp_path / "model", vocabulary=2048)
-    for path in reference_model.glob("tokenizer*"):
-        shutil.copy(path, model)
-    sys.path.insert(0, str(reference_model.parent))
-    import data
-
-    text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(data.texts("train", "mix", characters=40_000)))
-    out = tmp_path / "registry"
-    arguments = ["calibrate", str(model), "--data", str(text), "--out", str(out)]
-    arguments += ["--tokens", "3000", "--max-len", "900", "--ratios", f"{RATIO:g}"]
     engine = '{"block_size": 16, "max_model_len": 1024, "dtype": "float32"}'
-    assert main([*arguments, "--engine", engine]) == 0
+    model, out = calibrate("deepseek", reference_model, tmp_path, RATIO, engine)
 
     directory = find(model_identity(model), 1, RATIO, model_name="tiny", registries=[out])
     artifact, card, _ = load_rank_artifact(directory, 0)
