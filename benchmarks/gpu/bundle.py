@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = ("isal", "msgspec", "numpy", "safetensors", "torch", "tqdm", "triton", "xxhash", "yaml")
-OPTIONAL = ("nvidia.nvcomp", "pytest", "hypothesis", "vllm")
+OPTIONAL = ("nvidia.libnvcomp", "pytest", "hypothesis", "vllm")
 
 
 def main() -> int:

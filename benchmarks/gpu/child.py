@@ -20,6 +20,8 @@ from typing import Any
 
 from benchmarks.demo.server import ENVIRONMENT
 
+_PLAIN = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
+"""The sampler that needs no package beside vLLM; words are greedy."""
 ROOT = Path(__file__).resolve().parents[2]
 _MARK = "@row "
 
@@ -55,7 +57,7 @@ def rows_of(
         process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             cwd=ROOT,
-            env={**os.environ, **ENVIRONMENT},
+            env={**_PLAIN, **os.environ, **ENVIRONMENT},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -187,6 +187,7 @@ def _options(case: Case) -> dict[str, Any]:
         "max_num_batched_tokens": case.batched_tokens,
         "max_num_seqs": case.slots,
         "skip_tokenizer_init": True,
+        "gpu_memory_utilization": 0.6,
     }
     if case.backend is not None:
         options["attention_backend"] = case.backend

@@ -11,14 +11,15 @@ from benchmarks.gpu.paged_fixture import PagedFixture
 from benchmarks.gpu.report import seconds
 from kvtc_vllm.codec.artifact import KINDS
 from kvtc_vllm.codec.base import Blob
-from kvtc_vllm.codec.container import parse
+from kvtc_vllm.codec.container import parse, section_tables
 from kvtc_vllm.codec.kernels.chunks import RowLayout
 from kvtc_vllm.codec.kernels.numeric import product
 from kvtc_vllm.codec.kernels.paged import block_slots, within
 from kvtc_vllm.codec.kernels.paged_io import scatter_rows
 from kvtc_vllm.codec.kernels.payload_kernels import decode_payloads, encode_payloads
-from kvtc_vllm.codec.kernels.unit_coders import PlacedSection, unit_coder
+from kvtc_vllm.codec.kernels.unit_coders import PlacedSections, unit_coder
 from kvtc_vllm.codec.kernels.uploads import UploadedBlobs
+from kvtc_vllm.codec.kernels.verified import VerifiedBlob
 from kvtc_vllm.codec.streams import DeviceThread
 
 
@@ -117,17 +118,21 @@ def product_flops(fixture: PagedFixture) -> int:
 
 def _inflate_seconds(fixture: PagedFixture, blobs: list[Blob], rounds: int) -> float:
     device = fixture.codec.device
-    infos = [parse(blob) for blob in blobs]
     coder = unit_coder(device)
-    placed: list[PlacedSection] = []
+    verified: dict[int, VerifiedBlob] = {}
+    placed: list[tuple[int, int, int]] = []
     end = 0
-    for index, info in enumerate(infos):
-        for number, section in enumerate(info.sections):
+    for index, blob in enumerate(blobs):
+        sections = parse(blob).sections
+        tables = section_tables(memoryview(blob), len(sections))
+        verified[index] = VerifiedBlob(memoryview(blob), 0, tables)
+        for number, section in enumerate(sections):
             if section.kind <= 1:
-                placed.append(PlacedSection(index, number, section, end))
+                placed.append((index, number, end))
                 end += section.raw_length
     out = torch.empty(end, dtype=torch.uint8, device=device)
     thread = DeviceThread(device, 0)
+    wanted = PlacedSections(*np.array(placed, np.int64).T)
     kept: list[object] = []
 
     def run() -> None:
@@ -136,9 +141,9 @@ def _inflate_seconds(fixture: PagedFixture, blobs: list[Blob], rounds: int) -> f
         if coder.reads_on_device:
             for index in range(len(blobs)):
                 uploads.stage(index)
-                uploads.send(index)
-        reader = coder.open(uploads, dict(enumerate(infos)))
-        reader.inflate(placed, out)
+            uploads.send(slice(0, len(blobs)))
+        reader = coder.open(uploads, verified)
+        reader.inflate(wanted, out)
         kept[:] = [reader]
 
     return seconds(run, device, rounds)

@@ -123,15 +123,16 @@ def _watched_registration() -> Iterator[None]:
     collector's list once it has started.
     """
     from kvtc_vllm.connector import connector
-    from kvtc_vllm.connector.layout import PagedLayout
+    from kvtc_vllm.connector.layout import paged_layouts
 
     build_worker = connector.build_worker
 
     def watched(vllm_config: Any, config: Any, geometry: Any, caches: Any, *more: Any) -> Any:
-        outcome = _outcome(lambda: registered(vllm_config, geometry.layer_names, caches))
+        (group,) = geometry.groups
+        outcome = _outcome(lambda: registered(vllm_config, group.layer_names, caches))
         report({"check": "registered", **outcome})
         worker = build_worker(vllm_config, config, geometry, caches, *more)
-        _layouts.append(PagedLayout(caches, geometry))
+        _layouts.extend(paged_layouts(caches, geometry))
         return worker
 
     vars(connector)["build_worker"] = watched

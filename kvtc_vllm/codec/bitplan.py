@@ -44,7 +44,7 @@ from kvtc_vllm.codec.dynamic_program import (
     fill_table,
     trace_back,
 )
-from kvtc_vllm.codec.entropy import MAX_UNIT_BYTES, UNIT_ALIGNMENT, UNIT_BYTES
+from kvtc_vllm.codec.entropy import UNIT_ALIGNMENT, UNIT_BYTES, UNIT_TARGET
 from kvtc_vllm.codec.payload import SCALE_STREAMS, BitPlan, CoefficientGroup, bit_plan
 from kvtc_vllm.codec.quantizers import REGISTRY, Quantizer, group_cost_bits
 
@@ -112,7 +112,7 @@ def budget_bytes(row_size: int, ratio: float, tokens: int) -> int:
     least_group = min(group_cost_bits(q.bits, 1) for q in REGISTRY.values())
     payload = bits * tokens // 8 + 1 + bits // least_group
     streams = 2 * (SCALE_STREAMS + len(REGISTRY))
-    units = streams + payload // MAX_UNIT_BYTES
+    units = streams + payload // UNIT_TARGET
     return payload + units * (UNIT_BYTES + UNIT_ALIGNMENT)
 
 

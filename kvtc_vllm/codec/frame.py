@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -63,6 +64,8 @@ from kvtc_vllm.codec.transform import (
 )
 
 NON_FINITE = "non-finite: the chunk holds NaN or infinity"
+_LENGTHS = 64
+"""Kinds of chunks, by numbers of tokens and sinks, whose sections are remembered."""
 SECTION_KIND: dict[Kind, SectionKind] = {
     "k": SectionKind.CODED_K,
     "v": SectionKind.CODED_V,
@@ -105,6 +108,8 @@ class TransformCodec(ChunkCodec):
             (rope.max_positions for rope in artifact.ropes), default=MAX_POSITION
         )
         self._sections = {key: s.on(self.device, operand) for key, s in artifact.sections.items()}
+        # A load verifies dozens of chunks, nearly all of one length.
+        self._sections_of = lru_cache(_LENGTHS)(self._list_sections)
 
     @property
     def resident_bytes(self) -> int:
@@ -228,11 +233,14 @@ class TransformCodec(ChunkCodec):
             )
 
     def _expected_sections(self, header: Header) -> list[ExpectedSection]:
+        return self._sections_of(header.tokens, header.sinks, header.ratio)
+
+    def _list_sections(self, tokens: int, sinks: int, ratio: float) -> list[ExpectedSection]:
         expected: list[ExpectedSection] = []
-        if header.sinks:
-            length = header.sinks * self.geometry.token_elements() * self.dtype.itemsize
+        if sinks:
+            length = sinks * self.geometry.token_elements() * self.dtype.itemsize
             expected.append(ExpectedSection(SectionKind.SINKS, ALL_LAYERS, length))
-        coded = header.tokens - header.sinks
+        coded = tokens - sinks
         if coded:
             if self._has_marks:
                 length = marks_length(coded)
@@ -240,7 +248,7 @@ class TransformCodec(ChunkCodec):
                     ExpectedSection(SectionKind.MARKS, ALL_LAYERS, length, {RAW.coder_id})
                 )
             for group, tensor in self._section_keys():
-                coder = self._coder(group, tensor, header.ratio)
+                coder = self._coder(group, tensor, ratio)
                 expected.append(
                     ExpectedSection(
                         SECTION_KIND[tensor],

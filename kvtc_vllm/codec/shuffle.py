@@ -7,21 +7,32 @@ host, which is the only host supported.
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 
 def to_bytes(x: torch.Tensor) -> bytes:
     """The elements of any tensor in C order, each as it lies in memory."""
-    return x.contiguous().view(torch.uint8).cpu().numpy().tobytes()
+    return _columns(x).tobytes()
 
 
 def shuffle(x: torch.Tensor) -> list[bytes]:
     """Byte shuffle of x in C order, highest byte first: x.itemsize streams of x.numel() bytes."""
-    columns = x.contiguous().view(torch.uint8).reshape(-1, x.dtype.itemsize)
-    return [to_bytes(columns[:, i]) for i in reversed(range(x.dtype.itemsize))]
+    columns = _columns(x)
+    return [columns[:, i].tobytes() for i in reversed(range(x.dtype.itemsize))]
 
 
 def unshuffle(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Inverse of `shuffle`: uint8 [itemsize * n], streams concatenated -> dtype [n]."""
-    streams = data.view(dtype.itemsize, -1).flip(0)
-    return streams.T.contiguous().flatten().view(dtype)
+    streams = data.cpu().numpy().reshape(dtype.itemsize, -1)
+    columns = np.empty((streams.shape[1], dtype.itemsize), np.uint8)
+    columns[:, ::-1] = streams.T
+    return torch.from_numpy(columns).view(dtype).flatten().to(data.device)
+
+
+def _columns(x: torch.Tensor) -> npt.NDArray[np.uint8]:
+    """[elements, bytes of one]. By numpy: a few bytes are not worth torch's team of threads, for
+    which this thread would wait where others are busy."""
+    there: npt.NDArray[np.uint8] = x.detach().contiguous().view(torch.uint8).cpu().numpy()
+    return there.reshape(-1, x.dtype.itemsize)

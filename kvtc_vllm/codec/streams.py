@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 RING_BYTES = 4 << 20
@@ -88,11 +89,12 @@ def host_buffer(size: int, device: torch.device) -> torch.Tensor:
 
 
 class DeviceThread:
-    """What a thread that works with a device has for itself: a side stream, and pinned memory for
-    what goes to and fro."""
+    """What a thread that works with a device has for itself: side streams, one of them for copies,
+    and pinned memory for what goes to and fro."""
 
     def __init__(self, device: torch.device, host_bytes: int) -> None:
         self.stream = SideStream(device)
+        self.copying = SideStream(device)
         self._device = device
         self._host_bytes = host_bytes
         self._host: torch.Tensor | None = None
@@ -144,6 +146,8 @@ class UploadRing:
 
     def put(self, x: torch.Tensor) -> torch.Tensor:
         """x on the device, ordered on the current stream. x: contiguous, on the host."""
+        if not x.numel():  # a view as bytes would be refused: numpy gives it strides of 0
+            return torch.empty(x.shape, dtype=x.dtype, device=self._device)
         data = x.reshape(-1).view(torch.uint8)
         size = data.numel()
         if 2 * size > self._ring.numel():
@@ -155,7 +159,8 @@ class UploadRing:
         while self._busy and self._busy[0][0] < end and first < self._busy[0][1]:
             self._busy.popleft()[2].synchronize()
         place = self._ring[first:end]
-        place.copy_(data)
+        # torch would hand a copy of this size to a team of threads, and wait for it.
+        np.copyto(place.numpy(), data.numpy())
         there = place.to(self._device, non_blocking=True, copy=True).view(x.dtype).view(x.shape)
         self._busy.append((first, end, Event(self._device)))
         # The next tensor begins where any dtype may.

@@ -15,6 +15,7 @@ from kvtc_vllm.codec.entropy import (
     DeflateCoder,
     Unit,
     aligned,
+    cut_units,
 )
 from kvtc_vllm.codec.errors import ContainerError
 from kvtc_vllm.codec.kernels.deflate_nvcomp import NVCOMP
@@ -49,8 +50,10 @@ def test_round_trip_at_the_unit_limit(coder, size):
 
 
 def test_units_do_not_cross_streams_and_are_aligned():
-    encoded = round_trip(REGISTRY["deflate"], [COMPRESSIBLE, b"", NOISE[:7], bytes(100_000)])
-    assert [u.raw_length for u in encoded.units] == [2560, 7, 65536, 34464]
+    encoded = round_trip(REGISTRY["deflate"], [COMPRESSIBLE, b"", NOISE[:7], bytes(20_000)])
+    assert [u.raw_length for u in encoded.units] == [2560, 7, 10_000, 10_000]
+    assert list(cut_units([2560, 0, 7, 20_000])) == [2560, 7, 10_000, 10_000]
+    assert list(cut_units([65536])) == [8192] * 8
     assert encoded.units[1] == Unit(7, 7)
     assert all(1 <= u.stored_length <= u.raw_length for u in encoded.units)
     assert len(encoded.body) == sum(aligned(u.stored_length) for u in encoded.units)

@@ -50,6 +50,7 @@ def engine(model: Path, extra: dict[str, Any] | None, **options: Any) -> Iterato
     llm = None
     try:
         llm = LLM(model=str(model), **settings)
+        _count_every_step(llm.llm_engine)
         yield llm
     finally:
         if llm is not None:
@@ -59,6 +60,20 @@ def engine(model: Path, extra: dict[str, Any] | None, **options: Any) -> Iterato
         ensure_kv_transfer_shutdown()
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def _count_every_step(engine: Any) -> None:
+    """A server counts what a step without output did, such as ordering a load; `LLM` leaves it."""
+    core, manager = engine.engine_core, engine.logger_manager
+    get_output = core.get_output
+
+    def counted() -> Any:
+        outputs = get_output()
+        if manager is not None and outputs.scheduler_stats is not None and not outputs.outputs:
+            manager.record(scheduler_stats=outputs.scheduler_stats, iteration_stats=None)
+        return outputs
+
+    core.get_output = counted
 
 
 def greedy(llm: Any, prompts: list[list[int]], tokens: int) -> list[list[int]]:

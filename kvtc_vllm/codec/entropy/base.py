@@ -22,6 +22,9 @@ from kvtc_vllm.codec.errors import CodecError
 UNIT_ALIGNMENT = 4
 MAX_UNIT_BYTES = 65536
 """Largest raw unit: the limit of nvCOMP's DEFLATE and of the 16-bit unit table."""
+UNIT_TARGET = 8192
+"""Raw bytes, about, of the units that writers cut. Against units of 64 KiB this costs at most half
+a per cent of the stored bytes; a GPU decodes no faster than its longest unit, 0.1 ms per KiB."""
 UNIT_BYTES = 4
 """Bytes of a unit's entry in the unit table."""
 _UNITS_AT_ONCE = 4096
@@ -95,11 +98,18 @@ class UnitList(Sequence[Unit]):
         return hash(tuple(self))
 
 
+def unit_size(stream: int, target: int = UNIT_TARGET) -> int:
+    """Raw bytes of the units of a stream of so many bytes: all but the last, of about `target`."""
+    units = max(1, round(stream / target), -(-stream // MAX_UNIT_BYTES))
+    return max(1, -(-stream // units))
+
+
 def cut_units(streams: Iterable[int]) -> Iterator[int]:
-    """Raw bytes of the units of streams of so many bytes, in order, each as large as may be."""
+    """Raw bytes of the units of streams of so many bytes, in order, as writers cut them."""
     for stream in streams:
-        for first in range(0, stream, MAX_UNIT_BYTES):
-            yield min(MAX_UNIT_BYTES, stream - first)
+        size = unit_size(stream)
+        for first in range(0, stream, size):
+            yield min(size, stream - first)
 
 
 def max_stored_bytes(streams: Iterable[int]) -> int:

@@ -1,4 +1,4 @@
-"""deflate: raw DEFLATE (RFC 1951) units of at most 64 KiB, by isal on the CPU.
+"""deflate: raw DEFLATE (RFC 1951) units of about 8 KiB, by isal on the CPU; reads up to 64 KiB.
 
 The bytes are those of any other raw DEFLATE: zlib, libdeflate and nvCOMP read
 them. DEFLATE has no checksum of its own (most single-bit flips decode to wrong
@@ -8,7 +8,6 @@ checksum has been verified.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -17,10 +16,12 @@ from isal import igzip_lib, isal_zlib
 
 from kvtc_vllm.codec.entropy.base import (
     MAX_UNIT_BYTES,
+    UNIT_TARGET,
     EncodedSection,
     Unit,
     aligned,
     length_parts,
+    unit_size,
 )
 from kvtc_vllm.codec.errors import ContainerError
 
@@ -35,8 +36,8 @@ _INFLATE_ERROR = cast(type[Exception], isal_zlib.IsalError)
 class DeflateCoder:
     """isal at `level` 0 (fastest) to 3; a unit that would not shrink is stored.
 
-    matches: look for repeated bytes. Without, the window is too short for any but runs, and units
-    are of about `unit_bytes`: a Huffman table for each, where statistics change along a stream.
+    unit_bytes: units are of about so many: a Huffman table for each, where statistics change along
+    a stream. matches: look for repeated bytes; without, the window is too short for any but runs.
     On the packed codes of step plans that is 4 to 5 % smaller than with matches, and smaller than
     zlib's strategies for runs and for Huffman codes alone, at more than twice their speed.
 
@@ -47,7 +48,7 @@ class DeflateCoder:
 
     level: int = 1
     matches: bool = True
-    unit_bytes: int = MAX_UNIT_BYTES
+    unit_bytes: int = UNIT_TARGET
     name: str = "deflate"
     coder_id: int = 1
 
@@ -61,27 +62,23 @@ class DeflateCoder:
         units: list[Unit] = []
         pieces: list[bytes] = []
         for stream in streams:
-            size = self._unit_size(len(stream))
+            size = unit_size(len(stream), self.unit_bytes)
             for start in range(0, len(stream), size):
                 raw = stream[start : start + size]
-                stored = self._deflate(raw)
-                if len(stored) >= len(raw):
-                    stored = raw
+                stored = self.encode_unit(raw)
                 units.append(Unit(len(raw), len(stored)))
                 pieces.append(stored.ljust(aligned(len(stored)), b"\0"))
         return EncodedSection(tuple(units), b"".join(pieces))
+
+    def encode_unit(self, raw: bytes) -> bytes:
+        """Stored bytes of one unit, without padding; `raw` if it would not shrink."""
+        stored = self._deflate(raw)
+        return stored if len(stored) < len(raw) else raw
 
     def _deflate(self, raw: bytes) -> bytes:
         if self.matches:
             return isal_zlib.compress(raw, self.level, wbits=RAW_DEFLATE_WINDOW)
         return igzip_lib.compress(raw, self.level, igzip_lib.COMP_DEFLATE, hist_bits=_NO_HISTORY)
-
-    def _unit_size(self, length: int) -> int:
-        """Bytes of the units of a stream but the last: all of about one size."""
-        if self.unit_bytes == MAX_UNIT_BYTES:
-            return MAX_UNIT_BYTES
-        units = max(1, round(length / self.unit_bytes), math.ceil(length / MAX_UNIT_BYTES))
-        return max(1, math.ceil(length / units))
 
     def decode(self, units: Sequence[Unit], body: memoryview, raw_length: int) -> bytearray:
         # Nothing is made of units whose sums are wrong: there may be millions.

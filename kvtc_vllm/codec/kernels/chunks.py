@@ -118,6 +118,20 @@ def shares(count: int) -> list[range]:
     return first + [range(i, min(i + _SHARE, count)) for i in range(1, count, _SHARE)]
 
 
+def waves(count: int, first: int, most: int) -> list[slice]:
+    """0 .. count - 1 in parts of `first`, twice as many, and so on up to `most`.
+
+    A small one to begin with: nothing else runs while the host prepares it.
+    """
+    found: list[slice] = []
+    done, size = 0, min(first, most)
+    while done < count:
+        found.append(slice(done, min(done + size, count)))
+        done += size
+        size = min(2 * size, most)
+    return found
+
+
 def steps(weights: Sequence[int], limit: int) -> list[slice]:
     """Cut a sequence into slices whose weights add up to at most `limit`, or of one element."""
     found: list[slice] = []

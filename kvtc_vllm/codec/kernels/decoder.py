@@ -1,14 +1,15 @@
-"""Verified blobs -> paged cache, for batches of chunks, one layer group after the other."""
+"""Verified blobs -> paged cache: step by step, and in a step one layer group after the other."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from kvtc_vllm.codec.artifact import KINDS, Kind
-from kvtc_vllm.codec.container import Section
 from kvtc_vllm.codec.errors import ContainerError
 from kvtc_vllm.codec.kernels.chunks import RowLayout
 from kvtc_vllm.codec.kernels.numeric import product
@@ -16,8 +17,8 @@ from kvtc_vllm.codec.kernels.paged import PagedCache, within
 from kvtc_vllm.codec.kernels.paged_io import scatter_rows
 from kvtc_vllm.codec.kernels.payload_kernels import decode_payloads
 from kvtc_vllm.codec.kernels.resident import ResidentArtifact
-from kvtc_vllm.codec.kernels.unit_coders import PlacedSection, UnitReader
-from kvtc_vllm.codec.streams import Event, SideStream, upload
+from kvtc_vllm.codec.kernels.unit_coders import PlacedSections, UnitReader
+from kvtc_vllm.codec.streams import Event, SideStream
 
 _NOT_FINITE = "a decoded coefficient is not finite"
 _OVERFLOW = "a decoded row is outside the float16 range"
@@ -25,12 +26,14 @@ _OVERFLOW = "a decoded row is outside the float16 range"
 
 @dataclass(frozen=True)
 class DecodeStep:
-    """Chunks that have been checked and whose workspace fits."""
+    """Chunks of a load that have been checked and are decoded together."""
 
     layout: RowLayout
     """Of the chunks' coded tokens."""
-    sections: Sequence[Mapping[tuple[int, Kind], tuple[int, Section]]]
-    """Of each chunk, by layer group and tensor: number of the section, and where it is."""
+    first_coded: npt.NDArray[np.int64]
+    """Of each of the layout's members: the number of its first coded section."""
+    table: torch.Tensor
+    """`RowLayout.table` on the device."""
     slots: torch.Tensor
     """int64 [R] on the device, in the order of the rows; `SKIP` for unwanted tokens."""
     positions: torch.Tensor
@@ -39,177 +42,180 @@ class DecodeStep:
 
 @dataclass(frozen=True)
 class DecodeWorkspace:
-    """All device memory of one step, taken before anything is launched."""
+    """All device memory of one load, taken before anything is launched."""
 
     payloads: tuple[torch.Tensor, torch.Tensor]
-    """uint8, each for the payloads of the largest layer group."""
+    """uint8, each for the payloads of all layer groups of the largest step."""
     coefficients: torch.Tensor
     """Operand dtype, for the widest section."""
     rows: torch.Tensor
     """float16 or float32, for the widest section."""
-    chunks: torch.Tensor
-    """`RowLayout.table`."""
     flags: torch.Tensor
-    """int32 [chunks + R], zero: values that are not finite by chunk, rows out of range by row."""
+    """int32, zero. Of every step one after the other: values that are not finite by chunk, rows
+    out of range by row."""
 
     @classmethod
     def of(
-        cls, step: DecodeStep, resident: ResidentArtifact, row_dtype: torch.dtype
+        cls,
+        resident: ResidentArtifact,
+        row_dtype: torch.dtype,
+        chunks: int,
+        most_chunks: int,
+        tokens: int,
+        device: torch.device,
     ) -> DecodeWorkspace:
-        """Raises torch.OutOfMemoryError."""
-        device, layout = step.slots.device, step.layout
-        tokens = layout.num_rows
+        """For a load of `chunks` chunks of `tokens` tokens, at most `most_chunks` in a step.
+
+        Raises torch.OutOfMemoryError.
+        """
         keys = list(resident.plans)
-        groups = resident.layer_groups
-        size = max((_payload_bytes(layout, resident, group) for group in groups), default=0)
+        payload = sum(resident.tables(*key, (tokens,)).payload_stride for key in keys)
+        most = most_chunks * tokens
         row = max(resident.geometry.row_size(*key) for key in keys)
+        widest = max(resident.width(*key) for key in keys)
         return cls(
             (
-                torch.empty(size, dtype=torch.uint8, device=device),
-                torch.empty(size, dtype=torch.uint8, device=device),
+                torch.empty(most_chunks * payload, dtype=torch.uint8, device=device),
+                torch.empty(most_chunks * payload, dtype=torch.uint8, device=device),
             ),
-            torch.empty(
-                tokens * max(resident.width(*key) for key in keys),
-                dtype=resident.operand,
-                device=device,
-            ),
-            torch.empty(tokens * row, dtype=row_dtype, device=device),
-            upload(layout.table, device),
-            torch.zeros(len(layout.members) + tokens, dtype=torch.int32, device=device),
+            torch.empty(most * widest, dtype=resident.operand, device=device),
+            torch.empty(most * row, dtype=row_dtype, device=device),
+            torch.zeros(chunks * (1 + tokens), dtype=torch.int32, device=device),
         )
 
 
 def workspace_bytes_per_token(resident: ResidentArtifact, row_dtype: torch.dtype) -> int:
-    """Device memory that decoding takes for each token of a step, compressed bytes included."""
-    widest = row = both = total = 0
-    for group in resident.layer_groups:
-        payload = 0
-        for tensor in KINDS:
-            widest = max(widest, resident.width(group, tensor))
-            row = max(row, resident.geometry.row_size(group, tensor))
-            payload += -(-resident.plans[group, tensor].raw_length(8) // 8)
-        both = max(both, payload)
-        total += payload
-    return row * row_dtype.itemsize + widest * resident.operand.itemsize + 2 * both + total
+    """Device memory that decoding takes for each token of a step, compressed bytes apart."""
+    widest = row = payload = 0
+    for key, plan in resident.plans.items():
+        widest = max(widest, resident.width(*key))
+        row = max(row, resident.geometry.row_size(*key))
+        payload += -(-plan.raw_length(8) // 8)
+    return row * row_dtype.itemsize + widest * resident.operand.itemsize + 2 * payload
 
 
-def decode_step(
-    step: DecodeStep,
-    reader: UnitReader,
-    resident: ResidentArtifact,
-    cache: PagedCache,
-    workspace: DecodeWorkspace,
-    inflating: SideStream,
-    point: Event | None,
-) -> dict[int, ContainerError]:
-    """Decode all layer groups and write the wanted tokens.
+class Decoder:
+    """Decodes the steps of one load and writes the wanted tokens.
 
-    While the current stream works on a layer group, `inflating` decodes the payloads of the
-    next; two buffers go to and fro between them. point: see `PagedKvtcCodec.load`. Returns
-    chunks with damaged sections; others are told by `damaged_chunks` when the work has run. The
-    blocks of both have then been written with something. If it raises, nothing runs on
-    `inflating` any more.
+    While the current stream works on one step, `inflating` decodes the payloads of the next; two
+    buffers go to and fro between them. The host does not wait until `damaged`. point: see
+    `PagedKvtcCodec.load`. Whoever gives up in between must wait for `inflating`: its buffers go
+    back to the current stream's memory.
     """
-    device = step.slots.device
-    begin = Event(device)
-    free: list[Event | None] = [None, None]
-    damaged: dict[int, ContainerError] = {}
-    try:
-        for layer_group in resident.layer_groups:
-            buffer = workspace.payloads[layer_group % 2]
-            with inflating.after(begin, free[layer_group % 2]):
-                damaged |= _inflate_group(step, reader, resident, layer_group, buffer)
-                ready = Event(device)
-            ready.wait()
-            offset = 0
-            for tensor in KINDS:
-                offset = _decode_section(
-                    step, resident, cache, layer_group, tensor, workspace, offset, point
-                )
-            free[layer_group % 2] = Event(device)
-    except BaseException:
-        # Its buffers go back to the current stream's memory.
-        inflating.synchronize()
-        raise
-    return damaged
+
+    def __init__(
+        self,
+        resident: ResidentArtifact,
+        cache: PagedCache,
+        workspace: DecodeWorkspace,
+        inflating: SideStream,
+        point: Event | None,
+    ) -> None:
+        self._resident = resident
+        self._cache = cache
+        self._workspace = workspace
+        self._inflating = inflating
+        self._point = point
+        self._begin = Event(cache.k.device)
+        self._free: list[Event | None] = [None, None]
+        self._steps: list[DecodeStep] = []
+        self._readers: list[UnitReader] = []
+        self._flags = 0
+
+    def decode(
+        self, step: DecodeStep, open_reader: Callable[[], UnitReader], sent: Event | None
+    ) -> dict[int, ContainerError]:
+        """Begin to decode the next step.
+
+        open_reader: of its blobs. sent: after which these are on the device. Returns chunks with
+        damaged sections. Their blocks are written with something all the same.
+        """
+        device = step.slots.device
+        side = len(self._steps) % 2
+        with self._inflating.after(self._begin, sent, self._free[side]):
+            reader = open_reader()
+            damaged = reader.inflate(*self._placed(step, self._workspace.payloads[side]))
+            ready = Event(device)
+        ready.wait()
+        count = len(step.layout.members)
+        flags = self._workspace.flags[self._flags : self._flags + count + step.layout.num_rows]
+        self._flags += len(flags)
+        offset = 0
+        for key in _keys(self._resident):
+            offset = self._decode_section(step, *key, side, offset, flags)
+        self._free[side] = Event(device)
+        self._steps.append(step)
+        self._readers.append(reader)
+        return damaged
+
+    def damaged(self) -> dict[int, ContainerError]:
+        """Chunks whose units or values are not what they should be. Waits for the device."""
+        found: dict[int, ContainerError] = {}
+        flags = self._workspace.flags[: self._flags].cpu().numpy()
+        first = 0
+        for step, reader in zip(self._steps, self._readers, strict=True):
+            layout = step.layout
+            last = first + len(layout.members)
+            infinite = flags[first:last] != 0
+            first, by_row = last + layout.num_rows, flags[last : last + layout.num_rows]
+            overflowed = np.maximum.reduceat(by_row, layout.first_rows[:-1]) != 0
+            for place in np.flatnonzero(infinite | overflowed).tolist():
+                why = _NOT_FINITE if infinite[place] else _OVERFLOW
+                found[layout.members[place]] = ContainerError("bounds", why)
+            found |= reader.damaged()
+        return found
+
+    def _placed(
+        self, step: DecodeStep, buffer: torch.Tensor
+    ) -> tuple[PlacedSections, torch.Tensor]:
+        """Where the payloads of all sections of a step go, section after section."""
+        lengths, members = step.layout.lengths, np.array(step.layout.members, np.int64)
+        strides = np.array(
+            [self._resident.tables(*key, lengths).payload_stride for key in _keys(self._resident)],
+            np.int64,
+        )
+        count = len(members)
+        begins = (strides.cumsum() - strides) * count
+        places = begins[:, None] + strides[:, None] * np.arange(count)
+        numbers = step.first_coded + np.arange(len(strides))[:, None]
+        wanted = PlacedSections(np.tile(members, len(strides)), numbers.ravel(), places.ravel())
+        return wanted, buffer[: int(strides.sum()) * count]
+
+    def _decode_section(
+        self,
+        step: DecodeStep,
+        layer_group: int,
+        tensor: Kind,
+        side: int,
+        offset: int,
+        flags: torch.Tensor,
+    ) -> int:
+        """Decode K or V of a layer group; returns where the next section's payloads begin."""
+        resident, layout, workspace = self._resident, step.layout, self._workspace
+        tokens, chunks = layout.num_rows, len(layout.members)
+        tables = resident.tables(layer_group, tensor, layout.lengths)
+        end = offset + tables.payload_stride * chunks
+        payloads = workspace.payloads[side][offset:end].view(chunks, tables.payload_stride)
+        coefficients = workspace.coefficients[: tokens * tables.width].view(tokens, tables.width)
+        decode_payloads(payloads, tables, step.table, coefficients, flags)
+        row = resident.geometry.row_size(layer_group, tensor)
+        rows = workspace.rows[: tokens * row].view(tokens, row)
+        product(coefficients, resident.synthesis[layer_group, tensor].T, rows)
+        if self._point is not None:
+            self._point.wait()
+        first, end_layer = resident.geometry.layer_groups[layer_group]
+        scatter_rows(
+            self._cache.tensor(tensor),
+            step.slots,
+            step.positions,
+            within(resident.rotations[tensor], first, end_layer),
+            resident.means[tensor][resident.columns(layer_group, tensor)],
+            rows,
+            first_layer=first,
+            overflowed=flags[chunks:] if rows.dtype == torch.float16 else None,
+        )
+        return end
 
 
-def damaged_chunks(step: DecodeStep, workspace: DecodeWorkspace) -> dict[int, ContainerError]:
-    """Chunks whose values are no numbers. Waits for the device."""
-    layout = step.layout
-    flags = workspace.flags.cpu()
-    damaged: dict[int, ContainerError] = {}
-    count = len(layout.members)
-    overflowed = flags[count:]
-    for place, index in enumerate(layout.members):
-        rows = slice(layout.first_rows[place], layout.first_rows[place + 1])
-        if flags[place]:
-            damaged[index] = ContainerError("bounds", _NOT_FINITE)
-        elif bool(overflowed[rows].any()):
-            damaged[index] = ContainerError("bounds", _OVERFLOW)
-    return damaged
-
-
-def _payload_bytes(layout: RowLayout, resident: ResidentArtifact, layer_group: int) -> int:
-    if not layout.members:
-        return 0
-    stride = sum(
-        resident.tables(layer_group, tensor, layout.lengths).payload_stride for tensor in KINDS
-    )
-    return stride * len(layout.members)
-
-
-def _inflate_group(
-    step: DecodeStep,
-    reader: UnitReader,
-    resident: ResidentArtifact,
-    layer_group: int,
-    buffer: torch.Tensor,
-) -> dict[int, ContainerError]:
-    wanted: list[PlacedSection] = []
-    place = 0
-    for tensor in KINDS:
-        stride = resident.tables(layer_group, tensor, step.layout.lengths).payload_stride
-        for index in step.layout.members:
-            number, section = step.sections[index][layer_group, tensor]
-            wanted.append(PlacedSection(index, number, section, place))
-            place += stride
-    return reader.inflate(wanted, buffer[:place])
-
-
-def _decode_section(
-    step: DecodeStep,
-    resident: ResidentArtifact,
-    cache: PagedCache,
-    layer_group: int,
-    tensor: Kind,
-    workspace: DecodeWorkspace,
-    offset: int,
-    point: Event | None,
-) -> int:
-    """Decode K or V of a layer group; returns where the next section's payloads begin."""
-    layout = step.layout
-    tokens, chunks = layout.num_rows, len(layout.members)
-    tables = resident.tables(layer_group, tensor, layout.lengths)
-    end = offset + tables.payload_stride * chunks
-    buffer = workspace.payloads[layer_group % 2]
-    payloads = buffer[offset:end].view(chunks, tables.payload_stride)
-    coefficients = workspace.coefficients[: tokens * tables.width].view(tokens, tables.width)
-    decode_payloads(payloads, tables, workspace.chunks, coefficients, workspace.flags)
-    row = resident.geometry.row_size(layer_group, tensor)
-    rows = workspace.rows[: tokens * row].view(tokens, row)
-    product(coefficients, resident.synthesis[layer_group, tensor].T, rows)
-    if point is not None:
-        point.wait()
-    first, end_layer = resident.geometry.layer_groups[layer_group]
-    scatter_rows(
-        cache.tensor(tensor),
-        step.slots,
-        step.positions,
-        within(resident.rotations[tensor], first, end_layer),
-        resident.means[tensor][resident.columns(layer_group, tensor)],
-        rows,
-        first_layer=first,
-        overflowed=workspace.flags[chunks:] if rows.dtype == torch.float16 else None,
-    )
-    return end
+def _keys(resident: ResidentArtifact) -> list[tuple[int, Kind]]:
+    return [(group, tensor) for group in resident.layer_groups for tensor in KINDS]

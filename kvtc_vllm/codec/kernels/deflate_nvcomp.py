@@ -5,19 +5,18 @@ extra under NVIDIA's own licence. Where it or a GPU is missing, `NvcompCoder` us
 threads and says so once.
 
 A corrupt stream is undefined behaviour for nvCOMP. Compressed bytes must therefore come out of a
-container whose checksum was verified (`container.parse`) and through `unit_table`.
+container whose checksum was verified (`container.parse`) and through `unit_table`. What nvCOMP
+notices all the same is reported.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,23 +28,26 @@ from kvtc_vllm.codec.entropy.base import (
     Unit,
     UnitList,
     aligned,
+    cut_units,
 )
 from kvtc_vllm.codec.entropy.deflate_cpu import DEFLATE
 from kvtc_vllm.codec.entropy.unit_table import Lengths, UnitTable, checked_table
+from kvtc_vllm.codec.errors import ContainerError
 from kvtc_vllm.codec.kernels.jit import jit
+from kvtc_vllm.codec.kernels.nvcomp_library import (
+    Batch,
+    NvcompLibrary,
+    NvcompUnavailable,
+    load_nvcomp,
+)
 from kvtc_vllm.codec.streams import SideStream, synchronize, upload
 
 logger = logging.getLogger(__name__)
 
-ENTROPY_ONLY = 0
-"""nvCOMP's fastest algorithm. On packed codes matches hardly ever help, the Huffman table does."""
 _ALIGNMENT = 16
 _COPY_TILE = 4096
+UNDECODED = "a unit does not decode to its raw length"
 _CUDA = torch.device("cuda")
-
-
-class NvcompUnavailable(Exception):
-    """nvCOMP cannot be used here; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -56,63 +58,78 @@ class Compressed:
     """Device address of the stored bytes of each unit."""
     stored: Lengths
     """Bytes of each; its raw length where it would not shrink, and then `addresses` is of it."""
-    kept: tuple[torch.Tensor, ...]
+    kept: tuple[object, ...]
     """What the addresses point into."""
 
 
 @dataclass(frozen=True)
-class _StreamCodec:
-    """nvCOMP binds a codec to a device and a stream. lock: held while it is given work, never
-    while anybody waits for the device."""
+class Decompressed:
+    """Units on their way to their places.
 
-    codec: Any
-    stream: int
-    bounds: dict[int, int] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    bad: bool [n] on the device, in the order of the units: those that nvCOMP could not decode to
+    their raw length. kept: must stay until the work has run.
+    """
+
+    bad: torch.Tensor
+    kept: tuple[object, ...]
 
 
 class NvcompDeflate:
     """Batches of units between torch CUDA tensors, on the caller's current stream.
 
-    That must not be the default stream: nvCOMP's documentation does not say whether 0 means it or
-    a stream of nvCOMP's own. Raises NvcompUnavailable without nvCOMP 6 or a GPU. Thread-safe;
+    library: None for the installed one; raises NvcompUnavailable without it or a GPU. Any thread;
     threads on streams of their own do not wait for each other.
     """
 
-    def __init__(self, algorithm: int = ENTROPY_ONLY) -> None:
-        self._nvcomp = _import_nvcomp()
-        self._algorithm = algorithm
-        self._codecs: dict[tuple[int, int], _StreamCodec] = {}
-        self._lock = threading.Lock()
+    def __init__(self, library: NvcompLibrary | None = None) -> None:
+        self._library = load_nvcomp() if library is None else library
+        self._rooms: dict[int, int] = {}
 
     def compress(self, raw: torch.Tensor, starts: Lengths, lengths: Lengths) -> Compressed:
         """Compress units of a contiguous uint8 tensor that begin at `starts`.
 
-        Waits for the device, because sizes are needed on the host. Takes about 2.3 times the
-        bytes of `raw` on the device. Raises RuntimeError on the default stream.
+        Waits for the device, because sizes are needed on the host. Takes 2.3 to 4.6 times the
+        bytes of `raw` on the device.
         """
         if not len(lengths):
             return Compressed(lengths, lengths, ())
         # The largest first: what is left for the end of the launch is short.
         order = np.argsort(-lengths, kind="stable")
-        bound = self._codec(raw.device)
-        with bound.lock:
-            rooms = self._rooms(bound, raw, lengths[order])
-            places = rooms.cumsum() - rooms
-            scratch = torch.empty(int(rooms.sum()), dtype=torch.uint8, device=raw.device)
-            source = self._arrays(raw, starts[order], lengths[order], bound.stream)
-            target = self._arrays(scratch, places, rooms, bound.stream)
-            encoded = bound.codec.encode(source, out=target)
-        # nvCOMP would wait for the device with Python's lock held, and stop every thread.
+        sizes = lengths[order]
+        classes = size_classes(sizes)
+        rooms = np.empty_like(sizes)
+        for units in classes:
+            rooms[units] = self._room(int(sizes[units.start]))
+        places = rooms.cumsum() - rooms
+        scratch = torch.empty(int(rooms.sum()), dtype=torch.uint8, device=raw.device)
+        addresses = raw.data_ptr() + starts[order], scratch.data_ptr() + places
+        table = upload(torch.from_numpy(np.stack((*addresses, sizes))), raw.device)
+        found = torch.zeros((2, len(sizes)), dtype=torch.int64, device=raw.device)
+        statuses = found[1].view(torch.int32)
+        kept: list[object] = [table]
+        for units in classes:
+            batch = Batch(
+                sources=table[0, units],
+                source_bytes=table[2, units],
+                targets=table[1, units],
+                target_bytes=found[0, units],
+                statuses=statuses[units],
+                largest=int(sizes[units.start]),
+                total=int(sizes[units].sum()),
+            )
+            kept.append(self._library.compress(batch, _stream(raw.device)))
         synchronize(raw.device)
-        sizes = np.empty_like(lengths)
-        sizes[order] = encoded.buffer_sizes
+        ordered, status_words = found.cpu().numpy()
+        failed = status_words.view(np.int32)[: len(sizes)] != 0
+        ordered[failed] = sizes[failed]
+        found_sizes = np.empty_like(lengths)
+        found_sizes[order] = ordered
         shrunk = np.empty_like(lengths)
         shrunk[order] = scratch.data_ptr() + places
-        coded = sizes < lengths
+        coded = found_sizes < lengths
         return Compressed(
             np.where(coded, shrunk, raw.data_ptr() + starts),
-            np.where(coded, sizes, lengths),
+            np.where(coded, found_sizes, lengths),
             (raw, scratch),
         )
 
@@ -126,11 +143,10 @@ class NvcompDeflate:
             *self._copy(units.addresses, out.data_ptr() + places, units.stored, out.device),
         ]
 
-    def decompress(self, body: torch.Tensor, units: UnitTable, out: torch.Tensor) -> object:
+    def decompress(self, body: torch.Tensor, units: UnitTable, out: torch.Tensor) -> Decompressed:
         """Decode verified units of a contiguous uint8 tensor to their places in `out`.
 
-        Does not wait for the device. What is returned must be kept until the work has run.
-        Raises RuntimeError on the default stream.
+        Does not wait for the device.
         """
         plain = units.stored == units.raw
         kept: list[object] = []
@@ -141,24 +157,29 @@ class NvcompDeflate:
                 units.raw[plain],
                 out.device,
             )
+        bad = torch.zeros(len(plain), dtype=torch.bool, device=out.device)
         coded = np.flatnonzero(~plain)
         if len(coded):
             coded = coded[np.argsort(-units.raw[coded], kind="stable")]
-            bound = self._codec(out.device)
-            sizes = units.raw[coded]
-            with bound.lock:
-                source = self._arrays(body, units.offsets[coded], units.stored[coded], bound.stream)
-                target = self._arrays(out, units.places[coded], sizes, bound.stream)
-                # Sizes from the unit table: without them nvCOMP would walk every stream to
-                # learn its length, and wait for that.
-                codec = bound.codec
-                config = codec.decompression_config(codec.compression_config(sizes.tolist()))
-                codec.decode(source, out=target, decompression_config=config)
-            kept += [source, target, config]
-        return kept
-
-    def _arrays(self, buffer: torch.Tensor, first: Lengths, sizes: Lengths, stream: int) -> Any:
-        return self._nvcomp.as_arrays(buffer, first.tolist(), sizes.tolist(), cuda_stream=stream)
+            addresses = (
+                body.data_ptr() + units.offsets[coded],
+                out.data_ptr() + units.places[coded],
+            )
+            columns = np.stack((*addresses, units.stored[coded], units.raw[coded], coded))
+            table = upload(torch.from_numpy(columns), out.device)
+            found = torch.zeros((2, len(coded)), dtype=torch.int64, device=out.device)
+            batch = Batch(
+                sources=table[0],
+                source_bytes=table[2],
+                targets=table[1],
+                target_bytes=found[0],
+                statuses=found[1].view(torch.int32)[: len(coded)],
+                largest=int(units.raw[coded[0]]),
+                total=int(units.raw[coded].sum()),
+            )
+            kept += [table, self._library.decompress(batch, table[3], _stream(out.device))]
+            bad[table[4]] = (batch.statuses != 0) | (batch.target_bytes != table[3])
+        return Decompressed(bad, tuple(kept))
 
     @staticmethod
     def _copy(
@@ -169,36 +190,27 @@ class NvcompDeflate:
         copy_ranges(table[0], table[1], table[2])
         return [table]
 
-    def _codec(self, device: torch.device) -> _StreamCodec:
-        """The codec of the current stream."""
-        stream = _stream(device)
-        if stream == 0:
-            raise RuntimeError("nvCOMP needs another stream than the default one")
-        index = torch.cuda.current_device() if device.index is None else device.index
-        with self._lock:
-            if (index, stream) not in self._codecs:
-                codec = self._nvcomp.Codec(
-                    algorithm="Deflate",
-                    algorithm_type=self._algorithm,
-                    bitstream_kind=self._nvcomp.BitstreamKind.RAW,
-                    uncomp_chunk_size=MAX_UNIT_BYTES,
-                    device_id=index,
-                    cuda_stream=stream,
-                )
-                self._codecs[index, stream] = _StreamCodec(codec, stream)
-            return self._codecs[index, stream]
+    def _room(self, size: int) -> int:
+        """Bytes for each unit of a batch of units up to `size`, aligned for the next."""
+        if size not in self._rooms:
+            most = self._library.max_compressed_bytes(size)
+            self._rooms[size] = -(-most // _ALIGNMENT) * _ALIGNMENT
+        return self._rooms[size]
 
-    def _rooms(self, bound: _StreamCodec, raw: torch.Tensor, sizes: Lengths) -> Lengths:
-        """Most bytes that each compressed unit can take, aligned for the next."""
-        distinct, where = np.unique(sizes, return_inverse=True)
-        new = [size for size in distinct.tolist() if size not in bound.bounds]
-        if new:
-            whole = torch.empty(MAX_UNIT_BYTES, dtype=torch.uint8, device=raw.device)
-            for size in new:
-                unit = self._nvcomp.as_array(whole[:size], cuda_stream=bound.stream)
-                most = int(bound.codec.get_max_comp_buffer_size(unit))
-                bound.bounds[size] = -(-most // _ALIGNMENT) * _ALIGNMENT
-        return np.array([bound.bounds[size] for size in distinct.tolist()], np.int64)[where]
+
+def size_classes(sizes: Lengths) -> list[slice]:
+    """Descending sizes, cut where they have fallen to half of a class's first.
+
+    nvCOMP wants room in every output of a batch for what the batch's largest unit could take.
+    Batches of similar units bound that to twice what each needs.
+    """
+    classes: list[slice] = []
+    first = 0
+    while first < len(sizes):
+        end = int(np.searchsorted(-sizes, -(sizes[first] // 2)))
+        classes.append(slice(first, end))
+        first = end
+    return classes
 
 
 def copy_ranges(sources: torch.Tensor, targets: torch.Tensor, lengths: torch.Tensor) -> None:
@@ -231,11 +243,7 @@ class NvcompCoder:
         device = self._device
         if device is None:
             return encode_on_threads(streams)
-        lengths = [
-            min(MAX_UNIT_BYTES, len(stream) - first)
-            for stream in streams
-            for first in range(0, len(stream), MAX_UNIT_BYTES)
-        ]
+        lengths = list(cut_units(map(len, streams)))
         if not lengths:
             return EncodedSection((), b"")
         raw = torch.frombuffer(bytearray(b"".join(streams)), dtype=torch.uint8)
@@ -259,9 +267,10 @@ class NvcompCoder:
         with SideStream(_CUDA).to_end():
             stored = torch.frombuffer(bytearray(body), dtype=torch.uint8).to(_CUDA)
             out = torch.empty(raw_length, dtype=torch.uint8, device=_CUDA)
-            kept = device.decompress(stored, table, out)
+            found = device.decompress(stored, table, out)
             raw = bytearray(out.cpu().numpy().tobytes())
-        del kept
+            if bool(found.bad.any()):
+                raise ContainerError("entropy", UNDECODED)
         return raw
 
     @cached_property
@@ -281,14 +290,16 @@ def nvcomp_or_none() -> NvcompDeflate | None:
 
 def encode_on_threads(streams: Sequence[bytes]) -> EncodedSection:
     """What `DEFLATE.encode` gives, one host thread per unit."""
-    pieces = [
-        stream[first : first + MAX_UNIT_BYTES]
-        for stream in streams
-        for first in range(0, len(stream), MAX_UNIT_BYTES)
-    ]
-    parts = list(host_threads().map(lambda piece: DEFLATE.encode([piece]), pieces))
-    units = tuple(unit for part in parts for unit in part.units)
-    return EncodedSection(units, b"".join(part.body for part in parts))
+    pieces = []
+    for stream in streams:
+        first = 0
+        for size in cut_units([len(stream)]):
+            pieces.append(stream[first : first + size])
+            first += size
+    coded = list(host_threads().map(DEFLATE.encode_unit, pieces))
+    sizes = [(len(raw), len(stored)) for raw, stored in zip(pieces, coded, strict=True)]
+    body = b"".join(stored.ljust(aligned(len(stored)), b"\0") for stored in coded)
+    return EncodedSection(tuple(Unit(*pair) for pair in sizes), body)
 
 
 def decode_on_threads(units: Sequence[Unit], body: memoryview, raw_length: int) -> bytearray:
@@ -305,25 +316,18 @@ def decode_on_threads(units: Sequence[Unit], body: memoryview, raw_length: int) 
 
 @lru_cache(maxsize=1)
 def host_threads() -> ThreadPoolExecutor:
-    """The process's threads for DEFLATE on the host; isal releases the GIL while it works."""
-    return ThreadPoolExecutor(min(os.cpu_count() or 1, 16), thread_name_prefix="kvtc-deflate")
+    """The process's threads for DEFLATE, checksums and copies on the host, which release the GIL.
+
+    One for two processors: on those of a server two threads share a core, and checksums and
+    copies of a load took half as long with 8 threads on 16 as with 16.
+    """
+    return ThreadPoolExecutor(
+        max(2, min((os.cpu_count() or 1) // 2, 16)), thread_name_prefix="kvtc-deflate"
+    )
 
 
 def _stream(device: torch.device) -> int:
-    return int(torch.cuda.current_stream(device).cuda_stream)
-
-
-def _import_nvcomp() -> Any:
-    if not torch.cuda.is_available():
-        raise NvcompUnavailable("there is no CUDA device")
-    try:
-        from nvidia import nvcomp
-    except ImportError as error:
-        message = f"nvCOMP is not installed ({error}); see the extras cu12, cu13"
-        raise NvcompUnavailable(message) from error
-    if nvcomp.__version__.split(".")[0] != "6":
-        raise NvcompUnavailable(f"nvCOMP {nvcomp.__version__} is not version 6")
-    return nvcomp
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
 
 
 NVCOMP = NvcompCoder()

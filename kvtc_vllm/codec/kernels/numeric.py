@@ -143,4 +143,5 @@ def e4m3_decode(code):  # type: ignore[no-untyped-def]
     normal = ((magnitude + (120 << 3)) << 20).to(tl.float32, bitcast=True)
     value = tl.where(magnitude < 8, magnitude.to(tl.float32) * 0.001953125, normal)
     value = tl.where(magnitude == 127, float("nan"), value)
-    return tl.where(code > 127, -value, value)
+    # The sign as a bit: compiled, `-value` is 0 - value, and that of 0 is not -0.
+    return (value.to(tl.int32, bitcast=True) | ((code & 128) << 24)).to(tl.float32, bitcast=True)

@@ -8,50 +8,50 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from kvtc_vllm.codec.base import read_section
-from kvtc_vllm.codec.container import ContainerInfo, Section, section_tables
+from kvtc_vllm.codec.container import Section, SectionTables
 from kvtc_vllm.codec.entropy import DEFLATE, MAX_UNIT_BYTES, aligned
 from kvtc_vllm.codec.entropy.unit_table import CheckedUnits, Lengths, SectionBody, unsound_units
 from kvtc_vllm.codec.errors import ContainerError
 from kvtc_vllm.codec.kernels.deflate_nvcomp import (
+    UNDECODED,
     Compressed,
+    Decompressed,
     NvcompDeflate,
     host_threads,
     nvcomp_or_none,
 )
 from kvtc_vllm.codec.kernels.uploads import UploadedBlobs
+from kvtc_vllm.codec.kernels.verified import VerifiedBlob
 from kvtc_vllm.codec.streams import host_buffer
 
 
-@dataclass(frozen=True)
-class PlacedSection:
-    """A section of one of the blobs, and where its raw bytes belong in a buffer.
+class PlacedSections(NamedTuple):
+    """Sections of the blobs of a load, and where their raw bytes belong in a buffer; int64 [n]."""
 
-    number: of the section in its blob.
-    """
-
-    blob: int
-    number: int
-    section: Section
-    place: int
+    blobs: Lengths
+    numbers: Lengths
+    """Of each section in its blob."""
+    places: Lengths
 
 
 class UnitReader(Protocol):
-    """The verified blobs of one batch, ready to be decoded section by section."""
+    """Verified blobs of one load, ready to be decoded section by section."""
 
-    def inflate(
-        self, sections: Sequence[PlacedSection], out: torch.Tensor
-    ) -> dict[int, ContainerError]:
+    def inflate(self, sections: PlacedSections, out: torch.Tensor) -> dict[int, ContainerError]:
         """Decode sections to their places in uint8 `out`, on the current stream.
 
         Returns the blobs whose section is damaged; its part of `out` is then undefined.
         """
+        ...
+
+    def damaged(self) -> dict[int, ContainerError]:
+        """Blobs of which a unit did not decode to its length. Waits for the device."""
         ...
 
 
@@ -78,8 +78,8 @@ class UnitCoder(Protocol):
         """Encode units of a contiguous uint8 tensor. Waits for the device."""
         ...
 
-    def open(self, blobs: UploadedBlobs, infos: Mapping[int, ContainerInfo]) -> UnitReader:
-        """Blobs must stay alive as long as the reader. infos: of those that were verified."""
+    def open(self, blobs: UploadedBlobs, verified: Mapping[int, VerifiedBlob]) -> UnitReader:
+        """Blobs must stay alive as long as the reader. verified: those that were, by number."""
         ...
 
     @property
@@ -112,14 +112,14 @@ class HostUnitCoder:
         ]
         return _HostUnits(list(host_threads().map(_deflate, pieces)))
 
-    def open(self, blobs: UploadedBlobs, infos: Mapping[int, ContainerInfo]) -> UnitReader:
-        return _HostReader(blobs.views)
+    def open(self, blobs: UploadedBlobs, verified: Mapping[int, VerifiedBlob]) -> UnitReader:
+        return _HostReader(verified)
 
 
 def _deflate(piece: memoryview) -> tuple[int, bytes]:
     """Stored length and padded bytes of one unit."""
-    encoded = DEFLATE.encode([bytes(piece)])
-    return encoded.units[0].stored_length, encoded.body
+    stored = DEFLATE.encode_unit(bytes(piece))
+    return len(stored), stored.ljust(aligned(len(stored)), b"\0")
 
 
 class _HostUnits:
@@ -136,16 +136,15 @@ class _HostUnits:
 
 
 class _HostReader:
-    def __init__(self, blobs: Sequence[memoryview]) -> None:
-        self._blobs = blobs
+    def __init__(self, verified: Mapping[int, VerifiedBlob]) -> None:
+        self._verified = verified
 
-    def inflate(
-        self, sections: Sequence[PlacedSection], out: torch.Tensor
-    ) -> dict[int, ContainerError]:
+    def inflate(self, sections: PlacedSections, out: torch.Tensor) -> dict[int, ContainerError]:
         staged = host_buffer(out.numel(), out.device)
         view = staged.numpy().data
         waiting: list[tuple[int, Future[None]]] = [
-            (each.blob, host_threads().submit(self._read, each, view)) for each in sections
+            (blob, host_threads().submit(self._read, blob, number, place, view))
+            for blob, number, place in np.stack(sections, axis=1).tolist()
         ]
         damaged: dict[int, ContainerError] = {}
         for blob, future in waiting:
@@ -156,9 +155,13 @@ class _HostReader:
         out.copy_(staged, non_blocking=True)
         return damaged
 
-    def _read(self, each: PlacedSection, target: memoryview) -> None:
-        end = each.place + each.section.raw_length
-        target[each.place : end] = read_section(each.section, self._blobs[each.blob])
+    def damaged(self) -> dict[int, ContainerError]:
+        return {}
+
+    def _read(self, blob: int, number: int, place: int, target: memoryview) -> None:
+        verified = self._verified[blob]
+        section = verified.section(number)
+        target[place : place + section.raw_length] = read_section(section, verified.view)
 
 
 class NvcompUnitCoder:
@@ -172,8 +175,8 @@ class NvcompUnitCoder:
     def deflate(self, raw: torch.Tensor, starts: Lengths, lengths: Lengths) -> CodedUnits:
         return _NvcompUnits(self._nvcomp, self._nvcomp.compress(raw, starts, lengths), raw.device)
 
-    def open(self, blobs: UploadedBlobs, infos: Mapping[int, ContainerInfo]) -> UnitReader:
-        return _NvcompReader(blobs, infos, self._nvcomp)
+    def open(self, blobs: UploadedBlobs, verified: Mapping[int, VerifiedBlob]) -> UnitReader:
+        return _NvcompReader(blobs, verified, self._nvcomp)
 
 
 class _NvcompUnits:
@@ -195,29 +198,33 @@ class _NvcompReader:
     """Units are looked up in one table, made once: a load has thousands in hundreds of sections."""
 
     def __init__(
-        self, blobs: UploadedBlobs, infos: Mapping[int, ContainerInfo], nvcomp: NvcompDeflate
+        self, blobs: UploadedBlobs, verified: Mapping[int, VerifiedBlob], nvcomp: NvcompDeflate
     ) -> None:
         self._blobs = blobs
+        self._verified = verified
         self._nvcomp = nvcomp
-        self._kept: list[object] = []
-        self._first: dict[int, int] = {}
+        self._running: list[tuple[Decompressed, Lengths]] = []
+        """What was begun, and the blob of each of its units."""
+        tables = [each.tables for each in verified.values()]
+        rows = np.concatenate(
+            [np.empty(0, SectionTables.row_dtype()), *(table.sections for table in tables)]
+        )
+        counts = np.array([len(table.sections) for table in tables], np.int64)
+        ends = counts.cumsum()
+        self._first = np.zeros(len(blobs.views), np.int64)
         """Of each blob the number of its first section among those of all."""
-        tables = [section_tables(blobs.views[b], len(info.sections)) for b, info in infos.items()]
-        first = 0
-        for blob, info in infos.items():
-            self._first[blob] = first
-            first += len(info.sections)
-        none = np.empty(0, np.int64)
-        counts = [len(table.sections) for table in tables]
+        self._first[list(verified)] = ends - counts
         raw, stored, units, coders = (
-            np.concatenate([none, *(table.sections[name] for table in tables)]).astype(np.int64)
+            rows[name].astype(np.int64)
             for name in ("raw_length", "stored_length", "units", "coder_id")
         )
         padded = aligned(stored)
         before = padded.cumsum() - padded
-        bodies = [blobs.starts[b] + t.body for b, t in zip(infos, tables, strict=True)]
-        of_blob = np.array(list(self._first.values()), np.int64)
-        starts = before + np.repeat(np.array(bodies, np.int64) - before[of_blob], counts)
+        bodies = np.array(
+            [blobs.starts[blob] + each.tables.body for blob, each in verified.items()], np.int64
+        )
+        # Every blob has a section: it has tokens.
+        starts = before + np.repeat(bodies - before[ends - counts], counts)
         pairs = np.frombuffer(b"".join(table.units for table in tables), "<u2").reshape(-1, 2)
         lengths = pairs.astype(np.int64) + 1
         plain = np.flatnonzero(coders != DEFLATE.coder_id)
@@ -227,19 +234,29 @@ class _NvcompReader:
             stored = np.where(coders != DEFLATE.coder_id, padded, stored)
         self._units = CheckedUnits.of(lengths, units, starts, stored, raw, blobs.staged)
 
-    def inflate(
-        self, sections: Sequence[PlacedSection], out: torch.Tensor
-    ) -> dict[int, ContainerError]:
-        numbers = np.array([self._first[s.blob] + s.number for s in sections], np.int64)
+    def inflate(self, sections: PlacedSections, out: torch.Tensor) -> dict[int, ContainerError]:
+        numbers = self._first[sections.blobs] + sections.numbers
         places = np.zeros(len(self._units.counts), np.int64)
-        places[numbers] = [each.place for each in sections]
+        places[numbers] = sections.places
         sound = self._units.sound[numbers]
         table = self._units.table(numbers[sound], places)
-        self._kept.append(self._nvcomp.decompress(self._blobs.on_device, table, out))
+        found = self._nvcomp.decompress(self._blobs.on_device, table, out)
+        owners = np.repeat(sections.blobs[sound], self._units.counts[numbers[sound]])
+        self._running.append((found, owners))
         return {
-            sections[index].blob: unsound_units(_body(sections[index].section))
-            for index in np.flatnonzero(~sound).tolist()
+            blob: unsound_units(_body(self._verified[blob].section(number)))
+            for blob, number in zip(
+                sections.blobs[~sound].tolist(), sections.numbers[~sound].tolist(), strict=True
+            )
         }
+
+    def damaged(self) -> dict[int, ContainerError]:
+        bad = {
+            blob
+            for found, owners in self._running
+            for blob in owners[found.bad.cpu().numpy()].tolist()
+        }
+        return {blob: ContainerError("entropy", UNDECODED) for blob in bad}
 
 
 def _with_pieces(

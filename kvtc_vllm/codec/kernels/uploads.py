@@ -1,4 +1,4 @@
-"""Blobs on their way to the device, each as soon as it has been verified."""
+"""Blobs on their way to the device, as soon as they have been verified."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvtc_vllm.codec.streams import DeviceThread
 
 
 class UploadedBlobs:
-    """The blobs of one step, side by side on the host in pinned memory, and on the device.
+    """The blobs of one load, side by side on the host in pinned memory, and on the device.
 
     views: as they came. starts: where each begins in `staged` and `on_device`.
     """
@@ -41,10 +41,13 @@ class UploadedBlobs:
         # numpy lets other threads run meanwhile, assignment to a slice of a memoryview does not.
         np.copyto(self.staged[first:end], np.frombuffer(self.views[index], np.uint8))
 
-    def send(self, index: int) -> None:
-        """Copy a staged blob on the current stream, without waiting for the device."""
-        first, end = self._place(index)
-        self.on_device[first:end].copy_(self._host[first:end], non_blocking=True)
+    def send(self, blobs: slice) -> None:
+        """Copy staged neighbours on the current stream, without waiting for the device.
+
+        What is not staged between them is copied as it is.
+        """
+        part = slice(self.starts[blobs.start], self.starts[blobs.stop])
+        self.on_device[part].copy_(self._host[part], non_blocking=True)
 
     def _place(self, index: int) -> tuple[int, int]:
         first = self.starts[index]

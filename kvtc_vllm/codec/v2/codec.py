@@ -11,7 +11,7 @@ from typing import ClassVar
 from kvtc_vllm.codec.entropy import DeflateCoder
 from kvtc_vllm.codec.frame import TransformCodec
 
-ENTROPY = DeflateCoder(matches=False, unit_bytes=8192)
+ENTROPY = DeflateCoder(matches=False)
 """What calibration counts bytes with. Matches cost more than they save here."""
 
 

@@ -1,4 +1,4 @@
-"""nvCOMP's Python interface, as its 6.0 docstrings describe it, over isal and host memory.
+"""nvCOMP's C functions, as its 6.0 header describes them, over isal and host memory.
 
 It shows that our side of the interface is used as documented. What nvCOMP really does is for the
 tests marked `gpu`.
@@ -6,13 +6,15 @@ tests marked `gpu`.
 
 from __future__ import annotations
 
+import ctypes
 import zlib
-from enum import Enum
+from itertools import pairwise
+from typing import Any
 
-import numpy as np
-import torch
+from kvtc_vllm.codec.kernels.nvcomp_library import NvcompLibrary
 
-__version__ = "6.0.0.12"
+CANNOT_DECOMPRESS = 12
+_OUTPUT_ALIGNMENT, _INPUT_ALIGNMENT = 8, 4
 
 
 def worst(size: int) -> int:
@@ -20,81 +22,121 @@ def worst(size: int) -> int:
     return 2 * size + 64
 
 
-class BitstreamKind(Enum):
-    RAW = 1
+def _numbers(address: int, count: int, kind: Any = ctypes.c_int64) -> Any:
+    return (kind * count).from_address(address)
 
 
-class BatchArray:
-    """Views of one buffer."""
+class _Function:
+    """What ctypes gives for a name: it takes plain numbers here."""
 
-    def __init__(self, views: list[np.ndarray]) -> None:
-        self.views = views
-        self.sizes = [len(view) for view in views]
+    def __init__(self, call: Any) -> None:
+        self._call = call
+        self.argtypes: list[Any] = []
+        self.restype: Any = None
 
-    @property
-    def buffer_sizes(self) -> list[int]:
-        """Of what was encoded: waits for the device, and no other Python thread runs meanwhile."""
-        if pending:
-            raise AssertionError("every thread of the process would stop here")
-        return self.sizes
-
-
-pending: list[BatchArray] = []
-"""Encoded on the device, and nobody has waited for it yet."""
+    def __call__(self, *arguments: Any) -> int:
+        assert len(arguments) == len(self.argtypes)
+        self._call(*arguments)
+        return 0
 
 
-def device_is_done(device: torch.device) -> None:
-    """What `streams.synchronize` does."""
-    pending.clear()
+class FakeLibrary:
+    """Raw DEFLATE. Whatever reads its results waits for the device first, as with the real one.
 
+    calls: the functions that were called, by name.
+    """
 
-def as_array(buffer: torch.Tensor, cuda_stream: int = 0) -> np.ndarray:
-    assert cuda_stream
-    return buffer.numpy()
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        for way in ("Compress", "Decompress"):
+            self._add(f"nvcompBatchedDeflate{way}GetTempSize", self._no_temporary_memory)
+        self._add("nvcompBatchedDeflateCompressGetMaxOutputChunkSize", self._most)
+        self._add("nvcompBatchedDeflateCompressAsync", self._compress)
+        self._add("nvcompBatchedDeflateDecompressAsync", self._decompress)
 
+    def _add(self, name: str, call: Any) -> None:
+        def noted(*arguments: Any) -> None:
+            self.calls.append(name)
+            call(*arguments)
 
-def as_arrays(
-    buffer: torch.Tensor, offsets: list[int], sizes: list[int], cuda_stream: int = 0
-) -> BatchArray:
-    assert cuda_stream
-    assert all(type(number) is int for number in [*offsets, *sizes])
-    assert all(o >= 0 and o + s <= buffer.numel() for o, s in zip(offsets, sizes, strict=True))
-    data = buffer.numpy()
-    return BatchArray([data[o : o + s] for o, s in zip(offsets, sizes, strict=True)])
+        setattr(self, name, _Function(noted))
 
+    @staticmethod
+    def _no_temporary_memory(
+        count: int, largest: int, options: Any, out: Any, total: int, stream: int
+    ) -> None:
+        assert count > 0
+        out._obj.value = 0
 
-class Codec:
-    """Raw DEFLATE; decoding refuses unaligned input and other sizes than announced."""
+    @staticmethod
+    def _most(size: int, options: Any, out: Any) -> None:
+        out._obj.value = worst(size)
 
-    def __init__(self, **options: object) -> None:
-        assert options["algorithm"] == "Deflate"
-        assert options["bitstream_kind"] is BitstreamKind.RAW
-        assert options["cuda_stream"]
-
-    def get_max_comp_buffer_size(self, source: np.ndarray) -> int:
-        return worst(len(source))
-
-    def encode(self, sources: BatchArray, out: BatchArray) -> BatchArray:
-        for index, (source, target) in enumerate(zip(sources.views, out.views, strict=True)):
-            assert len(target) >= worst(len(source))
+    @staticmethod
+    def _compress(
+        sources: int,
+        lengths: int,
+        largest: int,
+        count: int,
+        scratch: int,
+        scratch_bytes: int,
+        targets: int,
+        stored: int,
+        options: Any,
+        statuses: int,
+        stream: int,
+    ) -> None:
+        assert options.algorithm == 0
+        assert bytes(options.reserved) == b""
+        places = _numbers(targets, count)
+        # Every output needs room for the worst of the batch's largest unit.
+        room = worst(largest)
+        ordered = sorted(places)
+        assert all(b - a >= room for a, b in pairwise(ordered))
+        for index, (source, length) in enumerate(
+            zip(_numbers(sources, count), _numbers(lengths, count), strict=True)
+        ):
+            assert 0 < length <= largest
+            assert places[index] % _OUTPUT_ALIGNMENT == 0
             deflater = zlib.compressobj(6, zlib.DEFLATED, -15)
-            stored = deflater.compress(source.tobytes()) + deflater.flush()
-            target[: len(stored)] = np.frombuffer(stored, np.uint8)
-            out.sizes[index] = len(stored)
-        pending.append(out)
-        return out
+            data = deflater.compress(ctypes.string_at(source, length)) + deflater.flush()
+            ctypes.memmove(places[index], data, len(data))
+            _numbers(stored, count)[index] = len(data)
+            _numbers(statuses, count, ctypes.c_int32)[index] = 0
 
-    def compression_config(self, sizes: list[int]) -> list[int]:
-        return sizes
+    @staticmethod
+    def _decompress(
+        sources: int,
+        lengths: int,
+        rooms: int,
+        found: int,
+        count: int,
+        scratch: int,
+        scratch_bytes: int,
+        targets: int,
+        options: Any,
+        statuses: int,
+        stream: int,
+    ) -> None:
+        assert options.backend == 2, "the engine of some GPUs cannot reach torch's memory"
+        for index, (source, length, target, room) in enumerate(
+            zip(
+                *(_numbers(each, count) for each in (sources, lengths, targets, rooms)), strict=True
+            )
+        ):
+            assert source % _INPUT_ALIGNMENT == 0
+            inflater = zlib.decompressobj(-15)
+            try:
+                data = inflater.decompress(ctypes.string_at(source, length), room)
+            except zlib.error:
+                data = b""
+            whole = bool(data) and (inflater.eof or not inflater.unconsumed_tail)
+            ctypes.memmove(target, data, len(data))
+            _numbers(found, count)[index] = len(data)
+            status = 0 if whole else CANNOT_DECOMPRESS
+            _numbers(statuses, count, ctypes.c_int32)[index] = status
 
-    def decompression_config(self, config: list[int]) -> list[int]:
-        return config
 
-    def decode(
-        self, sources: BatchArray, out: BatchArray, decompression_config: list[int]
-    ) -> BatchArray:
-        assert out.sizes == decompression_config
-        for source, target in zip(sources.views, out.views, strict=True):
-            assert source.ctypes.data % 4 == 0
-            target[:] = np.frombuffer(zlib.decompress(source.tobytes(), -15), np.uint8)
-        return out
+def library() -> NvcompLibrary:
+    """Our side of the interface over a `FakeLibrary`."""
+    return NvcompLibrary(FakeLibrary())

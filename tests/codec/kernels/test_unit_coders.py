@@ -9,8 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from kvtc_vllm.codec.container import Header, NewSection, SectionKind, build, parse
-from kvtc_vllm.codec.entropy import DEFLATE, RAW, Unit, aligned
+from kvtc_vllm.codec.container import (
+    Header,
+    NewSection,
+    SectionKind,
+    build,
+    parse,
+    section_tables,
+)
+from kvtc_vllm.codec.entropy import DEFLATE, RAW, EncodedSection, Unit, aligned
 from kvtc_vllm.codec.entropy.unit_table import checked_table
 from kvtc_vllm.codec.kernels import deflate_nvcomp
 from kvtc_vllm.codec.streams import DeviceThread
@@ -19,10 +26,13 @@ from tests.codec.kernels import fake_nvcomp
 from kvtc_vllm.codec.kernels.unit_coders import (  # isort: skip
     HostUnitCoder,
     NvcompUnitCoder,
-    PlacedSection,
+    PlacedSections,
     unit_coder,
 )
+from kvtc_vllm.codec.kernels.deflate_nvcomp import size_classes  # isort: skip
+from kvtc_vllm.codec.kernels.nvcomp_library import NvcompLibrary  # isort: skip
 from kvtc_vllm.codec.kernels.uploads import UploadedBlobs  # isort: skip
+from kvtc_vllm.codec.kernels.verified import VerifiedBlob  # isort: skip
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the real nvCOMP is tested here")
 CPU = torch.device("cpu")
@@ -30,14 +40,10 @@ LENGTHS = [1, 7, 4000, 65536, 300, 65536, 9]
 
 
 @pytest.fixture(params=["threads", "nvcomp"])
-def coder(request, monkeypatch):
+def coder(request):
     if request.param == "threads":
         return HostUnitCoder(CPU)
-    monkeypatch.setattr(deflate_nvcomp, "_import_nvcomp", lambda: fake_nvcomp)
-    monkeypatch.setattr(deflate_nvcomp, "_stream", lambda device: 7)
-    monkeypatch.setattr(deflate_nvcomp, "synchronize", fake_nvcomp.device_is_done)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    return NvcompUnitCoder(deflate_nvcomp.NvcompDeflate())
+    return NvcompUnitCoder(deflate_nvcomp.NvcompDeflate(fake_nvcomp.library()))
 
 
 def payload(seed: int) -> bytes:
@@ -57,8 +63,20 @@ def opened(coder, blobs):
     uploads = UploadedBlobs([memoryview(b) for b in blobs], DeviceThread(CPU, 0), CPU, True)
     for index in range(len(blobs)):
         uploads.stage(index)
-        uploads.send(index)
-    return coder.open(uploads, {index: parse(b) for index, b in enumerate(blobs)})
+    uploads.send(slice(0, len(blobs)))
+    verified = {index: checked(b) for index, b in enumerate(blobs)}
+    return coder.open(uploads, verified)
+
+
+def checked(blob):
+    """A blob that was verified."""
+    view = memoryview(blob)
+    return VerifiedBlob(view, 0, section_tables(view, len(parse(blob).sections)))
+
+
+def placed(*sections):
+    """Blob, number and place of each section."""
+    return PlacedSections(*np.array(sections, np.int64).reshape(-1, 3).T)
 
 
 def packed(raw, *lengths):
@@ -99,17 +117,18 @@ def test_sections_of_several_blobs_are_read_in_any_order(coder):
             for raw, each in zip(parts, (DEFLATE, RAW, RAW, DEFLATE), strict=True)
         ]
         blobs.append(blob(sections))
-    infos = [parse(each) for each in blobs]
     order = [(2, 1), (0, 3), (1, 0), (0, 2), (2, 3), (1, 1)]
     expected = b"".join(raws[b][s] for b, s in order)
-    placed, end = [], 3
+    wanted, end = [], 3
     for b, section in order:
-        placed.append(PlacedSection(b, section, infos[b].sections[section], end))
+        wanted.append((b, section, end))
         end += len(raws[b][section]) + 5
     out = torch.zeros(end, dtype=torch.uint8)
-    assert opened(coder, blobs).inflate(placed, out) == {}
+    reader = opened(coder, blobs)
+    assert reader.inflate(placed(*wanted), out) == {}
+    assert reader.damaged() == {}
     data = out.numpy().tobytes()
-    found = [data[each.place :][: each.section.raw_length] for each in placed]
+    found = [data[place:][: len(raws[b][section])] for b, section, place in wanted]
     assert b"".join(found) == expected
 
 
@@ -120,10 +139,7 @@ def test_a_section_that_does_not_fit_its_units_fails_alone(coder):
         length = len(raw) + (index == 1)
         section = NewSection(SectionKind.CODED_K, 1, 0, length, DEFLATE.encode([raw]))
         blobs.append(blob([section]))
-    sections = [
-        PlacedSection(i, 0, parse(each).sections[0], place)
-        for (i, each), place in zip(enumerate(blobs), (0, 9000, 18001), strict=True)
-    ]
+    sections = placed((0, 0, 0), (1, 0, 9000), (2, 0, 18001))
     out = torch.zeros(27001, dtype=torch.uint8)
     damaged = opened(coder, blobs).inflate(sections, out)
     assert list(damaged) == [1]
@@ -134,7 +150,7 @@ def test_a_section_that_does_not_fit_its_units_fails_alone(coder):
 
 
 def test_nothing_is_read_from_no_sections(coder):
-    assert opened(coder, []).inflate([], torch.empty(0, dtype=torch.uint8)) == {}
+    assert opened(coder, []).inflate(placed(), torch.empty(0, dtype=torch.uint8)) == {}
     none = np.empty(0, np.int64)
     coded = coder.deflate(torch.empty(0, dtype=torch.uint8), none, none)
     assert (len(coded.stored), len(coded.collect(none, 0))) == (0, 0)
@@ -145,16 +161,13 @@ def test_a_cpu_gets_host_threads():
 
 
 @pytest.fixture
-def nvcomp(monkeypatch):
+def nvcomp():
     """Our side of nvCOMP, over the stand-in."""
-    monkeypatch.setattr(deflate_nvcomp, "_import_nvcomp", lambda: fake_nvcomp)
-    monkeypatch.setattr(deflate_nvcomp, "_stream", lambda device: threading.get_ident())
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    return deflate_nvcomp.NvcompDeflate()
+    return deflate_nvcomp.NvcompDeflate(fake_nvcomp.library())
 
 
 def test_a_load_inflates_while_a_store_waits_for_the_device(nvcomp, monkeypatch):
-    """Neither nvCOMP nor a lock of ours keeps other threads waiting for the encoder's kernels."""
+    """No lock keeps other threads waiting for the encoder's kernels."""
     raw = payload(1)[:9000]
     section = DEFLATE.encode([raw])
     table = checked_table(section.units, memoryview(section.body), len(raw))
@@ -162,17 +175,13 @@ def test_a_load_inflates_while_a_store_waits_for_the_device(nvcomp, monkeypatch)
     out = torch.empty(len(raw), dtype=torch.uint8)
     loaded = threading.Event()
 
-    def device_works(device):
-        assert loaded.wait(30), "the load waits for the store"
-        fake_nvcomp.device_is_done(device)
-
     def load():
         nvcomp.decompress(body, table, out)
         loaded.set()
 
     def begin_loading(device):
         threading.Thread(target=load).start()
-        device_works(device)
+        assert loaded.wait(30), "the load waits for the store"
 
     monkeypatch.setattr(deflate_nvcomp, "synchronize", begin_loading)
     units = nvcomp.compress(*packed(raw, 5000, 4000))
@@ -180,17 +189,53 @@ def test_a_load_inflates_while_a_store_waits_for_the_device(nvcomp, monkeypatch)
     assert (units.stored < 5000).all()
 
 
-def test_the_default_stream_is_refused(nvcomp, monkeypatch):
-    """Whether nvCOMP takes 0 for it or for "none given" is not documented."""
-    monkeypatch.setattr(deflate_nvcomp, "_stream", lambda device: 0)
-    with pytest.raises(RuntimeError, match="default"):
-        nvcomp.compress(*packed(bytes(8), 8))
+def test_a_unit_that_nvcomp_cannot_decode_is_told_with_its_blob(coder):
+    """As a writer may leave it that computed the checksum over it."""
+    if isinstance(coder, HostUnitCoder):
+        pytest.skip("isal reports as it decodes")
+    raws = [payload(seed)[8:9000] for seed in range(3)]
+    encoded = [DEFLATE.encode([raw]) for raw in raws]
+    broken = bytearray(encoded[1].body)
+    broken[:3] = b"\xff\xff\xff"
+    encoded[1] = EncodedSection(encoded[1].units, bytes(broken))
+    blobs = [
+        blob([NewSection(SectionKind.CODED_K, 1, 0, len(raw), section)])
+        for raw, section in zip(raws, encoded, strict=True)
+    ]
+    out = torch.zeros(27000, dtype=torch.uint8)
+    reader = opened(coder, blobs)
+    assert reader.inflate(placed((0, 0, 0), (1, 0, 9000), (2, 0, 18000)), out) == {}
+    damaged = reader.damaged()
+    assert list(damaged) == [1]
+    assert damaged[1].reason == "entropy"
+    data = out.numpy().tobytes()
+    assert data[: len(raws[0])] == raws[0]
+    assert data[18000 : 18000 + len(raws[2])] == raws[2]
 
 
-def test_scratch_is_as_large_as_units_of_their_size_can_become(nvcomp, monkeypatch):
+def test_scratch_is_as_large_as_units_of_their_size_can_become(nvcomp):
     """Most units are far smaller than the largest."""
-    monkeypatch.setattr(deflate_nvcomp, "synchronize", fake_nvcomp.device_is_done)
     lengths = [65536, *[2816] * 100]
     units = nvcomp.compress(*packed(bytes(sum(lengths)), *lengths))
     scratch = units.kept[1].numel()
     assert scratch <= sum(map(fake_nvcomp.worst, lengths)) + 16 * len(lengths)
+
+
+def test_units_of_about_one_size_are_one_batch():
+    sizes = np.array([65536, 40000, 32769, 32768, 20000, 5000, 5000, 3000, 2500, 1, 1])
+    parts = [sizes[part].tolist() for part in size_classes(sizes)]
+    assert parts == [[65536, 40000, 32769], [32768, 20000], [5000, 5000, 3000], [2500], [1, 1]]
+
+
+def test_what_the_library_refuses_is_an_error():
+    library = fake_nvcomp.FakeLibrary()
+    library.nvcompBatchedDeflateCompressGetMaxOutputChunkSize = Refusing()
+    with pytest.raises(RuntimeError, match="GetMaxOutputChunkSize gave status 10"):
+        deflate_nvcomp.NvcompDeflate(NvcompLibrary(library)).compress(*packed(bytes(8), 8))
+
+
+class Refusing:
+    """A C function that refuses its arguments."""
+
+    def __call__(self, *arguments):
+        return 10

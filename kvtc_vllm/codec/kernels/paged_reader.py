@@ -1,0 +1,277 @@
+"""The reading half of the fast path: batches of blobs -> paged cache.
+
+A load is cut into waves of chunks: while the device works on one, the host verifies the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache, partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvtc_vllm.codec.artifact import KINDS, Kind, RankArtifact, at_ratio
+from kvtc_vllm.codec.base import Blob, read_section
+from kvtc_vllm.codec.container import NO_FINGERPRINT, section_tables
+from kvtc_vllm.codec.errors import ContainerError
+from kvtc_vllm.codec.kernels import decoder
+from kvtc_vllm.codec.kernels.chunks import LoadChunk, RowLayout, shares, steps, waves
+from kvtc_vllm.codec.kernels.decoder import Decoder, DecodeStep, DecodeWorkspace
+from kvtc_vllm.codec.kernels.deflate_nvcomp import host_threads
+from kvtc_vllm.codec.kernels.numeric import OPERAND, Precision
+from kvtc_vllm.codec.kernels.paged import PagedCache, check_geometry, chunk_slots, rotations
+from kvtc_vllm.codec.kernels.paged_io import scatter_rows
+from kvtc_vllm.codec.kernels.resident import ResidentArtifact
+from kvtc_vllm.codec.kernels.unit_coders import UnitCoder, unit_coder
+from kvtc_vllm.codec.kernels.uploads import UploadedBlobs
+from kvtc_vllm.codec.kernels.verified import ExpectedHead, VerifiedBlob, has_checksum
+from kvtc_vllm.codec.kvtc import KvtcCodec
+from kvtc_vllm.codec.streams import DeviceThreads, Event, upload
+
+HOST_BYTES = 64 << 20
+"""Pinned memory of every thread that encodes or loads. A step's compressed bytes fit into it."""
+FIRST_WAVE, LARGEST_WAVE = 4096, 4096
+"""Tokens of a load that are decoded together: of the first ones, and the most. On an H100, smaller
+waves cost more launches than they hide: the host takes some 4 ms for each."""
+_HEADS = 16
+"""Kinds of chunks, by numbers of tokens and sinks, whose heads are remembered."""
+
+
+class PagedKvtcReader(KvtcCodec):
+    """`KvtcCodec` that also loads batches straight into one paged cache.
+
+    Only what the given ratio needs is resident: blobs of other ratios of the artifact are
+    refused. cache: of the artifact's geometry, fp8 elements viewed as such, without scales: those
+    are the artifact's (`self.cache` has them). block_size: tokens per scheduler block. precision:
+    of the operands of matrix products. workspace_bytes: device memory that every thread that
+    encodes or loads may take beside the resident artifact and the staged rows; work is cut to
+    fit. coder: None for the best that works on the device. Raises ValueError if the cache is of
+    another geometry, and what `TransformCodec` raises.
+    """
+
+    def __init__(
+        self,
+        artifact: RankArtifact,
+        ratio: float,
+        cache: PagedCache,
+        block_size: int,
+        identity: bytes = NO_FINGERPRINT,
+        precision: Precision = "float16",
+        workspace_bytes: int = 1 << 30,
+        coder: UnitCoder | None = None,
+    ) -> None:
+        device = cache.k.device
+        if ratio in artifact.ratios():  # else the constructor below says that it is not
+            artifact = at_ratio(artifact, ratio)
+        # Its own bases stay on the host: kernels read those of `ResidentArtifact`.
+        super().__init__(artifact, ratio, cache.k.dtype, identity, operand=torch.float16)
+        self.device = device
+        geometry = artifact.geometry
+        check_geometry(cache, geometry)
+        self.cache = cache.scaled(artifact.scales)
+        self._exact = cache
+        self.block_size = block_size
+        self._operand = OPERAND[precision]
+        # The operands' precision is more than enough for what ends in 16 bits or fewer.
+        narrow = precision == "float16" and cache.k.dtype.itemsize <= 2
+        self.row_dtype = torch.float16 if narrow else torch.float32
+        self.workspace_bytes = workspace_bytes
+        self.resident = ResidentArtifact(artifact, ratio, device, self._operand)
+        self._units = unit_coder(device) if coder is None else coder
+        self._own = DeviceThreads(device, HOST_BYTES)
+        self._unrotated = rotations([None] * geometry.num_layers, device)
+        self._expected_head = lru_cache(_HEADS)(self._head_of)
+
+    @property
+    def resident_bytes(self) -> int:
+        return self.resident.nbytes
+
+    def load(
+        self,
+        chunks: Sequence[tuple[LoadChunk, Blob]],
+        tokens: int,
+        point: Event | None = None,
+    ) -> list[ContainerError | None]:
+        """Verify and decode chunks of `tokens` tokens into their blocks, on the current stream.
+
+        point: on another stream, before which the blocks may be in use; only the writing into
+        them waits for it. Gives for every chunk None, or the error for which its blocks must be
+        recomputed: they may have been written. Waits for the device. Raises
+        torch.OutOfMemoryError before it has written any block of the chunks that did not fit
+        together; work on those before may still run on the current stream, and on no other.
+        """
+        errors: list[ContainerError | None] = [None] * len(chunks)
+        most = min(HOST_BYTES, self.workspace_bytes // 2)
+        for part in steps([len(blob) for _, blob in chunks], most):
+            found = self._load_part(chunks[part], tokens, point)
+            for place, error in found.items():
+                errors[part.start + place] = error
+        return errors
+
+    def _load_part(
+        self, chunks: Sequence[tuple[LoadChunk, Blob]], tokens: int, point: Event | None
+    ) -> dict[int, ContainerError]:
+        """Decode chunks whose blobs fit the pinned memory together; errors by place."""
+        thread = self._own.mine
+        blobs = [memoryview(blob) for _, blob in chunks]
+        uploads = UploadedBlobs(blobs, thread, self.device, self._units.reads_on_device)
+        per_token = decoder.workspace_bytes_per_token(self.resident, self.row_dtype)
+        free = self.workspace_bytes - uploads.on_device.numel()
+        parts = waves(
+            len(chunks),
+            max(1, FIRST_WAVE // tokens),
+            max(1, min(LARGEST_WAVE, free // per_token) // tokens),
+        )
+        largest = max(part.stop - part.start for part in parts)
+        workspace = DecodeWorkspace.of(
+            self.resident, self.row_dtype, len(chunks), largest, tokens, self.device
+        )
+        decoding = Decoder(self.resident, self.cache, workspace, thread.stream, point)
+        begin = Event(self.device)
+        slots = chunk_slots(
+            [chunk.block_ids for chunk, _ in chunks],
+            [chunk.first_block for chunk, _ in chunks],
+            self.block_size,
+            tokens,
+        )
+        sound = self._checksums(uploads)
+        verified: dict[int, VerifiedBlob] = {}
+        failed: dict[int, ContainerError] = {}
+        try:
+            for part in parts:
+                for place, good in zip(range(part.start, part.stop), sound, strict=False):
+                    try:
+                        verified[place] = self._check(*chunks[place], tokens, good)
+                    except ContainerError as error:
+                        failed[place] = error
+                sent = None
+                if self._units.reads_on_device:
+                    with thread.copying.after(begin):
+                        uploads.send(part)
+                        sent = Event(self.device)
+                own = {i: verified[i] for i in range(part.start, part.stop) if i in verified}
+                if part is parts[-1]:
+                    # Needed last, so another thread has time for them.
+                    reading = host_threads().submit(self._read_sinks, verified, slots)
+                step = self._step(own, chunks, part, tokens, slots)
+                if step is not None:
+                    failed |= decoding.decode(step, partial(self._units.open, uploads, own), sent)
+            sinks, sink_slots, damaged = reading.result()
+            failed |= damaged
+            # Last: all that follows on this stream would wait for the point, too.
+            if len(sink_slots):
+                if point is not None:
+                    point.wait()
+                self._write_sinks(sinks, sink_slots)
+            return decoding.damaged() | failed
+        except BaseException:
+            thread.copying.synchronize()
+            thread.stream.synchronize()
+            raise
+
+    def _checksums(self, uploads: UploadedBlobs) -> Iterator[bool]:
+        """Whether each blob's is right, in order; on the host's threads, which stage the sound.
+
+        Here they do nothing for which they would wait for each other.
+        """
+
+        def check(places: Sequence[int]) -> list[bool]:
+            found = [has_checksum(uploads.views[place]) for place in places]
+            if self._units.reads_on_device:
+                for place, sound in zip(places, found, strict=True):
+                    if sound:
+                        uploads.stage(place)
+            return found
+
+        for found in host_threads().map(check, shares(len(uploads.views))):
+            yield from found
+
+    def _check(self, chunk: LoadChunk, blob: Blob, tokens: int, has_checksum: bool) -> VerifiedBlob:
+        """Raises ContainerError if the blob is not that of the chunk, at any ratio."""
+        sinks = self._sinks(chunk.start, tokens)
+        if has_checksum and chunk.start + tokens <= self._max_position:
+            own = partial(
+                self._new_header,
+                *(tokens, chunk.start, sinks, self.ratio, self.artifact.fingerprint, chunk.key),
+            )
+            found = self._expected_head(tokens, sinks).match(blob, sinks, own)
+            if found is not None:
+                return found
+        info = self._verified(blob, chunk.start, tokens, chunk.key)
+        view = memoryview(blob)
+        return VerifiedBlob(view, info.header.sinks, section_tables(view, len(info.sections)))
+
+    def _head_of(self, tokens: int, sinks: int) -> ExpectedHead:
+        return ExpectedHead.of(self._sections_of(tokens, sinks, self.ratio))
+
+    def _step(
+        self,
+        verified: Mapping[int, VerifiedBlob],
+        chunks: Sequence[tuple[LoadChunk, Blob]],
+        part: slice,
+        tokens: int,
+        slots: npt.NDArray[np.int64],
+    ) -> DecodeStep | None:
+        """The coded tokens of the sound chunks of a part of the load, if there are any."""
+        places = range(part.start, part.stop)
+        sinks = [verified[i].sinks if i in verified else tokens for i in places]
+        own = RowLayout.of([tokens - count for count in sinks])
+        if not own.members:
+            return None
+        coded = np.arange(tokens) >= np.array(sinks, np.int64)[:, None]
+        starts = np.array([chunk.start for chunk, _ in chunks[part]], np.int64)
+        positions = starts[:, None] + np.arange(tokens)
+        # One upload: each costs as much as a launch.
+        there = upload(
+            torch.from_numpy(
+                np.concatenate((slots[part][coded], positions[coded], own.table.numpy().ravel()))
+            ),
+            self.device,
+        )
+        rows = own.num_rows
+        return DecodeStep(
+            RowLayout(tuple(part.start + member for member in own.members), own.tokens),
+            np.array([sinks[member] > 0 for member in own.members], np.int64),
+            there[2 * rows :].view(-1, 3),
+            there[:rows],
+            there[rows : 2 * rows],
+        )
+
+    def _read_sinks(
+        self, verified: Mapping[int, VerifiedBlob], slots: npt.NDArray[np.int64]
+    ) -> tuple[dict[Kind, torch.Tensor], torch.Tensor, dict[int, ContainerError]]:
+        """Sinks of all chunks, cache dtype [S, p], and their slots [S], on the host.
+
+        Those of damaged sections are left out, and told by place.
+        """
+        failed: dict[int, ContainerError] = {}
+        parts: dict[Kind, list[torch.Tensor]] = {tensor: [] for tensor in KINDS}
+        own_slots: list[torch.Tensor] = []
+        for place, blob in verified.items():
+            if not blob.sinks:
+                continue
+            try:
+                payload = read_section(blob.section(0), blob.view)
+            except ContainerError as error:
+                failed[place] = error
+                continue
+            sinks = self._decode_sinks(payload, blob.sinks, torch.device("cpu"))
+            for tensor, values in zip(KINDS, sinks, strict=True):
+                parts[tensor].append(values.flatten(1))
+            own_slots.append(torch.from_numpy(slots[place, : blob.sinks]))
+        if not own_slots:
+            return {}, torch.empty(0, dtype=torch.int64), failed
+        together = {
+            tensor: values[0] if len(values) == 1 else torch.cat(values)
+            for tensor, values in parts.items()
+        }
+        return together, torch.cat(own_slots), failed
+
+    def _write_sinks(self, sinks: dict[Kind, torch.Tensor], slots: torch.Tensor) -> None:
+        slots = upload(slots, self.device)
+        for tensor, values in sinks.items():
+            rows = upload(values, self.device).float()
+            exact = self._exact.tensor(tensor)
+            scatter_rows(exact, slots, slots, self._unrotated, None, rows)
