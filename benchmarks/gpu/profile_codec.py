@@ -29,10 +29,12 @@ def main() -> None:
     made.add_argument("--tokens", type=int, default=8192)
     args = made.parse_args()
     device = torch.device(args.device)
-    case = ("tiny", 2, 4.0, 16) if args.tiny else ("llama-3.1-8b", args.layers, 16.0, args.tokens)
+    shape, layers, ratio, tokens = "llama-3.1-8b", args.layers, 16.0, args.tokens
+    if args.tiny:
+        shape, layers, ratio, tokens = "tiny", 2, 4.0, 16
     chunk = 8 if args.tiny else 128
     with SideStream(device).to_end():  # nvCOMP refuses the default stream
-        fixture = PagedFixture(*case, device)
+        fixture = PagedFixture(shape, layers, ratio, tokens, device)
         loads = fixture.loads(chunk, fixture.encode(chunk))
         _profile("load", lambda: fixture.codec.load(loads, chunk), device, args.rounds)
         _profile("store", lambda: fixture.encode(chunk), device, args.rounds)

@@ -22,7 +22,7 @@ from benchmarks.gpu.offline import compiled  # isort: skip
 
 import torch
 
-from benchmarks.gpu.offline import idle_nvcomp  # isort: skip
+from benchmarks.gpu.offline.idle_nvcomp import IdleNvcomp  # isort: skip
 from benchmarks.gpu.offline.served import (  # isort: skip
     CHUNK,
     Case,
@@ -61,10 +61,7 @@ def idle_device() -> NvcompUnitCoder:
     """
     compiled.record(90)
     without_products()
-    deflate_nvcomp._import_nvcomp = lambda: idle_nvcomp
-    deflate_nvcomp._stream = lambda device: 7
-    torch.cuda.current_device = lambda: 0
-    uploads.UploadedBlobs.send = lambda self, index: None  # type: ignore[method-assign]
+    uploads.UploadedBlobs.send = lambda self, blobs: None  # type: ignore[method-assign]
     bodies: list[torch.Tensor] = []
 
     def collect(self: Any, places: Any, size: int) -> torch.Tensor:
@@ -73,7 +70,7 @@ def idle_device() -> NvcompUnitCoder:
         return bodies[0][:size]
 
     unit_coders._NvcompUnits.collect = collect  # type: ignore[method-assign]
-    return NvcompUnitCoder(deflate_nvcomp.NvcompDeflate())
+    return NvcompUnitCoder(deflate_nvcomp.NvcompDeflate(IdleNvcomp()))
 
 
 def measure(case: Case, tokens: int, rounds: int) -> dict[str, Any]:
@@ -160,10 +157,10 @@ def _until_first_upload(
     send = uploads.UploadedBlobs.send
     first: list[tuple[float, float]] = []
 
-    def noted(self: Any, index: int) -> None:
+    def noted(self: Any, blobs: slice) -> None:
         if not first:
             first.append((time.perf_counter(), time.process_time()))
-        send(self, index)
+        send(self, blobs)
 
     uploads.UploadedBlobs.send = noted  # type: ignore[method-assign]
     wall: list[float] = []

@@ -18,7 +18,7 @@ from tests.codec.kernels.paged_caches import paged_cache, read_slots
 from tests.codec.kernels.requests import Load, Store
 from tests.codec.synthetic import SyntheticModel
 
-from kvtc_vllm.codec.kernels.chunks import RowLayout, shares, steps  # isort: skip
+from kvtc_vllm.codec.kernels.chunks import RowLayout, shares, steps, waves  # isort: skip
 from kvtc_vllm.codec.kernels.paged import block_slots, rotations  # isort: skip
 from kvtc_vllm.codec.kernels.paged_codec import PagedKvtcCodec  # isort: skip
 from kvtc_vllm.codec.kernels.paged_io import scatter_rows  # isort: skip
@@ -352,6 +352,10 @@ def test_rows_and_steps():
     assert RowLayout.of([0]).table.shape == (0, 3)
     assert steps([5, 5, 20, 1], 10) == [slice(0, 2), slice(2, 3), slice(3, 4)]
     assert steps([], 10) == []
+    assert waves(10, 2, 4) == [slice(0, 2), slice(2, 6), slice(6, 10)]
+    assert waves(3, 4, 4) == [slice(0, 3)]
+    assert waves(3, 8, 1) == [slice(0, 1), slice(1, 2), slice(2, 3)]
+    assert waves(0, 2, 4) == []
     assert [list(part) for part in shares(7)] == [[0], [1, 2, 3, 4], [5, 6]]
     assert [i for part in shares(0) for i in part] == []
     assert issubclass(ContainerError, CodecError)

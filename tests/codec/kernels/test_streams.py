@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -78,3 +79,7 @@ def test_a_place_is_used_again_when_the_copy_out_of_it_has_run(
     assert CountedEvent.waited == [1, 2, 3]
     odd = torch.tensor([1.5, -2.0, 3.0], dtype=torch.float16)
     assert torch.equal(ring.put(odd.view(3, 1)), odd.view(3, 1))
+    # numpy gives an empty selection strides of 0, which no view as bytes takes.
+    none = torch.from_numpy(np.arange(6).reshape(2, 3)[np.zeros((2, 3), bool)])
+    assert ring.put(none).shape == (0,)
+    assert ring.put(none).dtype == torch.int64
