@@ -64,8 +64,7 @@ from kvtc_vllm.codec.transform import (
 )
 
 NON_FINITE = "non-finite: the chunk holds NaN or infinity"
-_LENGTHS = 64
-"""Kinds of chunks, by numbers of tokens and sinks, whose sections are remembered."""
+_LENGTHS = 64  # kinds of chunks, by tokens and sinks, whose sections are remembered
 SECTION_KIND: dict[Kind, SectionKind] = {
     "k": SectionKind.CODED_K,
     "v": SectionKind.CODED_V,
@@ -108,7 +107,6 @@ class TransformCodec(ChunkCodec):
             (rope.max_positions for rope in artifact.ropes), default=MAX_POSITION
         )
         self._sections = {key: s.on(self.device, operand) for key, s in artifact.sections.items()}
-        # A load verifies dozens of chunks, nearly all of one length.
         self._sections_of = lru_cache(_LENGTHS)(self._list_sections)
 
     @property
@@ -241,30 +239,19 @@ class TransformCodec(ChunkCodec):
             length = sinks * self.geometry.token_elements() * self.dtype.itemsize
             expected.append(ExpectedSection(SectionKind.SINKS, ALL_LAYERS, length))
         coded = tokens - sinks
-        if coded:
+        if not coded:
+            return expected
+        if self._has_marks:
+            length = marks_length(coded)
+            expected.append(ExpectedSection(SectionKind.MARKS, ALL_LAYERS, length, {RAW.coder_id}))
+        for group, tensor in self._section_keys():
+            coder = self._coder(group, tensor, ratio)
+            least, most = coder.raw_length(coded), coder.most_raw_length(coded)
+            ids = coder.coder_ids
+            expected.append(ExpectedSection(SECTION_KIND[tensor], group, least, ids, most))
             if self._has_marks:
-                length = marks_length(coded)
-                expected.append(
-                    ExpectedSection(SectionKind.MARKS, ALL_LAYERS, length, {RAW.coder_id})
-                )
-            for group, tensor in self._section_keys():
-                coder = self._coder(group, tensor, ratio)
-                expected.append(
-                    ExpectedSection(
-                        SECTION_KIND[tensor],
-                        group,
-                        coder.raw_length(coded),
-                        coder.coder_ids,
-                        coder.most_raw_length(coded),
-                    )
-                )
-                if self._has_marks:
-                    most = 0 if coder.beyond is None else coder.beyond.most_raw_length(coded)
-                    expected.append(
-                        ExpectedSection(
-                            BEYOND_KIND[tensor], group, 0, coder.coder_ids, most_raw_length=most
-                        )
-                    )
+                most = 0 if coder.beyond is None else coder.beyond.most_raw_length(coded)
+                expected.append(ExpectedSection(BEYOND_KIND[tensor], group, 0, ids, most))
         return expected
 
     def _groups(self, info: ContainerInfo, blob: memoryview) -> Iterator[DecodedGroup]:

@@ -63,7 +63,12 @@ def engine(model: Path, extra: dict[str, Any] | None, **options: Any) -> Iterato
 
 
 def _count_every_step(engine: Any) -> None:
-    """A server counts what a step without output did, such as ordering a load; `LLM` leaves it."""
+    """What a step without output did, such as ordering a load: up to vLLM 0.27 a server counts it,
+    and `LLM` does not."""
+    import vllm
+
+    if tuple(map(int, vllm.__version__.split(".")[:2])) >= (0, 28):
+        return
     core, manager = engine.engine_core, engine.logger_manager
     get_output = core.get_output
 
