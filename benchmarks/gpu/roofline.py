@@ -26,6 +26,7 @@ from benchmarks.gpu.report import append, parser
 from kvtc_vllm.codec.artifact import KINDS
 from kvtc_vllm.codec.entropy import DEFLATE
 from kvtc_vllm.codec.kernels.paged_codec import PagedKvtcCodec
+from kvtc_vllm.codec.kernels.paged_reader import LARGEST_WAVE
 from kvtc_vllm.codec.payload import BitPlan, encode_payload
 from kvtc_vllm.codec.quantizers import REGISTRY
 
@@ -124,12 +125,13 @@ def predict(
     """One row: milliseconds by stage, GB/s of raw KV both ways, and what bounds them."""
     raw = tokens * SHAPES[case.shape].token_bytes
     load, store = _stages(case, tokens, codec, costs, gpu)
-    groups = len(codec.resident.layer_groups)
+    waves = -(-tokens // LARGEST_WAVE)
     by_name = {stage.name: stage.seconds(gpu)[0] for stage in (*load, *store)}
     work = sum(by_name[n] for n in ("unpack", "decode product", "scatter"))
-    # Inflating runs beside all the rest, except before the first layer group.
+    # Uploading and inflating a wave runs beside the work on the one before.
     inflate = by_name["inflate"]
-    device = by_name["upload"] + inflate / groups + max(work, inflate * (1 - 1 / groups))
+    beside = max(work, inflate) * (1 - 1 / waves)
+    device = (by_name["upload"] + inflate + work) / waves + beside
     first = host["load_first_upload_cpu_ms"] / 1e3
     decode = first + max(device, host["load_thread_ms"] / 1e3, _on_others(host, "load"))
     encoding = sum(stage.seconds(gpu)[0] for stage in store)
