@@ -39,9 +39,10 @@ from kvtc_vllm.connector.torch_transfer import TorchTransfer
 from kvtc_vllm.connector.transfers import FoundArtifact, build_transfer
 from kvtc_vllm.connector.warm_up import warm_up
 from kvtc_vllm.offload.adapters import LoadedAdapters
-from kvtc_vllm.offload.disk_worker import DiskWorker, open_in_time
+from kvtc_vllm.offload.disk_worker import DiskWorker
 from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup, codec_geometry
 from kvtc_vllm.offload.names import Names
+from kvtc_vllm.offload.namespace import open_in_time
 from kvtc_vllm.offload.setup_identity import SetupIdentity
 from kvtc_vllm.offload.transfer import Transfer
 from kvtc_vllm.offload.weights import WeightsWatch
