@@ -15,7 +15,8 @@ asked for again in the next step, in their order, and begin at the latest when t
 among the computations.
 
 Whatever was expected: a load is given up, and its request computed, once it has waited as long as
-it would have if the engine had computed it, and all that was before it (`load_planned`).
+it would have if the engine had computed it, and all that was before it (`load_planned`); where
+loads are the faster way, after some times as long.
 """
 
 from __future__ import annotations
@@ -28,10 +29,15 @@ from typing import NamedTuple
 
 from kvtc_vllm.offload.prefill_queue import PrefillQueue
 
-LOAD_SAMPLES = 15
+SAMPLES = 15
 """The newest, of which the median is taken."""
-PREFILL_SAMPLES = 64
-"""More, so that the short steps between loads don't push out those that tell the rate."""
+SHORT = 4
+"""Steps of less than one part in so many of the longest tell of the costs of a step, not of the
+rate. They count once the oldest sample is `STALE_SECONDS` old."""
+STALE_SECONDS = 600.0
+LENIENCE = 3
+"""How many times its patience a load may take where loads are faster than computing: once its turn
+has come, it is still the faster way."""
 MIN_SAMPLES = 5
 MIN_PREFILL_TOKENS = 64
 """Steps with fewer tokens are decoding, which says nothing about prefill."""
@@ -54,14 +60,22 @@ class Way(Enum):
 class _Rate:
     """Seconds per token: half of the tokens were not slower."""
 
-    def __init__(self, samples: int) -> None:
-        self._samples: deque[tuple[float, int]] = deque(maxlen=samples)
+    def __init__(self) -> None:
+        self._samples: deque[tuple[float, int, float]] = deque(maxlen=SAMPLES)
+        self.most_tokens = 0
+        """Of a sample."""
         self.value = 0.0
 
-    def add(self, tokens: int, seconds: float) -> None:
-        self._samples.append((seconds / tokens, tokens))
-        left = sum(count for _, count in self._samples) / 2
-        for value, count in sorted(self._samples):
+    def add(self, tokens: int, seconds: float, now: float) -> None:
+        """now: on the clock."""
+        if tokens * SHORT < self.most_tokens:
+            if now - self._samples[0][2] < STALE_SECONDS:
+                return
+            self._samples.popleft()
+        self._samples.append((seconds / tokens, tokens, now))
+        self.most_tokens = max(count for _, count, _ in self._samples)
+        left = sum(count for _, count, _ in self._samples) / 2
+        for value, count, _ in sorted(self._samples):
             left -= count
             if left <= 0:
                 self.value = value
@@ -70,11 +84,6 @@ class _Rate:
     @property
     def known(self) -> bool:
         return len(self._samples) >= MIN_SAMPLES
-
-    @property
-    def most_tokens(self) -> int:
-        """Of a sample."""
-        return max((count for _, count in self._samples), default=0)
 
 
 class _Load(NamedTuple):
@@ -100,8 +109,8 @@ class LoadPolicy:
     def __init__(self, enabled: bool, clock: Callable[[], float] = time.monotonic) -> None:
         self._enabled = enabled
         self._clock = clock
-        self._load = _Rate(LOAD_SAMPLES)
-        self._prefill = _Rate(PREFILL_SAMPLES)
+        self._load = _Rate()
+        self._prefill = _Rate()
         self._refused = 0
         self._running: dict[str, _Load] = {}
         self._queued = 0
@@ -117,7 +126,7 @@ class LoadPolicy:
     def observe_load(self, tokens: int, seconds: float) -> None:
         """Take note of loads of `tokens` tokens that took `seconds`, decoding and scattering."""
         if tokens:
-            self._load.add(tokens, seconds)
+            self._load.add(tokens, seconds, self._clock())
             self._refused = 0
 
     def step_planned(self, step: int, scheduled: Mapping[str, int]) -> None:
@@ -141,7 +150,7 @@ class LoadPolicy:
     def observe_step(self, tokens: int, seconds: float) -> None:
         """Take note of a step that computed `tokens` tokens in `seconds`."""
         if tokens >= MIN_PREFILL_TOKENS:
-            self._prefill.add(tokens, seconds)
+            self._prefill.add(tokens, seconds, self._clock())
 
     def decide(self, request_id: str, tokens: int) -> Way:
         """How a request should come to `tokens` tokens of which the tier has the KV.
@@ -150,16 +159,14 @@ class LoadPolicy:
         """
         if not self._enabled:
             return Way.LOAD
-        if request_id in self._late:
-            return Way.COMPUTE
         if not self._knows_rates:
             return Way.LOAD if len(self._running) < UNPROVEN_LOADS else Way.COMPUTE
-        if self._is_quicker(tokens):
+        if self._should_load(request_id, tokens):
             self._put_off.pop(request_id, None)
             return Way.LOAD
         put = self._put_off.get(request_id)
         if put is None:
-            self._refused += 1
+            self._refused += request_id not in self._late
             if self._refused >= PROBE_EVERY:
                 self._refused = 0
                 return Way.LOAD
@@ -174,9 +181,9 @@ class LoadPolicy:
     def still_later(self, request_id: str) -> bool:
         """Whether a request that was put off need not be looked up yet. Takes constant time."""
         put = self._put_off.get(request_id)
-        if put is None or self._is_quicker(put.tokens) or self._has_room(put.tokens):
+        if put is None or self._has_room(put.tokens) or self._clock() >= put.until:
             return False
-        if self._clock() >= put.until:
+        if self._should_load(request_id, put.tokens):
             return False
         self._put_off_now += put.tokens
         return True
@@ -191,6 +198,8 @@ class LoadPolicy:
         patience = 0.0
         if self._enabled and self._prefill.known:
             patience = (self._queued + self._ahead + tokens) * self._prefill.value
+            if self._load.known and self._load.value < self._prefill.value:
+                patience *= LENIENCE
         self._running[request_id] = _Load(tokens, self._clock() + patience if patience else None)
         self._queued += tokens
         self._shortest = None
@@ -228,7 +237,9 @@ class LoadPolicy:
         running = sum(tokens for _, tokens, _ in self._steps)
         return running + self._begun.tokens + self._put_off_now
 
-    def _is_quicker(self, tokens: int) -> bool:
+    def _should_load(self, request_id: str, tokens: int) -> bool:
+        if request_id in self._late:
+            return False
         step = min(tokens, self._prefill.most_tokens)
         delay = len(self._running) * step / 2  # in tokens, of all loads together
         computed = (self._ahead + tokens + delay) * self._prefill.value

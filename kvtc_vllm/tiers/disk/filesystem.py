@@ -78,12 +78,12 @@ class FileSystem(Protocol):
         """What is at a path, not following a symbolic link."""
         ...
 
-    def list(self, path: str) -> list[Listed]:
-        """Entries of a directory, in no order; those that vanish meanwhile are left out."""
-        ...
-
     def names(self, path: str) -> list[Named]:
         """Plain files of a directory, in no order, by what the directory itself says."""
+        ...
+
+    def list(self, path: str) -> list[Listed]:
+        """Entries of a directory, in no order; those that vanish meanwhile are left out."""
         ...
 
     def mkdir(self, path: str) -> None:
@@ -166,11 +166,11 @@ class OsFileSystem:
             path, lambda at, name: _info(os.stat(name, dir_fd=at, follow_symlinks=False))
         )
 
-    def list(self, path: str) -> list[Listed]:
-        return self._scan(path, _entries)
-
     def names(self, path: str) -> list[Named]:
         return self._scan(path, _names)
+
+    def list(self, path: str) -> list[Listed]:
+        return self._scan(path, _entries)
 
     def _scan(self, path: str, read: Callable[[str | int], T]) -> T:
         if self._root is None:
