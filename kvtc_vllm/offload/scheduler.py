@@ -22,7 +22,7 @@ from kvtc_vllm.offload.running_loads import RunningLoads
 from kvtc_vllm.offload.stats import Stats
 from kvtc_vllm.offload.store_planner import StorePlanner
 from kvtc_vllm.offload.store_policy import StorePolicy, make_store_policy
-from kvtc_vllm.offload.store_timing import make_timing
+from kvtc_vllm.offload.store_timing import make_timing, stored_at_once
 from kvtc_vllm.offload.tier_stats import TierStats
 from kvtc_vllm.offload.tier_view import TierView
 from kvtc_vllm.offload.vllm_types import BlockPool, Request, SchedulerOutput
@@ -88,6 +88,7 @@ class KVTCScheduler:
                 self._tiers,
                 reuse or BlockReuse(step_blocks=0),
                 lambda name, amount, label: self._stats.add(name, amount, label),
+                stored_at_once(config, geometry, bounds),
             ),
         )
         self._stores = StorePlanner(
@@ -394,7 +395,5 @@ class KVTCScheduler:
     def take_stats(self) -> Stats | None:
         """Counters since the last call, with gauges when they moved."""
         self._tier_stats.add_to(self._stats)
-        if self._stats.is_empty():
-            return None
         stats, self._stats = self._stats, Stats()
-        return stats
+        return None if stats.is_empty() else stats
