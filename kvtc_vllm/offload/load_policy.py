@@ -29,12 +29,11 @@ from typing import NamedTuple
 
 from kvtc_vllm.offload.prefill_queue import PrefillQueue
 
-SAMPLES = 15
-"""The newest, of which the median is taken."""
-SHORT = 4
-"""Steps of less than one part in so many of the longest tell of the costs of a step, not of the
-rate. They count once the oldest sample is `STALE_SECONDS` old."""
-STALE_SECONDS = 600.0
+WINDOW = 16
+"""The newest samples count, as many as have together so many times the tokens of the largest: so
+the short steps between loads, which tell of the costs of a step, soon don't push out the long ones
+that tell the rate."""
+MOST_SAMPLES = 256
 LENIENCE = 3
 """How many times its patience a load may take where loads are faster than computing: once its turn
 has come, it is still the faster way."""
@@ -61,21 +60,20 @@ class _Rate:
     """Seconds per token: half of the tokens were not slower."""
 
     def __init__(self) -> None:
-        self._samples: deque[tuple[float, int, float]] = deque(maxlen=SAMPLES)
+        self._samples: deque[tuple[float, int]] = deque(maxlen=MOST_SAMPLES)
         self.most_tokens = 0
         """Of a sample."""
         self.value = 0.0
 
-    def add(self, tokens: int, seconds: float, now: float) -> None:
-        """now: on the clock."""
-        if tokens * SHORT < self.most_tokens:
-            if now - self._samples[0][2] < STALE_SECONDS:
-                return
-            self._samples.popleft()
-        self._samples.append((seconds / tokens, tokens, now))
-        self.most_tokens = max(count for _, count, _ in self._samples)
-        left = sum(count for _, count, _ in self._samples) / 2
-        for value, count, _ in sorted(self._samples):
+    def add(self, tokens: int, seconds: float) -> None:
+        samples = self._samples
+        samples.append((seconds / tokens, tokens))
+        self.most_tokens = max(count for _, count in samples)
+        total = sum(count for _, count in samples)
+        while total - samples[0][1] >= WINDOW * self.most_tokens:
+            total -= samples.popleft()[1]
+        left = total / 2
+        for value, count in sorted(samples):
             left -= count
             if left <= 0:
                 self.value = value
@@ -126,7 +124,7 @@ class LoadPolicy:
     def observe_load(self, tokens: int, seconds: float) -> None:
         """Take note of loads of `tokens` tokens that took `seconds`, decoding and scattering."""
         if tokens:
-            self._load.add(tokens, seconds, self._clock())
+            self._load.add(tokens, seconds)
             self._refused = 0
 
     def step_planned(self, step: int, scheduled: Mapping[str, int]) -> None:
@@ -150,7 +148,7 @@ class LoadPolicy:
     def observe_step(self, tokens: int, seconds: float) -> None:
         """Take note of a step that computed `tokens` tokens in `seconds`."""
         if tokens >= MIN_PREFILL_TOKENS:
-            self._prefill.add(tokens, seconds, self._clock())
+            self._prefill.add(tokens, seconds)
 
     def decide(self, request_id: str, tokens: int) -> Way:
         """How a request should come to `tokens` tokens of which the tier has the KV.

@@ -8,7 +8,6 @@ from kvtc_vllm.offload.load_policy import (
     LENIENCE,
     MIN_SAMPLES,
     PROBE_EVERY,
-    STALE_SECONDS,
     UNPROVEN_LOADS,
     LoadPolicy,
     Way,
@@ -267,15 +266,20 @@ def test_decoding_and_empty_loads_say_nothing() -> None:
 
 
 def test_short_steps_between_loads_do_not_tell_the_rate() -> None:
-    clock = Clock()
-    gate = fed(load=0.15, prefill=0.1, clock=clock)
-    for _ in range(99):  # the recent windows of what was loaded, each with the costs of a step
+    gate = fed(load=0.15, prefill=0.1, samples=16)
+    for _ in range(60):  # the recent windows of what was loaded, each with the costs of a step
         gate.observe_step(100, 0.05)
     assert not asked(gate)
-    clock.now += STALE_SECONDS  # there are no others any more
-    for _ in range(9):
+    for _ in range(240):  # there are no others any more
         gate.observe_step(100, 0.05)
     assert asked(gate)
+
+
+def test_a_tier_that_became_slow_is_noticed() -> None:
+    gate = fed(load=0.05, prefill=0.1, samples=99)
+    for _ in range(9):
+        gate.observe_load(1000, 0.3)
+    assert not asked(gate)
 
 
 def test_a_slow_load_is_given_up_in_time() -> None:
