@@ -10,6 +10,9 @@ are the bytes of all blobs, `delta` those that the tier holds with differences, 
 between them. Every record is read back and compared with its blob: nothing else is decoded than
 with `joint: off`, so KL is the same. Times are of one thread in one run, ratios to the codec's own.
 
+What `joint: exact` would do is counted beside it: bodies that are equal, and the bytes on disk, in
+blocks of 4 KiB, of whole chunks and of bodies kept once with a file for each chunk's own head.
+
 shared: two essays behind other system prompts, in either order. edited: ten versions of a source
 file of the standard library, each with one more edit. agent: a loop that sends tool output again
 while older turns are dropped. chats: problems and essays that have nothing in common but a system
@@ -40,10 +43,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from kvtc_vllm.artifact.directory import load_rank_artifact
 from kvtc_vllm.codec.artifact import RankArtifact
 from kvtc_vllm.codec.base import ChunkCodec
+from kvtc_vllm.codec.container import CHECKSUM_BYTES, HEADER_BYTES
 from kvtc_vllm.codec.cpu.delta import DeltaCoder
 from kvtc_vllm.codec.registry import open_codec
 from kvtc_vllm.codec.v2.codec import ENTROPY
 from kvtc_vllm.tiers.delta_store import DeltaStore
+from kvtc_vllm.tiers.disk import disk_bytes
 from kvtc_vllm.tiers.keys import RecordKey
 from kvtc_vllm.tiers.memory import MemoryArena
 
@@ -220,12 +225,24 @@ class Tier:
             "off_bytes": off,
             "delta_bytes": self._arena.used,
             "saved": round(1 - self._arena.used / off, 4),
+            **self._exact(),
             "share_of_a_difference": self._share() if found else None,
             "search_microseconds_per_chunk": round(1e6 * seconds["search"] / chunks),
             "store_time_to_encoding": round(1 + seconds["difference"] / seconds["encode"], 3),
             "load_time_to_decoding": round(1 + seconds["whole"] / seconds["decode"], 3)
             if found
             else None,
+        }
+
+    def _exact(self) -> dict[str, int]:
+        """Of bodies kept once."""
+        own = HEADER_BYTES + CHECKSUM_BYTES
+        bodies = {blob[HEADER_BYTES:-CHECKSUM_BYTES] for blob in self._blobs.values()}
+        apart = sum(disk_bytes(len(body)) for body in bodies)
+        return {
+            "equal_bodies": len(self._blobs) - len(bodies),
+            "disk_bytes": sum(disk_bytes(len(blob)) for blob in self._blobs.values()),
+            "disk_bytes_of_bodies_kept_once": apart + len(self._blobs) * disk_bytes(own),
         }
 
     def _share(self) -> float:

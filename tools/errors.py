@@ -74,7 +74,12 @@ PLACES = (
         "The artifact was found and read, and is not that of this engine; or the disk tier cannot "
         "tell its chunks from others'.",
         "calibrate again with the settings that serve: `kvtc calibrate MODEL --data TEXT`",
-        ("connector/startup.py", "connector/selftest.py", "connector/artifact_lookup.py"),
+        (
+            "connector/startup.py",
+            "connector/rank_artifacts.py",
+            "connector/selftest.py",
+            "connector/artifact_lookup.py",
+        ),
     ),
     Place(
         "The disk tier's directory",

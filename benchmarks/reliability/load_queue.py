@@ -1,12 +1,20 @@
-"""Loads that queue: how long requests wait for theirs, against recomputing their own prompt.
+"""A burst of stored prompts: what each request waits, against the same burst without the tier.
 
     python -m benchmarks.reliability.load_queue [--requests 64] [--out FILE.json]
 
 One engine on the CPU with the reference model and its artifact at 8x. All prompts are in the tier
-and in no block of vLLM's, and are asked for at once: first with `load_gate` off, where every
-request is loaded, then with it on, as it is by default. A wait is from when a load was ordered
-until its request may go on; it is divided by the time to the first token of such a prompt alone
-and computed. Above 1 a request would have been served sooner without the tier.
+and in no block of vLLM's, and are asked for at once, three times: computed (every request opts out
+of loading), with `load_gate` off, where every request is loaded, and with it on, as it is by
+default. The three take turns `--rounds` times on the same engine.
+
+All that again with a tier of which every load takes `SLOW` times as long as computing, without
+using the CPU (threads sleep where they read a chunk).
+
+A wait is from when a load was ordered until the engine saw its end. It is divided by what
+recomputing would have taken from then on in its place in the queue: its tokens, and those of all
+requests before it, loaded or computed, at the rate of the computed burst. Above 1 the request
+should have been computed. First tokens are compared place by place: the n-th of a burst with the
+n-th of the computed one.
 """
 
 from __future__ import annotations
@@ -23,18 +31,20 @@ ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "tests" / "reference_model" / "model"
 TOKENS = 1536
 VOCABULARY = 2000
+SLOW = 1.1
+WAYS = ("computed", "load_gate off", "load_gate on")
 
 
 class Bench:
-    """One engine. gate: `load_gate`."""
+    """One engine, whose gate is switched between bursts."""
 
-    def __init__(self, gate: bool, requests: int) -> None:
+    def __init__(self, requests: int) -> None:
         from tests.connector.engine import engine
 
         config = {
             "ratio": 8,
             "memory_bytes": "1GiB",
-            "load_gate": gate,
+            "load_gate": True,
             "encode_share": 1,
             "recent_window": 128,
         }
@@ -48,51 +58,60 @@ class Bench:
             num_gpu_blocks_override=64 * (requests + 4),
         )
 
-    def run(self) -> dict[str, float]:
-        """Store, measure a computed prompt alone, then ask for all at once."""
+    def run(self, rounds: int) -> dict[str, Any]:
+        """Store, then let the three ways take turns."""
         with self._engine as llm:
             scheduler = llm.llm_engine.engine_core.engine_core.scheduler.connector._scheduler
+            policy = scheduler._load_policy
             prompts = [self._prompt() for _ in range(self._requests)]
             self._ask(llm, prompts)
             self._settle(llm)
-            alone = statistics.median(self._ask(llm, [self._prompt()])[0] for _ in range(9))
-            # What the policy knows of loads, as it would after some time of service.
-            for prompt in prompts[:6]:
+            alone = statistics.median(self._ask(llm, [self._prompt()])[0] for _ in range(5))
+            for prompt in prompts[:6]:  # what the policy knows, as after some time of service
                 assert llm.reset_prefix_cache()
                 self._ask(llm, [prompt])
-            assert llm.reset_prefix_cache()
-            waits = _watch(scheduler)
-            first_tokens = self._ask(llm, prompts)
-            ended = [end - begin for begin, end in waits.values() if end]
-            return {
-                "computed alone, ms": round(1e3 * alone, 1),
-                "loads": len(ended),
-                "longest wait / computed": round(max(ended, default=0.0) / alone, 2),
-                "median wait / computed": round(
-                    statistics.median(ended) / alone if ended else 0.0, 2
-                ),
-                "last first token, ms": round(1e3 * max(first_tokens), 1),
-                "mean first token, ms": round(1e3 * statistics.mean(first_tokens), 1),
-            }
+            watch = _Watch(policy)
+            found: dict[str, Any] = {"computed alone, ms": round(1e3 * alone, 1)}
+            for tier, seconds in (("tier as it is", 0.0), ("slow tier", SLOW * alone)):
+                _slow_down(scheduler, seconds)
+                bursts: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+                for _ in range(rounds):
+                    for way in WAYS:
+                        self._settle(llm)
+                        assert llm.reset_prefix_cache()
+                        policy._enabled = way == "load_gate on"
+                        watch.begin()
+                        first = self._ask(llm, prompts, loads=way != "computed")
+                        burst = {"first": first, "loads": list(watch.loads.values())}
+                        bursts[way].append(burst)
+                found[tier] = _summary(bursts)
+            return found
 
     def _prompt(self) -> list[int]:
         self._number += 1
         return [(self._number * 7919 + 31 * i) % VOCABULARY + 1 for i in range(TOKENS)]
 
-    def _ask(self, llm: Any, prompts: list[list[int]]) -> list[float]:
-        """Seconds to each first token, all asked at once."""
+    def _ask(self, llm: Any, prompts: list[list[int]], loads: bool = True) -> list[float]:
+        """Seconds to each first token, all asked at once, in order."""
         from vllm import SamplingParams
 
-        settings = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+        settings = SamplingParams(
+            temperature=0,
+            max_tokens=2,
+            ignore_eos=True,
+            extra_args=None if loads else {"kv_transfer_params": {"kvtc_load": False}},
+        )
+        names = []
         began = time.perf_counter()
         for prompt in prompts:
             self._number += 1
-            llm.llm_engine.add_request(f"r{self._number}", {"prompt_token_ids": prompt}, settings)
+            names.append(f"r{self._number}")
+            llm.llm_engine.add_request(names[-1], {"prompt_token_ids": prompt}, settings)
         first: dict[str, float] = {}
         while llm.llm_engine.has_unfinished_requests():
             for output in llm.llm_engine.step():
                 first.setdefault(output.request_id, time.perf_counter() - began)
-        return list(first.values())
+        return [first[name] for name in names]
 
     def _settle(self, llm: Any) -> None:
         connector = llm.llm_engine.engine_core.engine_core.scheduler.connector
@@ -100,38 +119,101 @@ class Bench:
             llm.llm_engine.step()
 
 
-def _watch(scheduler: Any) -> dict[str, list[float]]:
-    """When each load from now on was ordered and ended, by its request."""
-    waits: dict[str, list[float]] = {}
-    planned, ended = scheduler._load_policy.load_planned, scheduler._load_policy.load_ended
+class _Watch:
+    """Loads since `begin`: tokens of their recomputation and of what is before, begin, end."""
 
-    def load_planned(request_id: str, tokens: int) -> float:
-        waits[request_id] = [time.perf_counter(), 0.0]
-        return float(planned(request_id, tokens))
+    def __init__(self, policy: Any) -> None:
+        self.loads: dict[str, list[float]] = {}
+        self._policy = policy
+        self._planned, self._ended = policy.load_planned, policy.load_ended
+        policy.load_planned, policy.load_ended = self._plan, self._end
 
-    def load_ended(request_id: str) -> None:
-        if request_id in waits:
-            waits[request_id][1] = time.perf_counter()
-        ended(request_id)
+    def begin(self) -> None:
+        self.loads = {}
 
-    scheduler._load_policy.load_planned = load_planned
-    scheduler._load_policy.load_ended = load_ended
-    return waits
+    def _plan(self, request_id: str, tokens: int) -> float:
+        self.loads[request_id] = [
+            self._policy._queued + self._policy._ahead + tokens,
+            time.perf_counter(),
+            0.0,
+        ]
+        return float(self._planned(request_id, tokens))
+
+    def _end(self, request_id: str) -> None:
+        if request_id in self.loads:
+            self.loads[request_id][2] = time.perf_counter()
+        self._ended(request_id)
+
+
+def _slow_down(scheduler: Any, seconds: float) -> None:
+    """Have a load of a prompt take so long in all, over the threads that share it."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    worker = get_kv_transfer_group()._live_worker
+    each = seconds * scheduler._config.load_threads / (TOKENS // scheduler._chunk_tokens - 1)
+    read = type(worker.arena).read
+
+    def slowly(key: Any) -> Any:
+        time.sleep(each)
+        return read(worker.arena, key)
+
+    worker.arena.read = slowly
+
+
+def _first_tokens(rounds: list[dict[str, Any]]) -> list[float]:
+    """Seconds of each place in the burst, medians over the rounds."""
+    places = zip(*(burst["first"] for burst in rounds), strict=True)
+    return [statistics.median(place) for place in places]
+
+
+def _summary(bursts: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Medians over the rounds; waits of all rounds together."""
+    computed = _first_tokens(bursts["computed"])
+    rate = max(computed) / (len(computed) * TOKENS)
+    found: dict[str, Any] = {}
+    for way, rounds in bursts.items():
+        first = _first_tokens(rounds)
+        ratios = [mine / theirs for mine, theirs in zip(first, computed, strict=True)]
+        row: dict[str, Any] = {
+            "mean first token, ms": round(1e3 * statistics.mean(first), 1),
+            "last first token, ms": round(1e3 * max(first), 1),
+        }
+        if way != "computed":
+            waits = [
+                (end - begin) / (tokens * rate)
+                for burst in rounds
+                for tokens, begin, end in burst["loads"]
+            ]
+            row |= {
+                "loads": round(len(waits) / len(rounds), 1),
+                "median wait / recomputation": round(statistics.median(waits), 2),
+                "longest wait / recomputation": round(max(waits), 2),
+                "waits above recomputation, %": round(
+                    100 * sum(wait > 1 for wait in waits) / len(waits), 1
+                ),
+                "median first token / computed": round(statistics.median(ratios), 2),
+                "worst first token / computed": round(max(ratios), 2),
+                "mean first token / computed": round(
+                    statistics.mean(first) / statistics.mean(computed), 2
+                ),
+            }
+        found[way] = row
+    return found
 
 
 def main() -> None:
-    """Measure both, print, write JSON."""
+    """Measure, print, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("load_queue.json"))
     args = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    result: dict[str, Any] = {"requests": args.requests, "prompt_tokens": TOKENS}
-    for name, gate in (("load_gate off", False), ("load_gate on", True)):
-        result[name] = Bench(gate, args.requests).run()
-        print(name, result[name], flush=True)
+    result = {"requests": args.requests, "prompt_tokens": TOKENS, "rounds": args.rounds}
+    result |= Bench(args.requests).run(args.rounds)
+    print(json.dumps(result, indent=1), flush=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -7,6 +7,10 @@ allocates, hits, preempts and frees blocks as vLLM does, and runs no model. GPU 
 together hold 256 chunks at 16x: the GPU 64 of them, whose bytes are 4 MiB, and the tier 192, in
 768 KiB. A working set of 1x is 256 chunks. Every policy gets the same requests, four at a time.
 Hits are counted in the second half of a trace, as tokens of prompts; encoded chunks in all of it.
+
+A fourth trace has bursts: questions about documents, and every 20 requests a prompt that takes the
+whole GPU cache in one step. Memory holds half as many chunks as the GPU there, or two, four times
+as many, and a disk tier below it all of the working set.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.store_policy.engine import BLOCK, SimEngine
-from benchmarks.store_policy.traces import CHUNK, TRACES, Trace
+from benchmarks.store_policy.traces import CHUNK, TRACES, Trace, bursts
 from kvtc_vllm.config import load_config
 from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup
 from kvtc_vllm.offload.on_evict import BlockReuse
@@ -47,6 +51,12 @@ POLICIES: dict[str, dict[str, Any]] = {
 }
 
 
+BURST_POLICIES = ("eager", "on_evict", "auto")
+BURST_WORKING_SET = 2
+BURST_MEMORIES = (GPU_CHUNKS // 2, 2 * GPU_CHUNKS, 4 * GPU_CHUNKS)
+DISK: dict[str, Any] = {"disk_path": "/not/used", "disk_bytes": "1GiB"}
+
+
 def main() -> None:
     """Run all, print a table, write JSON."""
     parser = argparse.ArgumentParser(prog="benchmarks.store_policy", description=__doc__)
@@ -67,6 +77,17 @@ def main() -> None:
                     f"late {row['late_chunks']:5.0f} lost {row['lost_chunks']:3.0f}",
                     flush=True,
                 )
+    for memory in BURST_MEMORIES:
+        print(f"\nbursts, memory of {memory} chunks and a disk", flush=True)
+        for policy in BURST_POLICIES:
+            runs = [measure_bursts(memory, policy, seed) for seed in range(args.seeds)]
+            row = {"trace": "bursts", "memory_chunks": memory, "policy": policy, **_mean(runs)}
+            rows.append(row)
+            print(
+                f"  {policy:24} hits {row['hit_share']:6.1%} encoded {row['encoded_chunks']:7.0f} "
+                f"without room {row['no_room_chunks']:5.0f}",
+                flush=True,
+            )
     command = f"python -m benchmarks.store_policy --seeds {args.seeds}"
     args.out.write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
 
@@ -94,10 +115,27 @@ def measure(trace: str, size: float, policy: str, seed: int) -> dict[str, float]
     }
 
 
-def build(keys: dict[str, Any]) -> tuple[SimEngine, KVTCScheduler, int]:
+def measure_bursts(memory: int, policy: str, seed: int) -> dict[str, float]:
+    """One run of the trace with bursts. Chunks without room are lost."""
+    chunks = BURST_WORKING_SET * (GPU_CHUNKS + TIER_CHUNKS)
+    keys = {"memory_bytes": memory * RAW_BYTES // RATIO, **DISK, **POLICIES[policy]}
+    engine, side, _ = build(keys, batch=GPU_CHUNKS * CHUNK)
+    source = bursts(chunks, LEAST_REQUESTS, seed, GPU_CHUNKS - 4)
+    shares = count_hits(engine, source, LEAST_REQUESTS // 2)
+    stats = side.take_stats()
+    counted = {} if stats is None else stats.data
+    return {
+        **shares,
+        "encoded_chunks": engine.totals.encoded_records,
+        "no_room_chunks": counted.get("dropped_stores/tier_full", 0),
+        "lost_chunks": counted.get("dropped_stores/overwritten", 0),
+    }
+
+
+def build(keys: dict[str, Any], batch: int = BATCH) -> tuple[SimEngine, KVTCScheduler, int]:
     """An engine with GPU and tier of the sizes above, its scheduler side, bytes of a record.
 
-    keys: of the configuration.
+    keys: of the configuration. batch: most tokens in a step.
     """
     record = RAW_BYTES if keys.get("codec") == "raw" else RAW_BYTES // RATIO
     config = load_config(
@@ -109,12 +147,12 @@ def build(keys: dict[str, Any]) -> tuple[SimEngine, KVTCScheduler, int]:
         }
     )
     group = CacheGroup(("layers.0",), BLOCK, 1, 128, 128, torch.bfloat16)
-    reuse = BlockReuse(BATCH // BLOCK + AT_ONCE)
+    reuse = BlockReuse(batch // BLOCK + AT_ONCE)
     side = KVTCScheduler(
         config, CacheGeometry((group,), 1), [record], prompt_only=False, reuse=reuse
     )
     blocks = GPU_CHUNKS * CHUNK // BLOCK + 1
-    return SimEngine(side, blocks, record, batch=BATCH, requests=AT_ONCE), side, record
+    return SimEngine(side, blocks, record, batch=batch, requests=AT_ONCE), side, record
 
 
 def count_hits(engine: SimEngine, source: Trace, warm: int) -> dict[str, float]:

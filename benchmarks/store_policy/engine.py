@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from benchmarks.store_policy.pool import SimBlock, SimPool
 from kvtc_vllm.offload.messages import StepMetadata, StoreItem, WorkerReport
 from kvtc_vllm.offload.scheduler import KVTCScheduler
+from kvtc_vllm.tiers.disk import disk_bytes
 from kvtc_vllm.tiers.keys import RecordKey
 
 BLOCK = 16
@@ -78,8 +79,8 @@ class SimEngine:
     batch: most tokens per step. ahead: steps that are planned before the first of them has run,
     as with asynchronous scheduling. encode_steps: steps that a store takes. record_bytes: of a
     blob. wrong: records that were staged from blocks which hold something else. filled: hashes of
-    all blocks that any step was to fill. memory: what the worker holds, by key the hashes of its
-    blocks.
+    all blocks that any step was to fill. memory, disk: what the worker holds, by key the hashes of
+    its blocks; it writes through to disk where the scheduler's side has one.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class SimEngine:
         side.bind_gpu_blocks(self.pool)
         self.totals = Totals()
         self.memory: dict[RecordKey, tuple[bytes | None, ...]] = {}
+        self.disk: dict[RecordKey, tuple[bytes | None, ...]] = {}
         self.wrong: list[RecordKey] = []
         self.filled: set[bytes] = set()
         self._record_bytes = record_bytes
@@ -350,10 +352,18 @@ class SimEngine:
                 for number, held in zip(item.block_ids, kept[item.first_block :], strict=False):
                     self._contents[number] = held
         self._stage(step.stores)
+        for key in step.disk_remove:
+            del self.disk[key]
+        for key in step.promote:
+            self.memory[key] = self.disk[key]
+            report.stored.append((key, 0, self._record_bytes))
         while self._encoding and self._encoding[0][0] <= self._step:
             _, stored, blob = self._encoding.popleft()
             self.memory[stored.key] = blob
             report.stored.append((stored.key, 0, self._record_bytes))
+            if self.side.disk is not None:
+                self.disk[stored.key] = blob
+                report.disk_stored.append((stored.key, 0, disk_bytes(self._record_bytes)))
         self.side.apply_report(report, loaded)
         for name in loaded:
             self._take_loaded(name, bad.get(name))

@@ -15,6 +15,7 @@ ANSWER_TOKENS = 64
 TURNS = 8
 SKEW = 0.8
 """Of the popularity of documents: the n-th is asked n ** -SKEW times as often as the first."""
+BURST_EVERY = 20
 
 Trace = Iterator[SimRequest]
 
@@ -76,6 +77,15 @@ def chat(chunks: int, requests: int, seed: int) -> Trace:
         prompt = [*turns[user], ((user, number), TURN_TOKENS)]
         yield request_of(number, prompt, ANSWER_TOKENS)
         turns[user] = [*prompt, (("answer", number), ANSWER_TOKENS)]
+
+
+def bursts(chunks: int, requests: int, seed: int, burst_chunks: int) -> Trace:
+    """`documents`, and every `BURST_EVERY` requests a prompt of its own of `burst_chunks`."""
+    for number, request in enumerate(documents(chunks, requests, seed)):
+        yield request
+        if number % BURST_EVERY == BURST_EVERY - 1:
+            prompt: list[tuple[object, int]] = [(("burst", number), burst_chunks * CHUNK)]
+            yield request_of(requests + number, prompt, BLOCK)
 
 
 TRACES: dict[str, Callable[[int, int, int], Trace]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,13 +39,27 @@ def group_cards(geometry: CacheGeometry) -> tuple[CacheGroupCard, ...]:
     )
 
 
-def find_artifact(
-    model: ModelConfig, config: KVTCConfig, geometry: CacheGeometry
-) -> tuple[Path, str]:
-    """Directory of the artifact, and the fingerprint of the model's files.
+@dataclass(frozen=True)
+class Lookup:
+    """What one search for an artifact gives.
 
-    model: vLLM's configuration of it. Raises ArtifactError if nothing fits.
+    config: with the ratio that its `quality` stands for, and that artifact. directory: of the
+    artifact; None for a codec that needs none. files: fingerprint of the model's files, or empty
+    without an artifact.
     """
+
+    config: KVTCConfig
+    directory: Path | None
+    files: str
+
+
+def look_up(model: ModelConfig, config: KVTCConfig, geometry: CacheGeometry) -> Lookup:
+    """Find the artifact of an engine. model: vLLM's configuration of it.
+
+    Raises ArtifactError if nothing fits, or has a ratio of that quality.
+    """
+    if not CODECS[config.codec].needs_artifact:
+        return Lookup(config, None, "")
     identity = model_identity(model.model, model.revision)
     directory = registry.find(
         identity,
@@ -58,40 +72,32 @@ def find_artifact(
         registries=config.registry,
         groups=group_cards(geometry),
     )
-    return directory, identity.identity
+    if config.quality is not None:
+        ratio = ratio_within(load_card(directory), config.quality)
+        logger.info("kvtc: quality %g is %gx of artifact %s", config.quality, ratio, directory.name)
+        config = msgspec.structs.replace(config, quality=None, ratio=ratio, artifact=str(directory))
+    return Lookup(config, directory, identity.identity)
 
 
-def with_ratio(model: ModelConfig, config: KVTCConfig, geometry: CacheGeometry) -> KVTCConfig:
-    """The configuration with the ratio that its `quality` stands for, and that artifact.
-
-    Unchanged without one. Raises ArtifactError if no artifact has a ratio of that quality.
-    """
-    if config.quality is None:
-        return config
-    directory, _ = find_artifact(model, config, geometry)
-    ratio = ratio_within(load_card(directory), config.quality)
-    logger.info("kvtc: quality %g is %gx of artifact %s", config.quality, ratio, directory.name)
-    return msgspec.structs.replace(config, quality=None, ratio=ratio, artifact=str(directory))
-
-
-def record_bounds(model: ModelConfig, config: KVTCConfig, geometry: CacheGeometry) -> list[int]:
+def record_bounds(model: ModelConfig, lookup: Lookup, geometry: CacheGeometry) -> list[int]:
     """By cache group, most bytes of a record on any rank, from the artifact's card alone.
 
-    Raises ArtifactError if the codec needs an artifact and none fits.
+    Raises ArtifactError if the card can't be read.
     """
-    coded = iter(_coded_bounds(model, config, geometry))
+    coded = iter(_coded_bounds(model, lookup, geometry))
     return [
-        state_codec(group, config.rounds_states).max_blob_bytes(1)
+        state_codec(group, lookup.config.rounds_states).max_blob_bytes(1)
         if group.state_bytes
         else next(coded)
         for group in geometry.groups
     ]
 
 
-def _coded_bounds(model: ModelConfig, config: KVTCConfig, geometry: CacheGeometry) -> list[int]:
+def _coded_bounds(model: ModelConfig, lookup: Lookup, geometry: CacheGeometry) -> list[int]:
     """Of the cache groups of attention."""
-    name, tokens, groups = config.codec, config.chunk_tokens, geometry.coded_groups
-    if not CODECS[name].needs_artifact:
+    config, directory, groups = lookup.config, lookup.directory, geometry.coded_groups
+    name, tokens = config.codec, config.chunk_tokens
+    if directory is None:
         return [
             max(
                 max_blob_bytes(name, group.dtype, tokens, geometry=part)
@@ -99,7 +105,6 @@ def _coded_bounds(model: ModelConfig, config: KVTCConfig, geometry: CacheGeometr
             )
             for group in groups
         ]
-    directory, _ = find_artifact(model, config, geometry)
     cards = [load_card(group_directory(directory, n)) for n in range(len(groups))]
     return [
         max(

@@ -25,7 +25,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 )
 
 from kvtc_vllm.config import KVTCConfig, load_config
-from kvtc_vllm.connector.artifact_lookup import record_bounds, with_ratio
+from kvtc_vllm.connector.artifact_lookup import look_up, record_bounds
 from kvtc_vllm.connector.block_reuse import block_reuse
 from kvtc_vllm.connector.compat import (
     check_stable_hashes,
@@ -83,8 +83,9 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
         )
         # Both sides check, so that the worker, made first, fails before it loads an artifact.
         check_chunks(self._config, self._geometry)
-        self._config = with_ratio(vllm_config.model_config, self._config, self._geometry)
-        bounds = record_bounds(vllm_config.model_config, self._config, self._geometry)
+        self._lookup = look_up(vllm_config.model_config, self._config, self._geometry)
+        self._config = self._lookup.config
+        bounds = record_bounds(vllm_config.model_config, self._lookup, self._geometry)
         check_budget(self._config, self._geometry.ranks, sum(bounds))
         self._scheduler: KVTCScheduler | None = None
         self._worker: KVTCWorker | None = None
@@ -120,7 +121,7 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Start-up of a worker: artifact, codec, self-test."""
         self._worker = build_worker(
-            self._vllm_config, self._config, self._geometry, kv_caches, self._codec_factory
+            self._vllm_config, self._lookup, self._geometry, kv_caches, self._codec_factory
         )
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:

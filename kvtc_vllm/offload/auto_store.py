@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from kvtc_vllm.offload.on_evict import OnEvict
-from kvtc_vllm.offload.store_policy import Around, Candidate
+from kvtc_vllm.offload.store_policy import Around, Candidate, Storable
 from kvtc_vllm.offload.tier_view import TierView
 from kvtc_vllm.tiers.keys import ChunkKey
 
@@ -19,30 +19,62 @@ class Auto(Around):
     """A `StorePolicy` around `OnEvict`.
 
     As long as memory has room and the encoder keeps up, a chunk is stored when it is complete, as
-    an engine may crash. Under pressure only what the engine's own cache gives up is.
+    an engine may crash. Under pressure only what the engine's own cache gives up is. But one step
+    may give up all of it, so no more than `at_once` chunks, which a step can store, are put off.
     """
 
     def __init__(
-        self, inner: OnEvict, tier: TierView, clock: Callable[[], float] = time.monotonic
+        self,
+        inner: OnEvict,
+        tier: TierView,
+        at_once: int,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(inner)
         self._on_evict = inner
         self._tier = tier
+        self._at_once = at_once
+        self._put_off: set[ChunkKey] = set()
         self._clock = clock
         self._ordered: deque[tuple[float, ChunkKey]] = deque()
 
     def completed(self, chunks: Sequence[Candidate]) -> Sequence[Candidate]:
-        if not self._tier.has_room or not self._keeps_up():
-            return self._inner.completed(chunks)
+        if not self._keeps_up():
+            return self._put_off_all(chunks)
+        if self._tier.has_room:
+            return self._at_once_all(chunks)
+        room = max(0, self._at_once - len(self._put_off))
+        later, now = chunks[:room], chunks[room:]
+        return [*self._put_off_all(later), *self._at_once_all(now)]
+
+    def due(self) -> Sequence[Storable]:
+        due = self._inner.due()
+        self._put_off.difference_update(chunk.key for chunk in due)
+        return due
+
+    def take_gone(self) -> Sequence[ChunkKey]:
+        gone = self._inner.take_gone()
+        self._put_off.difference_update(gone)
+        return gone
+
+    def _put_off_all(self, chunks: Sequence[Candidate]) -> Sequence[Candidate]:
+        at_once = self._inner.completed(chunks)
+        self._put_off.update(chunk.key for chunk in chunks if not chunk.stored)
+        self._put_off.difference_update(chunk.key for chunk in at_once)
+        return at_once
+
+    def _at_once_all(self, chunks: Sequence[Candidate]) -> Sequence[Candidate]:
         now = self._clock()
         for chunk in chunks:
             self._on_evict.follow(chunk)  # the tier may evict it before the engine does
+            self._put_off.discard(chunk.key)
             if not chunk.stored:
                 self._ordered.append((now, chunk.key))
         return chunks
 
     def clear(self) -> None:
         self._ordered.clear()
+        self._put_off.clear()
         super().clear()
 
     def _keeps_up(self) -> bool:

@@ -10,27 +10,24 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
 
+from kvtc_vllm.offload.namespace import START_SECONDS, Namespace
 from kvtc_vllm.tiers.blob_store import Blob
-from kvtc_vllm.tiers.disk import DiskError, DiskStore, IoHandle, IoPool
-from kvtc_vllm.tiers.disk.scan import without_collector
-from kvtc_vllm.tiers.disk.sorting import taken
-from kvtc_vllm.tiers.disk.turns import short_turns
+from kvtc_vllm.tiers.disk import DiskError, IoHandle, IoPool
 from kvtc_vllm.tiers.keys import RecordKey
 
 logger = logging.getLogger("vllm.kvtc")
 
-T = TypeVar("T")
-
-START_SECONDS = 120.0
-"""For finding what is on disk when the engine starts."""
 WRITE_SECONDS = 30.0
 """A write that has not begun by then is given up."""
 QUEUE = 1 << 16
 """Calls that may wait for a thread; blobs that wait are bounded by their bytes."""
 LOOK_SECONDS = 1.0
 """Between two looks at what other processes removed, while the engine makes steps."""
+FIRST_LIST_SECONDS = 60.0
+"""After the start, so that the engine has its requests first."""
+LIST_SECONDS = 600.0
+"""Between two lists of the files: what changed since the last is asked for at a start."""
 LOST = frozenset({"missing", "corrupt", "foreign"})
 """Reasons of a failed read after which the chunk is not on disk any more."""
 
@@ -58,77 +55,6 @@ class DiskNews:
 
 
 NO_NEWS = DiskNews()
-
-
-def open_in_time(namespace: Namespace) -> None:
-    """Open at the engine's start. Raises DiskError if the directory can't be used in time."""
-    pool = IoPool(1, 0, "kvtc-disk-open")
-    opening = partial(_patiently, namespace.open, time.monotonic() + START_SECONDS)
-    try:
-        pool.submit(opening, START_SECONDS).wait()
-    finally:
-        pool.close(0.0)
-
-
-def _patiently(call: Callable[[], T], until: float) -> T:
-    """Repeat while the root is busy: engines that start together wait for each other's scans."""
-    while True:
-        try:
-            return call()
-        except DiskError as error:
-            if error.reason != "busy" or time.monotonic() >= until:
-                raise
-
-
-def _listed(namespace: Namespace, until: float) -> list[tuple[RecordKey, int]]:
-    """Key and bytes of every chunk, least recently used first."""
-    found = _patiently(namespace.store.scan, until)
-    found.reverse()
-    with without_collector(), short_turns():
-        return [(entry.key, entry.size) for entry in taken(found)]
-
-
-def _read(namespace: Namespace, key: RecordKey) -> bytes:
-    return namespace.store.read(key)
-
-
-def _remove(namespace: Namespace, keys: Sequence[RecordKey]) -> None:
-    namespace.store.remove(keys)
-
-
-class Namespace:
-    """A store that is opened by the first thread that needs it.
-
-    open_store: raises DiskError. own: no other engine can name it, so it goes with its
-    generation.
-    """
-
-    def __init__(self, open_store: Callable[[], DiskStore], own: bool = False) -> None:
-        self._open = open_store
-        self.own = own
-        self._store: DiskStore | None = None
-        self._lock = threading.Lock()
-
-    @property
-    def store(self) -> DiskStore:
-        """The open store, see `open`."""
-        return self.open()
-
-    def open(self) -> DiskStore:
-        """Open it, unless it is. Uses the disk the first time; raises DiskError."""
-        with self._lock:
-            if self._store is None:
-                self._store = self._open()
-            return self._store
-
-    def leave(self) -> None:
-        """Close it, and remove what nobody can name from now on. Uses the disk."""
-        with self._lock:
-            if self._store is None:
-                return
-            if self.own:
-                self._store.drop()
-            self._store.close()
 
 
 class DiskWorker:
@@ -161,6 +87,7 @@ class DiskWorker:
         self._queued = 0
         self._repairs = 0
         self._next_look = 0.0
+        self._next_list = time.monotonic() + FIRST_LIST_SECONDS
 
     def inventory(self) -> list[tuple[RecordKey, int]]:
         """(key, bytes) of what is on disk, least recently used first; clears leftovers.
@@ -172,7 +99,7 @@ class DiskWorker:
         assert namespace is not None
         until = time.monotonic() + START_SECONDS
         try:
-            return self._readers.submit(partial(_listed, namespace, until), START_SECONDS).wait()
+            return self._readers.submit(partial(namespace.listed, until), START_SECONDS).wait()
         except Exception as error:
             logger.warning("kvtc: what is on disk can't be listed, starting empty: %s", error)
             self._count(error)
@@ -204,7 +131,7 @@ class DiskWorker:
             try:
                 if namespace is None:
                     raise DiskError("closed", "no namespace is open since the last reset")
-                handle = self._readers.submit(partial(_read, namespace, key), self._deadline)
+                handle = self._readers.submit(partial(namespace.read, key), self._deadline)
             except DiskError as error:
                 self._fail(key, error)
             else:
@@ -213,7 +140,7 @@ class DiskWorker:
     def remove(self, keys: Sequence[RecordKey]) -> None:
         """Delete chunks when a thread is free."""
         if keys and self._namespace is not None:
-            self._submit_write(partial(_remove, self._namespace, keys))
+            self._submit_write(partial(self._namespace.remove, keys))
 
     def touch(self, keys: Sequence[RecordKey]) -> None:
         """Mark records as used, the last one most recently."""
@@ -276,6 +203,9 @@ class DiskWorker:
                     drain = partial(self._drain, namespace, source, lock, until)
                     self._writers.submit(drain, seconds)
             if self._writers.wait_idle(seconds) and namespace is not None:
+                with suppress(DiskError):
+                    listing = partial(namespace.keep_list, (time.monotonic() + until) / 2)
+                    self._writers.submit(listing, until - time.monotonic()).wait()
                 # By a thread of the pool as well: even closing may hang on a dead disk.
                 self._writers.submit(namespace.leave, until - time.monotonic()).wait()
         self._readers.close(0.0)
@@ -318,7 +248,7 @@ class DiskWorker:
 
     def _list(self, namespace: Namespace, epoch: int) -> None:
         try:
-            found = _listed(namespace, time.monotonic() + START_SECONDS)
+            found = namespace.listed(time.monotonic() + START_SECONDS)
         except Exception as error:
             self._count(error)
             return
@@ -356,6 +286,9 @@ class DiskWorker:
             with suppress(DiskError):  # hung or full: the next look will tell
                 look = partial(self._note_removed, namespace, self._epoch)
                 self._writers.submit(look, WRITE_SECONDS)
+        if namespace is not None and now >= self._next_list:
+            self._next_list = now + LIST_SECONDS
+            self._submit_write(partial(namespace.keep_list, now + LIST_SECONDS))
 
     def _end_write(self, key: RecordKey, epoch: int) -> None:
         with self._lock:

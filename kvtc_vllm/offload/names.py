@@ -16,7 +16,7 @@ import xxhash
 
 from kvtc_vllm.codec.base import ChunkCodec
 from kvtc_vllm.offload.adapters import LoadedAdapters
-from kvtc_vllm.offload.disk_worker import Namespace
+from kvtc_vllm.offload.namespace import Namespace
 from kvtc_vllm.offload.setup_identity import SetupIdentity
 from kvtc_vllm.offload.weights import Unwatched, WeightsWatch
 from kvtc_vllm.offload.word_sample import Sample

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from kvtc_vllm.offload.adapters import AdapterDigests, adapter_id
 from kvtc_vllm.offload.freshness import Freshness
+from kvtc_vllm.offload.load_policy import Way
 from kvtc_vllm.offload.messages import AdapterUse, StoreItem
 from kvtc_vllm.offload.vllm_types import Request
 
@@ -38,8 +39,10 @@ class RequestState:
     """It must not or may not load."""
     waited: bool = False
     """It has waited for another request's load."""
-    admitted: bool | None = None
-    """The load policy's decision; None until it was asked."""
+    way: Way = Way.LATER
+    """The load policy's decision; asked again as long as it is `LATER`."""
+    put_off: bool = False
+    """It has waited because others were loaded or computed first."""
     gated: int = 0
     """Tokens that the load policy refused."""
     passing: list[StoreItem] = field(default_factory=list)

@@ -12,7 +12,7 @@ from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.offload.block_tables import BlockTables
 from kvtc_vllm.offload.geometry import CacheGeometry
 from kvtc_vllm.offload.keys import LOAD, allowed
-from kvtc_vllm.offload.load_policy import LoadPolicy
+from kvtc_vllm.offload.load_policy import LoadPolicy, Way
 from kvtc_vllm.offload.lookup import PrefixLookup
 from kvtc_vllm.offload.messages import LoadJob, StepMetadata, StoreItem, WorkerReport
 from kvtc_vllm.offload.on_evict import BlockReuse
@@ -22,7 +22,7 @@ from kvtc_vllm.offload.running_loads import RunningLoads
 from kvtc_vllm.offload.stats import Stats
 from kvtc_vllm.offload.store_planner import StorePlanner
 from kvtc_vllm.offload.store_policy import StorePolicy, make_store_policy
-from kvtc_vllm.offload.store_timing import make_timing
+from kvtc_vllm.offload.store_timing import make_timing, stored_at_once
 from kvtc_vllm.offload.tier_stats import TierStats
 from kvtc_vllm.offload.tier_view import TierView
 from kvtc_vllm.offload.vllm_types import BlockPool, Request, SchedulerOutput
@@ -62,6 +62,7 @@ class KVTCScheduler:
         self._loads_allowed = loads
         self._config = config
         self._chunk_tokens = config.chunk_tokens
+        self._demotes = config.disk_write == "behind"
         capacity, ranks = config.memory_capacity, geometry.ranks
         eviction = policies.REGISTRY[config.eviction]
         order = eviction(capacity)
@@ -75,7 +76,7 @@ class KVTCScheduler:
             self._promotions = Promotions(self.index, self.disk, config.load_deadline)
         self._stats = Stats()
         self._lookup = PrefixLookup(config, geometry, self.index)
-        tier = TierView(self.index, self.disk, len(geometry.groups), self._spare)
+        self._tiers = TierView(self.index, self.disk, len(geometry.groups), self._spare)
         policy = store_policy or make_store_policy(
             stores=stores,
             prompt_only=prompt_only,
@@ -84,9 +85,10 @@ class KVTCScheduler:
             timing=make_timing(
                 config,
                 len(geometry.groups),
-                tier,
+                self._tiers,
                 reuse or BlockReuse(step_blocks=0),
                 lambda name, amount, label: self._stats.add(name, amount, label),
+                stored_at_once(config, geometry, bounds),
             ),
         )
         self._stores = StorePlanner(
@@ -94,7 +96,7 @@ class KVTCScheduler:
             geometry,
             bounds,
             self.index,
-            tier,
+            self._tiers,
             policy,
             no_room=lambda records: self._stats.add("dropped_stores", records, "tier_full"),
         )
@@ -137,7 +139,7 @@ class KVTCScheduler:
         records = self._lookup.records(self._lookup.chunks(request, state.adapter))
         start, lookup = num_computed_tokens, self._lookup
         if self._promotions is not None:
-            wanted = lookup.wanted(records, start, request.num_tokens, self._is_anywhere)
+            wanted = lookup.wanted(records, start, request.num_tokens, self._tiers.has)
             if self._promotions.must_wait(request.request_id, wanted):
                 return None
         found = lookup.found(records, start, request.num_tokens)
@@ -149,22 +151,26 @@ class KVTCScheduler:
         state.withheld = max(0, found.available - start) - tokens
         if found.run > found.available:
             state.junction = found.run
-        if tokens:
-            if state.admitted is None:
-                state.admitted = self._load_policy.admits(tokens)
-            if not state.admitted:
-                state.gated, tokens = tokens, 0
-        return tokens
+        return self._decide(state, tokens) if tokens else 0
+
+    def _decide(self, state: RequestState, tokens: int) -> int | None:
+        """What to offer of `tokens` tokens that are in memory."""
+        if state.way is Way.LATER:
+            state.way = self._load_policy.decide(state.request.request_id, tokens)
+        if state.way is Way.LATER:
+            self._stats.add("gate_waits", not state.put_off)
+            state.put_off = True
+            return None
+        if state.way is Way.LOAD:
+            return tokens
+        state.gated = tokens
+        return 0
 
     def _still_waits(self, request_id: str) -> bool:
         """Whether a request that was told to ask again later need not be looked up yet."""
         if self._promotions is not None and self._promotions.is_waiting(request_id):
             return True
-        return self._loads.is_waiting(request_id)
-
-    def _is_anywhere(self, key: RecordKey) -> bool:
-        in_memory = self.index.is_ready(key)
-        return in_memory or (self.disk is not None and self.disk.is_ready(key))
+        return self._loads.is_waiting(request_id) or self._load_policy.still_later(request_id)
 
     def _may_load(self, state: RequestState) -> bool:
         request = state.request
@@ -184,8 +190,13 @@ class KVTCScheduler:
         tables: the request's block ids by block table.
         """
         state = self._requests.of(request)
-        if self._loads.is_running(request.request_id) or request.num_computed_tokens:
+        loaded = self._loads.is_running(request.request_id) or request.num_computed_tokens
+        if loaded or not tokens:
+            left = request.num_tokens - max(state.looked_up, request.num_computed_tokens)
+            self._load_policy.computation_begins(request.request_id, left, state.gated > 0)
+        if loaded:
             return  # scheduled again after its load: nothing new was looked up
+        state.way = Way.LATER
         self._requests.begin(state, self._step_number + 1)
         try:
             self._plan_load(state, tables, tokens)
@@ -250,14 +261,15 @@ class KVTCScheduler:
             self._requests.forget(request_id)
             self._tables.forget(request_id)
             self._stores.forget(request_id)
+            self._load_policy.forget(request_id)
         self._step_number += 1
         tokens = sum(scheduler_output.num_scheduled_tokens.values())
-        self._load_policy.step_planned(self._step_number, tokens)
+        self._load_policy.step_planned(self._step_number, scheduler_output.num_scheduled_tokens)
         self._requests.freshness.planned(self._step_number, tokens)
         check = self._check_due and tokens > 0
         self._check_due = self._check_due and not check
         self._told_epoch = self._epoch
-        evicted = self.index.take_evicted()
+        evicted, victims = self.index.take_evicted(), self.index.take_victims()
         loads, self._new_loads = self._new_loads, []
         touched, self._touched = self._touched, []
         return StepMetadata(
@@ -269,7 +281,7 @@ class KVTCScheduler:
             adapters=self._requests.adapters.take_wanted(),
             stage_first=due,
             gone=gone,
-            demote=self._to_demote(self.index.take_victims()),
+            demote=self._tiers.not_on_disk(victims) if self._demotes else [],
             disk_remove=self.disk.take_removed() if self.disk is not None else [],
             touch=touched,
             promote=self._promotions.take_orders() if self._promotions is not None else [],
@@ -383,13 +395,5 @@ class KVTCScheduler:
     def take_stats(self) -> Stats | None:
         """Counters since the last call, with gauges when they moved."""
         self._tier_stats.add_to(self._stats)
-        if self._stats.is_empty():
-            return None
         stats, self._stats = self._stats, Stats()
-        return stats
-
-    def _to_demote(self, victims: Sequence[RecordKey]) -> list[RecordKey]:
-        """Of the chunks that make room in memory, those to be written to disk first."""
-        if self.disk is None or self._config.disk_write == "through":
-            return []
-        return [key for key in victims if not self.disk.is_ready(key)]
+        return None if stats.is_empty() else stats

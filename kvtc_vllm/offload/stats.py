@@ -41,6 +41,7 @@ COUNTERS: dict[str, str] = {
     "decode_seconds": "Time spent decoding and scattering, all ranks",
     "gather_seconds": "Time that stores added to engine steps, all ranks",
     "gated_tokens": "Tokens found but recomputed because that is measured to be faster",
+    "gate_waits": "Requests that waited to be computed while others were loaded",
     "unadmitted_chunks": "Chunks not stored because too few requests have contained them",
     "late_stores": "Chunks copied in the very step that takes their blocks, or after a reset",
     "reencoded_chunks": "Chunks encoded again from decoded values, after no tier had them any more",

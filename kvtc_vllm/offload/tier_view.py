@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from kvtc_vllm.tiers.disk_index import DiskIndex
 from kvtc_vllm.tiers.index import TierIndex
-from kvtc_vllm.tiers.keys import ChunkKey, record_keys
+from kvtc_vllm.tiers.keys import ChunkKey, RecordKey, record_keys
 from kvtc_vllm.tiers.policies.spare_first import SpareFirst
 
 ROOM = 8
@@ -30,6 +30,16 @@ class TierView:
         self._disk = disk
         self._groups = groups
         self._spare = spare
+
+    def has(self, record: RecordKey) -> bool:
+        """Whether it can be had, of whatever tier."""
+        return self._memory.is_ready(record) or (
+            self._disk is not None and self._disk.is_ready(record)
+        )
+
+    def not_on_disk(self, records: Sequence[RecordKey]) -> list[RecordKey]:
+        """Those that the disk tier lacks; none if there is no disk tier."""
+        return [key for key in records if self._disk is not None and not self._disk.is_ready(key)]
 
     def known(self, chunks: Sequence[ChunkKey]) -> set[ChunkKey]:
         """Those of which memory has every record, or is about to."""

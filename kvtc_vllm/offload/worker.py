@@ -27,6 +27,7 @@ from kvtc_vllm.offload.messages import (
     NO_ADAPTER,
     AdapterUse,
     LoadItem,
+    LoadJob,
     StepMetadata,
     StoreItem,
     WorkerReport,
@@ -95,6 +96,9 @@ class KVTCWorker:
         self.arena: MemoryStore = memory
         self._step = StepMetadata()
         self._opened: StepMetadata | None = None
+        # On a CPU vLLM computes a step before it starts its loads, from 0.29 on. Not with several
+        # groups, whose blocks vLLM may have to clear first.
+        self._forward_blocks = device.type == "cpu" and geometry.keeps_all
         self._proof: Proof | None = None
         self._kept = KeptBack()
         self._outbox = Outbox()
@@ -130,14 +134,23 @@ class KVTCWorker:
         )
 
     def before_forward(self, step: StepMetadata) -> None:
-        """Copy the blocks that the step is going to overwrite. Before anything else in a step."""
+        """Copy the blocks that the step is going to overwrite. Before anything else in a step.
+
+        Starts loads where the forward would keep them from starting.
+        """
         self._kept.forget(step.gone)
-        if not step.stage_first:
+        early = [job for job in step.loads if self._may_begin_early(job)]
+        if not step.stage_first and not early:
             return
         self._opened = step
         self._open(step)
         self._look_at_model(step)
         self._store(step, step.stage_first)
+        self._load(step, early)
+
+    def _may_begin_early(self, job: LoadJob) -> bool:
+        """Whether its blocks and its adapter are by now what they are behind the forward."""
+        return self._forward_blocks and job.adapter == NO_ADAPTER
 
     def begin_step(self, step: StepMetadata) -> None:
         """Apply reset and evictions, start this step's promotions and loads."""
@@ -155,7 +168,10 @@ class KVTCWorker:
             self._disk.touch(step.touch)
             self._disk.read(step.promote)
         self.arena.remove(step.evict)
-        for job in step.loads:
+        self._load(step, [job for job in step.loads if not self._may_begin_early(job)])
+
+    def _load(self, step: StepMetadata, jobs: Iterable[LoadJob]) -> None:
+        for job in jobs:
             blocks = [block for item in job.items for block in item.block_ids]
             changes = self._names.changes
             load = _RunningLoad(job.request_id, blocks, job.adapter, changes)

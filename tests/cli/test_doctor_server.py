@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from kvtc_vllm.cli import main
 from kvtc_vllm.offload.stats import COUNTERS, GAUGES, LABELLED
 from kvtc_vllm.tiers.disk import DISK_REASONS
+from tests.http_server import answering, serving
 
 WELL = {
     "stored_raw_bytes": 16e6,
@@ -45,24 +44,8 @@ def page(**changes: float) -> str:
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            body = PAGES[self.path].encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=listening.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{listening.server_address[1]}"
-    listening.shutdown()
-    thread.join()
-    listening.server_close()
+    with serving(answering(lambda path: PAGES[path].encode())) as url:
+        yield url
     PAGES.clear()
 
 

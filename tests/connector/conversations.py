@@ -1,9 +1,10 @@
 """A process that serves conversations, until it is killed or once.
 
-    python -m tests.connector.conversations MODEL DIRECTORY RESULTS {first|resume}
+    python -m tests.connector.conversations MODEL DIRECTORY RESULTS {first|resume} [CHANGES]
 
 first: both turns, then new prompts for ever, so that a kill hits running stores. resume: the
-second turn alone, on the answers of the first. RESULTS becomes JSON when both are known.
+second turn alone, on the answers of the first. RESULTS becomes JSON when both are known. CHANGES:
+of the connector's configuration, in JSON.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ COUNT, TOKENS, ANSWER = 3, 640, 12
 CHUNKS = COUNT * 5
 
 
-def extra(directory: str) -> dict[str, Any]:
+def extra(directory: str, changes: str = "{}") -> dict[str, Any]:
     return {
         "codec": "kvtc",
         "ratio": 8,
@@ -30,6 +31,7 @@ def extra(directory: str) -> dict[str, Any]:
         "load_gate": False,
         "encode_share": 1.0,
         "load_deadline": 60,
+        **json.loads(changes),
     }
 
 
@@ -63,9 +65,9 @@ def second_turn(llm: Any, prompts: list[list[int]], answers: list[list[int]]) ->
     return {"answers": ask(llm, turns, ANSWER, store=False), "metrics": engines.metrics(llm)}
 
 
-def main(model: Path, directory: str, results: Path, how: str) -> None:
+def main(model: Path, directory: str, results: Path, how: str, changes: str = "{}") -> None:
     prompts = engines.texts(model, count=COUNT, tokens=TOKENS)
-    with engines.engine(model, extra(directory), num_gpu_blocks_override=256) as llm:
+    with engines.engine(model, extra(directory, changes), num_gpu_blocks_override=256) as llm:
         if how == "resume":
             known = json.loads(results.read_text())
             known["resumed"] = second_turn(llm, prompts, known["first"])
@@ -88,4 +90,4 @@ def publish(results: Path, known: dict[str, Any]) -> None:
 if __name__ == "__main__":
     # As in production: front end, engine core and worker are processes of their own.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
-    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4])
+    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), *sys.argv[4:])

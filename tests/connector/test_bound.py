@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
@@ -16,8 +17,9 @@ from kvtc_vllm.codec.artifact import KINDS, RankArtifact, SectionBasis
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.payload import BitPlan, CoefficientGroup
 from kvtc_vllm.codec.registry import open_codec
-from kvtc_vllm.config import KVTCConfig, load_config
+from kvtc_vllm.config import load_config
 from kvtc_vllm.connector import artifact_lookup
+from kvtc_vllm.connector.artifact_lookup import Lookup
 from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup, codec_geometry
 
 RATIO = 16.0
@@ -81,13 +83,10 @@ def noise(tokens: int, seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("tokens", [32, 128])
 @pytest.mark.parametrize("sink_tokens", [0, 4, 8, 32, 255])
-def test_no_blob_exceeds_what_the_card_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sink_tokens: int, tokens: int
-) -> None:
+def test_no_blob_exceeds_what_the_card_says(tmp_path: Path, sink_tokens: int, tokens: int) -> None:
     save_card(tmp_path, card(sink_tokens))
-    monkeypatch.setattr(artifact_lookup, "find_artifact", lambda *_: (tmp_path, ""))
-    config = load_config({"codec": "kvtc", "chunk_tokens": tokens})
-    (bound,) = artifact_lookup.record_bounds(SimpleNamespace(), config, CACHE)
+    lookup = Lookup(load_config({"codec": "kvtc", "chunk_tokens": tokens}), tmp_path, "")
+    (bound,) = artifact_lookup.record_bounds(SimpleNamespace(), lookup, CACHE)
     codec = open_codec("kvtc", SHAPE.dtype, artifact=artifact(sink_tokens), ratio=RATIO)
     longest = max(
         len(codec.encode(noise(tokens, 1), noise(tokens, 2), start)) for start in (0, tokens)
@@ -99,19 +98,19 @@ def test_no_blob_exceeds_what_the_card_says(
 
 def test_raw_needs_no_artifact() -> None:
     config = load_config({"codec": "raw", "chunk_tokens": 32})
-    (bound,) = artifact_lookup.record_bounds(SimpleNamespace(), config, CACHE)
+    lookup = artifact_lookup.look_up(SimpleNamespace(), config, CACHE)
+    assert lookup == Lookup(config, None, "")
+    (bound,) = artifact_lookup.record_bounds(SimpleNamespace(), lookup, CACHE)
     codec = open_codec("raw", SHAPE.dtype, geometry=GEOMETRY)
     assert len(codec.encode(noise(32, 1), noise(32, 2), 0)) == bound
 
 
 @pytest.mark.parametrize("sink_tokens", [-1, 256])
-def test_a_card_with_impossible_sinks_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sink_tokens: int
-) -> None:
+def test_a_card_with_impossible_sinks_is_refused(tmp_path: Path, sink_tokens: int) -> None:
     save_card(tmp_path, card(sink_tokens))
-    monkeypatch.setattr(artifact_lookup, "find_artifact", lambda *_: (tmp_path, ""))
+    lookup = Lookup(load_config({}), tmp_path, "")
     with pytest.raises(ArtifactError, match=f"sink_tokens is {sink_tokens}, 0 to 255 are right"):
-        artifact_lookup.record_bounds(SimpleNamespace(), load_config({}), CACHE)
+        artifact_lookup.record_bounds(SimpleNamespace(), lookup, CACHE)
 
 
 def test_a_quality_becomes_a_ratio_before_anything_is_sized(
@@ -130,16 +129,19 @@ def test_a_quality_becomes_a_ratio_before_anything_is_sized(
     save_card(tmp_path, msgspec.structs.replace(card(4), curve=curve))
     asked: list[float | None] = []
 
-    def find(_: object, config: KVTCConfig, __: object) -> tuple[Path, str]:
-        asked.append(config.quality)
-        return tmp_path, ""
+    def find(*_: object, quality: float | None, **__: object) -> Path:
+        asked.append(quality)
+        return tmp_path
 
-    monkeypatch.setattr(artifact_lookup, "find_artifact", find)
+    monkeypatch.setattr(artifact_lookup.registry, "find", find)
+    identity = SimpleNamespace(identity="files")
+    monkeypatch.setattr(artifact_lookup, "model_identity", lambda *_: identity)
+    model: Any = SimpleNamespace(model="somewhere", revision=None)
     config = load_config({"quality": 0.0025, "registry": [str(tmp_path)]})
-    settled = artifact_lookup.with_ratio(SimpleNamespace(), config, CACHE)
-    assert asked == [0.0025]
-    assert (settled.target_ratio, settled.quality) == (RATIO, None)
-    assert settled.artifact == str(tmp_path)
+    found = artifact_lookup.look_up(model, config, CACHE)
+    assert asked == [0.0025]  # once
+    assert (found.config.target_ratio, found.config.quality) == (RATIO, None)
+    assert found.config.artifact == str(tmp_path)
+    assert (found.directory, found.files) == (tmp_path, "files")
     plain = load_config({"ratio": 8})
-    assert artifact_lookup.with_ratio(SimpleNamespace(), plain, CACHE) is plain
-    assert len(asked) == 1
+    assert artifact_lookup.look_up(model, plain, CACHE).config is plain

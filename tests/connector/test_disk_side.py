@@ -19,10 +19,11 @@ from kvtc_vllm.config import load_config
 from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.connector.torch_transfer import TorchTransfer
 from kvtc_vllm.offload import disk_worker as disk_module
-from kvtc_vllm.offload.disk_worker import DiskNews, DiskWorker, Namespace, open_in_time
+from kvtc_vllm.offload.disk_worker import DiskNews, DiskWorker
 from kvtc_vllm.offload.geometry import codec_geometry
 from kvtc_vllm.offload.messages import LoadItem, LoadJob, StepMetadata, StoreItem
 from kvtc_vllm.offload.names import Names
+from kvtc_vllm.offload.namespace import Namespace, open_in_time
 from kvtc_vllm.offload.stats import Stats
 from kvtc_vllm.offload.worker import KVTCWorker
 from kvtc_vllm.tiers.disk import DISK_REASONS, DiskError, DiskStore, FileSystem

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from tests.connector.conversations import CHUNKS
 from tests.connector.engine import drain, engine, metrics, texts, worker_arena
+from tests.connector.test_restart import resume_after_kill_9
 
 pytestmark = [
     pytest.mark.vllm,
@@ -78,10 +80,14 @@ def logprobs(llm: Any, prompts: list[list[int]]) -> list[dict[int, float]]:
 
 
 def reloaded(
-    model: Path, extra: dict[str, Any], prompts: list[list[int]], spoil: Any = None
+    model: Path,
+    extra: dict[str, Any],
+    prompts: list[list[int]],
+    spoil: Any = None,
+    **options: Any,
 ) -> tuple[list[dict[int, float]], list[dict[int, float]], dict[str, float]]:
     """What was computed, what comes after a reload, and the counters."""
-    with engine(model, extra, max_model_len=1024) as llm:
+    with engine(model, extra, max_model_len=1024, **options) as llm:
         computed = logprobs(llm, prompts)
         llm.reset_prefix_cache()
         if spoil is not None:
@@ -118,3 +124,28 @@ def test_without_representatives_it_recomputes(
     for before, after in zip(computed[8:], again[8:], strict=True):
         for token in before.keys() & after.keys():
             assert after[token] == pytest.approx(before[token], abs=0.3)
+
+
+def test_what_is_stored_at_an_eviction_is_told_from_what_was(
+    reference_model: Path, extra: dict[str, Any], prompts: list[list[int]]
+) -> None:
+    """With a cache for one prompt and a half, the first is stored while the second is computed."""
+    late, few = {**extra, "store_policy": "on_evict"}, {"num_gpu_blocks_override": 40}
+    _, off, plain = reloaded(reference_model, late, prompts, **few)
+    _, on, counted = reloaded(reference_model, {**late, "joint": "delta"}, prompts, **few)
+    assert on == off
+    assert counted["kvtc_loaded_tokens"] == plain["kvtc_loaded_tokens"] > TOKENS / 2
+    assert counted["kvtc_delta_chunks"] >= 3
+    assert counted.get("kvtc_dropped_stores/overwritten", 0) == 0
+
+
+@pytest.mark.crash
+def test_kill_9_while_differences_are_stored(
+    reference_model: Path, extra: dict[str, Any], tmp_path: Path
+) -> None:
+    """The disk has whole chunks, so what was killed needs none of the others."""
+    keys = {name: extra[name] for name in ("codec", "ratio", "artifact")}
+    found = resume_after_kill_9(reference_model, tmp_path, **keys, joint="delta")
+    assert found["uninterrupted"]["kvtc_stored_chunks"] == CHUNKS
+    # The new prompts, in which the kill came, differ from the first in one token each.
+    assert found["resumed"].get("kvtc_failed_loads/representative", 0) == 0

@@ -110,16 +110,16 @@ def test_self_test_catches_an_artifact_that_does_not_fit(
     reference_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shuffled probe rows stand in for a layout that differs from the calibrated one."""
-    from kvtc_vllm.connector import startup
+    from kvtc_vllm.connector import rank_artifacts
 
-    load = startup.load_rank_artifact
+    load = rank_artifacts.load_rank_artifact
 
     def shuffled(directory: Path, rank: int) -> Any:
         artifact, card, probe = load(directory, rank)
         probe.k.copy_(probe.k.flip(3).roll(7, dims=1))
         return artifact, card, probe
 
-    monkeypatch.setattr(startup, "load_rank_artifact", shuffled)
+    monkeypatch.setattr(rank_artifacts, "load_rank_artifact", shuffled)
     message = refused(reference_model, ArtifactError, {"preset": "kvtc-16x"})
     assert "self-test failed" in message
 

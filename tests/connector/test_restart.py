@@ -27,14 +27,18 @@ RELOADED = COUNT * 544
 """Of each second turn (692 tokens) all blocks before the recent window of 128."""
 
 
-def run(how: str, model: Path, tier: Path, results: Path, **variables: str) -> subprocess.Popen:
+def run(
+    how: str, model: Path, tier: Path, results: Path, changes: dict[str, Any]
+) -> subprocess.Popen:
     """A conversation process that leads a process group of its own."""
     log = results.with_name(f"{how}.log").open("w")
     program = "tests.connector.conversations"
+    arguments = [str(model), str(tier), str(results), how, json.dumps(changes)]
     return subprocess.Popen(
-        [sys.executable, "-m", program, str(model), str(tier), str(results), how],
+        [sys.executable, "-m", program, *arguments],
         cwd=Path(__file__).parents[2],
-        env={**os.environ, **variables},
+        # What vLLM before 0.29 needs, later ones ignore.
+        env={**os.environ, "PYTHONHASHSEED": "0"},
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
@@ -48,12 +52,21 @@ def kill(process: subprocess.Popen) -> None:
 
 @pytest.mark.crash
 def test_conversations_resume_after_kill_9(reference_model: Path, tmp_path: Path) -> None:
-    tier, results = tmp_path / "tier", tmp_path / "results.json"
-    seed = {"PYTHONHASHSEED": "0"}  # what vLLM before 0.29 needs, later ones ignore
-    first = run("first", reference_model, tier, results, **seed)
+    resume_after_kill_9(reference_model, tmp_path)
+
+
+def resume_after_kill_9(
+    model: Path, directory: Path, **changes: Any
+) -> dict[str, dict[str, float]]:
+    """Kill an engine that stores, and go on with another; counters of both by what they did.
+
+    changes: of the configuration.
+    """
+    tier, results = directory / "tier", directory / "results.json"
+    first = run("first", model, tier, results, changes)
     try:
         while not results.exists():
-            assert first.poll() is None, (tmp_path / "first.log").read_text()[-3000:]
+            assert first.poll() is None, (directory / "first.log").read_text()[-3000:]
             time.sleep(0.1)
         before = len(list(tier.rglob("*.kvtc")))
         while len(list(tier.rglob("*.kvtc"))) < before + 10:  # it stores while it dies
@@ -61,9 +74,9 @@ def test_conversations_resume_after_kill_9(reference_model: Path, tmp_path: Path
             time.sleep(0.01)
     finally:
         kill(first)
-    resumed = run("resume", reference_model, tier, results, **seed)
+    resumed = run("resume", model, tier, results, changes)
     try:
-        assert resumed.wait(600) == 0, (tmp_path / "resume.log").read_text()[-3000:]
+        assert resumed.wait(600) == 0, (directory / "resume.log").read_text()[-3000:]
     finally:
         if resumed.poll() is None:
             kill(resumed)
@@ -76,6 +89,7 @@ def test_conversations_resume_after_kill_9(reference_model: Path, tmp_path: Path
     assert not any(count for name, count in found.items() if name.startswith("kvtc_disk_errors"))
     assert not list(tier.rglob("*.tmp"))
     assert kvtc(["verify", str(tier)]) == 0
+    return {how: known[how]["metrics"] for how in ("uninterrupted", "resumed")}
 
 
 @pytest.mark.skipif(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvtc_vllm.config import ConfigError
+from kvtc_vllm.offload.load_policy import MIN_SAMPLES, Way
 from kvtc_vllm.offload.messages import WorkerReport
 from tests.connector.fakes import (
     BLOCK,
@@ -209,3 +210,36 @@ def test_budget_below_one_chunk_is_refused() -> None:
 def test_chunks_must_be_whole_blocks() -> None:
     with pytest.raises(ConfigError, match=r"chunk_tokens=100 must be a multiple of .* 32"):
         scheduler(chunk_tokens=100)
+
+
+def test_a_burst_waits_for_neither_more_loads_nor_more_computing_than_it_must() -> None:
+    """Prompts that are all stored: some are loaded, one is computed, the others come later."""
+    side = scheduler(recent_window=0)
+    policy = side._load_policy
+    requests = [FakeRequest(f"new {number}", 256, name=f"{number}") for number in range(4)]
+    for number, request in enumerate(requests):
+        stored = FakeRequest(f"old {number}", 256, name=request.name)
+        metadata = start(side, stored, [8 * number + i for i in range(8)], 256)
+        confirm(side, metadata)
+        side.apply_report(WorkerReport(0, step=metadata.number), None)
+    assert {policy.decide(name, 256) for name in "ab"} == {Way.LOAD}  # nothing is known yet
+    for _ in range(MIN_SAMPLES):
+        policy.observe_load(1000, 0.35)
+        policy.observe_step(1000, 0.2)
+    policy.load_planned("other", 224)
+    side.take_stats()
+    offered = []
+    for request in requests:
+        offered.append(side.match(request, 0))
+        if offered[-1] is not None:
+            side.plan_load(request, (list(range(8)),), offered[-1])
+    assert offered == [0, None, 224, None]
+    planned = side.plan_step(FakeOutput(num_scheduled_tokens={"new 0": 256}))
+    assert [job.request_id for job in planned.loads] == ["new 2"]
+    # Behind the load that runs, what is computed and who was put off.
+    assert planned.loads[0].patience == pytest.approx(0.2e-3 * (224 + 256 + 224 + 224))
+    stats = side.take_stats()
+    assert stats is not None
+    assert stats.data["gate_waits"] == 2
+    assert stats.data["gated_tokens"] == 224
+    assert [side.match(request, 0) for request in requests[1::2]] == [0, 0]

@@ -22,6 +22,7 @@ from kvtc_vllm.offload.adapters import LoadedAdapters
 from kvtc_vllm.offload.disk_worker import DiskWorker
 from kvtc_vllm.offload.geometry import codec_geometry
 from kvtc_vllm.offload.messages import (
+    NO_ADAPTER,
     AdapterUse,
     LoadItem,
     LoadJob,
@@ -82,6 +83,18 @@ class Rig:
     def load(self, key: bytes, blocks: list[int], start: int = 0, first: int = 0) -> None:
         item = LoadItem(key, start, first, blocks)
         self.worker.begin_step(StepMetadata(number=1, loads=[LoadJob("r", [item])]))
+
+    def loads_before(self, item: LoadItem, adapter: AdapterUse = NO_ADAPTER) -> bool:
+        """Whether a load ends before the forward of the step that ordered it."""
+        step = StepMetadata(number=1, tokens=1, loads=[LoadJob("r", [item], adapter)])
+        self.worker.before_forward(step)
+        began = bool(self.worker._running)
+        if began:
+            assert self.finish_load() == set()
+        self.worker.begin_step(step)
+        if not began:
+            self.finish_load()
+        return began
 
     def report(self) -> WorkerReport:
         """The next report."""
@@ -522,3 +535,17 @@ def test_a_slot_that_changed_without_a_sign_costs_the_store_and_all_names() -> N
     rig.worker.begin_step(StepMetadata(number=3, tokens=1, epoch=1))
     assert rig.report().adapters[1][0] not in (use.parts[0], None)
     rig.worker.shutdown()
+
+
+def test_a_load_does_not_wait_for_the_forward_of_its_step() -> None:
+    """vLLM from 0.29 on starts loads after the forward, which on a CPU is then over."""
+    rig = Rig()
+    rig.store(b"k", [0, 1, 2, 3])
+    rig.settled()
+    assert rig.loads_before(LoadItem(b"k", 0, 0, [8, 9, 10, 11]))
+    for cache in rig.caches.values():
+        assert torch.equal(cache[8:12], cache[0:4])
+    # It was started once.
+    assert rig.counters()["loaded_chunks"] == 1
+    # Adapters may be loaded by the step itself.
+    assert not rig.loads_before(LoadItem(b"k", 0, 0, [8, 9, 10, 11]), AdapterUse(1, (b"x",)))

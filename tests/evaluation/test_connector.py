@@ -39,8 +39,8 @@ def start(monkeypatch: pytest.MonkeyPatch, evaluation: dict[str, Any]) -> tuple[
 
 
 def test_a_baseline_takes_the_codec_s_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, config, geometry, _, factory = start(monkeypatch, {"baseline": "fp8-e4m3"})
-    assert (config.codec, config.chunk_tokens) == ("raw", 64)
+    _, lookup, geometry, _, factory = start(monkeypatch, {"baseline": "fp8-e4m3"})
+    assert (lookup.config.codec, lookup.config.chunk_tokens) == ("raw", 64)
     coder = factory(0, geometry.only_group, (), (None, None))
     k, v = torch.randn(2, 64, 2, 2, 64).bfloat16()
     decoded = coder.decode(coder.encode(k, v, 128, b"key"), 128, 64, b"key")

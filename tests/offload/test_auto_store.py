@@ -56,7 +56,7 @@ def test_an_encoder_that_does_not_keep_up_is_left_alone() -> None:
     inner = OnEvict(tier, BlockReuse(0), 0, lambda *counted: None)
     running = engine(64)
     inner.bind(running.pool)  # type: ignore[arg-type]
-    policy = Auto(inner, tier, clock)
+    policy = Auto(inner, tier, 8, clock)
     blocks = running.pool.get_new_blocks(3 * PER_CHUNK)
     for number, block in enumerate(blocks):
         running.pool.cache(block, bytes([number]))
@@ -150,3 +150,20 @@ def test_what_is_on_disk_is_not_encoded_again(tmp_path: Any) -> None:
     fill(running, "b", 8)
     assert set(running.memory) == set(keys(asked)[2:])
     assert "dropped_stores/overwritten" not in counters(side)
+
+
+@pytest.mark.parametrize("chunks", [8, 16, 24])
+def test_a_step_that_gives_up_the_whole_cache_loses_nothing(chunks: int) -> None:
+    """Also where the cache holds more than memory, as long as there is a disk."""
+    disk = {"disk_path": "/not/used", "disk_bytes": "1GiB"}
+    side = scheduler_side(chunks=chunks, store_policy="auto", store_horizon=0, **disk)
+    running = engine(64 * PER_CHUNK, side)
+    first = [key for name in "abcdefgh" for key in keys(fill(running, name, 6))]
+    counters(side)
+    running.pool.reset_prefix_cache()
+    fill(running, "x", 1)
+    counted = counters(side)
+    assert counted.get("dropped_stores/tier_full", 0) == 0
+    assert running.wrong == []
+    lost = [key for key in first if key not in running.memory and key not in running.disk]
+    assert lost == []

@@ -11,9 +11,10 @@ from torch import nn
 
 from kvtc_vllm.codec.raw import RawCodec
 from kvtc_vllm.offload import worker as worker_module
-from kvtc_vllm.offload.disk_worker import DiskWorker, Namespace
+from kvtc_vllm.offload.disk_worker import DiskWorker
 from kvtc_vllm.offload.geometry import codec_geometry
 from kvtc_vllm.offload.messages import StepMetadata, StoreItem
+from kvtc_vllm.offload.namespace import Namespace
 from kvtc_vllm.offload.weights import WeightsWatch
 from kvtc_vllm.tiers.disk import DiskStore
 from tests.connector.test_worker import GROUP, Rig

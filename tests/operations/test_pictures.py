@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 import urllib.parse
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from tests.http_server import answering, serving
 from tools import pictures
 from tools.dashboard import PANELS
 
@@ -20,29 +19,16 @@ ASKED: list[str] = []
 
 @pytest.fixture
 def prometheus() -> Iterator[str]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            query = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)
-            ASKED.append(query["query"][0])
-            start = float(query["start"][0])
-            values = [[start, "1"], [start + 30, "NaN"], [start + 60, "3"]]
-            result = [{"metric": {"reason": "changed"}, "values": values}]
-            body = json.dumps({"status": "success", "data": {"result": result}}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+    def answer(path: str) -> bytes:
+        query = urllib.parse.parse_qs(urllib.parse.urlsplit(path).query)
+        ASKED.append(query["query"][0])
+        start = float(query["start"][0])
+        values = [[start, "1"], [start + 30, "NaN"], [start + 60, "3"]]
+        result = [{"metric": {"reason": "changed"}, "values": values}]
+        return json.dumps({"status": "success", "data": {"result": result}}).encode()
 
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(answering(answer)) as url:
+        yield url
     ASKED.clear()
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from kvtc_vllm.offload.disk_worker import DiskWorker, Namespace
+from kvtc_vllm.offload.disk_worker import DiskWorker
+from kvtc_vllm.offload.namespace import Namespace
 from kvtc_vllm.tiers import policies
 from kvtc_vllm.tiers.disk import DiskStore
 from kvtc_vllm.tiers.disk_index import DiskIndex

@@ -11,6 +11,8 @@ Layout of a tier's root directory (`layout.py`)::
     <namespace, 32 hex>/namespace.json for people: model, artifact, ratio, rank (`record.py`)
     <namespace>/in-use           whoever has it open holds a shared flock on it (`in_use.py`)
     <namespace>/removals         keys of chunks that were removed (`removal_log.py`)
+    <namespace>/files            what is known of the files, for the next scan (`file_list.py`)
+    <namespace>/files.new        the same, being written
     <namespace>/<first key byte>/<key, hex>.kvtc
     <namespace>/tmp/<pid>-<random>.tmp
     Whatever is named differently is never touched.
@@ -45,7 +47,7 @@ used chunks of any namespace; those of the own one are handed to the caller (`ta
 A caller alone on its root that keeps its own index under the same capacity and calls
 `remove` for its victims never reaches this second line, so its policy (LRU, ARC) decides.
 Sizes are counted in whole 4 KiB blocks, which is what they take; directories, the ledger and
-the records (a few MiB) are not counted. The minimum of free space is kept in the same way, so the
+the records (a few MiB), and the list of files (0.3 % of chunks of 20 KB) are not counted. The minimum of free space is kept in the same way, so the
 tier shrinks when something else fills the disk.
 The ledger is never below the truth: bytes are entered before they are
 written and taken off after they are unlinked. A process that dies leaves it too high; every

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Literal, ParamSpec, TypeVar, get_args
 
 from kvtc_vllm.tiers.blob_store import StoreError
-from kvtc_vllm.tiers.disk.filesystem import FileInfo, FileSystem, Listed
+from kvtc_vllm.tiers.disk.filesystem import FileInfo, FileSystem, Listed, Named
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -158,13 +158,20 @@ class CheckedFileSystem:
             _reraise_unless_missing(error)
             return None
 
-    def list(self, path: str) -> list[Listed]:
-        """Entries of a directory; none if there is no such directory."""
+    def _list(self, path: str, call: Callable[[str], list[T]]) -> list[T]:
         try:
-            return self._call(f"list {path}", self._raw.list, path)
+            return self._call(f"list {path}", call, path)
         except DiskError as error:
             _reraise_unless_missing(error)
             return []
+
+    def names(self, path: str) -> list[Named]:
+        """Names and inodes of a directory's plain files; none if there is no such directory."""
+        return self._list(path, self._raw.names)
+
+    def list(self, path: str) -> list[Listed]:
+        """Entries of a directory; none if there is no such directory."""
+        return self._list(path, self._raw.list)
 
     def mkdir(self, path: str) -> None:
         self._call(f"mkdir {path}", self._raw.mkdir, path)

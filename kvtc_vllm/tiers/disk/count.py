@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
 from kvtc_vllm.tiers.disk import scan
 from kvtc_vllm.tiers.disk.checked import CheckedFileSystem
 from kvtc_vllm.tiers.disk.layout import FAN_OUTS, disk_bytes
 from kvtc_vllm.tiers.disk.ledger import LONGEST_PAUSE_SECONDS, Account, LedgerState
-from kvtc_vllm.tiers.disk.scan import ChunkFile
+from kvtc_vllm.tiers.disk.scan import ChunkFile, KnownFile
+from kvtc_vllm.tiers.keys import RecordKey
 
 FILES_AT_ONCE = 4096
 """Looked at under one hold of the root's lock: some hundredths of a second."""
+
+Known = Callable[[int], Mapping[RecordKey, KnownFile]]
+"""What is known of the files in a fan-out directory."""
 
 
 def let_others() -> None:
@@ -40,8 +44,10 @@ class NamespaceCount:
         self._locked = locked
         self._sound = sound
 
-    def run(self, namespace: str, found: list[ChunkFile]) -> None:
+    def run(self, namespace: str, found: list[ChunkFile], known: Known | None = None) -> None:
         """Count from the start: removes temporaries of dead writers, corrects the account.
+
+        known: of a fan-out directory's files, what need not be asked for.
 
         Appends the chunks to `found`, in no order. The result is exact even if others change the
         namespace meanwhile, see `Account`; if another process counts too, the one that began last
@@ -50,11 +56,11 @@ class NamespaceCount:
         place = 0
         with self._locked() as ledger:
             ledger.account(namespace).begin_count()
-            place = self._go_on(ledger.account(namespace), namespace, place, found)
+            place = self._go_on(ledger.account(namespace), namespace, place, found, known)
         while place < FAN_OUTS:
             let_others()
             with self._locked() as ledger:
-                place = self._go_on(ledger.account(namespace), namespace, place, found)
+                place = self._go_on(ledger.account(namespace), namespace, place, found, known)
 
     def finish(self, namespace: str) -> None:
         """Go on with a count that anybody has begun, until the account is known."""
@@ -66,13 +72,23 @@ class NamespaceCount:
                 self._go_on(account, namespace, max(0, account.next), [])
             let_others()
 
-    def _go_on(self, account: Account, namespace: str, place: int, found: list[ChunkFile]) -> int:
+    def _go_on(
+        self,
+        account: Account,
+        namespace: str,
+        place: int,
+        found: list[ChunkFile],
+        known: Known | None = None,
+    ) -> int:
         """One step from fan-out directory `place` on; returns where the next begins."""
         directory = f"{self._root}/{namespace}"
         there = scan.fan_outs(self._fs, directory)
         looked_at = 0
         while place < FAN_OUTS and looked_at < FILES_AT_ONCE:
-            chunks = list(scan.chunks_in(self._fs, directory, place)) if place in there else []
+            chunks: list[ChunkFile] = []
+            if place in there:
+                files = known(place) if known is not None else None
+                chunks += scan.chunks_in(self._fs, directory, place, files)
             looked_at += len(chunks)
             chunks = [chunk for chunk in chunks if self._sound(chunk)]
             found += chunks

@@ -9,6 +9,8 @@ from kvtc_vllm.tiers.disk import scan
 from kvtc_vllm.tiers.disk.checked import CheckedFileSystem, DiskError
 from kvtc_vllm.tiers.disk.layout import (
     IN_USE_FILE,
+    LIST_FILE,
+    NEW_LIST_FILE,
     OLD_REMOVALS_FILE,
     RECORD_FILE,
     REMOVALS_FILE,
@@ -40,7 +42,14 @@ def drop_namespace(fs: CheckedFileSystem, space: Space, root: str, namespace: st
                 with suppress(DiskError):  # something is in it
                     fs.rmdir(f"{directory}/{name}")
         # The record last: while it is there, `kvtc gc` finds what a killed process left.
-        for name in (REMOVALS_FILE, OLD_REMOVALS_FILE, IN_USE_FILE, RECORD_FILE):
+        for name in (
+            LIST_FILE,
+            NEW_LIST_FILE,
+            REMOVALS_FILE,
+            OLD_REMOVALS_FILE,
+            IN_USE_FILE,
+            RECORD_FILE,
+        ):
             with suppress(DiskError):
                 fs.unlink(f"{directory}/{name}")
         with suppress(DiskError):

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from kvtc_vllm.tiers.disk import scan
 from kvtc_vllm.tiers.disk.checked import CheckedFileSystem
-from kvtc_vllm.tiers.disk.count import NamespaceCount, let_others
+from kvtc_vllm.tiers.disk.count import Known, NamespaceCount, let_others
 from kvtc_vllm.tiers.disk.filesystem import FileInfo
 from kvtc_vllm.tiers.disk.layout import chunk_path, disk_bytes
 from kvtc_vllm.tiers.disk.ledger import LedgerState
@@ -110,10 +110,10 @@ class Evictor:
                 self.candidates = deque(_oldest(found, missing))
             return bool(self.candidates)
 
-    def count(self, namespace: str) -> list[ChunkFile]:
-        """Count one namespace; returns its chunks, in no order."""
+    def count(self, namespace: str, known: Known | None = None) -> list[ChunkFile]:
+        """Count one namespace; returns its chunks, in no order. known: see `NamespaceCount`."""
         found: list[ChunkFile] = []
-        self._count.run(namespace, found)
+        self._count.run(namespace, found, known)
         self._saw(found)
         return found
 

@@ -18,6 +18,9 @@ Listed = tuple[str, int, int, int]
 """One entry of a directory: name, mode (with the file's type), size in bytes, modification time
 in nanoseconds since the epoch. A plain tuple, because there are hundreds of thousands."""
 
+Named = tuple[str, int]
+"""One file of a directory: name and inode."""
+
 _DIRECTORY = os.O_DIRECTORY | os.O_CLOEXEC
 _WRITABLE_BY_OTHERS = 0o022
 
@@ -73,6 +76,10 @@ class FileSystem(Protocol):
 
     def stat(self, path: str) -> FileInfo:
         """What is at a path, not following a symbolic link."""
+        ...
+
+    def names(self, path: str) -> list[Named]:
+        """Plain files of a directory, in no order, by what the directory itself says."""
         ...
 
     def list(self, path: str) -> list[Listed]:
@@ -159,9 +166,15 @@ class OsFileSystem:
             path, lambda at, name: _info(os.stat(name, dir_fd=at, follow_symlinks=False))
         )
 
+    def names(self, path: str) -> list[Named]:
+        return self._scan(path, _names)
+
     def list(self, path: str) -> list[Listed]:
+        return self._scan(path, _entries)
+
+    def _scan(self, path: str, read: Callable[[str | int], T]) -> T:
         if self._root is None:
-            return _entries(path)
+            return read(path)
         # A descriptor that only stands for a place cannot be read; "." beside it can.
         place = self._directory(path)
         try:
@@ -169,7 +182,7 @@ class OsFileSystem:
         finally:
             os.close(place)
         try:
-            return _entries(fd)
+            return read(fd)
         finally:
             os.close(fd)
 
@@ -280,6 +293,13 @@ def _entries(directory: str | int) -> list[Listed]:
                 continue
             found.append((entry.name, info.st_mode, info.st_size, info.st_mtime_ns))
     return found
+
+
+def _names(directory: str | int) -> list[Named]:
+    with os.scandir(directory) as entries:
+        return [
+            (entry.name, entry.inode()) for entry in entries if entry.is_file(follow_symlinks=False)
+        ]
 
 
 def _flock(fd: int, kind: int) -> bool:

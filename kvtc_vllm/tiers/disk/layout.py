@@ -23,6 +23,8 @@ RECORD_FILE = "namespace.json"
 IN_USE_FILE = "in-use"
 REMOVALS_FILE = "removals"
 OLD_REMOVALS_FILE = "removals.old"
+LIST_FILE = "files"
+NEW_LIST_FILE = "files.new"
 TEMPORARY_DIRECTORY = "tmp"
 
 IDENTITY_OFFSET = 60

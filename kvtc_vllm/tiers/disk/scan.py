@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from stat import S_ISDIR, S_ISREG
 
@@ -34,6 +34,13 @@ class ChunkFile(msgspec.Struct, frozen=True, order=True, gc=False):
     key: RecordKey
     length: int
     namespace: str
+
+
+KnownFile = tuple[int, int, int]
+"""Of a list: inode, length in bytes, last use in nanoseconds since the epoch. A plain tuple of
+integers, which Python's collector soon leaves alone."""
+UNKNOWN_SHARE = 8
+"""Where more than one file in so many of a directory is not known, all are asked for."""
 
 
 @contextmanager
@@ -69,13 +76,51 @@ def fan_outs(fs: CheckedFileSystem, directory: str) -> set[int]:
     }
 
 
-def chunks_in(fs: CheckedFileSystem, directory: str, number: int) -> Iterator[ChunkFile]:
-    """The chunks in one fan-out directory of a namespace, in no order."""
+def chunks_in(
+    fs: CheckedFileSystem,
+    directory: str,
+    number: int,
+    known: Mapping[RecordKey, KnownFile] | None = None,
+) -> Iterator[ChunkFile]:
+    """The chunks in one fan-out directory of a namespace, in no order.
+
+    known: what need not be asked for, as long as the inodes are the same.
+    """
+    found = _known_chunks(fs, directory, number, known) if known else None
+    if found is not None:
+        yield from found
+        return
     namespace = directory.rpartition("/")[2]
     for name, mode, size, mtime_ns in fs.list(fan_out_path(directory, number)):
         key = chunk_key(name) if S_ISREG(mode) else None
         if key is not None and key[0] == number:
             yield ChunkFile(mtime_ns, key, size, namespace)
+
+
+def _known_chunks(
+    fs: CheckedFileSystem, directory: str, number: int, known: Mapping[RecordKey, KnownFile]
+) -> list[ChunkFile] | None:
+    """None if too little is known of what is there."""
+    namespace = directory.rpartition("/")[2]
+    place = fan_out_path(directory, number)
+    found, others = [], []
+    names = fs.names(place)
+    for name, inode in names:
+        key = chunk_key(name)
+        if key is None or key[0] != number:
+            continue
+        file = known.get(key)
+        if file is not None and file[0] == inode:
+            found.append(ChunkFile(file[2], key, file[1], namespace))
+        else:
+            others.append((name, key))
+    if len(others) * UNKNOWN_SHARE > len(names):
+        return None
+    for name, key in others:
+        there = fs.stat(f"{place}/{name}")
+        if there is not None and there.is_regular:
+            found.append(ChunkFile(there.mtime_ns, key, there.size, namespace))
+    return found
 
 
 def chunks(fs: CheckedFileSystem, directory: str) -> Iterator[ChunkFile]:

@@ -17,7 +17,7 @@ from stat import S_ISDIR
 
 from kvtc_vllm.tiers.disk import removal_log, scan
 from kvtc_vllm.tiers.disk.checked import CheckedFileSystem, DiskError
-from kvtc_vllm.tiers.disk.count import NamespaceCount, let_others
+from kvtc_vllm.tiers.disk.count import Known, NamespaceCount, let_others
 from kvtc_vllm.tiers.disk.evictor import REMOVED_AT_ONCE, Evictor
 from kvtc_vllm.tiers.disk.filesystem import FileInfo
 from kvtc_vllm.tiers.disk.layout import chunk_path, disk_bytes, fan_out_of, new_temporary
@@ -198,12 +198,12 @@ class Space:
             raise failure
         return removed
 
-    def count(self, namespace: str) -> list[ChunkFile]:
+    def count(self, namespace: str, known: Known | None = None) -> list[ChunkFile]:
         """Remove orphans of one namespace and correct its account.
 
-        Returns its chunks, in no order.
+        Returns its chunks, in no order. known: see `NamespaceCount`.
         """
-        return self._evictor.count(namespace)
+        return self._evictor.count(namespace, known)
 
     def count_all(self) -> None:
         """Remove orphans and correct the accounts of all namespaces."""

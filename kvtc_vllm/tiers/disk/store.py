@@ -13,13 +13,15 @@ from pathlib import Path
 import msgspec
 
 from kvtc_vllm.tiers.blob_store import Blob
-from kvtc_vllm.tiers.disk import record
+from kvtc_vllm.tiers.disk import file_list, record
 from kvtc_vllm.tiers.disk.checked import CheckedFileSystem, DiskError
 from kvtc_vllm.tiers.disk.drop import drop_namespace
+from kvtc_vllm.tiers.disk.file_list import FileList
 from kvtc_vllm.tiers.disk.filesystem import FileSystem, OsFileSystem
 from kvtc_vllm.tiers.disk.in_use import InUseMark
 from kvtc_vllm.tiers.disk.layout import (
     LAYOUT_FILE,
+    LIST_FILE,
     MIN_BLOB_BYTES,
     NAMESPACE_BYTES,
     RECORD_FILE,
@@ -42,6 +44,8 @@ logger = logging.getLogger("vllm.kvtc")
 
 DEFAULT_CAPACITY = 32 * 2**30
 DEFAULT_MIN_FREE = 4 * 2**30
+LISTED_FROM = 16_384
+"""Chunks from which on a list of them is kept: fewer are asked for in a second."""
 
 
 class DiskEntry(msgspec.Struct, frozen=True, gc=False):
@@ -107,6 +111,8 @@ class DiskStore:
         self._removals_lock = threading.Lock()
         self._bounds: dict[str, int] = {self._name: self._most_bytes}
         self._evicts_in_vain = False
+        self._number = 0  # of chunks, about
+        self._changed = True  # since the list was written
         self._lock = threading.Lock()
         self._evicted: list[RecordKey] = []
         self._counts: Counter[str] = Counter()
@@ -140,6 +146,8 @@ class DiskStore:
                     raise
                 fresh = self._write(key, blob)
                 self._evicts_in_vain = False
+        self._changed = True
+        self._number += fresh
         self._count("writes" if fresh else "writes_present")
         self._count("written_bytes", len(blob) if fresh else 0)
         return disk_bytes(len(blob))
@@ -187,6 +195,7 @@ class DiskStore:
         Takes no lock. What cannot be marked is counted and stays as old as it was.
         """
         gone = []
+        self._changed = True
         for key in keys:
             try:
                 with self._counted("touch"):
@@ -206,10 +215,35 @@ class DiskStore:
         with self._counted("scan"), without_collector(), short_turns():
             with self._removals_lock:
                 self._removals.skip()
+            files = FileList(self._fs, self._directory, self.namespace)
+            try:
+                found = self._space.count(self._name, files.of)
+            finally:
+                files.close()
+            if files.damage:
+                self._note_repair(f"{self._directory}/{LIST_FILE}: {files.damage}")
+            self._number = len(found)
             return [
                 DiskEntry(chunk.key, disk_bytes(chunk.length), chunk.mtime_ns / 1e9)
-                for chunk in in_order(self._space.count(self._name))
+                for chunk in in_order(found)
             ]
+
+    def keep_list(self, until: float) -> bool:
+        """Write down what is known of the files, so that the next `scan` need not ask for each.
+
+        Not for fewer than `LISTED_FROM` chunks, or if nothing has changed, and given up at
+        `until`, on the monotonic clock. True if it was written. Takes no lock of the root.
+        """
+        if not self._changed or self._number < LISTED_FROM:
+            return False
+        with self._counted("list"), short_turns():
+            self._changed = False
+            number = file_list.write(self._fs, self._directory, self.namespace, until)
+            if number is None:
+                self._changed = True
+                return False
+            self._number = number
+        return True
 
     def used(self) -> int:
         """Bytes of the whole root by the ledger: never below what is on disk."""
@@ -239,7 +273,7 @@ class DiskStore:
 
     def errors(self) -> dict[tuple[str, str], int]:
         """Failures since opening by operation (write, read, remove, drop, touch,
-        scan, used, removals, cleanup) and reason."""
+        scan, list, used, removals, cleanup) and reason."""
         with self._lock:
             return dict(self._errors)
 

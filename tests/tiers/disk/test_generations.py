@@ -223,7 +223,7 @@ def test_drop_holds_the_lock_for_a_few_removals_at_a_time(
     assert store.drop() == 5
     holds = " ".join(filesystem.calls).split("try_lock")
     chunks = [hold.count("unlink") for hold in holds if "unlink" in hold]
-    assert chunks == [2, 2, 1, 4]  # at last the logs, the mark and the record
+    assert chunks == [2, 2, 1, 6]  # at last the lists, the logs, the mark and the record
     store.close()
 
 
