@@ -15,8 +15,8 @@ NAME is one of
 Artifacts of version 1 are fitted to the same rows of one spool, with other weights and nothing
 else changed. Documents of the report part go through the codec as in `benchmarks.sensitivity`:
 768 tokens of prefix in blobs, at least 128 exact after them, KL over the tokens that follow.
-Bytes are of whole blobs. Intervals are 95 %, bootstrapped over documents. --work keeps gradients
-and fits.
+Bytes are of whole blobs. Intervals are 95 %, bootstrapped over documents. *factor* is KL over that
+of the ablation's first variant, with its interval. --work keeps gradients and fits.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from benchmarks.sensitivity_variants import (
     keep_sinks,
     open_codec_of,
 )
-from kvtc_vllm.calibration.cache_replay import compute_prefix, interval, kl, score
+from kvtc_vllm.calibration.cache_replay import RESAMPLES, compute_prefix, interval, kl, score
 from kvtc_vllm.calibration.sinks import fit_sinks
 from kvtc_vllm.calibration.spool import SpoolReader
 from kvtc_vllm.evaluation.data.public import Source
@@ -134,12 +134,13 @@ def main() -> None:
             measured.setdefault((kind, variant, ratio), []).append(stored.without_tensors())
         print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
         table = others + [row(*key, found) for key, found in measured.items()]
+        compare(table, variants[0].name)
         out.write_text(json.dumps(about | {"documents": names, "rows": table}, indent=1) + "\n")
     for line in table:
         print(
             f"{line['kind']:14} {line['variant']:16} {line['target_ratio']:g}x: "
             f"real {line['real_ratio']:.1f}, KL {line['kl']:.5f} {line['interval']}"
-            f" top-1 {line['agreed']:.3f}"
+            f" top-1 {line['agreed']:.3f}, of {variants[0].name} {line['factor']}"
         )
 
 
@@ -225,6 +226,31 @@ def row(kind: str, variant: str, ratio: float, found: Sequence[Stored]) -> dict[
         "agreed": round(sum(stored.agreed for stored in found) / len(found), 4),
         "by_document": [round(value, 6) for value in divergence],
     }
+
+
+def compare(table: Sequence[dict[str, Any]], base: str) -> None:
+    """Put into every row by what factor its KL is that of variant `base`, and 95 % of the factor.
+
+    Documents are resampled in pairs: both variants read the same ones.
+    """
+    bases = {
+        (line["kind"], line["target_ratio"]): line["by_document"]
+        for line in table
+        if line["variant"] == base
+    }
+    generator = torch.Generator().manual_seed(0)
+    for line in table:
+        own = torch.tensor(line["by_document"], dtype=torch.float64)
+        other = torch.tensor(
+            bases.get((line["kind"], line["target_ratio"]), []), dtype=torch.float64
+        )
+        if len(own) != len(other):
+            continue
+        drawn = torch.randint(len(own), (RESAMPLES, len(own)), generator=generator)
+        factors = (own[drawn].mean(dim=1) / other[drawn].mean(dim=1)).sort().values
+        low, high = (float(factors[int(share * RESAMPLES)]) for share in (0.025, 0.975))
+        mean = float(own.mean() / other.mean())
+        line["factor"] = [round(value, 3) for value in (mean, low, high)]
 
 
 if __name__ == "__main__":
