@@ -85,6 +85,7 @@ def main() -> None:
     material = read_material(args)
     ablation = ABLATIONS[args.name]
     variants = ablation.variants(material)
+    base = variants[0].name
     if args.variants:
         variants = [v for v in variants if v.name in args.variants.split(",")]
     kinds = args.kinds.split(",") if args.kinds else ablation.kinds
@@ -134,13 +135,13 @@ def main() -> None:
             measured.setdefault((kind, variant, ratio), []).append(stored.without_tensors())
         print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
         table = others + [row(*key, found) for key, found in measured.items()]
-        compare(table, variants[0].name)
+        compare(table, base)
         out.write_text(json.dumps(about | {"documents": names, "rows": table}, indent=1) + "\n")
     for line in table:
         print(
             f"{line['kind']:14} {line['variant']:16} {line['target_ratio']:g}x: "
             f"real {line['real_ratio']:.1f}, KL {line['kl']:.5f} {line['interval']}"
-            f" top-1 {line['agreed']:.3f}, of {variants[0].name} {line['factor']}"
+            f" top-1 {line['agreed']:.3f}, of {base} {line.get('factor', 'not measured')}"
         )
 
 
