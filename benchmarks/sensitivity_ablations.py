@@ -103,7 +103,7 @@ def main() -> None:
         "model": args.model.name,
         "variants": {variant.name: variant.about for variant in variants},
         "sinks": {kind: marked_share(material.gradients, kind) for kind in KINDS_OF_TEXT},
-        "rows": args.rows,
+        "rows_fitted": args.rows,
         "prefix_tokens": PREFIX,
         "exact_tokens": WINDOW,
         "chunk_tokens": CHUNK,
@@ -136,7 +136,7 @@ def main() -> None:
         print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
         table = others + [row(*key, found) for key, found in measured.items()]
         compare(table, base)
-        out.write_text(json.dumps(about | {"documents": names, "rows": table}, indent=1) + "\n")
+        write_results(out, about, names, table)
     for line in table:
         print(
             f"{line['kind']:14} {line['variant']:16} {line['target_ratio']:g}x: "
@@ -155,6 +155,15 @@ def command(args: argparse.Namespace) -> str:
     if args.kinds:
         parts.append(f"--kinds {args.kinds}")
     return "python -m benchmarks.sensitivity_ablations " + " ".join(parts)
+
+
+def write_results(
+    out: Path, about: dict[str, Any], names: Sequence[str], table: Sequence[dict[str, Any]]
+) -> None:
+    """about: how it was measured. names: of the documents so far. table: a row per figure."""
+    found = {"documents": list(names), "rows": list(table)}
+    assert not found.keys() & about.keys()
+    out.write_text(json.dumps(about | found, indent=1) + "\n")
 
 
 def kept_rows(out: Path, about: dict[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
