@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,15 +32,23 @@ _READ_BYTES = 1 << 20
 def capture(
     model: str, data: Sequence[str], tokens: int, engine: dict[str, Any], spool: Path
 ) -> Path:
-    """Sample rows of `data` into a spool; returns rank 0's. vLLM runs in a child process."""
+    """Sample rows of `data` into a spool; returns rank 0's. vLLM runs in a child process.
+
+    A spool is there as a whole or not at all. Raises RuntimeError if the child fails.
+    """
     settings = CaptureSettings(
         model=model, data=tuple(data), tokens=tokens, sink_tokens=SINKS, engine=engine
     )
-    child = multiprocessing.get_context("spawn").Process(target=in_child, args=(settings, spool))
+    unfinished = spool.with_name(f"{spool.name}.part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    child = multiprocessing.get_context("spawn").Process(
+        target=in_child, args=(settings, unfinished)
+    )
     child.start()
     child.join()
     if child.exitcode:
         raise RuntimeError(f"the capture of {', '.join(data)} ended with {child.exitcode}")
+    unfinished.replace(spool)
     return spool / "rank0"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,3 +80,36 @@ def test_a_capture_asks_for_no_more_memory_than_other_engines(
         monkeypatch.setattr(os, "environ", asked)
         module.in_child(settings, tmp_path)
         assert found.pop() == used
+
+
+class Child:
+    """Stands for a process: leaves a file in the spool that it is given."""
+
+    exitcode = 0
+
+    def __init__(self, target: object, args: tuple[CaptureSettings, Path]) -> None:
+        self._spool = args[1]
+
+    def start(self) -> None:
+        self._spool.mkdir(parents=True)
+        (self._spool / "k.bin").touch()
+
+    def join(self) -> None:
+        pass
+
+
+def test_a_capture_that_failed_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        module.multiprocessing, "get_context", lambda _: SimpleNamespace(Process=Child)
+    )
+    spool = tmp_path / "spool"
+    monkeypatch.setattr(Child, "exitcode", 1)
+    with pytest.raises(RuntimeError, match="the capture of text ended with 1"):
+        module.capture("model", ["text"], 1, {}, spool)
+    assert not spool.exists()
+
+    monkeypatch.setattr(Child, "exitcode", 0)
+    assert module.capture("model", ["text"], 1, {}, spool) == spool / "rank0"
+    assert (spool / "k.bin").exists()
