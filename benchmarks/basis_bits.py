@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.sensitivity import CHUNK, ROOT, measure
+from benchmarks.sensitivity import CHUNK, ROOT, Part, measure, one_part
 from kvtc_vllm.artifact.directory import load_rank_artifact
 from kvtc_vllm.calibration.cache_replay import interval
 from kvtc_vllm.codec.artifact import RankArtifact
@@ -78,14 +78,14 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     ratios = [float(ratio) for ratio in args.ratios.split(",")]
     ways = [way for way in WAYS if way is SIXTEEN or not args.way or way.name in args.way]
-    artifacts: dict[str, RankArtifact] = {}
+    artifacts: dict[str, list[Part]] = {}
     sizes: dict[str, int] = {}
     for named in args.artifact:
         name, _, directory = named.partition("=")
         artifact = load_rank_artifact(Path(directory), 0)[0]
         for way in ways:
             key = f"{name}: {way.name}"
-            artifacts[key] = rounded(artifact, way)
+            artifacts[key] = one_part(rounded(artifact, way))
             sizes[key] = stored_bytes(artifact, ratios, way)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)

@@ -8,7 +8,8 @@ Of every document, transformers computes the first 768 tokens. Their K and V go 
 that serves on a CPU, in blobs of `--chunk` tokens, and back. The next 128 tokens are computed
 exactly on what came back, as the recent window is; over the 128 after them, the predictions are
 compared with those on the uncompressed cache. Ratios are of whole blobs, headers and sinks
-included; intervals are 95 %, bootstrapped over documents.
+included; intervals are 95 %, bootstrapped over documents. An artifact with parts for several cache
+groups codes the layers of each by its part, and all 768 tokens, also those that a window has left.
 
 `--data` has essays.jsonl.gz and gsm8k-test.jsonl. Documents are those whose number modulo 4 is 3,
 which no calibration and no tuning uses: five essays that are long enough, and five times ten
@@ -24,6 +25,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -32,11 +34,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvtc_vllm.artifact.directory import load_rank_artifact
+from kvtc_vllm.artifact.card import cache_groups
+from kvtc_vllm.artifact.directory import group_directory, load_rank_artifact
 from kvtc_vllm.calibration.cache_replay import compute_prefix, interval, kl, round_trip, score
 from kvtc_vllm.codec.artifact import RankArtifact
+from kvtc_vllm.codec.base import ChunkCodec
 from kvtc_vllm.codec.registry import open_codec
-from kvtc_vllm.evaluation.data.public import Part, Source
+from kvtc_vllm.evaluation.data.public import Part as Split
+from kvtc_vllm.evaluation.data.public import Source
 
 ROOT = Path(__file__).resolve().parents[1]
 PREFIX, WINDOW, SCORED = 768, 128, 128
@@ -66,7 +71,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     ratios = [float(ratio) for ratio in args.ratios.split(",")]
     named = [text.partition("=") for text in args.artifact]
-    artifacts = {name: load_rank_artifact(Path(directory), 0)[0] for name, _, directory in named}
+    artifacts = {name: read_parts(Path(directory)) for name, _, directory in named}
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     result: dict[str, Any] = {
@@ -74,8 +79,11 @@ def main() -> None:
         + " ".join(f"--artifact {name}=DIR" for name in artifacts)
         + ("" if args.part == "report" else f" --part {args.part}"),
         "model": args.model.name,
-        "artifacts": {name: artifact.fingerprint.hex() for name, artifact in artifacts.items()},
-        "codecs": {name: artifact.codec for name, artifact in artifacts.items()},
+        "artifacts": {
+            name: " ".join(part.artifact.fingerprint.hex() for part in parts)
+            for name, parts in artifacts.items()
+        },
+        "codecs": {name: parts[0].artifact.codec for name, parts in artifacts.items()},
         "prefix_tokens": PREFIX,
         "exact_tokens": WINDOW,
         "scored_tokens": SCORED,
@@ -100,32 +108,77 @@ def main() -> None:
         )
 
 
+@dataclass(frozen=True)
+class Part:
+    """Of an artifact, for one cache group. layers: of the model, in order."""
+
+    layers: Sequence[int]
+    artifact: RankArtifact
+
+    def codec(self, ratio: float) -> ChunkCodec:
+        """That serves on a CPU."""
+        artifact = self.artifact
+        return open_codec(artifact.codec, torch.bfloat16, artifact=artifact, ratio=ratio)
+
+
+def one_part(artifact: RankArtifact) -> list[Part]:
+    """All layers of a model with one cache group."""
+    return [Part(range(artifact.geometry.num_layers), artifact)]
+
+
+def read_parts(directory: Path) -> list[Part]:
+    """An artifact of one rank; of a model with one cache group it has one part."""
+    first, card, _ = load_rank_artifact(directory, 0)
+    groups = cache_groups(card)
+    if not groups:
+        return one_part(first)
+    return [
+        Part(group.layers, load_rank_artifact(group_directory(directory, number), 0)[0])
+        for number, group in enumerate(groups)
+    ]
+
+
+def through(
+    parts: Sequence[tuple[Sequence[int], ChunkCodec]], k: torch.Tensor, v: torch.Tensor, chunk: int
+) -> tuple[int, torch.Tensor, torch.Tensor]:
+    """Bytes of all blobs, and the K and V that they hold; parts: layers, and what codes them.
+
+    k, v: [T, L, H, D] from position 0 on, of all layers.
+    """
+    stored, back_k, back_v = 0, torch.empty_like(k), torch.empty_like(v)
+    for layers, codec in parts:
+        own = list(layers)
+        taken, back_k[:, own], back_v[:, own] = round_trip(codec, k[:, own], v[:, own], chunk)
+        stored += taken
+    return stored, back_k, back_v
+
+
 def measure(
     model: Any,
     tokenizer: Any,
     data: Path,
-    artifacts: dict[str, RankArtifact],
+    artifacts: dict[str, list[Part]],
     ratios: Sequence[float],
     chunk: int,
-    part: Part = "report",
+    split: Split = "report",
 ) -> Iterator[tuple[list[str], list[dict[str, Any]]]]:
     """After every document: names so far, and a row per artifact and ratio."""
     codecs = {
-        (name, ratio): open_codec(artifact.codec, torch.bfloat16, artifact=artifact, ratio=ratio)
-        for name, artifact in artifacts.items()
+        (name, ratio): [(part.layers, part.codec(ratio)) for part in parts]
+        for name, parts in artifacts.items()
         for ratio in ratios
     }
     stored = dict.fromkeys(codecs, 0)
     divergence: dict[tuple[str, float], list[float]] = {key: [] for key in codecs}
     names: list[str] = []
     raw = 0
-    for name, ids in documents(data, tokenizer, part):
+    for name, ids in documents(data, tokenizer, split):
         started = time.monotonic()
         prefix = compute_prefix(model, name, ids, PREFIX, SCORED)
         names.append(name)
         raw += prefix.k.nbytes + prefix.v.nbytes
-        for key, codec in codecs.items():
-            taken, k, v = round_trip(codec, prefix.k, prefix.v, chunk)
+        for key, parts in codecs.items():
+            taken, k, v = through(parts, prefix.k, prefix.v, chunk)
             stored[key] += taken
             divergence[key].append(kl(prefix.exact, score(model, ids, k, v, SCORED)))
         print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
@@ -148,10 +201,10 @@ def row(
     }
 
 
-def documents(data: Path, tokenizer: Any, part: Part) -> Iterator[tuple[str, list[int]]]:
+def documents(data: Path, tokenizer: Any, split: Split) -> Iterator[tuple[str, list[int]]]:
     """Names and token ids of documents of one length, essays and problems in turn."""
     length = PREFIX + WINDOW + SCORED
-    source = Source(str(data), part)
+    source = Source(str(data), split)
     prose = (
         (d.name.replace("essays", "essay"), d.content["text"]) for d in source.documents("essays")
     )

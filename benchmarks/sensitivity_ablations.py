@@ -15,8 +15,8 @@ NAME is one of
 Artifacts of version 1 are fitted to the same rows of one spool, with other weights and nothing
 else changed. Documents of the report part go through the codec as in `benchmarks.sensitivity`:
 768 tokens of prefix in blobs, at least 128 exact after them, KL over the tokens that follow.
-Bytes are of whole blobs. Intervals are 95 %, bootstrapped over documents. --work keeps gradients
-and fits.
+Bytes are of whole blobs. Intervals are 95 %, bootstrapped over documents. *factor* is KL over that
+of the ablation's first variant, with its interval. --work keeps gradients and fits.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from benchmarks.sensitivity_variants import (
     keep_sinks,
     open_codec_of,
 )
-from kvtc_vllm.calibration.cache_replay import interval, kl
+from kvtc_vllm.calibration.cache_replay import RESAMPLES, compute_prefix, interval, kl, score
 from kvtc_vllm.calibration.sinks import fit_sinks
 from kvtc_vllm.calibration.spool import SpoolReader
 from kvtc_vllm.evaluation.data.public import Source
@@ -85,6 +85,7 @@ def main() -> None:
     material = read_material(args)
     ablation = ABLATIONS[args.name]
     variants = ablation.variants(material)
+    base = variants[0].name
     if args.variants:
         variants = [v for v in variants if v.name in args.variants.split(",")]
     kinds = args.kinds.split(",") if args.kinds else ablation.kinds
@@ -98,12 +99,11 @@ def main() -> None:
     if args.fit:
         return
     about: dict[str, Any] = {
-        "command": f"python -m benchmarks.sensitivity_ablations {args.name} --model DIR "
-        f"--spool DIR --data DIR --work DIR --rows {args.rows} --documents {args.documents}",
+        "command": command(args),
         "model": args.model.name,
         "variants": {variant.name: variant.about for variant in variants},
         "sinks": {kind: marked_share(material.gradients, kind) for kind in KINDS_OF_TEXT},
-        "rows": args.rows,
+        "rows_fitted": args.rows,
         "prefix_tokens": PREFIX,
         "exact_tokens": WINDOW,
         "chunk_tokens": CHUNK,
@@ -122,22 +122,48 @@ def main() -> None:
     for kind, name, ids, prefix, scored in reports(tokenizer, args, kinds):
         started = time.monotonic()
         names.append(name)
-        exact = Exact(model, ids, prefix, scored)
+        # What the last token predicts has no token to compare.
+        whole = compute_prefix(model, name, ids[:-1], prefix, scored)
         for (variant, ratio), codec in codecs.items():
-            stored = codec.round_trip(exact.k, exact.v)
+            stored = codec.round_trip(whole.k, whole.v)
             if by_name[variant].exact_sinks:
-                stored = keep_sinks(stored, exact.k, exact.v, material.rule)
-            stored.kl, stored.agreed = exact.compare(stored.k, stored.v)
+                stored = keep_sinks(stored, whole.k, whole.v, material.rule)
+            predicted = score(model, whole.ids, stored.k, stored.v, scored)
+            stored.kl = kl(whole.exact, predicted)
+            same = predicted.argmax(-1) == whole.exact.argmax(-1)
+            stored.agreed = float(same.double().mean())
             measured.setdefault((kind, variant, ratio), []).append(stored.without_tensors())
         print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
         table = others + [row(*key, found) for key, found in measured.items()]
-        out.write_text(json.dumps(about | {"documents": names, "rows": table}, indent=1) + "\n")
+        compare(table, base)
+        write_results(out, about, names, table)
     for line in table:
         print(
             f"{line['kind']:14} {line['variant']:16} {line['target_ratio']:g}x: "
             f"real {line['real_ratio']:.1f}, KL {line['kl']:.5f} {line['interval']}"
-            f" top-1 {line['agreed']:.3f}"
+            f" top-1 {line['agreed']:.3f}, of {base} {line.get('factor', 'not measured')}"
         )
+
+
+def command(args: argparse.Namespace) -> str:
+    """For the results: with all that decides figures, and no paths."""
+    parts = [args.name, "--model DIR --spool DIR --data DIR --work DIR"]
+    if args.probe is not None:
+        parts.append("--probe FILE")
+    sizes = ("ratios", "rows", "documents", "prompts")
+    parts += [f"--{name} {getattr(args, name)}" for name in sizes]
+    if args.kinds:
+        parts.append(f"--kinds {args.kinds}")
+    return "python -m benchmarks.sensitivity_ablations " + " ".join(parts)
+
+
+def write_results(
+    out: Path, about: dict[str, Any], names: Sequence[str], table: Sequence[dict[str, Any]]
+) -> None:
+    """about: how it was measured. names: of the documents so far. table: a row per figure."""
+    found = {"documents": list(names), "rows": list(table)}
+    assert not found.keys() & about.keys()
+    out.write_text(json.dumps(about | found, indent=1) + "\n")
 
 
 def kept_rows(out: Path, about: dict[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
@@ -194,51 +220,6 @@ def reports(
             yield from rows[number : number + 1]
 
 
-class Exact:
-    """A document on its uncompressed cache, which is rounded to bfloat16 as in serving.
-
-    k, v: bfloat16 [T, L, H, D] of the prefix, K post-RoPE.
-    """
-
-    @torch.no_grad()
-    def __init__(self, model: Any, ids: Sequence[int], prefix: int, scored: int) -> None:
-        from transformers import DynamicCache
-
-        self._model, self._ids, self._scored = model, ids, scored
-        cache: Any = DynamicCache()
-        model(input_ids=torch.tensor([ids[:prefix]]), past_key_values=cache, logits_to_keep=1)
-        self.k, self.v = (
-            torch.stack([getattr(x, which)[0].transpose(0, 1) for x in cache.layers], dim=1).to(
-                torch.bfloat16
-            )
-            for which in ("keys", "values")
-        )
-        self._log_probs = self._score(self.k, self.v)
-
-    def compare(self, k: torch.Tensor, v: torch.Tensor) -> tuple[float, float]:
-        """KL in nats per token on another cache, and the share of equal first choices."""
-        found = self._score(k, v)
-        agreed = (found.argmax(-1) == self._log_probs.argmax(-1)).double().mean()
-        return kl(self._log_probs, found), float(agreed)
-
-    @torch.no_grad()
-    def _score(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities of the last tokens: float32 [S, V]."""
-        from transformers import DynamicCache
-
-        cache: Any = DynamicCache()
-        for layer in range(k.shape[1]):
-            keys, values = (x[:, layer].transpose(0, 1)[None].float() for x in (k, v))
-            cache.update(keys.contiguous(), values.contiguous(), layer)
-        output = self._model(
-            input_ids=torch.tensor([self._ids[len(k) :]]),
-            past_key_values=cache,
-            logits_to_keep=self._scored + 1,
-        )
-        # The last place predicts a token that is not there.
-        return torch.log_softmax(output.logits[0, :-1].float(), dim=-1)
-
-
 def row(kind: str, variant: str, ratio: float, found: Sequence[Stored]) -> dict[str, Any]:
     """Of one variant at one ratio, over documents of one kind."""
     divergence = [stored.kl for stored in found]
@@ -255,6 +236,31 @@ def row(kind: str, variant: str, ratio: float, found: Sequence[Stored]) -> dict[
         "agreed": round(sum(stored.agreed for stored in found) / len(found), 4),
         "by_document": [round(value, 6) for value in divergence],
     }
+
+
+def compare(table: Sequence[dict[str, Any]], base: str) -> None:
+    """Put into every row by what factor its KL is that of variant `base`, and 95 % of the factor.
+
+    Documents are resampled in pairs: both variants read the same ones.
+    """
+    bases = {
+        (line["kind"], line["target_ratio"]): line["by_document"]
+        for line in table
+        if line["variant"] == base
+    }
+    generator = torch.Generator().manual_seed(0)
+    for line in table:
+        own = torch.tensor(line["by_document"], dtype=torch.float64)
+        other = torch.tensor(
+            bases.get((line["kind"], line["target_ratio"]), []), dtype=torch.float64
+        )
+        if len(own) != len(other):
+            continue
+        drawn = torch.randint(len(own), (RESAMPLES, len(own)), generator=generator)
+        factors = (own[drawn].mean(dim=1) / other[drawn].mean(dim=1)).sort().values
+        low, high = (float(factors[int(share * RESAMPLES)]) for share in (0.025, 0.975))
+        mean = float(own.mean() / other.mean())
+        line["factor"] = [round(value, 3) for value in (mean, low, high)]
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from benchmarks.sensitivity_gradients import (
     weights,
 )
 from kvtc_vllm.artifact.rank_file import read_rank_file, write_rank_file
+from kvtc_vllm.calibration.cache_replay import round_trip
 from kvtc_vllm.calibration.fit import fit_rank
 from kvtc_vllm.calibration.fit_settings import FitSettings
 from kvtc_vllm.calibration.sensitivity import load_sensitivity
@@ -261,15 +262,8 @@ class Trip:
 
     def round_trip(self, k: torch.Tensor, v: torch.Tensor) -> Stored:
         """k, v: bfloat16 [T, L, H, D], K post-RoPE."""
-        taken = 0
-        chunks = []
-        for start in range(0, len(k), CHUNK):
-            part = slice(start, start + CHUNK)
-            blob = self._codec.encode(k[part], v[part], start)
-            taken += len(blob)
-            chunks.append(self._codec.decode(blob, start, CHUNK))
-        decoded = [torch.cat([getattr(chunk, name) for chunk in chunks]) for name in ("k", "v")]
-        return Stored(decoded[0], decoded[1], taken, k.nbytes + v.nbytes)
+        taken, back_k, back_v = round_trip(self._codec, k, v, CHUNK)
+        return Stored(back_k, back_v, taken, k.nbytes + v.nbytes)
 
 
 class MatrixTrip(Trip):

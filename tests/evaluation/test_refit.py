@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from kvtc_vllm.artifact.rank_file import read_rank_file
+from kvtc_vllm.calibration.capture import CaptureSettings
 from kvtc_vllm.calibration.spool import SpoolWriter
 from kvtc_vllm.evaluation import refit as module
 from kvtc_vllm.evaluation.refit import refit
@@ -63,3 +66,50 @@ def test_a_fit_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(AssertionError, match="fitted again"):
         refit(spool, tmp_path / "fits", RATIOS, rows=100)
     assert list((tmp_path / "fits").iterdir()) == [made]
+
+
+def test_a_capture_asks_for_no_more_memory_than_other_engines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[str] = []
+    monkeypatch.setattr(
+        module, "capture_rows", lambda *_: found.append(os.environ["VLLM_CPU_KVCACHE_SPACE"])
+    )
+    settings = CaptureSettings(model="model", data=("text",), tokens=1)
+    for asked, used in (({}, "2"), ({"VLLM_CPU_KVCACHE_SPACE": "5"}, "5")):
+        monkeypatch.setattr(os, "environ", asked)
+        module.in_child(settings, tmp_path)
+        assert found.pop() == used
+
+
+class Child:
+    """Stands for a process: leaves a file in the spool that it is given."""
+
+    exitcode = 0
+
+    def __init__(self, target: object, args: tuple[CaptureSettings, Path]) -> None:
+        self._spool = args[1]
+
+    def start(self) -> None:
+        self._spool.mkdir(parents=True)
+        (self._spool / "k.bin").touch()
+
+    def join(self) -> None:
+        pass
+
+
+def test_a_capture_that_failed_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        module.multiprocessing, "get_context", lambda _: SimpleNamespace(Process=Child)
+    )
+    spool = tmp_path / "spool"
+    monkeypatch.setattr(Child, "exitcode", 1)
+    with pytest.raises(RuntimeError, match="the capture of text ended with 1"):
+        module.capture("model", ["text"], 1, {}, spool)
+    assert not spool.exists()
+
+    monkeypatch.setattr(Child, "exitcode", 0)
+    assert module.capture("model", ["text"], 1, {}, spool) == spool / "rank0"
+    assert (spool / "k.bin").exists()

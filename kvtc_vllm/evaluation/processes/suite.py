@@ -21,6 +21,9 @@ from kvtc_vllm.evaluation.reporting.earlier import Earlier
 from kvtc_vllm.evaluation.reporting.results import Row, exact_rows, rows
 from kvtc_vllm.evaluation.tasks import Source
 
+CPU_CACHE, CPU_CACHE_GIB = "VLLM_CPU_KVCACHE_SPACE", "2"
+"""On the CPU only, where vLLM would otherwise ask for most of the machine."""
+
 T = TypeVar("T")
 
 CHILD = "kvtc_vllm.evaluation.processes.run_method"
@@ -144,8 +147,7 @@ def run_child(module: str, name: str, job: msgspec.Struct, outcome: type[T]) -> 
             **os.environ,
             "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            # GiB, on the CPU only, where vLLM would otherwise ask for most of the machine.
-            "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "2"),
+            CPU_CACHE: os.environ.get(CPU_CACHE, CPU_CACHE_GIB),
         }
         result = subprocess.run([sys.executable, "-m", module, str(path)], env=environment)
         written = msgspec.msgpack.decode(out.read_bytes(), type=outcome) if out.exists() else None
