@@ -92,7 +92,8 @@ def test_methods_share_that_store_the_same_chunks() -> None:
     assert narrow.can_share(methods.variant(methods.find("kvtc-8x"), "narrow", window=64))
     assert not usual.can_share(narrow)
     assert not usual.can_share(whole)
-    assert not methods.find("h2o").can_share(methods.find("h2o"))
+    assert methods.find("h2o").can_share(methods.find("clusterkv"))
+    assert not methods.find("h2o").can_share(usual)
 
 
 @pytest.mark.vllm
