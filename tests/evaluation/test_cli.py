@@ -29,6 +29,15 @@ from tests.evaluation.public_data import write_public_data
         (["--ablation", "colour"], ["colour", "sinks", "rope"]),
         (["--ablation", "layers"], ["--calibration-data", "--spool"]),
         (["--spool", "nowhere"], ["--spool 'nowhere'", "kvtc calibrate --spool"]),
+        (["--methods", "h2o/keep=2"], ["'h2o/keep=2'", "keep=2", "from"]),
+        (["--methods", "h2o/colour=2"], ["no setting 'colour'", "keep, recent"]),
+        (["--methods", "fp8-e4m3/bits=2"], ["no setting 'bits'", "it has none"]),
+        (["--methods", "h2o/keep"], ["'keep' is no setting", "keep=0.25"]),
+        (["--methods", "h2o/keep=nan"], ["'keep=nan' is no setting"]),
+        (["--methods", "snapkv/pooling=4"], ["pooling=4 is even", "odd"]),
+        (["--methods", "h2o+kivi-2bit"], ["'h2o+kivi-2bit'", "kvtc-<ratio>x"]),
+        (["--methods", "clusterkv+kvtc-8x"], ["'clusterkv+kvtc-8x'", "chunkkv", "single chunks"]),
+        (["--methods", "gear-2bit+kvtc-8x"], ["'gear-2bit+kvtc-8x'", "single chunks"]),
         (["--methods", "kvtc-8x@mine"], ["'kvtc-8x@mine'", "--artifact mine=DIR"]),
         (["--artifact", "a=x", "--artifact", "a=y"], ["--artifact 'a=y'", "'x'", "NAME=DIR"]),
     ],
@@ -156,3 +165,22 @@ def test_what_a_domain_is_fitted_on_is_not_reported_on(
         reported = [document.content["text"] for document in source.documents(name)]
         assert text
         assert not any(document in text for document in reported)
+
+
+def test_methods_have_settings_and_go_below_our_codec() -> None:
+    plain = methods.find("snapkv/keep=0.5")
+    assert (plain.name, plain.tokens, plain.settings) == (
+        "snapkv/keep=0.5",
+        "snapkv",
+        {"keep": 0.5},
+    )
+    assert plain.plan.endswith("; keep 0.5")
+    coded = methods.find("snapkv/keep=0.5+kvtc2-16x@mine", {"mine": "there"})
+    assert coded.name == "snapkv/keep=0.5+kvtc2-16x mine"
+    assert (coded.tokens, coded.codec, coded.ratio) == ("snapkv", "kvtc2", 16.0)
+    assert (coded.artifact, coded.settings) == ("there", {"keep": 0.5})
+    assert coded.can_share(methods.find("clusterkv"))
+    below = methods.find("fp8-e4m3+kvtc-8x")
+    assert (below.below, below.tokens, below.ratio) == ("fp8-e4m3", None, 8.0)
+    assert below.can_share(methods.find("kvtc-8x"))
+    assert methods.find("deltakv/stride=5").override["settings"] == {"stride": 5}

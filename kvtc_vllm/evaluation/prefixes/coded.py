@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from kvtc_vllm.codec.artifact import RankArtifact
 from kvtc_vllm.codec.base import ChunkCodec
-from kvtc_vllm.codec.registry import open_codec
+from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.codec.transform import keys_from_rows, rows_from_keys
 from kvtc_vllm.evaluation.eviction.base import Eviction, pooled
 from kvtc_vllm.evaluation.prefixes.base import Left, Prefix, PrefixMethod, mask_bytes, take
@@ -25,15 +25,16 @@ class Coded(PrefixMethod):
     """
 
     def __init__(
-        self, eviction: Eviction, artifact: RankArtifact, ratio: float, chunk_tokens: int
+        self,
+        eviction: Eviction,
+        codec: ChunkCodec,
+        ropes: Sequence[Rope | None],
+        chunk_tokens: int,
     ) -> None:
+        """codec: for bfloat16. ropes: one per layer."""
         self._eviction = eviction
-        self._codec: ChunkCodec = open_codec(
-            artifact.codec, torch.bfloat16, artifact=artifact, ratio=ratio
-        )
-        self._ropes = [
-            None if index is None else artifact.ropes[index] for index in artifact.layer_rope
-        ]
+        self._codec = codec
+        self._ropes = ropes
         self._chunk_tokens = chunk_tokens
 
     def store(self, prefix: Prefix) -> Left:

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 from tqdm import tqdm
 
 from kvtc_vllm.artifact.directory import load_rank_artifact
+from kvtc_vllm.codec.registry import open_codec
 from kvtc_vllm.evaluation.eviction import EVICTIONS
 from kvtc_vllm.evaluation.job import (
     Outcome,
@@ -74,7 +76,9 @@ def open_method(method: Method, model: str) -> PrefixMethod:
     if method.ratio is None:
         return Evicted(eviction)
     artifact = load_rank_artifact(artifact_of(method, model), 0)[0]
-    return Coded(eviction, artifact, method.ratio, method.chunk_tokens)
+    codec = open_codec(artifact.codec, torch.bfloat16, artifact=artifact, ratio=method.ratio)
+    ropes = [None if index is None else artifact.ropes[index] for index in artifact.layer_rope]
+    return Coded(eviction, codec, ropes, method.chunk_tokens)
 
 
 def _run(
