@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
 
 from kvtc_vllm.cli import main
-from kvtc_vllm.cli.eval import _shown
+from kvtc_vllm.cli.eval import DEFAULT_METHODS, _defaults, _shown, add_arguments
 from kvtc_vllm.evaluation import ablations, methods
+from kvtc_vllm.evaluation.baselines import BASELINES
+from kvtc_vllm.evaluation.eviction import EVICTIONS
 from kvtc_vllm.evaluation.methods import MethodError
+from kvtc_vllm.evaluation.recall import RECALLS
 from kvtc_vllm.evaluation.tasks import DATA_TASKS, Source
 from tests.evaluation.public_data import write_public_data
 
@@ -28,6 +32,7 @@ from tests.evaluation.public_data import write_public_data
         (["--engine", "{"], ["--engine", "JSON"]),
         (["--ablation", "colour"], ["colour", "sinks", "rope"]),
         (["--ablation", "layers"], ["--calibration-data", "--spool"]),
+        (["--quick", "--ablation", "sinks"], ["--quick", "--ablation"]),
         (["--spool", "nowhere"], ["--spool 'nowhere'", "kvtc calibrate --spool"]),
         (["--methods", "h2o/keep=2"], ["'h2o/keep=2'", "keep=2", "from"]),
         (["--methods", "h2o/colour=2"], ["no setting 'colour'", "keep, recent"]),
@@ -184,3 +189,24 @@ def test_methods_have_settings_and_go_below_our_codec() -> None:
     assert (below.below, below.tokens, below.ratio) == ("fp8-e4m3", None, 8.0)
     assert below.can_share(methods.find("kvtc-8x"))
     assert methods.find("deltakv/stride=5").override["settings"] == {"stride": 5}
+
+
+def test_quick_is_every_method_unless_one_is_given() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    args = parser.parse_args(["M", "--quick"])
+    _defaults(args)
+    chosen = [methods.find(name) for name in args.methods.split(",")]
+    assert {method.tokens for method in chosen if method.tokens} == {*EVICTIONS, *RECALLS}
+    stored = {method.override.get("baseline") for method in chosen}
+    assert {*BASELINES} - stored == {"cachegen-lmcache"}
+    assert any(method.below for method in chosen)
+    assert any(method.tokens and method.ratio for method in chosen)
+    assert (args.count, args.share_exact) == (4, True)
+    given = parser.parse_args(["M", "--quick", "--methods", "h2o", "--count", "9", "--data", "D"])
+    _defaults(given)
+    assert (given.methods, given.count, given.tasks) == ("h2o", 9, "essays:400,kv-retrieval:416")
+    plain = parser.parse_args(["M"])
+    _defaults(plain)
+    assert (plain.methods, plain.count, plain.tasks) == (DEFAULT_METHODS, 32, "all")
+    assert not plain.share_exact
