@@ -22,7 +22,14 @@ from kvtc_vllm.evaluation.reporting.results import EXACT, Row
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/quality/smollm2"
-SOURCES = ("methods", "field/chunks", "field/whole", "field/below", "field/tokens")
+SOURCES = (
+    "methods",
+    "field/chunks",
+    "field/whole",
+    "field/below",
+    "field/tokens",
+    "field/composed",
+)
 PAGE = ROOT / "docs/leaderboard.md"
 PICTURE = RESULTS / "field/leaderboard.png"
 TASKS: dict[Task, str] = {
