@@ -56,7 +56,11 @@ class Method:
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS
 
     def connector_config(self, chunk_tokens: int) -> dict[str, Any]:
-        """`kv_connector_extra_config` for the bench's connector."""
+        """`kv_connector_extra_config` for the bench's connector.
+
+        What is below our codec must be in `override` by then (`processes/carrier.py`).
+        """
+        assert self.below is None or self.override
         extra: dict[str, Any] = {
             "codec": self.codec,
             "recent_window": self.window,

@@ -174,3 +174,14 @@ def test_a_form_below_our_codec_shares_passes(reference_model: Path, tmp_path: P
     single = alone(chosen[1], str(reference_model), tmp_path)
     assert (single.override, single.ratio) == (below, None)
     assert alone(chosen[0], str(reference_model), tmp_path) == chosen[0]
+
+
+def test_a_method_alone_has_what_it_needs(reference_model: Path, tmp_path: Path) -> None:
+    """As processes run it that have one method: a fitted baseline gets its statistics."""
+    (tmp_path / "statistics.safetensors").touch()  # as if they were made
+    for name in ("lorc", "fp8-e4m3+kvtc-8x"):
+        single = alone(methods.find(name), str(reference_model), tmp_path)
+        evaluation = single.connector_config(128)["evaluation"]
+        assert evaluation.get("options") or evaluation["below"] == "fp8-e4m3"
+    with pytest.raises(AssertionError):
+        methods.find("fp8-e4m3+kvtc-8x").connector_config(128)
