@@ -83,9 +83,11 @@ def page(rows: Sequence[Row]) -> str:
         "running text (prose, code, maths together); `>` and `<`: at least, at most, as its "
         "measured curve ends there.",
         "",
-        "Rows of *codecs* ran through the tier in vLLM. *Tokens dropped*, *tokens recalled* and "
-        "*tokens dropped, then coded* ran in transformers, float32. `h2o/keep=1+kvtc-16x` drops "
-        "nothing: it is `kvtc-16x` run there, as a check.",
+        "*Codecs*, and FP8 below KVTC, ran through the tier in vLLM, in bfloat16. All others ran "
+        "in transformers, in float32, on prefixes of the same length; there `h2o/keep=1+kvtc-16x` "
+        "drops nothing and is `kvtc-16x` again, as a check. What is dropped or chosen below KVTC "
+        "is chosen once for all layers and heads ([why](composing.md#below-kvtc)). Intervals are "
+        "in the results.",
         "",
     ]
     head = ["method", "real ratio", "read", *TASKS.values(), "codec 2"]

@@ -202,3 +202,16 @@ def test_sliding_windows_are_refused(tmp_path: Path) -> None:
     MistralForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="full attention"):
         Runner(str(tmp_path), EVICTIONS["h2o"]())
+
+
+def test_methods_of_one_runner_do_not_touch_each_other(tiny: str, chat: Session) -> None:
+    """They share the first pass; each gives what it gives alone, in every turn."""
+    evictions = {name: Evicted(EVICTIONS[name]()) for name in ("h2o", "chunkkv")}
+    together = PrefixRunner(tiny, evictions).score_session(chat, WINDOW, chunk_tokens=8)
+    for name in evictions:
+        alone = Runner(tiny, EVICTIONS[name]()).score_session(chat, WINDOW, chunk_tokens=8)
+        for ours, single in zip(together[name], alone, strict=True):
+            np.testing.assert_array_equal(ours.reduced.nll, single.reduced.nll)
+            assert ours.bytes_stored == single.bytes_stored
+    last = [together[name][-1].reduced.nll for name in evictions]
+    assert not np.array_equal(*last)
