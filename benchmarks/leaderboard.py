@@ -42,6 +42,7 @@ TASKS: dict[Task, str] = {
 RUNNING: tuple[Task, ...] = (("essays", 640), ("library", 640), ("maths", 640))
 CURVE = tuple(f"kvtc2-{ratio}x ordinary" for ratio in (8, 16, 32, 64))
 BIT_EXACT = "raw"
+BELOW = "Below KVTC"
 
 
 def main() -> None:
@@ -117,18 +118,24 @@ def page(rows: Sequence[Row]) -> str:
     return "\n".join(text)
 
 
+def composed(rows: Sequence[Row]) -> list[str]:
+    """Lines of the table of what is below KVTC, head included, as docs/composing.md has them."""
+    text = page(rows).partition(f"## {BELOW}\n\n")[2]
+    return text.partition("\n\n")[0].splitlines()
+
+
 def _groups(table: Sequence[Line]) -> list[tuple[str, list[Line]]]:
     """Lines by kind of method."""
     kinds: dict[str, list[Line]] = {
         "Codecs": [],
         "Tokens dropped": [],
         "Tokens recalled": [],
-        "Below KVTC": [],
+        BELOW: [],
     }
     for line in table:
         first = line.method.split("+")[0].split("/")[0]
         if "+" in line.method:
-            kinds["Below KVTC"].append(line)
+            kinds[BELOW].append(line)
         elif first in EVICTIONS:
             kinds["Tokens dropped"].append(line)
         elif first in RECALLS:

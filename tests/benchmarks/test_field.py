@@ -54,3 +54,10 @@ def test_the_leaderboard_is_that_of_the_committed_results() -> None:
     assert leaderboard.page(rows) == leaderboard.PAGE.read_text()
     assert leaderboard.PICTURE.is_file()
     assert {row.task for row in rows} == {task for task, _ in leaderboard.TASKS}
+
+
+def test_the_table_below_kvtc_is_that_of_the_leaderboard() -> None:
+    lines = leaderboard.composed(leaderboard.read())
+    assert len(lines) > 8
+    page = (leaderboard.ROOT / "docs/composing.md").read_text()
+    assert "\n".join(lines) in page
