@@ -4,15 +4,16 @@
 
 Reads results.json of `kvtc eval --part tune` in benchmarks/quality/smollm2/field/sweep/*, and
 writes README.md there. More bytes buy less KL, so settings are compared by KL / ratio^s: s is the
-slope of log KL in log real ratio of `kvtc` on the same prompts, so the figure says how far a
-setting is from the curve of our own codec, whatever its bytes. Tasks count alike (mean of the
+slope of log KL in log real ratio of `kvtc` on the same tasks (of the reporting part, where it was
+measured), so the figure says how far a setting is from the curve of our own codec, whatever its
+bytes. Tasks count alike (mean of the
 logarithms). For methods that recall tokens the ratio is of what a query reads. Nothing is
 measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +22,25 @@ from kvtc_vllm.evaluation.reporting import report
 from kvtc_vllm.evaluation.reporting.front import curve_of, kl_rows
 from kvtc_vllm.evaluation.reporting.results import EXACT, Row
 
-DIRECTORY = Path(__file__).resolve().parents[1] / "benchmarks/quality/smollm2/field/sweep"
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks/quality/smollm2"
+DIRECTORY = RESULTS / "field/sweep"
 Task = tuple[str, int]
 
 
 def main() -> None:
     """Write the page."""
+    (DIRECTORY / "README.md").write_text(page(*read()), encoding="utf-8")
+    print(DIRECTORY / "README.md")
+
+
+def read() -> tuple[dict[str, list[Row]], list[Row]]:
+    """Rows by sweep, and those that have `kvtc` at several ratios on the same tasks."""
     found = {
         path.parent.name: report.read(path) for path in sorted(DIRECTORY.glob("*/results.json"))
     }
-    (DIRECTORY / "README.md").write_text(page(found), encoding="utf-8")
-    print(DIRECTORY / "README.md")
+    tasks = {(row.task, row.context) for rows in found.values() for row in rows}
+    curve = report.read(RESULTS / "methods/results.json")
+    return found, [row for row in curve if (row.task, row.context) in tasks]
 
 
 def slopes(rows: Sequence[Row]) -> dict[Task, float]:
@@ -55,9 +64,9 @@ def figure(rows: Sequence[Row], method: str, slope: float) -> float:
     return float(np.exp(np.mean(logs)))
 
 
-def page(found: dict[str, Sequence[Row]]) -> str:
-    """The page. found: rows by sweep; one of them has `kvtc` at several ratios."""
-    by_task = {task: slope for rows in found.values() for task, slope in slopes(rows).items()}
+def page(found: Mapping[str, Sequence[Row]], curve: Sequence[Row]) -> str:
+    """The page. found, curve: as `read` gives them."""
+    by_task = slopes(curve)
     slope = float(np.mean(list(by_task.values())))
     shown = ", ".join(f"{value:.2f} on {task[0]}" for task, value in by_task.items())
     lines = [
