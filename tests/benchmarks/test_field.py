@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from benchmarks import field_settings, leaderboard
@@ -59,3 +61,12 @@ def test_the_table_below_kvtc_is_that_of_the_leaderboard() -> None:
     assert len(lines) > 8
     page = (leaderboard.ROOT / "docs/composing.md").read_text()
     assert "\n".join(lines) in page
+
+
+def test_every_divergence_in_the_page_on_composing_is_in_a_result() -> None:
+    results = leaderboard.RESULTS.glob("**/results.md")
+    known = set(re.findall(r"\d\.\d{4}\b", "".join(path.read_text() for path in results)))
+    page = (leaderboard.ROOT / "docs/composing.md").read_text()
+    quoted = set(re.findall(r"\d\.\d{4}\b", page))
+    assert len(quoted) > 50
+    assert quoted - known == set()
