@@ -14,6 +14,7 @@ from typing import Any
 
 from kvtc_vllm.config import DEFAULT_RECENT_WINDOW
 from kvtc_vllm.evaluation.baselines import BASELINES
+from kvtc_vllm.evaluation.baselines.fitted import FittedBaseline
 from kvtc_vllm.evaluation.eviction import EVICTIONS
 from kvtc_vllm.evaluation.recall import RECALLS
 from kvtc_vllm.evaluation.settings import parse, resolve
@@ -103,13 +104,13 @@ def find(name: str, artifacts: Mapping[str, str] | None = None) -> Method:
     artifacts: directories by name; "" is the one of methods that name none, which without it
     is looked up in the registry.
     """
-    below, plus, ours = name.partition("+")
-    if plus:
-        return _composed(below, ours, artifacts or {})
     if name == "raw":
         return Method("raw", "bit-exact")
     if _KVTC.fullmatch(name):
         return _ours(name, artifacts or {})
+    below, plus, ours = name.partition("+")
+    if plus:
+        return _composed(below, ours, artifacts or {})
     try:
         key, given = parse(name)
         if key in BASELINES:
@@ -165,11 +166,12 @@ def _composed(below: str, ours: str, artifacts: Mapping[str, str]) -> Method:
     changes: dict[str, Any] = {"name": shown, "plan": plan, "settings": first.settings}
     if first.tokens in EVICTIONS:
         return replace(second, tokens=first.tokens, **changes)
-    if first.override.keys() == {"baseline"} and not first.whole_prompt:
+    plain = first.override.keys() == {"baseline"} and not first.whole_prompt
+    if plain and not issubclass(BASELINES[below], FittedBaseline):
         return replace(second, below=below, **changes)
     raise MethodError(
-        f"method {name!r}: only {', '.join(EVICTIONS)} and baselines of single chunks, as they "
-        "are, go below our codec"
+        f"method {name!r}: only {', '.join(EVICTIONS)}, and baselines of single chunks that fit "
+        "nothing and have no settings, go below our codec"
     )
 
 

@@ -43,6 +43,7 @@ from tests.evaluation.public_data import write_public_data
         (["--methods", "h2o+kivi-2bit"], ["'h2o+kivi-2bit'", "kvtc-<ratio>x"]),
         (["--methods", "clusterkv+kvtc-8x"], ["'clusterkv+kvtc-8x'", "chunkkv", "single chunks"]),
         (["--methods", "gear-2bit+kvtc-8x"], ["'gear-2bit+kvtc-8x'", "single chunks"]),
+        (["--methods", "swan-8bit+kvtc-8x"], ["'swan-8bit+kvtc-8x'", "fit nothing"]),
         (["--methods", "kvtc-8x@mine"], ["'kvtc-8x@mine'", "--artifact mine=DIR"]),
         (["--artifact", "a=x", "--artifact", "a=y"], ["--artifact 'a=y'", "'x'", "NAME=DIR"]),
     ],
@@ -188,6 +189,7 @@ def test_methods_have_settings_and_go_below_our_codec() -> None:
     below = methods.find("fp8-e4m3+kvtc-8x")
     assert (below.below, below.tokens, below.ratio) == ("fp8-e4m3", None, 8.0)
     assert below.can_share(methods.find("kvtc-8x"))
+    assert methods.find("kvtc-8x@a+b/c", {"a+b/c": "there"}).artifact == "there"
     assert methods.find("deltakv/stride=5").override["settings"] == {"stride": 5}
 
 
