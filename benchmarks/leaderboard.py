@@ -110,8 +110,10 @@ def page(rows: Sequence[Row]) -> str:
             f"[{source}](../{(RESULTS / source / 'results.md').relative_to(ROOT)})"
             for source in SOURCES
         )
-        + ". Each has the commands that measured it. Settings were chosen on documents of the "
-        "tuning part ([sweeps](../benchmarks/quality/smollm2/field/sweep/README.md)). "
+        + ". Each has the commands that measured it. Settings of methods that drop or recall "
+        "tokens were swept on documents of the tuning part ([sweep]"
+        "(../benchmarks/quality/smollm2/field/sweep/README.md)); codecs have those of their "
+        "papers. "
         "`kvtc eval MODEL --quick` measures every method on any model, on few short prompts.",
         "",
     ]
