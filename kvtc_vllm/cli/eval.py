@@ -1,6 +1,7 @@
 """Measure what reloading through the tier does to answers, against exact runs and baselines.
 
     kvtc eval MODEL --methods raw,kvtc-8x,kvtc-16x,kivi-2bit --tasks prose,litm --lengths 1024
+    kvtc eval MODEL --quick --out results/
     kvtc eval MODEL --ablation sinks --out results/
     kvtc eval MODEL --lm-eval gsm8k --limit 200 --methods raw,kvtc-16x
 
@@ -37,16 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", help="directory or Hugging Face name")
     add(
         "--tasks",
-        default="all",
         help="comma-separated, each with an own length as in "
         "'needle:512' or without; default: all, with --data all that read it. With --ablation: "
         "which of its tasks",
     )
     add("--data", type=Path, metavar="DIR", help="public data sets for the tasks that read them")
     add("--part", default="report", help="documents to read: 'report' (default) or 'tune'")
-    add("--methods", default=DEFAULT_METHODS, help=f"comma-separated; default: {DEFAULT_METHODS}")
+    add("--methods", help=f"comma-separated; default: {DEFAULT_METHODS}")
     add("--lengths", default=DEFAULT_LENGTHS, help="prompt lengths in tokens, comma-separated")
-    add("--count", type=int, default=32, help="prompts of each task and length (chats: a quarter)")
+    add("--count", type=int, help="prompts of each task and length (chats: a quarter); default: 32")
     add("--ablation", help="one of the paper's ablations instead of --methods; 'list' lists them")
     add("--lm-eval", metavar="TASKS", help="lm-evaluation-harness tasks instead of --tasks")
     add("--lm-eval-path", type=Path, metavar="DIR", help="further task definitions for --lm-eval")
@@ -69,6 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run exact passes once for all methods and encode chunks when they are loaded: faster",
     )
+    add(
+        "--quick",
+        action="store_true",
+        help="every method on few short prompts; --methods, --tasks and --count that are given win",
+    )
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("kvtc-eval"), help="directory for the results")
     add(
@@ -86,6 +91,9 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--lm-eval can't be combined with --ablation or --card")
     if not args.lm_eval and (args.limit is not None or args.few_shot is not None):
         raise ConfigError("--limit and --few-shot go with --lm-eval; --tasks have --count")
+    if args.quick and (args.ablation or args.lm_eval):
+        raise ConfigError("--quick can't be combined with --ablation or --lm-eval")
+    _defaults(args)
     from kvtc_vllm.evaluation.ablations import ABLATIONS
     from kvtc_vllm.evaluation.data.public import DataError
     from kvtc_vllm.evaluation.methods import MethodError
@@ -107,6 +115,21 @@ def run(args: argparse.Namespace) -> int:
         print(f"quality card: {_write_card(args, command, found)}")
     print(f"results: {args.out / 'results.json'}")
     return 0
+
+
+def _defaults(args: argparse.Namespace) -> None:
+    """Fill in what was not given, in place."""
+    from kvtc_vllm.evaluation import quick
+
+    methods, tasks, count = DEFAULT_METHODS, "all", 32
+    if args.quick:
+        args.share_exact = True
+        methods = ",".join(quick.quick_methods())
+        tasks = quick.TASKS if args.data is None else quick.DATA_TASKS
+        count = quick.COUNT
+    args.methods = methods if args.methods is None else args.methods
+    args.tasks = tasks if args.tasks is None else args.tasks
+    args.count = count if args.count is None else args.count
 
 
 def _run_tasks(args: argparse.Namespace, engine: dict[str, Any], command: str) -> list[Row]:

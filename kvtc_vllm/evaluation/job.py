@@ -67,12 +67,16 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StoredBytes(msgspec.Struct, frozen=True, kw_only=True):
-    """What one task stored. raw: the same KV in the cache's dtype."""
+    """What one task stored. raw: the same KV in the cache's dtype.
+
+    read: what one query reads of it, on average over the queries of each prompt; 0: all.
+    """
 
     task: str
     context: int
     raw: int
     stored: int
+    read: int = 0
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,7 +1,8 @@
 """Storage methods by name: how the connector is set up to store and reload with each.
 
 A method is our own codec at some plan, raw offload, or one of `baselines/`. All
-run through the same connector, tier and replay, with the same recent window.
+run through the same connector, tier and replay, with the same recent window. Methods that drop or
+recall tokens (`eviction/`, `recall/`) run in transformers instead.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from typing import Any
 
 from kvtc_vllm.config import DEFAULT_RECENT_WINDOW
 from kvtc_vllm.evaluation.baselines import BASELINES
+from kvtc_vllm.evaluation.baselines.fitted import FittedBaseline
 from kvtc_vllm.evaluation.eviction import EVICTIONS
+from kvtc_vllm.evaluation.recall import RECALLS
+from kvtc_vllm.evaluation.settings import parse, resolve
 
 _KVTC = re.compile(r"(kvtc2?)-(\d+(?:\.\d+)?)x(?:@(.+))?")
 _MEMORY_BYTES = 8 << 30
@@ -39,16 +43,25 @@ class Method:
     artifact: str | None = None
     override: dict[str, Any] = field(default_factory=dict)
     """Fields of `CodecOverride`, for something else in the codec's place."""
+    below: str | None = None
+    """Name of a baseline that chunks went through before our codec, as a cache of that form."""
     whole_prompt: bool = False
     """One chunk for a whole prefix."""
-    eviction: str | None = None
-    """Name of a token eviction. It is run by transformers: it drops tokens, and stores none."""
+    tokens: str | None = None
+    """Name of an eviction or a recall. It is run by transformers. With a codec: what it leaves is
+    coded."""
+    settings: dict[str, float] = field(default_factory=dict)
+    """Of the baseline, eviction or recall; others have its own values."""
     window: int = DEFAULT_RECENT_WINDOW
     """Recent window in tokens."""
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS
 
     def connector_config(self, chunk_tokens: int) -> dict[str, Any]:
-        """`kv_connector_extra_config` for the bench's connector."""
+        """`kv_connector_extra_config` for the bench's connector.
+
+        What is below our codec must be in `override` by then (`processes/carrier.py`).
+        """
+        assert self.below is None or self.override
         extra: dict[str, Any] = {
             "codec": self.codec,
             "recent_window": self.window,
@@ -73,7 +86,7 @@ class Method:
         mine, theirs = (
             (method.window, method.chunk_tokens, method.whole_prompt) for method in (self, other)
         )
-        return mine == theirs and self.eviction is None and other.eviction is None
+        return mine == theirs and (self.tokens is None) == (other.tokens is None)
 
 
 def names() -> list[str]:
@@ -81,7 +94,8 @@ def names() -> list[str]:
     ours = [
         f"{codec}-<ratio>x{label}" for codec in ("kvtc", "kvtc2") for label in ("", "@<artifact>")
     ]
-    return ["raw", *ours, *BASELINES, *EVICTIONS]
+    known = ["raw", *ours, *BASELINES, *EVICTIONS, *RECALLS]
+    return [*known, "<method>/<setting>=<number>", "<method>+kvtc-<ratio>x"]
 
 
 def find(name: str, artifacts: Mapping[str, str] | None = None) -> Method:
@@ -90,32 +104,75 @@ def find(name: str, artifacts: Mapping[str, str] | None = None) -> Method:
     artifacts: directories by name; "" is the one of methods that name none, which without it
     is looked up in the registry.
     """
-    artifacts = artifacts or {}
     if name == "raw":
         return Method("raw", "bit-exact")
-    if match := _KVTC.fullmatch(name):
-        codec, ratio, label = match.group(1), float(match.group(2)), match.group(3) or ""
-        if label and label not in artifacts:
-            known = ", ".join(filter(None, artifacts)) or "none is"
-            raise MethodError(
-                f"method {name!r}: no artifact is called {label!r} ({known}); "
-                f"give --artifact {label}=DIR"
+    if _KVTC.fullmatch(name):
+        return _ours(name, artifacts or {})
+    below, plus, ours = name.partition("+")
+    if plus:
+        return _composed(below, ours, artifacts or {})
+    try:
+        key, given = parse(name)
+        if key in BASELINES:
+            baseline = BASELINES[key]
+            resolve(key, baseline.settings, given)
+            return Method(
+                name,
+                _plan(baseline.source, given),
+                override={"baseline": key, **({"settings": given} if given else {})},
+                whole_prompt=baseline.whole_prompt,
             )
-        plan = f"{ratio:g}x"
-        # A space, as in the names of variants: reports draw a line for each.
-        shown = f"{codec}-{plan} {label}".strip()
-        return Method(shown, plan, codec=codec, ratio=ratio, artifact=artifacts.get(label))
-    if name in BASELINES:
-        baseline = BASELINES[name]
-        return Method(
-            name,
-            baseline.source,
-            override={"baseline": name},
-            whole_prompt=baseline.whole_prompt,
+        if key in EVICTIONS:
+            source = EVICTIONS[key](**given).source
+        elif key in RECALLS:
+            source = RECALLS[key](**given).source
+        else:
+            raise MethodError(f"method {name!r} is not known; give one of {', '.join(names())}")
+    except MethodError:
+        raise
+    except ValueError as error:
+        raise MethodError(f"method {name!r}: {error}") from None
+    return Method(name, _plan(source, given), tokens=key, settings=given)
+
+
+def _plan(source: str, given: Mapping[str, float]) -> str:
+    changed = ", ".join(f"{key} {value:g}" for key, value in given.items())
+    return f"{source}; {changed}" if changed else source
+
+
+def _ours(name: str, artifacts: Mapping[str, str]) -> Method:
+    match = _KVTC.fullmatch(name)
+    assert match is not None
+    codec, ratio, label = match.group(1), float(match.group(2)), match.group(3) or ""
+    if label and label not in artifacts:
+        known = ", ".join(filter(None, artifacts)) or "none is"
+        raise MethodError(
+            f"method {name!r}: no artifact is called {label!r} ({known}); "
+            f"give --artifact {label}=DIR"
         )
-    if name in EVICTIONS:
-        return Method(name, EVICTIONS[name].source, eviction=name)
-    raise MethodError(f"method {name!r} is not known; give one of {', '.join(names())}")
+    plan = f"{ratio:g}x"
+    # A space, as in the names of variants: reports draw a line for each.
+    shown = f"{codec}-{plan} {label}".strip()
+    return Method(shown, plan, codec=codec, ratio=ratio, artifact=artifacts.get(label))
+
+
+def _composed(below: str, ours: str, artifacts: Mapping[str, str]) -> Method:
+    """What `below` leaves, in our codec: tokens that an eviction keeps, or another form of KV."""
+    name = f"{below}+{ours}"
+    if not _KVTC.fullmatch(ours):
+        raise MethodError(f"method {name!r}: after + comes kvtc-<ratio>x or kvtc2-<ratio>x")
+    first, second = find(below), _ours(ours, artifacts)
+    shown, plan = f"{below}+{second.name}", f"{first.plan}; {second.plan}"
+    changes: dict[str, Any] = {"name": shown, "plan": plan, "settings": first.settings}
+    if first.tokens in EVICTIONS:
+        return replace(second, tokens=first.tokens, **changes)
+    plain = first.override.keys() == {"baseline"} and not first.whole_prompt
+    if plain and not issubclass(BASELINES[below], FittedBaseline):
+        return replace(second, below=below, **changes)
+    raise MethodError(
+        f"method {name!r}: only {', '.join(EVICTIONS)}, and baselines of single chunks that fit "
+        "nothing and have no settings, go below our codec"
+    )
 
 
 def groups(methods: Sequence[Method], share: bool) -> list[list[Method]]:

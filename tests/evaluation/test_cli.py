@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
 
 from kvtc_vllm.cli import main
-from kvtc_vllm.cli.eval import _shown
+from kvtc_vllm.cli.eval import DEFAULT_METHODS, _defaults, _shown, add_arguments
 from kvtc_vllm.evaluation import ablations, methods
+from kvtc_vllm.evaluation.baselines import BASELINES
+from kvtc_vllm.evaluation.eviction import EVICTIONS
 from kvtc_vllm.evaluation.methods import MethodError
+from kvtc_vllm.evaluation.recall import RECALLS
 from kvtc_vllm.evaluation.tasks import DATA_TASKS, Source
 from tests.evaluation.public_data import write_public_data
 
@@ -28,7 +32,18 @@ from tests.evaluation.public_data import write_public_data
         (["--engine", "{"], ["--engine", "JSON"]),
         (["--ablation", "colour"], ["colour", "sinks", "rope"]),
         (["--ablation", "layers"], ["--calibration-data", "--spool"]),
+        (["--quick", "--ablation", "sinks"], ["--quick", "--ablation"]),
         (["--spool", "nowhere"], ["--spool 'nowhere'", "kvtc calibrate --spool"]),
+        (["--methods", "h2o/keep=2"], ["'h2o/keep=2'", "keep=2", "from"]),
+        (["--methods", "h2o/colour=2"], ["no setting 'colour'", "keep, recent"]),
+        (["--methods", "fp8-e4m3/bits=2"], ["no setting 'bits'", "it has none"]),
+        (["--methods", "h2o/keep"], ["'keep' is no setting", "keep=0.25"]),
+        (["--methods", "h2o/keep=nan"], ["'keep=nan' is no setting"]),
+        (["--methods", "snapkv/pooling=4"], ["pooling=4 is even", "odd"]),
+        (["--methods", "h2o+kivi-2bit"], ["'h2o+kivi-2bit'", "kvtc-<ratio>x"]),
+        (["--methods", "clusterkv+kvtc-8x"], ["'clusterkv+kvtc-8x'", "chunkkv", "single chunks"]),
+        (["--methods", "gear-2bit+kvtc-8x"], ["'gear-2bit+kvtc-8x'", "single chunks"]),
+        (["--methods", "swan-8bit+kvtc-8x"], ["'swan-8bit+kvtc-8x'", "fit nothing"]),
         (["--methods", "kvtc-8x@mine"], ["'kvtc-8x@mine'", "--artifact mine=DIR"]),
         (["--artifact", "a=x", "--artifact", "a=y"], ["--artifact 'a=y'", "'x'", "NAME=DIR"]),
     ],
@@ -156,3 +171,44 @@ def test_what_a_domain_is_fitted_on_is_not_reported_on(
         reported = [document.content["text"] for document in source.documents(name)]
         assert text
         assert not any(document in text for document in reported)
+
+
+def test_methods_have_settings_and_go_below_our_codec() -> None:
+    plain = methods.find("snapkv/keep=0.5")
+    assert (plain.name, plain.tokens, plain.settings) == (
+        "snapkv/keep=0.5",
+        "snapkv",
+        {"keep": 0.5},
+    )
+    assert plain.plan.endswith("; keep 0.5")
+    coded = methods.find("snapkv/keep=0.5+kvtc2-16x@mine", {"mine": "there"})
+    assert coded.name == "snapkv/keep=0.5+kvtc2-16x mine"
+    assert (coded.tokens, coded.codec, coded.ratio) == ("snapkv", "kvtc2", 16.0)
+    assert (coded.artifact, coded.settings) == ("there", {"keep": 0.5})
+    assert coded.can_share(methods.find("clusterkv"))
+    below = methods.find("fp8-e4m3+kvtc-8x")
+    assert (below.below, below.tokens, below.ratio) == ("fp8-e4m3", None, 8.0)
+    assert below.can_share(methods.find("kvtc-8x"))
+    assert methods.find("kvtc-8x@a+b/c", {"a+b/c": "there"}).artifact == "there"
+    assert methods.find("deltakv/stride=5").override["settings"] == {"stride": 5}
+
+
+def test_quick_is_every_method_unless_one_is_given() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    args = parser.parse_args(["M", "--quick"])
+    _defaults(args)
+    chosen = [methods.find(name) for name in args.methods.split(",")]
+    assert {method.tokens for method in chosen if method.tokens} == {*EVICTIONS, *RECALLS}
+    stored = {method.override.get("baseline") for method in chosen}
+    assert {*BASELINES} - stored == {"cachegen-lmcache"}
+    assert any(method.below for method in chosen)
+    assert any(method.tokens and method.ratio for method in chosen)
+    assert (args.count, args.share_exact) == (4, True)
+    given = parser.parse_args(["M", "--quick", "--methods", "h2o", "--count", "9", "--data", "D"])
+    _defaults(given)
+    assert (given.methods, given.count, given.tasks) == ("h2o", 9, "essays:400,kv-retrieval:416")
+    plain = parser.parse_args(["M"])
+    _defaults(plain)
+    assert (plain.methods, plain.count, plain.tasks) == (DEFAULT_METHODS, 32, "all")
+    assert not plain.share_exact

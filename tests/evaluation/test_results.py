@@ -116,7 +116,7 @@ def test_report_and_card(tmp_path: Path) -> None:
 def test_unknown_method_lists_what_is_known() -> None:
     assert find("kvtc-8x").ratio == 8.0
     assert find("kivi-2bit").override == {"baseline": "kivi-2bit"}
-    assert find("h2o").eviction == "h2o"
+    assert find("h2o").tokens == "h2o"
     with pytest.raises(MethodError, match="kivi-2bit"):
         find("zip")
 

@@ -15,9 +15,9 @@ from kvtc_vllm.config import load_config
 from kvtc_vllm.evaluation import methods
 from kvtc_vllm.evaluation.baselines import BASELINES
 from kvtc_vllm.evaluation.job import Job, Outcome, SharedJob, Workload
-from kvtc_vllm.evaluation.processes.carrier import carrier
+from kvtc_vllm.evaluation.processes.carrier import alone, carrier
 from kvtc_vllm.evaluation.processes.suite import CHILD, SHARED_CHILD, run_child
-from kvtc_vllm.evaluation.replay.baseline_codec import BaselineCodec
+from kvtc_vllm.evaluation.replay.baseline_codec import BaselineCodec, FormCodec
 from kvtc_vllm.evaluation.replay.round_trips import TURN, RoundTripCodec
 
 GEOMETRY = Geometry(2, 2, 32, 32, ((0, 2),))
@@ -92,7 +92,8 @@ def test_methods_share_that_store_the_same_chunks() -> None:
     assert narrow.can_share(methods.variant(methods.find("kvtc-8x"), "narrow", window=64))
     assert not usual.can_share(narrow)
     assert not usual.can_share(whole)
-    assert not methods.find("h2o").can_share(methods.find("h2o"))
+    assert methods.find("h2o").can_share(methods.find("clusterkv"))
+    assert not methods.find("h2o").can_share(usual)
 
 
 @pytest.mark.vllm
@@ -147,3 +148,40 @@ def test_methods_that_need_whole_prompts_share_too(reference_model: Path) -> Non
     for size, single in zip(together.stored, alone.stored, strict=True):
         # One chunk per prompt: what is loaded is what is stored.
         assert size.raw / size.stored == pytest.approx(single.raw / single.stored, rel=0.01)
+
+
+def test_a_form_below_a_codec_is_what_the_codec_gets(codecs: Any) -> None:
+    """With FP8 below an exact codec: the values of FP8, in the bytes of the exact codec."""
+    exact = open_codec("raw", torch.bfloat16, geometry=GEOMETRY)
+    fp8 = BASELINES["fp8-e4m3"](GEOMETRY, torch.bfloat16)
+    both = FormCodec(fp8, exact)
+    k, v = chunk(0)
+    blob = both.encode(k, v, 128, b"name")
+    assert len(blob) == len(exact.encode(k, v, 128, b"name"))
+    loaded = both.decode(blob, 128, 64, b"name")
+    form = BaselineCodec(fp8)
+    alone = form.decode(form.encode(k, v, 128), 128, 64)
+    assert not torch.equal(loaded.k, k)
+    torch.testing.assert_close(loaded.k, alone.k, rtol=0.07, atol=0.01)
+    torch.testing.assert_close(loaded.v, alone.v, rtol=0.07, atol=0.01)
+
+
+def test_a_form_below_our_codec_shares_passes(reference_model: Path, tmp_path: Path) -> None:
+    chosen = [methods.find(name) for name in ("kvtc-16x", "fp8-e4m3+kvtc-16x")]
+    trips = carrier(chosen, str(reference_model), tmp_path).override["round_trips"]
+    plain, below = (trips[method.name] for method in chosen)
+    assert below == {**plain, "below": "fp8-e4m3"}
+    single = alone(chosen[1], str(reference_model), tmp_path)
+    assert (single.override, single.ratio) == (below, None)
+    assert alone(chosen[0], str(reference_model), tmp_path) == chosen[0]
+
+
+def test_a_method_alone_has_what_it_needs(reference_model: Path, tmp_path: Path) -> None:
+    """As processes run it that have one method: a fitted baseline gets its statistics."""
+    (tmp_path / "statistics.safetensors").touch()  # as if they were made
+    for name in ("lorc", "fp8-e4m3+kvtc-8x"):
+        single = alone(methods.find(name), str(reference_model), tmp_path)
+        evaluation = single.connector_config(128)["evaluation"]
+        assert evaluation.get("options") or evaluation["below"] == "fp8-e4m3"
+    with pytest.raises(AssertionError):
+        methods.find("fp8-e4m3+kvtc-8x").connector_config(128)

@@ -77,12 +77,12 @@ def test_what_a_process_measured_before_it_failed_is_reported(
 
 
 def test_methods_with_the_same_workloads_run_together() -> None:
-    names = ("raw", "xkv", "kvtc-8x", "gear-2bit", "h2o")
+    names = ("raw", "xkv", "kvtc-8x", "gear-2bit", "h2o", "clusterkv")
     usual = [(methods.find(name), WORKLOAD) for name in names]
     other = [(methods.find("kvtc-16x"), [Workload(task="needle", context=512, count=1)])]
     named = [
         [method.name for method in group] for group, _ in suite._groups([*usual, *other], True)
     ]
-    assert named == [["raw", "kvtc-8x"], ["xkv", "gear-2bit"], ["h2o"], ["kvtc-16x"]]
+    assert named == [["raw", "kvtc-8x"], ["xkv", "gear-2bit"], ["h2o", "clusterkv"], ["kvtc-16x"]]
     alone = suite._groups([*usual, *other], False)
-    assert [len(group) for group, _ in alone] == [1, 1, 1, 1, 1, 1]
+    assert [len(group) for group, _ in alone] == [1] * 7

@@ -10,6 +10,7 @@ import torch
 
 from kvtc_vllm.codec.artifact import Geometry
 from kvtc_vllm.codec.rope import Rope
+from kvtc_vllm.evaluation.settings import Settings, resolve
 
 
 class Baseline(ABC):
@@ -21,6 +22,7 @@ class Baseline(ABC):
 
     geometry: shape of the cache. dtype: cache dtype. ropes: rotary embedding of each
     layer, None where keys are not rotated; empty if there are none, or none are known.
+    given: values of `settings`, by name; ValueError for others.
     Instances have no state that a call changes; they may be called from several
     threads at once.
     """
@@ -31,10 +33,16 @@ class Baseline(ABC):
     """Paper or product, and the settings followed."""
     whole_prompt: ClassVar[bool] = False
     """Needs all tokens of a prefix at once: it is then run with one chunk per prefix."""
+    settings: ClassVar[Settings] = {}
 
     def __init__(
-        self, geometry: Geometry, dtype: torch.dtype, ropes: Sequence[Rope | None] = ()
+        self,
+        geometry: Geometry,
+        dtype: torch.dtype,
+        ropes: Sequence[Rope | None] = (),
+        **given: float,
     ) -> None:
+        self.values = resolve(self.name, self.settings, given)
         if ropes and len(ropes) != geometry.num_layers:
             raise ValueError(f"{len(ropes)} rotary embeddings for {geometry.num_layers} layers")
         self.geometry = geometry

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 
@@ -21,19 +22,17 @@ from kvtc_vllm.evaluation.baselines.formats import (
     to_cache,
     unpack_positions,
 )
+from kvtc_vllm.evaluation.settings import Setting, Settings
 
-STRIDE = 10
-"""Every tenth token is a reference, kept whole."""
-REFERENCES = 4
-"""Of a residual: the paper's top-k."""
 GROUP = 32
 
 
 class DeltaKV(Baseline):
     """DeltaKV (arXiv 2602.08005), training-free form.
 
-    Followed: in each layer every token of a stride is kept whole, as a reference. Another token
-    is predicted by the mean of the four references before it whose rows of K and V are nearest to
+    Followed: in each layer every tenth token (setting `stride`) is kept whole, as a reference.
+    Another token is predicted by the mean of the four references (setting `references`, the
+    paper's top-k) before it whose rows of K and V are nearest to
     its own, and only the residual is coded. Keys before RoPE (given `ropes`), so that distant
     tokens can be alike.
     Charged: references in 16 bits, the number of each token's references per layer, 2-bit codes
@@ -46,11 +45,20 @@ class DeltaKV(Baseline):
     name = "deltakv"
     source = "DeltaKV, arXiv 2602.08005, training-free: stride 10, 4 references, 2-bit residuals"
     whole_prompt = True
+    settings: ClassVar[Settings] = {
+        "stride": Setting(10, 2, 1024, whole=True),
+        "references": Setting(4, 1, 64, whole=True),
+    }
 
     def __init__(
-        self, geometry: Geometry, dtype: torch.dtype, ropes: Sequence[Rope | None] = ()
+        self,
+        geometry: Geometry,
+        dtype: torch.dtype,
+        ropes: Sequence[Rope | None] = (),
+        **given: float,
     ) -> None:
-        super().__init__(geometry, dtype, ropes)
+        super().__init__(geometry, dtype, ropes, **given)
+        self._stride, self._references = (int(self.values[n]) for n in ("stride", "references"))
         for size in (geometry.head_size, geometry.head_size_v):
             if size % GROUP:
                 raise ValueError(f"a head of {size} elements is no whole groups of {GROUP}")
@@ -61,10 +69,10 @@ class DeltaKV(Baseline):
         for layer in range(self.geometry.num_layers):
             keys = rows_from_keys(k[:, layer : layer + 1], self.ropes[layer : layer + 1], positions)
             rows = torch.cat((keys, v[:, layer].float().flatten(1)), dim=1)
-            stored = to_cache(rows[::STRIDE], sixteen_bit(self.dtype))
+            stored = to_cache(rows[:: self._stride], sixteen_bit(self.dtype))
             references = stored.float()
-            others = _others(len(rows))
-            chosen = nearest_references(rows[others], references, others)
+            others = _others(len(rows), self._stride)
+            chosen = self._nearest(rows[others], references, others)
             residuals = rows[others] - _predictions(references, chosen)
             parts += [
                 to_bytes(stored),
@@ -80,16 +88,16 @@ class DeltaKV(Baseline):
         positions = torch.arange(start, start + tokens)
         width_k = g.num_kv_heads * g.head_size
         width = width_k + g.num_kv_heads * g.head_size_v
-        others = _others(tokens)
-        count = -(-tokens // STRIDE)
+        others = _others(tokens, self._stride)
+        count = -(-tokens // self._stride)
         keys, values = [], []
         for layer in range(g.num_layers):
             own = parts[layer * (PARTS + 2) : (layer + 1) * (PARTS + 2)]
             references = from_bytes(own[0], sixteen_bit(self.dtype), (count, width)).float()
-            chosen = unpack_positions(own[1], _numbers(count), (len(others), REFERENCES))
+            chosen = unpack_positions(own[1], _numbers(count), (len(others), self._references))
             residuals = dequantize_groups(own[2:], (len(others), width // GROUP, GROUP))
             rows = torch.empty(tokens, width)
-            rows[::STRIDE] = references
+            rows[:: self._stride] = references
             rows[others] = residuals.flatten(1) + _predictions(references, chosen)
             ropes = self.ropes[layer : layer + 1]
             keys.append(
@@ -101,22 +109,27 @@ class DeltaKV(Baseline):
             to_cache(torch.cat(values, dim=1), self.dtype),
         )
 
+    def _nearest(
+        self, rows: torch.Tensor, references: torch.Tensor, tokens: torch.Tensor
+    ) -> torch.Tensor:
+        return nearest_references(rows, references, tokens, self._stride, self._references)
+
 
 def nearest_references(
-    rows: torch.Tensor, references: torch.Tensor, tokens: torch.Tensor
+    rows: torch.Tensor, references: torch.Tensor, tokens: torch.Tensor, stride: int, count: int
 ) -> torch.Tensor:
-    """Numbers of the nearest earlier references: int64 [n, REFERENCES].
+    """Numbers of the `count` nearest earlier references: int64 [n, count].
 
-    rows: [n, width] of the tokens at `tokens`. A token with fewer earlier references repeats
-    its nearest one, which `_predictions` counts once.
+    rows: [n, width] of the tokens at `tokens`. references: every `stride`th token. A token with
+    fewer earlier references repeats its nearest one, which `_predictions` counts once.
     """
     distances = torch.cdist(rows, references)
-    later = torch.arange(len(references)) * STRIDE > tokens[:, None]
+    later = torch.arange(len(references)) * stride > tokens[:, None]
     distances = distances.masked_fill(later, torch.inf)
-    order = distances.argsort(dim=1, stable=True)[:, :REFERENCES]
-    if order.shape[1] < REFERENCES:
-        order = torch.cat((order, order[:, :1].expand(-1, REFERENCES - order.shape[1])), dim=1)
-    return torch.where(_there(order, tokens), order, order[:, :1])
+    order = distances.argsort(dim=1, stable=True)[:, :count]
+    if order.shape[1] < count:
+        order = torch.cat((order, order[:, :1].expand(-1, count - order.shape[1])), dim=1)
+    return torch.where(order * stride <= tokens[:, None], order, order[:, :1])
 
 
 def _predictions(references: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
@@ -127,14 +140,10 @@ def _predictions(references: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor
     return total / weights.sum(dim=1, keepdim=True)
 
 
-def _there(order: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    return order * STRIDE <= tokens[:, None]
-
-
-def _others(tokens: int) -> torch.Tensor:
+def _others(tokens: int, stride: int) -> torch.Tensor:
     """Tokens that are no references."""
     numbers = torch.arange(tokens)
-    return numbers[numbers % STRIDE != 0]
+    return numbers[numbers % stride != 0]
 
 
 def _numbers(references: int) -> int:

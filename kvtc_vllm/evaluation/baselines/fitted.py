@@ -26,8 +26,9 @@ class FittedBaseline(Baseline):
         ropes: Sequence[Rope | None] = (),
         *,
         statistics: ModelStatistics | str,
+        **given: float,
     ) -> None:
-        super().__init__(geometry, dtype, ropes)
+        super().__init__(geometry, dtype, ropes, **given)
         # A path, because the options of a run are JSON.
         if isinstance(statistics, str):
             statistics = ModelStatistics.load(Path(statistics))

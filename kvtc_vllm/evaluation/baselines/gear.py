@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 
@@ -22,11 +23,9 @@ from kvtc_vllm.evaluation.baselines.formats import (
     to_sixteen_bit,
     unpack_positions,
 )
+from kvtc_vllm.evaluation.settings import Setting, Settings
 
 GROUP = 64
-RANK = 4
-OUTLIER_SHARE = 0.02
-"""GEAR's s = 2 %. Zero is the paper's GEAR-L; see `Gear` for what both cost."""
 
 _SECTION_PARTS = PARTS + 4
 
@@ -37,7 +36,8 @@ class Gear(Baseline):
     Followed: groups of 64 (keys per channel along the tokens, values per token along
     the concatenated heads); before quantising, the largest 1 % and the smallest 1 % of
     every vector (a channel's keys, a token's values) are replaced by the vector's mean
-    and kept in 16 bits; rank 4 per head (the prefill rank) for what the groups leave.
+    and kept in 16 bits (setting `outliers`, the share of both); rank 4 per head (setting
+    `rank`, the prefill rank) for what the groups leave.
     Keys post-RoPE. GEAR's full-precision buffer of 64 tokens is the replay's window.
     Charged: 2 bits per element and 32 bits per group; both low-rank factors in float16;
     16 bits an outlier and its position in the vector in ceil(log2(vector length)) bits;
@@ -55,16 +55,21 @@ class Gear(Baseline):
     name = "gear-2bit"
     source = "GEAR, arXiv 2403.05527: KIVI backbone, 2 bits, group 64, rank 4, 2 % outliers"
     whole_prompt = True
+    settings: ClassVar[Settings] = {
+        "rank": Setting(4, 1, 64, whole=True),
+        # Zero is the paper's GEAR-L; see above for what both cost.
+        "outliers": Setting(0.02, 0, 0.5),
+    }
 
     def __init__(
         self,
         geometry: Geometry,
         dtype: torch.dtype,
         ropes: Sequence[Rope | None] = (),
-        outlier_share: float = OUTLIER_SHARE,
+        **given: float,
     ) -> None:
-        super().__init__(geometry, dtype, ropes)
-        self.outlier_share = outlier_share
+        super().__init__(geometry, dtype, ropes, **given)
+        self._rank = int(self.values["rank"])
         self._value_channels = geometry.num_kv_heads * geometry.head_size_v
         if self._value_channels % GROUP:
             raise ValueError(
@@ -106,7 +111,7 @@ class Gear(Baseline):
         base = dequantize_groups([memoryview(x) for x in groups], _split(inliers).shape)
         error = (inliers - base.flatten(-2)).scatter_(-1, positions, 0.0)
         heads = self._heads(error, keys)
-        left, right = low_rank(heads, rank_of(heads.shape[-2]))
+        left, right = low_rank(heads, rank_of(heads.shape[-2], self._rank))
         return [
             *groups,
             to_bytes(left),
@@ -123,7 +128,7 @@ class Gear(Baseline):
         base = dequantize_groups(parts[:PARTS], (*outer, length // GROUP, GROUP)).flatten(-2)
         left, right, positions, outliers = parts[PARTS:]
         layers, heads, tokens, size = self._heads(base, keys).shape
-        rank = rank_of(tokens)
+        rank = rank_of(tokens, self._rank)
         correction = (
             from_bytes(left, torch.float16, (layers, heads, tokens, rank)).float()
             @ from_bytes(right, torch.float16, (layers, heads, rank, size)).float()
@@ -142,7 +147,7 @@ class Gear(Baseline):
         return vectors.view(*vectors.shape[:2], *heads).permute(1, 2, 0, 3)
 
     def _outliers_an_end(self, length: int) -> int:
-        return int(length * self.outlier_share / 2)
+        return int(length * self.values["outliers"] / 2)
 
     def _outliers(self, vectors: torch.Tensor) -> torch.Tensor:
         """Positions of the largest and the smallest elements: int64 [..., 2 * count]."""
@@ -152,9 +157,9 @@ class Gear(Baseline):
         )
 
 
-def rank_of(tokens: int) -> int:
+def rank_of(tokens: int, wanted: int) -> int:
     """Rank of a head: never more than its rows have."""
-    return min(RANK, tokens)
+    return min(wanted, tokens)
 
 
 def _key_vectors(k: torch.Tensor) -> torch.Tensor:

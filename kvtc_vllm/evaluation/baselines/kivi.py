@@ -39,9 +39,13 @@ class Kivi(Baseline):
     source = "KIVI, arXiv 2402.02750: 2 bits, group 32, residual 128 (the replay's window)"
 
     def __init__(
-        self, geometry: Geometry, dtype: torch.dtype, ropes: Sequence[Rope | None] = ()
+        self,
+        geometry: Geometry,
+        dtype: torch.dtype,
+        ropes: Sequence[Rope | None] = (),
+        **given: float,
     ) -> None:
-        super().__init__(geometry, dtype, ropes)
+        super().__init__(geometry, dtype, ropes, **given)
         if geometry.head_size_v % GROUP:
             raise ValueError(
                 f"a value head of {geometry.head_size_v} elements is no whole groups of {GROUP}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 
@@ -13,10 +14,10 @@ from kvtc_vllm.codec.transform import keys_from_rows, rows_from_keys
 from kvtc_vllm.evaluation.baselines.fitted import FittedBaseline
 from kvtc_vllm.evaluation.baselines.formats import from_bytes, sixteen_bit, to_cache
 from kvtc_vllm.evaluation.baselines.statistics import leading
+from kvtc_vllm.evaluation.settings import Setting, Settings
 
 LORC_SHARES = (0.3, 0.6)
 """Least and largest share of a layer's width that LoRC keeps; 55 to 60 % less on average."""
-RECALKV_SHARE = 0.5
 GROUP_HEADS = 4
 
 
@@ -103,7 +104,7 @@ class Lorc(LowRankProjection):
 
 
 class ReCalKV(LowRankProjection):
-    """ReCalKV (arXiv 2505.24357) at half of the rank.
+    """ReCalKV (arXiv 2505.24357) at half of the rank (setting `share`).
 
     Followed: key heads are reordered so that similar ones (by centred kernel alignment) share a
     group of four, each group has one decomposition; values of a layer have one of all heads,
@@ -118,13 +119,17 @@ class ReCalKV(LowRankProjection):
     source = (
         "ReCalKV, arXiv 2505.24357: grouped heads for keys, calibrated values, half of the rank"
     )
+    settings: ClassVar[Settings] = {"share": Setting(0.5, 0.01, 1)}
 
     def bases(self, kind: Kind) -> list[torch.Tensor]:
         g = self.geometry
+        share = self.values["share"]
         if kind == "v":
-            rank = max(1, round(RECALKV_SHARE * self.statistics.value_rows.shape[-1]))
+            rank = max(1, round(share * self.statistics.value_rows.shape[-1]))
             return list(leading(self.statistics.value_rows, rank))
-        return [_grouped_basis(moments, g.num_kv_heads) for moments in self.statistics.key_rows]
+        return [
+            _grouped_basis(moments, g.num_kv_heads, share) for moments in self.statistics.key_rows
+        ]
 
 
 def log_condition(grams: torch.Tensor) -> torch.Tensor:
@@ -168,14 +173,14 @@ def head_groups(moments: torch.Tensor, heads: int) -> list[list[int]]:
     return groups
 
 
-def _grouped_basis(moments: torch.Tensor, heads: int) -> torch.Tensor:
+def _grouped_basis(moments: torch.Tensor, heads: int, share: float) -> torch.Tensor:
     """Columns [H*D, rank] of one layer, each within one group of heads."""
     width = moments.shape[-1]
     size = width // heads
     columns = []
     for group in head_groups(moments, heads):
         rows = torch.cat([torch.arange(head * size, (head + 1) * size) for head in group])
-        basis = leading(moments[rows][:, rows], max(1, round(RECALKV_SHARE * len(rows))))
+        basis = leading(moments[rows][:, rows], max(1, round(share * len(rows))))
         column = torch.zeros(width, basis.shape[1])
         column[rows] = basis
         columns.append(column)

@@ -40,9 +40,13 @@ class QuantSpec(Baseline):
     levels: ClassVar[int]
 
     def __init__(
-        self, geometry: Geometry, dtype: torch.dtype, ropes: Sequence[Rope | None] = ()
+        self,
+        geometry: Geometry,
+        dtype: torch.dtype,
+        ropes: Sequence[Rope | None] = (),
+        **given: float,
     ) -> None:
-        super().__init__(geometry, dtype, ropes)
+        super().__init__(geometry, dtype, ropes, **given)
         self._parts = self.levels + 2
 
     def compress(self, k: torch.Tensor, v: torch.Tensor, start: int) -> list[bytes]:

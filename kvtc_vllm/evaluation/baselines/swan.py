@@ -13,13 +13,11 @@ from kvtc_vllm.codec.shuffle import to_bytes
 from kvtc_vllm.evaluation.baselines.fitted import FittedBaseline
 from kvtc_vllm.evaluation.baselines.formats import from_bytes, sixteen_bit, to_cache
 from kvtc_vllm.evaluation.baselines.statistics import leading
-
-KEPT = 0.5
-"""Share of the coordinates of a vector that are kept: 50 to 60 % less is the paper's claim."""
+from kvtc_vllm.evaluation.settings import Setting, Settings
 
 
 class Swan(FittedBaseline):
-    """SWAN (arXiv 2511.18936) with half of the coordinates.
+    """SWAN (arXiv 2511.18936) with half of the coordinates (setting `kept`, their share).
 
     Followed: per layer and head an orthogonal matrix is found offline; keys (with RoPE) and
     values are rotated by it, and of each token's vector the largest coordinates are kept, the
@@ -33,6 +31,7 @@ class Swan(FittedBaseline):
 
     coordinate: ClassVar[torch.dtype | None]
     """How a coordinate is stored; None: in 16 bits."""
+    settings: ClassVar[Settings] = {"kept": Setting(0.5, 0.01, 1)}
 
     def prepare(self) -> None:
         known = self.statistics
@@ -56,7 +55,7 @@ class Swan(FittedBaseline):
         """float32 [T, L, H, D] -> which coordinates, and those."""
         rotated = torch.einsum("tlhd,lhde->tlhe", x, rotation)
         order = rotated.abs().argsort(dim=-1, descending=True, stable=True)
-        kept = order[..., : _count(x.shape[-1])].sort(dim=-1).values
+        kept = order[..., : self._count(x.shape[-1])].sort(dim=-1).values
         mask = torch.zeros(rotated.shape, dtype=torch.uint8).scatter_(-1, kept, 1)
         return [
             np.packbits(mask.numpy()).tobytes(),
@@ -73,13 +72,16 @@ class Swan(FittedBaseline):
             np.array(parts[0], dtype=np.uint8), count=tokens * layers * heads * size
         )
         kept = bits.reshape(-1, size).nonzero()[1].astype(np.int64)
-        shape = (*outer, _count(size))
+        shape = (*outer, self._count(size))
         stored = self.coordinate or sixteen_bit(self.dtype)
         values = from_bytes(parts[1], stored, shape).float()
         rotated = torch.zeros(*outer, size).scatter_(
             -1, torch.from_numpy(kept).reshape(shape), values
         )
         return to_cache(torch.einsum("tlhe,lhde->tlhd", rotated, rotation), self.dtype)
+
+    def _count(self, size: int) -> int:
+        return max(1, round(self.values["kept"] * size))
 
     def _stored(self, x: torch.Tensor) -> torch.Tensor:
         if self.coordinate is None:
@@ -101,10 +103,6 @@ class Swan8(Swan):
     name = "swan-8bit"
     source = "SWAN, arXiv 2511.18936: half of the rotated coordinates, 8 bits"
     coordinate = torch.float8_e4m3fn
-
-
-def _count(size: int) -> int:
-    return max(1, round(KEPT * size))
 
 
 def _share(moments: torch.Tensor) -> torch.Tensor:

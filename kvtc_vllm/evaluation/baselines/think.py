@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -17,13 +18,12 @@ from kvtc_vllm.evaluation.baselines.formats import (
     to_cache,
 )
 from kvtc_vllm.evaluation.baselines.kivi import GROUP, Kivi
-
-PRUNED = 0.4
-"""Share of the key channels that are dropped: the paper's most common setting."""
+from kvtc_vllm.evaluation.settings import Setting, Settings
 
 
 class Think(FittedBaseline):
-    """ThinK (arXiv 2407.21018), 40 % of the key channels pruned, values as they are.
+    """ThinK (arXiv 2407.21018), 40 % of the key channels pruned (setting `pruned`, the paper's
+    most common one), values as they are.
 
     Followed: per head, channel j of post-RoPE keys has the score |q_j| |k_j|, the Frobenius norm
     of the product of that channel's queries and keys; the channels of the lowest scores are
@@ -37,6 +37,7 @@ class Think(FittedBaseline):
     name = "think-40"
     source = "ThinK, arXiv 2407.21018: 40 % of the key channels pruned"
     whole_prompt = True
+    settings: ClassVar[Settings] = {"pruned": Setting(0.4, 0, 0.95)}
 
     def compress(self, k: torch.Tensor, v: torch.Tensor, start: int) -> list[bytes]:
         kept = self._kept_channels(k)
@@ -61,7 +62,7 @@ class Think(FittedBaseline):
         return order[..., : self._count()].sort(dim=-1).values
 
     def _count(self) -> int:
-        return max(1, round((1 - PRUNED) * self.geometry.head_size))
+        return max(1, round((1 - self.values["pruned"]) * self.geometry.head_size))
 
     def _widened(self, k: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         whole = k.new_zeros(*k.shape[:-1], self.geometry.head_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 import torch
 
@@ -10,11 +11,9 @@ from kvtc_vllm.codec.shuffle import to_bytes
 from kvtc_vllm.codec.transform import keys_from_rows, rows_from_keys
 from kvtc_vllm.evaluation.baselines.base import Baseline
 from kvtc_vllm.evaluation.baselines.formats import from_bytes, low_rank, to_cache
+from kvtc_vllm.evaluation.settings import Setting, Settings
 
 GROUP_LAYERS = 4
-KEY_RANK = 512 / 4096
-VALUE_RANK = 768 / 4096
-"""Ranks as shares of the concatenated width of a group of layers."""
 
 
 class Xkv(Baseline):
@@ -24,8 +23,8 @@ class Xkv(Baseline):
     replaced by their best approximation of lower rank, computed from the prompt itself.
     Keys pre-RoPE, as in xKV's code (given `ropes`; without them, as they are).
     Not centred. Ranks 512 for keys and 768 for values at a width of 4096; here 1/8 and
-    3/16 of the width of the model at hand. A last group of fewer layers gets the same
-    shares.
+    3/16 of the width of the model at hand (settings `keys` and `values`). A last group of fewer
+    layers gets the same shares.
     Charged: both factors in float16, [T, r] and [r, 4 * H * D]: the basis travels with
     the prompt, so short prompts gain little or lose.
     Departures: xKV's code keeps the product of float32 factors and stores nothing;
@@ -36,6 +35,10 @@ class Xkv(Baseline):
     name = "xkv"
     source = "xKV, arXiv 2503.18893: groups of 4 layers, ranks 1/8 (keys) and 3/16 (values)"
     whole_prompt = True
+    settings: ClassVar[Settings] = {
+        "keys": Setting(512 / 4096, 0.001, 1),
+        "values": Setting(768 / 4096, 0.001, 1),
+    }
 
     def compress(self, k: torch.Tensor, v: torch.Tensor, start: int) -> list[bytes]:
         positions = torch.arange(start, start + len(k))
@@ -43,7 +46,7 @@ class Xkv(Baseline):
         for first, end in self._layer_groups():
             keys = rows_from_keys(k[:, first:end], self.ropes[first:end], positions)
             values = v[:, first:end].float().flatten(1)
-            for rows, share in ((keys, KEY_RANK), (values, VALUE_RANK)):
+            for rows, share in ((keys, self.values["keys"]), (values, self.values["values"])):
                 left, right = low_rank(rows, rank_of(len(rows), rows.shape[1], share))
                 parts += [to_bytes(left), to_bytes(right)]
         return parts
@@ -57,9 +60,13 @@ class Xkv(Baseline):
         views = iter(parts)
         for first, end in self._layer_groups():
             heads = (end - first) * g.num_kv_heads
-            rows = _product(next(views), next(views), tokens, heads * g.head_size, KEY_RANK)
+            rows = _product(
+                next(views), next(views), tokens, heads * g.head_size, self.values["keys"]
+            )
             keys.append(keys_from_rows(rows, self.ropes[first:end], positions, g.num_kv_heads))
-            rows = _product(next(views), next(views), tokens, heads * g.head_size_v, VALUE_RANK)
+            rows = _product(
+                next(views), next(views), tokens, heads * g.head_size_v, self.values["values"]
+            )
             values.append(rows.view(tokens, end - first, g.num_kv_heads, g.head_size_v))
         return (
             to_cache(torch.cat(keys, dim=1), self.dtype),

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-SHARE_KEPT = 1 / 8
-"""Of the tokens, in the KVTC paper's comparison."""
+from kvtc_vllm.evaluation.settings import Setting, Settings, resolve
+
+KEEP = Setting(1 / 8, 1 / 1024, 1)
+"""Share of the tokens that stay; the default is that of the KVTC paper's comparison."""
 OBSERVED = 32
 """Newest queries whose attention is also known apart: SnapKV's observation window."""
+WINDOW = Setting(OBSERVED, 1, OBSERVED, whole=True)
+"""Newest queries that vote, where a method has an observation window."""
 
 
 @dataclass(frozen=True)
@@ -20,47 +25,59 @@ class Attention:
 
     received: [KV heads, C] float64, summed over all queries and over the query heads
     that share a KV head. last: [query heads, C], compute dtype, from the newest query.
-    observed: [KV heads, C] float64, summed over the newest `OBSERVED` queries (or all, if there
-    were fewer) and over the query heads that share a KV head.
+    newest: [KV heads, queries, C] float64, from each of the newest `OBSERVED` queries (or all, if
+    there were fewer), the newest last, summed over the query heads that share a KV head.
     """
 
     received: torch.Tensor
     last: torch.Tensor
-    observed: torch.Tensor
+    newest: torch.Tensor
+
+    def observed(self, window: int) -> torch.Tensor:
+        """Summed over the newest `window` queries: [KV heads, C] float64."""
+        return self.newest[:, -window:].sum(dim=1)
 
 
-def observed_share(budget: int) -> int:
+def pooled(layers: Sequence[Attention]) -> Attention:
+    """Of all layers and KV heads as if they were one, for a choice that all of them share."""
+    return Attention(
+        torch.stack([layer.received.sum(dim=0) for layer in layers]).sum(dim=0)[None],
+        torch.cat([layer.last for layer in layers]),
+        torch.stack([layer.newest.sum(dim=0) for layer in layers]).sum(dim=0)[None],
+    )
+
+
+def window_share(budget: int, window: int) -> int:
     """Newest tokens that always stay, where a method keeps the observation window.
 
     Never more than half of the budget, so that something is chosen at all.
     """
-    return min(OBSERVED, budget // 2)
+    return min(window, budget // 2)
 
 
 class Eviction(ABC):
     """Chooses tokens by attention alone. Instances have no state.
 
-    share_kept: budget as a share of the tokens seen, in (0, 1].
+    given: values of `settings`, by name. Raises ValueError for others.
     """
 
     name: ClassVar[str]
     """Key in `kvtc_vllm.evaluation.eviction.EVICTIONS`."""
     source: ClassVar[str]
     """Paper, and the settings followed."""
+    settings: ClassVar[Settings] = {"keep": KEEP}
 
-    def __init__(self, share_kept: float = SHARE_KEPT) -> None:
-        if not 0 < share_kept <= 1:
-            raise ValueError(f"share_kept={share_kept} is not in (0, 1]")
-        self.share_kept = share_kept
+    def __init__(self, **given: float) -> None:
+        self.values = resolve(self.name, self.settings, given)
 
     def budget(self, seen: int) -> int:
         """Tokens a layer's KV head may keep of `seen` (at least 1); at least 1."""
-        return max(1, int(seen * self.share_kept))
+        return max(1, int(seen * self.values["keep"]))
 
     @abstractmethod
     def select(self, attention: Attention, budget: int) -> torch.Tensor:
-        """Cached tokens that stay: [sets, budget] int64, ascending in each row, 0 is the oldest.
+        """Cached tokens that stay: [sets, kept] int64, ascending in each row, 0 is the oldest.
 
         sets: one for each KV head, or 1 if all heads of the layer keep the same tokens.
-        budget: at least 1 and at most C.
+        kept: at most budget. budget: at least 1 and at most C.
         """

@@ -6,16 +6,15 @@ from typing import ClassVar
 
 import torch
 
-from kvtc_vllm.evaluation.eviction.base import Attention, Eviction, observed_share
-
-CHUNK = 10
-"""Tokens of a run: the paper's default."""
+from kvtc_vllm.evaluation.eviction.base import KEEP, WINDOW, Attention, Eviction, window_share
+from kvtc_vllm.evaluation.settings import Setting, Settings
 
 
 class ChunkKV(Eviction):
-    """ChunkKV (arXiv 2502.00299): runs of 10 tokens, observation window of 32.
+    """ChunkKV (arXiv 2502.00299): runs of 10 tokens, observation window of 32 (settings `run` and
+    `window`).
 
-    The window's tokens stay. Tokens before it are in runs of ten; those runs stay whose tokens
+    The window's tokens stay. Tokens before it are in runs; those runs stay whose tokens
     got the most attention from the window's queries, summed over the heads of the layer: one
     choice a layer. Of equals the oldest stays. What is left of the budget and too little for a
     run goes to the newest tokens.
@@ -26,19 +25,25 @@ class ChunkKV(Eviction):
 
     name: ClassVar[str] = "chunkkv"
     source: ClassVar[str] = "ChunkKV, arXiv 2502.00299: 1/8 of the tokens, runs of 10, window 32"
+    settings: ClassVar[Settings] = {
+        "keep": KEEP,
+        "window": WINDOW,
+        "run": Setting(10, 1, 256, whole=True),
+    }
 
     def select(self, attention: Attention, budget: int) -> torch.Tensor:
-        received = attention.observed.sum(dim=0)
+        window, length = int(self.values["window"]), int(self.values["run"])
+        received = attention.observed(window).sum(dim=0)
         cached = len(received)
-        recent = observed_share(budget)
-        runs = received[: cached - recent].split(CHUNK)
+        recent = window_share(budget, window)
+        runs = received[: cached - recent].split(length)
         scores = torch.stack([run.sum() for run in runs])
         kept = torch.zeros(cached, dtype=torch.bool)
         kept[cached - recent :] = True
         left = budget - recent
         for number in scores.argsort(descending=True, stable=True).tolist():
             if len(runs[number]) <= left:
-                kept[number * CHUNK : number * CHUNK + len(runs[number])] = True
+                kept[number * length : number * length + len(runs[number])] = True
                 left -= len(runs[number])
         newest = (~kept).nonzero()[:, 0].flip(0)[:left]
         kept[newest] = True

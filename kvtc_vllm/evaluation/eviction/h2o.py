@@ -6,23 +6,25 @@ from typing import ClassVar
 
 import torch
 
-from kvtc_vllm.evaluation.eviction.base import Attention, Eviction
+from kvtc_vllm.evaluation.eviction.base import KEEP, Attention, Eviction
+from kvtc_vllm.evaluation.settings import Setting, Settings
 
 
 class H2O(Eviction):
     """Heavy-Hitter Oracle (arXiv 2306.14048) with the settings of the KVTC paper.
 
-    Half of the budget is the newest tokens, the other half (and the odd one) those of
-    the rest with the largest sum of attention, chosen by each KV head for itself. Of
+    Half of the budget is the newest tokens (setting `recent`), the other half (and the odd one)
+    those of the rest with the largest sum of attention, chosen by each KV head for itself. Of
     equals the oldest stays.
     """
 
     name: ClassVar[str] = "h2o"
     source: ClassVar[str] = "H2O, arXiv 2306.14048: 1/16 recent, 1/16 heavy hitters"
+    settings: ClassVar[Settings] = {"keep": KEEP, "recent": Setting(1 / 2, 0, 1)}
 
     def select(self, attention: Attention, budget: int) -> torch.Tensor:
         heads, cached = attention.received.shape
-        recent = budget // 2
+        recent = int(budget * self.values["recent"])
         older = attention.received[:, : cached - recent]
         heavy = older.argsort(dim=1, descending=True, stable=True)[:, : budget - recent]
         newest = torch.arange(cached - recent, cached, device=heavy.device).expand(heads, -1)

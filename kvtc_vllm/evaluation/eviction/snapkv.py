@@ -7,14 +7,13 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from kvtc_vllm.evaluation.eviction.base import Attention, Eviction, observed_share
-
-KERNEL = 7
-"""Tokens over which votes are averaged."""
+from kvtc_vllm.evaluation.eviction.base import KEEP, WINDOW, Attention, Eviction, window_share
+from kvtc_vllm.evaluation.settings import Setting, Settings
 
 
 class SnapKV(Eviction):
-    """SnapKV (arXiv 2404.14469): observation window of 32 tokens, average pooling over 7.
+    """SnapKV (arXiv 2404.14469): observation window of 32 tokens, average pooling over 7
+    (settings `window` and `pooling`; pooling is an odd number).
 
     The window's tokens stay. Of the others each KV head keeps those that the window's queries
     attend to most, votes averaged over neighbours, so that what stays comes in clusters. Of equals
@@ -25,12 +24,28 @@ class SnapKV(Eviction):
 
     name: ClassVar[str] = "snapkv"
     source: ClassVar[str] = "SnapKV, arXiv 2404.14469: 1/8 of the tokens, window 32, pooling 7"
+    settings: ClassVar[Settings] = {
+        "keep": KEEP,
+        "window": WINDOW,
+        "pooling": Setting(7, 1, 63, whole=True),
+    }
+
+    def __init__(self, **given: float) -> None:
+        super().__init__(**given)
+        self._pooling = int(self.values["pooling"])
+        if self._pooling % 2 == 0:
+            raise ValueError(f"snapkv: pooling={self._pooling} is even; give an odd number")
 
     def select(self, attention: Attention, budget: int) -> torch.Tensor:
-        heads, cached = attention.observed.shape
-        recent = observed_share(budget)
+        window = int(self.values["window"])
+        observed = attention.observed(window)
+        heads, cached = observed.shape
+        recent = window_share(budget, window)
         votes = F.avg_pool1d(
-            attention.observed[:, None, : cached - recent], KERNEL, stride=1, padding=KERNEL // 2
+            observed[:, None, : cached - recent],
+            self._pooling,
+            stride=1,
+            padding=self._pooling // 2,
         )[:, 0]
         chosen = votes.argsort(dim=1, descending=True, stable=True)[:, : budget - recent]
         newest = torch.arange(cached - recent, cached, device=chosen.device).expand(heads, -1)

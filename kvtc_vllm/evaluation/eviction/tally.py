@@ -22,8 +22,6 @@ class AttentionTally:
     def __init__(self, kv_heads: int) -> None:
         self._kv_heads = kv_heads
         self._layers: dict[int, Attention] = {}
-        # [KV heads, newest queries, C] float64 of each layer, of which `observed` is the sum.
-        self._newest: dict[int, torch.Tensor] = {}
 
     @contextlib.contextmanager
     def watching(self, model: Any) -> Iterator[None]:
@@ -42,32 +40,38 @@ class AttentionTally:
         """What the cached tokens of a layer have received so far."""
         return self._layers[layer]
 
+    def copy(self) -> AttentionTally:
+        """Another one that starts from here."""
+        other = AttentionTally(self._kv_heads)
+        other._layers = dict(self._layers)
+        return other
+
     def keep(self, layer: int, slots: torch.Tensor) -> None:
         """Forget evicted tokens. slots: [KV heads, kept] int64."""
-        received = self._layers[layer].received.gather(1, slots)
-        rows = self._newest[layer]
-        rows = rows.gather(2, slots[:, None].expand(-1, rows.shape[1], -1))
-        self._newest[layer] = rows
+        before = self._layers[layer]
+        newest = before.newest
         # The newest query's attention is of use once only: the next query replaces it.
-        last = self._layers[layer].last[:, :0]
-        self._layers[layer] = Attention(received, last, rows.sum(dim=1))
+        self._layers[layer] = Attention(
+            before.received.gather(1, slots),
+            before.last[:, :0],
+            newest.gather(2, slots[:, None].expand(-1, newest.shape[1], -1)),
+        )
 
     def _add(self, layer: int, module: Any, arguments: Any, output: Any) -> None:
         weights = output[1][0]  # [query heads, queries, C]
         by_query_head = weights.sum(dim=1, dtype=torch.float64)
         received = by_query_head.unflatten(0, (self._kv_heads, -1)).sum(dim=1)
+        grouped = weights[:, -OBSERVED:].unflatten(0, (self._kv_heads, -1))
+        newest = grouped.sum(dim=1, dtype=torch.float64)
         if layer in self._layers:
-            before = self._layers[layer].received
-            received[:, : before.shape[1]] += before
-        newest = weights[:, -OBSERVED:].unflatten(0, (self._kv_heads, -1))
-        rows = newest.sum(dim=1, dtype=torch.float64)
-        if layer in self._newest:
-            before = self._newest[layer]
-            before = before[:, max(0, rows.shape[1] + before.shape[1] - OBSERVED) :]
+            before = self._layers[layer]
+            received[:, : before.received.shape[1]] += before.received
+            earlier = before.newest[
+                :, max(0, newest.shape[1] + before.newest.shape[1] - OBSERVED) :
+            ]
             # Earlier queries have not seen the tokens that came since.
-            wider = before.new_zeros(*before.shape[:2], rows.shape[2])
-            wider[..., : before.shape[2]] = before
-            rows = torch.cat((wider, rows), dim=1)
-        self._newest[layer] = rows
+            wider = earlier.new_zeros(*earlier.shape[:2], newest.shape[2])
+            wider[..., : earlier.shape[2]] = earlier
+            newest = torch.cat((wider, newest), dim=1)
         # A copy, because a view would keep the whole map alive.
-        self._layers[layer] = Attention(received, weights[:, -1].clone(), rows.sum(dim=1))
+        self._layers[layer] = Attention(received, weights[:, -1].clone(), newest)

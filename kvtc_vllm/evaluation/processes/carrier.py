@@ -38,7 +38,15 @@ def _override(method: Method, model: str) -> dict[str, Any]:
     """Fields of `CodecOverride` for a method: our codec too takes the codec's place."""
     if method.ratio is None:
         return method.override
-    artifact = registry.find(
+    rank_file = artifact_of(method, model) / rank_file_name(0, 1)
+    override = {"variant": "unchanged", "artifact": str(rank_file), "ratio": method.ratio}
+    return override if method.below is None else {**override, "below": method.below}
+
+
+def artifact_of(method: Method, model: str) -> Path:
+    """Directory of the artifact of a method that codes with ours. Raises ArtifactError."""
+    assert method.ratio is not None
+    return registry.find(
         model_identity(model),
         1,
         method.ratio,
@@ -46,5 +54,13 @@ def _override(method: Method, model: str) -> dict[str, Any]:
         codec=method.codec,
         artifact=method.artifact,
     )
-    rank_file = artifact / rank_file_name(0, 1)
-    return {"variant": "unchanged", "artifact": str(rank_file), "ratio": method.ratio}
+
+
+def alone(method: Method, model: str, directory: Path) -> Method:
+    """The method as an engine of its own runs it. directory: as in `carrier`."""
+    method = with_profile(method, model, directory)
+    if method.below is None:
+        return method
+    return replace(
+        method, codec="raw", ratio=None, artifact=None, override=_override(method, model)
+    )

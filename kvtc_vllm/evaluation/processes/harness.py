@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from kvtc_vllm.evaluation.methods import Method
-from kvtc_vllm.evaluation.processes.carrier import carrier
+from kvtc_vllm.evaluation.processes.carrier import alone, carrier
 from kvtc_vllm.evaluation.processes.harness_suite import HarnessJob, HarnessOutcome
 from kvtc_vllm.evaluation.processes.two_pass_lm import Tally, TwoPassLM
 from kvtc_vllm.evaluation.replay.engine import ReplayEngine, replay_engine, scratch
@@ -134,6 +134,11 @@ def task_manager(job: HarnessJob) -> TaskManager:
     return TaskManager(include_path=[*paths, str(OWN_TASKS)], metadata=metadata)
 
 
+def _single(methods: Sequence[Method], model: str, directory: Path) -> Method:
+    (method,) = methods
+    return alone(method, model, directory)
+
+
 def main() -> None:
     """Read the job, run it, write the outcome."""
     job = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=HarnessJob)
@@ -142,8 +147,8 @@ def main() -> None:
     if unknown:
         sys.exit(f"lm-eval knows no task {', '.join(unknown)}")
     with scratch() as directory:
-        alone = len(job.methods) == 1
-        method = job.methods[0] if alone else carrier(job.methods, job.model, directory)
+        make = carrier if len(job.methods) > 1 else _single
+        method = make(job.methods, job.model, directory)
         with replay_engine(job.model, method, method.chunk_tokens, job.engine) as engine:
             outcome = measure(engine, manager, job, directory)
     Path(job.out).write_bytes(msgspec.msgpack.encode(outcome))

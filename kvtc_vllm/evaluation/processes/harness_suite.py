@@ -72,7 +72,7 @@ def run_harness(
     for number, job in enumerate(jobs, start=1):
         name = ", ".join(method.name for method in job.methods)
         print(f"[{number}/{len(jobs)}] {name}", flush=True)
-        if any(method.eviction or method.whole_prompt for method in job.methods):
+        if any(method.tokens or method.whole_prompt for method in job.methods):
             print("    skipped: it can't store the chunks of prompts of different lengths")
             continue
         outcome = run_child("kvtc_vllm.evaluation.processes.harness", name, job, HarnessOutcome)

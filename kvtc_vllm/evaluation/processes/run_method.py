@@ -23,10 +23,9 @@ from kvtc_vllm.evaluation.job import (
     SharedJob,
     StoredBytes,
     Workload,
-    make_record,
 )
 from kvtc_vllm.evaluation.methods import Method
-from kvtc_vllm.evaluation.processes.profiles import with_profile
+from kvtc_vllm.evaluation.processes.carrier import alone
 from kvtc_vllm.evaluation.replay.engine import replay_engine, scratch
 from kvtc_vllm.evaluation.replay.two_passes import replay
 from kvtc_vllm.evaluation.tasks import DataError, Session, open_task
@@ -41,8 +40,7 @@ def run(job: Job, tokenizer: Any) -> Outcome:
     stored: list[StoredBytes] = []
     prompts = sum(len(session.turns) for _, sessions in work for session in sessions)
     with tqdm(total=2 * prompts, desc=job.method.name, unit="prompt", mininterval=2.0) as bar:
-        runner = _run_eviction if job.method.eviction else _run_tier
-        for part, size in runner(job, work, bar):
+        for part, size in _run_tier(job, work, bar):
             records += part
             stored.append(size)
     return Outcome(
@@ -79,7 +77,7 @@ def make_sessions(job: Job | SharedJob, tokenizer: Any) -> tuple[Work, list[str]
 
 def _run_tier(job: Job, work: Work, bar: Any) -> Iterator[tuple[list[Record], StoredBytes]]:
     with scratch() as directory:
-        method = with_profile(job.method, job.model, directory)
+        method = alone(job.method, job.model, directory)
         for chunk_tokens, part in by_chunk(job.method, job.engine, work):
             with replay_engine(job.model, method, chunk_tokens, job.engine) as engine:
                 for workload, sessions in part:
@@ -102,38 +100,6 @@ def by_chunk(method: Method, engine: dict[str, Any], work: Work) -> Iterator[tup
         shortest = min(len(session.turns[0].prompt) for session in sessions)
         chunk = shortest - method.window
         yield chunk - chunk % block, [(workload, sessions)]
-
-
-def _run_eviction(job: Job, work: Work, bar: Any) -> Iterator[tuple[list[Record], StoredBytes]]:
-    from kvtc_vllm.evaluation.eviction import EVICTIONS
-    from kvtc_vllm.evaluation.eviction.runner import EvictionRunner
-
-    assert job.method.eviction is not None
-    runner = EvictionRunner(job.model, EVICTIONS[job.method.eviction]())
-    for workload, sessions in work:
-        records = []
-        full = kept = 0
-        for number, session in enumerate(sessions):
-            turns = runner.score_session(session, job.method.window, job.method.chunk_tokens)
-            records += [
-                make_record(
-                    workload.task,
-                    workload.context,
-                    number,
-                    turn.example,
-                    turn.prefix_tokens,
-                    turn.exact,
-                    turn.evicted,
-                )
-                for turn in turns
-            ]
-            full += turns[-1].bytes_full
-            kept += turns[-1].bytes_kept
-            bar.update(2 * len(turns))
-        yield (
-            records,
-            StoredBytes(task=workload.task, context=workload.context, raw=full, stored=kept),
-        )
 
 
 def main() -> None:

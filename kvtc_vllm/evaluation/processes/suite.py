@@ -30,6 +30,8 @@ CHILD = "kvtc_vllm.evaluation.processes.run_method"
 SHARED_PASSES = "shared by methods; chunks are encoded when they are loaded"
 """What reports say of methods that share."""
 SHARED_CHILD = "kvtc_vllm.evaluation.processes.run_shared"
+PREFIX_CHILD = "kvtc_vllm.evaluation.processes.run_prefixes"
+"""Methods that drop or recall tokens, in transformers."""
 
 
 class SuiteError(RuntimeError):
@@ -78,9 +80,10 @@ def run_suite(
             "out": "",
         }
         try:
-            if share and methods[0].eviction is None:
+            if share or methods[0].tokens is not None:
                 shared = SharedJob(methods=methods, **common)
-                outcomes = run_child(SHARED_CHILD, name, shared, list[Outcome])
+                child = SHARED_CHILD if methods[0].tokens is None else PREFIX_CHILD
+                outcomes = run_child(child, name, shared, list[Outcome])
             else:
                 single = Job(method=methods[0], **common)
                 outcomes = [run_child(CHILD, name, single, Outcome)]

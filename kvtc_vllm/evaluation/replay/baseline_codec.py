@@ -1,4 +1,4 @@
-"""A `Baseline` in the place of a chunk codec, so that the connector can carry its bytes."""
+"""A `Baseline` in the place of a chunk codec, or below one, so that the connector can carry it."""
 
 from __future__ import annotations
 
@@ -59,3 +59,35 @@ class BaselineCodec(Coder):
             at += length
         k, v = self._baseline.restore(parts, tokens, start)
         return DecodedChunk(k, v, start)
+
+
+class FormCodec(Coder):
+    """A codec of a cache that holds a baseline's form of KV: chunks go through the baseline before
+    they are encoded and after they are decoded. Bytes are the codec's.
+    """
+
+    def __init__(self, form: Baseline, codec: Coder) -> None:
+        self._form = form
+        self._codec = codec
+
+    def encode(self, k: torch.Tensor, v: torch.Tensor, start: int, key: bytes = b"") -> bytes:
+        """One chunk, of what the form leaves."""
+        return self._codec.encode(*self._through(k, v, start), start, key)
+
+    def decode(
+        self,
+        blob: Blob,
+        expect_start: int | None = None,
+        expect_tokens: int | None = None,
+        key: bytes = b"",
+    ) -> DecodedChunk:
+        """Inverse of `encode`, in the form again."""
+        chunk = self._codec.decode(blob, expect_start, expect_tokens, key)
+        k, v = self._through(chunk.k, chunk.v, chunk.start)
+        return DecodedChunk(k, v, chunk.start)
+
+    def _through(
+        self, k: torch.Tensor, v: torch.Tensor, start: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = self._form.compress(k.cpu(), v.cpu(), start)
+        return self._form.restore([memoryview(part) for part in parts], k.shape[0], start)

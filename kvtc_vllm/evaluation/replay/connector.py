@@ -16,8 +16,8 @@ from kvtc_vllm.codec.registry import open_codec
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.config import load_config
 from kvtc_vllm.connector.connector import KVTCConnector
-from kvtc_vllm.evaluation.baselines import BASELINES
-from kvtc_vllm.evaluation.replay.baseline_codec import BaselineCodec
+from kvtc_vllm.evaluation.baselines import BASELINES, Baseline
+from kvtc_vllm.evaluation.replay.baseline_codec import BaselineCodec, FormCodec
 from kvtc_vllm.evaluation.replay.noise import Noise, NoiseCodec
 from kvtc_vllm.evaluation.replay.round_trips import RoundTripCodec
 from kvtc_vllm.evaluation.replay.variants import VARIANTS, VariantContext
@@ -45,6 +45,11 @@ class CodecOverride(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Target ratio of the variant."""
     options: dict[str, Any] = {}
     """Keyword arguments of the baseline, or what the variant takes."""
+    settings: dict[str, float] = {}
+    """Of the baseline; others have its own values."""
+    below: str | None = None
+    """Name of a baseline through which chunks go before the variant encodes and after it decodes:
+    a cache that holds that form."""
     noise: Noise | None = None
     """Chunks are stored exact, and loaded with noise."""
     round_trips: dict[str, CodecOverride] = {}
@@ -90,11 +95,8 @@ def override_codec(
     if wanted.noise is not None:
         return NoiseCodec(exact, wanted.noise)
     if wanted.baseline is not None:
-        geometry = codec_geometry(group)
-        per_layer = [None if index is None else ropes[index] for index in layer_rope]
-        return BaselineCodec(
-            BASELINES[wanted.baseline](geometry, group.dtype, per_layer, **wanted.options)
-        )
+        options = {**wanted.options, **wanted.settings}
+        return BaselineCodec(_baseline(wanted.baseline, group, ropes, layer_rope, options))
     assert wanted.variant is not None
     assert wanted.artifact is not None
     assert wanted.ratio is not None
@@ -102,4 +104,18 @@ def override_codec(
     artifact, _ = read_rank_file(group_directory(first.parent, number) / first.name, 0, 1)
     artifact = replace(artifact, ropes=ropes, layer_rope=layer_rope)
     context = VariantContext(artifact, wanted.ratio, group.dtype, wanted.options)
-    return VARIANTS[wanted.variant](context)
+    codec = VARIANTS[wanted.variant](context)
+    if wanted.below is None:
+        return codec
+    return FormCodec(_baseline(wanted.below, group, ropes, layer_rope, {}), codec)
+
+
+def _baseline(
+    name: str,
+    group: CacheGroup,
+    ropes: tuple[Rope, ...],
+    layer_rope: tuple[int | None, ...],
+    options: dict[str, Any],
+) -> Baseline:
+    per_layer = [None if index is None else ropes[index] for index in layer_rope]
+    return BASELINES[name](codec_geometry(group), group.dtype, per_layer, **options)

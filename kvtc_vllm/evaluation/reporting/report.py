@@ -55,6 +55,13 @@ def markdown(about: dict[str, Any], found: Sequence[Row]) -> str:
         "bytes stored, all headers, scales and sinks counted.",
         "",
     ]
+    if any(row.read_ratio for row in found):
+        lines += [
+            "Methods that drop or recall tokens ran in transformers, not through the tier. Where a "
+            "query reads less than is stored, *read* is bytes of the KV over bytes that one query "
+            "reads.",
+            "",
+        ]
     lines += summary(found)
     silent = unanswered(found)
     for task, context in dict.fromkeys((row.task, row.context) for row in found):
@@ -112,13 +119,19 @@ def _span(low: float, high: float) -> str:
 
 def _table(found: Sequence[Row]) -> list[str]:
     has_answers = any(row.metric == "accuracy" for row in found)
-    head = ["method", "real ratio", "NLL", "NLL change", "KL", "same top token"]
+    reads = any(row.read_ratio for row in found)
+    head = ["method", "real ratio", *(["read"] if reads else []), "NLL", "NLL change", "KL"]
+    head += ["same top token"]
     head += ["accuracy"] if has_answers else []
     lines = ["| " + " | ".join([*head, "damaged"]) + " |", "|" + "---|" * (len(head) + 1)]
     methods = sorted(dict.fromkeys((r.real_ratio, r.method) for r in found))
     for real_ratio, method in methods:
         own = {r.metric: r for r in found if r.method == method}
-        cells = [method, f"{real_ratio:.1f}", _cell(own, "nll", "{:.3f}", interval=False)]
+        cells = [method, f"{real_ratio:.1f}"]
+        if reads:
+            read = max(row.read_ratio for row in own.values())
+            cells.append(f"{read:.1f}" if read else "")
+        cells.append(_cell(own, "nll", "{:.3f}", interval=False))
         cells += [_cell(own, "nll_change", "{:+.4f}"), _cell(own, "kl", "{:.4f}")]
         cells += [_cell(own, "top1_agreement", "{:.1%}", interval=False)]
         cells += [_cell(own, "accuracy", "{:.0%}")] if has_answers else []

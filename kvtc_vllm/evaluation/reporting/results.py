@@ -41,6 +41,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Interval of a bootstrap over sessions."""
     n: int
     """Examples."""
+    read_ratio: float = 0.0
+    """Bytes of the KV over bytes that one query reads, where that is not all that is stored."""
     by_session: list[float] = []
     """Of KL over all examples, the value of each session in order: methods over the same sessions
     can be compared in pairs."""
@@ -148,6 +150,9 @@ def _rows(
                 method=method,
                 plan=plan,
                 real_ratio=round(real_ratio, 3),
+                read_ratio=round(stored.raw / stored.read, 3)
+                if method != EXACT and stored.read
+                else 0.0,
                 context=stored.context,
                 label=label,
                 metric=metric.name,

@@ -10,7 +10,7 @@ import torch
 
 from kvtc_vllm.codec.artifact import Geometry
 from kvtc_vllm.evaluation.baselines import BASELINES
-from kvtc_vllm.evaluation.baselines.deltakv import REFERENCES, STRIDE, nearest_references
+from kvtc_vllm.evaluation.baselines.deltakv import DeltaKV, nearest_references
 from kvtc_vllm.evaluation.baselines.low_rank_projection import (
     LORC_SHARES,
     head_groups,
@@ -31,6 +31,8 @@ from tests.evaluation.baselines.samples import (
     statistics,
     structured_cache,
 )
+
+STRIDE, REFERENCES = (int(DeltaKV.settings[name].value) for name in ("stride", "references"))
 
 SIZE, SIZE_V = GEOMETRY.head_size, GEOMETRY.head_size_v
 VECTORS = 5 * 2
@@ -138,7 +140,7 @@ def test_deltakv_finds_the_nearest_earlier_references() -> None:
     references = torch.tensor([[0.0], [10.0], [20.0], [30.0], [40.0], [50.0]])
     rows = torch.tensor([[1.0], [49.0], [24.0]])
     tokens = torch.tensor([STRIDE - 1, 5 * STRIDE + 1, 4 * STRIDE + 1])
-    chosen = nearest_references(rows, references, tokens)
+    chosen = nearest_references(rows, references, tokens, STRIDE, REFERENCES)
     assert chosen.shape == (3, REFERENCES)
     assert set(chosen[0].tolist()) == {0}  # no other is earlier
     assert set(chosen[1].tolist()) == {5, 4, 3, 2}

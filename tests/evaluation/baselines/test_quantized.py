@@ -89,7 +89,7 @@ def test_gear_size(tokens, share):
     keys = section(LAYER_HEADS * SIZE, whole, whole, SIZE) if whole else 0
     values = section(tokens * 5, 2 * SIZE_V, tokens, SIZE_V)
     tail = LAYER_HEADS * SIZE * rest * 2
-    method = Gear(GEOMETRY, torch.bfloat16, outlier_share=share)
+    method = Gear(GEOMETRY, torch.bfloat16, outliers=share)
     assert stored(method, tokens) == keys + values + tail
 
 
@@ -110,8 +110,8 @@ def test_gear_loses_less_than_kivi_and_each_part_helps():
         return [relative_error(*pair) for pair in zip(restored, (k, v), strict=True)]
 
     # 4 %, because 1 % of this geometry's 64 values a token is less than one.
-    full = errors(Gear(GEOMETRY, dtype, outlier_share=0.04))
-    without_outliers = errors(Gear(GEOMETRY, dtype, outlier_share=0.0))
+    full = errors(Gear(GEOMETRY, dtype, outliers=0.04))
+    without_outliers = errors(Gear(GEOMETRY, dtype, outliers=0.0))
     kivi = errors(Kivi(GEOMETRY, dtype))
     for gear, gear_l, other in zip(full, without_outliers, kivi, strict=True):
         assert gear < gear_l
@@ -122,7 +122,7 @@ def test_heads_of_128_come_to_the_ratios_of_the_docstring():
     geometry = Geometry(1, 8, 128, 128, ((0, 1),))
     k = torch.randn(4096, 1, 8, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
     for share, ratio in ((0.02, 4.5), (0.0, 5.3)):
-        parts = Gear(geometry, torch.bfloat16, outlier_share=share).compress(k, k, 0)
+        parts = Gear(geometry, torch.bfloat16, outliers=share).compress(k, k, 0)
         assert 2 * k.nbytes / sum(map(len, parts)) == pytest.approx(ratio, abs=0.06)
 
 

@@ -74,7 +74,25 @@ def chunkkv(attention: torch.Tensor, alive: list[list[int]], budget: int) -> lis
     return [sorted(kept)] * len(alive)
 
 
-CHOOSE: dict[str, Choose] = {"h2o": h2o, "tova": tova, "snapkv": snapkv, "chunkkv": chunkkv}
+def dbudgetkv(attention: torch.Tensor, alive: list[list[int]], budget: int) -> list[list[int]]:
+    """The fewest newest tokens, and four oldest, that keep 99 % of the norm of the others."""
+    tokens = alive[0]
+    others = tokens[4:]
+
+    def norm(kept: list[int]) -> float:
+        return sum(float(head[-1, kept].double().norm()) for head in attention) / len(attention)
+
+    count = next(n for n in range(1, len(others) + 1) if norm(others[-n:]) >= 0.99 * norm(others))
+    return [tokens[:4] + others[-count:]] * len(alive)
+
+
+CHOOSE: dict[str, Choose] = {
+    "h2o": h2o,
+    "tova": tova,
+    "snapkv": snapkv,
+    "chunkkv": chunkkv,
+    "dbudgetkv": dbudgetkv,
+}
 
 
 class Masked:

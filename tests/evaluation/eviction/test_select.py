@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from kvtc_vllm.evaluation.eviction import EVICTIONS, Attention
+from kvtc_vllm.evaluation.eviction.base import pooled
 
 RECEIVED = torch.tensor([[9.0, 1, 5, 2, 3, 8], [1, 1, 2, 7, 1, 1]], dtype=torch.float64)
 LAST = torch.tensor([[0.1, 0.5, 0.1, 0.1, 0.1, 0.1], [0.1, 0.0, 0.3, 0.3, 0.3, 0.0]])
-OBSERVED = torch.tensor([[0.0, 0, 9, 0, 0, 1], [5, 0, 0, 0, 3, 0]], dtype=torch.float64)
+NEWEST = torch.tensor([[[0.0, 0, 9, 0, 0, 1]], [[5, 0, 0, 0, 3, 0]]], dtype=torch.float64)
 
 
 def select(name: str, budget: int) -> list[list[int]]:
-    return EVICTIONS[name]().select(Attention(RECEIVED, LAST, OBSERVED), budget).tolist()
+    return EVICTIONS[name]().select(Attention(RECEIVED, LAST, NEWEST), budget).tolist()
 
 
 def test_h2o_keeps_the_newest_and_the_heaviest_of_each_head() -> None:
@@ -31,7 +32,7 @@ def test_tova_keeps_what_the_last_query_looks_at_on_average() -> None:
 
 def observed(votes: torch.Tensor) -> Attention:
     """Attention of which only the window's votes matter."""
-    return Attention(votes, votes[:, :0], votes)
+    return Attention(votes, votes[:, :0], votes[:, None])
 
 
 def test_snapkv_keeps_the_window_and_clusters_of_each_head() -> None:
@@ -52,7 +53,43 @@ def test_chunkkv_keeps_whole_runs_of_a_layer() -> None:
     assert chosen == [*range(20, 30), *range(48, 62)]
 
 
-@pytest.mark.parametrize("name", EVICTIONS)
+def test_dbudgetkv_stops_where_the_norm_would_change() -> None:
+    """Of 3, 4, 0, 12 after two sinks, norms of the rest are 13, sqrt(160), 12, 12."""
+    last = torch.tensor([[5.0, 5, 3, 4, 0, 12]])
+    attention = Attention(last.double(), last, last[None].double())
+
+    def kept(threshold: float) -> list[int]:
+        eviction = EVICTIONS["dbudgetkv"](threshold=threshold, sinks=2)
+        (chosen,) = eviction.select(attention, 6).tolist()
+        return chosen
+
+    assert kept(0.02) == [0, 1, 2, 3, 4, 5]
+    assert kept(1 - 12.649 / 13 + 0.001) == [0, 1, 3, 4, 5]
+    assert kept(0.08) == [0, 1, 5]
+    assert kept(0.9) == [0, 1, 5]
+
+
+def test_dbudgetkv_averages_norms_over_query_heads() -> None:
+    """One head looks at the oldest, the other at the newest: half of the norm would be lost."""
+    last = torch.tensor([[1.0, 0, 0], [0, 0, 1.0]])
+    attention = Attention(last.double(), last, last[:, None].double())
+    chosen = [
+        EVICTIONS["dbudgetkv"](threshold=t, sinks=0).select(attention, 3).tolist()
+        for t in (0.49, 0.51)
+    ]
+    assert chosen == [[[0, 1, 2]], [[2]]]
+
+
+def test_pooled_attention_is_of_all_layers_and_heads() -> None:
+    one = Attention(RECEIVED, LAST, NEWEST)
+    both = pooled([one, one])
+    assert both.received.tolist() == [[20.0, 4, 14, 18, 8, 18]]
+    assert both.observed(1).tolist() == [[10.0, 0, 18, 0, 6, 2]]
+    assert EVICTIONS["h2o"]().select(both, 4).tolist() == [[0, 3, 4, 5]]
+    assert EVICTIONS["tova"]().select(both, 1).tolist() == [[1]]
+
+
+@pytest.mark.parametrize("name", [n for n in EVICTIONS if "keep" in EVICTIONS[n].settings])
 def test_whole_budget_keeps_everything_in_order(name: str) -> None:
     assert all(row == list(range(6)) for row in select(name, 6))
 
@@ -60,10 +97,11 @@ def test_whole_budget_keeps_everything_in_order(name: str) -> None:
 @pytest.mark.parametrize("name", EVICTIONS)
 def test_budget_is_the_share_of_the_tokens_seen(name: str) -> None:
     eviction = EVICTIONS[name]()
-    assert [eviction.budget(seen) for seen in (1, 15, 16, 1024)] == [1, 1, 2, 128]
+    budgets = [eviction.budget(seen) for seen in (1, 15, 16, 1024)]
+    assert budgets == ([1, 1, 2, 128] if "keep" in eviction.settings else [1, 15, 16, 1024])
 
 
 @pytest.mark.parametrize("share", [0.0, -0.5, 1.5])
 def test_shares_outside_0_to_1_are_refused(share: float) -> None:
-    with pytest.raises(ValueError, match="share_kept"):
-        EVICTIONS["h2o"](share)
+    with pytest.raises(ValueError, match=f"h2o: keep={share:g} is not a number from"):
+        EVICTIONS["h2o"](keep=share)

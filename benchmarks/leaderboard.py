@@ -1,0 +1,166 @@
+"""One page of all methods on SmolLM2, from committed results.
+
+    python -m benchmarks.leaderboard
+
+Reads the results.json files named below, of which the first is the reference: a later file's task
+counts only where its exact run is of the same prompts. Writes docs/leaderboard.md and its picture.
+Nothing is measured. `kvtc eval MODEL --quick` is the short form for any model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvtc_vllm.evaluation.baselines import BASELINES
+from kvtc_vllm.evaluation.eviction import EVICTIONS
+from kvtc_vllm.evaluation.recall import RECALLS
+from kvtc_vllm.evaluation.reporting import report
+from kvtc_vllm.evaluation.reporting.leaderboard import Line, Task, joined, lines
+from kvtc_vllm.evaluation.reporting.plot import plot
+from kvtc_vllm.evaluation.reporting.results import EXACT, Row
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks/quality/smollm2"
+SOURCES = (
+    "methods",
+    "field/chunks",
+    "field/whole",
+    "field/below",
+    "field/tokens",
+    "field/composed",
+)
+PAGE = ROOT / "docs/leaderboard.md"
+PICTURE = RESULTS / "field/leaderboard.png"
+TASKS: dict[Task, str] = {
+    ("essays", 640): "prose",
+    ("library", 640): "code",
+    ("maths", 640): "maths",
+    ("kv-retrieval", 416): "retrieval",
+    ("essay-variables", 360): "variables",
+}
+RUNNING: tuple[Task, ...] = (("essays", 640), ("library", 640), ("maths", 640))
+CURVE = tuple(f"kvtc2-{ratio}x ordinary" for ratio in (8, 16, 32, 64))
+BIT_EXACT = "raw"
+BELOW = "Below KVTC"
+
+
+def main() -> None:
+    """Write page and picture."""
+    rows = read()
+    PAGE.write_text(page(rows), encoding="utf-8")
+    plot(PICTURE, [row for row in rows if "/" not in row.method and "+" not in row.method])
+    print(f"{PAGE}, {PICTURE}")
+
+
+def read() -> list[Row]:
+    """Rows of all sources that are there, over the same prompts."""
+    found = [report.read(RESULTS / source / "results.json") for source in SOURCES]
+    rows = joined(found, list(TASKS))
+    return [row for row in rows if row.method != BIT_EXACT]
+
+
+def page(rows: Sequence[Row]) -> str:
+    """The page. rows: as `read` gives them."""
+    table = lines(rows, list(TASKS), RUNNING, CURVE)
+    exact = {
+        (row.task, row.context): row.value
+        for row in rows
+        if row.method == EXACT and row.metric == "accuracy"
+    }
+    answers = ", ".join(f"{TASKS[task]} {value:.0%}" for task, value in exact.items())
+    text = [
+        "# Leaderboard",
+        "",
+        f"{len(table)} methods and settings on SmolLM2-135M-Instruct, over the same prompts: 8 of "
+        "prose, code and maths, 16 of retrieval and variables, of documents that no calibration "
+        "and no tuning saw. A cell is KL to the exact run in nats per token, and the share of "
+        f"right answers where there are some (exactly: {answers}). **Bold**: no other method has "
+        "less KL at the same real ratio or more. How it is measured: [quality](quality.md).",
+        "",
+        "*Real ratio*: KV over all bytes that are kept anywhere, with every scale, mask, index and "
+        "basis of a prompt. *Read*: KV over what one query reads, for methods that keep everything "
+        "and read some. *Codec 2*: how many times fewer bytes codec 2 keeps at the same KL on "
+        "running text (prose, code, maths together); `>` and `<`: at least, at most, as its "
+        "measured curve ends there.",
+        "",
+        "*Codecs*, and FP8 below KVTC, ran through the tier in vLLM, in bfloat16. All others ran "
+        "in transformers, in float32, on prefixes of the same length; there `h2o/keep=1+kvtc-16x` "
+        "drops nothing and is `kvtc-16x` again, as a check. What is dropped or chosen below KVTC "
+        "is chosen once for all layers and heads ([why](composing.md#below-kvtc)). Intervals are "
+        "in the results.",
+        "",
+    ]
+    head = ["method", "real ratio", "read", *TASKS.values(), "codec 2"]
+    for title, own in _groups(table):
+        text += [f"## {title}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+        text += [_line(line) for line in own]
+        text += [""]
+    text += [
+        "## The picture",
+        "",
+        "Methods with their own settings, Pareto front dashed:",
+        "",
+        f"![KL against real ratio](../{PICTURE.relative_to(ROOT)})",
+        "",
+        "## Where it comes from",
+        "",
+        "`python -m benchmarks.leaderboard` makes this page from committed results: "
+        + ", ".join(
+            f"[{source}](../{(RESULTS / source / 'results.md').relative_to(ROOT)})"
+            for source in SOURCES
+        )
+        + ". Each has the commands that measured it. Settings of methods that drop or recall "
+        "tokens were swept on documents of the tuning part ([sweep]"
+        "(../benchmarks/quality/smollm2/field/sweep/README.md)); codecs have those of their "
+        "papers. "
+        "`kvtc eval MODEL --quick` measures every method on any model, on few short prompts.",
+        "",
+    ]
+    return "\n".join(text)
+
+
+def composed(rows: Sequence[Row]) -> list[str]:
+    """Lines of the table of what is below KVTC, head included, as docs/composing.md has them."""
+    text = page(rows).partition(f"## {BELOW}\n\n")[2]
+    return text.partition("\n\n")[0].splitlines()
+
+
+def _groups(table: Sequence[Line]) -> list[tuple[str, list[Line]]]:
+    """Lines by kind of method."""
+    kinds: dict[str, list[Line]] = {
+        "Codecs": [],
+        "Tokens dropped": [],
+        "Tokens recalled": [],
+        BELOW: [],
+    }
+    for line in table:
+        first = line.method.split("+")[0].split("/")[0]
+        if "+" in line.method:
+            kinds[BELOW].append(line)
+        elif first in EVICTIONS:
+            kinds["Tokens dropped"].append(line)
+        elif first in RECALLS:
+            kinds["Tokens recalled"].append(line)
+        else:
+            assert first in BASELINES or first.startswith("kvtc")
+            kinds["Codecs"].append(line)
+    return [(title, own) for title, own in kinds.items() if own]
+
+
+def _line(line: Line) -> str:
+    low, high = f"{line.low:.1f}", f"{line.high:.1f}"
+    cells = [line.method, low if low == high else f"{low}-{high}"]
+    cells.append(f"{line.read:.1f}" if line.read else "")
+    for task in TASKS:
+        texts = [f"{line.kl[task]:.4f}"] if task in line.kl else []
+        if task in line.accuracy:
+            texts.append(f"{line.accuracy[task]:.0%}")
+        text = ", ".join(texts)
+        cells.append(f"**{text}**" if task in line.on_front and text else text)
+    cells.append("".join((a[0], f"{a[1]:.1f}x")) if (a := line.advantage) else "")
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()

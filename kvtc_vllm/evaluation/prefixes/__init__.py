@@ -1,0 +1,1 @@
+"""Methods that work on the tokens of a stored prefix, run through transformers."""

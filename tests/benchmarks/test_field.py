@@ -1,0 +1,72 @@
+"""Pages of the field's methods: made from committed results, and the rule that picks settings."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from benchmarks import field_settings, leaderboard
+from kvtc_vllm.evaluation.reporting.results import Row
+
+
+def row(method: str, ratio: float, kl: float, task: str = "essays", read: float = 0.0) -> Row:
+    return Row(
+        task=task,
+        method=method,
+        plan="",
+        real_ratio=ratio,
+        read_ratio=read,
+        context=640,
+        label="",
+        metric="kl",
+        value=kl,
+        ci95=(kl, kl),
+        n=4,
+    )
+
+
+def test_settings_are_compared_along_our_own_curve() -> None:
+    """kvtc has KL 1e-5 * ratio squared; a setting is as good wherever it lies on such a curve."""
+    ours = [row(f"kvtc-{ratio}x", ratio, 1e-5 * ratio**2) for ratio in (8, 16, 32)]
+    assert field_settings.slopes(ours) == {("essays", 640): pytest.approx(2)}
+    small, large = row("a", 4, 1e-3), row("a/keep=0.5", 2, 0.3e-3)
+    values = [field_settings.figure([small, large], m.method, 2.0) for m in (small, large)]
+    assert values == [pytest.approx(1e-3 / 16), pytest.approx(0.3e-3 / 4)]
+    page = field_settings.page({"one": [small, large]}, ours)
+    assert "| **a** |" in page
+    assert "| a/keep=0.5 |" in page
+    assert page.count("**") == 2
+
+
+def test_tasks_count_alike_and_recall_by_what_is_read() -> None:
+    rows = [row("r", 0.9, 0.04, read=5.0), row("r", 0.9, 0.01, "maths", read=5.0)]
+    assert field_settings.figure(rows, "r", 1.0) == pytest.approx(0.02 / 5)
+
+
+def test_the_page_of_settings_is_that_of_the_committed_sweeps() -> None:
+    page = (field_settings.DIRECTORY / "README.md").read_text()
+    assert field_settings.page(*field_settings.read()) == page
+
+
+def test_the_leaderboard_is_that_of_the_committed_results() -> None:
+    rows = leaderboard.read()
+    assert leaderboard.page(rows) == leaderboard.PAGE.read_text()
+    assert leaderboard.PICTURE.is_file()
+    assert {row.task for row in rows} == {task for task, _ in leaderboard.TASKS}
+
+
+def test_the_table_below_kvtc_is_that_of_the_leaderboard() -> None:
+    lines = leaderboard.composed(leaderboard.read())
+    assert len(lines) > 8
+    page = (leaderboard.ROOT / "docs/composing.md").read_text()
+    assert "\n".join(lines) in page
+
+
+def test_every_divergence_in_the_page_on_composing_is_in_a_result() -> None:
+    results = leaderboard.RESULTS.glob("**/results.md")
+    known = set(re.findall(r"\d\.\d{4}\b", "".join(path.read_text() for path in results)))
+    page = (leaderboard.ROOT / "docs/composing.md").read_text()
+    quoted = set(re.findall(r"\d\.\d{4}\b", page))
+    assert len(quoted) > 50
+    assert quoted - known == set()
