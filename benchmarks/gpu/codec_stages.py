@@ -34,7 +34,7 @@ def main() -> None:
     device = torch.device(args.device)
     torch.backends.cuda.matmul.allow_tf32 = args.tf32
     for case in _cases(args):
-        with SideStream(device).to_end():  # nvCOMP refuses the default stream
+        with SideStream(device).to_end():  # as in serving
             row = measure(case, device, args.precision, args.rounds, args.stages)
         append(args.out, [row | {"tf32": args.tf32}], device)
 

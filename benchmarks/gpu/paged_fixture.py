@@ -80,10 +80,7 @@ class PagedFixture:
         ]
 
     def encode(self, chunk_tokens: int) -> list[Blob]:
-        """Encode everything. Raises what `encode_staged` returns as an error.
-
-        Not on the default stream, see `NvcompDeflate`.
-        """
+        """Encode everything. Raises what `encode_staged` returns as an error."""
         results = self.codec.encode_staged(self.codec.stage(self.stores(chunk_tokens)))
         blobs: list[Blob] = []
         for result in results:

@@ -33,7 +33,7 @@ def main() -> None:
     if args.tiny:
         shape, layers, ratio, tokens = "tiny", 2, 4.0, 16
     chunk = 8 if args.tiny else 128
-    with SideStream(device).to_end():  # nvCOMP refuses the default stream
+    with SideStream(device).to_end():  # as in serving
         fixture = PagedFixture(shape, layers, ratio, tokens, device)
         loads = fixture.loads(chunk, fixture.encode(chunk))
         _profile("load", lambda: fixture.codec.load(loads, chunk), device, args.rounds)

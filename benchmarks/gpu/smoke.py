@@ -46,7 +46,7 @@ def main() -> None:
     failed = 0
     for name, check in checks:
         try:
-            with SideStream(device).to_end():  # nvCOMP refuses the default stream
+            with SideStream(device).to_end():  # as in serving
                 found = check(device)
             print(f"ok      {name}: {found}", flush=True)
         except Exception:

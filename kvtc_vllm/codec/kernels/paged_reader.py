@@ -5,7 +5,8 @@ A load is cut into waves of chunks: while the device works on one, the host veri
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, wait
 from functools import lru_cache, partial
 
 import numpy as np
@@ -136,7 +137,8 @@ class PagedKvtcReader(KvtcCodec):
             self.block_size,
             tokens,
         )
-        sound = self._checksums(uploads)
+        tasks = self._begin_checksums(uploads)
+        sound = (right for task in tasks for right in task.result())
         verified: dict[int, VerifiedBlob] = {}
         failed: dict[int, ContainerError] = {}
         try:
@@ -146,18 +148,19 @@ class PagedKvtcReader(KvtcCodec):
                         verified[place] = self._check(*chunks[place], tokens, good)
                     except ContainerError as error:
                         failed[place] = error
-                sent = None
-                if self._units.reads_on_device:
-                    with thread.copying.after(begin):
-                        uploads.send(part)
-                        sent = Event(self.device)
                 own = {i: verified[i] for i in range(part.start, part.stop) if i in verified}
                 if part is parts[-1]:
                     # Needed last, so another thread has time for them.
                     reading = host_threads().submit(self._read_sinks, verified, slots)
                 step = self._step(own, chunks, part, tokens, slots)
-                if step is not None:
-                    failed |= decoding.decode(step, partial(self._units.open, uploads, own), sent)
+                if step is None:
+                    continue
+                sent = None
+                if self._units.reads_on_device:
+                    with thread.copying.after(begin):
+                        uploads.send(part)
+                        sent = Event(self.device)
+                failed |= decoding.decode(step, partial(self._units.open, uploads, own), sent)
             sinks, sink_slots, damaged = reading.result()
             failed |= damaged
             # Last: all that follows on this stream would wait for the point, too.
@@ -167,11 +170,13 @@ class PagedKvtcReader(KvtcCodec):
                 self._write_sinks(sinks, sink_slots)
             return decoding.damaged() | failed
         except BaseException:
+            # What is begun writes into memory of this thread that the next load uses again.
+            wait(tasks)
             thread.copying.synchronize()
             thread.stream.synchronize()
             raise
 
-    def _checksums(self, uploads: UploadedBlobs) -> Iterator[bool]:
+    def _begin_checksums(self, uploads: UploadedBlobs) -> list[Future[list[bool]]]:
         """Whether each blob's is right, in order; on the host's threads, which stage the sound.
 
         Here they do nothing for which they would wait for each other.
@@ -185,8 +190,7 @@ class PagedKvtcReader(KvtcCodec):
                         uploads.stage(place)
             return found
 
-        for found in host_threads().map(check, shares(len(uploads.views))):
-            yield from found
+        return [host_threads().submit(check, places) for places in shares(len(uploads.views))]
 
     def _check(self, chunk: LoadChunk, blob: Blob, tokens: int, has_checksum: bool) -> VerifiedBlob:
         """Raises ContainerError if the blob is not that of the chunk, at any ratio."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from tests.codec.kernels.paged_caches import paged_cache
 from tests.codec.kernels.requests import Load
 from tests.codec.synthetic import SyntheticModel
 
-from kvtc_vllm.codec.kernels import decoder, paged_reader  # isort: skip
+from kvtc_vllm.codec.kernels import decoder, paged_reader, uploads  # isort: skip
 from kvtc_vllm.codec.kernels.paged_codec import PagedKvtcCodec  # isort: skip
+from kvtc_vllm.codec.kernels.verified import has_checksum  # isort: skip
 
 MODEL = SyntheticModel(
     num_layers=2, num_kv_heads=1, head_size=4, head_size_v=4, layer_groups=((0, 1), (1, 2))
@@ -139,3 +141,52 @@ def test_sinks_cross_pinned_memory(
     assert codec.load(loads, TOKENS) == [None, None]
     assert decoded == [torch.device("cpu")]
     assert seen.count((4, 2 * 4)) == 2
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_failed_load_leaves_nobody_writing_into_memory_of_the_next(
+    artifact: Any, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec, loads = make(artifact, device)
+    many = loads * 6
+    checked: list[int] = []
+
+    def slow(blob: Any) -> bool:
+        time.sleep(0.01)
+        checked.append(1)
+        return has_checksum(blob)
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(paged_reader, "has_checksum", slow)
+    monkeypatch.setattr(codec, "_check", fail)
+    with pytest.raises(RuntimeError, match="kernel image"):
+        codec.load(many, TOKENS)
+    assert len(checked) == len(many)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_is_not_decoded_is_not_sent(
+    artifact: Any, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody would wait for the copy."""
+    codec, loads = make(artifact, device)
+    sent: list[slice] = []
+    send = uploads.UploadedBlobs.send
+
+    def noted(self: Any, blobs: slice) -> None:
+        sent.append(blobs)
+        send(self, blobs)
+
+    monkeypatch.setattr(uploads.UploadedBlobs, "send", noted)
+    monkeypatch.setattr(paged_reader, "FIRST_WAVE", TOKENS)
+    monkeypatch.setattr(paged_reader, "LARGEST_WAVE", TOKENS)
+    monkeypatch.setattr(type(codec._units), "reads_on_device", True)
+    (load, blob), second = loads
+    damaged = bytes([blob[0] ^ 1]) + blob[1:]
+    first, other = codec.load([(load, damaged), second], TOKENS)
+    assert first is not None
+    assert first.reason == "magic"
+    assert other is None
+    assert sent == [slice(1, 2)]

@@ -40,7 +40,7 @@ SCALES = {"k": torch.tensor([0.3, 1.0, 0.02]), "v": torch.tensor([0.07, 0.11, 3.
 
 @pytest.fixture(autouse=True)
 def side_stream(request):
-    """As in serving: nvCOMP refuses the default stream."""
+    """As in serving, which uses no default stream."""
     device = getattr(request.node, "callspec", None) and request.node.callspec.params.get("device")
     with SideStream(torch.device(device or "cpu")).to_end():
         yield
