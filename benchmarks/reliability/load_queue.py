@@ -1,6 +1,6 @@
 """A burst of stored prompts: what each request waits, against the same burst without the tier.
 
-    python -m benchmarks.reliability.load_queue [--requests 64] [--out FILE.json]
+    python -m benchmarks.reliability.load_queue [--requests 32] [--rounds 3] [--out FILE.json]
 
 One engine on the CPU with the reference model and its artifact at 8x. All prompts are in the tier
 and in no block of vLLM's, and are asked for at once, three times: computed (every request opts out
@@ -204,7 +204,7 @@ def _summary(bursts: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 def main() -> None:
     """Measure, print, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("load_queue.json"))
     args = parser.parse_args()

@@ -167,6 +167,7 @@ def _disk(size: int, policy: str) -> Row:
 def disk(size: int) -> Row:
     """Sparse files of 20 KB in one namespace."""
     from kvtc_vllm.tiers.disk import DiskStore
+    from kvtc_vllm.tiers.disk.store import LISTED_FROM
     from tests.reliability.blobs import NAMESPACE, blob_of
     from tests.reliability.blobs import key_of as blob_key
 
@@ -183,6 +184,14 @@ def disk(size: int) -> Row:
         row["scan, elapsed s"] = time.perf_counter() - began
         row["pause in a scan, ms"] = _pause(lambda: _take(store.scan()))
         row["others wait for the lock in a scan, elapsed ms"] = _lock_wait(root, store.scan)
+        if size >= LISTED_FROM:
+            until = time.monotonic() + 600
+            row["list of files, s"] = cpu(lambda: store.keep_list(until))
+            began = time.perf_counter()
+            row["scan with a list, s"] = cpu(store.scan)
+            row["scan with a list, elapsed s"] = time.perf_counter() - began
+            wait = _lock_wait(root, store.scan)
+            row["others wait for the lock in a scan with a list, elapsed ms"] = wait
         keys = [blob_key(number) for number in range(400)]
         blobs = [blob_of(key) for key in keys]
         write = iter(zip(keys, blobs, strict=True))

@@ -27,7 +27,7 @@ from kvtc_vllm.tiers.disk.store import LISTED_FROM
 from kvtc_vllm.tiers.keys import RecordKey
 
 NAMESPACE = bytes(16)
-WARM_ROUNDS = 5
+WARM_ROUNDS = 3
 COLD_ROUNDS = 2
 
 

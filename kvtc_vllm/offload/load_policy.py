@@ -221,6 +221,8 @@ class LoadPolicy:
     def forget(self, request_id: str) -> None:
         """Drop what is known of a request that ended; its load may still run."""
         self._late.discard(request_id)
+        if request_id in self._running:
+            self._running[request_id] = self._running[request_id]._replace(late=None)
         self._put_off.pop(request_id, None)
         self._begun.forget(request_id)
         self._begun_instead.forget(request_id)

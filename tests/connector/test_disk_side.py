@@ -27,6 +27,8 @@ from kvtc_vllm.offload.namespace import Namespace, open_in_time
 from kvtc_vllm.offload.stats import Stats
 from kvtc_vllm.offload.worker import KVTCWorker
 from kvtc_vllm.tiers.disk import DISK_REASONS, DiskError, DiskStore, FileSystem
+from kvtc_vllm.tiers.disk import store as disk_store
+from kvtc_vllm.tiers.disk.layout import LIST_FILE
 from tests.connector.fakes import BLOCK, geometry
 from tests.reliability import disk as on_disk
 from tests.reliability.blobs import NAMESPACE, OTHER_NAMESPACE, blob_of, key_of
@@ -653,3 +655,41 @@ def test_a_disk_that_fails_for_good_misses_everything(tmp_path: Path, kind: str)
     filesystem = FaultyFileSystem(FAULTS[kind], len(counting.calls), lasting=True)
     found = session(tmp_path / "tier", filesystem)
     assert (found["loaded"], found["missed"]) == (0, 2)
+
+
+# ------------------------------------------------------------ the list of files
+
+
+def list_of(root: Path) -> Path:
+    return root / NAMESPACE.hex() / LIST_FILE
+
+
+def test_the_list_of_files_is_written_now_and_then_and_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk_store, "LISTED_FROM", 1)
+    side = open_side(tmp_path)
+    side.write(key_of(1), blob_of(key_of(1)), 0)
+    assert gather(side, lambda news: bool(news.stored)).errors == {}
+    assert not list_of(tmp_path).exists()
+    side.close((), 5)
+    assert list_of(tmp_path).exists()
+    list_of(tmp_path).unlink()
+    monkeypatch.setattr(disk_module, "FIRST_LIST_SECONDS", 0.0)
+    side = open_side(tmp_path)
+    assert len(side.inventory()) == 1
+    try:
+        gather(side, lambda news: list_of(tmp_path).exists())
+    finally:
+        side.close((), 5)
+
+
+def test_what_nobody_can_name_again_gets_no_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk_store, "LISTED_FROM", 1)
+    made = namespace(tmp_path, own=True)
+    made.store.write(key_of(1), blob_of(key_of(1)))
+    made.keep_list(time.monotonic() + 9)
+    assert not list_of(tmp_path).exists()
+    made.leave()

@@ -304,3 +304,17 @@ def test_those_who_waited_in_vain_begin_in_portions_too() -> None:
     gate.load_ended("c")
     assert not gate.still_later("b")
     assert gate.decide("b", 1000) is Way.COMPUTE
+
+
+def test_nothing_is_kept_of_a_request_that_ended_before_its_load() -> None:
+    clock = Clock()
+    gate = fed(load=0.1, prefill=0.2, clock=clock)
+    gate.load_planned("gone", 1000)
+    gate.computation_begins("gone", 1000, instead=True)
+    gate.forget("gone")
+    clock.now += 9
+    gate.load_ended("gone")
+    assert asked(gate, "gone")
+    assert not asked(fed(load=0.3, prefill=0.2), "other")
+    kept = (gate._late, gate._running, gate._put_off, gate._begun.tokens, gate._queued)
+    assert not any(kept)

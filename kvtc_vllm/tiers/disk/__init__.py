@@ -46,9 +46,9 @@ cap: the ledger, and modification times as recency. Room is made by removing the
 used chunks of any namespace; those of the own one are handed to the caller (`take_evicted`).
 A caller alone on its root that keeps its own index under the same capacity and calls
 `remove` for its victims never reaches this second line, so its policy (LRU, ARC) decides.
-Sizes are counted in whole 4 KiB blocks, which is what they take; directories, the ledger and
-the records (a few MiB), and the list of files (0.3 % of chunks of 20 KB) are not counted. The minimum of free space is kept in the same way, so the
-tier shrinks when something else fills the disk.
+Sizes are counted in whole 4 KiB blocks, which is what they take; directories, the ledger, the
+records (a few MiB) and the list of files (0.3 % of chunks of 20 KB) are not counted. The minimum of
+free space is kept in the same way, so the tier shrinks when something else fills the disk.
 The ledger is never below the truth: bytes are entered before they are
 written and taken off after they are unlinked. A process that dies leaves it too high; every
 `scan`, and the survey of the root whenever an evictor has run out of candidates, corrects it. Both
