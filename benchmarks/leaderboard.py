@@ -114,7 +114,8 @@ def page(rows: Sequence[Row]) -> str:
         "tokens were swept on documents of the tuning part ([sweep]"
         "(../benchmarks/quality/smollm2/field/sweep/README.md)); codecs have those of their "
         "papers. "
-        "`kvtc eval MODEL --quick` measures every method on any model, on few short prompts.",
+        "`kvtc eval MODEL --quick` measures every method on any model, on few short prompts: for "
+        "[the stand-in](../benchmarks/quality/quick/results.md) in two minutes of one core.",
         "",
     ]
     return "\n".join(text)
