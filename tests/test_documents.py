@@ -169,8 +169,15 @@ def test_the_table_of_store_policies_is_the_committed_one() -> None:
     page = (ROOT / "docs" / "configuration.md").read_text()
     rows = json.loads((ROOT / "benchmarks/results/store_policy.json").read_text())["rows"]
     found: dict[tuple[str, float], list[str]] = {}
+    bursts: dict[int, list[str]] = {}
     for row in rows:
-        if row["policy"] in ("raw eager", "eager", "auto", "auto exclusive"):
+        if row["trace"] == "bursts":
+            counts = (row["encoded_chunks"], row["no_room_chunks"])
+            cell = ", ".join(f"{count:,.0f}" for count in counts)
+            bursts.setdefault(row["memory_chunks"], []).append(
+                f"{100 * row['hit_share']:.1f} %, {cell}"
+            )
+        elif row["policy"] in ("raw eager", "eager", "auto", "auto exclusive"):
             cell = f"{100 * row['hit_share']:.1f} %, {row['encoded_chunks']:,.0f}"
             again = row["reencoded_chunks"]
             cell += f" ({again:,.0f} again)" if again else ""
@@ -178,6 +185,9 @@ def test_the_table_of_store_policies_is_the_committed_one() -> None:
     assert len(found) == 12
     for (trace, size), cells in found.items():
         assert f"| {trace}, {size}x | {' | '.join(cells)} |" in page
+    assert len(bursts) == 3
+    for memory, cells in bursts.items():
+        assert f"| {memory} chunks | {' | '.join(cells)} |" in page
     assert all(row["lost_chunks"] == 0 for row in rows)
 
 
