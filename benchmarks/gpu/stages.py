@@ -11,7 +11,7 @@ from benchmarks.gpu.paged_fixture import PagedFixture
 from benchmarks.gpu.report import seconds
 from kvtc_vllm.codec.artifact import KINDS
 from kvtc_vllm.codec.base import Blob
-from kvtc_vllm.codec.container import parse, section_tables
+from kvtc_vllm.codec.container import parse
 from kvtc_vllm.codec.kernels.chunks import RowLayout
 from kvtc_vllm.codec.kernels.numeric import product
 from kvtc_vllm.codec.kernels.paged import block_slots, within
@@ -123,10 +123,9 @@ def _inflate_seconds(fixture: PagedFixture, blobs: list[Blob], rounds: int) -> f
     placed: list[tuple[int, int, int]] = []
     end = 0
     for index, blob in enumerate(blobs):
-        sections = parse(blob).sections
-        tables = section_tables(memoryview(blob), len(sections))
-        verified[index] = VerifiedBlob(memoryview(blob), 0, tables)
-        for number, section in enumerate(sections):
+        info = parse(blob)
+        verified[index] = VerifiedBlob.of(blob, info)
+        for number, section in enumerate(info.sections):
             if section.kind <= 1:
                 placed.append((index, number, end))
                 end += section.raw_length

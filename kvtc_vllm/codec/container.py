@@ -270,11 +270,6 @@ class SectionTables(NamedTuple):
         """Of a row of `sections`."""
         return _SECTION_ROW
 
-    @staticmethod
-    def entry_bytes() -> int:
-        """Bytes of a row in a container."""
-        return _SECTION.size
-
 
 def section_tables(blob: memoryview, sections: int) -> SectionTables:
     """Of a container that `parse` has accepted. sections: how many it has."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 
 class Setting(NamedTuple):
@@ -17,6 +17,8 @@ class Setting(NamedTuple):
 
 Settings = Mapping[str, Setting]
 """By name."""
+KEEP = Setting(1 / 8, 1 / 1024, 1)
+"""Share of the tokens that stay or are read; the default is that of the KVTC paper's comparison."""
 
 
 def parse(text: str) -> tuple[str, dict[str, float]]:
@@ -54,3 +56,23 @@ def resolve(name: str, known: Settings, given: Mapping[str, float]) -> dict[str,
             )
     wanted = {key: given.get(key, setting.value) for key, setting in known.items()}
     return {key: int(value) if known[key].whole else value for key, value in wanted.items()}
+
+
+class Budgeted:
+    """A method with a budget of tokens. Instances have no state.
+
+    given: values of `settings`, by name. Raises ValueError for others.
+    """
+
+    name: ClassVar[str]
+    """Key in the registry of its kind."""
+    source: ClassVar[str]
+    """Paper, and the settings followed."""
+    settings: ClassVar[Settings] = {"keep": KEEP}
+
+    def __init__(self, **given: float) -> None:
+        self.values = resolve(self.name, self.settings, given)
+
+    def budget(self, tokens: int) -> int:
+        """How many of `tokens` (at least 1) it may keep or read for a layer's head; at least 1."""
+        return max(1, int(tokens * self.values["keep"]))

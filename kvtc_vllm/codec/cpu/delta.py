@@ -39,7 +39,15 @@ from kvtc_vllm.codec.cpu.level_coder import (
 )
 from kvtc_vllm.codec.cpu.packed_levels import Levels, pack_levels, take_tokens, unpack_levels
 from kvtc_vllm.codec.cpu.rows import Integers
-from kvtc_vllm.codec.entropy import UNIT_BYTES, EntropyCoder, Unit, UnitList, aligned, unit_lengths
+from kvtc_vllm.codec.entropy import (
+    UNIT_BYTES,
+    EntropyCoder,
+    Unit,
+    UnitList,
+    aligned,
+    padded,
+    unit_lengths,
+)
 from kvtc_vllm.codec.errors import CodecError, ContainerError
 from kvtc_vllm.codec.marks import unpack_marks
 from kvtc_vllm.codec.section_coder import read_body
@@ -119,7 +127,7 @@ class DeltaCoder:
                 part_of = (section.kind, section.group)
                 if plan is None:
                     body = bytes(new.body(section))
-                    part = _table(section.units) + body.ljust(aligned(len(body)), b"\0")
+                    part = _table(section.units) + padded(body)
                 else:
                     levels = new.levels(*part_of)
                     if self._stored(plan, levels) != (
@@ -194,7 +202,7 @@ class DeltaCoder:
                 raise ContainerError("bounds", "the difference holds what is no level")
             table, body = self._stored(plan, levels)
             tables.append(table)
-            bodies.append(body.ljust(aligned(len(body)), b"\0"))
+            bodies.append(padded(body))
         content = b"".join((head, *tables, *bodies))
         if checksum(content) != expected:
             raise ContainerError("checksum", "the difference does not give its blob back")

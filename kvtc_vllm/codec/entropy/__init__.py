@@ -17,6 +17,7 @@ from kvtc_vllm.codec.entropy.base import (
     aligned,
     cut_units,
     max_stored_bytes,
+    padded,
     unit_lengths,
 )
 from kvtc_vllm.codec.entropy.deflate_cpu import DEFLATE, DeflateCoder
@@ -47,5 +48,6 @@ __all__ = [
     "aligned",
     "cut_units",
     "max_stored_bytes",
+    "padded",
     "unit_lengths",
 ]

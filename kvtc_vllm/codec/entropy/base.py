@@ -37,6 +37,11 @@ def aligned(length: Bytes) -> Bytes:
     return -(-length // UNIT_ALIGNMENT) * UNIT_ALIGNMENT
 
 
+def padded(stored: bytes) -> bytes:
+    """The bytes with zeros up to the unit alignment."""
+    return stored.ljust(aligned(len(stored)), b"\0")
+
+
 @dataclass(frozen=True)
 class Unit:
     """Sizes of one unit in bytes, 1 <= stored_length <= raw_length <= MAX_UNIT_BYTES.

@@ -21,6 +21,7 @@ from kvtc_vllm.codec.entropy.base import (
     Unit,
     aligned,
     length_parts,
+    padded,
     unit_size,
 )
 from kvtc_vllm.codec.errors import ContainerError
@@ -67,7 +68,7 @@ class DeflateCoder:
                 raw = stream[start : start + size]
                 stored = self.encode_unit(raw)
                 units.append(Unit(len(raw), len(stored)))
-                pieces.append(stored.ljust(aligned(len(stored)), b"\0"))
+                pieces.append(padded(stored))
         return EncodedSection(tuple(units), b"".join(pieces))
 
     def encode_unit(self, raw: bytes) -> bytes:

@@ -18,7 +18,7 @@ from kvtc_vllm.codec.container import (
     build_header,
     checksum,
 )
-from kvtc_vllm.codec.entropy import UnitList, aligned, unit_lengths
+from kvtc_vllm.codec.entropy import UnitList, padded, unit_lengths
 from kvtc_vllm.codec.errors import CodecError
 from kvtc_vllm.codec.kernels.chunks import shares
 from kvtc_vllm.codec.kernels.deflate_nvcomp import host_threads
@@ -60,10 +60,7 @@ class BlobPlan:
             for section in exact
         ]
         tables = [UnitList.of(unit_lengths(section.encoded.units)).table for section in exact]
-        bodies = [
-            section.encoded.body.ljust(aligned(len(section.encoded.body)), b"\0")
-            for section in exact
-        ]
+        bodies = [padded(section.encoded.body) for section in exact]
         head = (
             build_header(header, len(exact) + coded),
             *map(build_entry, entries),

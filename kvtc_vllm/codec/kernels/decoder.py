@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvtc_vllm.codec.artifact import KINDS, Kind
+from kvtc_vllm.codec.artifact import Kind
 from kvtc_vllm.codec.errors import ContainerError
 from kvtc_vllm.codec.kernels.chunks import RowLayout
 from kvtc_vllm.codec.kernels.numeric import product
@@ -68,7 +68,7 @@ class DecodeWorkspace:
 
         Raises torch.OutOfMemoryError.
         """
-        keys = list(resident.plans)
+        keys = resident.keys
         payload = sum(resident.tables(*key, (tokens,)).payload_stride for key in keys)
         most = most_chunks * tokens
         row = max(resident.geometry.row_size(*key) for key in keys)
@@ -141,7 +141,7 @@ class Decoder:
         flags = self._workspace.flags[self._flags : self._flags + count + step.layout.num_rows]
         self._flags += len(flags)
         offset = 0
-        for key in _keys(self._resident):
+        for key in self._resident.keys:
             offset = self._decode_section(step, *key, side, offset, flags)
         self._free[side] = Event(device)
         self._steps.append(step)
@@ -171,7 +171,7 @@ class Decoder:
         """Where the payloads of all sections of a step go, section after section."""
         lengths, members = step.layout.lengths, np.array(step.layout.members, np.int64)
         strides = np.array(
-            [self._resident.tables(*key, lengths).payload_stride for key in _keys(self._resident)],
+            [self._resident.tables(*key, lengths).payload_stride for key in self._resident.keys],
             np.int64,
         )
         count = len(members)
@@ -215,7 +215,3 @@ class Decoder:
             overflowed=flags[chunks:] if rows.dtype == torch.float16 else None,
         )
         return end
-
-
-def _keys(resident: ResidentArtifact) -> list[tuple[int, Kind]]:
-    return [(group, tensor) for group in resident.layer_groups for tensor in KINDS]

@@ -29,6 +29,8 @@ from kvtc_vllm.codec.entropy.base import (
     UnitList,
     aligned,
     cut_units,
+    padded,
+    unit_size,
 )
 from kvtc_vllm.codec.entropy.deflate_cpu import DEFLATE
 from kvtc_vllm.codec.entropy.unit_table import Lengths, UnitTable, checked_table
@@ -290,16 +292,15 @@ def nvcomp_or_none() -> NvcompDeflate | None:
 
 def encode_on_threads(streams: Sequence[bytes]) -> EncodedSection:
     """What `DEFLATE.encode` gives, one host thread per unit."""
-    pieces = []
-    for stream in streams:
-        first = 0
-        for size in cut_units([len(stream)]):
-            pieces.append(stream[first : first + size])
-            first += size
+    pieces = [
+        stream[first : first + size]
+        for stream in streams
+        for size in (unit_size(len(stream)),)
+        for first in range(0, len(stream), size)
+    ]
     coded = list(host_threads().map(DEFLATE.encode_unit, pieces))
     sizes = [(len(raw), len(stored)) for raw, stored in zip(pieces, coded, strict=True)]
-    body = b"".join(stored.ljust(aligned(len(stored)), b"\0") for stored in coded)
-    return EncodedSection(tuple(Unit(*pair) for pair in sizes), body)
+    return EncodedSection(tuple(Unit(*pair) for pair in sizes), b"".join(map(padded, coded)))
 
 
 def decode_on_threads(units: Sequence[Unit], body: memoryview, raw_length: int) -> bytearray:

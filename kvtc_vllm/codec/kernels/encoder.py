@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kvtc_vllm.codec.artifact import KINDS, Kind
+from kvtc_vllm.codec.artifact import Kind
 from kvtc_vllm.codec.container import section_rows
 from kvtc_vllm.codec.entropy import DEFLATE, UNIT_BYTES, UnitList, aligned
 from kvtc_vllm.codec.entropy.unit_table import Lengths
@@ -103,9 +103,7 @@ def _encode_step(
 ) -> EncodedStep:
     device = next(iter(rows.values())).device
     chunks, lengths = len(layout.members), layout.lengths
-    keys: list[tuple[int, Kind]] = [
-        (group, tensor) for group in resident.layer_groups for tensor in KINDS
-    ]
+    keys = resident.keys
     tables = [resident.tables(*key, lengths) for key in keys]
     strides = np.array([t.payload_stride for t in tables], np.int64)
     ends = (strides * chunks).cumsum()

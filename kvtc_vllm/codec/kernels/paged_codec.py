@@ -46,13 +46,7 @@ from kvtc_vllm.codec.streams import upload
 class PagedKvtcCodec(PagedKvtcReader):
     """`KvtcCodec` that works on batches, straight from and to one paged cache.
 
-    Only what the given ratio needs is resident: blobs of other ratios of the artifact are
-    refused. cache: of the artifact's geometry, fp8 elements viewed as such, without scales: those
-    are the artifact's (`self.cache` has them). block_size: tokens per scheduler block. precision:
-    of the operands of matrix products. workspace_bytes: device memory that every thread that
-    encodes or loads may take beside the resident artifact and the staged rows; work is cut to
-    fit. coder: None for the best that works on the device. Raises ValueError if the cache is of
-    another geometry, and what `TransformCodec` raises.
+    Made as `PagedKvtcReader` is. workspace_bytes bounds what encoding takes, too.
     """
 
     def staging_bytes(self, tokens: int) -> int:

@@ -15,7 +15,7 @@ import torch
 
 from kvtc_vllm.codec.artifact import KINDS, Kind, RankArtifact, at_ratio
 from kvtc_vllm.codec.base import Blob, read_section
-from kvtc_vllm.codec.container import NO_FINGERPRINT, section_tables
+from kvtc_vllm.codec.container import NO_FINGERPRINT
 from kvtc_vllm.codec.errors import ContainerError
 from kvtc_vllm.codec.kernels import decoder
 from kvtc_vllm.codec.kernels.chunks import LoadChunk, RowLayout, shares, steps, waves
@@ -203,9 +203,7 @@ class PagedKvtcReader(KvtcCodec):
             found = self._expected_head(tokens, sinks).match(blob, sinks, own)
             if found is not None:
                 return found
-        info = self._verified(blob, chunk.start, tokens, chunk.key)
-        view = memoryview(blob)
-        return VerifiedBlob(view, info.header.sinks, section_tables(view, len(info.sections)))
+        return VerifiedBlob.of(blob, self._verified(blob, chunk.start, tokens, chunk.key))
 
     def _head_of(self, tokens: int, sinks: int) -> ExpectedHead:
         return ExpectedHead.of(self._sections_of(tokens, sinks, self.ratio))

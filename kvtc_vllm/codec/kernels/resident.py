@@ -226,6 +226,11 @@ class ResidentArtifact:
     def layer_groups(self) -> range:
         return range(len(self.geometry.layer_groups))
 
+    @property
+    def keys(self) -> list[tuple[int, Kind]]:
+        """Of all sections, in the order of the container."""
+        return [(group, tensor) for group in self.layer_groups for tensor in KINDS]
+
     def columns(self, layer_group: int, tensor: Kind) -> slice:
         """Where the layer group lies in a row of all layers."""
         first, end = self.geometry.layer_groups[layer_group]

@@ -15,7 +15,7 @@ import torch
 
 from kvtc_vllm.codec.base import read_section
 from kvtc_vllm.codec.container import Section, SectionTables
-from kvtc_vllm.codec.entropy import DEFLATE, MAX_UNIT_BYTES, aligned
+from kvtc_vllm.codec.entropy import DEFLATE, MAX_UNIT_BYTES, aligned, padded
 from kvtc_vllm.codec.entropy.unit_table import CheckedUnits, Lengths, SectionBody, unsound_units
 from kvtc_vllm.codec.errors import ContainerError
 from kvtc_vllm.codec.kernels.deflate_nvcomp import (
@@ -119,7 +119,7 @@ class HostUnitCoder:
 def _deflate(piece: memoryview) -> tuple[int, bytes]:
     """Stored length and padded bytes of one unit."""
     stored = DEFLATE.encode_unit(bytes(piece))
-    return len(stored), stored.ljust(aligned(len(stored)), b"\0")
+    return len(stored), padded(stored)
 
 
 class _HostUnits:

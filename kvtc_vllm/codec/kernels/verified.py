@@ -17,6 +17,7 @@ from kvtc_vllm.codec.base import Blob, ExpectedSection
 from kvtc_vllm.codec.container import (
     CHECKSUM_BYTES,
     HEADER_BYTES,
+    ContainerInfo,
     Header,
     Section,
     SectionEntry,
@@ -26,9 +27,9 @@ from kvtc_vllm.codec.container import (
     checksum,
     section_tables,
 )
-from kvtc_vllm.codec.entropy import DEFLATE, UNIT_BYTES, UnitList, aligned
+from kvtc_vllm.codec.entropy import DEFLATE, UNIT_ALIGNMENT, UNIT_BYTES, UnitList, aligned
 
-_ENTRY = SectionTables.entry_bytes()
+_ENTRY = SectionTables.row_dtype().itemsize
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,12 @@ class VerifiedBlob:
     sinks: int
     """Exact leading tokens. Their section is the first, if there are any."""
     tables: SectionTables
+
+    @classmethod
+    def of(cls, blob: Blob, info: ContainerInfo) -> VerifiedBlob:
+        """info: what `parse` made of the blob."""
+        view = memoryview(blob)
+        return cls(view, info.header.sinks, section_tables(view, len(info.sections)))
 
     @cached_property
     def offsets(self) -> npt.NDArray[np.int64]:
@@ -109,11 +116,15 @@ class ExpectedHead:
         found = np.frombuffer(view, np.uint8, count * _ENTRY, HEADER_BYTES).reshape(-1, _ENTRY)
         if not np.array_equal(found & self.fixed, self.entries):
             return None
-        rows = np.frombuffer(view, SectionTables.row_dtype(), count, HEADER_BYTES)
+        tables = section_tables(view, count)
+        rows = tables.sections
         stored = rows["stored_length"].astype(np.int64)
-        body = end + int(rows["units"].sum()) * UNIT_BYTES
-        fits = body + int(stored.sum()) + CHECKSUM_BYTES == len(view)
+        fits = tables.body + int(stored.sum()) + CHECKSUM_BYTES == len(view)
         # Sections of ours need no padding: their last unit has its own.
-        if not fits or (stored % 4).any() or (rows["units"] > rows["raw_length"]).any():
+        if (
+            not fits
+            or (stored % UNIT_ALIGNMENT).any()
+            or (rows["units"] > rows["raw_length"]).any()
+        ):
             return None
-        return VerifiedBlob(view, sinks, section_tables(view, count))
+        return VerifiedBlob(view, sinks, tables)

@@ -5,14 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
-from kvtc_vllm.evaluation.settings import Setting, Settings, resolve
+from kvtc_vllm.evaluation.settings import Budgeted, Setting
 
-KEEP = Setting(1 / 8, 1 / 1024, 1)
-"""Share of the tokens that stay; the default is that of the KVTC paper's comparison."""
 OBSERVED = 32
 """Newest queries whose attention is also known apart: SnapKV's observation window."""
 WINDOW = Setting(OBSERVED, 1, OBSERVED, whole=True)
@@ -55,24 +52,8 @@ def window_share(budget: int, window: int) -> int:
     return min(window, budget // 2)
 
 
-class Eviction(ABC):
-    """Chooses tokens by attention alone. Instances have no state.
-
-    given: values of `settings`, by name. Raises ValueError for others.
-    """
-
-    name: ClassVar[str]
-    """Key in `kvtc_vllm.evaluation.eviction.EVICTIONS`."""
-    source: ClassVar[str]
-    """Paper, and the settings followed."""
-    settings: ClassVar[Settings] = {"keep": KEEP}
-
-    def __init__(self, **given: float) -> None:
-        self.values = resolve(self.name, self.settings, given)
-
-    def budget(self, seen: int) -> int:
-        """Tokens a layer's KV head may keep of `seen` (at least 1); at least 1."""
-        return max(1, int(seen * self.values["keep"]))
+class Eviction(Budgeted, ABC):
+    """Chooses tokens by attention alone. Listed in `kvtc_vllm.evaluation.eviction.EVICTIONS`."""
 
     @abstractmethod
     def select(self, attention: Attention, budget: int) -> torch.Tensor:

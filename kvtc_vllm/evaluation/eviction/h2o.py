@@ -6,8 +6,8 @@ from typing import ClassVar
 
 import torch
 
-from kvtc_vllm.evaluation.eviction.base import KEEP, Attention, Eviction
-from kvtc_vllm.evaluation.settings import Setting, Settings
+from kvtc_vllm.evaluation.eviction.base import Attention, Eviction
+from kvtc_vllm.evaluation.settings import KEEP, Setting, Settings
 
 
 class H2O(Eviction):

@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from kvtc_vllm.evaluation.eviction.base import KEEP, WINDOW, Attention, Eviction, window_share
-from kvtc_vllm.evaluation.settings import Setting, Settings
+from kvtc_vllm.evaluation.eviction.base import WINDOW, Attention, Eviction, window_share
+from kvtc_vllm.evaluation.settings import KEEP, Setting, Settings
 
 
 class SnapKV(Eviction):

@@ -5,12 +5,9 @@ python -m kvtc_vllm.evaluation.processes.run_prefixes JOB.json
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from tqdm import tqdm
 
@@ -32,12 +29,10 @@ from kvtc_vllm.evaluation.prefixes.evicted import Evicted
 from kvtc_vllm.evaluation.prefixes.recalled import Recalled
 from kvtc_vllm.evaluation.prefixes.runner import PrefixRunner
 from kvtc_vllm.evaluation.processes.carrier import artifact_of
+from kvtc_vllm.evaluation.processes.outcomes import Found, outcomes_so_far, write_outcomes
 from kvtc_vllm.evaluation.processes.run_method import document_names, make_sessions
 from kvtc_vllm.evaluation.recall import RECALLS
 from kvtc_vllm.evaluation.tasks import Session
-
-Found = dict[str, tuple[list[Record], StoredBytes]]
-"""By method, of one workload."""
 
 
 def run(job: SharedJob, tokenizer: Any) -> Iterator[list[Outcome]]:
@@ -46,25 +41,13 @@ def run(job: SharedJob, tokenizer: Any) -> Iterator[list[Outcome]]:
     documents = document_names(work)
     window, chunk_tokens = job.methods[0].window, job.methods[0].chunk_tokens
     runner = PrefixRunner(job.model, {m.name: open_method(m, job.model) for m in job.methods})
-    records: dict[str, list[Record]] = {method.name: [] for method in job.methods}
-    stored: dict[str, list[StoredBytes]] = {method.name: [] for method in job.methods}
     prompts = sum(len(session.turns) for _, sessions in work for session in sessions)
     with tqdm(total=prompts, desc="prefixes", unit="prompt", mininterval=2.0) as bar:
-        for workload, sessions in work:
-            found = _run(runner, workload, sessions, window, chunk_tokens, bar)
-            for name, (own, size) in found.items():
-                records[name] += own
-                stored[name].append(size)
-            yield [
-                Outcome(
-                    method=method,
-                    records=records[method.name],
-                    stored=stored[method.name],
-                    skipped=skipped,
-                    documents=documents,
-                )
-                for method in job.methods
-            ]
+        found = (
+            _run(runner, workload, sessions, window, chunk_tokens, bar)
+            for workload, sessions in work
+        )
+        yield from outcomes_so_far(job, found, skipped=skipped, documents=documents)
 
 
 def open_method(method: Method, model: str) -> PrefixMethod:
@@ -125,17 +108,5 @@ def _run(
     }
 
 
-def main() -> None:
-    """Read the job, run it, write the outcomes after each workload, whole or not at all."""
-    from transformers import AutoTokenizer
-
-    job = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=SharedJob)
-    out = Path(job.out)
-    for outcomes in run(job, AutoTokenizer.from_pretrained(job.model)):
-        unfinished = out.with_suffix(".part")
-        unfinished.write_bytes(msgspec.msgpack.encode(outcomes))
-        unfinished.replace(out)
-
-
 if __name__ == "__main__":
-    main()
+    write_outcomes(run)

@@ -5,17 +5,16 @@ python -m kvtc_vllm.evaluation.processes.run_shared JOB.json
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from tqdm import tqdm
 
 from kvtc_vllm.evaluation.job import Outcome, Record, SharedJob, StoredBytes, Workload
 from kvtc_vllm.evaluation.methods import Method
 from kvtc_vllm.evaluation.processes.carrier import SHARED, carrier
+from kvtc_vllm.evaluation.processes.outcomes import Found, outcomes_so_far, write_outcomes
 from kvtc_vllm.evaluation.processes.run_method import (
     Work,
     by_chunk,
@@ -27,9 +26,6 @@ from kvtc_vllm.evaluation.replay.round_trips import TURN
 from kvtc_vllm.evaluation.replay.two_passes import batches, exact_pass, replay_pass
 from kvtc_vllm.evaluation.tasks import Session
 
-Found = dict[str, tuple[list[Record], StoredBytes]]
-"""By method, of one workload."""
-
 
 def run(job: SharedJob, tokenizer: Any) -> Iterator[list[Outcome]]:
     """Run the workloads of a job in this process; after each, an outcome per method so far.
@@ -38,29 +34,16 @@ def run(job: SharedJob, tokenizer: Any) -> Iterator[list[Outcome]]:
     """
     work, skipped = make_sessions(job, tokenizer)
     documents = document_names(work)
-    names = [method.name for method in job.methods]
-    records: dict[str, list[Record]] = {name: [] for name in names}
-    stored: dict[str, list[StoredBytes]] = {name: [] for name in names}
     prompts = sum(len(session.turns) for _, sessions in work for session in sessions)
     with (
-        tqdm(total=(1 + len(names)) * prompts, desc=SHARED, unit="prompt", mininterval=2.0) as bar,
+        tqdm(
+            total=(1 + len(job.methods)) * prompts, desc=SHARED, unit="prompt", mininterval=2.0
+        ) as bar,
         scratch() as directory,
     ):
         method = carrier(job.methods, job.model, directory)
-        for found in _run(job, method, work, directory, bar):
-            for name, (own, size) in found.items():
-                records[name] += own
-                stored[name].append(size)
-            yield [
-                Outcome(
-                    method=one,
-                    records=records[one.name],
-                    stored=stored[one.name],
-                    skipped=skipped,
-                    documents=documents,
-                )
-                for one in job.methods
-            ]
+        found = _run(job, method, work, directory, bar)
+        yield from outcomes_so_far(job, found, skipped=skipped, documents=documents)
 
 
 def _run(job: SharedJob, method: Method, work: Work, directory: Path, bar: Any) -> Iterator[Found]:
@@ -105,17 +88,5 @@ def _replay_all(
     }
 
 
-def main() -> None:
-    """Read the job, run it, write the outcomes after each workload, whole or not at all."""
-    from transformers import AutoTokenizer
-
-    job = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=SharedJob)
-    out = Path(job.out)
-    for outcomes in run(job, AutoTokenizer.from_pretrained(job.model)):
-        unfinished = out.with_suffix(".part")
-        unfinished.write_bytes(msgspec.msgpack.encode(outcomes))
-        unfinished.replace(out)
-
-
 if __name__ == "__main__":
-    main()
+    write_outcomes(run)

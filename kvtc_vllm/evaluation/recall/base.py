@@ -5,12 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
-from kvtc_vllm.evaluation.eviction.base import KEEP, Attention
-from kvtc_vllm.evaluation.settings import Settings, resolve
+from kvtc_vllm.evaluation.eviction.base import Attention
+from kvtc_vllm.evaluation.settings import Budgeted
 
 STORED_BYTES = 2
 """Of a key or value element, as in a bfloat16 cache."""
@@ -39,24 +38,10 @@ def cache_bytes(*tensors: torch.Tensor) -> int:
     return sum(tensor.numel() for tensor in tensors) * STORED_BYTES
 
 
-class Recall(ABC):
-    """Keeps all tokens, and lets queries read some. Instances have no state.
-
-    given: values of `settings`, by name. Raises ValueError for others.
+class Recall(Budgeted, ABC):
+    """Keeps all tokens, and lets queries read some. Listed in
+    `kvtc_vllm.evaluation.recall.RECALLS`.
     """
-
-    name: ClassVar[str]
-    """Key in `kvtc_vllm.evaluation.recall.RECALLS`."""
-    source: ClassVar[str]
-    """Paper, and the settings followed."""
-    settings: ClassVar[Settings] = {"keep": KEEP}
-
-    def __init__(self, **given: float) -> None:
-        self.values = resolve(self.name, self.settings, given)
-
-    def budget(self, cached: int) -> int:
-        """Tokens that one query reads of `cached` (at least 1); at least 1."""
-        return max(1, int(cached * self.values["keep"]))
 
     @abstractmethod
     def store(

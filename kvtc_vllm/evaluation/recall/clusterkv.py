@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from kvtc_vllm.evaluation.eviction.base import KEEP, Attention
+from kvtc_vllm.evaluation.eviction.base import Attention
 from kvtc_vllm.evaluation.recall.base import STORED_BYTES, Recall, RecalledLayer, cache_bytes
-from kvtc_vllm.evaluation.settings import Setting, Settings
+from kvtc_vllm.evaluation.settings import KEEP, Setting, Settings
 
 
 class ClusterKV(Recall):

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 
 from kvtc_vllm.codec.quantizers.base import to_fp16
-from kvtc_vllm.evaluation.eviction.base import KEEP, Attention
+from kvtc_vllm.evaluation.eviction.base import Attention
 from kvtc_vllm.evaluation.recall.base import STORED_BYTES, Recall, RecalledLayer, cache_bytes
-from kvtc_vllm.evaluation.settings import Setting, Settings
+from kvtc_vllm.evaluation.settings import KEEP, Setting, Settings
 
 GROUP = 64
 """Elements that share a scale: tokens of a key channel, channels of a value."""

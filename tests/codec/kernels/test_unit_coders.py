@@ -15,7 +15,6 @@ from kvtc_vllm.codec.container import (
     SectionKind,
     build,
     parse,
-    section_tables,
 )
 from kvtc_vllm.codec.entropy import DEFLATE, RAW, EncodedSection, Unit, aligned
 from kvtc_vllm.codec.entropy.unit_table import checked_table
@@ -64,14 +63,8 @@ def opened(coder, blobs):
     for index in range(len(blobs)):
         uploads.stage(index)
     uploads.send(slice(0, len(blobs)))
-    verified = {index: checked(b) for index, b in enumerate(blobs)}
+    verified = {index: VerifiedBlob.of(b, parse(b)) for index, b in enumerate(blobs)}
     return coder.open(uploads, verified)
-
-
-def checked(blob):
-    """A blob that was verified."""
-    view = memoryview(blob)
-    return VerifiedBlob(view, 0, section_tables(view, len(parse(blob).sections)))
 
 
 def placed(*sections):
