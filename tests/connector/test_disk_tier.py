@@ -91,7 +91,8 @@ def test_a_vanished_or_damaged_directory_costs_only_time(
         path.write_bytes(content)
     with engine(reference_model, extra(directory)) as llm:
         assert greedy(llm, prompts[:1], 12) == expected[:1]
-        shutil.rmtree(directory)
+        while directory.exists():  # the tier's writer may put a file into what is being removed
+            shutil.rmtree(directory, ignore_errors=True)
         assert greedy(llm, prompts[1:2], 12) == expected[1:2]
         found = metrics(llm)
     assert found["kvtc_loaded_tokens"] == 0
