@@ -32,7 +32,7 @@ OLD_TESTS := tests/connector/test_contract.py tests/connector/test_restart.py \
 	tests/reliability/live/test_store_policy.py
 
 .PHONY: help setup setup-old test test-old test-families test-joint check check-kernels soak demo demo-quick serving \
-	docs check-deploy release reference clean
+	docs check-deploy release newcomer reference clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -90,8 +90,11 @@ docs: setup  ## the documents as a site in build/site; needs the extra docs
 check-deploy: setup  ## Kubernetes manifests, Dockerfile and compose file; needs the extra deploy
 	$(RUN) tools.manifests $(if $(CHART),--chart $(CHART))
 
-release: setup  ## sdist and wheel in dist/, checked, and tried without the source tree
+release: setup  ## sdist and wheel in dist/, checked, installed, and the demo run from the wheel
 	$(RUN) tools.release
+
+newcomer: setup  ## walks the quick start in an empty directory; MODEL=DIR TEXTS=DIR
+	$(RUN) tools.newcomer --model $(MODEL) --texts $(TEXTS)
 
 reference: setup  ## the pages and the dashboard that are made from the code
 	$(RUN) tools.reference

@@ -89,6 +89,7 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "docker": check_files,
     "git": check_nothing,
     "cd": check_nothing,
+    "export": check_nothing,
 }
 
 

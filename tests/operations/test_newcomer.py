@@ -1,0 +1,43 @@
+"""The walk through the quick start: which commands, in which shell, and what stops it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tools import newcomer
+
+NAMES = {"REPOSITORY": "r", "MODEL": "m", "texts/": "t", "64GiB": "1GiB"}
+
+
+def test_the_page_has_the_whole_way() -> None:
+    page = newcomer.PAGE.read_text()
+    found = [newcomer.filled(block, NAMES) for block in newcomer.blocks(page)]
+    starts = ["git clone r ", "pip install", "make setup", "kvtc calibrate m --data t "]
+    starts += ["kvtc doctor m", "vllm serve m ", "kvtc bench http://localhost:8000"]
+    assert [block.startswith(start) for block, start in zip(found, starts, strict=True)] == [
+        True
+    ] * len(starts)
+    assert newcomer.SMALL_CACHE in page
+    assert found[5].rstrip().endswith(newcomer.SMALL_CACHE)
+    assert "memory_bytes=1GiB" in found[5]
+
+
+def test_folder_and_exports_hold_for_the_next_commands(tmp_path: Path) -> None:
+    commands = ["mkdir a && cd a\nexport WHAT='so it is'\n", 'echo "$WHAT" > b\n']
+    assert [step["commands"] for step in newcomer.walk(commands, tmp_path)] == [
+        block.strip() for block in commands
+    ]
+    assert (tmp_path / "a" / "b").read_text() == "so it is\n"
+
+
+def test_a_command_that_fails_ends_the_walk_and_is_told(tmp_path: Path) -> None:
+    with pytest.raises(newcomer.WalkError, match=r"(?s)'echo why; false; touch x' failed.*why"):
+        list(newcomer.walk(["echo why; false; touch x\n"], tmp_path))
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_server_that_ends_is_told(tmp_path: Path) -> None:
+    with pytest.raises(newcomer.WalkError, match=r"(?s)did not start.*vllm"):
+        list(newcomer.walk(["vllm serve /nowhere; vllm-is-not-this\n"], tmp_path))
