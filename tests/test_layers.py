@@ -77,23 +77,30 @@ PARTS = (
         "msgspec, torch, xxhash",
     ),
     Part(
+        "vllm_cache",
+        "vLLM's paged cache as serving and calibration read it: releases, cache groups, element "
+        "types, pages, RoPE tables",
+        "codec, codec/kernels, offload",
+        "torch, vllm",
+    ),
+    Part(
         "connector",
-        "the seam to vLLM: connector, start-up, paged layout, transfers, RoPE, identity, metrics",
-        "codec, codec/kernels, tiers, tiers/disk, artifact, config, offload",
+        "the seam to vLLM: connector, start-up, transfers, identity, metrics",
+        "codec, codec/kernels, tiers, tiers/disk, artifact, config, offload, vllm_cache",
         "msgspec, torch, vllm, xxhash",
     ),
     Part(
         "calibration",
         "what only fitting needs: documents, capture, spool, sensitivity, PCA, fit, acceptance, "
         "writing, report",
-        "codec, artifact, offload, connector",
+        "codec, artifact, offload, vllm_cache",
         "datasets, matplotlib, msgspec, numpy, safetensors, torch, tqdm, transformers, vllm, "
         "xxhash",
     ),
     Part(
         "lmcache",
         "the codec below LMCache's server: serde, adapter, positions, settings",
-        "codec, artifact, config, offload, connector",
+        "codec, artifact, config, offload, vllm_cache",
         "lmcache, msgspec, prometheus_client, torch, xxhash, yaml",
     ),
     Part(
@@ -119,7 +126,7 @@ PARTS = (
         "cli",
         "`kvtc artifacts`, `bench`, `calibrate`, `config`, `doctor`, `eval`, `fit`, `gc`, "
         "`inspect`, `plan`, `publish`, `verify`",
-        "codec, tiers, tiers/disk, artifact, config, connector, calibration, lmcache, evaluation, "
+        "codec, tiers, tiers/disk, artifact, config, vllm_cache, calibration, lmcache, evaluation, "
         "load_test, planning",
         "msgspec, torch, yaml",
     ),

@@ -123,7 +123,7 @@ def _watched_registration() -> Iterator[None]:
     collector's list once it has started.
     """
     from kvtc_vllm.connector import connector
-    from kvtc_vllm.connector.layout import paged_layouts
+    from kvtc_vllm.vllm_cache.layout import paged_layouts
 
     build_worker = connector.build_worker
 
@@ -146,7 +146,7 @@ def registered(
     vllm_config: Any, names: tuple[str, ...], caches: dict[str, torch.Tensor]
 ) -> dict[str, Any]:
     """The paged caches, the attention that reads them, and the model's RoPE tables."""
-    from kvtc_vllm.connector.rotary import find_ropes
+    from kvtc_vllm.vllm_cache.rotary import find_ropes
 
     ropes, layer_rope = find_ropes(vllm_config, names)
     tensors = list(caches.values())

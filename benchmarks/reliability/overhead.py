@@ -8,6 +8,9 @@ round. Two workloads: prompts that never come back, of which every chunk is stor
 few prompts that stay in vLLM's own cache. A round is several batches without a pause, during
 which the encoder never runs out of work; what it still has to do afterwards is done before the
 next engine's turn, and in nobody's time. Writes overhead.json beside itself.
+
+`--before TREE` adds the same connectors of another checkout, one with this same script, as
+"memory, before" and so on, and each ratio of ours to its older self.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 MODEL = ROOT / "tests" / "reference_model" / "model"
 BASE = "no connector"
+BEFORE = ", before"
 WARM_UP_ROUNDS = 2
 PROMPT_TOKENS, OUTPUT_TOKENS, PROMPTS = 640, 16, 16
 VOCABULARY = 2000
@@ -56,14 +60,14 @@ def variants(directory: str) -> dict[str, dict[str, Any] | None]:
 
 
 class Engine:
-    """An engine in a process of its own."""
+    """An engine in a process of its own, of the checkout `tree`."""
 
-    def __init__(self, model: Path, extra: dict[str, Any] | None) -> None:
+    def __init__(self, model: Path, extra: dict[str, Any] | None, tree: Path = ROOT) -> None:
         command = [sys.executable, "-m", "benchmarks.reliability.overhead", "--model", str(model)]
         self._process = subprocess.Popen(
             [*command, "--child", json.dumps(extra)],
-            cwd=ROOT,
-            env={**os.environ, **ENVIRONMENT},
+            cwd=tree,
+            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(tree)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -152,11 +156,16 @@ def measure(engines: dict[str, Engine], rounds: int) -> dict[str, Any]:
                 rates[name].append(engines[name].run(workload, number))
         kept = {name: values[WARM_UP_ROUNDS:] for name, values in rates.items()}
         results[workload] = {name: summary(values, kept[BASE]) for name, values in kept.items()}
+        for name, values in kept.items():
+            if name + BEFORE in kept:
+                ratio = summary(values, kept[name + BEFORE])
+                del ratio["tokens_per_second"]
+                results[workload][f"{name}: now over before"] = ratio
     return results
 
 
 def summary(rates: list[float], base: list[float]) -> dict[str, Any]:
-    """Median rate, and the ratio to the engine without a connector with its spread."""
+    """Median rate, and the ratio to another engine, round by round, with its spread."""
     ratios = sorted(ours / theirs for ours, theirs in zip(rates, base, strict=True))
     return {
         "tokens_per_second": round(statistics.median(rates), 1),
@@ -167,12 +176,19 @@ def summary(rates: list[float], base: list[float]) -> dict[str, Any]:
     }
 
 
+def commit(tree: Path) -> str:
+    """What is checked out there."""
+    command = ["git", "-C", str(tree), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
 def main() -> None:
     """Measure and write overhead.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=HERE / "overhead.json")
+    parser.add_argument("--before", type=Path, metavar="TREE", help="another checkout")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child is not None:
@@ -181,15 +197,26 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="kvtc-overhead-") as directory:
         load = os.getloadavg()
         engines = {}
-        for name, extra in variants(directory).items():
+        for name, extra in variants(f"{directory}/now").items():
             engines[name] = Engine(args.model, extra)
-            engines[name].wait_until_ready()
+        if args.before:
+            for name, extra in variants(f"{directory}/before").items():
+                if extra is not None:
+                    engines[name + BEFORE] = Engine(args.model, extra, args.before.resolve())
+        for engine in engines.values():
+            engine.wait_until_ready()
         results = measure(engines, args.rounds)
         counters = {name: engines[name].counters() for name in engines if name != BASE}
         for engine in engines.values():
             engine.close()
     report = {
-        "command": f"python -m benchmarks.reliability.overhead --rounds {args.rounds}",
+        "command": f"python -m benchmarks.reliability.overhead --rounds {args.rounds}"
+        + (" --before TREE" if args.before else ""),
+        "commits": {
+            label: commit(tree)
+            for label, tree in (("now", ROOT), ("before", args.before))
+            if tree is not None
+        },
         "model": args.model.name if args.model != MODEL else "tests/reference_model/model",
         "batch": f"{PROMPTS} prompts of {PROMPT_TOKENS} tokens, {OUTPUT_TOKENS} generated",
         "batches_a_round": BATCHES,

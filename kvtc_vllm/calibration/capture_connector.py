@@ -28,14 +28,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from kvtc_vllm.artifact.directory import group_directory
 from kvtc_vllm.calibration.spool import DTYPES, SpoolHeader, SpoolWriter
-from kvtc_vllm.connector.cache_dtype import is_fp8
-from kvtc_vllm.connector.compat import UnsupportedError, check_version, vllm_version
-from kvtc_vllm.connector.geometry import layer_number, read_geometry
-from kvtc_vllm.connector.layout import paged_layouts
-from kvtc_vllm.connector.live_model import LiveModel
-from kvtc_vllm.connector.rotary import find_ropes
 from kvtc_vllm.offload.block_tables import BlockTables
 from kvtc_vllm.offload.geometry import CacheGroup, codec_geometry
+from kvtc_vllm.vllm_cache.cache_dtype import is_fp8
+from kvtc_vllm.vllm_cache.compat import UnsupportedError, check_version, vllm_version
+from kvtc_vllm.vllm_cache.geometry import layer_number, read_geometry
+from kvtc_vllm.vllm_cache.layout import paged_layouts
+from kvtc_vllm.vllm_cache.live_model import LiveModel
+from kvtc_vllm.vllm_cache.rotary import find_ropes
 
 
 @dataclass

@@ -103,29 +103,35 @@ class Differentiable:
             raise GRADIENTS.unusable(self.directory, error) from error
         wanted = {layer: shape.leaves(prefix) for shape in shapes for layer in shape.places}
         found = [tuple(leaf.shape) for leaf in leaves]
-        if found != [leaf for layer in sorted(wanted) for leaf in wanted[layer]]:
+        pairs = list(zip(found[::2], found[1::2], strict=True))
+        order = sorted(wanted)
+        if len(pairs) != len(order) or any(
+            sorted(pair) != sorted(wanted[layer]) for pair, layer in zip(pairs, order, strict=False)
+        ):
             captured = ", ".join(
                 f"{shape.layers} of {shape.leaves(prefix)[0]} and {shape.leaves(prefix)[1]}"
                 for shape in shapes
             )
+            first = f", the first of K {found[0]} and V {found[1]}" if found else ""
             raise GRADIENTS.unusable(
                 self.directory,
-                f"its cache has {len(found) // 2} layers, the first of K {found[0]} and V "
-                f"{found[1]}; captured were {captured}",
+                f"its cache has {len(pairs)} layers of attention{first}; captured were {captured}",
             )
-        keys = dict(zip(sorted(wanted), range(0, len(found), 2), strict=True))
+        # transformers calls a latent K and its rotated key V, which are our V and K.
+        places = {
+            layer: (2 * i, 2 * i + 1) if list(pair) == wanted[layer] else (2 * i + 1, 2 * i)
+            for i, (pair, layer) in enumerate(zip(pairs, order, strict=True))
+        }
         return [
-            _of_layers(leaves, gradients, [keys[layer] for layer in shape.places])
+            _of_layers(leaves, gradients, [places[layer] for layer in shape.places])
             for shape in shapes
         ]
 
     def _gradients(
         self, ids: Sequence[int], prefix: int, generator: torch.Generator
     ) -> tuple[list[torch.Tensor], Sequence[torch.Tensor]]:
-        from transformers import DynamicCache
-
         tokens = torch.tensor([list(ids)], device=self._device)
-        cache: Any = DynamicCache()
+        cache = _empty_cache(self._model)
         with torch.no_grad():
             self._model(
                 input_ids=tokens[:, :prefix],
@@ -133,25 +139,56 @@ class Differentiable:
                 use_cache=True,
                 logits_to_keep=1,
             )
-        # Without the model's configuration every layer keeps all tokens, also one with a window.
-        differentiable: Any = DynamicCache()
         leaves: list[torch.Tensor] = []
-        for number, layer in enumerate(cache.layers):
-            pair = [x.detach().clone().requires_grad_() for x in (layer.keys, layer.values)]
-            differentiable.update(*pair, number)
-            leaves += pair
-        output = self._model(input_ids=tokens[:, prefix:], past_key_values=differentiable)
+        for layer in cache.layers:
+            if hasattr(layer, "recurrent_states"):
+                _keep_states(layer)
+            if getattr(layer, "keys", None) is not None:
+                layer.keys, layer.values = pair = [
+                    x.detach().clone().requires_grad_() for x in (layer.keys, layer.values)
+                ]
+                leaves += pair
+        output = self._model(input_ids=tokens[:, prefix:], past_key_values=cache)
         likelihood = torch.log_softmax(output.logits[0].float(), dim=-1)
         chances = likelihood.detach().exp().cpu()
         labels = torch.multinomial(chances, 1, generator=generator).to(self._device)
         return leaves, torch.autograd.grad(likelihood.gather(1, labels).sum(), leaves)
 
 
+def _empty_cache(model: Any) -> Any:
+    """Every layer of attention keeps all tokens, also one with a window; recurrent ones a state."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    cache: Any = DynamicCache(config=model.config)
+    if not any(hasattr(layer, "recurrent_states") for layer in cache.layers):
+        return DynamicCache()
+    cache.layers = [
+        layer if hasattr(layer, "recurrent_states") else DynamicLayer() for layer in cache.layers
+    ]
+    return cache
+
+
+def _keep_states(layer: Any) -> None:
+    """Have a recurrent layer go on from its states without writing the new ones over them, which
+    their gradients need."""
+
+    def conv(new: torch.Tensor, state_idx: int = 0, **_: Any) -> torch.Tensor:
+        return torch.cat([layer.conv_states[state_idx], new], dim=-1)
+
+    def recurrent(new: torch.Tensor, state_idx: int = 0, **_: Any) -> torch.Tensor:
+        return new
+
+    layer.update_conv_state, layer.update_recurrent_state = conv, recurrent
+
+
 def _of_layers(
-    leaves: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], keys: Sequence[int]
+    leaves: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+    places: Sequence[tuple[int, int]],
 ) -> PrefixGradients:
-    """keys: where the keys of each layer are; its values follow."""
-    cached = torch.stack([leaves[key + 1].detach()[0].transpose(0, 1) for key in keys], dim=1)
+    """places: where K and V of each layer are."""
+    cached = torch.stack([leaves[v].detach()[0].transpose(0, 1) for _, v in places], dim=1)
     return PrefixGradients(
-        [gradients[key][0] for key in keys], [gradients[key + 1][0] for key in keys], cached
+        [gradients[k][0] for k, _ in places], [gradients[v][0] for _, v in places], cached
     )

@@ -35,9 +35,7 @@ from kvtc_vllm.calibration.sensitivity import (
 from kvtc_vllm.calibration.shards import RankRows
 from kvtc_vllm.calibration.sinks import fit_sinks
 from kvtc_vllm.calibration.spool import SpoolReader, cache_group_places
-from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.sink_rule import SinkRule
-from kvtc_vllm.offload.reach import named_reach
 
 
 @dataclass(frozen=True)
@@ -120,10 +118,6 @@ def _measured_group(place: Path, record: CaptureRecord) -> tuple[CacheShape, Sin
     readers = [SpoolReader(place / f"rank{rank}") for rank in range(record.tp_size)]
     header = readers[0].header
     geometry = header.geometry
-    try:
-        reach = named_reach(header.attention)
-    except ValueError as error:
-        raise ArtifactError(f"{readers[0].directory}/header.json: {error}") from error
     sinks = fit_sinks(RankRows(readers, 1, 0, None))
     shape = CacheShape(
         geometry.num_layers,
@@ -131,7 +125,7 @@ def _measured_group(place: Path, record: CaptureRecord) -> tuple[CacheShape, Sin
         geometry.head_size,
         geometry.head_size_v,
         numbers=header.layers,
-        reach=reach,
+        reach=readers[0].reach,
     )
     return shape, None if sinks is None else sinks.rule
 

@@ -29,6 +29,7 @@ from kvtc_vllm.calibration.rows import CapturedRows
 from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind, check_layer_rope
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.rope import Rope
+from kvtc_vllm.offload.reach import Reach, named_reach
 
 SPOOL_VERSION = 2
 DTYPES: dict[str, torch.dtype] = {
@@ -212,6 +213,8 @@ class SpoolReader(CapturedRows):
                 Rope(tables[f"rope{i}"], neox) for i, neox in enumerate(self.header.rope_neox)
             )
             _check_header(self.header, ropes)
+            self.reach: Reach = named_reach(self.header.attention)
+            """Of the attention that was captured."""
         except FileNotFoundError as error:
             raise ArtifactError(
                 f"{error.filename}: missing; the capture into {self.directory} did not finish"

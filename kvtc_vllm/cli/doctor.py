@@ -84,7 +84,7 @@ def _environment(checks: Checks) -> None:
 
 
 def _supported(vllm: str, checks: Checks) -> None:
-    from kvtc_vllm.connector.compat import UnsupportedError, check_version
+    from kvtc_vllm.vllm_cache.compat import UnsupportedError, check_version
 
     try:
         check_version(vllm)

@@ -16,10 +16,10 @@ from kvtc_vllm.artifact.identity import model_identity
 from kvtc_vllm.codec.artifact import Geometry
 from kvtc_vllm.codec.registry import CODECS, max_blob_bytes
 from kvtc_vllm.config import KVTCConfig
-from kvtc_vllm.connector.geometry import layer_number
 from kvtc_vllm.connector.stages import stage_geometry, stage_layers
 from kvtc_vllm.connector.state_transfer import state_codec
 from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup, codec_geometry
+from kvtc_vllm.vllm_cache.geometry import layer_number
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig

@@ -27,14 +27,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 from kvtc_vllm.config import KVTCConfig, load_config
 from kvtc_vllm.connector.artifact_lookup import look_up, record_bounds
 from kvtc_vllm.connector.block_reuse import block_reuse
-from kvtc_vllm.connector.compat import (
-    check_stable_hashes,
-    check_version,
-    source_of_hits,
-    vllm_version,
-)
-from kvtc_vllm.connector.geometry import read_geometry
-from kvtc_vllm.connector.latent import with_latent_ratio
+from kvtc_vllm.connector.latent_ratio import with_latent_ratio
 from kvtc_vllm.connector.messages import DiskInventory, ReportMessage, StepMessage
 from kvtc_vllm.connector.metrics import KVTCPromMetrics, KVTCStats
 from kvtc_vllm.connector.stages import world_rank
@@ -43,6 +36,13 @@ from kvtc_vllm.offload.geometry import check_budget, check_chunks, with_whole_bl
 from kvtc_vllm.offload.messages import StepMetadata
 from kvtc_vllm.offload.scheduler import KVTCScheduler
 from kvtc_vllm.offload.stats import Stats
+from kvtc_vllm.vllm_cache.compat import (
+    check_stable_hashes,
+    check_version,
+    source_of_hits,
+    vllm_version,
+)
+from kvtc_vllm.vllm_cache.geometry import read_geometry
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

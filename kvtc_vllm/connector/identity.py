@@ -23,9 +23,9 @@ from kvtc_vllm.codec.container import FORMAT_VERSION
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.config import KVTCConfig
-from kvtc_vllm.connector.compat import hash_seed_fact, vllm_version
 from kvtc_vllm.offload.geometry import CacheGeometry
 from kvtc_vllm.offload.setup_identity import SetupIdentity
+from kvtc_vllm.vllm_cache.compat import hash_seed_fact, vllm_version
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

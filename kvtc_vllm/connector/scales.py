@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvtc_vllm.codec.artifact import KINDS, Kind
-from kvtc_vllm.connector.cache_dtype import is_fp8
-from kvtc_vllm.connector.compat import UnsupportedError
 from kvtc_vllm.offload.geometry import CacheGroup
+from kvtc_vllm.vllm_cache.cache_dtype import is_fp8
+from kvtc_vllm.vllm_cache.compat import UnsupportedError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

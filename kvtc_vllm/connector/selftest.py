@@ -19,10 +19,10 @@ from kvtc_vllm.codec.artifact import KINDS, Kind, RankArtifact
 from kvtc_vllm.codec.errors import ArtifactError, CodecError
 from kvtc_vllm.codec.frame import TransformCodec
 from kvtc_vllm.codec.transform import chunk_rows, layer_scales, to_cache
-from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.offload.messages import LoadItem, StoreItem
 from kvtc_vllm.offload.transfer import Transfer
 from kvtc_vllm.tiers.keys import RecordKey
+from kvtc_vllm.vllm_cache.layout import PagedLayout
 
 logger = logging.getLogger("vllm.kvtc")
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from kvtc_vllm.config import KVTCConfig
-from kvtc_vllm.connector.cache_dtype import is_fp8
 from kvtc_vllm.offload.geometry import CacheGeometry
+from kvtc_vllm.vllm_cache.cache_dtype import is_fp8
 
 logger = logging.getLogger("vllm.kvtc")
 

@@ -23,12 +23,8 @@ from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.codec.v2.codec import ENTROPY
 from kvtc_vllm.config import ConfigError, KVTCConfig
 from kvtc_vllm.connector.artifact_lookup import Lookup
-from kvtc_vllm.connector.compat import vllm_version
 from kvtc_vllm.connector.identity import setup_identity
-from kvtc_vllm.connector.layout import paged_layouts
-from kvtc_vllm.connector.live_model import LiveModel
 from kvtc_vllm.connector.rank_artifacts import load_artifacts
-from kvtc_vllm.connector.rotary import find_ropes, joined_ropes
 from kvtc_vllm.connector.scales import find_scales, joined_scales
 from kvtc_vllm.connector.sizing import log_plan, plan_memory
 from kvtc_vllm.connector.stages import stage_layers, worker_rank
@@ -50,6 +46,10 @@ from kvtc_vllm.tiers.delta_store import DeltaStore
 from kvtc_vllm.tiers.disk import DiskError, DiskStore, NamespaceRecord
 from kvtc_vllm.tiers.memory import MemoryArena
 from kvtc_vllm.tiers.once_store import OnceStore
+from kvtc_vllm.vllm_cache.compat import vllm_version
+from kvtc_vllm.vllm_cache.layout import paged_layouts
+from kvtc_vllm.vllm_cache.live_model import LiveModel
+from kvtc_vllm.vllm_cache.rotary import find_ropes, joined_ropes
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig

@@ -17,11 +17,11 @@ from kvtc_vllm.codec.base import Blob, NewChunk, StoredChunk
 from kvtc_vllm.codec.errors import CodecError, ContainerError
 from kvtc_vllm.codec.raw import DeflatedRawCodec
 from kvtc_vllm.codec.streams import Event
-from kvtc_vllm.connector.compat import UnsupportedError
 from kvtc_vllm.connector.state_bytes import StateBytes
 from kvtc_vllm.offload.geometry import CacheGroup
 from kvtc_vllm.offload.messages import LoadItem, StoreItem
 from kvtc_vllm.offload.transfer import Staged
+from kvtc_vllm.vllm_cache.compat import UnsupportedError
 
 STATE_ELEMENT = torch.bfloat16
 """What the codec takes two bytes for."""

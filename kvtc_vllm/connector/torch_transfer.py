@@ -10,9 +10,9 @@ import torch
 from kvtc_vllm.codec.base import Blob, Coder, DecodedChunk, NewChunk, StoredChunk
 from kvtc_vllm.codec.errors import CodecError, ContainerError
 from kvtc_vllm.codec.streams import Event
-from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.offload.messages import LoadItem, StoreItem
 from kvtc_vllm.offload.transfer import Staged
+from kvtc_vllm.vllm_cache.layout import PagedLayout
 
 
 @dataclass(frozen=True)

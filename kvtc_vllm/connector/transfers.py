@@ -17,7 +17,6 @@ from kvtc_vllm.codec.frame import TransformCodec
 from kvtc_vllm.codec.registry import CODECS, open_codec
 from kvtc_vllm.codec.streams import Event, SideStream
 from kvtc_vllm.config import KVTCConfig
-from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.connector.selftest import run_self_test
 from kvtc_vllm.connector.sizing import MemoryPlan
 from kvtc_vllm.connector.torch_transfer import TorchTransfer
@@ -25,6 +24,7 @@ from kvtc_vllm.connector.warm_up import try_kernels
 from kvtc_vllm.offload.geometry import CacheGroup, codec_geometry
 from kvtc_vllm.offload.threads import thread_pool
 from kvtc_vllm.offload.transfer import Transfer
+from kvtc_vllm.vllm_cache.layout import PagedLayout
 
 logger = logging.getLogger("vllm.kvtc")
 

@@ -10,11 +10,11 @@ import logging
 import time
 
 from kvtc_vllm.codec.errors import CodecError
-from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.connector.selftest import NO_KEY, unused_blocks
 from kvtc_vllm.offload.messages import LoadItem, StoreItem
 from kvtc_vllm.offload.transfer import Transfer
 from kvtc_vllm.offload.worker import KVTCWorker
+from kvtc_vllm.vllm_cache.layout import PagedLayout
 
 logger = logging.getLogger("vllm.kvtc")
 

@@ -3,13 +3,15 @@
 For models that transformers cannot run. To second order a KL divergence is half the mean squared
 gradient of the likelihood times the energy of the noise, so the numbers are those that gradients
 give. It takes two replays per layer, and as many again for ordinary tokens if the model has sinks.
+Replays are in float32, whatever the model is served in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
@@ -37,7 +39,7 @@ from kvtc_vllm.calibration.sensitivity import (
 )
 from kvtc_vllm.calibration.shards import RankRows
 from kvtc_vllm.calibration.sinks import fit_sinks
-from kvtc_vllm.calibration.spool import SpoolReader, cache_group_places
+from kvtc_vllm.calibration.spool import SpoolHeader, SpoolReader, cache_group_places
 from kvtc_vllm.codec.artifact import KINDS, Kind
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.sink_rule import SinkRule
@@ -45,6 +47,7 @@ from kvtc_vllm.evaluation.methods import DEFAULT_CHUNK_TOKENS
 from kvtc_vllm.evaluation.processes.run_probe import CHILD, Effect, ProbeJob, ProbeOutcome
 from kvtc_vllm.evaluation.processes.suite import SuiteError, run_child
 from kvtc_vllm.evaluation.replay.noise import Noise
+from kvtc_vllm.offload.reach import Reach
 
 RELATIVE_ENERGY = 0.02
 """Energy of the noise over the variance of the layer's K or V. Enough to stand out from rounding,
@@ -53,21 +56,109 @@ little enough for the second order."""
 PROBE_SETTINGS = GradientSettings(documents=8, continuation_tokens=64)
 """Half of what gradients take: every place costs a replay of all of it."""
 
+REPLAY_DTYPE: Literal["float32"] = "float32"
+"""Of the replays, whatever the model's. In 16 bits any change of the cache changes what is rounded
+after it, and that outweighs the noise."""
+
 _VARIANCE_ROWS = 2048
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where noise is added, and whether sinks are spared."""
+    """Where noise is added, and whether sinks are spared. layer: of its cache group."""
 
     kind: Kind
     layer: int
     ordinary: bool
+    group: int = 0
 
     @property
     def name(self) -> str:
         """Of the noise in a job."""
-        return f"{self.kind}{self.layer}" + (" ordinary" if self.ordinary else "")
+        of_group = f"group {self.group} " if self.group else ""
+        return f"{of_group}{self.kind}{self.layer}" + (" ordinary" if self.ordinary else "")
+
+
+@dataclass(frozen=True)
+class ProbedGroup:
+    """A cache group of a spool of one rank. number: its place among the model's; rule: marks its
+    sinks, if it has any."""
+
+    number: int
+    directory: Path
+    header: SpoolHeader
+    reach: Reach
+    rows: CapturedRows
+    rule: SinkRule | None
+
+    @classmethod
+    def of(cls, number: int, directory: Path) -> ProbedGroup:
+        """Read its rows. Raises what `SpoolReader` does."""
+        reader = SpoolReader(directory / "rank0")
+        rows = RankRows([reader], 1, 0, None)
+        sinks = fit_sinks(rows)
+        rule = None if sinks is None else sinks.rule
+        return cls(number, directory, reader.header, reader.reach, rows, rule)
+
+    @property
+    def path(self) -> Path:
+        """Where its sensitivities go."""
+        return self.directory / SENSITIVITY_NAME
+
+    @property
+    def places(self) -> list[Place]:
+        """Every layer's K and V; once more with sinks spared if there are any."""
+        return [
+            Place(kind, layer, ordinary, self.number)
+            for ordinary in ((False,) if self.rule is None else (False, True))
+            for kind in KINDS
+            for layer in range(self.header.geometry.num_layers)
+        ]
+
+    def is_measured(self, source: SensitivitySource) -> bool:
+        """Whether the file is there and of these settings."""
+        header = self.header
+        return is_measured(
+            self.path,
+            header.geometry.num_layers,
+            header.total_kv_heads,
+            "probe",
+            source,
+            self.rule,
+        )
+
+    def noises(self, prefix: int, sink_tokens: int) -> dict[str, Noise]:
+        """By name, over the tokens of a prefix that its attention sees from there on."""
+        deviations = layer_deviations(self.rows)
+        first = max(sink_tokens, self.reach.first_needed(prefix))
+        return {
+            place.name: Noise(
+                group=self.number,
+                kind=place.kind,
+                layer=place.layer,
+                deviation=RELATIVE_ENERGY**0.5 * deviations[place.kind][place.layer],
+                first=first,
+                rule=self.rule if place.ordinary else None,
+            )
+            for place in self.places
+        }
+
+    def sensitivity(
+        self, outcome: ProbeOutcome, documents: tuple[int, ...], source: SensitivitySource
+    ) -> Sensitivity:
+        """What its noises tell."""
+        places, rule = self.places, self.rule
+        every = [place for place in places if not place.ordinary]
+        ordinary = [place for place in places if place.ordinary]
+        return Sensitivity(
+            method="probe",
+            all_tokens=average(outcome, every),
+            ordinary=None if rule is None else average(outcome, ordinary),
+            marked=None if rule is None else marked(outcome, places, rule),
+            documents=documents,
+            source=source,
+            replayed_in=REPLAY_DTYPE,
+        )
 
 
 class Probe(SensitivityMeasure):
@@ -93,74 +184,51 @@ class Probe(SensitivityMeasure):
     def measure(
         self, record: CaptureRecord, spool: Path, say: Callable[[str], None] = print
     ) -> Path:
-        """SPOOL/sensitivity.json, probed unless it is there.
+        """SPOOL/sensitivity.json, probed unless it is there; that of a further cache group lies in
+        its directory.
 
-        Raises DataError if there is too little text, ArtifactError if the engine fails or the model
-        has several cache groups.
+        Raises DataError if there is too little text, ArtifactError if the engine fails.
         """
-        groups = len(cache_group_places(spool))
-        if groups > 1:
-            raise ArtifactError(
-                f"--sensitivity probe: the model has {groups} cache groups, and noise goes into "
-                "layers of one; give --sensitivity gradient or none"
-            )
-        capture, path = self._capture, spool / SENSITIVITY_NAME
+        capture = self._capture
         texts = read_texts(capture.data, PREFILL_FACTOR * capture.tokens)
-        readers = [SpoolReader(spool / f"rank{rank}") for rank in range(record.tp_size)]
-        rows = RankRows(readers, 1, 0, None)
         source = sensitivity_source(capture, record, texts, self._settings)
-        sinks = fit_sinks(rows)
-        rule = None if sinks is None else sinks.rule
-        header = readers[0].header
-        layers = header.geometry.num_layers
-        if is_measured(path, layers, header.total_kv_heads, "probe", source, rule):
+        groups = [
+            ProbedGroup.of(number, place) for number, place in enumerate(cache_group_places(spool))
+        ]
+        path = groups[0].path
+        if all(group.is_measured(source) for group in groups):
             say(f"{path}: measured earlier with the same settings, used again")
             return path
         drawn = draw_documents(self._documents(texts, source), source)
         whole = source.prefix_tokens + source.continuation_tokens
         prefix = probe_prefix(source.prefix_tokens, min(len(d.token_ids) for d in drawn))
-        places = [
-            Place(kind, layer, ordinary)
-            for ordinary in ((False,) if rule is None else (False, True))
-            for kind in KINDS
-            for layer in range(layers)
-        ]
-        deviations = layer_deviations(rows)
         job = ProbeJob(
             model=capture.model,
             documents=[d.token_ids[:whole] for d in drawn],
             prefix_tokens=prefix,
             noises={
-                place.name: Noise(
-                    kind=place.kind,
-                    layer=place.layer,
-                    deviation=RELATIVE_ENERGY**0.5 * deviations[place.kind][place.layer],
-                    sink_tokens=source.sink_tokens,
-                    rule=rule if place.ordinary else None,
-                )
-                for place in places
+                name: noise
+                for group in groups
+                for name, noise in group.noises(prefix, source.sink_tokens).items()
             },
-            engine=capture.engine,
+            engine=replay_options(capture.engine),
             out="",
         )
         try:
             outcome = run_child(CHILD, "probe", job, ProbeOutcome)
         except SuiteError as error:
-            raise ArtifactError(f"--sensitivity probe: {error}") from error
+            raise ArtifactError(
+                f"--sensitivity probe: replays in {REPLAY_DTYPE} failed; give --sensitivity "
+                f"gradient or none if this model cannot run in it: {error}"
+            ) from error
         weakest = min(effect.kl for effect in outcome.effects.values())
         say(
-            f"probed {len(places)} places on {len(drawn)} documents; KL without noise "
+            f"probed {len(job.noises)} places on {len(drawn)} documents; KL without noise "
             f"{outcome.floor:.2g} nats, with the least effective {weakest:.2g}"
         )
-        found = Sensitivity(
-            method="probe",
-            all_tokens=average(outcome, [p for p in places if not p.ordinary]),
-            ordinary=None if rule is None else average(outcome, [p for p in places if p.ordinary]),
-            marked=None if rule is None else marked(outcome, places, rule),
-            documents=tuple(d.doc for d in drawn),
-            source=source,
-        )
-        save_sensitivity(path, found)
+        for group in groups:
+            found = group.sensitivity(outcome, tuple(d.doc for d in drawn), source)
+            save_sensitivity(group.path, found)
         return path
 
     def _documents(self, texts: Sequence[Text], source: SensitivitySource) -> list[Document]:
@@ -175,6 +243,11 @@ class Probe(SensitivityMeasure):
             limit = max_positions(AutoConfig.from_pretrained(directory, trust_remote_code=trust))
         total = PREFILL_FACTOR * capture.tokens
         return calibration_documents(texts, tokenizer, source, total, limit)
+
+
+def replay_options(engine: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the engine that replays, where `engine` is what captured: all in `REPLAY_DTYPE`."""
+    return {**engine, "dtype": REPLAY_DTYPE, "kv_cache_dtype": "auto"}
 
 
 def probe_prefix(wanted: int, shortest: int) -> int:

@@ -22,7 +22,7 @@ from kvtc_vllm.codec.artifact import Geometry
 from kvtc_vllm.codec.container import DTYPE_CODES
 
 if TYPE_CHECKING:
-    from kvtc_vllm.connector.layout import PagedLayout
+    from kvtc_vllm.vllm_cache.layout import PagedLayout
 
 
 class LayoutRefused(Exception):
@@ -150,7 +150,7 @@ def load_page_reader() -> None:
     """
     try:
         for name in (
-            "kvtc_vllm.connector.layout",
+            "kvtc_vllm.vllm_cache.layout",
             "vllm._custom_ops",
             "vllm.v1.attention.backends.cpu_attn",
         ):
@@ -162,9 +162,9 @@ def load_page_reader() -> None:
 def _paged_layout(pages: torch.Tensor, geometry: Geometry, page_tokens: int) -> PagedLayout:
     """pages: [L, blocks, H, tokens, D + Dv], any strides. Raises LayoutRefused."""
     load_page_reader()
-    from kvtc_vllm.connector.compat import UnsupportedError
-    from kvtc_vllm.connector.layout import PagedLayout
     from kvtc_vllm.offload.geometry import CacheGroup
+    from kvtc_vllm.vllm_cache.compat import UnsupportedError
+    from kvtc_vllm.vllm_cache.layout import PagedLayout
 
     names = tuple(f"layers.{i}" for i in range(geometry.num_layers))
     group = CacheGroup(

@@ -16,7 +16,6 @@ import torch
 from kvtc_vllm.codec.errors import CONTAINER_REASONS
 from kvtc_vllm.codec.raw import RawCodec
 from kvtc_vllm.config import load_config
-from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.connector.torch_transfer import TorchTransfer
 from kvtc_vllm.offload import disk_worker as disk_module
 from kvtc_vllm.offload.disk_worker import DiskNews, DiskWorker
@@ -29,6 +28,7 @@ from kvtc_vllm.offload.worker import KVTCWorker
 from kvtc_vllm.tiers.disk import DISK_REASONS, DiskError, DiskStore, FileSystem
 from kvtc_vllm.tiers.disk import store as disk_store
 from kvtc_vllm.tiers.disk.layout import LIST_FILE
+from kvtc_vllm.vllm_cache.layout import PagedLayout
 from tests.connector.fakes import BLOCK, geometry
 from tests.reliability import disk as on_disk
 from tests.reliability.blobs import NAMESPACE, OTHER_NAMESPACE, blob_of, key_of

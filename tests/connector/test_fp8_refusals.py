@@ -13,10 +13,10 @@ pytest.importorskip("vllm")
 
 from vllm.platforms import current_platform
 
-from kvtc_vllm.connector.cache_dtype import cache_dtype
-from kvtc_vllm.connector.compat import UnsupportedError
 from kvtc_vllm.connector.scales import find_scales
 from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup
+from kvtc_vllm.vllm_cache.cache_dtype import cache_dtype
+from kvtc_vllm.vllm_cache.compat import UnsupportedError
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 GROUP = CacheGroup(("layers.0", "layers.1"), 32, 2, 64, 64, E4M3)

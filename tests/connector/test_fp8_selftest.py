@@ -13,10 +13,10 @@ from kvtc_vllm.codec.artifact import RankArtifact
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.connector import selftest
-from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.connector.selftest import run_self_test
 from kvtc_vllm.connector.torch_transfer import TorchTransfer
 from kvtc_vllm.offload.geometry import CacheGroup
+from kvtc_vllm.vllm_cache.layout import PagedLayout
 from tests.codec.synthetic import SyntheticModel
 
 pytestmark = pytest.mark.skipif(

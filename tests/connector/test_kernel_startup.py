@@ -16,9 +16,9 @@ from kvtc_vllm.codec.artifact import at_ratio
 from kvtc_vllm.codec.kernels import paged_reader
 from kvtc_vllm.config import load_config
 from kvtc_vllm.connector import transfers
-from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.connector.sizing import MemoryPlan
 from kvtc_vllm.connector.transfers import FoundArtifact, build_transfer, on_own_thread
+from kvtc_vllm.vllm_cache.layout import PagedLayout
 from tests.codec.kernels.fake_cuda import CUDA, FakeCuda
 from tests.codec.synthetic import SyntheticModel
 from tests.connector.fakes import BLOCK, geometry

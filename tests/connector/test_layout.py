@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from kvtc_vllm.connector.compat import UnsupportedError, check_version
-from kvtc_vllm.connector.geometry import layer_number
-from kvtc_vllm.connector.layout import PagedLayout, _PackedOrder
 from kvtc_vllm.offload.geometry import CacheGroup
+from kvtc_vllm.vllm_cache.compat import UnsupportedError, check_version
+from kvtc_vllm.vllm_cache.geometry import layer_number
+from kvtc_vllm.vllm_cache.layout import PagedLayout, _PackedOrder
 
 GEOMETRY = CacheGroup(
     layer_names=("layers.0", "layers.1", "layers.2"),

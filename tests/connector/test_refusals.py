@@ -11,7 +11,7 @@ import pytest
 from kvtc_vllm.artifact.registry import ENVIRONMENT_VARIABLE, shipped_registry
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.config import ConfigError
-from kvtc_vllm.connector.compat import UnsupportedError
+from kvtc_vllm.vllm_cache.compat import UnsupportedError
 from tests.connector.engine import engine
 
 pytestmark = pytest.mark.vllm

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from kvtc_vllm.cli import main as kvtc
-from kvtc_vllm.connector.compat import UnsupportedError, check_stable_hashes, vllm_version
 from kvtc_vllm.tiers.disk import OsFileSystem
+from kvtc_vllm.vllm_cache.compat import UnsupportedError, check_stable_hashes, vllm_version
 from tests.connector.conversations import COUNT, TOKENS
 from tests.connector.engine import engine, greedy, metrics, texts
 

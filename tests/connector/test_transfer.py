@@ -11,11 +11,11 @@ import torch
 from kvtc_vllm.codec.errors import CodecError
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.config import load_config
-from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.connector.torch_transfer import TorchTransfer
 from kvtc_vllm.offload.messages import LoadItem, LoadJob, StepMetadata, StoreItem
 from kvtc_vllm.offload.names import Names
 from kvtc_vllm.offload.worker import KVTCWorker
+from kvtc_vllm.vllm_cache.layout import PagedLayout
 from tests.codec.synthetic import SyntheticModel
 from tests.connector.fakes import BLOCK, geometry
 

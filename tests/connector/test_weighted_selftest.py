@@ -12,10 +12,10 @@ from kvtc_vllm.artifact.rank_file import Probe
 from kvtc_vllm.codec.artifact import RankArtifact
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.kvtc import KvtcCodec
-from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.connector.selftest import run_self_test
 from kvtc_vllm.connector.torch_transfer import TorchTransfer
 from kvtc_vllm.offload.geometry import CacheGroup
+from kvtc_vllm.vllm_cache.layout import PagedLayout
 from tests.codec.synthetic import SyntheticModel
 
 MODEL = SyntheticModel(num_layers=2, num_kv_heads=2, head_size=32)

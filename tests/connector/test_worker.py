@@ -15,7 +15,6 @@ from kvtc_vllm.codec.base import ChunkCodec
 from kvtc_vllm.codec.errors import CodecError
 from kvtc_vllm.codec.raw import RawCodec
 from kvtc_vllm.config import load_config
-from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.connector.sizing import divide
 from kvtc_vllm.connector.torch_transfer import TorchTransfer
 from kvtc_vllm.offload.adapters import LoadedAdapters
@@ -34,6 +33,7 @@ from kvtc_vllm.offload.names import Names
 from kvtc_vllm.offload.weights import WeightsWatch
 from kvtc_vllm.offload.worker import KVTCWorker
 from kvtc_vllm.tiers.blob_store import MemoryStore
+from kvtc_vllm.vllm_cache.layout import PagedLayout
 from tests.connector.fakes import BLOCK, FakeLora, geometry
 from tests.connector.test_adapters import Manager, loaded
 

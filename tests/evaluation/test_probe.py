@@ -15,15 +15,16 @@ import pytest
 import torch
 
 from kvtc_vllm.calibration.capture import CaptureSettings, capture_rows
-from kvtc_vllm.calibration.documents import DataError
+from kvtc_vllm.calibration.documents import DataError, Document
 from kvtc_vllm.calibration.gradients import GradientSettings, spool_sensitivity
 from kvtc_vllm.calibration.sensitivity import Sensitivity, load_sensitivity
-from kvtc_vllm.calibration.spool import SpoolReader
+from kvtc_vllm.calibration.spool import SpoolReader, SpoolWriter
 from kvtc_vllm.calibration.weights import RowWeights
 from kvtc_vllm.codec.artifact import KINDS, Geometry
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.registry import open_codec
 from kvtc_vllm.codec.sink_rule import SinkRule
+from kvtc_vllm.evaluation import probe
 from kvtc_vllm.evaluation.probe import (
     Place,
     Probe,
@@ -31,16 +32,20 @@ from kvtc_vllm.evaluation.probe import (
     layer_deviations,
     marked,
     probe_prefix,
+    replay_options,
 )
 from kvtc_vllm.evaluation.processes import run_probe
 from kvtc_vllm.evaluation.processes.run_probe import Effect, ProbeJob, ProbeOutcome
 from kvtc_vllm.evaluation.replay import two_passes
-from kvtc_vllm.evaluation.replay.connector import CodecOverride
+from kvtc_vllm.evaluation.replay.connector import CodecOverride, override_codec
 from kvtc_vllm.evaluation.replay.noise import TALLY, Noise, NoiseCodec
 from kvtc_vllm.evaluation.replay.round_trips import TURN
+from kvtc_vllm.offload.geometry import CacheGroup
+from tests.calibration.toy import HEADS, LAYERS, SIZE, SIZE_V, toy_header, toy_rope
 
 GEOMETRY = Geometry(3, 2, 16, 16, ((0, 3),))
-NOISE = Noise(kind="v", layer=1, deviation=0.5, sink_tokens=4)
+CACHE_GROUP = CacheGroup(("a", "b", "c"), 16, 2, 16, 16, torch.bfloat16)
+NOISE = Noise(kind="v", layer=1, deviation=0.5, first=4)
 
 
 def chunk(seed: int = 0, tokens: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -190,6 +195,14 @@ def test_prefixes_are_whole_chunks() -> None:
         probe_prefix(640, 129)
 
 
+def test_replays_are_in_float32_whatever_the_model_is_served_in() -> None:
+    for dtype in ("bfloat16", "float16", "auto"):
+        served = {"dtype": dtype, "kv_cache_dtype": "fp8", "max_model_len": 1024}
+        wanted = {"dtype": "float32", "kv_cache_dtype": "auto", "max_model_len": 1024}
+        assert replay_options(served) == wanted
+    assert replay_options({})["dtype"] == "float32"
+
+
 def test_a_probe_needs_one_rank() -> None:
     capture = CaptureSettings(model="m", data=("d",), tp=2)
     with pytest.raises(ArtifactError, match="--sensitivity probe: needs --tp 1, not 2"):
@@ -200,7 +213,10 @@ def test_a_probe_needs_one_rank() -> None:
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_probe_and_gradients_agree(reference_model: Path, tmp_path: Path) -> None:
-    """Two ways to one number: noise in vLLM, and derivatives in transformers."""
+    """Two ways to one number: noise in vLLM, and derivatives in transformers.
+
+    Rows are captured in 16 bits. Replays in 16 bits as well would measure rounding.
+    """
     sys.path.insert(0, str(reference_model.parent))
     import data
 
@@ -215,7 +231,7 @@ def test_probe_and_gradients_agree(reference_model: Path, tmp_path: Path) -> Non
             "block_size": 32,
             "max_model_len": 1024,
             "num_gpu_blocks_override": 128,
-            "dtype": "float32",
+            "dtype": "bfloat16",
         },
     )
     spool = tmp_path / "spool"
@@ -239,6 +255,62 @@ def test_probe_and_gradients_agree(reference_model: Path, tmp_path: Path) -> Non
         for found in (probed, by_gradients)
     ]
     assert float(torch.corrcoef(torch.stack(logs))[0, 1]) > 0.8
+
+
+def test_noise_goes_into_one_cache_group() -> None:
+    """Records of others are loaded exact."""
+    wanted = CodecOverride(noise=msgspec.structs.replace(NOISE, group=1))
+    groups = [override_codec(wanted, number, CACHE_GROUP, (), (None,) * 3) for number in range(2)]
+    assert [isinstance(of_group, NoiseCodec) for of_group in groups] == [False, True]
+
+
+def test_every_cache_group_is_probed_within_its_reach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine is replaced by one in which an error costs more the later its layer comes."""
+    places = [tmp_path, tmp_path / "group1"]
+    for place, attention in zip(places, ("full", "window 9"), strict=True):
+        header = toy_header(attention=attention, layers=tuple(range(LAYERS)))
+        with SpoolWriter(place / "rank0", header, (toy_rope(),)) as writer:
+            generator = torch.Generator().manual_seed(len(attention))
+            k, v = (
+                torch.randn(64, LAYERS, HEADS, size, generator=generator).bfloat16()
+                for size in (SIZE, SIZE_V)
+            )
+            writer.append(k, v, torch.arange(4, 68), 0, False)
+    jobs: list[ProbeJob] = []
+
+    def run(child: str, name: str, job: ProbeJob, outcome: type[ProbeOutcome]) -> ProbeOutcome:
+        jobs.append(job)
+        effects = {
+            name: Effect(kl=1.0 + noise.layer + 10 * noise.group, energy=2.0, tokens=5)
+            for name, noise in job.noises.items()
+        }
+        return outcome(floor=0.0, effects=effects)
+
+    monkeypatch.setattr(probe, "run_child", run)
+    monkeypatch.setattr(probe, "read_texts", lambda *_: ["text"])
+    monkeypatch.setattr(
+        Probe, "_documents", lambda *_: [Document(n, [n] * 400, False) for n in range(3)]
+    )
+    capture = CaptureSettings(model="m", data=("d",))
+    record: Any = SimpleNamespace(source=SimpleNamespace(model="c-d"), tp_size=1)
+    settings = GradientSettings(documents=2, prefix_tokens=256, continuation_tokens=48)
+    said: list[str] = []
+    path = Probe(capture, settings).measure(record, tmp_path, said.append)
+    (job,) = jobs
+    noises = job.noises.values()
+    assert len(noises) == 2 * len(KINDS) * LAYERS
+    assert {noise.first for noise in noises if noise.group == 0} == {4}
+    assert {noise.first for noise in noises if noise.group == 1} == {256 - 9 + 1}
+    assert path == tmp_path / "sensitivity.json"
+    for number, place in enumerate(places):
+        found = load_sensitivity(place / path.name, LAYERS, HEADS)
+        wanted = [1.0 + layer + 10 * number for layer in range(LAYERS)]
+        assert [x for (x,) in found.all_tokens.keys] == wanted
+    Probe(capture, settings).measure(record, tmp_path, said.append)
+    assert len(jobs) == 1
+    assert "used again" in said[-1]
 
 
 def test_deviations_are_of_layers(tmp_path: Path) -> None:

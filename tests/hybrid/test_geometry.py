@@ -14,14 +14,14 @@ pytest.importorskip("vllm")
 from vllm.v1 import kv_cache_interface as specs
 
 from kvtc_vllm.config import ConfigError, load_config
-from kvtc_vllm.connector import geometry
 from kvtc_vllm.connector.artifact_lookup import group_cards
-from kvtc_vllm.connector.compat import UnsupportedError
-from kvtc_vllm.connector.geometry import read_geometry
-from kvtc_vllm.connector.latent import with_latent_ratio
-from kvtc_vllm.connector.layout import paged_layouts
+from kvtc_vllm.connector.latent_ratio import with_latent_ratio
 from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup, check_chunks
 from kvtc_vllm.offload.reach import FULL, ChunkedLocal, LastState, SlidingWindow, named_reach
+from kvtc_vllm.vllm_cache import geometry
+from kvtc_vllm.vllm_cache.compat import UnsupportedError
+from kvtc_vllm.vllm_cache.geometry import read_geometry
+from kvtc_vllm.vllm_cache.layout import paged_layouts
 from tests.connector.test_layout import packed
 
 SHAPE = {"block_size": 32, "num_kv_heads": 2, "head_size": 64, "dtype": torch.bfloat16}

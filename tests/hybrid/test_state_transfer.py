@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvtc_vllm.connector.compat import UnsupportedError
 from kvtc_vllm.connector.state_bytes import StateBytes
 from kvtc_vllm.connector.state_transfer import StateTransfer, state_codec
 from kvtc_vllm.offload.geometry import CacheGroup
 from kvtc_vllm.offload.messages import LoadItem, StoreItem
 from kvtc_vllm.offload.reach import LastState
 from kvtc_vllm.tiers.keys import RecordKey
+from kvtc_vllm.vllm_cache.compat import UnsupportedError
 
 PARTS = ((150, torch.bfloat16), (250, torch.float32))
 SIZE = 1300

@@ -8,7 +8,6 @@ import torch
 
 from kvtc_vllm.codec.raw import RawCodec
 from kvtc_vllm.config import load_config
-from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.connector.torch_transfer import TorchTransfer
 from kvtc_vllm.offload.geometry import CacheGeometry, codec_geometry
 from kvtc_vllm.offload.messages import StepMetadata, WorkerReport
@@ -16,6 +15,7 @@ from kvtc_vllm.offload.names import Names
 from kvtc_vllm.offload.scheduler import KVTCScheduler
 from kvtc_vllm.offload.worker import KVTCWorker
 from kvtc_vllm.tiers.keys import record_key
+from kvtc_vllm.vllm_cache.layout import PagedLayout
 from tests.connector.fakes import BLOCK, FakeNew, FakeOutput, FakeRequest, geometry
 
 CHUNK = 4 * BLOCK

@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import tasks
-import words
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from kvtc_vllm.evaluation.data import corpus, generators
+from kvtc_vllm.evaluation.data import corpus, generators, words
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 SPECIAL = [BOS, EOS, PAD, generators.USER, generators.ASSISTANT, generators.SYSTEM, generators.END]

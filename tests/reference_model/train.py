@@ -26,7 +26,13 @@ from presets import PRESETS, Preset
 from start import gentle, prepare
 from tokenizer import train_tokenizer
 from tqdm import tqdm
-from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 WARMUP_STEPS = 20
 #: Share of the rows of a batch that are packs of tasks.
@@ -95,10 +101,10 @@ def make_optimizer(model: LlamaForCausalLM) -> torch.optim.AdamW:
     return torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95), fused=True)
 
 
-def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write the model in bfloat16 with tokenizer and generation settings, as vLLM reads it."""
     folder.mkdir(parents=True, exist_ok=True)
-    half = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    half = type(model)(model.config).to(torch.bfloat16)
     half.load_state_dict(model.state_dict())
     end = tokenizer.convert_tokens_to_ids("<|end|>")
     half.generation_config = GenerationConfig(
@@ -111,7 +117,7 @@ def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: 
 
 
 def save_state(
-    path: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, progress: Progress
+    path: Path, model: PreTrainedModel, optimizer: torch.optim.AdamW, progress: Progress
 ) -> None:
     """Write everything `--resume` needs, atomically."""
     state = {

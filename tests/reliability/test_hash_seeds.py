@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvtc_vllm.connector.compat import (
+from kvtc_vllm.vllm_cache.compat import (
     RANDOM,
     UnsupportedError,
     check_stable_hashes,

@@ -24,10 +24,10 @@ from kvtc_vllm.artifact.identity import VOLATILE_KEYS
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.config import load_config
 from kvtc_vllm.connector import identity
-from kvtc_vllm.connector.compat import vllm_version
 from kvtc_vllm.connector.identity import LEFT_OUT, SetupIdentity, setup_identity
 from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup
 from kvtc_vllm.offload.reach import SlidingWindow
+from kvtc_vllm.vllm_cache.compat import vllm_version
 
 pytestmark = pytest.mark.vllm
 

@@ -51,7 +51,7 @@ class CodecOverride(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Name of a baseline through which chunks go before the variant encodes and after it decodes:
     a cache that holds that form."""
     noise: Noise | None = None
-    """Chunks are stored exact, and loaded with noise."""
+    """Chunks are stored exact, and records of one cache group are loaded with noise."""
     round_trips: dict[str, CodecOverride] = {}
     """By name, methods that share exact chunks; then nothing else is given."""
 
@@ -93,7 +93,7 @@ def override_codec(
     if wanted == CodecOverride():
         return exact
     if wanted.noise is not None:
-        return NoiseCodec(exact, wanted.noise)
+        return NoiseCodec(exact, wanted.noise) if wanted.noise.group == number else exact
     if wanted.baseline is not None:
         options = {**wanted.options, **wanted.settings}
         return BaselineCodec(_baseline(wanted.baseline, group, ropes, layer_rope, options))

@@ -16,14 +16,17 @@ from kvtc_vllm.codec.sink_rule import SinkRule
 class Noise(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a load adds.
 
-    kind, layer: where. deviation: of the normal noise in every element, in the cache's units.
-    sink_tokens: first positions, which stay exact. rule: tokens that it marks stay exact as well.
+    group, kind, layer: where; the layer counts in its cache group. deviation: of the normal noise
+    in every element, in the cache's units. first: positions before it stay exact. rule: tokens
+    that it marks stay exact as well.
     """
+
+    group: int = 0
 
     kind: Kind
     layer: int
     deviation: float
-    sink_tokens: int
+    first: int
     rule: SinkRule | None = None
 
 
@@ -78,7 +81,7 @@ class NoiseCodec(Coder):
         """The chunk with noise; how much, after rounding to the cache's type, goes into `TALLY`."""
         chunk = self._exact.decode(blob, expect_start, expect_tokens, key)
         noise = self._noise
-        noisy = chunk.start + torch.arange(chunk.k.shape[0]) >= noise.sink_tokens
+        noisy = chunk.start + torch.arange(chunk.k.shape[0]) >= noise.first
         if noise.rule is not None:
             noisy &= ~noise.rule.marks(chunk.v).cpu()
         whole = (chunk.k if noise.kind == "k" else chunk.v).clone()

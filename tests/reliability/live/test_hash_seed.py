@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvtc_vllm.connector.compat import UnsupportedError
+from kvtc_vllm.vllm_cache.compat import UnsupportedError
 from tests.connector.engine import engine, greedy
 from tests.reliability.live.conftest import ANSWER, Tokens
 from tests.reliability.live.stepping import chunk_files, count, raw

@@ -1,4 +1,4 @@
-"""Multi-head latent attention: what its cache holds of a token, and how far it may be coded.
+"""Multi-head latent attention: what its cache holds of a token.
 
 vLLM keeps one vector per token and layer: the normed latent, then the part of the key that is
 rotated. Attention makes keys and values of all heads from it. Here the rotated part is K and the
@@ -7,25 +7,14 @@ latent is V, so that RoPE is undone where there is any, and each has a basis and
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
-from kvtc_vllm.artifact.cache_kinds import LATENT_RATIO
-from kvtc_vllm.codec.registry import CODECS
-from kvtc_vllm.connector.cache_dtype import PLAIN
-from kvtc_vllm.connector.compat import UnsupportedError
+from kvtc_vllm.vllm_cache.cache_dtype import PLAIN
+from kvtc_vllm.vllm_cache.compat import UnsupportedError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import AttentionSpec
-
-    from kvtc_vllm.config import KVTCConfig
-    from kvtc_vllm.offload.geometry import CacheGeometry
-
-logger = logging.getLogger("vllm.kvtc")
 
 
 def is_latent(spec: Any) -> bool:
@@ -54,24 +43,3 @@ def latent_sizes(vllm_config: VllmConfig, spec: AttentionSpec) -> tuple[int, int
             "use auto, bfloat16 or float16"
         )
     return rotated, latent
-
-
-def with_latent_ratio(
-    config: KVTCConfig, geometry: CacheGeometry, given: Collection[str]
-) -> KVTCConfig:
-    """The configuration with the target ratio of a preset, or the default, capped for latents.
-
-    given: keys that the user has set. A latent is a learnt low-rank code already, and no trained
-    model has been measured at more; who sets `ratio` gets it.
-    """
-    latent = any(group.latent for group in geometry.groups)
-    coded = CODECS[config.codec].needs_artifact
-    if not latent or not coded or "ratio" in given or config.target_ratio <= LATENT_RATIO:
-        return config
-    logger.warning(
-        "kvtc: target ratio %g instead of %g: no trained model with latent attention was measured "
-        'above it; set "ratio" to have another',
-        LATENT_RATIO,
-        config.target_ratio,
-    )
-    return msgspec.structs.replace(config, ratio=LATENT_RATIO)

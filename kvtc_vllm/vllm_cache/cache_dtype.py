@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvtc_vllm.connector.compat import UnsupportedError
+from kvtc_vllm.vllm_cache.compat import UnsupportedError
 
 if TYPE_CHECKING:
     from vllm.config import CacheConfig, VllmConfig

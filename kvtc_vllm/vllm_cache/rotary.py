@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from kvtc_vllm.codec.rope import Rope
-from kvtc_vllm.connector.live_model import LiveModel
+from kvtc_vllm.vllm_cache.live_model import LiveModel
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

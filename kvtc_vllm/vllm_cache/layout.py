@@ -18,9 +18,9 @@ from typing import Protocol
 import torch
 
 from kvtc_vllm.codec.kernels.paged import PagedCache, PagedTensor
-from kvtc_vllm.connector.cache_dtype import is_fp8
-from kvtc_vllm.connector.compat import UnsupportedError
 from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup
+from kvtc_vllm.vllm_cache.cache_dtype import is_fp8
+from kvtc_vllm.vllm_cache.compat import UnsupportedError
 
 
 class _PageOrder(Protocol):

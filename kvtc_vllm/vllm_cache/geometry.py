@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvtc_vllm.connector.cache_dtype import cache_dtype
-from kvtc_vllm.connector.compat import UnsupportedError, check_failed_loads, vllm_version
-from kvtc_vllm.connector.latent import is_latent, latent_sizes
 from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup
 from kvtc_vllm.offload.reach import FULL, ChunkedLocal, LastState, Reach, SlidingWindow
+from kvtc_vllm.vllm_cache.cache_dtype import cache_dtype
+from kvtc_vllm.vllm_cache.compat import UnsupportedError, check_failed_loads, vllm_version
+from kvtc_vllm.vllm_cache.latent import is_latent, latent_sizes
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
