@@ -239,18 +239,18 @@ def build_header(header: Header, sections: int) -> bytes:
 def section_rows(
     kinds: Sequence[SectionKind],
     groups: Sequence[int],
-    coder_id: int,
+    coder_ids: npt.NDArray[np.int64],
     sizes: npt.NDArray[np.int64],
 ) -> list[bytes]:
     """Section tables of many chunks of the same sections, each a part of one.
 
-    kinds, groups: of every section. sizes: units, raw and stored bytes, [chunks, sections, 3];
-    raises CodecError if one does not fit its field.
+    kinds, groups: of every section. coder_ids: [chunks, sections]. sizes: units, raw and
+    stored bytes, [chunks, sections, 3]; raises CodecError if one does not fit its field.
     """
     if sizes.size and sizes.max() >= 1 << 32:
         raise CodecError("size", f"a section of {sizes.max()} bytes does not fit the container")
     rows = np.zeros(sizes.shape[:2], _SECTION_ROW)
-    rows["kind"], rows["group"], rows["coder_id"] = list(kinds), list(groups), coder_id
+    rows["kind"], rows["group"], rows["coder_id"] = list(kinds), list(groups), coder_ids
     rows["units"], rows["raw_length"], rows["stored_length"] = np.moveaxis(sizes, 2, 0)
     return [row.tobytes() for row in rows]
 

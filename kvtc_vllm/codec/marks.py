@@ -52,9 +52,14 @@ def new_beyond_section(group: int, tensor: Kind, coded: CodedSection) -> NewSect
 
 def check_room(plan: SectionCoder, tokens: int, coded: CodedSection, beyond: CodedSection) -> None:
     """Raise CodecError("size") if both, with what marks take, are more than a section may take."""
-    taken = 2 * section_bytes(0) + aligned(marks_length(tokens))
-    for part in (coded.encoded, beyond.encoded):
-        taken += UNIT_BYTES * len(part.units) + aligned(len(part.body))
+    parts = (coded.encoded, beyond.encoded)
+    taken = sum(UNIT_BYTES * len(part.units) + aligned(len(part.body)) for part in parts)
+    check_taken(plan, tokens, taken)
+
+
+def check_taken(plan: SectionCoder, tokens: int, taken: int) -> None:
+    """As `check_room`. taken: bytes of both sections' units with their table."""
+    taken += 2 * section_bytes(0) + aligned(marks_length(tokens))
     if taken > plan.max_bytes(tokens):
         raise CodecError(
             "size",

@@ -76,6 +76,7 @@ CODECS: dict[str, CodecSpec] = {
     Kvtc2Codec.name: CodecSpec(
         Kvtc2Codec,
         ArtifactRules(read_step_plan, over_ratio, most_bytes),
+        has_kernels=True,
         fast=fast_kvtc2,
     ),
 }

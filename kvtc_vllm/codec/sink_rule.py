@@ -44,9 +44,16 @@ class SinkRule:
 
     def marks(self, values: torch.Tensor) -> torch.Tensor:
         """The sinks among the tokens: bool [T]. values: floating [T, L, H, Dv] of one rank."""
-        measure = self.measure(values)
+        return self.marked(self.measure(values))
+
+    def most(self, tokens: int) -> int:
+        """How many of so many tokens are marked at most."""
+        return math.ceil(self.max_share * tokens)
+
+    def marked(self, measure: torch.Tensor) -> torch.Tensor:
+        """The sinks among tokens of this `measure`, float32 [T]: bool [T]."""
         marks = measure < self.threshold
-        most = math.ceil(self.max_share * len(measure))
+        most = self.most(len(measure))
         if int(marks.sum()) > most:
             kept = torch.argsort(measure, stable=True)[:most]
             marks = torch.zeros_like(marks).index_fill_(0, kept, True)
@@ -55,5 +62,9 @@ class SinkRule:
     def measure(self, values: torch.Tensor) -> torch.Tensor:
         """Mean log norm of every token: float32 [T]. values: floating [T, L, H, Dv]."""
         rows = values[:, list(self.layers)].float().flatten(2)
-        measure: torch.Tensor = rows.norm(dim=-1).clamp_min(_SMALLEST_NORM).log().mean(dim=-1)
+        return self.measure_of(rows.norm(dim=-1))
+
+    def measure_of(self, norms: torch.Tensor) -> torch.Tensor:
+        """`measure` from the norms of the rule's layers: float32 [T, layers] -> float32 [T]."""
+        measure: torch.Tensor = norms.clamp_min(_SMALLEST_NORM).log().mean(dim=-1)
         return measure

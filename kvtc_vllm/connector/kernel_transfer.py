@@ -8,7 +8,7 @@ from typing import Any
 
 from kvtc_vllm.codec.base import Blob
 from kvtc_vllm.codec.errors import CodecError, ContainerError
-from kvtc_vllm.codec.kernels.paged_codec import PagedKvtcCodec
+from kvtc_vllm.codec.kernels.paged_codec import PagedCodec
 from kvtc_vllm.codec.kernels.paged_raw import PagedRawCodec
 from kvtc_vllm.codec.streams import Event
 from kvtc_vllm.offload.messages import LoadItem, StoreItem
@@ -24,7 +24,7 @@ class KernelTransfer:
     store_batch = sys.maxsize
     load_batch = sys.maxsize
 
-    def __init__(self, codec: PagedKvtcCodec | PagedRawCodec, chunk_tokens: int) -> None:
+    def __init__(self, codec: PagedCodec | PagedRawCodec, chunk_tokens: int) -> None:
         self.codec = codec
         self._chunk_tokens = chunk_tokens
 

@@ -116,22 +116,22 @@ def _by_kernels(
     share: int,
 ) -> Served:
     # Only here: an engine on a CPU needs no Triton.
-    from kvtc_vllm.codec.kernels.paged_codec import PagedKvtcCodec
+    from kvtc_vllm.codec.kernels.paged_codec import PAGED_CODECS, PagedCodec
     from kvtc_vllm.codec.kernels.paged_raw import PagedRawCodec
     from kvtc_vllm.connector.kernel_transfer import KernelTransfer
 
-    codec: PagedKvtcCodec | PagedRawCodec
+    codec: PagedCodec | PagedRawCodec
     if found is None:
         codec = PagedRawCodec(codec_geometry(group), layout.sides(), layout.block_size)
     else:
-        codec = PagedKvtcCodec(
+        codec = PAGED_CODECS[found.artifact.codec](
             found.artifact, config.target_ratio, layout.sides(), layout.block_size
         )
     memory = plan()
     codec.workspace_bytes = memory.workspace // share
     transfer = KernelTransfer(codec, config.chunk_tokens)
     try_kernels(transfer, layout, config.chunk_tokens)
-    if found is not None and isinstance(codec, PagedKvtcCodec) and config.self_test:
+    if found is not None and isinstance(codec, PagedCodec) and config.self_test:
         run_self_test(codec, transfer, found.probe, layout, config.chunk_tokens)
     return Served(codec, transfer, codec.resident_bytes)
 

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="kernels need Triton")
 pytest.importorskip("vllm")
 
 from kvtc_vllm.codec.artifact import at_ratio
-from kvtc_vllm.codec.kernels import paged_reader
+from kvtc_vllm.codec.kernels import bit_payloads
 from kvtc_vllm.config import load_config
 from kvtc_vllm.connector import transfers
 from kvtc_vllm.connector.sizing import MemoryPlan
@@ -80,7 +80,7 @@ def test_memory_is_planned_when_the_bases_are_there(
     artifact: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
-    resident = paged_reader.ResidentArtifact
+    resident = bit_payloads.ResidentArtifact
 
     def noted(*args: Any) -> Any:
         events.append("bases")
@@ -90,7 +90,7 @@ def test_memory_is_planned_when_the_bases_are_there(
         events.append("plan")
         return PLAN
 
-    monkeypatch.setattr(paged_reader, "ResidentArtifact", noted)
+    monkeypatch.setattr(bit_payloads, "ResidentArtifact", noted)
     monkeypatch.setattr(transfers, "has_kernels", lambda device: True)
     monkeypatch.setattr(transfers, "try_kernels", lambda *args: events.append("kernels"))
     config = load_config({"ratio": 8, "chunk_tokens": BLOCK, "self_test": False})

@@ -13,7 +13,7 @@ import torch
 from benchmarks.gpu.models import SHAPES, greedy_plan, rope_table
 from kvtc_vllm.codec.artifact import KINDS, Geometry, RankArtifact, SectionBasis
 from kvtc_vllm.codec.base import Blob
-from kvtc_vllm.codec.kernels import decoder, encoder
+from kvtc_vllm.codec.kernels import bit_payloads, step_encoder, step_payloads
 from kvtc_vllm.codec.kernels.deflate_nvcomp import copy_ranges
 from kvtc_vllm.codec.kernels.paged import PagedCache
 from kvtc_vllm.codec.kernels.paged_codec import PagedKvtcCodec
@@ -99,7 +99,7 @@ def without_products() -> None:
     def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         return out
 
-    for module in (encoder, decoder):
+    for module in (bit_payloads, step_encoder, step_payloads):
         vars(module)["product"] = product
 
 

@@ -76,7 +76,7 @@ def wide_tile(  # type: ignore[no-untyped-def]
             level = tl.reshape(split, (TOKENS, _COLUMNS)).to(tl.float32)
         wrong = wrong & inside
         tl.store(flag + token * 0, wrong.to(tl.int32), mask=wrong)
-        _store_coefficients(place, level * scale[:, None] + shift[:, None], inside[:, None])
+        store_coefficients(place, level * scale[:, None] + shift[:, None], inside[:, None])
 
 
 @jit()
@@ -114,7 +114,7 @@ def narrow_tile(  # type: ignore[no-untyped-def]
         x = level * scale + shift
         wrong = inside & ((x - x) != 0)
         tl.store(flag + element * 0, wrong.to(tl.int32), mask=wrong)
-        _store_coefficients(place, x, inside)
+        store_coefficients(place, x, inside)
 
 
 @jit()
@@ -128,7 +128,7 @@ def _code(y, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @jit()
-def _store_coefficients(place, x, mask):  # type: ignore[no-untyped-def]
+def store_coefficients(place, x, mask):  # type: ignore[no-untyped-def]
     if place.dtype.element_ty == tl.float16:
         x = tl.minimum(tl.maximum(x, -FP16_MAX), FP16_MAX)
     tl.store(place, x.to(place.dtype.element_ty), mask=mask)

@@ -6,21 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from kvtc_vllm.codec.artifact import Kind
 from kvtc_vllm.codec.errors import ContainerError
 from kvtc_vllm.codec.kernels.chunks import RowLayout
-from kvtc_vllm.codec.kernels.numeric import product
 from kvtc_vllm.codec.kernels.paged import PagedCache, within
 from kvtc_vllm.codec.kernels.paged_io import scatter_rows
-from kvtc_vllm.codec.kernels.payload_kernels import decode_payloads
-from kvtc_vllm.codec.kernels.resident import ResidentArtifact
-from kvtc_vllm.codec.kernels.unit_coders import PlacedSections, UnitReader
+from kvtc_vllm.codec.kernels.payload_coding import PayloadCoding, PayloadPlan, StepPayloads
+from kvtc_vllm.codec.kernels.unit_coders import UnitReader
 from kvtc_vllm.codec.streams import Event, SideStream
 
-_NOT_FINITE = "a decoded coefficient is not finite"
 _OVERFLOW = "a decoded row is outside the float16 range"
 
 
@@ -30,14 +26,16 @@ class DecodeStep:
 
     layout: RowLayout
     """Of the chunks' coded tokens."""
-    first_coded: npt.NDArray[np.int64]
-    """Of each of the layout's members: the number of its first coded section."""
+    payloads: PayloadPlan
+    """Where their payloads go."""
     table: torch.Tensor
     """`RowLayout.table` on the device."""
     slots: torch.Tensor
     """int64 [R] on the device, in the order of the rows; `SKIP` for unwanted tokens."""
     positions: torch.Tensor
     """int64 [R] on the device, in the same order."""
+    numbers: torch.Tensor
+    """`PayloadPlan.numbers` on the device."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +49,15 @@ class DecodeWorkspace:
     rows: torch.Tensor
     """float16 or float32, for the widest section."""
     flags: torch.Tensor
-    """int32, zero. Of every step one after the other: values that are not finite by chunk, rows
-    out of range by row."""
+    """int32, zero. Of every step one after the other: damaged payloads by chunk, rows out of range
+    by row."""
+    own: tuple[torch.Tensor, ...]
+    """What the codec's kernels need beside."""
 
     @classmethod
     def of(
         cls,
-        resident: ResidentArtifact,
+        coding: PayloadCoding,
         row_dtype: torch.dtype,
         chunks: int,
         most_chunks: int,
@@ -68,30 +68,28 @@ class DecodeWorkspace:
 
         Raises torch.OutOfMemoryError.
         """
-        keys = resident.keys
-        payload = sum(resident.tables(*key, (tokens,)).payload_stride for key in keys)
+        resident = coding.resident
+        payload = coding.payload_room(most_chunks, tokens)
         most = most_chunks * tokens
-        row = max(resident.geometry.row_size(*key) for key in keys)
-        widest = max(resident.width(*key) for key in keys)
         return cls(
             (
-                torch.empty(most_chunks * payload, dtype=torch.uint8, device=device),
-                torch.empty(most_chunks * payload, dtype=torch.uint8, device=device),
+                torch.empty(payload, dtype=torch.uint8, device=device),
+                torch.empty(payload, dtype=torch.uint8, device=device),
             ),
-            torch.empty(most * widest, dtype=resident.operand, device=device),
-            torch.empty(most * row, dtype=row_dtype, device=device),
+            torch.empty(most * resident.widest, dtype=resident.operand, device=device),
+            torch.empty(most * resident.longest_row, dtype=row_dtype, device=device),
             torch.zeros(chunks * (1 + tokens), dtype=torch.int32, device=device),
+            coding.memory(most_chunks, tokens, row_dtype, device),
         )
 
 
-def workspace_bytes_per_token(resident: ResidentArtifact, row_dtype: torch.dtype) -> int:
-    """Device memory that decoding takes for each token of a step, compressed bytes apart."""
-    widest = row = payload = 0
-    for key, plan in resident.plans.items():
-        widest = max(widest, resident.width(*key))
-        row = max(row, resident.geometry.row_size(*key))
-        payload += -(-plan.raw_length(8) // 8)
-    return row * row_dtype.itemsize + widest * resident.operand.itemsize + 2 * payload
+def workspace_bytes(coding: PayloadCoding, row_dtype: torch.dtype, tokens: int) -> int:
+    """Device memory that decoding takes for each chunk of a step, compressed bytes apart."""
+    resident = coding.resident
+    per_token = resident.longest_row * row_dtype.itemsize
+    per_token += resident.widest * resident.operand.itemsize
+    payload = coding.payload_room(1, tokens)
+    return tokens * per_token + 2 * payload + coding.memory_bytes(tokens, row_dtype)
 
 
 class Decoder:
@@ -105,13 +103,13 @@ class Decoder:
 
     def __init__(
         self,
-        resident: ResidentArtifact,
+        coding: PayloadCoding,
         cache: PagedCache,
         workspace: DecodeWorkspace,
         inflating: SideStream,
         point: Event | None,
     ) -> None:
-        self._resident = resident
+        self._coding = coding
         self._cache = cache
         self._workspace = workspace
         self._inflating = inflating
@@ -132,17 +130,27 @@ class Decoder:
         """
         device = step.slots.device
         side = len(self._steps) % 2
+        data = self._workspace.payloads[side][: step.payloads.nbytes]
         with self._inflating.after(self._begin, sent, self._free[side]):
             reader = open_reader()
-            damaged = reader.inflate(*self._placed(step, self._workspace.payloads[side]))
+            damaged = reader.inflate(step.payloads.placed, data)
             ready = Event(device)
         ready.wait()
         count = len(step.layout.members)
         flags = self._workspace.flags[self._flags : self._flags + count + step.layout.num_rows]
         self._flags += len(flags)
-        offset = 0
-        for key in self._resident.keys:
-            offset = self._decode_section(step, *key, side, offset, flags)
+        payloads = StepPayloads(
+            step.layout,
+            step.table,
+            step.numbers,
+            data,
+            flags[:count],
+            self._workspace.own,
+            step.payloads.marked,
+        )
+        self._coding.begin(payloads)
+        for section, key in enumerate(self._coding.resident.keys):
+            self._decode_section(step, payloads, section, key, flags[count:])
         self._free[side] = Event(device)
         self._steps.append(step)
         self._readers.append(reader)
@@ -156,51 +164,30 @@ class Decoder:
         for step, reader in zip(self._steps, self._readers, strict=True):
             layout = step.layout
             last = first + len(layout.members)
-            infinite = flags[first:last] != 0
+            wrong = flags[first:last]
             first, by_row = last + layout.num_rows, flags[last : last + layout.num_rows]
             overflowed = np.maximum.reduceat(by_row, layout.first_rows[:-1]) != 0
-            for place in np.flatnonzero(infinite | overflowed).tolist():
-                why = _NOT_FINITE if infinite[place] else _OVERFLOW
+            for place in np.flatnonzero((wrong != 0) | overflowed).tolist():
+                why = self._coding.failures.get(int(wrong[place]), _OVERFLOW)
                 found[layout.members[place]] = ContainerError("bounds", why)
             found |= reader.damaged()
         return found
 
-    def _placed(
-        self, step: DecodeStep, buffer: torch.Tensor
-    ) -> tuple[PlacedSections, torch.Tensor]:
-        """Where the payloads of all sections of a step go, section after section."""
-        lengths, members = step.layout.lengths, np.array(step.layout.members, np.int64)
-        strides = np.array(
-            [self._resident.tables(*key, lengths).payload_stride for key in self._resident.keys],
-            np.int64,
-        )
-        count = len(members)
-        begins = (strides.cumsum() - strides) * count
-        places = begins[:, None] + strides[:, None] * np.arange(count)
-        numbers = step.first_coded + np.arange(len(strides))[:, None]
-        wanted = PlacedSections(np.tile(members, len(strides)), numbers.ravel(), places.ravel())
-        return wanted, buffer[: int(strides.sum()) * count]
-
     def _decode_section(
         self,
         step: DecodeStep,
-        layer_group: int,
-        tensor: Kind,
-        side: int,
-        offset: int,
-        flags: torch.Tensor,
-    ) -> int:
-        """Decode K or V of a layer group; returns where the next section's payloads begin."""
-        resident, layout, workspace = self._resident, step.layout, self._workspace
-        tokens, chunks = layout.num_rows, len(layout.members)
-        tables = resident.tables(layer_group, tensor, layout.lengths)
-        end = offset + tables.payload_stride * chunks
-        payloads = workspace.payloads[side][offset:end].view(chunks, tables.payload_stride)
-        coefficients = workspace.coefficients[: tokens * tables.width].view(tokens, tables.width)
-        decode_payloads(payloads, tables, step.table, coefficients, flags)
+        payloads: StepPayloads,
+        section: int,
+        key: tuple[int, Kind],
+        overflowed: torch.Tensor,
+    ) -> None:
+        """Decode K or V of a layer group. overflowed: int32, set for rows out of range."""
+        resident, workspace = self._coding.resident, self._workspace
+        tokens = step.layout.num_rows
+        layer_group, tensor = key
         row = resident.geometry.row_size(layer_group, tensor)
         rows = workspace.rows[: tokens * row].view(tokens, row)
-        product(coefficients, resident.synthesis[layer_group, tensor].T, rows)
+        self._coding.rows(payloads, section, key, workspace.coefficients, rows)
         if self._point is not None:
             self._point.wait()
         first, end_layer = resident.geometry.layer_groups[layer_group]
@@ -212,6 +199,5 @@ class Decoder:
             resident.means[tensor][resident.columns(layer_group, tensor)],
             rows,
             first_layer=first,
-            overflowed=flags[chunks:] if rows.dtype == torch.float16 else None,
+            overflowed=overflowed if rows.dtype == torch.float16 else None,
         )
-        return end

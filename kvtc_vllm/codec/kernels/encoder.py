@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from kvtc_vllm.codec.artifact import Kind
-from kvtc_vllm.codec.container import section_rows
-from kvtc_vllm.codec.entropy import DEFLATE, UNIT_BYTES, UnitList, aligned
+from kvtc_vllm.codec.container import SectionKind, section_rows
+from kvtc_vllm.codec.entropy import UNIT_BYTES, UnitList, aligned
 from kvtc_vllm.codec.entropy.unit_table import Lengths
-from kvtc_vllm.codec.frame import SECTION_KIND
 from kvtc_vllm.codec.kernels.chunks import RowLayout, StoreChunk, steps
-from kvtc_vllm.codec.kernels.numeric import product
-from kvtc_vllm.codec.kernels.payload_kernels import encode_payloads
-from kvtc_vllm.codec.kernels.resident import PlanTables, ResidentArtifact
+from kvtc_vllm.codec.kernels.payload_coding import Marks, PayloadCoding, RawPayloads
 from kvtc_vllm.codec.kernels.unit_coders import CodedUnits, UnitCoder
-from kvtc_vllm.codec.streams import upload
-
-_DEFLATE_SCRATCH = 4
-"""Bytes for each byte of a payload while it is coded: itself, room for the worst unit, what was
-made of it."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +32,17 @@ class StagedChunks:
     """K and V [R, P] of all layers, pre-RoPE and without mean, in the operand dtype."""
     sink_rows: dict[Kind, torch.Tensor]
     """K and V float32 [sum of sinks, P] as they are in the cache."""
+    squares: torch.Tensor | None
+    """What the sink rule looks at, float32 [R, its layers]: sums of the squares of V, in the
+    model's units. None if blobs do not say which tokens are marked."""
     refused: dict[int, str]
     """Number of each chunk that cannot be coded -> why."""
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         """What the allocator must be told about when another stream encodes."""
-        return [*self.rows.values(), *self.sink_rows.values()]
+        squares = [] if self.squares is None else [self.squares]
+        return [*self.rows.values(), *self.sink_rows.values(), *squares]
 
     @property
     def nbytes(self) -> int:
@@ -60,7 +56,9 @@ class EncodedStep:
     members: tuple[int, ...]
     """The chunks' numbers."""
     magnitudes: tuple[float, ...]
-    """Largest absolute coefficient of each; NaN or inf if one is not finite."""
+    """Of each, see `RawPayloads.magnitudes`."""
+    sizes: Lengths
+    """Of each chunk's sections, int64 [chunks, sections, 3]: units, raw and stored bytes."""
     section_rows: list[bytes]
     """Of each chunk, as the container's section table has them."""
     unit_tables: list[bytes]
@@ -71,124 +69,81 @@ class EncodedStep:
     """uint8, units of chunk after chunk, each padded with zeros, on the coder's device."""
 
 
-def workspace_bytes_per_token(resident: ResidentArtifact) -> int:
-    """Device memory that encoding takes for each token of a step."""
-    widest = max(resident.width(*key) for key in resident.plans)
-    payload = sum(-(-plan.raw_length(8) // 8) for plan in resident.plans.values())
-    return widest * torch.float32.itemsize + _DEFLATE_SCRATCH * payload
-
-
 def encode_rows(
-    staged: StagedChunks, resident: ResidentArtifact, coder: UnitCoder, workspace_bytes: int
+    staged: StagedChunks,
+    marks: Mapping[int, Marks],
+    coding: PayloadCoding,
+    coder: UnitCoder,
+    workspace_bytes: int,
+    host_bytes: int,
 ) -> Iterator[EncodedStep]:
     """Encode the coded part of every chunk that has one, some at a time.
 
-    What a step yields must be done with before the next. Waits for the device. workspace_bytes:
-    limit of one step; a single chunk may exceed it.
+    What a step yields must be done with before the next. Waits for the device. marks: of each
+    chunk, see `PayloadCoding.encode`. workspace_bytes, host_bytes: what payloads of one step take
+    there at most; a single chunk may exceed it.
     """
-    per_token = workspace_bytes_per_token(resident)
+
+    def cost(tokens: int) -> int:
+        on_host = coding.payload_bytes(tokens) * workspace_bytes // host_bytes
+        return max(coding.encode_bytes(tokens), on_host)
+
     layout = staged.layout
-    for places in steps([per_token * tokens for tokens in layout.tokens], workspace_bytes):
+    for places in steps([cost(tokens) for tokens in layout.tokens], workspace_bytes):
         first = layout.first_rows[places.start]
         part = layout.part(places)
         rows = {tensor: x[first : first + part.num_rows] for tensor, x in staged.rows.items()}
-        yield _encode_step(part, rows, resident, coder)
+        yield from _encode_step(part, rows, marks, coding, coder)
 
 
 def _encode_step(
     layout: RowLayout,
-    rows: dict[Kind, torch.Tensor],
-    resident: ResidentArtifact,
+    rows: Mapping[Kind, torch.Tensor],
+    marks: Mapping[int, Marks],
+    coding: PayloadCoding,
     coder: UnitCoder,
-) -> EncodedStep:
-    device = next(iter(rows.values())).device
-    chunks, lengths = len(layout.members), layout.lengths
-    keys = resident.keys
-    tables = [resident.tables(*key, lengths) for key in keys]
-    strides = np.array([t.payload_stride for t in tables], np.int64)
-    ends = (strides * chunks).cumsum()
-    payloads = torch.empty(int(ends[-1]), dtype=torch.uint8, device=device)
-    room = torch.empty(layout.num_rows * max(t.width for t in tables), device=device)
-    magnitudes = torch.zeros(chunks, dtype=torch.int32, device=device)
-    table = upload(layout.table, device)
-    for key, plan, end in zip(keys, tables, ends.tolist(), strict=True):
-        x = rows[key[1]][:, resident.columns(*key)]
-        if plan.width == 0:
-            _note_magnitudes(x, layout, magnitudes)
-            continue
-        coefficients = room[: len(x) * plan.width].view(len(x), plan.width)
-        product(x, resident.analysis[key], coefficients)
-        out = payloads[end - plan.payload_stride * chunks : end].view(chunks, plan.payload_stride)
-        encode_payloads(coefficients, plan, table, out, magnitudes)
-    starts, raw, counts = _units(layout, tables, ends - strides * chunks, strides)
-    coded = coder.deflate(payloads, starts, raw)
-    largest = magnitudes.cpu().view(torch.float32).tolist()
-    return _in_chunk_order(layout, raw, counts, coded, largest, keys)
-
-
-def _note_magnitudes(x: torch.Tensor, layout: RowLayout, magnitudes: torch.Tensor) -> None:
-    """Rows that nothing is stored of must be finite, too."""
-    for place in range(len(layout.members)):
-        part = x[layout.first_rows[place] : layout.first_rows[place + 1]]
-        bits = part.abs().float().view(torch.int32).max()
-        magnitudes[place] = torch.maximum(magnitudes[place], bits)
-
-
-def _units(
-    layout: RowLayout, tables: Sequence[PlanTables], first: Lengths, strides: Lengths
-) -> tuple[Lengths, Lengths, list[tuple[int, ...]]]:
-    """Where the units of all chunks begin, their raw lengths, and how many every section has.
-
-    Chunk after chunk, and inside it section after section. first: where each section's payloads
-    begin. strides: from one chunk's to the next.
-    """
-    by_length = []
-    for which in range(len(layout.lengths)):
-        sizes = [np.array(t.unit_lengths[which], np.int64) for t in tables]
-        offsets = [size.cumsum() - size + start for size, start in zip(sizes, first, strict=True)]
-        by_length.append(
-            (
-                np.concatenate(offsets),
-                np.repeat(strides, [len(size) for size in sizes]),
-                np.concatenate(sizes),
-                tuple(len(size) for size in sizes),
-            )
-        )
-    own = [by_length[layout.lengths.index(tokens)] for tokens in layout.tokens]
-    starts = [first + place * step for place, (first, step, _, _) in enumerate(own)]
-    raw = [sizes for _, _, sizes, _ in own]
-    return np.concatenate(starts), np.concatenate(raw), [counts for *_, counts in own]
+) -> Iterator[EncodedStep]:
+    raw = coding.encode(layout, rows, marks)
+    if raw.layout.members:
+        coded = coder.deflate(raw.data, raw.starts, raw.lengths)
+        largest = raw.magnitudes.cpu().view(torch.float32).tolist()
+        yield _in_chunk_order(raw, coded, largest, coding.sections)
+    for place in raw.left_out:
+        first, end = layout.first_rows[place : place + 2]
+        own = {tensor: x[first:end] for tensor, x in rows.items()}
+        yield from _encode_step(layout.part(slice(place, place + 1)), own, marks, coding, coder)
 
 
 def _in_chunk_order(
-    layout: RowLayout,
-    raw: Lengths,
-    counts: list[tuple[int, ...]],
+    payloads: RawPayloads,
     coded: CodedUnits,
     largest: Sequence[float],
-    keys: Sequence[tuple[int, Kind]],
+    sections: Sequence[tuple[SectionKind, int]],
 ) -> EncodedStep:
-    """keys: of the sections of a chunk, in the container's order."""
+    """sections: of a chunk, in the container's order."""
+    raw = payloads.lengths
     padded = aligned(coded.stored)
     padded_ends = padded.cumsum()
-    per_section = np.array([count for own in counts for count in own], np.int64)
+    per_section = payloads.units.ravel()
     last = per_section.cumsum()
     sums = np.concatenate((np.zeros((1, 2), np.int64), np.stack((raw, padded), 1))).cumsum(0)
     sizes = np.column_stack((per_section, sums[last] - sums[last - per_section]))
+    sizes = sizes.reshape(*payloads.units.shape, 3)
     rows = section_rows(
-        [SECTION_KIND[tensor] for _, tensor in keys],
-        [group for group, _ in keys],
-        DEFLATE.coder_id,
-        sizes.reshape(len(counts), len(keys), 3),
+        [kind for kind, _ in sections],
+        [group for _, group in sections],
+        payloads.coder_ids,
+        sizes,
     )
     table = UnitList.of(np.stack((raw, coded.stored), axis=1)).table
     unit_tables: list[bytes] = []
     ends: list[int] = []
     unit = 0
-    for own in counts:
-        units = sum(own)
+    for units in payloads.units.sum(1).tolist():
         unit_tables.append(bytes(table[unit * UNIT_BYTES : (unit + units) * UNIT_BYTES]))
         unit += units
         ends.append(int(padded_ends[unit - 1]) if unit else 0)
     body = coded.collect(padded_ends - padded, ends[-1])
-    return EncodedStep(layout.members, tuple(largest), rows, unit_tables, ends, body)
+    return EncodedStep(
+        payloads.layout.members, tuple(largest), sizes, rows, unit_tables, ends, body
+    )

@@ -7,26 +7,27 @@
 
 `stores` are of `StoreChunk`, `loads` of `LoadChunk`.
 
-Blobs are those of `KvtcCodec`: each reads the other's. Integer codes are the same for the same
-coefficients; coefficients differ by the order of summation and by the operand precision.
+Blobs are those of the codec by torch operations: each reads the other's. Integer codes
+are the same for the same coefficients; coefficients differ by the order of summation and by the
+operand precision.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
 import torch
 
-from kvtc_vllm.codec.artifact import Kind
+from kvtc_vllm.codec.artifact import Kind, RankArtifact
 from kvtc_vllm.codec.base import Blob
 from kvtc_vllm.codec.container import Header, NewSection
 from kvtc_vllm.codec.errors import CodecError
 from kvtc_vllm.codec.frame import NON_FINITE
-from kvtc_vllm.codec.kernels import encoder
+from kvtc_vllm.codec.kernels.bit_payloads import BitPayloads
 from kvtc_vllm.codec.kernels.blob_writer import BlobPlan, write_blobs
 from kvtc_vllm.codec.kernels.chunks import (
     RowLayout,
@@ -38,23 +39,36 @@ from kvtc_vllm.codec.kernels.paged import (
     chunk_slots,
 )
 from kvtc_vllm.codec.kernels.paged_io import gather_rows
-from kvtc_vllm.codec.kernels.paged_reader import HOST_BYTES, PagedKvtcReader
-from kvtc_vllm.codec.quantizers.base import FP16_MAX
+from kvtc_vllm.codec.kernels.paged_norms import squared_norms
+from kvtc_vllm.codec.kernels.paged_reader import HOST_BYTES, PagedReader
+from kvtc_vllm.codec.kernels.payload_coding import NO_MARKS, CodedSizes, Marks, PayloadCoding
+from kvtc_vllm.codec.kernels.step_payloads import StepPlanPayloads
+from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.streams import upload
+from kvtc_vllm.codec.v2.codec import Kvtc2Codec
 
 
-class PagedKvtcCodec(PagedKvtcReader):
-    """`KvtcCodec` that works on batches, straight from and to one paged cache.
+@dataclass(frozen=True)
+class ExactParts:
+    """What a blob has before its coded sections. sinks: None if it has none. marks: bool [N]."""
 
-    Made as `PagedKvtcReader` is. workspace_bytes bounds what encoding takes, too.
+    sinks: Future[NewSection] | None
+    marks: Marks
+
+
+class PagedCodec(PagedReader):
+    """A transform codec that works on batches, straight from and to one paged cache.
+
+    Made as `PagedReader` is. workspace_bytes bounds what encoding takes, too.
     """
 
     def staging_bytes(self, tokens: int) -> int:
         """Device memory that `stage` takes for `tokens` tokens, sinks apart."""
-        return tokens * self.geometry.token_elements() * self._operand.itemsize
+        row = self.geometry.token_elements() * self._operand.itemsize
+        return tokens * (row + len(self._rule_layers) * self._rule_layers.itemsize)
 
     def stage(self, chunks: Sequence[StoreChunk]) -> StagedChunks:
-        """Read chunks out of the paged cache: two kernels on the current stream, no waiting.
+        """Read chunks out of the paged cache: few kernels on the current stream, no waiting.
 
         To be called on the stream that writes the cache. Another stream may encode after an
         event recorded here; the allocator must then be told (`record_stream`) of
@@ -83,9 +97,11 @@ class PagedKvtcCodec(PagedKvtcReader):
         exact = place < np.array(sinks, np.int64)[:, None]
         wanted = (place < np.array(tokens, np.int64)[:, None]) & ~exact
         wanted[list(refused)] = False
-        rows = self._gather(torch.from_numpy(slots[wanted]), torch.from_numpy(positions[wanted]))
+        coded_slots = upload(torch.from_numpy(slots[wanted]), self.device)
+        rows = self._gather(coded_slots, torch.from_numpy(positions[wanted]))
         sink_rows = self._gather_exact(torch.from_numpy(slots[exact]))
-        return StagedChunks(tuple(chunks), tokens, sinks, layout, rows, sink_rows, refused)
+        squares = self._squares(coded_slots)
+        return StagedChunks(tuple(chunks), tokens, sinks, layout, rows, sink_rows, squares, refused)
 
     def encode_staged(self, staged: StagedChunks) -> list[Blob | CodecError]:
         """Encode on the current stream: a blob for each chunk, or why there is none.
@@ -108,24 +124,40 @@ class PagedKvtcCodec(PagedKvtcReader):
         for index in sinks:
             if not sound[ends[index] : ends[index + 1]].all():
                 results[index] = CodecError("non_finite", NON_FINITE)
+        marks = self._marks_of(staged)
+        exact_parts = {
+            index: ExactParts(future, marks.get(index, NO_MARKS)) for index, future in sinks.items()
+        }
         # Chunks that consist of sinks only are in no step.
         for index in sinks.keys() - set(staged.layout.members) - results.keys():
-            (results[index],) = self._blobs(staged, [index], sinks, None)
-        for step in encode_rows(staged, self.resident, self._units, self._encode_limit):
-            blobs = self._blobs(staged, step.members, sinks, step)
+            (results[index],) = self._blobs(staged, [index], exact_parts, None)
+        limits = self.workspace_bytes, HOST_BYTES
+        for step in encode_rows(staged, marks, self.coding, self._units, *limits):
+            blobs = self._blobs(staged, step.members, exact_parts, step)
             results = dict(zip(step.members, blobs, strict=True)) | results
         return [results[index] for index in range(len(staged.chunks))]
 
-    @property
-    def _encode_limit(self) -> int:
-        """Workspace of a step whose stored bytes fit the pinned memory."""
-        payload = sum(plan.raw_length(8) for plan in self.resident.plans.values()) // 8
-        per_token = encoder.workspace_bytes_per_token(self.resident)
-        return min(self.workspace_bytes, HOST_BYTES // max(payload, 1) * per_token)
+    def _marks_of(self, staged: StagedChunks) -> dict[int, Marks]:
+        """The marked tokens of each chunk that has coded ones; empty if blobs do not say."""
+        layout = staged.layout
+        if staged.squares is None or self.artifact.sink_rule is None:
+            return dict.fromkeys(layout.members, NO_MARKS)
+        rule = self.artifact.sink_rule
+        measure = rule.measure_of(staged.squares.sqrt()).cpu()
+        parts = measure.split(layout.tokens)
+        return {i: rule.marked(x).numpy() for i, x in zip(layout.members, parts, strict=True)}
+
+    def _squares(self, slots: torch.Tensor) -> torch.Tensor | None:
+        """What the sink rule looks at, of coded tokens; None if there is none."""
+        if not len(self._rule_layers):
+            return None
+        squares = torch.empty((len(slots), len(self._rule_layers)), device=self.device)
+        squared_norms(self.cache.v, slots, self._rule_layers, squares)
+        return squares
 
     def _gather(self, slots: torch.Tensor, positions: torch.Tensor) -> dict[Kind, torch.Tensor]:
-        """Rows of coded tokens in the operand dtype."""
-        slots, positions = upload(slots, self.device), upload(positions, self.device)
+        """Rows of coded tokens in the operand dtype. slots: on the device."""
+        positions = upload(positions, self.device)
         rows: dict[Kind, torch.Tensor] = {}
         for tensor, mean in self.resident.means.items():
             rows[tensor] = mean.new_empty((len(slots), len(mean)), dtype=self._operand)
@@ -157,7 +189,7 @@ class PagedKvtcCodec(PagedKvtcReader):
         self,
         staged: StagedChunks,
         members: Sequence[int],
-        sinks: dict[int, Future[NewSection] | None],
+        exact: Mapping[int, ExactParts],
         step: EncodedStep | None,
     ) -> list[Blob | CodecError]:
         """Put the coded units of chunks together with what goes before them."""
@@ -174,8 +206,12 @@ class PagedKvtcCodec(PagedKvtcReader):
             )
             try:
                 if step is not None:
-                    _check_magnitude(step.magnitudes[place])
-                plans.append(self._plan(header, sinks[index], step, place))
+                    coded = staged.tokens[index] - staged.sinks[index]
+                    marked = int(exact[index].marks.sum())
+                    self.coding.check(
+                        CodedSizes(step.magnitudes[place], step.sizes[place], coded, marked)
+                    )
+                plans.append(self._plan(header, exact[index], step, place))
             except CodecError as error:
                 plans.append(error)
         body = None if step is None else step.body
@@ -184,26 +220,41 @@ class PagedKvtcCodec(PagedKvtcReader):
     def _plan(
         self,
         header: Header,
-        sinks: Future[NewSection] | None,
+        parts: ExactParts,
         step: EncodedStep | None,
         place: int,
     ) -> BlobPlan:
-        exact = [] if sinks is None else [sinks.result()]
+        exact = [] if parts.sinks is None else [parts.sinks.result()]
         if step is None:
             return BlobPlan.of(header, exact, 0, b"", b"", (0, 0))
+        if len(parts.marks):
+            exact.append(self._marks_section(torch.from_numpy(parts.marks)))
         first = step.ends[place - 1] if place else 0
         return BlobPlan.of(
             header,
             exact,
-            len(self._section_keys()),
+            len(self.coding.sections),
             step.section_rows[place],
             step.unit_tables[place],
             (first, step.ends[place]),
         )
 
 
-def _check_magnitude(magnitude: float) -> None:
-    if not magnitude < math.inf:
-        raise CodecError("non_finite", NON_FINITE)
-    if magnitude > FP16_MAX:
-        raise CodecError("range", "a coefficient is outside the float16 range")
+class PagedKvtcCodec(PagedCodec, KvtcCodec):
+    """`KvtcCodec` in batches."""
+
+    def _open_coding(self, artifact: RankArtifact) -> PayloadCoding:
+        return BitPayloads(artifact, self.ratio, self.device, self._operand)
+
+
+class PagedKvtc2Codec(PagedCodec, Kvtc2Codec):
+    """`Kvtc2Codec` in batches."""
+
+    def _open_coding(self, artifact: RankArtifact) -> PayloadCoding:
+        return StepPlanPayloads(artifact, self.ratio, self.device, self._operand)
+
+
+PAGED_CODECS: dict[str, type[PagedCodec]] = {
+    codec.name: codec for codec in (PagedKvtcCodec, PagedKvtc2Codec)
+}
+"""By the name of the codec whose blobs they read and write."""

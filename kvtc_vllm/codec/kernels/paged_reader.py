@@ -5,6 +5,8 @@ A load is cut into waves of chunks: while the device works on one, the host veri
 
 from __future__ import annotations
 
+import operator
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
 from functools import lru_cache, partial
@@ -17,6 +19,7 @@ from kvtc_vllm.codec.artifact import KINDS, Kind, RankArtifact, at_ratio
 from kvtc_vllm.codec.base import Blob, read_section
 from kvtc_vllm.codec.container import NO_FINGERPRINT
 from kvtc_vllm.codec.errors import ContainerError
+from kvtc_vllm.codec.frame import TransformCodec
 from kvtc_vllm.codec.kernels import decoder
 from kvtc_vllm.codec.kernels.chunks import LoadChunk, RowLayout, shares, steps, waves
 from kvtc_vllm.codec.kernels.decoder import Decoder, DecodeStep, DecodeWorkspace
@@ -24,11 +27,10 @@ from kvtc_vllm.codec.kernels.deflate_nvcomp import host_threads
 from kvtc_vllm.codec.kernels.numeric import OPERAND, Precision
 from kvtc_vllm.codec.kernels.paged import PagedCache, check_geometry, chunk_slots, rotations
 from kvtc_vllm.codec.kernels.paged_io import scatter_rows
-from kvtc_vllm.codec.kernels.resident import ResidentArtifact
+from kvtc_vllm.codec.kernels.payload_coding import PayloadCoding, StoredPayloads
 from kvtc_vllm.codec.kernels.unit_coders import UnitCoder, unit_coder
 from kvtc_vllm.codec.kernels.uploads import UploadedBlobs
 from kvtc_vllm.codec.kernels.verified import ExpectedHead, VerifiedBlob, has_checksum
-from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.streams import DeviceThreads, Event, upload
 
 HOST_BYTES = 64 << 20
@@ -40,8 +42,10 @@ _HEADS = 16
 """Kinds of chunks, by numbers of tokens and sinks, whose heads are remembered."""
 
 
-class PagedKvtcReader(KvtcCodec):
-    """`KvtcCodec` that also loads batches straight into one paged cache.
+class PagedReader(TransformCodec):
+    """A transform codec that also loads batches straight into one paged cache.
+
+    To be mixed into the codec, whose payloads `_open_coding` knows.
 
     Only what the given ratio needs is resident: blobs of other ratios of the artifact are
     refused. cache: of the artifact's geometry, fp8 elements viewed as such, without scales: those
@@ -79,11 +83,18 @@ class PagedKvtcReader(KvtcCodec):
         narrow = precision == "float16" and cache.k.dtype.itemsize <= 2
         self.row_dtype = torch.float16 if narrow else torch.float32
         self.workspace_bytes = workspace_bytes
-        self.resident = ResidentArtifact(artifact, ratio, device, self._operand)
-        self._units = unit_coder(device) if coder is None else coder
+        self.coding = self._open_coding(artifact)
+        self.resident = self.coding.resident
+        self._units = unit_coder(device, self._entropy) if coder is None else coder
         self._own = DeviceThreads(device, HOST_BYTES)
+        layers = self.artifact.sink_rule.layers if self._has_marks else ()
+        self._rule_layers = torch.tensor(layers, dtype=torch.int32, device=device)
         self._unrotated = rotations([None] * geometry.num_layers, device)
         self._expected_head = lru_cache(_HEADS)(self._head_of)
+
+    @abstractmethod
+    def _open_coding(self, artifact: RankArtifact) -> PayloadCoding:
+        """The payloads of the artifact's sections at the codec's ratio, on its device."""
 
     @property
     def resident_bytes(self) -> int:
@@ -118,18 +129,18 @@ class PagedKvtcReader(KvtcCodec):
         thread = self._own.mine
         blobs = [memoryview(blob) for _, blob in chunks]
         uploads = UploadedBlobs(blobs, thread, self.device, self._units.reads_on_device)
-        per_token = decoder.workspace_bytes_per_token(self.resident, self.row_dtype)
+        per_chunk = decoder.workspace_bytes(self.coding, self.row_dtype, tokens)
         free = self.workspace_bytes - uploads.on_device.numel()
         parts = waves(
             len(chunks),
             max(1, FIRST_WAVE // tokens),
-            max(1, min(LARGEST_WAVE, free // per_token) // tokens),
+            max(1, min(LARGEST_WAVE // tokens, free // per_chunk)),
         )
         largest = max(part.stop - part.start for part in parts)
         workspace = DecodeWorkspace.of(
-            self.resident, self.row_dtype, len(chunks), largest, tokens, self.device
+            self.coding, self.row_dtype, len(chunks), largest, tokens, self.device
         )
-        decoding = Decoder(self.resident, self.cache, workspace, thread.stream, point)
+        decoding = Decoder(self.coding, self.cache, workspace, thread.stream, point)
         begin = Event(self.device)
         slots = chunk_slots(
             [chunk.block_ids for chunk, _ in chunks],
@@ -140,27 +151,34 @@ class PagedKvtcReader(KvtcCodec):
         tasks = self._begin_checksums(uploads)
         sound = (right for task in tasks for right in task.result())
         verified: dict[int, VerifiedBlob] = {}
+        stored: dict[int, StoredPayloads] = {}
         failed: dict[int, ContainerError] = {}
+        room = largest, tokens
+        limits = self.coding.payload_room(*room), self.coding.marked_room(*room)
         try:
-            for part in parts:
-                for place, good in zip(range(part.start, part.stop), sound, strict=False):
+            for wave in parts:
+                for place, good in zip(range(wave.start, wave.stop), sound, strict=False):
                     try:
-                        verified[place] = self._check(*chunks[place], tokens, good)
+                        blob = self._check(*chunks[place], tokens, good)
+                        if blob.sinks < tokens:
+                            stored[place] = self.coding.stored(blob, tokens - blob.sinks)
+                        verified[place] = blob
                     except ContainerError as error:
                         failed[place] = error
-                own = {i: verified[i] for i in range(part.start, part.stop) if i in verified}
-                if part is parts[-1]:
+                if wave is parts[-1]:
                     # Needed last, so another thread has time for them.
                     reading = host_threads().submit(self._read_sinks, verified, slots)
-                step = self._step(own, chunks, part, tokens, slots)
-                if step is None:
-                    continue
-                sent = None
-                if self._units.reads_on_device:
-                    with thread.copying.after(begin):
-                        uploads.send(part)
-                        sent = Event(self.device)
-                failed |= decoding.decode(step, partial(self._units.open, uploads, own), sent)
+                for part in _that_fit(wave, stored, limits):
+                    own = {i: verified[i] for i in range(part.start, part.stop) if i in verified}
+                    step = self._step(own, stored, chunks, part, tokens, slots)
+                    if step is None:
+                        continue
+                    sent = None
+                    if self._units.reads_on_device:
+                        with thread.copying.after(begin):
+                            uploads.send(part)
+                            sent = Event(self.device)
+                    failed |= decoding.decode(step, partial(self._units.open, uploads, own), sent)
             sinks, sink_slots, damaged = reading.result()
             failed |= damaged
             # Last: all that follows on this stream would wait for the point, too.
@@ -211,6 +229,7 @@ class PagedKvtcReader(KvtcCodec):
     def _step(
         self,
         verified: Mapping[int, VerifiedBlob],
+        stored: Mapping[int, StoredPayloads],
         chunks: Sequence[tuple[LoadChunk, Blob]],
         part: slice,
         tokens: int,
@@ -225,20 +244,20 @@ class PagedKvtcReader(KvtcCodec):
         coded = np.arange(tokens) >= np.array(sinks, np.int64)[:, None]
         starts = np.array([chunk.start for chunk, _ in chunks[part]], np.int64)
         positions = starts[:, None] + np.arange(tokens)
-        # One upload: each costs as much as a launch.
-        there = upload(
-            torch.from_numpy(
-                np.concatenate((slots[part][coded], positions[coded], own.table.numpy().ravel()))
-            ),
-            self.device,
+        layout = RowLayout(tuple(part.start + member for member in own.members), own.tokens)
+        payloads = self.coding.plan(layout, [stored[member] for member in layout.members])
+        table = own.table.numpy().ravel()
+        # One upload: each costs as much as a launch. What begins a table begins 16 bytes.
+        tables = [slots[part][coded], positions[coded], table, payloads.numbers]
+        padded = [np.pad(x, (0, len(x) % 2)) for x in tables]
+        there = upload(torch.from_numpy(np.concatenate(padded)), self.device)
+        ends = np.cumsum([len(x) for x in padded]).tolist()
+        own_slots, own_positions, own_table, numbers = (
+            there[end - len(p) : end][: len(x)]
+            for end, p, x in zip(ends, padded, tables, strict=True)
         )
-        rows = own.num_rows
         return DecodeStep(
-            RowLayout(tuple(part.start + member for member in own.members), own.tokens),
-            np.array([sinks[member] > 0 for member in own.members], np.int64),
-            there[2 * rows :].view(-1, 3),
-            there[:rows],
-            there[rows : 2 * rows],
+            layout, payloads, own_table.view(-1, 3), own_slots, own_positions, numbers
         )
 
     def _read_sinks(
@@ -277,3 +296,21 @@ class PagedKvtcReader(KvtcCodec):
             rows = upload(values, self.device).float()
             exact = self._exact.tensor(tensor)
             scatter_rows(exact, slots, slots, self._unrotated, None, rows)
+
+
+def _that_fit(
+    wave: slice, stored: Mapping[int, StoredPayloads], limits: tuple[int, int]
+) -> list[slice]:
+    """A wave cut into parts of which payload bytes and marked tokens fit a step's memory."""
+    places = range(wave.start, wave.stop)
+    none = StoredPayloads(0, np.zeros(1, np.int64))
+    found: list[slice] = []
+    first, taken = wave.start, (0, 0)
+    for place in places:
+        own = stored.get(place, none)
+        needs = int(own.payload_bytes), int(own.marks.sum())
+        taken = taken[0] + needs[0], taken[1] + needs[1]
+        if place > first and any(map(operator.gt, taken, limits)):
+            found.append(slice(first, place))
+            first, taken = place, needs
+    return [*found, slice(first, wave.stop)]

@@ -8,6 +8,13 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
+from kvtc_vllm.codec.kernels.bit_tables import (
+    NARROW,
+    NARROW_BYTES,
+    TOKENS,
+    WIDE,
+    PlanTables,
+)
 from kvtc_vllm.codec.kernels.code_tiles import (
     BITS2,
     BITS4,
@@ -19,14 +26,7 @@ from kvtc_vllm.codec.kernels.code_tiles import (
 )
 from kvtc_vllm.codec.kernels.jit import EXACT, jit
 from kvtc_vllm.codec.kernels.numeric import E4M3_MAX, saturate_fp16
-from kvtc_vllm.codec.kernels.resident import (
-    COLUMNS,
-    NARROW,
-    NARROW_BYTES,
-    TOKENS,
-    WIDE,
-    PlanTables,
-)
+from kvtc_vllm.codec.kernels.resident import COLUMNS
 from kvtc_vllm.codec.quantizers.fp8 import FP8
 from kvtc_vllm.codec.quantizers.uniform import INT2, INT4
 

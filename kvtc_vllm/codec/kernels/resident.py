@@ -1,213 +1,79 @@
-"""What of an artifact stays on the device: bases, means, rotary tables, and plans as tables.
+"""What of an artifact stays on the device: bases, means and rotary tables.
 
-Only one target ratio is resident, and its bases have a column order of their own. The columns of a
-coefficient group stay together; groups that are wide enough to be coded in tiles begin at
-multiples of `COLUMNS`, so that their coefficients are read and written in whole words; columns
-that no group reads are left out; zeros fill the gaps and the end. Matrix products then have rows
-that begin at multiples of 128 bytes, as the fast tensor-core kernels want them.
-
-The tables of a bit plan hold all that a kernel needs to find a code or a shift: where each
-coefficient group starts, and where its packed codes lie in the payload. They are listed in tiles
-over all coefficient groups, so that one launch covers groups of 1 and of 1024 coefficients without
-idle programs.
+Only one target ratio is resident, and its bases have a column order that suits how the codec lays
+out codes. Matrix products have rows that begin at multiples of 128 bytes, as the fast tensor-core
+kernels want them.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from kvtc_vllm.codec.artifact import KINDS, Kind, RankArtifact
-from kvtc_vllm.codec.entropy import cut_units
+from kvtc_vllm.codec.entropy.unit_table import Lengths
 from kvtc_vllm.codec.kernels.paged import Rotation, rotations
-from kvtc_vllm.codec.payload import (
-    FP16_BYTES,
-    BitPlan,
-    CoefficientGroup,
-    batches,
-    bit_plan,
-    payload_length,
-    stream_lengths,
-)
-from kvtc_vllm.codec.streams import synchronize
 
 COLUMNS = 64
-"""Columns of a tile of a wide coefficient group; widths of resident matrices are multiples."""
-TOKENS = 32
-"""Tokens of such a tile."""
-NARROW_BYTES = 256
-"""Bytes of packed codes of a tile of a narrow coefficient group."""
-WIDE, NARROW, ZERO = 0, 1, 2
-"""Kinds of tiles, see `PlanTables.tiles`."""
-ALIGNMENT = 16
+"""Columns of a tile of codes; widths of resident matrices are multiples."""
+_ALIGNMENT = 16
 """Payloads of a section begin at multiples of so many bytes."""
+
+Bytes = TypeVar("Bytes", int, Lengths)
 
 
 @dataclass(frozen=True)
-class Columns:
-    """The resident order of the columns that a plan reads.
+class ColumnOrder:
+    """Which columns of a section's basis are resident, and where.
 
-    width: a multiple of `COLUMNS`. starts: first column of every group of the plan, in the plan's
-    order. sources: int64 [width], which column of the basis each is; -1 for zeros.
+    sources: int64 [total width], the column of the basis that each is; -1 for zeros. width: how
+    many of them all tokens have; the others are for marked tokens alone. Both are multiples of
+    `COLUMNS`. unit: what coefficients are multiplied by on the device, a power of two; 1 unless
+    float16 would not hold them well.
     """
 
     width: int
-    starts: tuple[int, ...]
     sources: torch.Tensor
-
-    @classmethod
-    def of(cls, plan: BitPlan) -> Columns:
-        starts: list[int] = []
-        sources: list[int] = []
-        for group in plan.groups:
-            if is_wide(group.size):
-                sources += [-1] * (-len(sources) % COLUMNS)
-            starts.append(len(sources))
-            sources += range(group.start, group.start + group.size)
-        sources += [-1] * (-len(sources) % COLUMNS)
-        return cls(len(sources), tuple(starts), torch.tensor(sources, dtype=torch.int64))
-
-    def of_basis(self, basis: torch.Tensor) -> torch.Tensor:
-        """[p, r] -> [p, width], contiguous."""
-        picked = basis[:, self.sources.clamp_min(0)]
-        picked[:, self.sources < 0] = 0
-        return picked
-
-    def gaps(self) -> list[tuple[int, int]]:
-        """(first, columns) of every stretch of zeros."""
-        found: list[tuple[int, int]] = []
-        for column in torch.nonzero(self.sources < 0).flatten().tolist():
-            if found and sum(found[-1]) == column:
-                found[-1] = (found[-1][0], found[-1][1] + 1)
-            else:
-                found.append((column, 1))
-        return found
-
-
-def is_wide(size: int) -> bool:
-    """Whether a coefficient group of this size is coded in tiles of `COLUMNS` columns."""
-    return size % COLUMNS == 0
-
-
-@dataclass(frozen=True)
-class PlanTables:
-    """A bit plan for chunks of some lengths, resident on a device."""
-
-    width: int
-    """Columns of coefficients, see `Columns`."""
-    lengths: tuple[int, ...]
-    """The different numbers of coded tokens per chunk, ascending."""
-    payload_bytes: tuple[int, ...]
-    """Bytes per chunk before entropy coding, of each of `lengths`."""
-    groups: torch.Tensor
-    """Coefficient groups in stored order, int64 [lengths, n, 4]: first column, size, type id,
-    offset of the packed codes in the payload."""
-    tiles: torch.Tensor
-    """int32 [m, 4]: kind, and for `WIDE`: coefficient group, first token, first column inside
-    it; for `NARROW`: coefficient group, first byte of its packed codes, 0; for `ZERO`, which only
-    unpacking has: first token, first column, columns. They cover the longest chunk."""
-    coded_tiles: int
-    """How many of the tiles are not `ZERO`; they come first."""
-    unit_lengths: tuple[tuple[int, ...], ...]
-    """Raw bytes of the entropy coder's units, in order, of each of `lengths`; a unit never
-    crosses the end of a stream (see `payload`)."""
+    unit: float = 1.0
 
     @property
-    def num_groups(self) -> int:
-        return int(self.groups.shape[1])
-
-    @property
-    def payload_stride(self) -> int:
-        """Bytes from one chunk's payload to the next one's."""
-        return -(-self.payload_bytes[-1] // ALIGNMENT) * ALIGNMENT
-
-    @classmethod
-    def build(
-        cls, plan: BitPlan, columns: Columns, lengths: Sequence[int], device: torch.device
-    ) -> PlanTables:
-        """Tables of `plan` for chunks of `lengths` coded tokens, ascending."""
-        place = {
-            group.start: start for group, start in zip(plan.groups, columns.starts, strict=True)
-        }
-        groups = [
-            (place[group.start], group.size, type_id, offset)
-            for tokens in lengths
-            for group, type_id, offset in _stored(plan, tokens)
-        ]
-        token_tiles = range(0, lengths[-1], TOKENS)
-        tiles: list[tuple[int, int, int, int]] = []
-        for index, (group, _, _) in enumerate(_stored(plan, lengths[-1])):
-            if is_wide(group.size):
-                inner = range(0, group.size, COLUMNS)
-                tiles += [(WIDE, index, token, first) for token in token_tiles for first in inner]
-        for batch in batches(plan):
-            if not is_wide(batch.size):
-                packed = range(0, batch.packed_bytes(lengths[-1]), NARROW_BYTES)
-                for index in range(batch.first, batch.first + batch.count):
-                    tiles += [(NARROW, index, first, 0) for first in packed]
-        coded = len(tiles)
-        for first, count in columns.gaps():
-            tiles += [(ZERO, token, first, count) for token in token_tiles]
-        return cls(
-            width=columns.width,
-            lengths=tuple(lengths),
-            payload_bytes=tuple(payload_length(plan, tokens) for tokens in lengths),
-            groups=torch.tensor(groups, dtype=torch.int64).view(len(lengths), -1, 4).to(device),
-            tiles=torch.tensor(tiles, dtype=torch.int32).view(-1, 4).to(device),
-            coded_tiles=coded,
-            unit_lengths=tuple(
-                tuple(cut_units(stream_lengths(plan, tokens))) for tokens in lengths
-            ),
-        )
-
-
-def _stored(plan: BitPlan, tokens: int) -> list[tuple[CoefficientGroup, int, int]]:
-    """Groups in stored order with type id and offset of the packed codes in the payload."""
-    by_start = {group.start: group for group in plan.groups}
-    found: list[tuple[CoefficientGroup, int, int]] = []
-    offset = 2 * FP16_BYTES * len(plan.groups) * tokens
-    for batch in batches(plan):
-        for start in batch.starts:
-            found.append((by_start[start], batch.quantizer.type_id, offset))
-            offset += batch.packed_bytes(tokens)
-    return found
+    def total_width(self) -> int:
+        return len(self.sources)
 
 
 class ResidentArtifact:
     """An artifact at one target ratio as kernels take it, on one device. Thread-safe.
 
     sections: the artifact's, on any device. analysis, synthesis: what rows and coefficients are
-    multiplied by, [p, width] in the operand dtype: the bases in the order of `Columns`, with the
-    rows' weights in them where there are some. means: float32 [P], of a row of all layers.
+    multiplied by, [p, total width] in the operand dtype: the bases in the order of `orders`, with
+    the rows' weights in them where there are some. means: float32 [P], of a row of all layers.
     """
 
     def __init__(
         self,
         artifact: RankArtifact,
-        ratio: float,
+        orders: Mapping[tuple[int, Kind], ColumnOrder],
         device: torch.device,
         operand: torch.dtype,
     ) -> None:
         self.geometry = artifact.geometry
         self.operand = operand
-        self._device = device
-        self._lock = threading.Lock()
-        self._tables: dict[tuple[int, Kind, tuple[int, ...]], PlanTables] = {}
-        self.plans = {key: bit_plan(s, ratio) for key, s in artifact.sections.items()}
-        self.column_order = {key: Columns.of(plan) for key, plan in self.plans.items()}
+        self.orders = orders
+        self.device = device
         self.analysis: dict[tuple[int, Kind], torch.Tensor] = {}
         self.synthesis: dict[tuple[int, Kind], torch.Tensor] = {}
         for key, section in artifact.sections.items():
-            basis = self.column_order[key].of_basis(section.basis)
-            self.analysis[key] = _scaled(basis, section.weights, operand).to(device)
-            inverse = None if section.weights is None else 1 / section.weights
+            basis = ordered(section.basis, orders[key].sources)
+            unit, weights = orders[key].unit, section.weights
+            self.analysis[key] = _scaled(basis, weights, unit, operand).to(device)
+            inverse = None if weights is None else 1 / weights
             self.synthesis[key] = (
                 self.analysis[key]
-                if inverse is None
-                else _scaled(basis, inverse, operand).to(device)
+                if inverse is None and unit == 1
+                else _scaled(basis, inverse, 1 / unit, operand).to(device)
             )
         layers = artifact.geometry.num_layers
         ropes = [None if i is None else artifact.ropes[i] for i in artifact.layer_rope]
@@ -239,21 +105,17 @@ class ResidentArtifact:
 
     def width(self, layer_group: int, tensor: Kind) -> int:
         """Columns of the section's coefficients."""
-        return self.column_order[layer_group, tensor].width
+        return self.orders[layer_group, tensor].width
 
-    def tables(self, layer_group: int, tensor: Kind, lengths: tuple[int, ...]) -> PlanTables:
-        """The section's plan for chunks of `lengths` coded tokens; made once.
+    @property
+    def widest(self) -> int:
+        """Largest `width` of a section."""
+        return max(order.width for order in self.orders.values())
 
-        The first time waits for the device: any stream may read them afterwards.
-        """
-        key = (layer_group, tensor, lengths)
-        with self._lock:
-            if key not in self._tables:
-                columns = self.column_order[layer_group, tensor]
-                plan = self.plans[layer_group, tensor]
-                self._tables[key] = PlanTables.build(plan, columns, lengths, self._device)
-                synchronize(self._device)
-            return self._tables[key]
+    @property
+    def longest_row(self) -> int:
+        """Most elements of a section's row."""
+        return max(self.geometry.row_size(*key) for key in self.keys)
 
     @property
     def nbytes(self) -> int:
@@ -266,10 +128,25 @@ class ResidentArtifact:
         return sum(x.nbytes for x in tensors) + sum(x.nbytes for x in tables.values())
 
 
+def padded_payload(length: Bytes) -> Bytes:
+    """Bytes from a payload's place to the next one's."""
+    return -(-length // _ALIGNMENT) * _ALIGNMENT
+
+
+def ordered(basis: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
+    """[p, r] -> [p, len(sources)], contiguous: column `sources[i]`, zeros where that is -1."""
+    if not basis.shape[1]:
+        return basis.new_zeros((len(basis), len(sources)))
+    picked = basis[:, sources.clamp_min(0)]
+    picked[:, sources < 0] = 0
+    return picked
+
+
 def _scaled(
-    basis: torch.Tensor, factors: torch.Tensor | None, operand: torch.dtype
+    basis: torch.Tensor, factors: torch.Tensor | None, unit: float, operand: torch.dtype
 ) -> torch.Tensor:
-    """The basis with its rows multiplied by float32 factors [p]."""
-    if factors is None:
+    """The basis with its rows multiplied by float32 factors [p] and by a power of two."""
+    if factors is None and unit == 1:
         return basis.to(operand)
-    return (basis.float() * factors[:, None]).to(operand)
+    factors = torch.ones(len(basis)) if factors is None else factors
+    return (basis.float() * (factors * unit).to(basis.device)[:, None]).to(operand)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 
 from kvtc_vllm.codec.base import read_section
 from kvtc_vllm.codec.container import Section, SectionTables
-from kvtc_vllm.codec.entropy import DEFLATE, MAX_UNIT_BYTES, aligned, padded
+from kvtc_vllm.codec.entropy import DEFLATE, MAX_UNIT_BYTES, DeflateCoder, aligned, padded
 from kvtc_vllm.codec.entropy.unit_table import CheckedUnits, Lengths, SectionBody, unsound_units
 from kvtc_vllm.codec.errors import ContainerError
 from kvtc_vllm.codec.kernels.deflate_nvcomp import (
@@ -88,10 +89,14 @@ class UnitCoder(Protocol):
         ...
 
 
-def unit_coder(device: torch.device) -> UnitCoder:
-    """nvCOMP if it works on `device`, else host threads; the log says once if it is the latter."""
+def unit_coder(device: torch.device, host: DeflateCoder = DEFLATE) -> UnitCoder:
+    """nvCOMP if it works on `device`, else host threads; the log says once if it is the latter.
+
+    host: what encodes there. nvCOMP has one way for all codecs, whether they want matches or not:
+    units of codec 2 may be some per cent larger with it, and are still of the format.
+    """
     nvcomp = nvcomp_or_none() if device.type == "cuda" else None
-    return HostUnitCoder(device) if nvcomp is None else NvcompUnitCoder(nvcomp)
+    return HostUnitCoder(device, host) if nvcomp is None else NvcompUnitCoder(nvcomp)
 
 
 class HostUnitCoder:
@@ -99,8 +104,9 @@ class HostUnitCoder:
 
     reads_on_device = False
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, coder: DeflateCoder = DEFLATE) -> None:
         self._device = device
+        self._coder = coder
 
     def deflate(self, raw: torch.Tensor, starts: Lengths, lengths: Lengths) -> CodedUnits:
         staged = host_buffer(raw.numel(), self._device)
@@ -110,15 +116,15 @@ class HostUnitCoder:
             view[start : start + length]
             for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)
         ]
-        return _HostUnits(list(host_threads().map(_deflate, pieces)))
+        return _HostUnits(list(host_threads().map(partial(_deflate, self._coder), pieces)))
 
     def open(self, blobs: UploadedBlobs, verified: Mapping[int, VerifiedBlob]) -> UnitReader:
         return _HostReader(verified)
 
 
-def _deflate(piece: memoryview) -> tuple[int, bytes]:
+def _deflate(coder: DeflateCoder, piece: memoryview) -> tuple[int, bytes]:
     """Stored length and padded bytes of one unit."""
-    stored = DEFLATE.encode_unit(bytes(piece))
+    stored = coder.encode_unit(bytes(piece))
     return len(stored), padded(stored)
 
 

@@ -80,28 +80,44 @@ def has_checksum(blob: Blob) -> bool:
 class ExpectedHead:
     """What does not differ from blob to blob in a section table of ours.
 
-    sections: of one chunk, all coded by DEFLATE.
+    Sections are coded by DEFLATE, if they may be; those that may be empty are raw if they are.
     """
 
     entries: npt.NDArray[np.uint8]
     """Section table with zeros for what differs, uint8 [sections, entry bytes]."""
     fixed: npt.NDArray[np.uint8]
     """255 where `entries` counts, 0 elsewhere."""
+    least: npt.NDArray[np.int64]
+    """Raw bytes of each section, at least; and `most`, at most."""
+    most: npt.NDArray[np.int64]
 
     @classmethod
     def of(cls, sections: list[ExpectedSection]) -> ExpectedHead:
         """Of the sections that a blob must have."""
 
-        def table(units: int, stored: int) -> npt.NDArray[np.uint8]:
+        least = [section.raw_length for section in sections]
+        most = [s.raw_length if s.most_raw_length is None else s.most_raw_length for s in sections]
+        varies = [a != b for a, b in zip(least, most, strict=True)]
+
+        def table(any32: int, any8: int) -> npt.NDArray[np.uint8]:
+            """any32, any8: what fields of that size have that may be anything."""
             entries = [
-                SectionEntry(s.kind, DEFLATE.coder_id, s.group, units, s.raw_length, stored)
-                for s in sections
+                SectionEntry(
+                    s.kind,
+                    _coder_of(s) if s.raw_length else any8,
+                    s.group,
+                    any32,
+                    any32 if varied else s.raw_length,
+                    any32,
+                )
+                for s, varied in zip(sections, varies, strict=True)
             ]
             joined = b"".join(map(build_entry, entries))
             return np.frombuffer(joined, np.uint8).reshape(-1, _ENTRY)
 
         entries = table(0, 0)
-        return cls(entries, ~(entries ^ table(0xFFFFFFFF, 0xFFFFFFFF)))
+        fixed = ~(entries ^ table(0xFFFFFFFF, 0xFF))
+        return cls(entries, fixed, np.array(least, np.int64), np.array(most, np.int64))
 
     def match(self, blob: Blob, sinks: int, header: Callable[[], Header]) -> VerifiedBlob | None:
         """The tables of a blob if it is as we write it. None: who knows. Its checksum is right.
@@ -119,12 +135,22 @@ class ExpectedHead:
         tables = section_tables(view, count)
         rows = tables.sections
         stored = rows["stored_length"].astype(np.int64)
+        raw = rows["raw_length"].astype(np.int64)
+        known = (rows["coder_id"] == DEFLATE.coder_id) | (self.fixed[:, 1] == 255) | (raw == 0)
         fits = tables.body + int(stored.sum()) + CHECKSUM_BYTES == len(view)
         # Sections of ours need no padding: their last unit has its own.
         if (
-            not fits
+            not (fits and known.all())
+            or (raw < self.least).any()
+            or (raw > self.most).any()
+            or (rows["coder_id"] > DEFLATE.coder_id).any()
             or (stored % UNIT_ALIGNMENT).any()
             or (rows["units"] > rows["raw_length"]).any()
         ):
             return None
         return VerifiedBlob(view, sinks, tables)
+
+
+def _coder_of(section: ExpectedSection) -> int:
+    """The number of the entropy coder that we code such a section with."""
+    return DEFLATE.coder_id if DEFLATE.coder_id in section.coder_ids else min(section.coder_ids)

@@ -111,14 +111,17 @@ class StepPlan:
     def store(self, streams: list[bytes], tokens: int, entropy: EntropyCoder) -> CodedSection:
         """Of a payload's streams. Raises CodecError("size") if they take more than they may."""
         encoded = entropy.encode(streams)
-        taken = len(encoded.body) + UNIT_BYTES * len(encoded.units)
+        self.check_size(len(encoded.body) + UNIT_BYTES * len(encoded.units), tokens)
+        return CodedSection(entropy.coder_id, sum(map(len, streams)), encoded)
+
+    def check_size(self, taken: int, tokens: int) -> None:
+        """Raise CodecError("size") if tokens take more bytes in a blob than they may."""
         if taken > self.max_bytes(tokens):
             raise CodecError(
                 "size",
                 f"a section of {tokens} tokens takes {taken} bytes, at most "
                 f"{self.max_bytes(tokens)} are kept; it is unlike the calibration data",
             )
-        return CodedSection(entropy.coder_id, sum(map(len, streams)), encoded)
 
     def decode(
         self, section: Section, body: memoryview, tokens: int, device: torch.device

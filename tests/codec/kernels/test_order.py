@@ -14,7 +14,7 @@ from tests.codec.kernels.paged_caches import paged_cache
 from tests.codec.kernels.requests import Load
 from tests.codec.synthetic import SyntheticModel
 
-from kvtc_vllm.codec.kernels import decoder, paged_reader, uploads  # isort: skip
+from kvtc_vllm.codec.kernels import bit_payloads, decoder, paged_reader, uploads  # isort: skip
 from kvtc_vllm.codec.kernels.paged_codec import PagedKvtcCodec  # isort: skip
 from kvtc_vllm.codec.kernels.verified import has_checksum  # isort: skip
 
@@ -48,8 +48,8 @@ class Log:
 def log(monkeypatch: pytest.MonkeyPatch) -> Log:
     log = Log()
     for module, name in (
-        (decoder, "decode_payloads"),
-        (decoder, "product"),
+        (bit_payloads, "decode_payloads"),
+        (bit_payloads, "product"),
         (decoder, "scatter_rows"),
         (paged_reader, "scatter_rows"),
     ):
@@ -113,7 +113,8 @@ def test_a_failed_load_ends_the_stream_that_inflates(
     def fail(*args: Any, **options: Any) -> None:
         raise RuntimeError("no kernel image is available")
 
-    monkeypatch.setattr(decoder, stage, fail)
+    module = decoder if stage == "scatter_rows" else bit_payloads
+    monkeypatch.setattr(module, stage, fail)
     with pytest.raises(RuntimeError, match="kernel image"):
         codec.load(loads, TOKENS, log)  # type: ignore[arg-type]
     assert log.entries[-1] == "wait for the side stream"

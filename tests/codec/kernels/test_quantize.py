@@ -13,7 +13,8 @@ from tests.codec.kernels.devices import DEVICES
 
 from kvtc_vllm.codec.kernels.payload_kernels import decode_payloads, encode_payloads  # isort: skip
 from kvtc_vllm.codec.kernels.chunks import RowLayout  # isort: skip
-from kvtc_vllm.codec.kernels.resident import Columns, PlanTables  # isort: skip
+from kvtc_vllm.codec.kernels.bit_tables import Columns, PlanTables  # isort: skip
+from kvtc_vllm.codec.kernels.resident import ordered  # isort: skip
 
 TYPES = ("int2", "int4", "fp8")
 SIZES = (1, 3, 16, 40, 64, 128)
@@ -64,7 +65,7 @@ class Kernels:
         out = torch.full((count, self.tables.payload_stride), 0xA5, dtype=torch.uint8)
         self.magnitudes = torch.zeros(count, dtype=torch.int32, device=self.device)
         out = out.to(self.device)
-        rows = self.columns.of_basis(x).contiguous().to(self.device)
+        rows = ordered(x, self.columns.sources).to(self.device)
         encode_payloads(rows, self.tables, self.chunks, out, self.magnitudes)
         sizes = [self.tables.payload_bytes[self._which(t)] for t in self.layout.tokens]
         return [row[:size].cpu().numpy().tobytes() for row, size in zip(out, sizes, strict=True)]
@@ -219,6 +220,6 @@ def test_products_have_rows_of_whole_tiles_and_no_column_that_is_not_read(plan):
         assert group.size % 64 or start % 64 == 0
         assert columns.sources[start] == group.start
     basis = torch.randn(5, plan.rank)
-    laid_out = columns.of_basis(basis)
+    laid_out = ordered(basis, columns.sources)
     assert torch.equal(laid_out[:, columns.sources >= 0], basis[:, read])
     assert not laid_out[:, columns.sources < 0].any()

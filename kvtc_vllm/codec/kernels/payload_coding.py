@@ -1,0 +1,228 @@
+"""The seam between what all codecs with kernels share and what is one codec's own.
+
+A load or a store of any transform codec gathers and scatters rows, multiplies them by bases, and
+entropy-codes units. How the coefficients of a section become the raw bytes of a payload, and what
+else a blob says of them, is the codec's `PayloadCoding`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvtc_vllm.codec.artifact import Kind
+from kvtc_vllm.codec.container import SectionKind
+from kvtc_vllm.codec.entropy.unit_table import Lengths
+from kvtc_vllm.codec.errors import CodecError
+from kvtc_vllm.codec.frame import NON_FINITE
+from kvtc_vllm.codec.kernels.chunks import RowLayout
+from kvtc_vllm.codec.kernels.resident import ResidentArtifact, padded_payload
+from kvtc_vllm.codec.kernels.unit_coders import PlacedSections
+from kvtc_vllm.codec.kernels.verified import VerifiedBlob
+
+Marks = npt.NDArray[np.bool_]
+DEFLATE_SCRATCH = 4
+"""Bytes for each byte of a payload while it is coded: itself, room for the worst unit, what was
+made of it."""
+NO_MARKS: Marks = np.zeros(0, np.bool_)
+
+
+@dataclass(frozen=True)
+class StoredPayloads:
+    """The payloads of one verified blob.
+
+    first: number of its first coded section. lengths: raw bytes of each coded section, int64 [n].
+    marks: bool [N], which of the coded tokens are marked; empty if blobs of the codec do not say.
+    """
+
+    first: int
+    lengths: Lengths
+    marks: Marks = field(default_factory=lambda: NO_MARKS)
+
+    @property
+    def payload_bytes(self) -> int:
+        """Of a place for each payload, see `padded_payload`."""
+        return int(padded_payload(self.lengths).sum())
+
+
+@dataclass(frozen=True)
+class PayloadPlan:
+    """Where the payloads of a step of a load go.
+
+    placed: places in a buffer of `nbytes`. numbers: int64, whatever else the codec's kernels read
+    of the step, which crosses to the device with the step's other tables. marked: rows of marked
+    tokens.
+    """
+
+    placed: PlacedSections
+    nbytes: int
+    numbers: Lengths
+    marked: int = 0
+
+
+@dataclass(frozen=True)
+class StepPayloads:
+    """The payloads of a step of a load, on the device.
+
+    table: `RowLayout.table`. numbers: those of the plan. data: uint8 [nbytes]. flags: int32, of
+    each chunk; set to a key of `PayloadCoding.failures` for one that is damaged. own: what
+    `PayloadCoding.memory` gave.
+    """
+
+    layout: RowLayout
+    table: torch.Tensor
+    numbers: torch.Tensor
+    data: torch.Tensor
+    flags: torch.Tensor
+    own: tuple[torch.Tensor, ...]
+    marked: int
+
+
+@dataclass(frozen=True)
+class RawPayloads:
+    """The payloads of a step of a store, cut into units and not yet entropy coded.
+
+    layout: of the chunks that they are of. data: uint8, on the device. starts, lengths: of each
+    unit in data, int64; chunk after chunk, and in it section after section. units: how many every
+    section has, int64 [chunks, sections]. coder_ids: of every section, the same shape. magnitudes:
+    int32 [chunks] on the device, bits of a float32 that `PayloadCoding.check` understands.
+    left_out: places, in the layout that was asked for, of chunks that need a step of their own.
+    """
+
+    layout: RowLayout
+    data: torch.Tensor
+    starts: Lengths
+    lengths: Lengths
+    units: Lengths
+    coder_ids: Lengths
+    magnitudes: torch.Tensor
+    left_out: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class CodedSizes:
+    """What a chunk's coded sections take.
+
+    magnitude: of `RawPayloads.magnitudes`. sizes: int64 [sections, 3]: units, raw and stored bytes.
+    tokens: coded ones. marked: how many of them are.
+    """
+
+    magnitude: float
+    sizes: Lengths
+    tokens: int
+    marked: int
+
+
+class PayloadCoding(ABC):
+    """Coefficients <-> payloads of one codec and artifact at one ratio. Thread-safe.
+
+    failures: why a chunk of a load is refused, by what its flag was set to.
+    """
+
+    failures: ClassVar[Mapping[int, str]]
+
+    def __init__(self, resident: ResidentArtifact) -> None:
+        self.resident = resident
+
+    @abstractmethod
+    def stored(self, blob: VerifiedBlob, coded: int) -> StoredPayloads:
+        """Of a blob with `coded` coded tokens, at least one. Raises ContainerError."""
+
+    @abstractmethod
+    def payload_room(self, chunks: int, tokens: int) -> int:
+        """Bytes for the payloads of a step of a load; more are in another step.
+
+        Enough for whatever one chunk may have.
+        """
+
+    @abstractmethod
+    def marked_room(self, chunks: int, tokens: int) -> int:
+        """Marked tokens of a step of a load; more are in another step. As `payload_room`."""
+
+    @abstractmethod
+    def memory(
+        self, chunks: int, tokens: int, row_dtype: torch.dtype, device: torch.device
+    ) -> tuple[torch.Tensor, ...]:
+        """Device memory of a load beside payloads, coefficients and rows.
+
+        Raises torch.OutOfMemoryError.
+        """
+
+    @abstractmethod
+    def memory_bytes(self, tokens: int, row_dtype: torch.dtype) -> int:
+        """Bytes of `memory` for each chunk of a step, about."""
+
+    @abstractmethod
+    def plan(self, layout: RowLayout, stored: Sequence[StoredPayloads]) -> PayloadPlan:
+        """Of a step's chunks, in the order of the layout."""
+
+    @abstractmethod
+    def begin(self, step: StepPayloads) -> None:
+        """What comes before the first section of a step; launches and does not wait."""
+
+    @abstractmethod
+    def rows(
+        self,
+        step: StepPayloads,
+        section: int,
+        key: tuple[int, Kind],
+        coefficients: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Rows without mean of all tokens of a step: out, [R, p]. Launches and does not wait.
+
+        section: place of `key` among the resident artifact's keys. coefficients: room for [R,
+        width] in the operand dtype.
+        """
+
+    @property
+    @abstractmethod
+    def sections(self) -> list[tuple[SectionKind, int]]:
+        """Kind and layer group of the coded sections of a blob, in order."""
+
+    @abstractmethod
+    def payload_bytes(self, tokens: int) -> int:
+        """Of a chunk with so many coded tokens, about."""
+
+    @abstractmethod
+    def encode_bytes(self, tokens: int) -> int:
+        """Device memory that encoding a chunk of so many coded tokens takes, about."""
+
+    @abstractmethod
+    def encode(
+        self,
+        layout: RowLayout,
+        rows: Mapping[Kind, torch.Tensor],
+        marks: Mapping[int, Marks],
+    ) -> RawPayloads:
+        """Payloads of a step's chunks.
+
+        rows: K and V [R, P] of all layers, without mean, in the operand dtype. marks: bool [N] of
+        each member of the layout; empty if blobs do not say.
+        """
+
+    @abstractmethod
+    def check(self, coded: CodedSizes) -> None:
+        """Raise CodecError for a chunk that cannot be stored."""
+
+
+def row_magnitudes(x: torch.Tensor, layout: RowLayout) -> torch.Tensor:
+    """Bits of the largest absolute value of each chunk's rows [R, p] as float32: int32 [chunks].
+
+    Rows that nothing is stored of must be finite, too.
+    """
+    ends = zip(layout.first_rows, layout.first_rows[1:], strict=False)
+    return torch.stack([x[a:b].abs().float().view(torch.int32).max() for a, b in ends])
+
+
+def check_finite(magnitude: float) -> None:
+    """Raise CodecError for infinity and NaN."""
+    if not magnitude < math.inf:
+        raise CodecError("non_finite", NON_FINITE)

@@ -1,0 +1,229 @@
+"""Version 2's payloads in batches: marks, and what `step_decoding` needs around it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from kvtc_vllm.codec.artifact import Kind, RankArtifact
+from kvtc_vllm.codec.base import read_section
+from kvtc_vllm.codec.container import SectionKind
+from kvtc_vllm.codec.entropy import UNIT_BYTES
+from kvtc_vllm.codec.frame import SECTION_KIND
+from kvtc_vllm.codec.kernels.chunks import RowLayout
+from kvtc_vllm.codec.kernels.numeric import product
+from kvtc_vllm.codec.kernels.payload_coding import (
+    DEFLATE_SCRATCH,
+    CodedSizes,
+    Marks,
+    PayloadCoding,
+    PayloadPlan,
+    RawPayloads,
+    StepPayloads,
+    StoredPayloads,
+    check_finite,
+)
+from kvtc_vllm.codec.kernels.resident import ResidentArtifact, padded_payload
+from kvtc_vllm.codec.kernels.step_decoding import UNEVEN, decode_section, find_escapes
+from kvtc_vllm.codec.kernels.step_encoder import encode_step
+from kvtc_vllm.codec.kernels.step_tables import StepTables, column_order
+from kvtc_vllm.codec.kernels.unit_coders import PlacedSections
+from kvtc_vllm.codec.kernels.verified import VerifiedBlob
+from kvtc_vllm.codec.marks import BEYOND_KIND, check_taken, no_beyond, unpack_marks
+from kvtc_vllm.codec.v2.codes import MAX_LEVEL, uneven_escapes
+from kvtc_vllm.codec.v2.plan import step_plan
+
+_ROOM_FOR_ESCAPES = 1.5
+"""Payload bytes of a step over those of its packed codes. More only makes smaller steps."""
+_COUNT_BYTES = 4
+_PART = 4
+"""Numbers of a payload: first byte, bytes, tokens, first row."""
+
+
+class StepPlanPayloads(PayloadCoding):
+    """Of step plans: a payload's length follows from its escapes, and some tokens are marked.
+
+    Marked tokens have a product of their own, of all that they have; the rows that the others'
+    product gives for them are written over.
+    """
+
+    failures: ClassVar[Mapping[int, str]] = {UNEVEN: str(uneven_escapes())}
+
+    def __init__(
+        self, artifact: RankArtifact, ratio: float, device: torch.device, operand: torch.dtype
+    ) -> None:
+        found = {key: step_plan(s, ratio) for key, s in artifact.sections.items()}
+        orders = {key: column_order(plan) for key, plan in found.items()}
+        super().__init__(ResidentArtifact(artifact, orders, device, operand))
+        self.plans = {key: found[key] for key in self.resident.keys}
+        self.rule = artifact.sink_rule
+        self._per_key = 1 if self.rule is None else 2
+        """Sections of each key."""
+        self.tables = StepTables.build(self.plans, self.rule is not None, operand, device)
+
+    def stored(self, blob: VerifiedBlob, coded: int) -> StoredPayloads:
+        first = int(blob.sinks > 0)
+        if self.rule is None:
+            return StoredPayloads(first, self._lengths(blob, first))
+        bitmap = read_section(blob.section(first), blob.view)
+        marks = unpack_marks(bitmap, coded).numpy()
+        lengths = self._lengths(blob, first + 1)
+        marked = int(marks.sum())
+        for i, plan in enumerate(self.plans.values()):
+            if plan.beyond is None or not marked:
+                no_beyond(blob.section(first + 2 + 2 * i))
+            elif lengths[2 * i + 1] < plan.beyond.raw_length(marked):
+                raise uneven_escapes()
+        return StoredPayloads(first + 1, lengths, marks)
+
+    def payload_room(self, chunks: int, tokens: int) -> int:
+        usual = self._packed_bytes(tokens) * _ROOM_FOR_ESCAPES
+        most = 0
+        for section in self.tables.sections:
+            most += 0 if section.plan is None else section.plan.most_raw_length(tokens)
+        places = padded_payload(1) * len(self.tables.sections)
+        return max(chunks * (int(usual) + places), most + places)
+
+    def marked_room(self, chunks: int, tokens: int) -> int:
+        if self.rule is None:
+            return 0
+        return max(tokens, self.rule.most(tokens) * chunks)
+
+    def memory(
+        self, chunks: int, tokens: int, row_dtype: torch.dtype, device: torch.device
+    ) -> tuple[torch.Tensor, ...]:
+        """Escapes, wide escapes, totals; coefficients and rows of marked tokens."""
+        resident = self.resident
+        counted = chunks * self.tables.num_columns
+        marked = self.marked_room(chunks, tokens)
+        totals = chunks * len(self.tables.sections)
+        counts = (
+            torch.empty(size, dtype=torch.int32, device=device)
+            for size in (counted, counted, totals)
+        )
+        return (
+            *counts,
+            torch.empty(marked * self._widest_of_marked, dtype=resident.operand, device=device),
+            torch.empty(marked * resident.longest_row, dtype=row_dtype, device=device),
+        )
+
+    def memory_bytes(self, tokens: int, row_dtype: torch.dtype) -> int:
+        marked = self._widest_of_marked * self.resident.operand.itemsize
+        marked += self.resident.longest_row * row_dtype.itemsize
+        most = 0 if self.rule is None else self.rule.most(tokens)
+        return 2 * _COUNT_BYTES * self.tables.num_columns + most * marked
+
+    def plan(self, layout: RowLayout, stored: Sequence[StoredPayloads]) -> PayloadPlan:
+        """Chunk after chunk, and in it section after section."""
+        count, per_key = len(stored), self._per_key
+        lengths = np.array([own.lengths for own in stored], np.int64)
+        padded = padded_payload(lengths).ravel()
+        places = (padded.cumsum() - padded).reshape(lengths.shape)
+        tokens = np.array(layout.tokens, np.int64)
+        marks = np.array([int(own.marks.sum()) for own in stored], np.int64)
+        firsts = np.array(layout.first_rows[:-1], np.int64)
+        parts = np.empty((lengths.shape[1], count, _PART), np.int64)
+        parts[..., 0], parts[..., 1] = places.T, lengths.T
+        parts[..., 2], parts[..., 3] = tokens, firsts
+        numbers = [parts]
+        if per_key == 2:
+            parts[1::2, :, 2], parts[1::2, :, 3] = marks, marks.cumsum() - marks
+            marked = np.concatenate([own.marks for own in stored])
+            numbers += [np.where(marked, marked.cumsum(), 0), np.flatnonzero(marked)]
+        there = lengths.ravel() > 0
+        first = np.array([own.first for own in stored], np.int64)
+        sections = first[:, None] + np.arange(lengths.shape[1])
+        members = np.repeat(np.array(layout.members, np.int64), lengths.shape[1])
+        return PayloadPlan(
+            PlacedSections(members[there], sections.ravel()[there], places.ravel()[there]),
+            int(padded.sum()),
+            np.concatenate([x.ravel() for x in numbers]),
+            int(marks.sum()),
+        )
+
+    def begin(self, step: StepPayloads) -> None:
+        chunks = len(step.layout.members)
+        parts = self._parts(step)
+        find_escapes(step.data, parts, chunks, self.tables, *step.own[:3], step.flags)
+
+    def rows(
+        self,
+        step: StepPayloads,
+        section: int,
+        key: tuple[int, Kind],
+        coefficients: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        chunks, tokens = len(step.layout.members), len(out)
+        order, parts = self.resident.orders[key], self._parts(step)
+        own = self.tables.sections[self._per_key * section]
+        coefficients = coefficients[: tokens * order.width].view(tokens, order.width)
+        found = step.own[0], step.own[1], step.own[2]
+        here = step.data, parts, chunks, self.tables
+        synthesis = self.resident.synthesis[key]
+        marks = None if self.tables.all_coded else step.numbers[parts.numel() :][:tokens]
+        more = step.own[3][: step.marked * order.total_width].view(step.marked, order.total_width)
+        decode_section(*here, own, found, coefficients, marks, more)
+        product(coefficients, synthesis[:, : order.width].T, out)
+        if not step.marked:
+            return
+        beyond = self.tables.sections[self._per_key * section + 1]
+        decode_section(*here, beyond, found, more[:, order.width :], all_marked=True)
+        rows = step.own[4][: step.marked * out.shape[1]].view(step.marked, out.shape[1])
+        product(more, synthesis.T, rows)
+        out.index_copy_(0, step.numbers[parts.numel() + tokens :], rows)
+
+    def _parts(self, step: StepPayloads) -> torch.Tensor:
+        count = len(self.tables.sections) * len(step.layout.members)
+        return step.numbers[: count * _PART]
+
+    @staticmethod
+    def _lengths(blob: VerifiedBlob, first: int) -> np.ndarray:
+        return blob.tables.sections["raw_length"][first:].astype(np.int64)
+
+    def _packed_bytes(self, tokens: int) -> int:
+        """Of one chunk."""
+        return sum(plan.raw_length(tokens) for plan in self.plans.values())
+
+    @property
+    def _widest_of_marked(self) -> int:
+        return max(order.total_width for order in self.resident.orders.values())
+
+    @property
+    def sections(self) -> list[tuple[SectionKind, int]]:
+        kinds = (SECTION_KIND, BEYOND_KIND)[: self._per_key]
+        return [(kind[tensor], group) for group, tensor in self.resident.keys for kind in kinds]
+
+    def payload_bytes(self, tokens: int) -> int:
+        return int(self._packed_bytes(tokens) * _ROOM_FOR_ESCAPES)
+
+    def encode_bytes(self, tokens: int) -> int:
+        coefficients = tokens * self.resident.widest * torch.float32.itemsize
+        counts = 2 * _COUNT_BYTES * self.tables.num_columns
+        return coefficients + counts + DEFLATE_SCRATCH * self.payload_bytes(tokens)
+
+    def encode(
+        self,
+        layout: RowLayout,
+        rows: Mapping[Kind, torch.Tensor],
+        marks: Mapping[int, Marks],
+    ) -> RawPayloads:
+        own = [marks[member] for member in layout.members]
+        return encode_step(self.resident, self.tables, layout, rows, own)
+
+    def check(self, coded: CodedSizes) -> None:
+        check_finite(coded.magnitude)
+        taken = UNIT_BYTES * coded.sizes[:, 0] + coded.sizes[:, 2]
+        for i, plan in enumerate(self.plans.values()):
+            if not coded.magnitude < MAX_LEVEL:
+                raise plan.range_error()
+            own = int(taken[self._per_key * i])
+            plan.check_size(own, coded.tokens)
+            if self._per_key == 2:
+                beyond = int(taken[2 * i + 1])
+                if plan.beyond is not None and coded.marked:
+                    plan.beyond.check_size(beyond, coded.marked)
+                check_taken(plan, coded.tokens, own + beyond)

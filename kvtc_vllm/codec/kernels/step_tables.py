@@ -1,0 +1,176 @@
+"""Step plans as tables on the device, and the column order that their bases have there.
+
+Columns lie in stored order: those whose codes are packed in 2 bits, in 4, in 8, each of these
+*widths* filled up with zeros to a multiple of `COLUMNS`. So a tile of codes has one width. What
+marked tokens have beyond a plan's columns is a section of its own, whose columns follow.
+
+Sections are numbered as in the container: K and V of every layer group, each followed by what is
+beyond it if blobs have marks. Columns of all sections together are numbered, too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from kvtc_vllm.codec.artifact import Kind
+from kvtc_vllm.codec.errors import ArtifactError
+from kvtc_vllm.codec.kernels.resident import COLUMNS, ColumnOrder
+from kvtc_vllm.codec.quantizers.base import FP16_MAX
+from kvtc_vllm.codec.v2.codes import WIDTHS
+from kvtc_vllm.codec.v2.plan import StepPlan
+
+TOKENS = 32
+"""Tokens of a tile that are worked on together."""
+_LEAST_STEP, _MOST_STEP = 2.0**-8, 1.0
+"""Steps with which every level, and a level of a marked token, is a normal float16."""
+
+
+@dataclass(frozen=True)
+class StepColumns:
+    """The resident order of the columns of one plan.
+
+    counts: columns of each of `WIDTHS`. sources: int64, which of the plan's columns each resident
+    one is, -1 for zeros.
+    """
+
+    counts: tuple[int, ...]
+    sources: torch.Tensor
+
+    @classmethod
+    def of(cls, plan: StepPlan | None) -> StepColumns:
+        by_width = {} if plan is None else {part.width: part.columns for part in plan.packed}
+        none = torch.empty(0, dtype=torch.int64)
+        found = [by_width.get(width, none) for width in WIDTHS]
+        parts = [torch.nn.functional.pad(own, (0, -len(own) % COLUMNS), value=-1) for own in found]
+        return cls(tuple(map(len, found)), torch.cat(parts))
+
+    @property
+    def width(self) -> int:
+        return len(self.sources)
+
+
+def unit_of(plan: StepPlan) -> float:
+    """See `ColumnOrder.unit`."""
+    if _LEAST_STEP <= plan.step < _MOST_STEP:
+        return 1.0
+    _, exponent = math.frexp(plan.step)
+    return math.ldexp(1.0, -exponent)
+
+
+def column_order(plan: StepPlan) -> ColumnOrder:
+    """Of a plan and what is beyond it."""
+    own, beyond = StepColumns.of(plan), StepColumns.of(plan.beyond)
+    moved = torch.where(beyond.sources < 0, -1, beyond.sources + plan.rank)
+    return ColumnOrder(own.width, torch.cat((own.sources, moved)), unit_of(plan))
+
+
+@dataclass(frozen=True)
+class SectionTable:
+    """One section. tiles: its rows in `StepTables.tiles`. first: its first column among all."""
+
+    plan: StepPlan | None
+    columns: StepColumns
+    tiles: slice
+    first: int
+    values: torch.Tensor
+    """float32 [C, M] on the device, in the resident unit."""
+    numbers: torch.Tensor
+    """float32 [3] on the device: step in the resident unit, its inverse, gain of marked tokens."""
+
+
+@dataclass(frozen=True)
+class StepTables:
+    """All sections of an artifact at one ratio, resident on a device."""
+
+    sections: tuple[SectionTable, ...]
+    all_coded: bool
+    """Whether every section is of all coded tokens; else every second is of marked ones."""
+    counts: torch.Tensor
+    """int32 [S, 4]: columns of each width, first column among all."""
+    tiles: torch.Tensor
+    """int32 [m, 4]: section, bits, first column in the section, and in the stored order of the
+    width. They cover all columns."""
+    classes: torch.Tensor
+    """int32 [G], of every column."""
+    rounding: torch.Tensor
+    """float32 [2, G]: dead zone and offset of every column."""
+
+    @property
+    def num_columns(self) -> int:
+        return len(self.classes)
+
+    @classmethod
+    def build(
+        cls,
+        plans: Mapping[tuple[int, Kind], StepPlan],
+        marks: bool,
+        operand: torch.dtype,
+        device: torch.device,
+    ) -> StepTables:
+        """plans: in the order of the container. marks: whether blobs have them.
+
+        Raises ArtifactError for values that the operand dtype can't hold.
+        """
+        sections: list[SectionTable] = []
+        tiles: list[tuple[int, int, int, int]] = []
+        counts: list[tuple[int, ...]] = []
+        classes: list[torch.Tensor] = []
+        rounding: list[torch.Tensor] = []
+        first = 0
+        for plan in plans.values():
+            for own in (plan, plan.beyond) if marks else (plan,):
+                columns = StepColumns.of(own)
+                begin, column = len(tiles), 0
+                for bits, count in zip(WIDTHS, columns.counts, strict=True):
+                    for index in range(0, count, COLUMNS):
+                        tiles.append((len(sections), bits, column, index))
+                        column += COLUMNS
+                counts.append((*columns.counts, first))
+                known = _classes(own, columns)
+                classes.append(known)
+                rounding.append(torch.zeros(0, 2) if own is None else own.rounding[known])
+                values, numbers = _values(own, operand)
+                sections.append(
+                    SectionTable(
+                        own,
+                        columns,
+                        slice(begin, len(tiles)),
+                        first,
+                        values.to(device),
+                        numbers.to(device),
+                    )
+                )
+                first += columns.width
+        return cls(
+            tuple(sections),
+            not marks,
+            torch.tensor(counts, dtype=torch.int32).to(device),
+            torch.tensor(tiles, dtype=torch.int32).view(-1, 4).to(device),
+            torch.cat(classes).int().to(device),
+            torch.cat(rounding).float().T.contiguous().to(device),
+        )
+
+
+def _classes(plan: StepPlan | None, columns: StepColumns) -> torch.Tensor:
+    """int64 [width]; 0 where there are zeros."""
+    if plan is None or not plan.rank:
+        return torch.zeros(columns.width, dtype=torch.int64)
+    return torch.where(columns.sources < 0, 0, plan.classes.long()[columns.sources.clamp_min(0)])
+
+
+def _values(plan: StepPlan | None, operand: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    if plan is None:
+        return torch.zeros(1, 1), torch.ones(3)
+    unit = unit_of(plan)
+    values = plan.values * unit
+    if operand == torch.float16 and not float(values.max()) <= FP16_MAX:
+        raise ArtifactError(
+            f"a level stands for {float(plan.values.max()):g} at a step of {plan.step:g}; float16 "
+            f"products hold {FP16_MAX / unit:g}"
+        )
+    numbers = torch.tensor([plan.step * unit, plan.inverse_step / unit, plan.sink_gain])
+    return values.contiguous(), numbers.float()

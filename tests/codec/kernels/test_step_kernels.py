@@ -1,0 +1,303 @@
+"""Payloads of step plans by kernels against `v2`: the same bytes, the same coefficients."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from kvtc_vllm.codec.artifact import Geometry, RankArtifact, SectionBasis
+from kvtc_vllm.codec.entropy import cut_units
+from kvtc_vllm.codec.errors import ArtifactError
+from kvtc_vllm.codec.sink_rule import SinkRule
+from kvtc_vllm.codec.v2.codes import encode_codes
+from kvtc_vllm.codec.v2.plan import StepPlan
+from tests.codec.kernels.devices import DEVICES
+
+from kvtc_vllm.codec.kernels import step_encoder  # isort: skip
+from kvtc_vllm.codec.kernels.chunks import RowLayout  # isort: skip
+from kvtc_vllm.codec.kernels.payload_coding import (  # isort: skip
+    RawPayloads,
+    StepPayloads,
+    StoredPayloads,
+)
+from kvtc_vllm.codec.kernels.step_payloads import StepPlanPayloads  # isort: skip
+from kvtc_vllm.codec.kernels.step_tables import unit_of  # isort: skip
+from kvtc_vllm.codec.kernels.unit_cuts import cut_streams  # isort: skip
+
+RULE = SinkRule((0,), 0.0, 0.5)
+WIDTHS_K, WIDTHS_V = [2] * 70 + [4, 8] * 3, [8, 2, 4]
+BEYOND = [2, 4, 2]
+
+
+def plan_of(widths: list[int], step: float, beyond: StepPlan | None = None) -> StepPlan:
+    """A plan whose columns have these widths, in classes of their own values and rounding."""
+    kinds = torch.tensor([2, 4, 8], dtype=torch.uint8)
+    classes = torch.tensor([[2, 4, 8].index(width) for width in widths], dtype=torch.uint8)
+    values = step * (torch.arange(1, 6) + torch.tensor([[-0.1], [0.05], [0.0]]))
+    rounding = torch.tensor([[0.7, 0.4], [0.6, 0.45], [0.5, 0.5]])
+    return StepPlan(step, classes, kinds, values, rounding, 7.5, 1e4, 0.0, beyond)
+
+
+def coding_of(device: str, step: float = 0.1, operand: torch.dtype = torch.float32):
+    """Bases are unit vectors: rows are coefficients, of K beyond the plan's, too."""
+    k = plan_of(WIDTHS_K, step, plan_of(BEYOND, step))
+    plans = {(0, "k"): k, (0, "v"): plan_of(WIDTHS_V, step)}
+    sections = {}
+    for key, plan in plans.items():
+        basis = torch.eye(plan.total_rank, dtype=torch.float16)
+        sections[key] = SectionBasis(torch.zeros(plan.total_rank), basis, {8.0: plan})
+    geometry = Geometry(1, 1, k.total_rank, len(WIDTHS_V), ((0, 1),))
+    artifact = RankArtifact(
+        geometry, sections, (), (None,), bytes(16), codec="kvtc2", sink_rule=RULE
+    )
+    return StepPlanPayloads(artifact, 8.0, torch.device(device), operand)
+
+
+def hard_rows(coding: StepPlanPayloads, tokens: int, seed: int) -> dict[str, torch.Tensor]:
+    """Levels of all sizes: zeros, ties of the dead zone, escapes of every width and wide ones."""
+    drawn = torch.Generator().manual_seed(seed)
+    rows = {}
+    for (_, kind), plan in coding.plans.items():
+        shape = tokens, plan.total_rank
+        x = torch.randn(shape, generator=drawn) * plan.step
+        x *= 10 ** (5 * torch.rand(shape, generator=drawn).square() - 1)
+        x[torch.rand(shape, generator=drawn) < 0.2] = 0
+        rows[kind] = x.clamp(-4000 * plan.step, 4000 * plan.step)
+    return rows
+
+
+def marks_of(layout: RowLayout, seed: int) -> list[np.ndarray]:
+    drawn = np.random.default_rng(seed)
+    return [drawn.random(tokens) < 0.3 for tokens in layout.tokens]
+
+
+def streams_of(plan: StepPlan, x: torch.Tensor) -> list[bytes]:
+    return encode_codes(plan.quantise(x), plan.packed)
+
+
+def expected_streams(coding, layout, rows, marks) -> list[list[bytes]]:
+    """Of every section of every chunk, chunk after chunk."""
+    found = []
+    for place, own in enumerate(marks):
+        part = slice(layout.first_rows[place], layout.first_rows[place + 1])
+        for (_, kind), plan in coding.plans.items():
+            x = rows[kind][part].clone()
+            x[own] *= plan.sink_gain
+            found.append(streams_of(plan, x))
+            beyond = [] if plan.beyond is None or not own.any() else x[own][:, plan.rank :]
+            found.append([] if isinstance(beyond, list) else streams_of(plan.beyond, beyond))
+    return found
+
+
+def payloads_of(raw: RawPayloads) -> list[bytes]:
+    """Of every section, chunk after chunk."""
+    data = raw.data.cpu().numpy()
+    units = [
+        data[first : first + size].tobytes()
+        for first, size in zip(raw.starts, raw.lengths, strict=True)
+    ]
+    ends = raw.units.ravel().cumsum()
+    return [
+        b"".join(units[end - count : end])
+        for end, count in zip(ends, raw.units.ravel(), strict=True)
+    ]
+
+
+def encode(coding, layout, rows, marks) -> RawPayloads:
+    there = {kind: x.to(coding.resident.device) for kind, x in rows.items()}
+    return coding.encode(layout, there, dict(zip(layout.members, marks, strict=True)))
+
+
+def decode(coding, layout, payloads, marks) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """Rows, and the flags of the chunks."""
+    device = coding.resident.device
+    per_chunk = len(coding.tables.sections)
+    stored = [
+        StoredPayloads(
+            0, np.array([*map(len, payloads[i * per_chunk : (i + 1) * per_chunk])], np.int64), own
+        )
+        for i, own in enumerate(marks)
+    ]
+    plan = coding.plan(layout, stored)
+    data = torch.full((plan.nbytes,), 0xA5, dtype=torch.uint8)
+    there = [payload for payload in payloads if payload]
+    for place, payload in zip(plan.placed.places.tolist(), there, strict=True):
+        data[place : place + len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+    flags = torch.zeros(len(layout.members), dtype=torch.int32, device=device)
+    longest = max(layout.tokens)
+    step = StepPayloads(
+        layout,
+        layout.table.to(device),
+        torch.from_numpy(plan.numbers).to(device),
+        data.to(device),
+        flags,
+        coding.memory(len(layout.members), longest, torch.float32, device),
+        plan.marked,
+    )
+    coding.begin(step)
+    found = {}
+    for section, key in enumerate(coding.resident.keys):
+        room = torch.full((layout.num_rows * coding.resident.widest,), float("nan"))
+        room = room.to(device, coding.resident.operand)
+        size = coding.resident.geometry.row_size(*key)
+        out = torch.empty((layout.num_rows, size), device=device)
+        coding.rows(step, section, key, room, out)
+        found[key[1]] = out.cpu()
+    return found, flags.tolist()
+
+
+def restored(coding, layout, rows, marks) -> dict[str, torch.Tensor]:
+    """What the reference makes of rows and their payloads."""
+    found = {}
+    for (_, kind), plan in coding.plans.items():
+        out = torch.zeros_like(rows[kind])
+        for place, own in enumerate(marks):
+            part = slice(layout.first_rows[place], layout.first_rows[place + 1])
+            x = rows[kind][part].clone()
+            x[own] *= plan.sink_gain
+            y = torch.zeros_like(x)
+            y[:, : plan.rank] = plan.restore(plan.quantise(x))
+            if plan.beyond is not None and own.any():
+                y[own, plan.rank :] = plan.beyond.restore(plan.beyond.quantise(x[own, plan.rank :]))
+            y[own] /= plan.sink_gain
+            out[part] = y
+        found[kind] = out
+    return found
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("step", [0.1, 2.0**-20])
+def test_payloads_are_those_of_the_reference(device: str, step: float) -> None:
+    """Chunks of several lengths, one without marks; steps that float16 holds and others."""
+    coding = coding_of(device, step)
+    layout = RowLayout.of([35, 0, 3] if step == 0.1 else [5])
+    rows, marks = hard_rows(coding, layout.num_rows, 1), marks_of(layout, 2)
+    marks[-1][:] = False
+    raw = encode(coding, layout, rows, marks)
+    expected = expected_streams(coding, layout, rows, marks)
+    assert payloads_of(raw) == [b"".join(streams) for streams in expected]
+    cut = [size for streams in expected for size in cut_units(map(len, streams))]
+    assert raw.lengths.tolist() == cut
+    assert raw.left_out == ()
+    largest = raw.magnitudes.cpu().view(torch.float32)
+    assert ((largest > 0) & (largest < 32767)).all()
+    found, flags = decode(coding, layout, payloads_of(raw), marks)
+    assert flags == [0] * len(layout.members)
+    for kind, wanted in restored(coding, layout, rows, marks).items():
+        assert torch.equal(found[kind], wanted)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_chunk_whose_escapes_find_no_room_comes_later(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coding = coding_of(device)
+    layout = RowLayout.of([4, 4])
+    rows, marks = hard_rows(coding, 8, 3), marks_of(layout, 4)
+    for x in rows.values():
+        # The first chunk needs all that there is, the second a little.
+        x[:4], x[4:] = 900 * 0.1, 0.0
+    rows["k"][5, 0] = 1.0
+    monkeypatch.setattr(step_encoder, "_POOL_SHARE", 0.0)
+    marks[0][:], marks[1][:] = True, False
+    raw = encode(coding, layout, rows, marks)
+    assert raw.left_out == (0,)
+    assert raw.layout == RowLayout((1,), (4,))
+    expected = [b"".join(s) for s in expected_streams(coding, layout, rows, marks)]
+    count = len(coding.tables.sections)
+    assert payloads_of(raw) == expected[count:]
+    alone = {kind: x[:4] for kind, x in rows.items()}
+    raw = encode(coding, layout.part(slice(0, 1)), alone, marks[:1])
+    assert raw.left_out == ()
+    assert payloads_of(raw) == expected[:count]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38, 4000.0, 3276.7])
+def test_the_largest_coefficient_is_told(device: str, value: float) -> None:
+    """In steps; infinite only if it is, so that both refusals are told apart."""
+    coding = coding_of(device)
+    layout = RowLayout.of([2, 3])
+    rows = {kind: x.clamp(-50, 50) for kind, x in hard_rows(coding, 5, 5).items()}
+    rows["v"][1, 1] = value
+    found = encode(coding, layout, rows, [np.zeros(n, np.bool_) for n in layout.tokens])
+    first, second = found.magnitudes.cpu().view(torch.float32).tolist()
+    assert second < 32767
+    assert (first < float("inf")) == (abs(value) < float("inf"))
+    assert not first < 32767
+
+
+def damages(payload: bytes) -> dict[str, bytes]:
+    """Of a payload of K: its escapes do not come out even any more."""
+    packed = bytearray(payload)
+    packed[0] |= 3
+    return {
+        "a byte less": payload[:-1],
+        "a byte more": payload + b"\0",
+        "no escapes at all": payload[: len(WIDTHS_K)],
+        "one more escape in the codes": bytes(packed),
+        "all codes are escapes": b"\xff" * len(payload),
+    }
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", list(damages(bytes(100))))
+def test_uneven_escapes_are_told_and_read_nothing_outside(device: str, name: str) -> None:
+    coding = coding_of(device)
+    layout = RowLayout.of([4, 4, 4])
+    rows = hard_rows(coding, 12, 6)
+    for x in rows.values():
+        x[:, 0] = 0.0
+    marks = [np.zeros(4, np.bool_)] * 3
+    payloads = payloads_of(encode(coding, layout, rows, marks))
+    count = len(coding.tables.sections)
+    payloads[count] = damages(payloads[count])[name]
+    found, flags = decode(coding, layout, payloads, marks)
+    assert flags == [0, 1, 0]
+    assert coding.failures[1] == "bounds: escapes do not end where the payload does"
+    for kind, wanted in restored(coding, layout, rows, marks).items():
+        assert torch.equal(found[kind][:4], wanted[:4])
+        assert torch.equal(found[kind][8:], wanted[8:])
+
+
+def test_a_step_has_room_for_whatever_one_chunk_may_have() -> None:
+    coding = coding_of("cpu")
+    for chunks, tokens in ((1, 1), (1, 40), (3, 17)):
+        most = sum(s.plan.most_raw_length(tokens) for s in coding.tables.sections if s.plan)
+        assert coding.payload_room(chunks, tokens) >= most
+        assert coding.marked_room(chunks, tokens) >= tokens
+
+
+def test_steps_that_float16_does_not_hold_get_another_unit() -> None:
+    for step in (1e-29, 2.0**-20, 1.0, 3000.0, 1e29):
+        unit = unit_of(plan_of([2], step))
+        assert 0.5 <= step * unit < 1
+        assert float(torch.tensor(unit).frexp().mantissa) == 0.5
+    assert unit_of(plan_of([2], 0.1)) == 1
+    coding = coding_of("cpu", 3000.0, torch.float16)
+    assert coding.tables.sections[0].values.max() < 6
+    plan = plan_of([2], 0.1)
+    wild = replace(plan, values=plan.values * 1e6)
+    section = SectionBasis(torch.zeros(1), torch.eye(1).half(), {8.0: wild})
+    artifact = RankArtifact(
+        Geometry(1, 1, 1, 1, ((0, 1),)),
+        {(0, "k"): section, (0, "v"): section},
+        (),
+        (None,),
+        bytes(16),
+        codec="kvtc2",
+    )
+    with pytest.raises(ArtifactError, match="float16"):
+        StepPlanPayloads(artifact, 8.0, torch.device("cpu"), torch.float16)
+
+
+def test_units_are_cut_as_the_cpu_writer_cuts_them() -> None:
+    lengths = np.array([0, 1, 8191, 12288, 12289, 20480, 65537, 1 << 20], np.int64)
+    begins = lengths.cumsum() - lengths
+    starts, sizes, counts = cut_streams(begins, lengths)
+    assert sizes.tolist() == list(cut_units(lengths.tolist()))
+    assert counts.tolist() == [len(list(cut_units([length]))) for length in lengths.tolist()]
+    assert starts.tolist() == (sizes.cumsum() - sizes).tolist()
