@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from kvtc_vllm.codec.v2.codes import WIDTHS
+from kvtc_vllm.codec.v2.nesting import halved_rounding
 from kvtc_vllm.codec.v2.plan import StepPlan
 
 PRICE_OF_A_BIT = math.log(2) / 6
@@ -44,11 +45,14 @@ class StepSettings:
     """sink_gain: marked tokens are quantised by so many times finer steps. column_bits: bits per
     token that a coded column must save beside its own, for the time that products take.
     beyond_bits: the same per marked token, of columns that only these have, for the room that they
-    take in the artifact."""
+    take in the artifact. halvings: how many plans are nested in every ratio's, each in the one
+    before. nested: ratios to call these by, in their order; none: those that they have."""
 
     sink_gain: float = 4.0
     column_bits: float = 1.0
     beyond_bits: float = 0.0
+    halvings: int = 0
+    nested: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,26 +66,27 @@ class Sample:
 
 
 def make_step_plan(
-    sample: Sample, marks: torch.Tensor, step: float, settings: StepSettings
+    sample: Sample, marks: torch.Tensor, step: float, settings: StepSettings, halved: int = 0
 ) -> StepPlan:
     """The plan with the fewest columns that are worth their bits; its bytes are not known yet.
 
     marks: bool [n], the sinks. The plan's classes and columns are those of the other tokens, its
-    `beyond` has the columns that sinks need besides.
+    `beyond` has the columns that sinks need besides. halved: how often the levels of a plan with so
+    many times half the step are halved to get this one's, see `kvtc_vllm.codec.v2.nesting`.
     """
     coefficients = sample.coefficients
-    plan = _plan_of(coefficients[~marks], sample, step, settings)
+    plan = _plan_of(coefficients[~marks], sample, step, settings, halved)
     if int(marks.sum()) < LEAST_SINKS:
         return plan
     sinks = coefficients[marks, plan.rank :] * settings.sink_gain
     own = replace(settings, column_bits=settings.beyond_bits)
-    beyond = _plan_of(sinks, Sample(sinks, 0.0, sample.row_size), step, own)
+    beyond = _plan_of(sinks, Sample(sinks, 0.0, sample.row_size), step, own, halved)
     beyond = replace(beyond, expected_error=plan.expected_error)
     return replace(plan, beyond=beyond) if beyond.rank else plan
 
 
 def _plan_of(
-    ordinary: torch.Tensor, sample: Sample, step: float, settings: StepSettings
+    ordinary: torch.Tensor, sample: Sample, step: float, settings: StepSettings, halved: int
 ) -> StepPlan:
     """From coefficients [n, r] of tokens that count; the sample is for the expected error."""
     deviation = ordinary.square().mean(0).sqrt() / step
@@ -91,7 +96,12 @@ def _plan_of(
     octaves = (CLASSES_PER_OCTAVE * deviation.clamp_min(LEAST_DEVIATION).log2()).round()
     used, classes = octaves.unique(return_inverse=True)
     count = max(1, len(used))
-    tables = _Tables(_histogram(ordinary.abs() / step, classes, count))
+    finest = step / 2**halved
+    tables = _Tables(_histogram(ordinary.abs() / finest, classes, count))
+    if halved:
+        # Classes of this step, an octave each halving, are those of the finest.
+        rounding = halved_rounding(tables.rounding, halved)
+        tables = _Tables(_histogram(ordinary.abs() / step, classes, count), rounding)
     plan = StepPlan(
         step=step,
         classes=classes.to(torch.uint8),
@@ -151,13 +161,15 @@ class _Tables:
     values: [C, LEVELS], in steps.
     """
 
-    def __init__(self, histogram: Table) -> None:
+    def __init__(self, histogram: Table, rounding: Table | None = None) -> None:
+        """rounding: given; None: found by price."""
         self._histogram = histogram
         count, bins = histogram.shape
         self._centres = (np.arange(bins) + 0.5) / _BINS_PER_STEP
-        self.rounding = np.tile([_PLAIN_DEAD_ZONE, _PLAIN_OFFSET], (count, 1))
+        plain = np.tile([_PLAIN_DEAD_ZONE, _PLAIN_OFFSET], (count, 1))
+        self.rounding = plain if rounding is None else rounding
         self._count()
-        for _ in range(_ROUNDS):
+        for _ in range(_ROUNDS if rounding is None else 0):
             self._round_by_price()
             self._count()
 

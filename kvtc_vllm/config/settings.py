@@ -96,6 +96,21 @@ class KVTCConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             "any place, is kept as what it adds to that one."
         ),
     ] = "off"
+    degrade: Annotated[
+        Literal["off", "halve"],
+        Meta(
+            description="`halve`, with `kvtc2` on a CPU: before memory evicts chunks it halves the "
+            "bytes of cold ones, at a cost in quality. The artifact must have nested plans "
+            "(`kvtc calibrate --halvings`)."
+        ),
+    ] = "off"
+    degrade_floor: Annotated[
+        Ratio | None,
+        Meta(
+            description="With `degrade`: the highest ratio that halving may lead to.",
+            extra={"default": "the artifact's last"},
+        ),
+    ] = None
     chunk_tokens: Annotated[
         int,
         Meta(
@@ -346,6 +361,7 @@ def _check_contradictions(config: KVTCConfig) -> None:
             "joint='delta' contradicts disk_write='behind', which writes evicted chunks within a "
             "step, and making them whole takes too long there; set disk_write='through'"
         )
+    _check_degrade(config)
     if config.exclusive and config.store_policy == "eager":
         raise ConfigError(
             "exclusive=True contradicts store_policy='eager', which does not watch what the engine "
@@ -355,6 +371,31 @@ def _check_contradictions(config: KVTCConfig) -> None:
         raise ConfigError(
             "artifact and registry contradict each other: artifact names one directory, "
             "registry is where to look for one; remove either"
+        )
+
+
+def _check_degrade(config: KVTCConfig) -> None:
+    if config.degrade_floor is not None and config.degrade == "off":
+        raise ConfigError(
+            f"degrade_floor={config.degrade_floor!r} contradicts degrade='off', which halves "
+            "nothing; remove degrade_floor or set degrade='halve'"
+        )
+    if config.degrade == "off":
+        return
+    if config.codec != "kvtc2":
+        raise ConfigError(
+            f"degrade={config.degrade!r} contradicts codec={config.codec!r}: only chunks of codec "
+            "2 can be halved; set codec='kvtc2' or degrade='off'"
+        )
+    if config.joint != "off":
+        raise ConfigError(
+            f"degrade={config.degrade!r} contradicts joint={config.joint!r}, in which chunks share "
+            "bytes; set either to 'off'"
+        )
+    if config.degrade_floor is not None and config.degrade_floor <= config.target_ratio:
+        raise ConfigError(
+            f"degrade_floor={config.degrade_floor!r} is not above ratio={config.target_ratio!r}, "
+            "at which chunks are stored; give a higher one"
         )
 
 

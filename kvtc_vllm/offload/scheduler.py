@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.offload.block_tables import BlockTables
 from kvtc_vllm.offload.geometry import CacheGeometry
+from kvtc_vllm.offload.halving import HalvingOrders
 from kvtc_vllm.offload.keys import LOAD, allowed
 from kvtc_vllm.offload.load_policy import LoadPolicy, Way
 from kvtc_vllm.offload.lookup import PrefixLookup
@@ -30,6 +31,7 @@ from kvtc_vllm.tiers import policies
 from kvtc_vllm.tiers.disk_index import DiskIndex
 from kvtc_vllm.tiers.index import TierIndex
 from kvtc_vllm.tiers.keys import RecordKey
+from kvtc_vllm.tiers.policies.halving import HalvingOrder
 from kvtc_vllm.tiers.policies.spare_first import SpareFirst
 
 NONCE_BYTES = 8
@@ -66,8 +68,10 @@ class KVTCScheduler:
         capacity, ranks = config.memory_capacity, geometry.ranks
         eviction = policies.REGISTRY[config.eviction]
         order = eviction(capacity)
-        self._spare = SpareFirst(order) if config.exclusive else None
-        self.index = TierIndex(capacity, ranks, self._spare or order)
+        halving = HalvingOrder(order) if config.degrade != "off" else None
+        self._spare = SpareFirst(halving or order) if config.exclusive else None
+        self.index = TierIndex(capacity, ranks, self._spare or halving or order)
+        self._halving = HalvingOrders(self.index, halving) if halving is not None else None
         self.disk: DiskIndex | None = None
         self._promotions: Promotions | None = None
         if config.disk_path is not None:
@@ -286,6 +290,7 @@ class KVTCScheduler:
             touch=touched,
             promote=self._promotions.take_orders() if self._promotions is not None else [],
             evict=evicted,
+            halve=self._halving.take() if self._halving is not None else [],
             loads=loads,
             stores=stores,
             kept=self._stores.take_kept(),
@@ -307,6 +312,8 @@ class KVTCScheduler:
                 self.index.commit(key, rank, size)
             for key, rank, size in report.resized:
                 self.index.resize(key, rank, size)
+            if self._halving is not None:
+                self._halving.reported(report.halved)
             for key, rank in report.dropped:
                 self.index.abandon(key, rank)
             self._stores.settled(
@@ -382,6 +389,8 @@ class KVTCScheduler:
             self.disk.clear()
         if self._promotions is not None:
             self._promotions.clear()
+        if self._halving is not None:
+            self._halving.clear()
         self._touched.clear()
         self._stores.clear()
         self._loads.forget_names()
