@@ -179,14 +179,14 @@ def measure(
     for name, levels in forms.items():
         fitted = fit_values(training, marks, levels)
         by_document = [nested(document, levels, fitted) for document in bench.documents]
-        for number, found in enumerate(zip(*by_document, strict=True)):
-            yield table.row(f"nested: {name}", f"layer {number + 1}", found)
+        for number, layer in enumerate(zip(*by_document, strict=True)):
+            yield table.row(f"nested: {name}", f"layer {number + 1}", layer)
     plans = bench.plans(top)
     targets = [sum(own.taken for own in table.native[ratio]) for ratio in reversed(lower)]
     cuts = cuts_for(bench, plans, training, targets)
     parts = [in_parts(document, plans, cuts) for document in bench.documents]
-    for number, found in enumerate(zip(*parts, strict=True)):
-        yield table.row("columns", f"part {number + 1}", found)
+    for number, part in enumerate(zip(*parts, strict=True)):
+        yield table.row("columns", f"part {number + 1}", part)
 
 
 def requantised(table: Table, ratios: Sequence[float]) -> Iterator[dict[str, Any]]:

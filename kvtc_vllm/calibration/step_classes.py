@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from kvtc_vllm.codec.v2.codes import WIDTHS
-from kvtc_vllm.codec.v2.nesting import halved_rounding
+from kvtc_vllm.codec.v2.nesting import halved_offsets
 from kvtc_vllm.codec.v2.plan import StepPlan
 
 PRICE_OF_A_BIT = math.log(2) / 6
@@ -66,42 +66,58 @@ class Sample:
 
 
 def make_step_plan(
-    sample: Sample, marks: torch.Tensor, step: float, settings: StepSettings, halved: int = 0
+    sample: Sample,
+    marks: torch.Tensor,
+    step: float,
+    settings: StepSettings,
+    fine: StepPlan | None = None,
 ) -> StepPlan:
     """The plan with the fewest columns that are worth their bits; its bytes are not known yet.
 
     marks: bool [n], the sinks. The plan's classes and columns are those of the other tokens, its
-    `beyond` has the columns that sinks need besides. halved: how often the levels of a plan with so
-    many times half the step are halved to get this one's, see `kvtc_vllm.codec.v2.nesting`.
+    `beyond` has the columns that sinks need besides. fine: a plan of half the step, in which this
+    one is to be nested.
     """
     coefficients = sample.coefficients
-    plan = _plan_of(coefficients[~marks], sample, step, settings, halved)
+    offsets = None if fine is None else halved_offsets(fine)
+    plan = _plan_of(coefficients[~marks], sample, step, settings, offsets)
     if int(marks.sum()) < LEAST_SINKS:
         return plan
     sinks = coefficients[marks, plan.rank :] * settings.sink_gain
     own = replace(settings, column_bits=settings.beyond_bits)
-    beyond = _plan_of(sinks, Sample(sinks, 0.0, sample.row_size), step, own, halved)
+    offsets = None if offsets is None else offsets[plan.rank :]
+    beyond = _plan_of(sinks, Sample(sinks, 0.0, sample.row_size), step, own, offsets)
     beyond = replace(beyond, expected_error=plan.expected_error)
     return replace(plan, beyond=beyond) if beyond.rank else plan
 
 
 def _plan_of(
-    ordinary: torch.Tensor, sample: Sample, step: float, settings: StepSettings, halved: int
+    ordinary: torch.Tensor,
+    sample: Sample,
+    step: float,
+    settings: StepSettings,
+    offsets: torch.Tensor | None,
 ) -> StepPlan:
-    """From coefficients [n, r] of tokens that count; the sample is for the expected error."""
+    """From coefficients [n, r] of tokens that count; the sample is for the expected error.
+
+    offsets: float32, with which the leading columns are rounded, and no other is coded; None: those
+    that pay.
+    """
     deviation = ordinary.square().mean(0).sqrt() / step
     large = (deviation >= LEAST_DEVIATION).nonzero()
     shown = int(large[-1]) + 1 if len(large) else 0
+    if offsets is not None:
+        shown = min(shown, len(offsets))
     ordinary, deviation = ordinary[:, :shown], deviation[:shown]
     octaves = (CLASSES_PER_OCTAVE * deviation.clamp_min(LEAST_DEVIATION).log2()).round()
-    used, classes = octaves.unique(return_inverse=True)
-    count = max(1, len(used))
-    finest = step / 2**halved
-    tables = _Tables(_histogram(ordinary.abs() / finest, classes, count))
-    if halved:
-        # Classes of this step, an octave each halving, are those of the finest.
-        rounding = halved_rounding(tables.rounding, halved)
-        tables = _Tables(_histogram(ordinary.abs() / step, classes, count), rounding)
+    # A class is rounded in one way.
+    alike = torch.stack((octaves, torch.zeros(shown) if offsets is None else offsets[:shown]))
+    used, classes = alike.unique(dim=1, return_inverse=True)
+    count = max(1, used.shape[1])
+    rounding = None
+    if offsets is not None and shown:
+        rounding = np.stack((np.zeros(count), used[1].double().numpy()), axis=1)
+    tables = _Tables(_histogram(ordinary.abs() / step, classes, count), rounding)
     plan = StepPlan(
         step=step,
         classes=classes.to(torch.uint8),

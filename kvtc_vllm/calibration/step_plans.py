@@ -63,9 +63,13 @@ def make_step_plans(
     """
     row = sum(sample.row_size for sample in samples)
 
-    def trial(step: float, halved: int = 0) -> _Found:
+    def trial(step: float, fine: _Found | None = None) -> _Found:
         rounded = float(torch.tensor(step))
-        plans = [make_step_plan(sample, marks, rounded, settings, halved) for sample in samples]
+        finer = [None] * len(samples) if fine is None else fine.plans
+        plans = [
+            make_step_plan(sample, marks, rounded, settings, own)
+            for sample, own in zip(samples, finer, strict=True)
+        ]
         taken = [
             coded_bytes(plan, sample, marks, entropy)
             for plan, sample in zip(plans, samples, strict=True)
@@ -86,8 +90,9 @@ def make_step_plans(
         step = found[ratio].step * 1.5
     names = iter(settings.nested)
     for ratio in sorted(ratios):
+        lower = found[ratio]
         for times in range(1, settings.halvings + 1):
-            lower = trial(found[ratio].step * 2**times, times)
+            lower = trial(2 * lower.step, lower)
             own = ELEMENT_BYTES * row / (lower.total + overhead)
             name = next(names) if settings.nested else round(own, NAME_DIGITS)
             if name in found:

@@ -13,14 +13,12 @@ from kvtc_vllm.codec.container import MAX_SINK_TOKENS
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.registry import CODECS
 from kvtc_vllm.codec.v2.codec import Kvtc2Codec
+from kvtc_vllm.codec.v2.nesting import MAX_HALVINGS
 from kvtc_vllm.codec.v2.plan import MAX_SINK_GAIN
 from kvtc_vllm.config import ConfigError
 
 if TYPE_CHECKING:
     from kvtc_vllm.calibration.calibrate import ArtifactSettings
-
-
-MAX_HALVINGS = 4
 
 
 def add_fit_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,14 +16,15 @@ import torch
 from kvtc_vllm.artifact.identity import model_identity, public_model_name
 from kvtc_vllm.codec.base import ChunkCodec, Coder
 from kvtc_vllm.codec.container import CHECKSUM_BYTES, HEADER_BYTES
-from kvtc_vllm.codec.cpu import delta_coder, requantiser
+from kvtc_vllm.codec.cpu import delta_coder
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.frame import TransformCodec
 from kvtc_vllm.codec.rope import Rope
-from kvtc_vllm.codec.v2.codec import ENTROPY, Kvtc2Codec
+from kvtc_vllm.codec.v2.codec import ENTROPY
 from kvtc_vllm.config import ConfigError, KVTCConfig
 from kvtc_vllm.connector.artifact_lookup import Lookup
 from kvtc_vllm.connector.compat import vllm_version
+from kvtc_vllm.connector.halver import make_halver
 from kvtc_vllm.connector.identity import setup_identity
 from kvtc_vllm.connector.layout import paged_layouts
 from kvtc_vllm.connector.live_model import LiveModel
@@ -40,7 +40,6 @@ from kvtc_vllm.connector.warm_up import warm_up
 from kvtc_vllm.offload.adapters import LoadedAdapters
 from kvtc_vllm.offload.disk_worker import DiskWorker
 from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup
-from kvtc_vllm.offload.halving import Halver
 from kvtc_vllm.offload.names import Names
 from kvtc_vllm.offload.namespace import open_in_time
 from kvtc_vllm.offload.setup_identity import SetupIdentity
@@ -150,7 +149,7 @@ def build_worker(
         names,
         disk,
         _make_memory(config, geometry, codecs),
-        _make_halver(config, codecs, device),
+        make_halver(config, codecs, device),
     )
     if device.type == "cuda":
         of_group = [n for n, group in enumerate(geometry.groups) if not group.state_bytes]
@@ -209,36 +208,6 @@ def _delta_store(
     (codec,) = codecs
     assert isinstance(codec, TransformCodec)
     return DeltaStore(memory, coder(codec.artifact, replace(ENTROPY, level=config.deflate_level)))
-
-
-def _make_halver(
-    config: KVTCConfig, codecs: Sequence[ChunkCodec], device: torch.device
-) -> Halver | None:
-    """What `degrade` asks for. Raises ConfigError or ArtifactError where it can't be."""
-    if config.degrade == "off":
-        return None
-    if device.type != "cpu":
-        raise ConfigError(
-            f"degrade={config.degrade!r} is for engines on a CPU: on a {device.type} device only "
-            "one ratio's bases are resident; set degrade='off'"
-        )
-    if len(codecs) > 1:
-        raise ConfigError(
-            f"degrade={config.degrade!r} is for models with one cache group, this one has "
-            f"{len(codecs)}; set degrade='off'"
-        )
-    made = requantiser()
-    if made is None:
-        raise ConfigError(
-            f"degrade={config.degrade!r} needs numba, which is not installed; install it"
-        )
-    (codec,) = codecs
-    assert isinstance(codec, Kvtc2Codec)
-    entropy = replace(ENTROPY, level=config.deflate_level)
-    halver = made(codec, entropy, config.degrade_floor or math.inf)
-    shown = ", ".join(f"{ratio:g}x" for ratio in halver.ratios)
-    logger.info("kvtc: cold chunks go from one ratio to the next before any is evicted: %s", shown)
-    return halver
 
 
 def check_digested(setup: SetupIdentity, config: KVTCConfig) -> None:

@@ -51,9 +51,12 @@ class Halver(Protocol):
 
 
 class HalvingOrders:
-    """Which chunks workers are to halve. Used by the scheduler's thread only."""
+    """Which chunks workers are to halve. Used by the scheduler's thread only.
 
-    def __init__(self, index: TierIndex, order: HalvingOrder) -> None:
+    order: which are cold; None: nothing is halved.
+    """
+
+    def __init__(self, index: TierIndex, order: HalvingOrder | None) -> None:
         self._index = index
         self._order = order
         self._ranks = index.ranks
@@ -64,6 +67,8 @@ class HalvingOrders:
     def take(self) -> list[RecordKey]:
         """Those of this step, coldest first."""
         found: list[RecordKey] = []
+        if self._order is None:
+            return found
         coming = sum(self._expected.values())
         while len(self._running) < MOST_AT_ONCE and self._index.used - coming > self._limit:
             key = self._order.take_coldest()
@@ -79,13 +84,12 @@ class HalvingOrders:
         """What became of them. Sizes are told apart, as those of `TierIndex.resize`."""
         for one in outcomes:
             parts = self._running.get(one.key)
-            if parts is None:
+            if parts is None or self._order is None:
                 continue
             parts.append(one)
             if len(parts) == self._ranks:
                 del self._running[one.key], self._expected[one.key]
-                # A rank that could not halve its part will not be able to the next time.
-                self._order.halved(one.key, min(p.level for p in parts), any(p.last for p in parts))
+                self._order.halved(one.key, max(p.level for p in parts), any(p.last for p in parts))
 
     def clear(self) -> None:
         """Forget what runs: all names were given up."""
@@ -142,12 +146,13 @@ class HalvingPipeline:
             if epoch != out.report.epoch:
                 return
             kept = new is not None and self._memory.replace(key, blob, new)
-            now = new if kept and new is not None else blob
+            now = new if kept and new is not None else b""
             if damaged is not None:
                 out.report.bad.append(key)
                 out.stats.add("failed_loads", label=damaged.reason)
-            level = self._halver.level_of(now) if now else 0
-            last = new is None or level >= self._halver.levels
+            # What could not be halved is as if it had been, as often as can be.
+            level = self._halver.level_of(now) if kept else self._halver.levels
+            last = level >= self._halver.levels
             out.report.halved.append(Halved(key, self._rank, level, last))
             if kept:
                 out.report.resized.append((key, self._rank, len(now)))

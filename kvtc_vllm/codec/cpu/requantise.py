@@ -31,11 +31,9 @@ from kvtc_vllm.codec.marks import (
 )
 from kvtc_vllm.codec.section_coder import CodedSection, read_body
 from kvtc_vllm.codec.v2.codec import Kvtc2Codec
-from kvtc_vllm.codec.v2.nesting import halved, nested_ratios
+from kvtc_vllm.codec.v2.nesting import MAX_HALVINGS, halved, nested_ratios
 from kvtc_vllm.codec.v2.plan import StepPlan, step_plan
 
-MOST_LEVELS = 4
-"""Blobs are halved so often at most."""
 _KIND_OF: dict[int, Kind] = {SECTION_KIND["k"]: "k", SECTION_KIND["v"]: "v"}
 _BEYOND = frozenset(BEYOND_KIND.values())
 
@@ -45,7 +43,8 @@ class Requantiser:
 
     codec: whose blobs they are; those of its ratio are whole. entropy: with the settings that it
     writes with. floor: highest ratio to end at. Compiles when it is made, for seconds if numba's
-    cache is cold. Raises ArtifactError if no plan of a ratio up to `floor` is nested in the codec's.
+    cache is cold. Raises ArtifactError if no plan of a ratio up to `floor` is nested in the
+    codec's.
     """
 
     def __init__(self, codec: Kvtc2Codec, entropy: EntropyCoder, floor: float = math.inf) -> None:
@@ -53,17 +52,13 @@ class Requantiser:
         self._entropy = entropy
         coarser = nested_ratios(codec.artifact)
         ratios = [codec.ratio]
-        while coarser.get(ratios[-1], math.inf) <= floor and len(ratios) <= MOST_LEVELS:
-            ratios.append(coarser[ratios[-1]])
+        while len(ratios) <= MAX_HALVINGS:
+            lower = coarser.get(ratios[-1])
+            if lower is None or lower > floor:
+                break
+            ratios.append(lower)
         if len(ratios) == 1:
-            nested = coarser.get(codec.ratio)
-            raise ArtifactError(
-                f"no plan is nested in that of ratio {codec.ratio:g}; fit the artifact with "
-                "--halvings"
-                if nested is None
-                else f"the plan nested in that of ratio {codec.ratio:g} has ratio {nested:g}, more "
-                f"than {floor:g}"
-            )
+            raise ArtifactError(_why_none(codec.ratio, coarser.get(codec.ratio), floor))
         self.ratios = tuple(ratios)
         """Target ratios of whole blobs, of those halved once, and so on."""
         self._warm_up()
@@ -137,6 +132,12 @@ class Requantiser:
                 plan = step_plan(section, ratio)
                 levels = np.ones((plan.rank, 1), np.int32)
                 unpack_levels(bytearray(b"".join(pack_levels(levels, plan))), plan, 1)
+
+
+def _why_none(ratio: float, nested: float | None, floor: float) -> str:
+    if nested is None:
+        return f"no plan is nested in that of ratio {ratio:g}; fit the artifact with --halvings"
+    return f"chunks of ratio {ratio:g} are halved to ratio {nested:g}, more than {floor:g}"
 
 
 def _levels(section: Section, view: memoryview, plan: StepPlan, tokens: int) -> Levels:

@@ -1,7 +1,7 @@
 """Step plans that are nested: a blob of one can be made one of the next by halving its levels.
 
 A plan is *nested* in one of half its step if its bins are unions of that plan's, levels 0 and 1
-together, 2 and 3, and so on. `halved_rounding` makes it so; two plans tell it by their steps, which
+together, 2 and 3, and so on. `halved_offsets` makes it so; two plans tell it by their steps, which
 a search would not find that exactly.
 """
 
@@ -9,22 +9,23 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from kvtc_vllm.codec.artifact import RankArtifact
 from kvtc_vllm.codec.v2.plan import StepPlan, step_plan
 
-Rounding = npt.NDArray[np.float64]
-"""[C, 2], dead zone and offset of classes in steps, see `StepPlan`."""
+MAX_HALVINGS = 4
+"""Plans that are nested one in the other, below the first."""
 Levels = npt.NDArray[np.int32]
 
 
-def halved_rounding(fine: Rounding, times: int) -> Rounding:
-    """Of plans with 2^times the step, nested in those of this rounding and its dead zone below 2.
+def halved_offsets(fine: StepPlan) -> torch.Tensor:
+    """Offset of each column of a plan nested in `fine`, marked tokens' last: float32 [r].
 
-    The bin of level 2 begins at 2 less the offset; in twice the step, that is where level 1 does.
+    Without a dead zone besides. So level 1 begins where level 2 of `fine` does, to the last bit.
     """
-    offset = fine[:, 1] / 2**times
-    return np.stack((1 - offset, offset), axis=1)
+    both = [fine] if fine.beyond is None else [fine, fine.beyond]
+    return torch.cat([plan.rounding[plan.classes.long(), 1] for plan in both]) / 2
 
 
 def is_nested(coarse: StepPlan, fine: StepPlan) -> bool:
