@@ -12,6 +12,8 @@ goes from the top level to the lower ones:
     columns      the top level's columns, in parts, dropped from the last; sinks keep all of theirs
     transcoded   decoded and encoded again at the lower level by the codec that serves on a CPU
     requantised  the levels of the blob, as coefficients, quantised by the lower level's plan
+    halved       the levels halved, for plans that are fitted to that: `kvtc fit --halvings`; these
+                 and the plan of the top level, here called *refitted*, are of the training rows
 
 Bytes are of whole blobs of 128 tokens, in DEFLATE units. *over_native* compares with native bytes
 of the same squared error of coefficients, between the native levels along the power law that they
@@ -53,6 +55,7 @@ from kvtc_vllm.artifact.directory import load_rank_artifact
 from kvtc_vllm.calibration.cache_replay import compute_prefix, round_trip
 from kvtc_vllm.calibration.shards import RankRows
 from kvtc_vllm.calibration.spool import SpoolReader
+from kvtc_vllm.calibration.step_classes import Sample, StepSettings, make_step_plan
 from kvtc_vllm.calibration.step_fit import sink_marks
 from kvtc_vllm.codec.artifact import RankArtifact
 from kvtc_vllm.codec.registry import open_codec
@@ -166,6 +169,7 @@ def measure(
     top, *lower = ratios
     for ratio, found in table.native.items():
         yield table.row("native", f"{ratio:g}x", found)
+    yield from halved(table, top, len(lower), training, marks)
     yield from requantised(table, ratios)
     yield from transcoded(table, ratios)
     rising = [bench.plans(ratio) for ratio in reversed(ratios)]
@@ -187,6 +191,35 @@ def measure(
     parts = [in_parts(document, plans, cuts) for document in bench.documents]
     for number, part in enumerate(zip(*parts, strict=True)):
         yield table.row("columns", f"part {number + 1}", part)
+
+
+def halved(
+    table: Table, top: float, times: int, training: Coefficients, marks: torch.Tensor
+) -> Iterator[dict[str, Any]]:
+    """The top level, and plans nested in it."""
+    bench = table.bench
+    plans = bench.plans(top)
+    for number in range(times + 1):
+        fine = plans if number else None
+        plans = {
+            key: make_step_plan(
+                sample_of(x, plans[key].sink_gain, marks),
+                marks,
+                plans[key].step * (2 if number else 1),
+                StepSettings(sink_gain=plans[key].sink_gain),
+                None if fine is None else fine[key],
+            )
+            for key, x in training.items()
+        }
+        found = [quantised(d.x, plans, d) for d in bench.documents]
+        yield table.row("halved" if number else "refitted", f"{number} times", found)
+
+
+def sample_of(x: torch.Tensor, gain: float, marks: torch.Tensor) -> Sample:
+    """Coefficients without the gain."""
+    rows = x.T.clone()
+    rows[marks] /= gain
+    return Sample(rows, 0.0, len(x))
 
 
 def requantised(table: Table, ratios: Sequence[float]) -> Iterator[dict[str, Any]]:
