@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from kvtc_vllm.config.contradictions import check_contradictions
 from kvtc_vllm.config.keys import (
     ConfigKey,
     PathText,
@@ -299,7 +300,7 @@ def load_config(extra: Mapping[str, Any]) -> KVTCConfig:
     place = "kv_connector_extra_config"
     config = convert_keys(KVTCConfig, _expand(extra), place, also=("preset",))
     _check_sizes(config)
-    _check_contradictions(config)
+    check_contradictions(config)
     if config.artifact is not None:
         check_path("artifact", config.artifact)
     for place in config.registry:
@@ -336,67 +337,6 @@ def _check_sizes(config: KVTCConfig) -> None:
             raise ConfigError(
                 f"{name}={shown(value)} is out of range; give {allowed_values(field)}"
             )
-
-
-def _check_contradictions(config: KVTCConfig) -> None:
-    if config.ratio is not None and config.quality is not None:
-        raise ConfigError(
-            f"ratio={config.ratio!r} and quality={config.quality!r} contradict each other: quality "
-            "is what the ratio is chosen by; remove either"
-        )
-    if config.codec == "raw":
-        for key in ("ratio", "quality", "artifact"):
-            if getattr(config, key) is not None:
-                raise ConfigError(
-                    f"{key}={getattr(config, key)!r} contradicts codec='raw', which stores KV "
-                    f"uncompressed; remove {key} or set codec='kvtc'"
-                )
-    if config.joint == "delta" and config.codec != "kvtc2":
-        raise ConfigError(
-            f"joint='delta' contradicts codec={config.codec!r}: only chunks of codec 2 can be kept "
-            "as differences; set codec='kvtc2', or joint='exact' or 'off'"
-        )
-    if config.joint == "delta" and config.disk_path is not None and config.disk_write == "behind":
-        raise ConfigError(
-            "joint='delta' contradicts disk_write='behind', which writes evicted chunks within a "
-            "step, and making them whole takes too long there; set disk_write='through'"
-        )
-    _check_degrade(config)
-    if config.exclusive and config.store_policy == "eager":
-        raise ConfigError(
-            "exclusive=True contradicts store_policy='eager', which does not watch what the engine "
-            "evicts; remove exclusive or set store_policy='on_evict'"
-        )
-    if config.artifact is not None and config.registry:
-        raise ConfigError(
-            "artifact and registry contradict each other: artifact names one directory, "
-            "registry is where to look for one; remove either"
-        )
-
-
-def _check_degrade(config: KVTCConfig) -> None:
-    if config.degrade_floor is not None and config.degrade == "off":
-        raise ConfigError(
-            f"degrade_floor={config.degrade_floor!r} contradicts degrade='off', which halves "
-            "nothing; remove degrade_floor or set degrade='halve'"
-        )
-    if config.degrade == "off":
-        return
-    if config.codec != "kvtc2":
-        raise ConfigError(
-            f"degrade={config.degrade!r} contradicts codec={config.codec!r}: only chunks of codec "
-            "2 can be halved; set codec='kvtc2' or degrade='off'"
-        )
-    if config.joint != "off":
-        raise ConfigError(
-            f"degrade={config.degrade!r} contradicts joint={config.joint!r}, in which chunks share "
-            "bytes; set either to 'off'"
-        )
-    if config.degrade_floor is not None and config.degrade_floor <= config.target_ratio:
-        raise ConfigError(
-            f"degrade_floor={config.degrade_floor!r} is not above ratio={config.target_ratio!r}, "
-            "at which chunks are stored; give a higher one"
-        )
 
 
 def kv_transfer_config(extra: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,20 +28,19 @@ def make_halver(
     """
     if config.degrade == "off":
         return None
-    asked = f"degrade={config.degrade!r}"
     if device.type != "cpu":
         raise ConfigError(
-            f"{asked} is for engines on a CPU: on {device.type} the bases of one ratio alone are "
-            "resident, so halved chunks could not be loaded; set degrade='off'"
+            f"degrade='halve' is for engines on a CPU: on {device.type} the bases of one ratio "
+            "alone are resident, so halved chunks could not be loaded; set degrade='off'"
         )
     if len(codecs) > 1:
         raise ConfigError(
-            f"{asked} is for models with one cache group, this one has {len(codecs)}; set "
+            f"degrade='halve' is for models with one cache group, this one has {len(codecs)}; set "
             "degrade='off'"
         )
     make = requantiser()
     if make is None:
-        raise ConfigError(f"{asked} needs numba, which is not installed; install it")
+        raise ConfigError("degrade='halve' needs numba, which is not installed; install it")
     # Only now: it imports numba.
     from kvtc_vllm.codec.cpu.codec import CpuKvtc2Codec
 

@@ -12,13 +12,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 )
 
 from kvtc_vllm.offload.stats import (
+    BY_HALVINGS,
     BY_KIND,
-    BY_LEVEL,
     CACHE_KINDS,
     COUNTERS,
     GAUGES,
+    HALVINGS,
     LABELLED,
-    LEVELS,
     metric_key,
 )
 
@@ -89,7 +89,7 @@ class KVTCPromMetrics(KVConnectorPromMetrics):
 
         for label, texts, values in (
             ("kind", BY_KIND, CACHE_KINDS),
-            ("level", BY_LEVEL, LEVELS),
+            ("times", BY_HALVINGS, HALVINGS),
         ):
             for name, text in texts.items():
                 metric = self._counter_cls(

@@ -31,14 +31,14 @@ MOST_AT_ONCE = 32
 
 
 class Halver(Protocol):
-    """Makes blobs smaller, level by level. Pure; safe for many threads."""
+    """Halves blobs. Pure; safe for many threads."""
 
     @property
-    def levels(self) -> int:
+    def most_times(self) -> int:
         """How often a blob may be halved."""
         ...
 
-    def level_of(self, blob: Blob) -> int:
+    def times_halved(self, blob: Blob) -> int:
         """How often a blob of the memory tier was halved; 0 for what no plan of ours is of."""
         ...
 
@@ -89,7 +89,7 @@ class HalvingOrders:
             parts.append(one)
             if len(parts) == self._ranks:
                 del self._running[one.key], self._expected[one.key]
-                self._order.halved(one.key, max(p.level for p in parts), any(p.last for p in parts))
+                self._order.halved(one.key, max(p.times for p in parts), any(p.last for p in parts))
 
     def clear(self) -> None:
         """Forget what runs: all names were given up."""
@@ -151,12 +151,12 @@ class HalvingPipeline:
                 out.report.bad.append(key)
                 out.stats.add("failed_loads", label=damaged.reason)
             # What could not be halved is as if it had been, as often as can be.
-            level = self._halver.level_of(now) if kept else self._halver.levels
-            last = level >= self._halver.levels
-            out.report.halved.append(Halved(key, self._rank, level, last))
+            most = self._halver.most_times
+            times = self._halver.times_halved(now) if kept else most
+            out.report.halved.append(Halved(key, self._rank, times, times >= most))
             if kept:
                 out.report.resized.append((key, self._rank, len(now)))
-                out.stats.add("halved_chunks", label=str(level))
+                out.stats.add("halved_chunks", label=str(times))
                 out.stats.add("halved_bytes", len(blob) - len(now))
         self._outbox.notify()
         self._share.charge(time.perf_counter() - started)

@@ -73,7 +73,7 @@ class LoadPipeline:
         self._groups = context.geometry.groups
         self._memory = context.memory
         self._outbox = context.outbox
-        self._level_of = context.level_of
+        self._times_halved = context.times_halved
         self._device = context.device
         self._own = DeviceThreads(context.device)
         self._num_threads = context.config.load_threads
@@ -238,8 +238,8 @@ class LoadPipeline:
             out.stats.add("loaded_tokens", tokens if item.group == 0 else 0)
             out.stats.add("loaded_raw_bytes", group.raw_bytes(item.block_ids))
             out.stats.add("loaded_bytes", size)
-            if self._level_of is not None:
-                out.stats.add("level_loaded_chunks", label=str(self._level_of(blob)))
+            if self._times_halved is not None:
+                out.stats.add("halved_loaded_chunks", label=str(self._times_halved(blob)))
             out.stats.add("kind_loaded_bytes", size, group.kind)
 
     def _tokens(self, item: LoadItem) -> int:

@@ -86,12 +86,12 @@ class LoadJob:
 class Halved(NamedTuple):
     """What became of a chunk that was to be halved.
 
-    level: how often its blob is halved by now. last: whether it can't be once more.
+    times: how often its blob was halved by now. last: whether it can't be once more.
     """
 
     key: RecordKey
     rank: int
-    level: int
+    times: int
     last: bool
 
 

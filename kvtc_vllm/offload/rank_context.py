@@ -39,7 +39,7 @@ class RankContext:
     disk: DiskWorker | None
     """This rank's part of the disk tier, if there is one."""
     outbox: Outbox
-    level_of: Callable[[Blob], int] | None = None
+    times_halved: Callable[[Blob], int] | None = None
     """How often a blob of memory was halved; None where none ever is."""
 
 

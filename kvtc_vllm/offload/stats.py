@@ -87,11 +87,11 @@ BY_KIND: dict[str, str] = {
     "kind_loaded_chunks": "As loaded_chunks, by kind of cache group",
     "kind_loaded_bytes": "As loaded_bytes, by kind of cache group",
 }
-LEVELS = ("0", "1", "2", "3", "4")
+HALVINGS = ("0", "1", "2", "3", "4")
 """How often a chunk was halved."""
-BY_LEVEL: dict[str, str] = {
+BY_HALVINGS: dict[str, str] = {
     "halved_chunks": "Chunks halved in memory, by how often by now, all ranks",
-    "level_loaded_chunks": "As loaded_chunks, by how often the chunks were halved",
+    "halved_loaded_chunks": "As loaded_chunks, by how often the chunks were halved",
 }
 GAUGES: dict[str, str] = {
     "tier_used_bytes": "Real bytes of chunks that are ready in the memory tier, all ranks",
@@ -115,7 +115,7 @@ KNOWN = frozenset(
         *GAUGES,
         *(metric_key(name, r) for name, (_, reasons) in LABELLED.items() for r in reasons),
         *(metric_key(name, kind) for name in BY_KIND for kind in CACHE_KINDS),
-        *(metric_key(name, level) for name in BY_LEVEL for level in LEVELS),
+        *(metric_key(name, times) for name in BY_HALVINGS for times in HALVINGS),
     }
 )
 """All that is published."""

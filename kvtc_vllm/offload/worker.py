@@ -115,7 +115,7 @@ class KVTCWorker:
             self.arena,
             disk,
             self._outbox,
-            None if halver is None else halver.level_of,
+            None if halver is None else halver.times_halved,
         )
         self._halving: HalvingPipeline | None = None
         if halver is not None:

@@ -1,4 +1,4 @@
-"""Cold records are halved before any is evicted, and levels share memory evenly."""
+"""Cold records are halved before any is evicted, and all come to have equal shares."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def filled(name: str = "lru", count: int = 6) -> tuple[TierIndex, HalvingOrder]:
     return index, order
 
 
-def halve(order: HalvingOrder, level: int, last: bool = False) -> RecordKey | None:
+def halve(order: HalvingOrder, times: int, last: bool = False) -> RecordKey | None:
     key = order.take_coldest()
     if key is not None:
-        order.halved(key, level, last)
+        order.halved(key, times, last)
     return key
 
 
@@ -39,16 +39,16 @@ def test_the_coldest_first_and_uses_count(name: str) -> None:
     assert halve(order, 1) == KEYS[0]
 
 
-def test_levels_come_to_have_equal_bytes_and_then_records_are_evicted() -> None:
+def test_bytes_come_to_be_equal_and_then_records_are_evicted() -> None:
     index, order = filled(count=12)
     named = []
     while (key := order.take_coldest()) is not None:
-        level = sum(key == other for other in named) + 1
+        times = sum(key == other for other in named) + 1
         named.append(key)
-        order.halved(key, level, level == 2)
+        order.halved(key, times, times == 2)
     once, twice = (sum(named.count(key) == n for key in KEYS) for n in (1, 2))
     whole = 12 - once - twice
-    # Bytes of 100, 50 and 25: none of the levels above the last has more than it.
+    # Bytes of 100, 50 and 25: none has more than those that can't be halved again.
     assert twice / 4 >= max(whole, once / 2)
     assert whole >= 1
     assert once >= 2
@@ -67,7 +67,7 @@ def test_a_record_is_named_once_at_a_time() -> None:
     assert order.take_coldest() == KEYS[0]
 
 
-def test_pinned_records_are_not_named_and_keep_their_level() -> None:
+def test_pinned_records_are_not_named_and_stay_as_they_are() -> None:
     index, order = filled(count=3)
     assert halve(order, 1) == KEYS[0]
     index.pin([KEYS[0], KEYS[1]])

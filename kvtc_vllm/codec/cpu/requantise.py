@@ -39,7 +39,7 @@ _BEYOND = frozenset(BEYOND_KIND.values())
 
 
 class Requantiser:
-    """Makes blobs of one codec smaller, ratio by ratio. Pure; safe for many threads.
+    """Halves blobs of one codec, ratio by ratio. Pure; safe for many threads.
 
     codec: whose blobs they are; those of its ratio are whole. entropy: with the settings that it
     writes with. floor: highest ratio to end at. Compiles when it is made, for seconds if numba's
@@ -64,11 +64,11 @@ class Requantiser:
         self._warm_up()
 
     @property
-    def levels(self) -> int:
+    def most_times(self) -> int:
         """How often a whole blob can be halved."""
         return len(self.ratios) - 1
 
-    def level_of(self, blob: Blob) -> int:
+    def times_halved(self, blob: Blob) -> int:
         """How often a blob was halved; 0 for one of another ratio. Of a verified blob."""
         ratio = ratio_of(blob)
         return self.ratios.index(ratio) if ratio in self.ratios else 0

@@ -10,10 +10,11 @@ from kvtc_vllm.tiers.policies.base import EvictionPolicy
 class HalvingOrder:
     """Around the policy that a configuration asks for.
 
-    A record's *level* is how often it was halved. The level with the most bytes, a record counting
-    half of one of the level above, gives up the record that was used longest ago, until it is the
-    last level that has most: then records are to be evicted. So all levels come to have equal
-    shares of memory, and what was used last stays whole.
+    Records are told apart by how many times they were halved. Of those that were halved equally
+    often, the ones with the most bytes together, a record counting half of one that was halved once
+    less, give up the one that was used longest ago; until it is those that can't be halved again:
+    then records are to be evicted. So all come to have equal shares of memory, and what was used
+    last stays whole.
     """
 
     def __init__(self, inner: EvictionPolicy) -> None:
@@ -27,27 +28,27 @@ class HalvingOrder:
 
     def take_coldest(self) -> RecordKey | None:
         """The record to halve next; it is not named again before `halved`. None: there is none."""
-        level = max(range(len(self._orders)), key=lambda n: len(self._orders[n]) / 2**n)
-        if level == self._last:
+        times = max(range(len(self._orders)), key=lambda n: len(self._orders[n]) / 2**n)
+        if times == self._last:
             return None
-        key = self._orders[level].pop_oldest()
+        key = self._orders[times].pop_oldest()
         if key is not None:
             self._halving.add(key)
         return key
 
-    def halved(self, key: RecordKey, level: int, last: bool) -> None:
-        """Note what became of a record. last: whether it can't be halved again."""
+    def halved(self, key: RecordKey, times: int, last: bool) -> None:
+        """Note how often a record was halved by now. last: whether it can't be again."""
         if last:
-            self._last = level
+            self._last = times
         if key not in self._halving:
             return  # evicted meanwhile
         self._halving.discard(key)
-        while len(self._orders) <= level:
+        while len(self._orders) <= times:
             self._orders.append(KeyOrder())
         if key in self._held:
-            self._held[key] = level
+            self._held[key] = times
         else:
-            self._orders[level].push(key)
+            self._orders[times].push(key)
 
     def insert(self, key: RecordKey, size: int) -> None:
         self._forget(key)
@@ -64,17 +65,17 @@ class HalvingOrder:
 
     def hold(self, key: RecordKey) -> None:
         # It is about to be loaded, so it is not cold.
-        for level, order in enumerate(self._orders):
+        for times, order in enumerate(self._orders):
             if order.discard(key):
-                self._held[key] = level
+                self._held[key] = times
         if key in self._halving:
             self._held[key] = 0  # `halved` will tell
         self._inner.hold(key)
 
     def release(self, key: RecordKey) -> None:
-        level = self._held.pop(key, None)
-        if level is not None and key not in self._halving:
-            self._orders[level].push(key)
+        times = self._held.pop(key, None)
+        if times is not None and key not in self._halving:
+            self._orders[times].push(key)
         self._inner.release(key)
 
     def remove(self, key: RecordKey) -> None:

@@ -58,13 +58,13 @@ def error(codec: ChunkCodec, blob: bytes) -> float:
 @pytest.mark.parametrize("rule", [RULE, None], ids=["marks", "no marks"])
 def test_a_halved_blob_is_as_good_as_one_stored_at_its_ratio(rule: SinkRule | None) -> None:
     halver = halver_of(rule)
-    assert halver.levels == 2
+    assert halver.most_times == 2
     blob = codec_of(rule).encode(*rows(), START, KEY)
-    assert halver.level_of(blob) == 0
-    for level, ratio in enumerate(halver.ratios[1:], 1):
+    assert halver.times_halved(blob) == 0
+    for times, ratio in enumerate(halver.ratios[1:], 1):
         smaller = halver.halve(blob, KEY)
         assert ratio_of(smaller) == parse(smaller).header.ratio == ratio
-        assert halver.level_of(smaller) == level
+        assert halver.times_halved(smaller) == times
         assert len(smaller) < 0.8 * len(blob)
         direct = codec_of(rule, ratio, fast=False).encode(*rows(), START, KEY)
         assert abs(len(smaller) / len(direct) - 1) < 0.01
@@ -142,7 +142,7 @@ def test_the_floor_and_what_is_not_nested() -> None:
     assert isinstance(codec, Kvtc2Codec)
     _, second, third = halver_of().ratios
     assert Requantiser(codec, ENTROPY, second).ratios == (6.0, second)
-    assert Requantiser(codec, ENTROPY, (second + third) / 2).levels == 1
+    assert Requantiser(codec, ENTROPY, (second + third) / 2).most_times == 1
     with pytest.raises(ArtifactError, match=f"halved to ratio {second:g}, more than 6.1"):
         Requantiser(codec, ENTROPY, 6.1)
     plain = step_artifact(MODEL, (4.0, 8.0), RULE)
