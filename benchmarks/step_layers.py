@@ -30,7 +30,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -199,20 +199,36 @@ def halved(
     """The top level, and plans nested in it."""
     bench = table.bench
     plans = bench.plans(top)
+    plans = {
+        key: make_step_plan(
+            sample_of(x, plans[key].sink_gain, marks),
+            marks,
+            plans[key].step,
+            StepSettings(sink_gain=plans[key].sink_gain),
+        )
+        for key, x in training.items()
+    }
     for number in range(times + 1):
-        fine = plans if number else None
-        plans = {
-            key: make_step_plan(
-                sample_of(x, plans[key].sink_gain, marks),
-                marks,
-                plans[key].step * (2 if number else 1),
-                StepSettings(sink_gain=plans[key].sink_gain),
-                None if fine is None else fine[key],
-            )
-            for key, x in training.items()
-        }
+        if number:
+            plans = nested_plans(training, marks, plans)
         found = [quantised(d.x, plans, d) for d in bench.documents]
         yield table.row("halved" if number else "refitted", f"{number} times", found)
+
+
+def nested_plans(
+    training: Coefficients, marks: torch.Tensor, fine: Mapping[Key, StepPlan]
+) -> dict[Key, StepPlan]:
+    """Of twice the step, nested in these."""
+    return {
+        key: make_step_plan(
+            sample_of(x, fine[key].sink_gain, marks),
+            marks,
+            2 * fine[key].step,
+            StepSettings(sink_gain=fine[key].sink_gain),
+            fine[key],
+        )
+        for key, x in training.items()
+    }
 
 
 def sample_of(x: torch.Tensor, gain: float, marks: torch.Tensor) -> Sample:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from kvtc_vllm.config.settings import KVTCConfig
 from kvtc_vllm.config.values import ConfigError
-
-if TYPE_CHECKING:
-    from kvtc_vllm.config.settings import KVTCConfig
 
 
 def check_contradictions(config: KVTCConfig) -> None:

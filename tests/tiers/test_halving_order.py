@@ -41,7 +41,7 @@ def test_the_coldest_first_and_uses_count(name: str) -> None:
 
 def test_bytes_come_to_be_equal_and_then_records_are_evicted() -> None:
     index, order = filled(count=12)
-    named = []
+    named: list[RecordKey] = []
     while (key := order.take_coldest()) is not None:
         times = sum(key == other for other in named) + 1
         named.append(key)

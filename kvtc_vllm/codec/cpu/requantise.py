@@ -57,8 +57,16 @@ class Requantiser:
             if lower is None or lower > floor:
                 break
             ratios.append(lower)
+        if codec.ratio not in coarser:
+            raise ArtifactError(
+                f"degrade='halve': no plan of the artifact is nested in that of ratio "
+                f"{codec.ratio:g}; calibrate with --halvings"
+            )
         if len(ratios) == 1:
-            raise ArtifactError(_why_none(codec.ratio, coarser.get(codec.ratio), floor))
+            raise ArtifactError(
+                f"degrade_floor={floor:g}: chunks of ratio {codec.ratio:g} are halved to ratio "
+                f"{coarser[codec.ratio]:g}; give no lower one"
+            )
         self.ratios = tuple(ratios)
         """Target ratios of whole blobs, of those halved once, and so on."""
         self._warm_up()
@@ -132,12 +140,6 @@ class Requantiser:
                 plan = step_plan(section, ratio)
                 levels = np.ones((plan.rank, 1), np.int32)
                 unpack_levels(bytearray(b"".join(pack_levels(levels, plan))), plan, 1)
-
-
-def _why_none(ratio: float, nested: float | None, floor: float) -> str:
-    if nested is None:
-        return f"no plan is nested in that of ratio {ratio:g}; fit the artifact with --halvings"
-    return f"chunks of ratio {ratio:g} are halved to ratio {nested:g}, more than {floor:g}"
 
 
 def _levels(section: Section, view: memoryview, plan: StepPlan, tokens: int) -> Levels:
