@@ -76,6 +76,8 @@ PLACES = (
         "calibrate again with the settings that serve: `kvtc calibrate MODEL --data TEXT`",
         (
             "connector/startup.py",
+            "connector/halver.py",
+            "codec/cpu/requantise.py",
             "connector/rank_artifacts.py",
             "connector/selftest.py",
             "connector/artifact_lookup.py",

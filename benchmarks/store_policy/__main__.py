@@ -20,7 +20,7 @@ import json
 import time
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -31,6 +31,7 @@ from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup
 from kvtc_vllm.offload.on_evict import BlockReuse
 from kvtc_vllm.offload.scheduler import KVTCScheduler
 
+Engine = TypeVar("Engine", bound=SimEngine)
 OUT = Path(__file__).parents[1] / "results" / "store_policy.json"
 GPU_CHUNKS, TIER_CHUNKS = 64, 192
 RAW_BYTES = 1 << 16
@@ -132,7 +133,9 @@ def measure_bursts(memory: int, policy: str, seed: int) -> dict[str, float]:
     }
 
 
-def build(keys: dict[str, Any], batch: int = BATCH) -> tuple[SimEngine, KVTCScheduler, int]:
+def build(
+    keys: dict[str, Any], batch: int = BATCH, kind: type[Engine] = SimEngine
+) -> tuple[Engine, KVTCScheduler, int]:
     """An engine with GPU and tier of the sizes above, its scheduler side, bytes of a record.
 
     keys: of the configuration. batch: most tokens in a step.
@@ -152,7 +155,7 @@ def build(keys: dict[str, Any], batch: int = BATCH) -> tuple[SimEngine, KVTCSche
         config, CacheGeometry((group,), 1), [record], prompt_only=False, reuse=reuse
     )
     blocks = GPU_CHUNKS * CHUNK // BLOCK + 1
-    return SimEngine(side, blocks, record, batch=batch, requests=AT_ONCE), side, record
+    return kind(side, blocks, record, batch=batch, requests=AT_ONCE), side, record
 
 
 def count_hits(engine: SimEngine, source: Trace, warm: int) -> dict[str, float]:

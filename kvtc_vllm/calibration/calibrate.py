@@ -36,6 +36,7 @@ from kvtc_vllm.calibration.writing import (
     write_groups,
 )
 from kvtc_vllm.codec.errors import ArtifactError
+from kvtc_vllm.codec.v2.nesting import nested_ratios
 
 
 @dataclass(frozen=True)
@@ -179,9 +180,25 @@ def _fit_group(
             exact = settings.sink_tokens
             first = record.source.sink_tokens if exact is None else exact
             by_heads[heads] = _fit(source, rank, settings, first, found, heads)
+            settings = _named_alike(settings, by_heads[heads])
         fits.append(by_heads[heads])
     group = CacheGroupCard(attention=header.attention, layers=header.layers)
     return FittedGroup(group, fits, [source.probe() for source in sources])
+
+
+def _named_alike(settings: ArtifactSettings, first: RankFit) -> ArtifactSettings:
+    """For the other ranks, whose nested plans have nearly these ratios."""
+    steps = settings.fit.steps
+    if not steps.halvings or steps.nested:
+        return settings
+    coarser = nested_ratios(first.artifact)
+    names: list[float] = []
+    for ratio in sorted(settings.ratios):
+        while ratio in coarser:
+            ratio = coarser[ratio]
+            names.append(ratio)
+    steps = replace(steps, nested=tuple(names))
+    return replace(settings, fit=replace(settings.fit, steps=steps))
 
 
 def _own_sensitivity(path: Path, record: CaptureRecord, reader: SpoolReader) -> Sensitivity:

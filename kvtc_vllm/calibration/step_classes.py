@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from kvtc_vllm.codec.v2.codes import WIDTHS
+from kvtc_vllm.codec.v2.nesting import halved_offsets
 from kvtc_vllm.codec.v2.plan import StepPlan
 
 PRICE_OF_A_BIT = math.log(2) / 6
@@ -44,11 +45,14 @@ class StepSettings:
     """sink_gain: marked tokens are quantised by so many times finer steps. column_bits: bits per
     token that a coded column must save beside its own, for the time that products take.
     beyond_bits: the same per marked token, of columns that only these have, for the room that they
-    take in the artifact."""
+    take in the artifact. halvings: how many plans are nested in every ratio's, each in the one
+    before. nested: ratios to call these by, in their order; none: those that they have."""
 
     sink_gain: float = 4.0
     column_bits: float = 1.0
     beyond_bits: float = 0.0
+    halvings: int = 0
+    nested: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,36 +66,58 @@ class Sample:
 
 
 def make_step_plan(
-    sample: Sample, marks: torch.Tensor, step: float, settings: StepSettings
+    sample: Sample,
+    marks: torch.Tensor,
+    step: float,
+    settings: StepSettings,
+    fine: StepPlan | None = None,
 ) -> StepPlan:
     """The plan with the fewest columns that are worth their bits; its bytes are not known yet.
 
     marks: bool [n], the sinks. The plan's classes and columns are those of the other tokens, its
-    `beyond` has the columns that sinks need besides.
+    `beyond` has the columns that sinks need besides. fine: a plan of half the step, in which this
+    one is to be nested.
     """
     coefficients = sample.coefficients
-    plan = _plan_of(coefficients[~marks], sample, step, settings)
+    offsets = None if fine is None else halved_offsets(fine)
+    plan = _plan_of(coefficients[~marks], sample, step, settings, offsets)
     if int(marks.sum()) < LEAST_SINKS:
         return plan
     sinks = coefficients[marks, plan.rank :] * settings.sink_gain
     own = replace(settings, column_bits=settings.beyond_bits)
-    beyond = _plan_of(sinks, Sample(sinks, 0.0, sample.row_size), step, own)
+    offsets = None if offsets is None else offsets[plan.rank :]
+    beyond = _plan_of(sinks, Sample(sinks, 0.0, sample.row_size), step, own, offsets)
     beyond = replace(beyond, expected_error=plan.expected_error)
     return replace(plan, beyond=beyond) if beyond.rank else plan
 
 
 def _plan_of(
-    ordinary: torch.Tensor, sample: Sample, step: float, settings: StepSettings
+    ordinary: torch.Tensor,
+    sample: Sample,
+    step: float,
+    settings: StepSettings,
+    offsets: torch.Tensor | None,
 ) -> StepPlan:
-    """From coefficients [n, r] of tokens that count; the sample is for the expected error."""
+    """From coefficients [n, r] of tokens that count; the sample is for the expected error.
+
+    offsets: float32, with which the leading columns are rounded, and no other is coded; None: those
+    that pay.
+    """
     deviation = ordinary.square().mean(0).sqrt() / step
     large = (deviation >= LEAST_DEVIATION).nonzero()
     shown = int(large[-1]) + 1 if len(large) else 0
+    if offsets is not None:
+        shown = min(shown, len(offsets))
     ordinary, deviation = ordinary[:, :shown], deviation[:shown]
     octaves = (CLASSES_PER_OCTAVE * deviation.clamp_min(LEAST_DEVIATION).log2()).round()
-    used, classes = octaves.unique(return_inverse=True)
-    count = max(1, len(used))
-    tables = _Tables(_histogram(ordinary.abs() / step, classes, count))
+    # A class is rounded in one way.
+    alike = torch.stack((octaves, torch.zeros(shown) if offsets is None else offsets[:shown]))
+    used, classes = alike.unique(dim=1, return_inverse=True)
+    count = max(1, used.shape[1])
+    rounding = None
+    if offsets is not None and shown:
+        rounding = np.stack((np.zeros(count), used[1].double().numpy()), axis=1)
+    tables = _Tables(_histogram(ordinary.abs() / step, classes, count), rounding)
     plan = StepPlan(
         step=step,
         classes=classes.to(torch.uint8),
@@ -151,13 +177,15 @@ class _Tables:
     values: [C, LEVELS], in steps.
     """
 
-    def __init__(self, histogram: Table) -> None:
+    def __init__(self, histogram: Table, rounding: Table | None = None) -> None:
+        """rounding: given; None: found by price."""
         self._histogram = histogram
         count, bins = histogram.shape
         self._centres = (np.arange(bins) + 0.5) / _BINS_PER_STEP
-        self.rounding = np.tile([_PLAIN_DEAD_ZONE, _PLAIN_OFFSET], (count, 1))
+        plain = np.tile([_PLAIN_DEAD_ZONE, _PLAIN_OFFSET], (count, 1))
+        self.rounding = plain if rounding is None else rounding
         self._count()
-        for _ in range(_ROUNDS):
+        for _ in range(_ROUNDS if rounding is None else 0):
             self._round_by_price()
             self._count()
 

@@ -29,6 +29,8 @@ _MOST_TRIALS = 24
 
 LAST_ACCURACY = 0.02
 """Where no step comes nearer."""
+NAME_DIGITS = 1
+"""Of ratios that are found, not asked for."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ def make_step_plans(
     settings: StepSettings,
     report: Callable[[str, int, int], None],
 ) -> list[Mapping[float, StepPlan]]:
-    """Of every section, target ratio -> plan.
+    """Of every section, target ratio -> plan; with halvings also plans nested in those, by the
+    ratio that they have.
 
     samples: of all sections of a rank, of the same tokens, whose number is a multiple of
     `CHUNK_TOKENS`. marks: bool [n], the sinks among them. overhead: bytes per token of a blob
@@ -60,16 +63,21 @@ def make_step_plans(
     """
     row = sum(sample.row_size for sample in samples)
 
-    def trial(step: float) -> _Found:
+    def trial(step: float, fine: _Found | None = None) -> _Found:
         rounded = float(torch.tensor(step))
-        plans = [make_step_plan(sample, marks, rounded, settings) for sample in samples]
+        finer = [None] * len(samples) if fine is None else fine.plans
+        plans = [
+            make_step_plan(sample, marks, rounded, settings, own)
+            for sample, own in zip(samples, finer, strict=True)
+        ]
         taken = [
             coded_bytes(plan, sample, marks, entropy)
             for plan, sample in zip(plans, samples, strict=True)
         ]
         return _Found(rounded, plans, [all_of for all_of, _ in taken], [own for _, own in taken])
 
-    found: list[_Found] = []
+    found: dict[float, _Found] = {}
+    step = _deviation(samples)
     for done, ratio in enumerate(sorted(ratios)):
         report("allocate", done, len(ratios))
         target = ELEMENT_BYTES * row / ratio - overhead
@@ -78,12 +86,25 @@ def make_step_plans(
                 f"ratio {ratio:g} can't be met: headers and exact sinks alone take {overhead:.0f} "
                 f"of {ELEMENT_BYTES * row / ratio:.0f} bytes per token; take a lower one"
             )
-        start = found[-1].step * 1.5 if found else _deviation(samples)
-        found.append(_search(trial, target, start, ratio))
+        found[ratio] = _search(trial, target, step, ratio)
+        step = found[ratio].step * 1.5
+    names = iter(settings.nested)
+    for ratio in sorted(ratios):
+        lower = found[ratio]
+        for times in range(1, settings.halvings + 1):
+            lower = trial(2 * lower.step, lower)
+            own = ELEMENT_BYTES * row / (lower.total + overhead)
+            name = next(names) if settings.nested else round(own, NAME_DIGITS)
+            if name in found:
+                raise ArtifactError(
+                    f"halving ratio {ratio:g} {times} times gives {name:g}, which is in --ratios; "
+                    "leave one of the two out"
+                )
+            found[name] = lower
     return [
         {
             ratio: _with_bytes(result.plans[i], result.bytes[i], result.beyond[i])
-            for ratio, result in zip(sorted(ratios), found, strict=True)
+            for ratio, result in found.items()
         }
         for i in range(len(samples))
     ]

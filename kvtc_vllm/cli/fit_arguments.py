@@ -13,6 +13,7 @@ from kvtc_vllm.codec.container import MAX_SINK_TOKENS
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.registry import CODECS
 from kvtc_vllm.codec.v2.codec import Kvtc2Codec
+from kvtc_vllm.codec.v2.nesting import MAX_HALVINGS
 from kvtc_vllm.codec.v2.plan import MAX_SINK_GAIN
 from kvtc_vllm.config import ConfigError
 
@@ -46,6 +47,14 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="how much finer those steps are; default: the root of how much more an error in sinks "
         f"costs, where sensitivities were measured, else {StepSettings.sink_gain:g}",
+    )
+    add(
+        "--halvings",
+        type=int,
+        default=0,
+        metavar="N",
+        help="beside every ratio N plans of twice the step of the one before, to which a serving "
+        "engine can turn stored chunks (`degrade`); of kvtc2 (default 0)",
     )
     add(
         "--sink-tokens",
@@ -112,6 +121,7 @@ def artifact_settings(args: argparse.Namespace) -> ArtifactSettings:
         raise ConfigError(f"--sink-tokens {args.sink_tokens}: give 0 to {MAX_SINK_TOKENS}")
     if args.quality is not None and not 0 < args.quality < math.inf:
         raise ConfigError(f"--quality {args.quality:g}: give a KL above 0, such as 0.002")
+    _check_halvings(args)
     fit = FitSettings(
         method=args.method,
         rank_cap=positive("--rank-cap", args.rank_cap),
@@ -120,6 +130,7 @@ def artifact_settings(args: argparse.Namespace) -> ArtifactSettings:
         device=_device(args.device),
         codec=args.codec,
         protect_sinks=args.sinks == "finer",
+        steps=StepSettings(halvings=args.halvings),
     )
     return ArtifactSettings(
         ratios=ratios,
@@ -135,6 +146,18 @@ def artifact_settings(args: argparse.Namespace) -> ArtifactSettings:
         sink_tokens=args.sink_tokens,
         quality=args.quality,
     )
+
+
+def _check_halvings(args: argparse.Namespace) -> None:
+    given = args.halvings
+    if not 0 <= given <= MAX_HALVINGS:
+        raise ConfigError(f"--halvings {given}: give 0 to {MAX_HALVINGS}")
+    if given and args.codec != Kvtc2Codec.name:
+        raise ConfigError(f"--halvings {given}: {args.codec} has no steps; give --codec kvtc2")
+    if given and args.quality is not None:
+        raise ConfigError(
+            f"--halvings {given} contradicts --quality {args.quality:g}, which keeps one plan alone"
+        )
 
 
 def wants_curve(args: argparse.Namespace) -> bool:

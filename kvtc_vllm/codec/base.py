@@ -209,6 +209,10 @@ class ChunkCodec(Coder):
         v = torch.cat([group.v for group in groups], dim=1)
         return DecodedChunk(k, v, info.header.start)
 
+    def verify(self, blob: Blob, key: bytes = b"") -> ContainerInfo:
+        """The tables of a blob of this codec, kept under `key`. Raises ContainerError."""
+        return self._verified(blob, None, None, key)
+
     @abstractmethod
     def _check_header(self, header: Header) -> None:
         """Raise ContainerError if the codec's own fields are not what it expects."""

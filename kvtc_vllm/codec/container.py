@@ -56,6 +56,7 @@ _SECTION_ROW = np.dtype(
     ]
 )
 HEADER_BYTES = _HEADER.size
+RATIO_OFFSET = struct.calcsize("<4sHHHBBHHHHHHIQ")
 MIN_BLOB_BYTES = HEADER_BYTES + CHECKSUM_BYTES
 
 DTYPE_CODES: dict[torch.dtype, int] = {
@@ -277,6 +278,11 @@ def section_tables(blob: memoryview, sections: int) -> SectionTables:
     first = HEADER_BYTES + sections * _SECTION_ROW.itemsize
     body = first + int(rows["units"].sum()) * UNIT_BYTES
     return SectionTables(rows, blob[first:body], body)
+
+
+def ratio_of(blob: bytes | bytearray | memoryview) -> float:
+    """Target ratio in the header of a container that was verified before."""
+    return float(struct.unpack_from("<d", blob, RATIO_OFFSET)[0])
 
 
 def container_bytes(sections: Sequence[int]) -> int:

@@ -25,8 +25,8 @@ class CodecError(Exception):
 
     Raised itself for a chunk that can't be coded. `reason` is a short stable word that callers
     decide by: "non_finite" (the chunk holds NaN or infinity), "range" (a value does not fit what
-    the codec stores), "position" (outside the RoPE table) or "size" (a length does not fit the
-    container).
+    the codec stores), "position" (outside the RoPE table), "size" (a length does not fit the
+    container) or "ratio" (a blob can't be made smaller).
     """
 
     def __init__(self, reason: str, message: str) -> None:

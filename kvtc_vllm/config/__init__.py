@@ -8,16 +8,10 @@ names the key, the value and what would be right.
 
 from __future__ import annotations
 
+from kvtc_vllm.config.keys import ConfigKey
 from kvtc_vllm.config.presets import load_preset, preset_description, preset_directory, preset_names
-from kvtc_vllm.config.settings import (
-    DEFAULT_RATIO,
-    DEFAULT_RECENT_WINDOW,
-    ConfigKey,
-    KVTCConfig,
-    describe,
-    kv_transfer_config,
-    load_config,
-)
+from kvtc_vllm.config.reading import describe, kv_transfer_config, load_config
+from kvtc_vllm.config.settings import DEFAULT_RATIO, DEFAULT_RECENT_WINDOW, KVTCConfig
 from kvtc_vllm.config.values import ConfigError, parse_bytes
 
 __all__ = [

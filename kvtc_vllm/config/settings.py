@@ -1,4 +1,4 @@
-"""The configuration's keys: limits, meanings, contradictions.
+"""The configuration's keys: limits and meanings.
 
 A field's annotation holds its limits and its description. The checks, the error
 messages and the table of `kvtc config --describe` all read them there.
@@ -6,26 +6,14 @@ messages and the table of `kvtc config --describe` all read them there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
-from kvtc_vllm.config.keys import (
-    ConfigKey,
-    PathText,
-    Threads,
-    allowed_values,
-    convert_keys,
-    describe_keys,
-    field_extra,
-    key_fields,
-)
-from kvtc_vllm.config.presets import load_preset, preset_names
-from kvtc_vllm.config.values import ConfigError, check_path, parse_bytes, shown
+from kvtc_vllm.config.keys import PathText, Threads
+from kvtc_vllm.config.values import parse_bytes
 
-CONNECTOR_NAME = "KVTCConnector"
 DEFAULT_RATIO = 16.0
 DEFAULT_RECENT_WINDOW = 128
 AUTO = "auto"
@@ -96,6 +84,21 @@ class KVTCConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             "any place, is kept as what it adds to that one."
         ),
     ] = "off"
+    degrade: Annotated[
+        Literal["off", "halve"],
+        Meta(
+            description="`halve`, with `kvtc2` on a CPU: before memory evicts chunks it halves the "
+            "bytes of cold ones, at a cost in quality. The artifact must have nested plans "
+            "(`kvtc calibrate --halvings`)."
+        ),
+    ] = "off"
+    degrade_floor: Annotated[
+        Ratio | None,
+        Meta(
+            description="With `degrade`: the highest ratio that halving may lead to.",
+            extra={"default": "the artifact's last"},
+        ),
+    ] = None
     chunk_tokens: Annotated[
         int,
         Meta(
@@ -269,104 +272,3 @@ class KVTCConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         if self.staging_bytes == AUTO:
             return None
         return parse_bytes("staging_bytes", self.staging_bytes)
-
-
-def describe() -> list[ConfigKey]:
-    """Every key of `kv_connector_extra_config`, in the order of the fields."""
-    preset = ConfigKey(
-        "preset", "none", ", ".join(preset_names()), "Sets the keys of a file of `configs/`."
-    )
-    return [preset, *describe_keys(KVTCConfig)]
-
-
-def load_config(extra: Mapping[str, Any]) -> KVTCConfig:
-    """Build the configuration from `kv_connector_extra_config`. Raises ConfigError."""
-    place = "kv_connector_extra_config"
-    config = convert_keys(KVTCConfig, _expand(extra), place, also=("preset",))
-    _check_sizes(config)
-    _check_contradictions(config)
-    if config.artifact is not None:
-        check_path("artifact", config.artifact)
-    for place in config.registry:
-        check_path("registry", place)
-    if config.disk_path is not None:
-        check_path("disk_path", config.disk_path, absolute=True)
-    return config
-
-
-def _expand(extra: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace `preset` by its keys; the other keys given win. Raises ConfigError."""
-    if not isinstance(extra, Mapping):
-        raise ConfigError(
-            f"kv_connector_extra_config={shown(extra)} is not an object of keys and values; "
-            'give one such as {"preset": "kvtc-16x"}'
-        )
-    given = dict(extra)
-    preset = given.pop("preset", None)
-    keys = load_preset(preset) if preset is not None else {}
-    if given.get("quality") is not None:
-        # What a preset says of the ratio is then not meant.
-        keys = {key: value for key, value in keys.items() if key != "ratio"}
-    return {**keys, **given}
-
-
-def _check_sizes(config: KVTCConfig) -> None:
-    for name, field in key_fields(KVTCConfig).items():
-        extra = field_extra(field)
-        value = getattr(config, name)
-        if "size" not in extra or value == extra.get("word"):
-            continue
-        low, high = extra["size"]
-        if not low <= parse_bytes(name, value) <= high:
-            raise ConfigError(
-                f"{name}={shown(value)} is out of range; give {allowed_values(field)}"
-            )
-
-
-def _check_contradictions(config: KVTCConfig) -> None:
-    if config.ratio is not None and config.quality is not None:
-        raise ConfigError(
-            f"ratio={config.ratio!r} and quality={config.quality!r} contradict each other: quality "
-            "is what the ratio is chosen by; remove either"
-        )
-    if config.codec == "raw":
-        for key in ("ratio", "quality", "artifact"):
-            if getattr(config, key) is not None:
-                raise ConfigError(
-                    f"{key}={getattr(config, key)!r} contradicts codec='raw', which stores KV "
-                    f"uncompressed; remove {key} or set codec='kvtc'"
-                )
-    if config.joint == "delta" and config.codec != "kvtc2":
-        raise ConfigError(
-            f"joint='delta' contradicts codec={config.codec!r}: only chunks of codec 2 can be kept "
-            "as differences; set codec='kvtc2', or joint='exact' or 'off'"
-        )
-    if config.joint == "delta" and config.disk_path is not None and config.disk_write == "behind":
-        raise ConfigError(
-            "joint='delta' contradicts disk_write='behind', which writes evicted chunks within a "
-            "step, and making them whole takes too long there; set disk_write='through'"
-        )
-    if config.exclusive and config.store_policy == "eager":
-        raise ConfigError(
-            "exclusive=True contradicts store_policy='eager', which does not watch what the engine "
-            "evicts; remove exclusive or set store_policy='on_evict'"
-        )
-    if config.artifact is not None and config.registry:
-        raise ConfigError(
-            "artifact and registry contradict each other: artifact names one directory, "
-            "registry is where to look for one; remove either"
-        )
-
-
-def kv_transfer_config(extra: Mapping[str, Any]) -> dict[str, Any]:
-    """The dictionary for `vllm serve --kv-transfer-config`, presets expanded.
-
-    Raises ConfigError when `extra` isn't valid.
-    """
-    load_config(extra)
-    return {
-        "kv_connector": CONNECTOR_NAME,
-        "kv_role": "kv_both",
-        "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": _expand(extra),
-    }

@@ -12,10 +12,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 )
 
 from kvtc_vllm.offload.stats import (
+    BY_HALVINGS,
     BY_KIND,
     CACHE_KINDS,
     COUNTERS,
     GAUGES,
+    HALVINGS,
     LABELLED,
     metric_key,
 )
@@ -85,12 +87,16 @@ class KVTCPromMetrics(KVConnectorPromMetrics):
             for reason in reasons:
                 self._children[metric_key(name, reason)] = self._per_engine(metric, (reason,))
 
-        for name, text in BY_KIND.items():
-            metric = self._counter_cls(
-                name=f"vllm:kvtc_{name}", documentation=text, labelnames=[*labelnames, "kind"]
-            )
-            for kind in CACHE_KINDS:
-                self._children[metric_key(name, kind)] = self._per_engine(metric, (kind,))
+        for label, texts, values in (
+            ("kind", BY_KIND, CACHE_KINDS),
+            ("times", BY_HALVINGS, HALVINGS),
+        ):
+            for name, text in texts.items():
+                metric = self._counter_cls(
+                    name=f"vllm:kvtc_{name}", documentation=text, labelnames=[*labelnames, label]
+                )
+                for value in values:
+                    self._children[metric_key(name, value)] = self._per_engine(metric, (value,))
 
     def _per_engine(self, metric: Any, extra: Iterable[object] = ()) -> dict[int, Any]:
         return {

@@ -23,6 +23,7 @@ from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.codec.v2.codec import ENTROPY
 from kvtc_vllm.config import ConfigError, KVTCConfig
 from kvtc_vllm.connector.artifact_lookup import Lookup
+from kvtc_vllm.connector.halver import make_halver
 from kvtc_vllm.connector.identity import setup_identity
 from kvtc_vllm.connector.rank_artifacts import load_artifacts
 from kvtc_vllm.connector.scales import find_scales, joined_scales
@@ -148,6 +149,7 @@ def build_worker(
         names,
         disk,
         _make_memory(config, geometry, codecs),
+        make_halver(config, codecs, device),
     )
     if device.type == "cuda":
         of_group = [n for n, group in enumerate(geometry.groups) if not group.state_bytes]

@@ -73,6 +73,7 @@ class LoadPipeline:
         self._groups = context.geometry.groups
         self._memory = context.memory
         self._outbox = context.outbox
+        self._times_halved = context.times_halved
         self._device = context.device
         self._own = DeviceThreads(context.device)
         self._num_threads = context.config.load_threads
@@ -212,7 +213,7 @@ class LoadPipeline:
             error = blob if isinstance(blob, StoreError) else next(errors)
             reasons.append(None if error is None else error.reason)
             if not isinstance(blob, StoreError) and error is None:
-                self._count(item, len(blob))
+                self._count(item, blob)
             else:
                 logger.warning(
                     "kvtc: chunk at token %d of request %s is unusable, recomputing: %s",
@@ -228,8 +229,8 @@ class LoadPipeline:
         except StoreError as error:
             return error
 
-    def _count(self, item: LoadItem, size: int) -> None:
-        tokens, group = self._tokens(item), self._groups[item.group]
+    def _count(self, item: LoadItem, blob: Blob) -> None:
+        tokens, group, size = self._tokens(item), self._groups[item.group], len(blob)
         with self._outbox.open() as out:
             out.stats.add("loaded_chunks")
             out.stats.add("kind_loaded_chunks", label=group.kind)
@@ -237,6 +238,8 @@ class LoadPipeline:
             out.stats.add("loaded_tokens", tokens if item.group == 0 else 0)
             out.stats.add("loaded_raw_bytes", group.raw_bytes(item.block_ids))
             out.stats.add("loaded_bytes", size)
+            if self._times_halved is not None:
+                out.stats.add("halved_loaded_chunks", label=str(self._times_halved(blob)))
             out.stats.add("kind_loaded_bytes", size, group.kind)
 
     def _tokens(self, item: LoadItem) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -83,6 +83,18 @@ class LoadJob:
     fits: bool = True
 
 
+class Halved(NamedTuple):
+    """What became of a chunk that was to be halved.
+
+    times: how often its blob was halved by now. last: whether it can't be once more.
+    """
+
+    key: RecordKey
+    rank: int
+    times: int
+    last: bool
+
+
 @dataclass
 class StepMetadata:
     """Scheduler -> workers: the orders of one step.
@@ -122,6 +134,8 @@ class StepMetadata:
     """To be read from disk into memory."""
     evict: list[RecordKey] = field(default_factory=list)
     """To be forgotten in memory."""
+    halve: list[RecordKey] = field(default_factory=list)
+    """To be halved in memory, coldest first."""
     loads: list[LoadJob] = field(default_factory=list)
     stores: list[StoreItem] = field(default_factory=list)
     idle: bool = False
@@ -145,6 +159,8 @@ class WorkerReport:
     """Not on disk any more, or of no use there."""
     resized: list[tuple[RecordKey, int, int]] = field(default_factory=list)
     """(key, rank, bytes) of what takes other bytes in memory than when it was stored."""
+    halved: list[Halved] = field(default_factory=list)
+    """Of what was to be halved; new sizes are in `resized`."""
     load_tokens: int = 0
     """Of loads that ended well."""
     load_seconds: float = 0.0
@@ -167,6 +183,7 @@ class WorkerReport:
         return not (
             self.stored
             or self.resized
+            or self.halved
             or self.dropped
             or self.bad
             or self.disk_stored
@@ -187,6 +204,7 @@ class WorkerReport:
             return self if self.epoch > other.epoch else other
         self.stored += other.stored
         self.resized += other.resized
+        self.halved += other.halved
         self.dropped += other.dropped
         self.bad += other.bad
         self.disk_stored += other.disk_stored

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TypeVar
 
 import torch
 
+from kvtc_vllm.codec.base import Blob
 from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.offload.disk_worker import DiskWorker
 from kvtc_vllm.offload.geometry import CacheGeometry
@@ -38,6 +39,8 @@ class RankContext:
     disk: DiskWorker | None
     """This rank's part of the disk tier, if there is one."""
     outbox: Outbox
+    times_halved: Callable[[Blob], int] | None = None
+    """How often a blob of memory was halved; None where none ever is."""
 
 
 def batches(items: Sequence[Item], sizes: Sequence[int]) -> Iterator[Sequence[Item]]:

@@ -14,6 +14,7 @@ from kvtc_vllm.offload.geometry import CacheGeometry
 from kvtc_vllm.offload.keys import LOAD, allowed
 from kvtc_vllm.offload.load_policy import LoadPolicy, Way
 from kvtc_vllm.offload.lookup import PrefixLookup
+from kvtc_vllm.offload.memory_index import memory_index
 from kvtc_vllm.offload.messages import LoadJob, StepMetadata, StoreItem, WorkerReport
 from kvtc_vllm.offload.on_evict import BlockReuse
 from kvtc_vllm.offload.promotion import Promotions
@@ -28,9 +29,7 @@ from kvtc_vllm.offload.tier_view import TierView
 from kvtc_vllm.offload.vllm_types import BlockPool, Request, SchedulerOutput
 from kvtc_vllm.tiers import policies
 from kvtc_vllm.tiers.disk_index import DiskIndex
-from kvtc_vllm.tiers.index import TierIndex
 from kvtc_vllm.tiers.keys import RecordKey
-from kvtc_vllm.tiers.policies.spare_first import SpareFirst
 
 NONCE_BYTES = 8
 """Of a generation."""
@@ -63,16 +62,14 @@ class KVTCScheduler:
         self._config = config
         self._chunk_tokens = config.chunk_tokens
         self._demotes = config.disk_write == "behind"
-        capacity, ranks = config.memory_capacity, geometry.ranks
-        eviction = policies.REGISTRY[config.eviction]
-        order = eviction(capacity)
-        self._spare = SpareFirst(order) if config.exclusive else None
-        self.index = TierIndex(capacity, ranks, self._spare or order)
+        ranks = geometry.ranks
+        memory = memory_index(config, ranks)
+        self.index, self._spare, self._halving = memory.index, memory.spare, memory.halving
         self.disk: DiskIndex | None = None
         self._promotions: Promotions | None = None
         if config.disk_path is not None:
-            disk_bytes = config.disk_capacity
-            self.disk = DiskIndex(disk_bytes, ranks, eviction(disk_bytes))
+            order = policies.REGISTRY[config.eviction](config.disk_capacity)
+            self.disk = DiskIndex(config.disk_capacity, ranks, order)
             self._promotions = Promotions(self.index, self.disk, config.load_deadline)
         self._stats = Stats()
         self._lookup = PrefixLookup(config, geometry, self.index)
@@ -286,6 +283,7 @@ class KVTCScheduler:
             touch=touched,
             promote=self._promotions.take_orders() if self._promotions is not None else [],
             evict=evicted,
+            halve=self._halving.take(),
             loads=loads,
             stores=stores,
             kept=self._stores.take_kept(),
@@ -307,6 +305,7 @@ class KVTCScheduler:
                 self.index.commit(key, rank, size)
             for key, rank, size in report.resized:
                 self.index.resize(key, rank, size)
+            self._halving.reported(report.halved)
             for key, rank in report.dropped:
                 self.index.abandon(key, rank)
             self._stores.settled(
@@ -382,6 +381,7 @@ class KVTCScheduler:
             self.disk.clear()
         if self._promotions is not None:
             self._promotions.clear()
+        self._halving.clear()
         self._touched.clear()
         self._stores.clear()
         self._loads.forget_names()

@@ -52,6 +52,7 @@ COUNTERS: dict[str, str] = {
     "disk_written_bytes": "Real bytes of these",
     "disk_evicted_chunks": "Chunks that left the disk tier for its capacity",
     "disk_repairs": "Damaged files of the disk tier that were removed or made anew, all ranks",
+    "halved_bytes": "Real bytes that halving chunks freed, all ranks",
     "evicted_chunks": "Chunks evicted from the tier",
     "evicted_bytes": "Real bytes of evicted chunks",
 }
@@ -86,6 +87,12 @@ BY_KIND: dict[str, str] = {
     "kind_loaded_chunks": "As loaded_chunks, by kind of cache group",
     "kind_loaded_bytes": "As loaded_bytes, by kind of cache group",
 }
+HALVINGS = ("0", "1", "2", "3", "4")
+"""How often a chunk was halved."""
+BY_HALVINGS: dict[str, str] = {
+    "halved_chunks": "Chunks halved in memory, by how often by now, all ranks",
+    "halved_loaded_chunks": "As loaded_chunks, by how often the chunks were halved",
+}
 GAUGES: dict[str, str] = {
     "tier_used_bytes": "Real bytes of chunks that are ready in the memory tier, all ranks",
     "tier_reserved_bytes": "Bytes of the budget in use, reservations of running stores included",
@@ -108,6 +115,7 @@ KNOWN = frozenset(
         *GAUGES,
         *(metric_key(name, r) for name, (_, reasons) in LABELLED.items() for r in reasons),
         *(metric_key(name, kind) for name in BY_KIND for kind in CACHE_KINDS),
+        *(metric_key(name, times) for name in BY_HALVINGS for times in HALVINGS),
     }
 )
 """All that is published."""

@@ -21,6 +21,7 @@ from kvtc_vllm.codec.errors import CodecError
 from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.offload.disk_worker import NO_NEWS, DiskWorker
 from kvtc_vllm.offload.geometry import CacheGeometry
+from kvtc_vllm.offload.halving import Halver, HalvingPipeline
 from kvtc_vllm.offload.kept_back import KeptBack
 from kvtc_vllm.offload.loading import LoadPipeline
 from kvtc_vllm.offload.messages import (
@@ -67,6 +68,7 @@ class KVTCWorker:
     records may take between staging and encoding. rank: this worker's number among the engine's
     workers, 0-based. names: of what computes, made once already. disk: its part of the disk tier,
     if there is one. memory: instead of an arena of this rank's share of the configured bytes.
+    halver: makes blobs of a plain arena smaller; None: nothing does.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class KVTCWorker:
         names: Names,
         disk: DiskWorker | None = None,
         memory: MemoryStore | None = None,
+        halver: Halver | None = None,
     ) -> None:
         self._config = config
         self._names = names
@@ -112,7 +115,12 @@ class KVTCWorker:
             self.arena,
             disk,
             self._outbox,
+            None if halver is None else halver.times_halved,
         )
+        self._halving: HalvingPipeline | None = None
+        if halver is not None:
+            assert isinstance(memory, MemoryArena)
+            self._halving = HalvingPipeline(context, halver, memory)
         self._stores = StorePipeline(context)
         self._loads = LoadPipeline(context)
 
@@ -168,6 +176,8 @@ class KVTCWorker:
             self._disk.touch(step.touch)
             self._disk.read(step.promote)
         self.arena.remove(step.evict)
+        if self._halving is not None:
+            self._halving.begin(step.halve, step.epoch)
         self._load(step, [job for job in step.loads if not self._may_begin_early(job)])
 
     def _load(self, step: StepMetadata, jobs: Iterable[LoadJob]) -> None:
@@ -189,6 +199,8 @@ class KVTCWorker:
     def _open(self, step: StepMetadata) -> None:
         self._step = step
         self._stores.engine_computes(bool(step.tokens))
+        if self._halving is not None:
+            self._halving.engine_computes(bool(step.tokens))
         if step.epoch != self._outbox.epoch:
             self._begin_epoch(step)
 
@@ -243,6 +255,8 @@ class KVTCWorker:
         What the disk tier lacks of memory and of the paged cache is written to it, for as long as
         there is time.
         """
+        if self._halving is not None:
+            self._halving.shutdown()
         if self._disk is None:
             self._stores.shutdown()
             self._loads.shutdown()

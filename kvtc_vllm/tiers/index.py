@@ -113,6 +113,11 @@ class TierIndex:
         """True if every rank holds the record."""
         return key in self._ready
 
+    def bytes_of(self, key: RecordKey) -> int:
+        """Real bytes of a ready record over all ranks; 0 for any other."""
+        packed = self._ready.get(key)
+        return 0 if packed is None else sum(self._packing.unpack(packed))
+
     def is_known(self, key: RecordKey) -> bool:
         """True if the record is ready or pending, or bad and still pinned."""
         return key in self._ready or key in self._pending or key in self._doomed

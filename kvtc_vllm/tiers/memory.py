@@ -32,6 +32,15 @@ class MemoryArena:
             self._used = used
             return len(blob)
 
+    def replace(self, key: RecordKey, old: Blob, new: Blob) -> bool:
+        """Keep another, smaller blob under a name, if it still is that of `old`."""
+        with self._lock:
+            if self._blobs.get(key) is not old or len(new) >= len(old):
+                return False
+            self._blobs[key] = new
+            self._used -= len(old) - len(new)
+            return True
+
     def read(self, key: RecordKey) -> Blob:
         """The blob. Raises StoreError "missing"."""
         with self._lock:

@@ -20,6 +20,7 @@ from kvtc_vllm.connector.torch_transfer import TorchTransfer
 from kvtc_vllm.offload.adapters import LoadedAdapters
 from kvtc_vllm.offload.disk_worker import DiskWorker
 from kvtc_vllm.offload.geometry import codec_geometry
+from kvtc_vllm.offload.halving import Halver
 from kvtc_vllm.offload.messages import (
     NO_ADAPTER,
     AdapterUse,
@@ -51,6 +52,7 @@ class Rig:
         names: dict[str, Any] | None = None,
         memory: MemoryStore | None = None,
         disk: DiskWorker | None = None,
+        halver: Halver | None = None,
         **extra: Any,
     ) -> None:
         self.caches = {
@@ -73,6 +75,7 @@ class Rig:
             names=self.names,
             disk=disk,
             memory=memory,
+            halver=halver,
         )
 
     def store(self, key: bytes, blocks: list[int], start: int = 0, epoch: int = 0) -> None:

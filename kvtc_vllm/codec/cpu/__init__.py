@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from kvtc_vllm.codec.cpu.codec import CpuKvtc2Codec, CpuKvtcCodec
     from kvtc_vllm.codec.cpu.delta import DeltaCoder
+    from kvtc_vllm.codec.cpu.requantise import Requantiser
 
 
 def fast_kvtc() -> type[CpuKvtcCodec] | None:
@@ -42,3 +43,12 @@ def delta_coder() -> type[DeltaCoder] | None:
     from kvtc_vllm.codec.cpu.delta import DeltaCoder
 
     return DeltaCoder
+
+
+def requantiser() -> type[Requantiser] | None:
+    """What makes blobs of version 2 smaller, or None where numba is not installed."""
+    if find_spec("numba") is None:
+        return None
+    from kvtc_vllm.codec.cpu.requantise import Requantiser
+
+    return Requantiser

@@ -25,13 +25,15 @@ def step_plan_of(coefficients: torch.Tensor, row_size: int, ratio: float) -> Ste
 
 
 def fitted(
-    samples: Sequence[Sample], ratios: Sequence[float], sinks: bool = False
+    samples: Sequence[Sample], ratios: Sequence[float], sinks: bool = False, halvings: int = 0
 ) -> list[dict[float, StepPlan]]:
-    """Plans of all sections together. sinks: some rows are, which gives plans more columns."""
+    """Plans of all sections together. sinks: some rows are, which gives plans more columns.
+    halvings: plans nested in those of each ratio."""
     rows = torch.arange(len(samples[0].coefficients))
     marks = (rows % 20 == 3) & torch.tensor(sinks)
+    settings = StepSettings(halvings=halvings)
     found = make_step_plans(
-        samples, marks, ratios, 0.0, ENTROPY, StepSettings(), lambda stage, done, total: None
+        samples, marks, ratios, 0.0, ENTROPY, settings, lambda stage, done, total: None
     )
     return [dict(plans) for plans in found]
 
@@ -42,6 +44,7 @@ def step_artifact(
     ratios: tuple[float, ...],
     rule: SinkRule | None = None,
     fit_rows: int = 512,
+    halvings: int = 0,
 ) -> RankArtifact:
     """Bases as `SyntheticModel.artifact` fits them, step plans for each ratio."""
     base = model.artifact(ratios[:1])
@@ -51,7 +54,7 @@ def step_artifact(
         coefficients = to_coefficients(rows, section, section.basis.shape[1])
         outside = centred_rows(rows, section).square().sum() - coefficients.square().sum()
         samples.append(Sample(coefficients, max(0.0, float(outside)), rows.shape[1]))
-    plans = fitted(samples, ratios, rule is not None)
+    plans = fitted(samples, ratios, rule is not None, halvings)
     sections = {
         key: replace(section, basis=section.basis.contiguous(), plans=own)
         for (key, section), own in zip(base.sections.items(), plans, strict=True)

@@ -1,0 +1,69 @@
+"""Keys of the configuration that do not go together."""
+
+from __future__ import annotations
+
+from kvtc_vllm.config.settings import KVTCConfig
+from kvtc_vllm.config.values import ConfigError
+
+
+def check_contradictions(config: KVTCConfig) -> None:
+    """Raise ConfigError for the first pair that contradicts."""
+    if config.ratio is not None and config.quality is not None:
+        raise ConfigError(
+            f"ratio={config.ratio!r} and quality={config.quality!r} contradict each other: quality "
+            "is what the ratio is chosen by; remove either"
+        )
+    if config.codec == "raw":
+        for key in ("ratio", "quality", "artifact"):
+            if getattr(config, key) is not None:
+                raise ConfigError(
+                    f"{key}={getattr(config, key)!r} contradicts codec='raw', which stores KV "
+                    f"uncompressed; remove {key} or set codec='kvtc'"
+                )
+    if config.joint == "delta" and config.codec != "kvtc2":
+        raise ConfigError(
+            f"joint='delta' contradicts codec={config.codec!r}: only chunks of codec 2 can be kept "
+            "as differences; set codec='kvtc2', or joint='exact' or 'off'"
+        )
+    if config.joint == "delta" and config.disk_path is not None and config.disk_write == "behind":
+        raise ConfigError(
+            "joint='delta' contradicts disk_write='behind', which writes evicted chunks within a "
+            "step, and making them whole takes too long there; set disk_write='through'"
+        )
+    _check_degrade(config)
+    if config.exclusive and config.store_policy == "eager":
+        raise ConfigError(
+            "exclusive=True contradicts store_policy='eager', which does not watch what the engine "
+            "evicts; remove exclusive or set store_policy='on_evict'"
+        )
+    if config.artifact is not None and config.registry:
+        raise ConfigError(
+            "artifact and registry contradict each other: artifact names one directory, "
+            "registry is where to look for one; remove either"
+        )
+
+
+def _check_degrade(config: KVTCConfig) -> None:
+    if config.degrade_floor is not None and config.degrade == "off":
+        raise ConfigError(
+            f"degrade_floor={config.degrade_floor!r} contradicts degrade='off', which halves "
+            "nothing; remove degrade_floor or set degrade='halve'"
+        )
+    if config.degrade == "off":
+        return
+    if config.codec != "kvtc2":
+        raise ConfigError(
+            f"degrade='halve' contradicts codec={config.codec!r}: only chunks of codec "
+            "2 can be halved; set codec='kvtc2' or degrade='off'"
+        )
+    if config.joint != "off":
+        raise ConfigError(
+            f"degrade='halve' contradicts joint={config.joint!r}, in which chunks share "
+            "bytes; set either to 'off'"
+        )
+    floor, known = config.degrade_floor, config.quality is None
+    if known and floor is not None and floor <= config.target_ratio:
+        raise ConfigError(
+            f"degrade_floor={floor!r} is not above ratio={config.target_ratio!r}, "
+            "at which chunks are stored; give a higher one"
+        )

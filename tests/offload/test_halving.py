@@ -1,0 +1,242 @@
+"""`degrade: halve`: what a worker does with cold chunks, and which the scheduler names."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+from kvtc_vllm.codec.container import ratio_of
+from kvtc_vllm.codec.cpu.codec import CpuKvtc2Codec
+from kvtc_vllm.codec.cpu.requantise import Requantiser
+from kvtc_vllm.codec.errors import ArtifactError
+from kvtc_vllm.codec.registry import open_codec
+from kvtc_vllm.codec.v2.codec import ENTROPY
+from kvtc_vllm.config import ConfigError, load_config
+from kvtc_vllm.connector.halver import make_halver
+from kvtc_vllm.offload.halving import MOST_AT_ONCE
+from kvtc_vllm.offload.memory_index import MemoryIndex, memory_index
+from kvtc_vllm.offload.messages import Halved, StepMetadata, WorkerReport
+from kvtc_vllm.tiers.blob_store import StoreError
+from kvtc_vllm.tiers.keys import RecordKey
+from kvtc_vllm.tiers.memory import MemoryArena
+from tests.codec.synthetic import SyntheticModel
+from tests.codec.v2.made_up import step_artifact
+from tests.connector.test_worker import Rig
+
+MODEL = SyntheticModel(num_layers=2, num_kv_heads=2, head_size=64)
+KEY = RecordKey(b"a" * 32)
+BLOCKS, FREE = [0, 1, 2, 3], [8, 9, 10, 11]
+DEGRADE = {"codec": "kvtc2", "ratio": 6, "degrade": "halve"}
+
+
+@cache
+def codec() -> CpuKvtc2Codec:
+    artifact = step_artifact(MODEL, (6.0,), halvings=2)
+    made = open_codec("kvtc2", torch.bfloat16, artifact=artifact, ratio=6.0)
+    assert isinstance(made, CpuKvtc2Codec)
+    return made
+
+
+@pytest.fixture
+def rig() -> Any:
+    """A worker with one chunk in memory."""
+    own = open_codec("kvtc2", torch.bfloat16, artifact=codec().artifact, ratio=6.0)
+    assert isinstance(own, CpuKvtc2Codec)
+    made = Rig(own, memory=MemoryArena(1 << 20), halver=Requantiser(own, ENTROPY), **DEGRADE)
+    k, v = (x.bfloat16() for x in MODEL.chunk(128, 128, seed=3))
+    made.worker.transfers[0]._layout.scatter(BLOCKS, k, v)  # type: ignore[attr-defined]
+    made.store(KEY, BLOCKS, start=128)
+    assert [key for key, _, _ in made.settled().stored] == [KEY]
+    made.counters()
+    yield made
+    made.worker.shutdown()
+
+
+def halve(made: Rig, key: RecordKey = KEY, epoch: int = 0) -> WorkerReport:
+    made.worker.begin_step(StepMetadata(number=2, epoch=epoch, halve=[key]))
+    report = made.report()
+    while not report.halved:
+        report.aggregate(made.report())
+    return report
+
+
+def load(made: Rig) -> set[int]:
+    made.load(KEY, FREE, start=128)
+    return made.finish_load()
+
+
+def test_a_chunk_is_halved_twice_and_loads_each_time(rig: Rig) -> None:
+    memory = rig.worker.arena
+    ratios = Requantiser(codec(), ENTROPY).ratios
+    assert load(rig) == set()
+    assert rig.counters()["halved_loaded_chunks/0"] == 1
+    for times in (1, 2):
+        before = memory.read(KEY)
+        report = halve(rig)
+        after = memory.read(KEY)
+        assert report.halved == [Halved(KEY, 0, times, last=times == 2)]
+        assert report.resized == [(KEY, 0, len(after))]
+        assert ratio_of(after) == ratios[times]
+        assert load(rig) == set()
+        counted = rig.counters()
+        assert counted[f"halved_loaded_chunks/{times}"] == 1
+        assert counted[f"halved_chunks/{times}"] == 1
+        assert counted["halved_bytes"] == len(before) - len(after) > 0
+    last = memory.read(KEY)
+    report = halve(rig)
+    assert (report.halved, report.resized) == ([Halved(KEY, 0, 2, last=True)], [])
+    assert memory.read(KEY) is last
+    assert report.bad == []
+
+
+def test_what_loads_is_the_halved_chunk(rig: Rig) -> None:
+    halve(rig)
+    blob = rig.worker.arena.read(KEY)
+    expected = rig.codec.decode(blob, 128, 128, KEY)
+    assert load(rig) == set()
+    layout = rig.worker.transfers[0]._layout  # type: ignore[attr-defined]
+    k, v = layout.unpack(layout.copy(FREE))
+    assert torch.equal(k, expected.k)
+    assert torch.equal(v, expected.v)
+
+
+def test_a_damaged_chunk_is_dropped_and_counted(rig: Rig) -> None:
+    memory = rig.worker.arena
+    blob = bytearray(memory.read(KEY))
+    blob[200] ^= 4
+    memory.write(KEY, bytes(blob))
+    report = halve(rig)
+    assert report.bad == [KEY]
+    assert report.halved == [Halved(KEY, 0, 2, last=True)]
+    assert rig.counters()["failed_loads/checksum"] == 1
+
+
+def test_a_chunk_that_went_meanwhile_is_reported(rig: Rig) -> None:
+    rig.worker.arena.remove([KEY])
+    report = halve(rig)
+    assert (report.halved, report.bad) == ([Halved(KEY, 0, 2, last=True)], [])
+    with pytest.raises(StoreError):
+        rig.worker.arena.read(KEY)
+
+
+def test_any_other_failure_leaves_the_chunk(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> bytes:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(Requantiser, "halve", fail)
+    blob = rig.worker.arena.read(KEY)
+    assert halve(rig).halved == [Halved(KEY, 0, 2, last=True)]
+    assert rig.worker.arena.read(KEY) is blob
+
+
+def test_only_the_blob_that_was_read_is_replaced() -> None:
+    memory = MemoryArena(100)
+    old, other = b"x" * 60, b"y" * 60
+    memory.write(KEY, old)
+    assert memory.replace(KEY, old, b"z" * 30)
+    assert (memory.read(KEY), memory.used) == (b"z" * 30, 30)
+    memory.write(KEY, other)
+    assert not memory.replace(KEY, old, b"z" * 30)
+    assert not memory.replace(KEY, other, b"z" * 60)  # no smaller
+    assert not memory.replace(RecordKey(b"b"), old, b"z")
+    assert (memory.read(KEY), memory.used) == (other, 60)
+
+
+def memory(records: int, ranks: int = 1, of: int = 100) -> MemoryIndex:
+    """Full of so many records; the budget has room for `of`."""
+    config = load_config({**DEGRADE, "memory_bytes": 1000 * of * ranks})
+    made = memory_index(config, ranks)
+    for number in range(records):
+        key = RecordKey(b"%d" % number)
+        assert made.index.reserve(key, 1000)
+        for rank in range(ranks):
+            made.index.commit(key, rank, 1000)
+    return made
+
+
+def test_nothing_is_named_while_there_is_room() -> None:
+    assert memory(80).halving.take() == []
+    plain = memory_index(load_config({"memory_bytes": 1000}), 1)
+    assert plain.index.reserve(KEY, 1000)
+    assert plain.halving.take() == []
+
+
+def test_as_many_are_named_as_make_room_and_not_twice() -> None:
+    made = memory(94)
+    named = made.halving.take()
+    # 6,500 bytes too many, of which each frees 500.
+    assert named == [RecordKey(b"%d" % number) for number in range(13)]
+    assert made.halving.take() == []
+    for key in named:
+        made.index.resize(key, 0, 500)
+    made.halving.reported(Halved(key, 0, 1, last=False) for key in named)
+    assert made.halving.take() == []
+    assert made.index.evictions == 0
+
+
+def test_what_freed_less_is_made_up_for() -> None:
+    made = memory(94)
+    named = made.halving.take()
+    made.halving.reported(Halved(key, 0, 2, last=True) for key in named)
+    again = made.halving.take()
+    assert len(again) == len(named)
+    assert not set(again) & set(named)
+
+
+def test_every_rank_reports_first() -> None:
+    made = memory(94, ranks=2)
+    named = made.halving.take()
+    assert len(named) == 13
+    for key in named:
+        made.index.resize(key, 0, 500)
+        made.index.resize(key, 1, 500)
+    made.halving.reported(Halved(key, 0, 1, last=False) for key in named)
+    assert made.index.reserve(RecordKey(b"new"), 1000)
+    assert made.halving.take() == []
+    made.halving.reported(Halved(key, 1, 1, last=False) for key in named)
+    assert len(made.halving.take()) > 0
+
+
+def test_no_more_than_some_run_at_once_and_a_reset_forgets_them() -> None:
+    made = memory(1000, of=1000)
+    assert len(made.halving.take()) == MOST_AT_ONCE
+    assert made.halving.take() == []
+    made.index.clear()
+    made.halving.clear()
+    made.halving.reported([Halved(RecordKey(b"0"), 0, 1, last=False)])  # of before
+    assert made.halving.take() == []
+
+
+def test_configurations_that_contradict_each_other() -> None:
+    for extra, words in (
+        ({**DEGRADE, "codec": "kvtc"}, ["degrade='halve'", "codec='kvtc'", "kvtc2"]),
+        ({**DEGRADE, "joint": "exact"}, ["degrade='halve'", "joint='exact'"]),
+        ({"degrade_floor": 64}, ["degrade_floor=64", "degrade='off'"]),
+        ({**DEGRADE, "degrade_floor": 6}, ["degrade_floor=6", "not above ratio=6", "higher"]),
+        ({**DEGRADE, "degrade": "drop"}, ["degrade", "drop", "halve"]),
+    ):
+        with pytest.raises(ConfigError) as error:
+            load_config(extra)
+        assert all(word in str(error.value) for word in words), error.value
+    assert load_config({**DEGRADE, "degrade_floor": 64}).degrade_floor == 64
+    with_quality = {"codec": "kvtc2", "quality": 0.01, "degrade": "halve", "degrade_floor": 12}
+    assert load_config(with_quality).degrade_floor == 12
+
+
+def test_engines_that_cannot_halve_say_why() -> None:
+    config = load_config(DEGRADE)
+    with pytest.raises(ConfigError, match="for engines on a CPU"):
+        make_halver(config, [codec()], torch.device("cuda"))
+    with pytest.raises(ConfigError, match="this one has 2"):
+        make_halver(config, [codec(), codec()], torch.device("cpu"))
+    low = load_config({**DEGRADE, "degrade_floor": 6.5})
+    with pytest.raises(ArtifactError, match=r"degrade_floor=6\.5"):
+        make_halver(low, [codec()], torch.device("cpu"))
+    assert make_halver(load_config({}), [codec()], torch.device("cpu")) is None
+    made = make_halver(config, [codec()], torch.device("cpu"))
+    assert made is not None
+    assert made.most_times == 2
