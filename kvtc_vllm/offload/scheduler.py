@@ -69,11 +69,13 @@ class KVTCScheduler:
         self._spare = SpareFirst(order) if config.exclusive else None
         self.index = TierIndex(capacity, ranks, self._spare or order)
         self.disk: DiskIndex | None = None
+        self._load_policy = LoadPolicy(config.load_gate, ranks, keeps_part=geometry.keeps_all)
         self._promotions: Promotions | None = None
         if config.disk_path is not None:
-            disk_bytes = config.disk_capacity
-            self.disk = DiskIndex(disk_bytes, ranks, eviction(disk_bytes))
-            self._promotions = Promotions(self.index, self.disk, config.load_deadline)
+            self.disk = DiskIndex(config.disk_capacity, ranks, eviction(config.disk_capacity))
+            self._promotions = Promotions(
+                self.index, self.disk, config.load_deadline, self._load_policy.worth_waiting
+            )
         self._stats = Stats()
         self._lookup = PrefixLookup(config, geometry, self.index)
         self._tiers = TierView(self.index, self.disk, len(geometry.groups), self._spare)
@@ -100,7 +102,6 @@ class KVTCScheduler:
             policy,
             no_room=lambda records: self._stats.add("dropped_stores", records, "tier_full"),
         )
-        self._load_policy = LoadPolicy(config.load_gate)
         self._touched: list[RecordKey] = []
         self._step_number = 0
         self._requests = RequestStates(ranks)
@@ -140,7 +141,8 @@ class KVTCScheduler:
         start, lookup = num_computed_tokens, self._lookup
         if self._promotions is not None:
             wanted = lookup.wanted(records, start, request.num_tokens, self._tiers.has)
-            if self._promotions.must_wait(request.request_id, wanted):
+            left = request.num_tokens - start
+            if self._promotions.must_wait(request.request_id, wanted, left):
                 return None
         found = lookup.found(records, start, request.num_tokens)
         if self._loads.should_wait(request, lookup.needed(records, start, found.end)):
@@ -286,6 +288,7 @@ class KVTCScheduler:
             touch=touched,
             promote=self._promotions.take_orders() if self._promotions is not None else [],
             evict=evicted,
+            give_up=self._load_policy.give_up(),
             loads=loads,
             stores=stores,
             kept=self._stores.take_kept(),
@@ -297,7 +300,7 @@ class KVTCScheduler:
         if report is not None:
             self._load_policy.step_ended(report.step)
         if report is not None and report.epoch == self._epoch:
-            self._load_policy.observe_load(report.load_tokens, report.load_seconds)
+            self._load_policy.observe_loads(report.loading)
             if self.disk is not None:
                 for key, rank, size in report.disk_stored:
                     self.disk.add(key, rank, size)
@@ -309,16 +312,13 @@ class KVTCScheduler:
                 self.index.resize(key, rank, size)
             for key, rank in report.dropped:
                 self.index.abandon(key, rank)
-            self._stores.settled(
-                key
-                for key in (*(k for k, _, _ in report.stored), *(k for k, _ in report.dropped))
-                if not self.index.is_pending(key)
-            )
+            ended = [key for key, _, _ in report.stored] + [key for key, _ in report.dropped]
+            self._stores.settled(key for key in ended if not self.index.is_pending(key))
             for key in report.bad:
                 self.index.discard(key)
             if self._promotions is not None:
-                self._promotions.reported(key for key, _, _ in report.stored)
-                self._promotions.reported(key for key, _ in report.dropped)
+                self._promotions.reads.observe(report.reading)
+                self._promotions.reported(ended)
             for number, digests in report.adapters.items():
                 self._requests.take_adapter(number, digests, report.step)
             if report.named_in:
