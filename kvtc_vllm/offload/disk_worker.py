@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from kvtc_vllm.offload.namespace import START_SECONDS, Namespace
+from kvtc_vllm.offload.pace import Pace, PaceMeter
 from kvtc_vllm.tiers.blob_store import Blob
 from kvtc_vllm.tiers.disk import DiskError, IoHandle, IoPool
 from kvtc_vllm.tiers.keys import RecordKey
@@ -79,6 +80,7 @@ class DiskWorker:
         self._readers = IoPool(threads, QUEUE, "kvtc-disk-read")
         self._writers = IoPool(threads, QUEUE, "kvtc-disk-write")
         self._reads: list[tuple[RecordKey, IoHandle[bytes]]] = []
+        self._meter = PaceMeter()
         # What follows is read and changed under the lock.
         self._lock = threading.Lock()
         self._news = DiskNews()
@@ -131,7 +133,7 @@ class DiskWorker:
             try:
                 if namespace is None:
                     raise DiskError("closed", "no namespace is open since the last reset")
-                handle = self._readers.submit(partial(namespace.read, key), self._deadline)
+                handle = self._readers.submit(partial(self._read, namespace, key), self._deadline)
             except DiskError as error:
                 self._fail(key, error)
             else:
@@ -211,7 +213,17 @@ class DiskWorker:
         self._readers.close(0.0)
         self._writers.close(0.0)
 
+    def take_pace(self) -> Pace:
+        """How the threads read since the last call, in records."""
+        return self._meter.take()
+
     # ------------------------------------------------------- on the pools' threads
+
+    def _read(self, namespace: Namespace, key: RecordKey) -> bytes:
+        with self._meter.piece(1, self._threads) as piece:
+            blob = namespace.read(key)
+            piece.counts = True
+        return blob
 
     def _write(self, namespace: Namespace, key: RecordKey, blob: Blob, epoch: int) -> None:
         """A write that is overtaken by a reset is still right under its own name."""

@@ -14,30 +14,27 @@ begin in portions: no more in a step than the shortest of the loads has tokens. 
 asked for again in the next step, in their order, and begin at the latest when their turn comes
 among the computations.
 
-Whatever was expected: a load is given up, and its request computed, once it has waited as long as
-it would have if the engine had computed it, and all that was before it (`load_planned`); where
-loads are the faster way, after some times as long.
+The promise is that no request waits for its load longer than its recomputation would have taken,
+with that of all that was before it. So it is given up when it has waited as long (`load_planned`),
+and before that as soon as it is expected to wait longer and recomputing what it lacks takes less
+time than loading it (`give_up`). What is expected follows what runs: every batch of chunks is a
+sample when it ends, and one that has not ended is no faster than it has been.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import NamedTuple
 
+from kvtc_vllm.offload.load_queue import LoadQueue, QueuedLoad
+from kvtc_vllm.offload.pace import Pace
 from kvtc_vllm.offload.prefill_queue import PrefillQueue
+from kvtc_vllm.offload.rates import Rate
 
-WINDOW = 16
-"""The newest samples count, as many as have together so many times the tokens of the largest: so
-the short steps between loads, which tell of the costs of a step, soon don't push out the long ones
-that tell the rate."""
-MOST_SAMPLES = 256
-LENIENCE = 3
-"""How many times its patience a load may take where loads are faster than computing: once its turn
-has come, it is still the faster way."""
-MIN_SAMPLES = 5
 MIN_PREFILL_TOKENS = 64
 """Steps with fewer tokens are decoding, which says nothing about prefill."""
 PROBE_EVERY = 16
@@ -56,41 +53,6 @@ class Way(Enum):
     """To be asked again in the next step."""
 
 
-class _Rate:
-    """Seconds per token: half of the tokens were not slower."""
-
-    def __init__(self) -> None:
-        self._samples: deque[tuple[float, int]] = deque(maxlen=MOST_SAMPLES)
-        self.most_tokens = 0
-        """Of a sample."""
-        self.value = 0.0
-
-    def add(self, tokens: int, seconds: float) -> None:
-        samples = self._samples
-        samples.append((seconds / tokens, tokens))
-        self.most_tokens = max(count for _, count in samples)
-        total = sum(count for _, count in samples)
-        while total - samples[0][1] >= WINDOW * self.most_tokens:
-            total -= samples.popleft()[1]
-        left = total / 2
-        for value, count in sorted(samples):
-            left -= count
-            if left <= 0:
-                self.value = value
-                break
-
-    @property
-    def known(self) -> bool:
-        return len(self._samples) >= MIN_SAMPLES
-
-
-class _Load(NamedTuple):
-    """A load that runs. late: time on the clock from which on it is of no use; None for never."""
-
-    tokens: int
-    late: float | None
-
-
 class _Put(NamedTuple):
     """A request that was told to come later.
 
@@ -102,18 +64,29 @@ class _Put(NamedTuple):
 
 
 class LoadPolicy:
-    """Used by the scheduler's thread only. enabled: False offers every load."""
+    """Used by the scheduler's thread only.
 
-    def __init__(self, enabled: bool, clock: Callable[[], float] = time.monotonic) -> None:
+    enabled: False offers every load. ranks: that load; each reports its own tokens. keeps_part:
+    whether what was loaded of a load that is given up need not be recomputed.
+    """
+
+    def __init__(
+        self,
+        enabled: bool,
+        ranks: int = 1,
+        keeps_part: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._enabled = enabled
         self._clock = clock
-        self._load = _Rate()
-        self._prefill = _Rate()
+        self._ranks = ranks
+        self._keeps_part = keeps_part
+        self._load = Rate()
+        self._prefill = Rate()
         self._refused = 0
-        self._running: dict[str, _Load] = {}
-        self._queued = 0
-        self._shortest: int | None = None
+        self._loads = LoadQueue()
         self._late: set[str] = set()
+        self._gone: list[str] = []
         self._begun = PrefillQueue()
         self._begun_instead = PrefillQueue()  # of these, what could have been loaded
         self._put_off: dict[str, _Put] = {}
@@ -121,11 +94,14 @@ class LoadPolicy:
         self._steps: deque[tuple[int, int, float]] = deque(maxlen=STEPS_IN_FLIGHT)
         self._last_result = 0.0
 
-    def observe_load(self, tokens: int, seconds: float) -> None:
-        """Take note of loads of `tokens` tokens that took `seconds`, decoding and scattering."""
-        if tokens:
-            self._load.add(tokens, seconds)
+    def observe_loads(self, pace: Pace) -> None:
+        """Take note of how the threads of all ranks load, in tokens."""
+        if pace.ended:
+            self._load.add(pace.ended, pace.seconds)
+            self._loads.progress(pace.ended // self._ranks)
             self._refused = 0
+        if pace.running:
+            self._load.add_running(pace.running, pace.running_seconds)
 
     def step_planned(self, step: int, scheduled: Mapping[str, int]) -> None:
         """Start the clock of a step. scheduled: the tokens that it computes, by request."""
@@ -157,9 +133,10 @@ class LoadPolicy:
         """
         if not self._enabled:
             return Way.LOAD
-        if not self._knows_rates:
-            return Way.LOAD if len(self._running) < UNPROVEN_LOADS else Way.COMPUTE
-        if self._should_load(request_id, tokens):
+        if not self._prefill.known:
+            return Way.LOAD if self._may_try(request_id) else Way.COMPUTE
+        known = self._load.known or self._may_try(request_id)
+        if known and self._should_load(request_id, tokens):
             self._put_off.pop(request_id, None)
             return Way.LOAD
         put = self._put_off.get(request_id)
@@ -192,21 +169,54 @@ class LoadPolicy:
         Returns the seconds after which it is of no use: of its recomputation, and of that of all
         that is before it. 0 if that is not known or not asked for.
         """
-        self._drop_load(request_id)
+        before = self.tokens_before
         patience = 0.0
         if self._enabled and self._prefill.known:
-            patience = (self._queued + self._ahead + tokens) * self._prefill.value
-            if self._load.known and self._load.value < self._prefill.value:
-                patience *= LENIENCE
-        self._running[request_id] = _Load(tokens, self._clock() + patience if patience else None)
-        self._queued += tokens
-        self._shortest = None
+            patience = (before + tokens) * self._prefill.value
+        load = QueuedLoad(tokens, tokens, self._clock(), before, patience)
+        self._loads.begin(request_id, load)
         return patience
+
+    def give_up(self) -> list[str]:
+        """Requests whose loads are to end now. Call once per step.
+
+        The requests have ended, or the load would end later than the request would have been
+        computed, all before it included, and computing what is left of it now takes less than
+        loading it.
+        """
+        given_up, self._gone = self._gone, []
+        load_rate, prefill_rate = self._load.value, self._prefill.value
+        if not (self._enabled and self._prefill.known and load_rate):
+            return given_up
+        now, ahead, queued = self._clock(), self._ahead, 0
+        for request_id, load in self._loads.running():
+            left = load.left if self._keeps_part else load.tokens
+            waits = (queued + load.left) * load_rate + self._seen_after
+            promised = load.began + (load.before + load.tokens) * prefill_rate
+            if load.left and now + waits > promised and waits > (ahead + left) * prefill_rate:
+                ahead += left
+                self._loads.give_up(load)
+                self._late.add(request_id)
+                given_up.append(request_id)
+            else:
+                queued += load.left
+        return given_up
+
+    def worth_waiting(self, tokens: int) -> float:
+        """Seconds after which `tokens` tokens that the tier must fetch first are of no use.
+
+        They are loaded then, and the request may not wait longer for all this than for its
+        recomputation. Infinite where that is not known or not asked for.
+        """
+        if not (self._enabled and self._load.known and self._prefill.known):
+            return math.inf
+        computed = (self.tokens_before + tokens) * self._prefill.value
+        return computed - (self._loads.left + tokens) * self._load.value - self._seen_after
 
     def load_ended(self, request_id: str) -> None:
         """Take note that a load has ended, well or not."""
-        load = self._drop_load(request_id)
-        if load is not None and load.late is not None and self._clock() >= load.late:
+        load = self._loads.end(request_id)
+        if load is not None and load.patience and self._clock() >= load.began + load.patience:
             self._late.add(request_id)
 
     def computation_begins(self, request_id: str, tokens: int, instead: bool) -> None:
@@ -219,17 +229,22 @@ class LoadPolicy:
             self._begun_instead.begin(request_id, tokens)
 
     def forget(self, request_id: str) -> None:
-        """Drop what is known of a request that ended; its load may still run."""
+        """Drop what is known of a request that ended; a load of it that runs is of no use."""
         self._late.discard(request_id)
-        if request_id in self._running:
-            self._running[request_id] = self._running[request_id]._replace(late=None)
+        load = self._loads.get(request_id)
+        if load is not None and not load.given_up:
+            load.patience = 0.0
+            self._loads.give_up(load)
+            self._gone.append(request_id)
         self._put_off.pop(request_id, None)
         self._begun.forget(request_id)
         self._begun_instead.forget(request_id)
 
     @property
-    def _knows_rates(self) -> bool:
-        return self._load.known and self._prefill.known
+    def tokens_before(self) -> int:
+        """That the engine would compute before those of a request that is asked about, if it
+        computed what it loads as well."""
+        return self._loads.left + self._ahead
 
     @property
     def _ahead(self) -> int:
@@ -237,26 +252,27 @@ class LoadPolicy:
         running = sum(tokens for _, tokens, _ in self._steps)
         return running + self._begun.tokens + self._put_off_now
 
+    @property
+    def _seen_after(self) -> float:
+        """Seconds between the end of a load and the end of the step in which the engine sees it.
+
+        Half of a step that computes; others are short.
+        """
+        return min(self._ahead, self._prefill.most_tokens) / 2 * self._prefill.value
+
+    def _may_try(self, request_id: str) -> bool:
+        """Whether to load while it is not known what is faster."""
+        return len(self._loads) < UNPROVEN_LOADS and request_id not in self._late
+
     def _should_load(self, request_id: str, tokens: int) -> bool:
         if request_id in self._late:
             return False
         step = min(tokens, self._prefill.most_tokens)
-        delay = len(self._running) * step / 2  # in tokens, of all loads together
+        delay = len(self._loads) * step / 2  # in tokens, of all loads together
         computed = (self._ahead + tokens + delay) * self._prefill.value
-        return (self._queued + tokens) * self._load.value <= computed
+        return (self._loads.left + tokens) * self._load.value + self._seen_after <= computed
 
     def _has_room(self, tokens: int) -> bool:
         """Whether a computation may begin in this step."""
         begun = self._begun_instead.tokens
-        if not begun or not self._running:
-            return True
-        if self._shortest is None:
-            self._shortest = min(load.tokens for load in self._running.values())
-        return begun + tokens <= self._shortest
-
-    def _drop_load(self, request_id: str) -> _Load | None:
-        load = self._running.pop(request_id, None)
-        if load is not None:
-            self._queued -= load.tokens
-            self._shortest = None
-        return load
+        return not begun or not len(self._loads) or begun + tokens <= self._loads.shortest

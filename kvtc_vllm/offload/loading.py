@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from kvtc_vllm.codec.base import Blob
 from kvtc_vllm.codec.streams import DeviceThreads, Event
 from kvtc_vllm.offload.messages import LoadItem, LoadJob
 from kvtc_vllm.offload.names import Proof
+from kvtc_vllm.offload.outbox import News
+from kvtc_vllm.offload.pace import Pace, PaceMeter
 from kvtc_vllm.offload.rank_context import RankContext, batches
 from kvtc_vllm.offload.threads import on_every_thread, thread_pool
 from kvtc_vllm.tiers.blob_store import StoreError
@@ -34,12 +37,13 @@ BLOCKS = "blocks"
 
 @dataclass
 class _Load:
-    """A request's load."""
+    """A request's load. Changed under the outbox's lock."""
 
     request_id: str
-    tokens: int
-    left: int
-    """Batches that no thread has ended yet."""
+    waiting: deque[Sequence[LoadItem]]
+    """Batches that no thread has begun."""
+    tokens_each: float
+    """Of a record, on the average over the cache groups."""
     at_once: int
     """Threads that work for it at most."""
     proof: Proof
@@ -53,16 +57,17 @@ class _Load:
     """On the monotonic clock."""
     patience: float
     """Seconds from then after which it is given up; 0 for no limit."""
+    running: int = 0
+    """Batches that threads are at."""
     failed: bool = False
-    gave_up: bool = False
-    """Because it was late."""
-    seconds: float = 0.0
-    """Of all its batches, without the time that they waited for a thread."""
+    given_up: bool = False
+    """By order of the scheduler."""
 
     @property
     def is_late(self) -> bool:
-        """Whether it has taken longer than it may."""
-        return self.patience > 0 and time.monotonic() - self.began > self.patience
+        """Whether it is to end, or has taken longer than it may."""
+        late = self.patience > 0 and time.monotonic() - self.began > self.patience
+        return self.given_up or late
 
 
 class LoadPipeline:
@@ -77,6 +82,8 @@ class LoadPipeline:
         self._device = context.device
         self._own = DeviceThreads(context.device)
         self._num_threads = context.config.load_threads
+        self._running: dict[str, _Load] = {}
+        self._meter = PaceMeter()
         self._threads = thread_pool("kvtc-load", self._num_threads, context.device)
 
     def begin(self, job: LoadJob, proof: Proof, same_adapter: bool) -> None:
@@ -84,11 +91,12 @@ class LoadPipeline:
         if not job.fits:
             self._refuse(job)
             return
-        parts = list(batches(job.items, [transfer.load_batch for transfer in self._transfers]))
+        parts = deque(batches(job.items, self._batch_sizes(len(job.items))))
+        tokens = sum(self._tokens(item) for item in job.items if item.group == 0)
         request = _Load(
             request_id=job.request_id,
-            tokens=sum(self._tokens(item) for item in job.items if item.group == 0),
-            left=len(parts),
+            waiting=parts,
+            tokens_each=tokens / max(1, len(job.items)),
             at_once=min(len(parts), self._num_threads),
             proof=proof,
             same_adapter=same_adapter,
@@ -96,8 +104,39 @@ class LoadPipeline:
             began=time.monotonic(),
             patience=job.patience,
         )
-        for batch in parts:
-            self._threads.submit(self._load, batch, request)
+        self._running[job.request_id] = request
+        for _ in range(len(parts)):
+            self._threads.submit(self._load, request)
+
+    def give_up(self, request_ids: Sequence[str]) -> None:
+        """End loads: no batch of them begins any more. Engine's thread."""
+        with self._outbox.open() as out:
+            for request_id in request_ids:
+                request = self._running.get(request_id)
+                if request is None:
+                    continue
+                request.given_up = True
+                skipped = [item for batch in request.waiting for item in batch]
+                request.waiting.clear()
+                if skipped:
+                    out.stats.add("failed_loads", len(skipped), LATE)
+                    self._fail(out, request, skipped)
+                self._end_if_done(out, request)
+        self._outbox.notify()
+
+    def take_pace(self) -> Pace:
+        """How the threads loaded since the last call, in tokens."""
+        return self._meter.take()
+
+    def _batch_sizes(self, records: int) -> list[int]:
+        """By cache group, so that no thread has an empty round where others have a batch."""
+        sizes = []
+        for transfer in self._transfers:
+            parts = -(-records // transfer.load_batch)
+            if parts > 1:
+                parts += -parts % self._num_threads
+            sizes.append(max(1, -(-records // max(1, parts))))
+        return sizes
 
     def _refuse(self, job: LoadJob) -> None:
         logger.warning(
@@ -143,53 +182,61 @@ class LoadPipeline:
         """Finish what runs, drop what waits."""
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _load(self, items: Sequence[LoadItem], request: _Load) -> None:
-        """Fill the blocks of a batch of chunks; the last batch of a request ends its load.
+    def _load(self, request: _Load) -> None:
+        """Fill the blocks of the next batch; the last batch of a request ends its load.
 
         After a failure vLLM recomputes all that follows, so the rest isn't tried.
         """
-        started = time.perf_counter()
-        skipped = request.failed
-        reasons: Sequence[str | None]
-        reasons = [None] * len(items) if skipped else self._try(items, request)
         with self._outbox.open() as out:
-            seconds = time.perf_counter() - started
-            request.seconds += seconds
-            out.stats.add("decode_seconds", seconds)
+            if not request.waiting:
+                return  # given up meanwhile
+            items = request.waiting.popleft()
+            if request.failed:
+                self._fail(out, request, items)
+                self._end_if_done(out, request)
+                return
+            request.running += 1
+        started = time.perf_counter()
+        with self._meter.piece(round(len(items) * request.tokens_each), request.at_once) as piece:
+            reasons = self._try(items, request)
+            piece.counts = not any(reasons)
+        with self._outbox.open() as out:
+            out.stats.add("decode_seconds", time.perf_counter() - started)
             for item, reason in zip(items, reasons, strict=True):
-                if skipped or reason is not None:
-                    request.failed = True
-                    out.bad_blocks.update(item.block_ids)
-                if reason is not None and reason not in _SOUND:
+                if reason is None:
+                    continue
+                self._fail(out, request, [item])
+                if reason not in _SOUND:
                     out.report.bad.append(item.key)
                     if reason not in ("missing", LOST):
                         # What is on disk is the same blob: offered again, it would fail again.
                         out.report.disk_lost.append(item.key)
-                if reason is not None:
-                    out.stats.add("failed_loads", label=reason)
-            request.left -= 1
-            if request.left:
-                return
+                out.stats.add("failed_loads", label=reason)
+            request.running -= 1
+            self._end_if_done(out, request)
+        self._outbox.notify()
+
+    def _fail(self, out: News, request: _Load, items: Sequence[LoadItem]) -> None:
+        request.failed = True
+        out.bad_blocks.update(block for item in items for block in item.block_ids)
+
+    def _end_if_done(self, out: News, request: _Load) -> None:
+        """Report the end once all batches have ended, and once only."""
+        done = not request.waiting and not request.running
+        if done and self._running.pop(request.request_id, None) is request:
             out.finished_loads.add(request.request_id)
             if request.failed:
                 out.failed_loads.add(request.request_id)
-            else:
-                out.report.load_tokens += request.tokens
-                out.report.load_seconds += request.seconds / request.at_once
-            if request.gave_up:
-                # Else a rate that got worse would never be noticed.
-                out.report.load_tokens += request.tokens
-                out.report.load_seconds += time.monotonic() - request.began
-        self._outbox.notify()
 
     def _try(self, items: Sequence[LoadItem], request: _Load) -> Sequence[str | None]:
         """For every chunk the reason why it failed, if it did. No exception gets past here."""
-        if request.is_late:
-            request.gave_up = True
-            return [LATE] * len(items)
         if not self._holds(request.proof) or not request.same_adapter:
             return [CHANGED] * len(items)
-        blobs = [self._read(item.key) for item in items]
+        blobs: list[Blob | StoreError] = []
+        for item in items:
+            if request.is_late:  # a slow tier: nothing was written yet
+                return [LATE] * len(items)
+            blobs.append(self._read(item.key))
         found = [
             (item, blob)
             for item, blob in zip(items, blobs, strict=True)

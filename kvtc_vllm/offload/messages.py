@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
+from kvtc_vllm.offload.pace import Pace
 from kvtc_vllm.tiers.keys import RecordKey
 
 
@@ -101,7 +102,7 @@ class StepMetadata:
 
     Applied in this order: a new epoch; before the forward stage_first; before it or, on vLLM 0.29
     and later, after it was launched, demote, disk_remove, touch, promote, evict, loads; after it
-    stores and kept.
+    stores and kept. give_up comes before loads.
     """
 
     number: int = 0
@@ -136,6 +137,8 @@ class StepMetadata:
     """To be forgotten in memory."""
     halve: list[RecordKey] = field(default_factory=list)
     """To be halved in memory, coldest first."""
+    give_up: Sequence[str] = ()
+    """Requests whose loads end now: what is not loaded yet is recomputed."""
     loads: list[LoadJob] = field(default_factory=list)
     stores: list[StoreItem] = field(default_factory=list)
     idle: bool = False
@@ -161,10 +164,10 @@ class WorkerReport:
     """(key, rank, bytes) of what takes other bytes in memory than when it was stored."""
     halved: list[Halved] = field(default_factory=list)
     """Of what was to be halved; new sizes are in `resized`."""
-    load_tokens: int = 0
-    """Of loads that ended well."""
-    load_seconds: float = 0.0
-    """That these took."""
+    loading: Pace = field(default_factory=Pace)
+    """Of loads, in tokens."""
+    reading: Pace = field(default_factory=Pace)
+    """From disk into memory, in records."""
     step: int = 0
     """Number of the step, given whenever it computed tokens, so that its time can be taken."""
     stale_since: int = 0
@@ -188,7 +191,8 @@ class WorkerReport:
             or self.bad
             or self.disk_stored
             or self.disk_lost
-            or self.load_tokens
+            or self.loading
+            or self.reading
             or self.stale_since
             or self.named_in
             or self.adapters
@@ -209,8 +213,8 @@ class WorkerReport:
         self.bad += other.bad
         self.disk_stored += other.disk_stored
         self.disk_lost += other.disk_lost
-        self.load_tokens += other.load_tokens
-        self.load_seconds += other.load_seconds
+        self.loading.join(other.loading)
+        self.reading.join(other.reading)
         self.step = max(self.step, other.step)
         if other.stale_since:
             self.found_stale(other.stale_since)

@@ -2,15 +2,19 @@
 
 A request whose prefix continues on disk waits, outside the running batch and without
 blocks, until its chunks are in memory and verified, or until its deadline; then it
-is offered whatever is ready.
+is offered whatever is ready. It does not wait where reading is expected to take longer than
+recomputing, and no longer than that would take.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
+from kvtc_vllm.offload.read_queue import ReadQueue
 from kvtc_vllm.tiers.disk_index import DiskIndex
 from kvtc_vllm.tiers.index import TierIndex
 from kvtc_vllm.tiers.keys import RecordKey
@@ -31,8 +35,9 @@ class Promotions:
     """Requests that wait for disk. Used by the scheduler's thread only.
 
     Whatever a request waits for, and what it found, stays pinned until the request is
-    scheduled or ends. deadline_seconds: longest wait of one request. expired: requests that
-    waited until their deadline and still lack chunks.
+    scheduled or ends. deadline_seconds: longest wait of one request. worth_waiting: seconds after
+    which so many tokens from disk are of no use. expired: requests that waited until their deadline
+    and still lack chunks. refused: those that did not wait, since recomputing is faster.
     """
 
     def __init__(
@@ -40,8 +45,11 @@ class Promotions:
         memory: TierIndex,
         disk: DiskIndex,
         deadline_seconds: float,
+        worth_waiting: Callable[[int], float] = lambda tokens: math.inf,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.reads = ReadQueue()
+        self._worth_waiting = worth_waiting
         self._memory = memory
         self._disk = disk
         self._seconds = deadline_seconds
@@ -51,6 +59,7 @@ class Promotions:
         self._reading: dict[RecordKey, list[_Waiting]] = {}
         self._orders: list[RecordKey] = []
         self.expired = 0
+        self.refused = 0
 
     def is_waiting(self, request_id: str) -> bool:
         """True while nothing can have changed for a request that was told to wait.
@@ -60,16 +69,16 @@ class Promotions:
         waiting = self._waiting.get(request_id)
         return waiting is not None and bool(waiting.wanted) and self._clock() < waiting.deadline
 
-    def must_wait(self, request_id: str, keys: Sequence[RecordKey]) -> bool:
+    def must_wait(self, request_id: str, keys: Sequence[RecordKey], tokens: int = 0) -> bool:
         """True while the request should be looked up again later. Starts reading at first.
 
-        keys: the records that could be loaded, first to last.
+        keys: the records that could be loaded, first to last. tokens: that they stand for.
         """
         if request_id in self._settled:
             return False
         waiting = self._waiting.get(request_id)
         if waiting is None:
-            waiting = self._start(request_id, keys)
+            waiting = self._start(request_id, keys, tokens)
         self.reported(list(waiting.wanted))
         due = self._clock() >= waiting.deadline
         if waiting.wanted and not due:
@@ -108,18 +117,39 @@ class Promotions:
         self._reading.clear()
         self._orders.clear()
 
-    def _start(self, request_id: str, keys: Sequence[RecordKey]) -> _Waiting:
-        waiting = _Waiting({}, [], self._clock() + self._seconds)
+    def _start(self, request_id: str, keys: Sequence[RecordKey], tokens: int) -> _Waiting:
+        patience, worth = self._patience(keys, tokens)
+        waiting = _Waiting({}, [], self._clock() + patience)
         for key in keys:
             if self._memory.is_ready(key):
                 waiting.pinned += self._memory.pin((key,))
-            elif self._is_reading(key) or self._order(key):
+            elif worth and (self._is_reading(key) or self._order(key)):
                 waiting.wanted[key] = None
                 self._reading[key].append(waiting)
             else:
                 break
         self._waiting[request_id] = waiting
         return waiting
+
+    def _patience(self, keys: Sequence[RecordKey], tokens: int) -> tuple[float, bool]:
+        """Seconds that a request may wait for what it lacks, and whether it should wait at all."""
+        lacking = [key for key in self._run(keys) if not self._memory.is_ready(key)]
+        if not lacking:
+            return self._seconds, True
+        patience = min(self._seconds, self._worth_waiting(tokens * len(lacking) // len(keys)))
+        new = sum(key not in self._reading for key in lacking)
+        worth = self.reads.worth(len(self._reading) + new, patience)
+        self.refused += not worth
+        return patience, worth
+
+    def _run(self, keys: Sequence[RecordKey]) -> Iterator[RecordKey]:
+        """Those that are somewhere, up to the first that is not."""
+        return takewhile(
+            lambda key: (
+                self._memory.is_ready(key) or key in self._reading or self._disk.is_ready(key)
+            ),
+            keys,
+        )
 
     def _order(self, key: RecordKey) -> bool:
         if not self._disk.is_ready(key):

@@ -66,11 +66,14 @@ class KVTCScheduler:
         memory = memory_index(config, ranks)
         self.index, self._spare, self._halving = memory.index, memory.spare, memory.halving
         self.disk: DiskIndex | None = None
+        self._load_policy = LoadPolicy(config.load_gate, ranks, keeps_part=geometry.keeps_all)
         self._promotions: Promotions | None = None
         if config.disk_path is not None:
             order = policies.REGISTRY[config.eviction](config.disk_capacity)
             self.disk = DiskIndex(config.disk_capacity, ranks, order)
-            self._promotions = Promotions(self.index, self.disk, config.load_deadline)
+            self._promotions = Promotions(
+                self.index, self.disk, config.load_deadline, self._load_policy.worth_waiting
+            )
         self._stats = Stats()
         self._lookup = PrefixLookup(config, geometry, self.index)
         self._tiers = TierView(self.index, self.disk, len(geometry.groups), self._spare)
@@ -97,7 +100,6 @@ class KVTCScheduler:
             policy,
             no_room=lambda records: self._stats.add("dropped_stores", records, "tier_full"),
         )
-        self._load_policy = LoadPolicy(config.load_gate)
         self._touched: list[RecordKey] = []
         self._step_number = 0
         self._requests = RequestStates(ranks)
@@ -137,7 +139,8 @@ class KVTCScheduler:
         start, lookup = num_computed_tokens, self._lookup
         if self._promotions is not None:
             wanted = lookup.wanted(records, start, request.num_tokens, self._tiers.has)
-            if self._promotions.must_wait(request.request_id, wanted):
+            left = request.num_tokens - start
+            if self._promotions.must_wait(request.request_id, wanted, left):
                 return None
         found = lookup.found(records, start, request.num_tokens)
         if self._loads.should_wait(request, lookup.needed(records, start, found.end)):
@@ -284,6 +287,7 @@ class KVTCScheduler:
             promote=self._promotions.take_orders() if self._promotions is not None else [],
             evict=evicted,
             halve=self._halving.take(),
+            give_up=self._load_policy.give_up(),
             loads=loads,
             stores=stores,
             kept=self._stores.take_kept(),
@@ -295,7 +299,7 @@ class KVTCScheduler:
         if report is not None:
             self._load_policy.step_ended(report.step)
         if report is not None and report.epoch == self._epoch:
-            self._load_policy.observe_load(report.load_tokens, report.load_seconds)
+            self._load_policy.observe_loads(report.loading)
             if self.disk is not None:
                 for key, rank, size in report.disk_stored:
                     self.disk.add(key, rank, size)
@@ -308,16 +312,13 @@ class KVTCScheduler:
             self._halving.reported(report.halved)
             for key, rank in report.dropped:
                 self.index.abandon(key, rank)
-            self._stores.settled(
-                key
-                for key in (*(k for k, _, _ in report.stored), *(k for k, _ in report.dropped))
-                if not self.index.is_pending(key)
-            )
+            ended = [key for key, _, _ in report.stored] + [key for key, _ in report.dropped]
+            self._stores.settled(key for key in ended if not self.index.is_pending(key))
             for key in report.bad:
                 self.index.discard(key)
             if self._promotions is not None:
-                self._promotions.reported(key for key, _, _ in report.stored)
-                self._promotions.reported(key for key, _ in report.dropped)
+                self._promotions.reads.observe(report.reading)
+                self._promotions.reported(ended)
             for number, digests in report.adapters.items():
                 self._requests.take_adapter(number, digests, report.step)
             if report.named_in:

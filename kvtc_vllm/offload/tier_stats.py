@@ -45,10 +45,11 @@ class TierStats:
         for name, count in (
             ("disk_evicted_chunks", disk.evictions),
             ("expired_waits", promotions.expired),
+            ("refused_waits", promotions.refused),
         ):
             if count:
                 stats.add(name, count)
-        disk.evictions = promotions.expired = 0
+        disk.evictions = promotions.expired = promotions.refused = 0
         gauges = (disk.used, len(disk))
         if gauges != self._disk_gauges:
             self._disk_gauges = gauges

@@ -147,6 +147,7 @@ class KVTCWorker:
         Starts loads where the forward would keep them from starting.
         """
         self._kept.forget(step.gone)
+        self._loads.give_up(step.give_up)
         early = [job for job in step.loads if self._may_begin_early(job)]
         if not step.stage_first and not early:
             return
@@ -243,6 +244,9 @@ class KVTCWorker:
         """What the scheduler has to know about chunks."""
         step, self._step = self._step, StepMetadata()  # said once
         report = self._outbox.take_report(step.number)
+        report.loading = self._loads.take_pace()
+        if self._disk is not None:
+            report.reading = self._disk.take_pace()
         return None if report.is_empty() and not step.tokens else report
 
     def take_stats(self) -> Stats | None:

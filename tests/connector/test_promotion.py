@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvtc_vllm.offload.messages import StepMetadata, WorkerReport
+from kvtc_vllm.offload.pace import Pace
 from kvtc_vllm.offload.promotion import Promotions
+from kvtc_vllm.offload.read_queue import PROBE_EVERY
 from kvtc_vllm.offload.scheduler import KVTCScheduler
 from kvtc_vllm.tiers.disk_index import DiskIndex
 from kvtc_vllm.tiers.index import TierIndex
@@ -23,9 +26,12 @@ class Rig:
 
     def __init__(self, capacity: int = 1000, ranks: int = 1, on_disk: int = 4) -> None:
         self.now = 0.0
+        self.worth = math.inf
         self.memory = TierIndex(capacity * ranks, ranks, REGISTRY["lru"](capacity * ranks))
         self.disk = DiskIndex(10**6, ranks, REGISTRY["lru"](10**6))
-        self.promotions = Promotions(self.memory, self.disk, 2.0, lambda: self.now)
+        self.promotions = Promotions(
+            self.memory, self.disk, 2.0, lambda tokens: self.worth, clock=lambda: self.now
+        )
         for key in KEYS[:on_disk]:
             for rank in range(ranks):
                 self.disk.add(key, rank, 100)
@@ -480,3 +486,65 @@ def test_a_file_that_says_it_is_larger_than_memory_evicts_nothing_and_is_forgott
     assert rig.memory.is_ready(b"y")
     assert not rig.disk.is_ready(KEYS[0])
     assert rig.disk.take_removed() == [KEYS[0]]
+
+
+def test_nobody_waits_longer_for_disk_than_for_its_recomputation() -> None:
+    rig = Rig()
+    rig.worth = 0.5
+    assert rig.wait("a")
+    rig.now = 0.4
+    assert rig.wait("a")
+    assert rig.promotions.is_waiting("a")
+    rig.now = 0.6
+    assert not rig.promotions.is_waiting("a")
+    assert not rig.wait("a")
+    assert rig.promotions.expired == 1
+
+
+def test_nothing_is_read_where_that_is_expected_to_take_longer_than_recomputing() -> None:
+    rig = Rig()
+    rig.worth = 0.5
+    rig.promotions.reads.observe(Pace(10, 1.5))  # .15 for each, .6 for all
+    assert not rig.wait("a")
+    assert rig.promotions.take_orders() == []
+    assert rig.promotions.refused == 1
+    assert rig.promotions.expired == 0
+    assert rig.wait("b", KEYS[:3])
+    assert rig.promotions.take_orders() == KEYS[:3]
+    assert not rig.wait("c")  # behind these
+    rig.worth = 0.7
+    assert rig.wait("d")  # which are read once for both
+
+
+def test_what_is_in_memory_waits_for_no_slow_disk() -> None:
+    rig = Rig(on_disk=0)
+    rig.put(KEYS[0])
+    rig.worth = 0.5
+    rig.promotions.reads.observe(Pace(1, 9.0))
+    assert not rig.wait("a")
+    assert rig.promotions.refused == 0
+    rig.disk.add(KEYS[1], 0, 100)
+    assert not rig.wait("b")
+    assert rig.promotions.refused == 1
+    assert KEYS[0] not in rig.crowd_out()  # what is there is kept for it
+
+
+def test_a_read_that_hangs_is_learnt_from_and_a_disk_that_recovers_is_noticed() -> None:
+    rig = Rig()
+    rig.worth = 0.5
+    rig.promotions.reads.observe(Pace(running=1, running_seconds=30.0))
+    waits = [rig.wait(str(number)) for number in range(PROBE_EVERY)]
+    assert waits == [False] * (PROBE_EVERY - 1) + [True]
+    rig.promotions.reads.observe(Pace(4, 0.04))
+    rig.arrive(*KEYS)
+    rig.disk.add(b"4", 0, 100)
+    assert rig.wait("next", [b"4"])
+
+
+def test_the_tokens_that_lack_count_against_the_disk() -> None:
+    asked: list[int] = []
+    rig = Rig()
+    rig.promotions._worth_waiting = lambda tokens: asked.append(tokens) or 1.0  # type: ignore[func-returns-value]
+    rig.put(KEYS[0])
+    rig.promotions.must_wait("a", KEYS, 400)
+    assert asked == [300]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from kvtc_vllm.config import ConfigError
-from kvtc_vllm.offload.load_policy import MIN_SAMPLES, Way
+from kvtc_vllm.offload.load_policy import Way
 from kvtc_vllm.offload.messages import WorkerReport
+from kvtc_vllm.offload.pace import Pace
+from kvtc_vllm.offload.rates import MIN_SAMPLES
 from tests.connector.fakes import (
     BLOCK,
     FakeOutput,
@@ -224,7 +226,7 @@ def test_a_burst_waits_for_neither_more_loads_nor_more_computing_than_it_must() 
         side.apply_report(WorkerReport(0, step=metadata.number), None)
     assert {policy.decide(name, 256) for name in "ab"} == {Way.LOAD}  # nothing is known yet
     for _ in range(MIN_SAMPLES):
-        policy.observe_load(1000, 0.35)
+        policy.observe_loads(Pace(1000, 0.35))
         policy.observe_step(1000, 0.2)
     policy.load_planned("other", 224)
     side.take_stats()

@@ -1,0 +1,134 @@
+"""No request waits for its load longer than its recomputation would have taken.
+
+On the model of an engine: bursts of stored prompts, a tier of any pace, known or not, that may
+change its pace between or within bursts.
+"""
+
+from __future__ import annotations
+
+import statistics
+
+import pytest
+
+from tests.connector.engine_model import (
+    BATCHES,
+    CHUNK,
+    PREFILL,
+    PROMPT,
+    STEP,
+    STEP_SECONDS,
+    THREADS,
+    Engine,
+    Prompt,
+)
+
+STEP_ENDS = 1.08
+"""What the engine sees at the end of a step may have been so a short step before."""
+
+
+class Tier:
+    """Its pace, as a multiple of what computing takes per token."""
+
+    def __init__(self, pace: float) -> None:
+        self.slowness = pace
+        self.later = pace
+        self.changes = float("inf")
+
+    def __call__(self, now: float) -> float:
+        return PREFILL * (self.slowness if now < self.changes else self.later)
+
+    def change(self, pace: float, at: float) -> None:
+        self.later, self.changes = pace, at
+
+
+def served(tier: Tier, loads: int = 9) -> Engine:
+    """An engine that has computed, and loaded one prompt after another."""
+    engine = Engine(tier)
+    engine.serve(6, stored=False)
+    for _ in range(loads):
+        engine.serve(1)
+    return engine
+
+
+def longest_wait(burst: list[Prompt]) -> float:
+    """As a multiple of what recomputing would have taken."""
+    return max(
+        (prompt.waited / prompt.recomputed for prompt in burst if prompt.recomputed), default=0
+    )
+
+
+def mean_first_token(burst: list[Prompt]) -> float:
+    """Against the same burst computed."""
+    computed = [(n + 1) * PROMPT * PREFILL for n in range(len(burst))]
+    return statistics.mean(p.first_token for p in burst) / statistics.mean(computed)
+
+
+@pytest.mark.parametrize("requests", [1, 4, 32, 64])
+@pytest.mark.parametrize("slowness", [0.4, 0.7, 0.9, 1.1, 1.3, 2, 3, 10])
+def test_a_tier_of_known_pace_keeps_nobody_waiting(slowness: float, requests: int) -> None:
+    burst = served(Tier(slowness)).serve(requests)
+    assert longest_wait(burst) <= 1
+    if requests > 1:
+        # Of one step: a load that is not offered costs the time that steps have in common.
+        assert mean_first_token(burst) <= 1.3 if slowness >= 2 else mean_first_token(burst) <= 0.8
+
+
+@pytest.mark.parametrize("requests", [32, 64])
+def test_a_fast_tier_loads_all_of_a_burst(requests: int) -> None:
+    burst = served(Tier(0.4)).serve(requests)
+    assert all(prompt.recomputed and not prompt.given_up for prompt in burst)
+    assert mean_first_token(burst) < 0.5
+
+
+@pytest.mark.parametrize("requests", [8, 32, 64])
+@pytest.mark.parametrize("slowness", [1.1, 1.3, 2, 5, 20])
+def test_a_tier_that_became_slow_is_left_before_it_costs(slowness: float, requests: int) -> None:
+    tier = Tier(0.3)
+    engine = served(tier)
+    tier.change(slowness, engine.now)
+    # A thread ends the chunk that it reads, and the engine the step that it makes.
+    chunk = slowness * THREADS * CHUNK / STEP
+    burst = engine.serve(requests)
+    assert longest_wait(burst) <= STEP_ENDS + chunk
+    assert sum(p.waited > p.recomputed for p in burst if p.recomputed) <= THREADS
+    assert mean_first_token(burst) <= 1.2
+    again = engine.serve(requests)
+    assert longest_wait(again) <= 1
+    assert sum(prompt.given_up for prompt in again) <= THREADS + 1
+
+
+@pytest.mark.parametrize("slowness", [1.3, 2, 5, 20])
+def test_a_tier_that_becomes_slow_within_a_burst_is_left(slowness: float) -> None:
+    tier = Tier(0.3)
+    engine = served(tier)
+    tier.change(slowness, engine.now + 1)
+    burst = engine.serve(64)
+    assert longest_wait(burst) <= 1
+    assert mean_first_token(burst) < 0.85
+
+
+@pytest.mark.parametrize("requests", [8, 64])
+@pytest.mark.parametrize("slowness", [0.4, 1.1, 2, 20])
+def test_a_tier_of_unknown_pace_is_given_few_loads(slowness: float, requests: int) -> None:
+    burst = served(Tier(slowness), loads=0).serve(requests)
+    late = [p for p in burst if p.recomputed and p.waited > p.recomputed]
+    assert len(late) <= THREADS
+    assert mean_first_token(burst) <= 1.25
+
+
+def test_a_tier_that_became_fast_again_is_used() -> None:
+    tier = Tier(5)
+    engine = served(tier, loads=3)
+    engine.serve(32)
+    tier.change(0.3, engine.now)
+    for _ in range(3):
+        engine.serve(16)
+    assert mean_first_token(engine.serve(16)) < 0.5
+
+
+def test_the_model_computes_and_loads_as_it_says() -> None:
+    computed = Engine(Tier(1)).serve(4, stored=False)
+    assert computed[0].first_token == pytest.approx(STEP * PREFILL + STEP_SECONDS)
+    loaded = served(Tier(0.3)).serve(1)[0]
+    longest = (BATCHES[0] + BATCHES[2]) * CHUNK * THREADS * 0.3 * PREFILL
+    assert longest <= loaded.waited <= longest + 2 * STEP_SECONDS
