@@ -85,6 +85,7 @@ class Sensitivity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     marked: see there; None as above.
     documents: numbers of the calibration documents, as in a spool's docs.bin.
     source: see there.
+    replayed_in: of a probe, dtype of its replays.
     """
 
     method: Literal["gradient", "probe"] = "gradient"
@@ -93,6 +94,7 @@ class Sensitivity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     marked: Marked | None = None
     documents: tuple[int, ...]
     source: SensitivitySource
+    replayed_in: Literal["float32"] | None = None
     version: int = SENSITIVITY_VERSION
 
 
@@ -156,6 +158,11 @@ def load_sensitivity(path: Path, num_layers: int, kv_heads: int) -> Sensitivity:
         found = msgspec.json.decode(data, type=Sensitivity)
     except (msgspec.MsgspecError, ValueError) as error:
         raise ArtifactError(f"{path}: {error}") from error
+    if found.method == "probe" and found.replayed_in is None:
+        raise ArtifactError(
+            f"{path}: replayed_in is missing: probed in the model's own dtype, which measures "
+            "rounding; measure again with kvtc calibrate --sensitivity probe"
+        )
     if (found.ordinary is None) != (found.marked is None):
         raise ArtifactError(f"{path}: ordinary and marked go together; one of them is missing")
     for name, average in (("all_tokens", found.all_tokens), ("ordinary", found.ordinary)):

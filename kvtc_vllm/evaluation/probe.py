@@ -3,13 +3,15 @@
 For models that transformers cannot run. To second order a KL divergence is half the mean squared
 gradient of the likelihood times the energy of the noise, so the numbers are those that gradients
 give. It takes two replays per layer, and as many again for ordinary tokens if the model has sinks.
+Replays are in float32, whatever the model is served in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,6 +54,10 @@ little enough for the second order."""
 
 PROBE_SETTINGS = GradientSettings(documents=8, continuation_tokens=64)
 """Half of what gradients take: every place costs a replay of all of it."""
+
+REPLAY_DTYPE = "float32"
+"""Of the replays, whatever the model's. In 16 bits any change of the cache changes what is rounded
+after it, and that outweighs the noise."""
 
 _VARIANCE_ROWS = 2048
 
@@ -140,13 +146,16 @@ class Probe(SensitivityMeasure):
                 )
                 for place in places
             },
-            engine=capture.engine,
+            engine=replay_options(capture.engine),
             out="",
         )
         try:
             outcome = run_child(CHILD, "probe", job, ProbeOutcome)
         except SuiteError as error:
-            raise ArtifactError(f"--sensitivity probe: {error}") from error
+            raise ArtifactError(
+                f"--sensitivity probe: replays in {REPLAY_DTYPE} failed; give --sensitivity "
+                f"gradient or none if this model cannot run in it: {error}"
+            ) from error
         weakest = min(effect.kl for effect in outcome.effects.values())
         say(
             f"probed {len(places)} places on {len(drawn)} documents; KL without noise "
@@ -159,6 +168,7 @@ class Probe(SensitivityMeasure):
             marked=None if rule is None else marked(outcome, places, rule),
             documents=tuple(d.doc for d in drawn),
             source=source,
+            replayed_in=REPLAY_DTYPE,
         )
         save_sensitivity(path, found)
         return path
@@ -175,6 +185,11 @@ class Probe(SensitivityMeasure):
             limit = max_positions(AutoConfig.from_pretrained(directory, trust_remote_code=trust))
         total = PREFILL_FACTOR * capture.tokens
         return calibration_documents(texts, tokenizer, source, total, limit)
+
+
+def replay_options(engine: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the engine that replays, where `engine` is what captured: all in `REPLAY_DTYPE`."""
+    return {**engine, "dtype": REPLAY_DTYPE, "kv_cache_dtype": "auto"}
 
 
 def probe_prefix(wanted: int, shortest: int) -> int:

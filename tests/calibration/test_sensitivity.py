@@ -168,6 +168,7 @@ def average(**changes: object) -> dict:
         ({"version": 1, "keys": []}, "version is 1, this program reads 2"),
         ({"ordinary": None}, "ordinary and marked go together"),
         ({"method": "guess"}, "guess"),
+        ({"method": "probe"}, "measures rounding; measure again"),
         ({"marked": {"rule": {"layers": [], "threshold": 0}, "share": 0, "energy": 0}}, "layers"),
     ],
 )
@@ -190,6 +191,12 @@ def test_a_file_is_used_again_for_the_same_alone(tmp_path: Path) -> None:
     assert not is_measured(path, LAYERS, HEADS, "gradient", SOURCE, None)
     other = msgspec.structs.replace(SOURCE, seed=6)
     assert not is_measured(path, LAYERS, HEADS, "gradient", other, rule)
+    probed = msgspec.structs.replace(FOUND, method="probe", replayed_in="float32")
+    save_sensitivity(path, probed)
+    assert is_measured(path, LAYERS, HEADS, "probe", SOURCE, rule)
+    # Probed in the model's own dtype, as it once was.
+    save_sensitivity(path, msgspec.structs.replace(probed, replayed_in=None))
+    assert not is_measured(path, LAYERS, HEADS, "probe", SOURCE, rule)
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:

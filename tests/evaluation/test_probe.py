@@ -31,6 +31,7 @@ from kvtc_vllm.evaluation.probe import (
     layer_deviations,
     marked,
     probe_prefix,
+    replay_options,
 )
 from kvtc_vllm.evaluation.processes import run_probe
 from kvtc_vllm.evaluation.processes.run_probe import Effect, ProbeJob, ProbeOutcome
@@ -190,6 +191,14 @@ def test_prefixes_are_whole_chunks() -> None:
         probe_prefix(640, 129)
 
 
+def test_replays_are_in_float32_whatever_the_model_is_served_in() -> None:
+    for dtype in ("bfloat16", "float16", "auto"):
+        served = {"dtype": dtype, "kv_cache_dtype": "fp8", "max_model_len": 1024}
+        wanted = {"dtype": "float32", "kv_cache_dtype": "auto", "max_model_len": 1024}
+        assert replay_options(served) == wanted
+    assert replay_options({})["dtype"] == "float32"
+
+
 def test_a_probe_needs_one_rank() -> None:
     capture = CaptureSettings(model="m", data=("d",), tp=2)
     with pytest.raises(ArtifactError, match="--sensitivity probe: needs --tp 1, not 2"):
@@ -200,7 +209,10 @@ def test_a_probe_needs_one_rank() -> None:
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_probe_and_gradients_agree(reference_model: Path, tmp_path: Path) -> None:
-    """Two ways to one number: noise in vLLM, and derivatives in transformers."""
+    """Two ways to one number: noise in vLLM, and derivatives in transformers.
+
+    Rows are captured in 16 bits. Replays in 16 bits as well would measure rounding.
+    """
     sys.path.insert(0, str(reference_model.parent))
     import data
 
@@ -215,7 +227,7 @@ def test_probe_and_gradients_agree(reference_model: Path, tmp_path: Path) -> Non
             "block_size": 32,
             "max_model_len": 1024,
             "num_gpu_blocks_override": 128,
-            "dtype": "float32",
+            "dtype": "bfloat16",
         },
     )
     spool = tmp_path / "spool"
