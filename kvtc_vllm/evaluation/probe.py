@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -55,7 +55,7 @@ little enough for the second order."""
 PROBE_SETTINGS = GradientSettings(documents=8, continuation_tokens=64)
 """Half of what gradients take: every place costs a replay of all of it."""
 
-REPLAY_DTYPE = "float32"
+REPLAY_DTYPE: Literal["float32"] = "float32"
 """Of the replays, whatever the model's. In 16 bits any change of the cache changes what is rounded
 after it, and that outweighs the noise."""
 
