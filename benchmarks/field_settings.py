@@ -6,9 +6,9 @@ Reads results.json of `kvtc eval --part tune` in benchmarks/quality/smollm2/fiel
 writes README.md there. More bytes buy less KL, so settings are compared by KL / ratio^s: s is the
 slope of log KL in log real ratio of `kvtc` on the same tasks (of the reporting part, where it was
 measured), so the figure says how far a setting is from the curve of our own codec, whatever its
-bytes. Tasks count alike (mean of the
-logarithms). For methods that recall tokens the ratio is of what a query reads. Nothing is
-measured.
+bytes. Tasks count alike (mean of the logarithms). For methods that recall tokens the ratio is of
+what a query reads. A method of another width in bits (`kivi-4bit`) is a method of its own. Nothing
+is measured.
 """
 
 from __future__ import annotations
@@ -67,26 +67,27 @@ def figure(rows: Sequence[Row], method: str, slope: float) -> float:
 def page(found: Mapping[str, Sequence[Row]], curve: Sequence[Row]) -> str:
     """The page. found, curve: as `read` gives them."""
     by_task = slopes(curve)
-    slope = float(np.mean(list(by_task.values())))
-    shown = ", ".join(f"{value:.2f} on {task[0]}" for task, value in by_task.items())
     lines = [
         "# Settings of the field's methods",
         "",
         "From `kvtc eval --part tune` (commands in each results.md) by `python -m "
         "benchmarks.field_settings`. Documents whose number modulo 4 is 2; four prompts per task. "
         "The least figure of a method is taken, in bold: KL / ratio^s, geometric mean over tasks, "
-        f"with s = {slope:.2f}, the mean of `kvtc`'s slopes ({shown}). Ratios of methods that "
+        "with s the mean of `kvtc`'s slopes on the tasks of the sweep. Ratios of methods that "
         "recall tokens are of what a query reads. Four prompts settle little: figures within some "
-        "ten per cent of each other are not told apart.",
+        "ten per cent of each other are not told apart. A method of another width in bits is a "
+        "method of its own.",
         "",
     ]
     for name, rows in found.items():
         tasks = list(dict.fromkeys((row.task, row.context) for row in rows))
+        slope = float(np.mean([by_task[task] for task in tasks]))
+        shown = ", ".join(f"{by_task[task]:.2f} on {task[0]}" for task in tasks)
         head = ["setting", "ratio", *(f"{task} {context}" for task, context in tasks), "figure"]
         lines += [
             f"## {name}",
             "",
-            f"[results]({name}/results.md)",
+            f"[results]({name}/results.md); s = {slope:.2f} ({shown})",
             "",
             f"| {' | '.join(head)} |",
             "|" + "---|" * len(head),

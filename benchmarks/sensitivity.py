@@ -77,6 +77,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "command": "python -m benchmarks.sensitivity --model DIR --data DIR "
         + " ".join(f"--artifact {name}=DIR" for name in artifacts)
+        + f" --ratios {args.ratios} --chunk {args.chunk}"
         + ("" if args.part == "report" else f" --part {args.part}"),
         "model": args.model.name,
         "artifacts": {

@@ -16,7 +16,7 @@ Artifacts of version 1 are fitted to the same rows of one spool, with other weig
 else changed. Documents of the report part go through the codec as in `benchmarks.sensitivity`:
 768 tokens of prefix in blobs, at least 128 exact after them, KL over the tokens that follow.
 Bytes are of whole blobs. Intervals are 95 %, bootstrapped over documents. *factor* is KL over that
-of the ablation's first variant, with its interval. --work keeps gradients and fits.
+of the ablation's first variant, or of --base, with its interval. --work keeps gradients and fits.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ def main() -> None:
     add("--prompts", type=int, default=8, help="of retrieval to report on")
     add("--kinds", help="of text to report on; default: those of the ablation")
     add("--variants", help="these alone, such as layer,head; OUT keeps the rows of others")
+    add("--base", help="variant that factors are against; default: the ablation's first")
     add("--fit", action="store_true", help="fit what is not there, and measure nothing")
     add("--threads", type=int, default=1, help="of torch")
     add("--out", type=Path)
@@ -85,9 +86,13 @@ def main() -> None:
     material = read_material(args)
     ablation = ABLATIONS[args.name]
     variants = ablation.variants(material)
-    base = variants[0].name
-    if args.variants:
-        variants = [v for v in variants if v.name in args.variants.split(",")]
+    base = args.base or variants[0].name
+    known = [v.name for v in variants]
+    chosen = args.variants.split(",") if args.variants else known
+    for name in (*chosen, base):
+        if name not in known:
+            raise SystemExit(f"{args.name}: no variant is called {name!r}; it has {known}")
+    variants = [v for v in variants if v.name in chosen]
     kinds = args.kinds.split(",") if args.kinds else ablation.kinds
     codecs = {
         (variant.name, ratio): open_codec_of(
@@ -154,6 +159,8 @@ def command(args: argparse.Namespace) -> str:
     parts += [f"--{name} {getattr(args, name)}" for name in sizes]
     if args.kinds:
         parts.append(f"--kinds {args.kinds}")
+    if args.base:
+        parts.append(f"--base {args.base}")
     return "python -m benchmarks.sensitivity_ablations " + " ".join(parts)
 
 

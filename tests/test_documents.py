@@ -131,12 +131,9 @@ def test_every_divergence_in_the_page_on_quality_is_in_a_result() -> None:
     page = (ROOT / "docs" / "quality.md").read_text()
     of_codec_2 = [
         figure
-        for name in (
-            *("sensitivity-kvtc2", "sensitivity-shipped", "step-*", "stand-in-curves"),
-            *("sensitivity-metric", "sensitivity-tokens"),
-        )
+        for name in ("sensitivity*", "step-*", "stand-in-curves")
         for path in ROOT.glob(f"benchmarks/results/{name}.json")
-        for row in json.loads(path.read_text())["rows"]
+        for row in json.loads(path.read_text()).get("rows", ())
         if "interval" in row
         for figure in (row["kl"], *row["interval"])
     ]

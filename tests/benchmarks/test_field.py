@@ -39,6 +39,23 @@ def test_settings_are_compared_along_our_own_curve() -> None:
     assert page.count("**") == 2
 
 
+def test_a_sweep_is_compared_along_the_curve_of_its_own_tasks() -> None:
+    """On maths KL grows with the ratio: 2x at a third of the KL wins. On essays it loses."""
+    ours = [
+        row(f"kvtc-{ratio}x", ratio, ratio**slope, task)
+        for task, slope in (("essays", 2), ("maths", 1))
+        for ratio in (8, 16)
+    ]
+    settings = {
+        task: [row("a", 4, 3e-3, task), row("a/keep=0.5", 2, 1e-3, task)]
+        for task in ("essays", "maths")
+    }
+    page = field_settings.page(settings, ours)
+    essays, maths = page.split("## ")[1:]
+    assert "| **a** |" in essays
+    assert "| **a/keep=0.5** |" in maths
+
+
 def test_tasks_count_alike_and_recall_by_what_is_read() -> None:
     rows = [row("r", 0.9, 0.04, read=5.0), row("r", 0.9, 0.01, "maths", read=5.0)]
     assert field_settings.figure(rows, "r", 1.0) == pytest.approx(0.02 / 5)

@@ -7,9 +7,9 @@ from kvtc_vllm.evaluation.baselines.cachegen import CacheGen
 from kvtc_vllm.evaluation.baselines.cachegen_lmcache import CacheGenLmcache
 from kvtc_vllm.evaluation.baselines.deltakv import DeltaKV
 from kvtc_vllm.evaluation.baselines.fp8 import Fp8
-from kvtc_vllm.evaluation.baselines.gear import Gear
+from kvtc_vllm.evaluation.baselines.gear import Gear, Gear4
 from kvtc_vllm.evaluation.baselines.joint_fusion import JointFusion, JointFusionStrict
-from kvtc_vllm.evaluation.baselines.kivi import Kivi
+from kvtc_vllm.evaluation.baselines.kivi import Kivi, Kivi4
 from kvtc_vllm.evaluation.baselines.low_rank_projection import Lorc, ReCalKV
 from kvtc_vllm.evaluation.baselines.quantspec import QuantSpec4, QuantSpec8
 from kvtc_vllm.evaluation.baselines.swan import Swan8, Swan16
@@ -20,7 +20,9 @@ from kvtc_vllm.evaluation.baselines.xkv import Xkv
 _METHODS: tuple[type[Baseline], ...] = (
     Fp8,
     Kivi,
+    Kivi4,
     Gear,
+    Gear4,
     Xkv,
     CacheGen,
     CacheGenLmcache,

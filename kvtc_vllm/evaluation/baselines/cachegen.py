@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -24,6 +25,7 @@ from kvtc_vllm.evaluation.baselines.cachegen_profile import (
 )
 from kvtc_vllm.evaluation.baselines.entropy import decode_columns, encode_columns
 from kvtc_vllm.evaluation.baselines.formats import from_bytes, to_cache
+from kvtc_vllm.evaluation.settings import Setting, Settings
 
 _SECTION_PARTS = 4
 
@@ -33,7 +35,8 @@ class CacheGen(Baseline):
 
     Followed: groups of 10 tokens; the first, the anchor, is quantised to 8 bits by
     itself; the others are stored as deltas to it, in bins of 0.5, 1 and 1.5 in the
-    first, middle and last third of the layers; one scale per vector (token, layer and
+    first, middle and last third of the layers (setting `bins`, a factor of all three, as its
+    other encoding levels); one scale per vector (token, layer and
     K or V); arithmetic coding with a distribution of anchors and one of deltas for every
     layer and channel, profiled once per model. Keys post-RoPE.
     Charged: the coded symbols and a float16 scale per token, layer and K or V. A given
@@ -50,24 +53,28 @@ class CacheGen(Baseline):
 
     name = "cachegen"
     source = "CacheGen, arXiv 2310.07240: groups of 10 tokens, bins 0.5 / 1 / 1.5 by layer third"
+    settings: ClassVar[Settings] = {"bins": Setting(1.0, 0.1, 10)}
 
     def __init__(
         self,
         geometry: Geometry,
         dtype: torch.dtype,
         ropes: Sequence[Rope | None] = (),
+        *,
         profile: CacheGenProfile | str | None = None,
+        **given: float,
     ) -> None:
-        super().__init__(geometry, dtype, ropes)
+        super().__init__(geometry, dtype, ropes, **given)
+        self._bins = self.values["bins"]
         # A path, because the options of a run are JSON.
         self.profile = CacheGenProfile.load(Path(profile)) if isinstance(profile, str) else profile
 
     def compress(self, k: torch.Tensor, v: torch.Tensor, start: int) -> list[bytes]:
         parts: list[bytes] = []
         for kind, x in zip(KINDS, (k, v), strict=True):
-            anchors, deltas = quantize(x.flatten(2).float())
+            anchors, deltas = quantize(x.flatten(2).float(), self._bins)
             if self.profile is None:
-                counts = SymbolCounts.of(anchors, deltas)
+                counts = SymbolCounts.of(anchors, deltas, self._bins)
                 parts += counts.to_bytes()
             else:
                 counts = self.profile.counts[kind]
@@ -92,7 +99,8 @@ class CacheGen(Baseline):
     ) -> torch.Tensor:
         g = self.geometry
         if self.profile is None:
-            counts = SymbolCounts.from_bytes(parts[0], parts[1], g.num_kv_heads * head_size)
+            channels = g.num_kv_heads * head_size
+            counts = SymbolCounts.from_bytes(parts[0], parts[1], channels, self._bins)
         else:
             counts = self.profile.counts[kind]
         anchor_scale, anchors, delta_scale, deltas = parts[-_SECTION_PARTS:]
@@ -100,6 +108,7 @@ class CacheGen(Baseline):
         rows = dequantize(
             _decode(anchors, anchor_scale, counts.anchors, first),
             _decode(deltas, delta_scale, counts.deltas, tokens - first),
+            self._bins,
         )
         return to_cache(rows.view(tokens, -1, g.num_kv_heads, head_size), self.dtype)
 

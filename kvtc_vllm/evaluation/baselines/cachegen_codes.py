@@ -12,7 +12,7 @@ from kvtc_vllm.codec.quantizers.base import divisor, to_fp16
 TOKEN_GROUP = 10
 BIN_WIDTHS = (0.5, 1.0, 1.5)
 """Bin width of deltas in the first, middle and last third of the layers, in root mean
-squares of the token's delta."""
+squares of the token's delta. Everything below takes `bins`, a factor of all three."""
 ANCHOR_TOP = 127
 ANCHOR_SYMBOLS = 2 * ANCHOR_TOP + 1
 
@@ -33,12 +33,12 @@ def anchor_count(tokens: int) -> int:
     return -(-tokens // TOKEN_GROUP)
 
 
-def delta_symbols(channels: int) -> int:
+def delta_symbols(channels: int, bins: float = 1.0) -> int:
     """Size of the alphabet of deltas of C channels, the same in all layers."""
-    return 2 * _delta_top(channels) + 1
+    return 2 * _delta_top(channels, bins) + 1
 
 
-def quantize(rows: torch.Tensor) -> tuple[Symbols, Symbols]:
+def quantize(rows: torch.Tensor, bins: float = 1.0) -> tuple[Symbols, Symbols]:
     """float32 [T, L, C] -> anchors [A, L, C] and deltas [T - A, L, C].
 
     An anchor is rounded to 255 steps between plus and minus its largest magnitude; a
@@ -50,20 +50,20 @@ def quantize(rows: torch.Tensor) -> tuple[Symbols, Symbols]:
     is_delta, group = _deltas(len(rows))
     deltas = rows[is_delta] - _dequantize_anchors(coded_anchors)[group]
     delta_scale = to_fp16(deltas.square().mean(dim=-1).sqrt())
-    step = delta_scale * _widths(rows.shape[1])
-    top = _delta_top(rows.shape[2])
+    step = delta_scale * _widths(rows.shape[1], bins)
+    top = _delta_top(rows.shape[2], bins)
     return coded_anchors, Symbols(_round(deltas, step, top), delta_scale)
 
 
-def dequantize(anchors: Symbols, deltas: Symbols) -> torch.Tensor:
+def dequantize(anchors: Symbols, deltas: Symbols, bins: float = 1.0) -> torch.Tensor:
     """Inverse of `quantize`: float32 [T, L, C]."""
     restored = _dequantize_anchors(anchors)
     tokens = len(anchors.values) + len(deltas.values)
     rows = restored.new_empty((tokens, *restored.shape[1:]))
     rows[::TOKEN_GROUP] = restored
     is_delta, group = _deltas(tokens)
-    step = deltas.scale * _widths(rows.shape[1])
-    centred = deltas.values - _delta_top(rows.shape[2])
+    step = deltas.scale * _widths(rows.shape[1], bins)
+    centred = deltas.values - _delta_top(rows.shape[2], bins)
     rows[is_delta] = restored[group] + centred * step[..., None]
     return rows
 
@@ -79,14 +79,14 @@ def _deltas(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     return is_delta, token[is_delta] // TOKEN_GROUP
 
 
-def _widths(layers: int) -> torch.Tensor:
+def _widths(layers: int, bins: float) -> torch.Tensor:
     """Bin width of each layer: float32 [L]."""
-    return torch.tensor(BIN_WIDTHS)[torch.arange(layers) * len(BIN_WIDTHS) // layers]
+    return bins * torch.tensor(BIN_WIDTHS)[torch.arange(layers) * len(BIN_WIDTHS) // layers]
 
 
-def _delta_top(channels: int) -> int:
+def _delta_top(channels: int, bins: float) -> int:
     """Largest code of a delta: no element exceeds sqrt(C) root mean squares of C elements."""
-    return math.ceil(math.sqrt(channels) / min(BIN_WIDTHS))
+    return math.ceil(math.sqrt(channels) / (bins * min(BIN_WIDTHS)))
 
 
 def _round(x: torch.Tensor, step: torch.Tensor, top: int) -> torch.Tensor:

@@ -39,10 +39,12 @@ class SymbolCounts:
     deltas: torch.Tensor
 
     @classmethod
-    def of(cls, anchors: Symbols, deltas: Symbols) -> SymbolCounts:
+    def of(cls, anchors: Symbols, deltas: Symbols, bins: float = 1.0) -> SymbolCounts:
+        """bins: as symbols were quantised with."""
         channels = anchors.values.shape[-1]
         return cls(
-            _count(anchors.values, ANCHOR_SYMBOLS), _count(deltas.values, delta_symbols(channels))
+            _count(anchors.values, ANCHOR_SYMBOLS),
+            _count(deltas.values, delta_symbols(channels, bins)),
         )
 
     def to_bytes(self) -> list[bytes]:
@@ -50,11 +52,13 @@ class SymbolCounts:
         return [zlib.compress(b"".join(shuffle(x))) for x in (self.anchors, self.deltas)]
 
     @classmethod
-    def from_bytes(cls, anchors: memoryview, deltas: memoryview, channels: int) -> SymbolCounts:
+    def from_bytes(
+        cls, anchors: memoryview, deltas: memoryview, channels: int, bins: float = 1.0
+    ) -> SymbolCounts:
         """Inverse of `to_bytes`."""
         return cls(
             _inflate(anchors, channels, ANCHOR_SYMBOLS),
-            _inflate(deltas, channels, delta_symbols(channels)),
+            _inflate(deltas, channels, delta_symbols(channels, bins)),
         )
 
 
@@ -65,11 +69,11 @@ class CacheGenProfile:
     counts: dict[Kind, SymbolCounts]
 
     @classmethod
-    def fit(cls, k: torch.Tensor, v: torch.Tensor) -> CacheGenProfile:
+    def fit(cls, k: torch.Tensor, v: torch.Tensor, bins: float = 1.0) -> CacheGenProfile:
         """From K [T, L, H, D] (post-RoPE) and V [T, L, H, Dv] of one run of consecutive tokens."""
         return cls(
             {
-                kind: SymbolCounts.of(*quantize(x.flatten(2).float()))
+                kind: SymbolCounts.of(*quantize(x.flatten(2).float(), bins), bins)
                 for kind, x in zip(KINDS, (k, v), strict=True)
             }
         )

@@ -1,4 +1,4 @@
-"""What baselines store: elements, positions, 2-bit groups and low-rank factors <-> bytes."""
+"""What baselines store: elements, positions, quantised groups and low-rank factors <-> bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from kvtc_vllm.codec.packing import pack, packed_size, unpack
 from kvtc_vllm.codec.quantizers.base import to_fp16
-from kvtc_vllm.codec.quantizers.uniform import INT2
+from kvtc_vllm.codec.quantizers.uniform import INT2, UniformQuantizer
 from kvtc_vllm.codec.shuffle import to_bytes
 
 PARTS = 3
@@ -60,22 +60,24 @@ def unpack_positions(data: memoryview, length: int, shape: Sequence[int]) -> tor
     return torch.from_numpy(bits.reshape(count, width).astype(np.int64) @ powers).reshape(*shape)
 
 
-def quantize_groups(groups: torch.Tensor) -> list[bytes]:
+def quantize_groups(groups: torch.Tensor, quantizer: UniformQuantizer = INT2) -> list[bytes]:
     """float32 [..., size], one group along the last dimension -> `PARTS` byte strings.
 
-    KIVI's groups, which GEAR shares: 2-bit codes, a float16 zero point and scale per group.
+    KIVI's groups, which GEAR shares: codes, a float16 zero point and scale per group.
     """
-    codes, zero, scale = INT2.quantize(groups)
-    return [to_bytes(pack(codes.flatten(), INT2.bits)), to_bytes(zero), to_bytes(scale)]
+    codes, zero, scale = quantizer.quantize(groups)
+    return [to_bytes(pack(codes.flatten(), quantizer.bits)), to_bytes(zero), to_bytes(scale)]
 
 
-def dequantize_groups(parts: Sequence[memoryview], shape: Sequence[int]) -> torch.Tensor:
+def dequantize_groups(
+    parts: Sequence[memoryview], shape: Sequence[int], quantizer: UniformQuantizer = INT2
+) -> torch.Tensor:
     """Inverse of `quantize_groups`: float32 of the given shape [..., size]."""
     codes, zero, scale = parts
     count, outer = math.prod(shape), shape[:-1]
-    packed = from_bytes(codes, torch.uint8, (packed_size(count, INT2.bits),))
-    return INT2.dequantize(
-        unpack(packed, INT2.bits, count).view(*shape),
+    packed = from_bytes(codes, torch.uint8, (packed_size(count, quantizer.bits),))
+    return quantizer.dequantize(
+        unpack(packed, quantizer.bits, count).view(*shape),
         from_bytes(zero, torch.float16, outer),
         from_bytes(scale, torch.float16, outer),
     )

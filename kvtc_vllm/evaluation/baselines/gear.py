@@ -1,4 +1,4 @@
-"""GEAR: 2-bit groups, a low-rank approximation of their error, and exact outliers."""
+"""GEAR: groups of 2 or 4 bits, a low-rank approximation of their error, and exact outliers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from kvtc_vllm.codec.artifact import Geometry
+from kvtc_vllm.codec.quantizers.uniform import INT2, INT4, UniformQuantizer
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.codec.shuffle import to_bytes
 from kvtc_vllm.evaluation.baselines.base import Baseline
@@ -55,6 +56,7 @@ class Gear(Baseline):
     name = "gear-2bit"
     source = "GEAR, arXiv 2403.05527: KIVI backbone, 2 bits, group 64, rank 4, 2 % outliers"
     whole_prompt = True
+    quantizer: ClassVar[UniformQuantizer] = INT2
     settings: ClassVar[Settings] = {
         "rank": Setting(4, 1, 64, whole=True),
         # Zero is the paper's GEAR-L; see above for what both cost.
@@ -107,8 +109,10 @@ class Gear(Baseline):
         outliers = to_sixteen_bit(vectors.gather(-1, positions), self.dtype)
         mean = vectors.mean(dim=-1, keepdim=True).expand_as(positions)
         inliers = vectors.scatter(-1, positions, mean)
-        groups = quantize_groups(_split(inliers))
-        base = dequantize_groups([memoryview(x) for x in groups], _split(inliers).shape)
+        groups = quantize_groups(_split(inliers), self.quantizer)
+        base = dequantize_groups(
+            [memoryview(x) for x in groups], _split(inliers).shape, self.quantizer
+        )
         error = (inliers - base.flatten(-2)).scatter_(-1, positions, 0.0)
         heads = self._heads(error, keys)
         left, right = low_rank(heads, rank_of(heads.shape[-2], self._rank))
@@ -125,7 +129,8 @@ class Gear(Baseline):
     ) -> torch.Tensor:
         """Inverse of `_compress`: float32 of the given shape."""
         *outer, length = shape
-        base = dequantize_groups(parts[:PARTS], (*outer, length // GROUP, GROUP)).flatten(-2)
+        shape_of_groups = (*outer, length // GROUP, GROUP)
+        base = dequantize_groups(parts[:PARTS], shape_of_groups, self.quantizer).flatten(-2)
         left, right, positions, outliers = parts[PARTS:]
         layers, heads, tokens, size = self._heads(base, keys).shape
         rank = rank_of(tokens, self._rank)
@@ -155,6 +160,14 @@ class Gear(Baseline):
         return torch.cat(
             [vectors.topk(count, dim=-1, largest=end).indices for end in (True, False)], dim=-1
         )
+
+
+class Gear4(Gear):
+    """GEAR on 4-bit KIVI, the paper's other width: as `Gear`, with 4 bits per element."""
+
+    name = "gear-4bit"
+    source = "GEAR, arXiv 2403.05527: KIVI backbone, 4 bits, group 64, rank 4, 2 % outliers"
+    quantizer = INT4
 
 
 def rank_of(tokens: int, wanted: int) -> int:

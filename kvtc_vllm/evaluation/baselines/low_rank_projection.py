@@ -18,6 +18,7 @@ from kvtc_vllm.evaluation.settings import Setting, Settings
 
 LORC_SHARES = (0.3, 0.6)
 """Least and largest share of a layer's width that LoRC keeps; 55 to 60 % less on average."""
+LORC_SCALES = Setting(1.0, 0.1, 1 / LORC_SHARES[1])
 GROUP_HEADS = 4
 
 
@@ -83,19 +84,21 @@ class Lorc(LowRankProjection):
     Keys before RoPE.
     Departures: the paper absorbs the other factor into the query and output projections, which
     saves computation and changes no result but rounding. Shares of 0.3 to 0.6 give the saving of
-    55 to 60 % that the paper reports.
+    55 to 60 % that the paper reports; setting `scale` multiplies both.
     """
 
     name = "lorc"
     source = (
         "LoRC, arXiv 2410.03111: SVD of K and V projections, progressive, 30 to 60 % of the rank"
     )
+    settings: ClassVar[Settings] = {"scale": LORC_SCALES}
 
     def bases(self, kind: Kind) -> list[torch.Tensor]:
         known = self.statistics
         weights = known.key_weights if kind == "k" else known.value_weights
         both = (known.key_weights, known.value_weights)
         shares = progressive_shares(sum(log_condition(gram) for gram in both))
+        shares = self.values["scale"] * shares
         width = weights.shape[-1]
         return [
             leading(gram, max(1, round(share * width)))

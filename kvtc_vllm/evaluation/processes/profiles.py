@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from kvtc_vllm.evaluation.baselines.fitted import FittedBaseline
 from kvtc_vllm.evaluation.baselines.statistics import StatisticsTally
 from kvtc_vllm.evaluation.data import corpus
 from kvtc_vllm.evaluation.methods import Method
+from kvtc_vllm.evaluation.settings import resolve
 from kvtc_vllm.evaluation.tasks.base import encode_prompt
 
 PROMPTS = 8
@@ -30,10 +33,13 @@ def with_profile(method: Method, model: str, directory: Path) -> Method:
     model of which it can't be made.
     """
     name = method.override.get("baseline")
+    make: Callable[[str, Path], None]
     if name == CacheGen.name:
-        path = directory / "profile.safetensors"
+        given = method.override.get("settings", {})
+        bins = float(resolve(name, CacheGen.settings, given)["bins"])
+        path = directory / f"profile-{bins:g}.safetensors"
         options = {"profile": str(path)}
-        make = cachegen_profile
+        make = partial(cachegen_profile, bins=bins)
     elif name is not None and issubclass(BASELINES[name], FittedBaseline):
         path = directory / "statistics.safetensors"
         options = {"statistics": str(path)}
@@ -46,8 +52,11 @@ def with_profile(method: Method, model: str, directory: Path) -> Method:
 
 
 @torch.inference_mode()
-def cachegen_profile(model: str, path: Path) -> None:
-    """Symbol counts over prose and code that no task uses, saved to `path`."""
+def cachegen_profile(model: str, path: Path, bins: float = 1.0) -> None:
+    """Symbol counts over prose and code that no task uses, saved to `path`.
+
+    bins: factor of the widths.
+    """
     tokenizer, network = _load(model)
     profile: CacheGenProfile | None = None
     for ids in _prompts(tokenizer):
@@ -57,7 +66,7 @@ def cachegen_profile(model: str, path: Path) -> None:
             torch.stack([getattr(layer, name)[0] for layer in layers]).permute(2, 0, 1, 3)
             for name in ("keys", "values")
         )
-        counted = CacheGenProfile.fit(k, v)
+        counted = CacheGenProfile.fit(k, v, bins)
         profile = counted if profile is None else profile + counted
     assert profile is not None
     profile.save(path)

@@ -50,13 +50,17 @@ def rope() -> Rope:
 
 
 def make(
-    name: str, dtype: torch.dtype = torch.bfloat16, geometry: Geometry = GEOMETRY, ropes=()
+    name: str,
+    dtype: torch.dtype = torch.bfloat16,
+    geometry: Geometry = GEOMETRY,
+    ropes=(),
+    **given: float,
 ) -> Baseline:
-    """A baseline by name, with statistics of `structured_cache` if it needs some."""
+    """A baseline by name and settings, with statistics of `structured_cache` if it needs some."""
     method = BASELINES[name]
     if issubclass(method, FittedBaseline):
-        return method(geometry, dtype, ropes, statistics=statistics(geometry))
-    return method(geometry, dtype, ropes)
+        return method(geometry, dtype, ropes, statistics=statistics(geometry), **given)
+    return method(geometry, dtype, ropes, **given)
 
 
 @cache
@@ -89,7 +93,7 @@ def views(parts: list[bytes]) -> list[memoryview]:
 def reload(method: Baseline, k: torch.Tensor, v: torch.Tensor) -> Cache:
     """What comes back from the bytes alone, in a second instance of the method."""
     known = {"statistics": method.statistics} if isinstance(method, FittedBaseline) else {}
-    second = type(method)(method.geometry, method.dtype, method.ropes, **known)
+    second = type(method)(method.geometry, method.dtype, method.ropes, **known, **method.values)
     return second.restore(views(method.compress(k, v, START)), len(k), START)
 
 

@@ -23,7 +23,9 @@ TOKENS = (1, 31, 32, 33, 100, 256)
 NOISE_LOST = {
     "fp8-e4m3": 0.001,
     "kivi-2bit": 0.17,
+    "kivi-4bit": 0.008,
     "gear-2bit": 0.17,
+    "gear-4bit": 0.008,
     "xkv": 0.8,
     "cachegen": 0.2,
     "cachegen-lmcache": 0.006,
@@ -41,6 +43,23 @@ NOISE_LOST = {
     "recalkv": 0.6,
     "deltakv": 0.25,
 }
+
+FINER = (
+    ("kivi-2bit", {"group": 16}),
+    ("kivi-4bit", {"group": 8}),
+    ("gear-2bit", {"rank": 8}),
+    ("gear-4bit", {"outliers": 0.1}),
+    ("xkv", {"keys": 0.3, "values": 0.3}),
+    ("cachegen", {"bins": 0.5}),
+    ("think-40", {"pruned": 0.2}),
+    ("think-40-kivi", {"pruned": 0.2}),
+    ("swan-16bit", {"kept": 0.75}),
+    ("swan-8bit", {"kept": 0.75}),
+    ("lorc", {"scale": 1.5}),
+    ("recalkv", {"share": 0.75}),
+    ("deltakv", {"stride": 5}),
+)
+"""Settings that store more than a method's own, and lose less."""
 
 every_method = pytest.mark.parametrize("name", BASELINES)
 
@@ -94,6 +113,21 @@ def test_constant_and_extreme_caches_stay_finite(name, dtype, value):
         assert back.isfinite().all()
         if value == 0.0:
             assert not back.any()
+
+
+@pytest.mark.parametrize(("name", "given"), FINER, ids=lambda x: x if isinstance(x, str) else "")
+def test_settings_buy_quality_with_bytes(name, given):
+    k, v = structured_cache(256)
+    found = []
+    for settings in ({}, given):
+        method = make(name, torch.bfloat16, **settings)
+        error = sum(
+            relative_error(*pair) for pair in zip(reload(method, k, v), (k, v), strict=True)
+        )
+        found.append((sum(map(len, method.compress(k, v, START))), error))
+    (plain_bytes, plain_error), (more_bytes, less_error) = found
+    assert more_bytes > plain_bytes
+    assert less_error < plain_error
 
 
 @every_method

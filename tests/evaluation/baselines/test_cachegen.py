@@ -19,6 +19,8 @@ from kvtc_vllm.evaluation.baselines.cachegen_profile import (
     probabilities,
 )
 from kvtc_vllm.evaluation.baselines.entropy import decode_columns, encode_columns, histogram
+from kvtc_vllm.evaluation.methods import find
+from kvtc_vllm.evaluation.processes import profiles
 from tests.evaluation.baselines.samples import (
     GEOMETRY,
     START,
@@ -115,6 +117,25 @@ def test_profile_is_not_charged_and_changes_no_value(tmp_path):
     restored = second.restore(views(profiled_parts), 256, START)
     for a, b in zip(restored, plain.restore(views(parts), 256, START), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_profile_is_counted_with_the_bins_it_is_used_with(tmp_path, monkeypatch):
+    """Other bins make another alphabet: each setting has a file of its own."""
+    made = []
+
+    def count(model, path, bins):
+        made.append(bins)
+        CacheGenProfile.fit(*structured_cache(100), bins).save(path)
+
+    monkeypatch.setattr(profiles, "cachegen_profile", count)
+    k, v = structured_cache(100, seed=2)
+    for name in ("cachegen", "cachegen/bins=0.5", "cachegen/bins=0.5"):
+        override = profiles.with_profile(find(name), "model", tmp_path).override
+        options = {**override["options"], **override.get("settings", {})}
+        method = CacheGen(GEOMETRY, torch.bfloat16, **options)
+        restored = method.restore(views(method.compress(k, v, START)), 100, START)
+        assert relative_error(restored[0], k) < 0.2
+    assert made == [1.0, 0.5]
 
 
 def test_a_profile_of_other_data_still_restores():
