@@ -65,7 +65,7 @@ def zeroed_states(method: Method) -> Iterator[None]:
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Every method on every task; the report on disk holds what has been measured so far."""
+    """Every method on every task; results.json holds what has been measured so far."""
     from transformers import AutoTokenizer
 
     from kvtc_vllm.evaluation.job import Job, Workload
@@ -103,7 +103,8 @@ def measure(args: argparse.Namespace) -> None:
         if not found:
             found += exact_rows(outcome)
         found += rows(outcome)
-        report.write(args.out, about, found)
+        report.write_rows(args.out, about, found)
+    report.write(args.out, about, found)
 
 
 def exactness(args: argparse.Namespace) -> None:
