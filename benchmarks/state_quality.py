@@ -78,7 +78,7 @@ def measure(args: argparse.Namespace) -> None:
     command = (
         f"python -m benchmarks.state_quality {args.model.name} --methods '{args.methods}' "
         f"--rounded '{args.rounded}' --tasks {args.tasks} --count {args.count} "
-        f"--engine '{args.engine}'"
+        f"--window {args.window} --engine '{args.engine}'"
     )
     about = describe(str(args.model), command, 0)
     workloads = [
@@ -91,7 +91,7 @@ def measure(args: argparse.Namespace) -> None:
     for method in plan(args.methods.split(";"), artifacts, rounded):
         job = Job(
             model=str(args.model),
-            method=method,
+            method=replace(method, window=args.window),
             workloads=workloads,
             seed=0,
             source=None,
@@ -184,6 +184,7 @@ def main() -> None:
     parser.add_argument("--tasks", default=TASKS)
     parser.add_argument("--count", type=int, default=8)
     parser.add_argument("--engine", default="{}", help="JSON of further vllm.LLM arguments")
+    parser.add_argument("--window", type=int, default=128, help="recent window in tokens")
     parser.add_argument("--exactness", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
