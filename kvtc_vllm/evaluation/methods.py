@@ -55,6 +55,8 @@ class Method:
     window: int = DEFAULT_RECENT_WINDOW
     """Recent window in tokens."""
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+    connector: dict[str, Any] = field(default_factory=dict)
+    """Further keys of the connector's configuration."""
 
     def connector_config(self, chunk_tokens: int) -> dict[str, Any]:
         """`kv_connector_extra_config` for the bench's connector.
@@ -65,7 +67,6 @@ class Method:
         extra: dict[str, Any] = {
             "codec": self.codec,
             "recent_window": self.window,
-            "chunk_tokens": chunk_tokens,
             "memory_bytes": _MEMORY_BYTES,
             "staging_bytes": _MEMORY_BYTES,
             # Answers are not part of what is replayed; counters then match exactly.
@@ -74,7 +75,11 @@ class Method:
             "load_gate": False,
             "encode_share": 1.0,
             "evaluation": self.override,
+            **self.connector,
         }
+        # Without it chunks are whole blocks of every cache group, of this size or more.
+        if chunk_tokens != DEFAULT_CHUNK_TOKENS:
+            extra["chunk_tokens"] = chunk_tokens
         if self.ratio is not None:
             extra["ratio"] = self.ratio
             if self.artifact is not None:
@@ -84,7 +89,8 @@ class Method:
     def can_share(self, other: Method) -> bool:
         """Whether both can share an exact pass: they store the same tokens in the same chunks."""
         mine, theirs = (
-            (method.window, method.chunk_tokens, method.whole_prompt) for method in (self, other)
+            (method.window, method.chunk_tokens, method.whole_prompt, method.connector)
+            for method in (self, other)
         )
         return mine == theirs and (self.tokens is None) == (other.tokens is None)
 

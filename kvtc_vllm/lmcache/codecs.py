@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,9 +11,10 @@ import torch
 import xxhash
 
 from kvtc_vllm.artifact import registry
+from kvtc_vllm.artifact.cache_kinds import UnknownLayersError, layer_kinds
 from kvtc_vllm.artifact.card import load_card
 from kvtc_vllm.artifact.directory import load_rank_artifact
-from kvtc_vllm.artifact.identity import model_identity
+from kvtc_vllm.artifact.identity import model_directory, model_identity
 from kvtc_vllm.codec.base import ChunkCodec
 from kvtc_vllm.codec.container import FORMAT_VERSION
 from kvtc_vllm.codec.errors import ArtifactError
@@ -35,14 +37,15 @@ class RankCodecs:
 class CodecBook:
     """Codecs by LMCache's kv_rank and cache dtype. Thread-safe.
 
-    Raises ArtifactError at construction if the model can't be found. The RoPE tables are those of
-    the artifact: a server has no live model to ask. An engine that rotates keys otherwise (another
-    rope_scaling, say) is not recognised.
+    Raises ArtifactError at construction if the model can't be found, or has latents. The RoPE
+    tables are those of the artifact: a server has no live model to ask. An engine that rotates keys
+    otherwise (another rope_scaling, say) is not recognised.
     """
 
     def __init__(self, settings: LMCacheSettings) -> None:
         self._settings = settings
         self._identity = model_identity(settings.model)
+        _check_kinds(settings.model)
         self._lock = threading.Lock()
         self._codecs: dict[tuple[int, torch.dtype], RankCodecs] = {}
         self._fingerprints: dict[int, str] = {}
@@ -95,6 +98,20 @@ class CodecBook:
         )
         raw = open_codec("raw", dtype, geometry=artifact.geometry, identity=identity)
         return RankCodecs(codec, raw, Recognition(artifact, probe))
+
+
+def _check_kinds(model: str) -> None:
+    """Raise ArtifactError for latents, whose chunks would be taken for K and V of one head."""
+    config = json.loads((model_directory(model) / "config.json").read_text())
+    try:
+        kinds = layer_kinds(config)
+    except UnknownLayersError:
+        return  # an artifact of it decides
+    if any(kind.kind == "latent" for kind in kinds):
+        raise ArtifactError(
+            f"model={model!r} has multi-head latent attention (MLA), whose chunks KVTC does not "
+            "read below LMCache; serve it with KVTCConnector"
+        )
 
 
 def find_artifact(settings: LMCacheSettings, tp_size: int) -> Path:

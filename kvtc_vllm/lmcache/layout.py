@@ -45,8 +45,10 @@ def check_chunk(shapes: Sequence[torch.Size], dtypes: Sequence[torch.dtype]) -> 
     """Element type of a chunk that consists of one tensor. Raises LayoutRefused."""
     if len(shapes) != 1:
         raise LayoutRefused(
-            f"the chunk has {len(shapes)} tensors {[tuple(s) for s in shapes]}; KVTC codes models "
-            "whose layers all use full attention in one group"
+            f"the chunk has {len(shapes)} tensors {[tuple(s) for s in shapes]}, one per kind of "
+            "layer (windows, recurrent states); below LMCache KVTC codes models with layers of one "
+            "kind: serve the model with KVTCConnector, or if it has windows only with "
+            "--disable-hybrid-kv-cache-manager"
         )
     # Of an fp8 chunk LMCache tells neither the kind of fp8 nor its scales.
     if dtypes[0] not in DTYPE_CODES or dtypes[0].itemsize == 1:

@@ -65,6 +65,24 @@ PUBLIC: dict[str, dict[str, Any]] = {
         "linear_value_head_dim": 128,
         "linear_conv_kernel_dim": 4,
     },
+    "Qwen3.5-4B": {
+        "model_type": "qwen3_5",
+        "text_config": {
+            "model_type": "qwen3_5_text",
+            "num_hidden_layers": 32,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 8,
+            "linear_num_value_heads": 32,
+            "linear_num_key_heads": 16,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
+            "linear_conv_kernel_dim": 4,
+            # vLLM takes the type of states from here.
+            "mamba_ssm_dtype": "float32",
+        },
+    },
     "Granite 4.0-H-Small": {
         "model_type": "granitemoehybrid",
         "hidden_size": 4096,

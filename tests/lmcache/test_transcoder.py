@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from kvtc_vllm.codec.container import parse
+from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.config import ConfigError
 from kvtc_vllm.lmcache.positions import PositionBook
 from kvtc_vllm.lmcache.settings import load_settings
 from kvtc_vllm.lmcache.transcoder import Refused, Transcoder
+from tests.hybrid.public_configs import PUBLIC
 from tests.lmcache.chunks import SETTINGS, TOKENS, Key, chunk, error, fused, kv
 
 KEY = Key(b"\x01" * 32)
@@ -193,3 +197,21 @@ def test_only_a_book_that_hears_events_waits() -> None:
     assert book.start_of(b"a", wait=60) is None
     book.learn([b"a", b"b", b"c"], [0, 256, 512])
     assert [book.start_of(h, wait=0) for h in (b"a", b"b", b"c")] == [None, 256, 512]
+
+
+def test_latents_are_refused_at_start(tmp_path: Path) -> None:
+    """A chunk of theirs has the shape of one head's K and V, in another order."""
+    (tmp_path / "config.json").write_text(json.dumps(PUBLIC["DeepSeek-V3"]))
+    with pytest.raises(ArtifactError, match=r"latent attention .MLA.*serve it with KVTCConnector"):
+        make(model=str(tmp_path))
+
+
+def test_chunks_of_several_kinds_of_layers_are_refused_by_shape() -> None:
+    """With --separate-object-groups a chunk may be of windows, or of states, alone."""
+    windows = chunk(0)[:, :3].contiguous()
+    with pytest.raises(Refused, match=r"the artifact is for \d+ layers") as refused:
+        make().encode(windows, KEY)
+    assert refused.value.reason == "layout"
+    states = torch.zeros(1, 6, 1, 4096, dtype=torch.int8)
+    with pytest.raises(Refused, match="the chunk is int8"):
+        make().encode(states, KEY)

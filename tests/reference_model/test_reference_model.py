@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,14 @@ MODEL = Path(__file__).parent / "model"
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(MODEL)
+
+
+@pytest.mark.parametrize(
+    "script",
+    sorted(p.stem for p in Path(__file__).parent.glob("[a-z]*.py") if "test" not in p.stem),
+)
+def test_every_script_finds_what_it_imports(script: str) -> None:
+    importlib.import_module(script)
 
 
 def test_loads_and_generates(tokenizer: PreTrainedTokenizerFast) -> None:

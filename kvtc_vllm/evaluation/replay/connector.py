@@ -74,6 +74,16 @@ class KVTCEvaluationConnector(KVTCConnector):
             codec_factory=None if stays else partial(override_codec, wanted),
         )
 
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens per chunk, whole blocks of every cache group."""
+        return self._config.chunk_tokens
+
+    @property
+    def boundary_tokens(self) -> int:
+        """Tokens between two places where a request may go on."""
+        return self._geometry.boundary_tokens
+
 
 def override_codec(
     wanted: CodecOverride,

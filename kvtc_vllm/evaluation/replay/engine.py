@@ -55,7 +55,6 @@ class ReplayEngine:
         from vllm import LLM
         from vllm.config import KVTransferConfig
 
-        self.chunk_tokens = chunk_tokens
         self.window = method.window
         settings: dict[str, Any] = {
             "dtype": "bfloat16",
@@ -77,7 +76,10 @@ class ReplayEngine:
             **settings,
         )
         settled = self._llm.llm_engine.vllm_config
-        self.block_size = int(settled.cache_config.block_size)
+        scheduler = self._llm.llm_engine.engine_core.engine_core.scheduler
+        self.chunk_tokens = int(scheduler.connector.chunk_tokens)
+        """As the connector settled on, for the model's blocks."""
+        self.block_size = int(scheduler.connector.boundary_tokens)
         self.max_model_len = int(settled.model_config.max_model_len)
 
     def run(self, requests: Sequence[Request]) -> list[Scores]:
