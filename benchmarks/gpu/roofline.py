@@ -25,7 +25,7 @@ from benchmarks.gpu.offline.tile_costs import instructions_per_code  # isort: sk
 from benchmarks.gpu.report import append, parser
 from kvtc_vllm.codec.artifact import KINDS
 from kvtc_vllm.codec.entropy import DEFLATE
-from kvtc_vllm.codec.kernels.paged_codec import PagedKvtcCodec
+from kvtc_vllm.codec.kernels.paged_codec import PagedCodec
 from kvtc_vllm.codec.kernels.paged_reader import LARGEST_WAVE
 from kvtc_vllm.codec.payload import BitPlan, encode_payload
 from kvtc_vllm.codec.quantizers import REGISTRY
@@ -118,7 +118,7 @@ def predict(
     gpu: Gpu,
     case: Case,
     tokens: int,
-    codec: PagedKvtcCodec,
+    codec: PagedCodec,
     costs: dict[str, float],
     host: dict[str, Any],
 ) -> dict[str, Any]:
@@ -177,17 +177,18 @@ def _largest(seconds: dict[str, float]) -> str:
 
 
 def _stages(
-    case: Case, tokens: int, codec: PagedKvtcCodec, costs: dict[str, float], gpu: Gpu
+    case: Case, tokens: int, codec: PagedCodec, costs: dict[str, float], gpu: Gpu
 ) -> tuple[list[Stage], list[Stage]]:
     """Of a load, of a store; over all layer groups."""
     shape, resident = SHAPES[case.shape], codec.resident
+    plans = codec.coding.plans
     cache = tokens * shape.token_bytes * case.dtype.itemsize / 2
     elements = tokens * shape.token_bytes / 2
     payload = stored = flops = columns = bases = 0.0
     unpack = pack = 0.0
     for group in resident.layer_groups:
         for tensor in KINDS:
-            plan, width = resident.plans[group, tensor], resident.width(group, tensor)
+            plan, width = plans[group, tensor], resident.width(group, tensor)
             row = resident.geometry.row_size(group, tensor)
             raw = plan.raw_length(CHUNK) / CHUNK * tokens
             payload += raw

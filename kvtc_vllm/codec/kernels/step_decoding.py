@@ -263,17 +263,17 @@ def _unpack_kernel(  # type: ignore[no-untyped-def]
     target = coefficients + column + lane
     copied = marked_out + column + lane
     if bits == 2:
-        _unpack_tile(
+        unpack_tile(
             target, row_stride, copied, marked_stride, marks, first_row, payload, payload, own,
             own < two, low, high, length, tokens, known, listed, numbers, 2, MARKED,
         )  # fmt: skip
     elif bits == 4:
-        _unpack_tile(
+        unpack_tile(
             target, row_stride, copied, marked_stride, marks, first_row, payload, payload + size2,
             own, own < four, low, high, length, tokens, known, listed, numbers, 4, MARKED,
         )  # fmt: skip
     else:
-        _unpack_tile(
+        unpack_tile(
             target, row_stride, copied, marked_stride, marks, first_row, payload,
             payload + size2 + size4, own, own < eight, low, high, length, tokens, known, listed,
             numbers, 8, MARKED,
@@ -281,7 +281,7 @@ def _unpack_kernel(  # type: ignore[no-untyped-def]
 
 
 @jit()
-def _unpack_tile(  # type: ignore[no-untyped-def]
+def unpack_tile(  # type: ignore[no-untyped-def]
     target,
     row_stride,
     copied,

@@ -186,19 +186,19 @@ def _encode_kernel(  # type: ignore[no-untyped-def]
     place = places + (section * chunks + chunk) * _PLACE
     own = index + lane
     if bits == 2:
-        _encode_tile(
+        encode_tile(
             source, row_stride, marks, first_row, packed, own, own < two, tokens, dead, shift,
             numbers, escapes + counted, wides + counted, place, pool, capacity,
             magnitudes + chunk, 2, MARKED, ESCAPES,
         )  # fmt: skip
     elif bits == 4:
-        _encode_tile(
+        encode_tile(
             source, row_stride, marks, first_row, packed + size2, own, own < four, tokens, dead,
             shift, numbers, escapes + counted, wides + counted, place, pool, capacity,
             magnitudes + chunk, 4, MARKED, ESCAPES,
         )  # fmt: skip
     else:
-        _encode_tile(
+        encode_tile(
             source, row_stride, marks, first_row, packed + size2 + size4, own, own < eight, tokens,
             dead, shift, numbers, escapes + counted, wides + counted, place, pool, capacity,
             magnitudes + chunk, 8, MARKED, ESCAPES,
@@ -206,7 +206,7 @@ def _encode_kernel(  # type: ignore[no-untyped-def]
 
 
 @jit()
-def _encode_tile(  # type: ignore[no-untyped-def]
+def encode_tile(  # type: ignore[no-untyped-def]
     source,
     row_stride,
     marks,
