@@ -257,8 +257,8 @@ def encode_tile(  # type: ignore[no-untyped-def]
         elif MARKED == 2:
             x *= gain
         steps = tl.abs(x) * inverse
-        # Beyond it the chunk is refused, whatever its codes are.
-        level = tl.floor(tl.where(steps < _MAX_LEVEL, steps, _MAX_LEVEL) + shift[None, :])
+        # Beyond it the chunk is refused, and takes no room for escapes.
+        level = tl.floor(tl.where(steps < _MAX_LEVEL, steps, 0.0) + shift[None, :])
         level = tl.where(steps < dead[None, :], 0.0, level).to(tl.int32)
         code = tl.maximum(2 * level - tl.where(x > 0, 1, 0), 0)
         beyond = code - ESCAPE

@@ -29,7 +29,12 @@ from kvtc_vllm.codec.kernels.payload_coding import (
 from kvtc_vllm.codec.kernels.resident import ResidentArtifact, padded_payload
 from kvtc_vllm.codec.kernels.step_decoding import UNEVEN, decode_section, find_escapes
 from kvtc_vllm.codec.kernels.step_encoder import encode_step
-from kvtc_vllm.codec.kernels.step_tables import StepTables, column_order
+from kvtc_vllm.codec.kernels.step_tables import (
+    StepColumns,
+    StepTables,
+    bytes_per_column,
+    column_order,
+)
 from kvtc_vllm.codec.kernels.unit_coders import PlacedSections
 from kvtc_vllm.codec.kernels.verified import VerifiedBlob
 from kvtc_vllm.codec.marks import BEYOND_KIND, check_taken, no_beyond, unpack_marks
@@ -62,6 +67,9 @@ class StepPlanPayloads(PayloadCoding):
         self.rule = artifact.sink_rule
         self._per_key = 1 if self.rule is None else 2
         """Sections of each key."""
+        beyond = [plan.beyond for plan in self.plans.values()]
+        self._has_beyond = np.array([plan is not None for plan in beyond])
+        self._columns_beyond = np.array([StepColumns.of(plan).counts for plan in beyond], np.int64)
         self.tables = StepTables.build(self.plans, self.rule is not None, operand, device)
 
     def stored(self, blob: VerifiedBlob, coded: int) -> StoredPayloads:
@@ -71,12 +79,13 @@ class StepPlanPayloads(PayloadCoding):
         bitmap = read_section(blob.section(first), blob.view)
         marks = unpack_marks(bitmap, coded).numpy()
         lengths = self._lengths(blob, first + 1)
-        marked = int(marks.sum())
-        for i, plan in enumerate(self.plans.values()):
-            if plan.beyond is None or not marked:
-                no_beyond(blob.section(first + 2 + 2 * i))
-            elif lengths[2 * i + 1] < plan.beyond.raw_length(marked):
-                raise uneven_escapes()
+        marked, beyond = int(marks.sum()), lengths[1::2]
+        there = self._has_beyond & (marked > 0)
+        if beyond[~there].any():
+            number = 2 * int(np.flatnonzero(~there & (beyond > 0))[0])
+            no_beyond(blob.section(first + 2 + number))
+        if (beyond < self._columns_beyond @ bytes_per_column(marked)).any():
+            raise uneven_escapes()
         return StoredPayloads(first + 1, lengths, marks)
 
     def payload_room(self, chunks: int, tokens: int) -> int:

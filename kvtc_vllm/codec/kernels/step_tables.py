@@ -14,9 +14,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from kvtc_vllm.codec.artifact import Kind
+from kvtc_vllm.codec.entropy.unit_table import Lengths
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.kernels.resident import COLUMNS, ColumnOrder
 from kvtc_vllm.codec.quantizers.base import FP16_MAX
@@ -51,6 +53,12 @@ class StepColumns:
     @property
     def width(self) -> int:
         return len(self.sources)
+
+
+def bytes_per_column(tokens: Lengths | int) -> Lengths:
+    """Bytes of the packed codes of a column of each width: int64 [..., widths]."""
+    bits: Lengths = np.asarray(tokens, np.int64)[..., None] * np.array(WIDTHS, np.int64)
+    return -(-bits // 8)
 
 
 def unit_of(plan: StepPlan) -> float:
