@@ -129,12 +129,12 @@ class PagedReader(TransformCodec):
         thread = self._own.mine
         blobs = [memoryview(blob) for _, blob in chunks]
         uploads = UploadedBlobs(blobs, thread, self.device, self._units.reads_on_device)
-        per_chunk = decoder.workspace_bytes(self.coding, self.row_dtype, tokens)
         free = self.workspace_bytes - uploads.on_device.numel()
+        fitting = decoder.chunks_that_fit(self.coding, self.row_dtype, tokens, free)
         parts = waves(
             len(chunks),
             max(1, FIRST_WAVE // tokens),
-            max(1, min(LARGEST_WAVE // tokens, free // per_chunk)),
+            max(1, min(LARGEST_WAVE // tokens, fitting)),
         )
         largest = max(part.stop - part.start for part in parts)
         workspace = DecodeWorkspace.of(

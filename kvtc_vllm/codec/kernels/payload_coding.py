@@ -139,11 +139,16 @@ class PayloadCoding(ABC):
         """Of a blob with `coded` coded tokens, at least one. Raises ContainerError."""
 
     @abstractmethod
+    def chunk_room(self, tokens: int) -> tuple[int, int]:
+        """Bytes for the payloads of a chunk with so many coded tokens: as a rule, and at most."""
+
     def payload_room(self, chunks: int, tokens: int) -> int:
         """Bytes for the payloads of a step of a load; more are in another step.
 
         Enough for whatever one chunk may have.
         """
+        usual, most = self.chunk_room(tokens)
+        return max(chunks * usual, most)
 
     @abstractmethod
     def marked_room(self, chunks: int, tokens: int) -> int:

@@ -61,7 +61,8 @@ class StepPlanPayloads(PayloadCoding):
         self, artifact: RankArtifact, ratio: float, device: torch.device, operand: torch.dtype
     ) -> None:
         found = {key: step_plan(s, ratio) for key, s in artifact.sections.items()}
-        orders = {key: column_order(plan) for key, plan in found.items()}
+        marks = artifact.sink_rule is not None
+        orders = {key: column_order(plan, marks) for key, plan in found.items()}
         super().__init__(ResidentArtifact(artifact, orders, device, operand))
         self.plans = {key: found[key] for key in self.resident.keys}
         self.rule = artifact.sink_rule
@@ -70,7 +71,7 @@ class StepPlanPayloads(PayloadCoding):
         beyond = [plan.beyond for plan in self.plans.values()]
         self._has_beyond = np.array([plan is not None for plan in beyond])
         self._columns_beyond = np.array([StepColumns.of(plan).counts for plan in beyond], np.int64)
-        self.tables = StepTables.build(self.plans, self.rule is not None, operand, device)
+        self.tables = StepTables.build(self.plans, marks, operand, device)
 
     def stored(self, blob: VerifiedBlob, coded: int) -> StoredPayloads:
         first = int(blob.sinks > 0)
@@ -88,13 +89,11 @@ class StepPlanPayloads(PayloadCoding):
             raise uneven_escapes()
         return StoredPayloads(first + 1, lengths, marks)
 
-    def payload_room(self, chunks: int, tokens: int) -> int:
-        usual = self._packed_bytes(tokens) * _ROOM_FOR_ESCAPES
-        most = 0
-        for section in self.tables.sections:
-            most += 0 if section.plan is None else section.plan.most_raw_length(tokens)
+    def chunk_room(self, tokens: int) -> tuple[int, int]:
+        plans = [section.plan for section in self.tables.sections if section.plan is not None]
+        most = sum(plan.most_raw_length(tokens) for plan in plans)
         places = padded_payload(1) * len(self.tables.sections)
-        return max(chunks * (int(usual) + places), most + places)
+        return self.payload_bytes(tokens) + places, most + places
 
     def marked_room(self, chunks: int, tokens: int) -> int:
         if self.rule is None:

@@ -69,9 +69,9 @@ def unit_of(plan: StepPlan) -> float:
     return math.ldexp(1.0, -exponent)
 
 
-def column_order(plan: StepPlan) -> ColumnOrder:
-    """Of a plan and what is beyond it."""
-    own, beyond = StepColumns.of(plan), StepColumns.of(plan.beyond)
+def column_order(plan: StepPlan, marks: bool) -> ColumnOrder:
+    """Of a plan and, if blobs have marks, what is beyond it."""
+    own, beyond = StepColumns.of(plan), StepColumns.of(plan.beyond if marks else None)
     moved = torch.where(beyond.sources < 0, -1, beyond.sources + plan.rank)
     return ColumnOrder(own.width, torch.cat((own.sources, moved)), unit_of(plan))
 
