@@ -15,6 +15,7 @@ from benchmarks.gpu.offline import compiled  # isort: skip
 
 from kvtc_vllm.codec.kernels.jit import EXACT, jit  # isort: skip
 from kvtc_vllm.codec.kernels.resident import COLUMNS  # isort: skip
+from kvtc_vllm.codec.kernels.step_codes import TILE_WARPS  # isort: skip
 from kvtc_vllm.codec.kernels.step_decoding import unpack_tile  # isort: skip
 from kvtc_vllm.codec.kernels.step_encoding import encode_tile  # isort: skip
 from kvtc_vllm.codec.kernels.step_tables import TOKENS  # isort: skip
@@ -67,7 +68,7 @@ def step_instructions_per_code(capability: int) -> dict[tuple[str, int], float]:
         narrow = torch.zeros(1, 64, dtype=torch.float16)
         _unpack_kernel[(1,)](
             narrow, narrow.stride(0), marks, payload, counts, floats, floats, 64, 128, BITS=bits,
-            **EXACT,
+            num_warps=TILE_WARPS, **EXACT,
         )  # fmt: skip
         found["unpack", bits] = _cost(launches)
         for way, escapes in (("pack", False), ("escapes", True)):
@@ -75,7 +76,8 @@ def step_instructions_per_code(capability: int) -> dict[tuple[str, int], float]:
             wide = torch.zeros(1, 64)
             _encode_kernel[(1,)](
                 wide, wide.stride(0), marks, payload, counts, floats, floats, place, counts, 64,
-                128, 4096, BITS=bits, ESCAPES=escapes, **EXACT,
+                128, 4096, BITS=bits, ESCAPES=escapes, num_warps=TILE_WARPS,
+                **EXACT,
             )  # fmt: skip
             found[way, bits] = _cost(launches)
     return found

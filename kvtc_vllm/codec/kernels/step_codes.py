@@ -14,6 +14,8 @@ from kvtc_vllm.codec.v2.codes import WIDE, WIDE_BYTES
 
 TILE_COLUMNS = tl.constexpr(COLUMNS)
 TILE_TOKENS = tl.constexpr(TOKENS)
+TILE_WARPS = 8
+"""Warps of a program that works on a tile: with four, a thread needs up to 240 registers."""
 IS_WIDE = tl.constexpr(WIDE)
 PER_WIDE = tl.constexpr(WIDE_BYTES)
 
@@ -97,7 +99,10 @@ def column_sums(x):  # type: ignore[no-untyped-def]
 
 @jit()
 def exclusive_sums(source, target, columns, carry, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """target[i] = carry + the sum of source[:i]; returns carry + the sum of all. int32."""
+    """target[i] = carry + the sum of source[:i]; returns carry + the sum of all. int32.
+
+    carry: no constant, whose type sums would change.
+    """
     for first in range(0, columns, BLOCK):
         place = first + tl.arange(0, BLOCK)
         x = tl.load(source + place, mask=place < columns, other=0)

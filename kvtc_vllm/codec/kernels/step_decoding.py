@@ -17,6 +17,7 @@ from kvtc_vllm.codec.kernels.step_codes import (
     PER_WIDE,
     TILE_COLUMNS,
     TILE_TOKENS,
+    TILE_WARPS,
     before,
     column_sums,
     columns_of,
@@ -133,6 +134,7 @@ def decode_section(
         section.values.shape[1],
         section.numbers,
         MARKED=_ALL if all_marked else marked,
+        num_warps=TILE_WARPS,
         **EXACT,
     )
 
@@ -214,7 +216,7 @@ def _place_kernel(  # type: ignore[no-untyped-def]
     columns = filled(two) + filled(four) + filled(eight)
     place = chunk * num_columns + first
     target = wides if WIDE else escapes
-    found = exclusive_sums(wides + place, target + place, columns, 0, BLOCK)
+    found = exclusive_sums(wides + place, target + place, columns, columns * 0, BLOCK)
     total = totals + section * chunks + chunk
     if WIDE:
         size2, size4, size8 = packed_sizes(two, four, eight, tokens)

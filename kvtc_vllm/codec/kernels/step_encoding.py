@@ -17,6 +17,7 @@ from kvtc_vllm.codec.kernels.step_codes import (
     PER_WIDE,
     TILE_COLUMNS,
     TILE_TOKENS,
+    TILE_WARPS,
     before,
     column_sums,
     columns_of,
@@ -99,6 +100,7 @@ def encode_section(
             pool.magnitudes,
             MARKED=2 if all_marked else int(marks is not None),
             ESCAPES=escapes,
+            num_warps=TILE_WARPS,
             **EXACT,
         )
 
@@ -135,10 +137,10 @@ def _take_kernel(  # type: ignore[no-untyped-def]
     own, wide = escapes + at, wides + at
     end2 = filled(two)
     end4 = end2 + filled(four)
-    after2 = exclusive_sums(own, own, end2, 0, BLOCK)
+    after2 = exclusive_sums(own, own, end2, end2 * 0, BLOCK)
     after4 = exclusive_sums(own + end2, own + end2, filled(four), after2, BLOCK)
     after8 = exclusive_sums(own + end4, own + end4, filled(eight), after4, BLOCK)
-    large = exclusive_sums(wide, wide, end4 + filled(eight), 0, BLOCK)
+    large = exclusive_sums(wide, wide, end4 + filled(eight), end2 * 0, BLOCK)
     size = after8.to(tl.int64) + large.to(tl.int64) * PER_WIDE
     place = places + (number * chunks + chunk) * _PLACE
     tl.store(place, tl.atomic_add(used, size))
@@ -257,9 +259,10 @@ def encode_tile(  # type: ignore[no-untyped-def]
         elif MARKED == 2:
             x *= gain
         steps = tl.abs(x) * inverse
-        # Beyond it the chunk is refused, and takes no room for escapes.
-        level = tl.floor(tl.where(steps < _MAX_LEVEL, steps, 0.0) + shift[None, :])
-        level = tl.where(steps < dead[None, :], 0.0, level).to(tl.int32)
+        # Beyond it the chunk is refused, and takes no room for escapes. None is negative: the
+        # conversion rounds down.
+        level = (tl.where(steps < _MAX_LEVEL, steps, 0.0) + shift[None, :]).to(tl.int32)
+        level = tl.where(steps < dead[None, :], 0, level)
         code = tl.maximum(2 * level - tl.where(x > 0, 1, 0), 0)
         beyond = code - ESCAPE
         escape = tl.where(there & (beyond >= 0), 1, 0)
