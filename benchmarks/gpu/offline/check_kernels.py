@@ -6,7 +6,7 @@ Launches are those of the serving code itself on the shapes of `served.SERVED`. 
 spills registers, uses a fused multiply-add or flushes subnormals where results must equal the
 CPU's, reads or writes the cache in pieces of less than a word, needs more instructions per code
 than `MOST_PER_CODE`, or if serving compiles something that start-up has not. --quick: the first
-case only.
+case only, and no tiles of codec 2.
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ MOST_PER_CODE = {
     ("pack", 4): 47.0,
     ("pack", 8): 57.0,
 }
-MOST_PER_STEP_CODE = {
-    (way, bits): most
-    for way, most in (("unpack", 90.0), ("pack", 90.0), ("escapes", 90.0))
-    for bits in (2, 4, 8)
-}
 """By direction and bits: static instructions per code of a wide tile. A sixth above what it was
 when this was written."""
+MOST_PER_STEP_CODE = {
+    (way, bits): most
+    for way, most in (("unpack", 240.0), ("pack", 95.0), ("escapes", 200.0))
+    for bits in (2, 4, 8)
+}
+"""Of codec 2, for which no time was measured yet. A part of it runs only for wide escapes."""
 
 
 def main(arguments: list[str]) -> int:
@@ -65,7 +66,8 @@ def main(arguments: list[str]) -> int:
                 for code in launches.machine_code()
                 for p in inspect(code)
             ]
-        problems += [f"sm_{capability} {p}" for p in check_tiles(capability)]
+        checks = [check_tiles] if "--quick" in arguments else [check_tiles, check_step_tiles]
+        problems += [f"sm_{capability} {p}" for check in checks for p in check(capability)]
         seconds = time.perf_counter() - started
         print(f"sm_{capability}: {count} specialisations in {seconds:.0f} s", flush=True)
     for problem in problems:
@@ -108,15 +110,19 @@ def inspect(code: compiled.MachineCode) -> list[str]:
 def check_tiles(capability: int) -> list[str]:
     """Wide tiles that cost more than stated."""
     found = instructions_per_code(capability)
-    steps = step_instructions_per_code(capability)
     return [
-        f"{name}{way} of {bits} bits takes {cost:.1f} instructions per code"
-        for name, costs, most in (
-            ("", found, MOST_PER_CODE),
-            ("codec 2: ", steps, MOST_PER_STEP_CODE),
-        )
-        for (way, bits), cost in costs.items()
-        if cost > most[way, bits]
+        f"{way} of {bits} bits takes {cost:.1f} instructions per code"
+        for (way, bits), cost in found.items()
+        if cost > MOST_PER_CODE[way, bits]
+    ]
+
+
+def check_step_tiles(capability: int) -> list[str]:
+    """Tiles of codec 2 that cost more than stated."""
+    return [
+        f"codec 2: {way} of {bits} bits takes {cost:.1f} instructions per code"
+        for (way, bits), cost in step_instructions_per_code(capability).items()
+        if cost > MOST_PER_STEP_CODE[way, bits]
     ]
 
 
