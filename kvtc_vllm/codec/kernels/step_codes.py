@@ -92,6 +92,13 @@ def before(flags):  # type: ignore[no-untyped-def]
 
 
 @jit()
+def any_of(flags):  # type: ignore[no-untyped-def]
+    """Whether one of int32 [TOKENS, COLUMNS] is set: wide escapes are rare."""
+    rows = tl.reduce(flags, 1, tl.standard._elementwise_max)
+    return tl.reduce(rows, 0, tl.standard._elementwise_max) > 0
+
+
+@jit()
 def column_sums(x):  # type: ignore[no-untyped-def]
     """Of int32 [n, COLUMNS]."""
     return tl.reduce(x, 0, tl.standard._sum_combine)

@@ -18,6 +18,7 @@ from kvtc_vllm.codec.kernels.step_codes import (
     TILE_COLUMNS,
     TILE_TOKENS,
     TILE_WARPS,
+    any_of,
     before,
     column_sums,
     columns_of,
@@ -316,13 +317,15 @@ def unpack_tile(  # type: ignore[no-untyped-def]
         # Only inside the payload, whatever a damaged one asks for.
         at = low[None, :] + before(escape)
         byte = tl.load(payload + at, mask=(escape != 0) & (at < length), other=0).to(tl.int32)
-        wide = tl.where(byte == IS_WIDE, 1, 0)
-        at = high[None, :] + before(wide) * PER_WIDE
-        more = tl.load(payload + at, mask=(wide != 0) & (at < length), other=0).to(tl.int32)
-        most = tl.load(payload + at + 1, mask=(wide != 0) & (at + 1 < length), other=0)
-        code += byte + more + (most.to(tl.int32) << 8)
+        code += byte
         low += column_sums(escape)
-        high += column_sums(wide) * PER_WIDE
+        wide = tl.where(byte == IS_WIDE, 1, 0)
+        if any_of(wide):
+            at = high[None, :] + before(wide) * PER_WIDE
+            more = tl.load(payload + at, mask=(wide != 0) & (at < length), other=0).to(tl.int32)
+            most = tl.load(payload + at + 1, mask=(wide != 0) & (at + 1 < length), other=0)
+            code += more + (most.to(tl.int32) << 8)
+            high += column_sums(wide) * PER_WIDE
         level = (code + 1) >> 1
         tabled = (level > 0) & (level <= listed)
         x = tl.load(known[None, :] + level, mask=tabled, other=0.0)

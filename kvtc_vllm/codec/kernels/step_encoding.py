@@ -18,6 +18,7 @@ from kvtc_vllm.codec.kernels.step_codes import (
     TILE_COLUMNS,
     TILE_TOKENS,
     TILE_WARPS,
+    any_of,
     before,
     column_sums,
     columns_of,
@@ -271,12 +272,13 @@ def encode_tile(  # type: ignore[no-untyped-def]
             at = pool + low[None, :] + before(escape)
             byte = tl.minimum(beyond, IS_WIDE)
             tl.store(at, byte.to(tl.uint8), mask=escape != 0)
-            at = pool + high[None, :] + before(wide) * PER_WIDE
-            rest = beyond - IS_WIDE
-            tl.store(at, rest.to(tl.uint8), mask=wide != 0)
-            tl.store(at + 1, (rest >> 8).to(tl.uint8), mask=wide != 0)
             low += column_sums(escape)
-            high += column_sums(wide) * PER_WIDE
+            if any_of(wide):
+                at = pool + high[None, :] + before(wide) * PER_WIDE
+                rest = beyond - IS_WIDE
+                tl.store(at, rest.to(tl.uint8), mask=wide != 0)
+                tl.store(at + 1, (rest >> 8).to(tl.uint8), mask=wide != 0)
+                high += column_sums(wide) * PER_WIDE
         else:
             kept = tl.where(there, tl.minimum(code, ESCAPE), 0)
             store_codes(kept, packed, used, first, size, BITS)

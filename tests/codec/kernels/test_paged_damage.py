@@ -97,12 +97,9 @@ def uneven(blob: bytes) -> list[bytes]:
     found = [
         resealed(blob, 0, EncodedSection((), bytes([other])), 1) for other in (0, 1 << 6 | 1, 0xFF)
     ]
-    for number in (1, len(others)):
-        payload = read_section(others[number - 1], memoryview(blob))
-        found += [
-            resealed(blob, number, DEFLATE.encode([bytes(other)]), len(other))
-            for other in (payload + b"\0", b"\xff" * len(payload))
-        ]
+    one, last = (read_section(part, memoryview(blob)) for part in (others[0], others[-1]))
+    for number, payload in ((1, one + b"\0"), (len(others), b"\xff" * len(last))):
+        found.append(resealed(blob, number, DEFLATE.encode([bytes(payload)]), len(payload)))
     return found
 
 
