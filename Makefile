@@ -58,7 +58,8 @@ test-families: setup  ## every family of models, and pipeline stages, in an engi
 	KVTC_FAMILIES=all $(RUN) $(PYTEST) -m vllm tests/hybrid tests/connector/test_tensor_parallel.py
 
 test-kernels: setup  ## the kernels of every codec in the interpreter, all cases
-	KVTC_KERNELS=all $(RUN) $(PYTEST) tests/codec/kernels tests/connector/test_transfer.py
+	KVTC_KERNELS=all $(RUN) $(PYTEST) tests/codec/kernels tests/connector/test_transfer.py \
+		tests/connector/test_kernel_startup.py
 
 test-joint: setup  ## joint: delta in an engine, on an artifact of codec 2 made for it
 	KVTC_JOINT=1 $(RUN) $(PYTEST) -m vllm tests/connector/test_joint_delta_engine.py
