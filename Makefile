@@ -31,7 +31,7 @@ OLD_TESTS := tests/connector/test_contract.py tests/connector/test_restart.py \
 	tests/reliability/live/test_weight_updates.py tests/reliability/live/test_adapters.py \
 	tests/reliability/live/test_store_policy.py
 
-.PHONY: help setup setup-old test test-old test-families test-joint check check-kernels soak demo demo-quick serving \
+.PHONY: help setup setup-old test test-old test-families test-kernels test-joint check check-kernels soak demo demo-quick serving \
 	docs check-deploy release newcomer reference clean
 
 help:  ## this list
@@ -56,6 +56,10 @@ test-old: setup-old  ## the connector's contract and its restart on the old vLLM
 
 test-families: setup  ## every family of models, and pipeline stages, in an engine
 	KVTC_FAMILIES=all $(RUN) $(PYTEST) -m vllm tests/hybrid tests/connector/test_tensor_parallel.py
+
+test-kernels: setup  ## the kernels of every codec in the interpreter, all cases
+	KVTC_KERNELS=all $(RUN) $(PYTEST) tests/codec/kernels tests/connector/test_transfer.py \
+		tests/connector/test_kernel_startup.py
 
 test-joint: setup  ## joint: delta in an engine, on an artifact of codec 2 made for it
 	KVTC_JOINT=1 $(RUN) $(PYTEST) -m vllm tests/connector/test_joint_delta_engine.py

@@ -3,6 +3,7 @@
 python -m benchmarks.gpu.codec_stages                 # the grid of the headline figures
 python -m benchmarks.gpu.codec_stages --full          # everything
 python -m benchmarks.gpu.codec_stages --shape llama-3.1-8b --ratio 16 --layers 8
+python -m benchmarks.gpu.codec_stages --codec kvtc2   # the same grid with codec 2
 python -m benchmarks.gpu.codec_stages --device cpu --tiny --out /tmp/rows.json
 """
 
@@ -18,6 +19,7 @@ from benchmarks.gpu.models import SHAPES
 from benchmarks.gpu.paged_fixture import PagedFixture
 from benchmarks.gpu.report import append, parser, seconds
 from benchmarks.gpu.stages import product_flops, stage_ms
+from benchmarks.gpu.step_stages import step_stage_ms
 from kvtc_vllm.codec.base import Blob
 from kvtc_vllm.codec.container import parse
 from kvtc_vllm.codec.kernels.deflate_nvcomp import nvcomp_or_none
@@ -35,16 +37,21 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = args.tf32
     for case in _cases(args):
         with SideStream(device).to_end():  # as in serving
-            row = measure(case, device, args.precision, args.rounds, args.stages)
+            row = measure(case, device, args.precision, args.rounds, args.stages, args.codec)
         append(args.out, [row | {"tf32": args.tf32}], device)
 
 
 def measure(
-    case: Case, device: torch.device, precision: Any, rounds: int, stages: bool
+    case: Case,
+    device: torch.device,
+    precision: Any,
+    rounds: int,
+    stages: bool,
+    codec: str = "kvtc",
 ) -> dict[str, Any]:
     """One row."""
     shape, ratio, layers, chunk, tokens = case
-    fixture = PagedFixture(shape, layers, ratio, tokens, device, precision)
+    fixture = PagedFixture(shape, layers, ratio, tokens, device, precision, codec=codec)
     blobs = fixture.encode(chunk)
     loads = fixture.loads(chunk, blobs)
     encode = seconds(lambda: fixture.encode(chunk), device, rounds)
@@ -55,6 +62,7 @@ def measure(
     stored = sum(map(len, blobs))
     row: dict[str, Any] = {
         "bench": "codec",
+        "codec": codec,
         "shape": shape,
         "plan": ratio,
         "layers_per_group": layers or SHAPES[shape].layers,
@@ -73,7 +81,8 @@ def measure(
         "decode_gbps": round(fixture.raw_bytes / decode / 1e9, 3),
     }
     if stages:
-        row["stage_ms"] = stage_ms(fixture, chunk, rounds)
+        timed = stage_ms if codec == "kvtc" else step_stage_ms
+        row["stage_ms"] = timed(fixture, chunk, rounds)
     if device.type == "cuda":
         row["peak_bytes"] = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -120,6 +129,7 @@ def _arguments() -> argparse.Namespace:
     made.formatter_class = argparse.RawDescriptionHelpFormatter
     made.add_argument("--full", action="store_true", help="the whole grid: hours")
     made.add_argument("--shape", choices=sorted(SHAPES))
+    made.add_argument("--codec", choices=("kvtc", "kvtc2"), default="kvtc")
     made.add_argument("--ratio", type=float)
     made.add_argument("--layers", type=int, help="layers a group, 0 for all")
     made.add_argument("--chunk", type=int, help="tokens a chunk")

@@ -8,10 +8,13 @@ from itertools import pairwise
 
 import torch
 
+from benchmarks.gpu.step_plans import step_plan
 from kvtc_vllm.codec.artifact import KINDS, Geometry, RankArtifact, SectionBasis
 from kvtc_vllm.codec.payload import BitPlan, CoefficientGroup
 from kvtc_vllm.codec.quantizers import REGISTRY, group_cost_bits
 from kvtc_vllm.codec.rope import Rope
+from kvtc_vllm.codec.section_coder import SectionCoder
+from kvtc_vllm.codec.sink_rule import SinkRule
 
 SPECTRUM = 1.25
 """Variance of component i falls as i ** -SPECTRUM."""
@@ -42,9 +45,13 @@ SHAPES = {
 
 
 def synthetic_artifact(
-    shape: Shape, layers_per_group: int, ratios: tuple[float, ...], device: torch.device
+    shape: Shape,
+    layers_per_group: int,
+    ratios: tuple[float, ...],
+    device: torch.device,
+    codec: str = "kvtc",
 ) -> RankArtifact:
-    """Orthonormal bases and greedy plans; layers_per_group 0 means all layers together."""
+    """Orthonormal bases and plausible plans; layers_per_group 0 means all layers together."""
     step = layers_per_group or shape.layers
     groups = tuple(
         (first, min(first + step, shape.layers)) for first in range(0, shape.layers, step)
@@ -54,12 +61,30 @@ def synthetic_artifact(
     for group in range(len(groups)):
         for kind in KINDS:
             p = geometry.row_size(group, kind)
-            plans = {ratio: greedy_plan(p, ratio) for ratio in ratios}
-            rank = max(plan.rank for plan in plans.values())
+            plans = {ratio: plan_of(codec, p, ratio) for ratio in ratios}
+            rank = max(plan.total_rank for plan in plans.values())
             mean = torch.linspace(-1, 1, p)
             sections[group, kind] = SectionBasis(mean, cosine_basis(p, rank, device), plans)
     rope = Rope(rope_table(shape.head_size, shape.max_positions))
-    return RankArtifact(geometry, sections, (rope,), (0,) * shape.layers, b"benchmark artif.")
+    return RankArtifact(
+        geometry,
+        sections,
+        (rope,),
+        (0,) * shape.layers,
+        b"benchmark artif.",
+        codec=codec,
+        sink_rule=sink_rule_of(codec),
+    )
+
+
+def plan_of(codec: str, p: int, ratio: float) -> SectionCoder:
+    """How rows of p elements are coded. codec: "kvtc" or "kvtc2"."""
+    return greedy_plan(p, ratio) if codec == "kvtc" else step_plan(p, ratio, SPECTRUM)
+
+
+def sink_rule_of(codec: str) -> SinkRule | None:
+    """Two of 128 tokens are marked, as on SmolLM2, whichever they are."""
+    return None if codec == "kvtc" else SinkRule(layers=(1,), threshold=1e3, max_share=1.5 / 128)
 
 
 def cosine_basis(p: int, rank: int, device: torch.device) -> torch.Tensor:

@@ -10,8 +10,9 @@ from kvtc_vllm.codec.base import Blob
 from kvtc_vllm.codec.errors import CodecError
 from kvtc_vllm.codec.kernels.numeric import Precision, product
 from kvtc_vllm.codec.kernels.paged import PagedCache, block_slots, within
-from kvtc_vllm.codec.kernels.paged_codec import PagedKvtcCodec
+from kvtc_vllm.codec.kernels.paged_codec import PAGED_CODECS, PagedCodec
 from kvtc_vllm.codec.kernels.paged_io import scatter_rows
+from kvtc_vllm.codec.kernels.resident import ordered
 from tests.codec.kernels.requests import Load, Store
 
 BLOCK_SIZE = 16
@@ -31,6 +32,7 @@ class PagedFixture:
         precision: Precision = "float16",
         workspace_bytes: int = 4 << 30,
         dtype: torch.dtype = torch.bfloat16,
+        codec: str = "kvtc",
     ) -> None:
         self.shape: Shape = SHAPES[shape_name]
         self.tokens = tokens
@@ -46,8 +48,8 @@ class PagedFixture:
             for _ in range(shape.layers)
         ]
         self.cache = PagedCache.packed(layers, shape.head_size)
-        artifact = synthetic_artifact(shape, layers_per_group, (ratio,), device)
-        self.codec = PagedKvtcCodec(
+        artifact = synthetic_artifact(shape, layers_per_group, (ratio,), device, codec)
+        self.codec: PagedCodec = PAGED_CODECS[codec](
             artifact,
             ratio,
             self.cache,
@@ -99,15 +101,16 @@ class PagedFixture:
             for group, (start, end) in enumerate(resident.geometry.layer_groups):
                 for kind in KINDS:
                     basis = resident.synthesis[group, kind]
-                    p, rank = basis.shape[0], resident.plans[group, kind].rank
+                    order = resident.orders[group, kind]
+                    p, rank = basis.shape[0], int(order.sources.max()) + 1
                     uniform = torch.rand(
                         (len(part), rank), generator=drawn, device=part.device
                     ).clamp(1e-6, 1 - 1e-6)
                     laplace = -(uniform - 0.5).sign() * torch.log1p(-2 * (uniform - 0.5).abs())
                     x = laplace / 2**0.5 * deviations(p, rank, part.device)
                     rows = torch.empty(len(part), p, device=part.device)
-                    ordered = resident.column_order[group, kind].of_basis(x)
-                    product(ordered.to(basis.dtype), basis.T, rows)
+                    own = ordered(order.unit * x, order.sources)
+                    product(own.to(basis.dtype), basis.T, rows)
                     scatter_rows(
                         self.cache.tensor(kind),
                         part,

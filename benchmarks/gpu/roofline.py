@@ -10,6 +10,7 @@ in `GPUS`. Prints a line per stage and appends a row for each GPU.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,14 +22,19 @@ from benchmarks.gpu.models import SHAPES, deviations
 
 from benchmarks.gpu.offline.host_path import idle_device, measure  # isort: skip
 from benchmarks.gpu.offline.served import CHUNK, Case, ServedCodec  # isort: skip
+from benchmarks.gpu.offline.step_tile_costs import step_instructions_per_code  # isort: skip
 from benchmarks.gpu.offline.tile_costs import instructions_per_code  # isort: skip
 from benchmarks.gpu.report import append, parser
-from kvtc_vllm.codec.artifact import KINDS
+from kvtc_vllm.codec.artifact import KINDS, Kind
 from kvtc_vllm.codec.entropy import DEFLATE
-from kvtc_vllm.codec.kernels.paged_codec import PagedKvtcCodec
+from kvtc_vllm.codec.kernels.paged_codec import PagedCodec
 from kvtc_vllm.codec.kernels.paged_reader import LARGEST_WAVE
+from kvtc_vllm.codec.kernels.step_payloads import StepPlanPayloads
 from kvtc_vllm.codec.payload import BitPlan, encode_payload
 from kvtc_vllm.codec.quantizers import REGISTRY
+from kvtc_vllm.codec.section_coder import SectionCoder
+from kvtc_vllm.codec.v2.codes import encode_codes
+from kvtc_vllm.codec.v2.plan import StepPlan
 
 _CAPABILITY = 90
 _WARP = 32
@@ -83,9 +89,10 @@ def main() -> None:
     made.add_argument("shape", choices=sorted(SHAPES))
     made.add_argument("plan", type=float, help="target ratio")
     made.add_argument("--layers", type=int, default=8, help="layers per group")
+    made.add_argument("--codec", choices=("kvtc", "kvtc2"), default="kvtc")
     made.add_argument("--tokens", type=int, default=8192)
     args = made.parse_args()
-    case = Case(args.shape, args.layers, args.plan)
+    case = Case(args.shape, args.layers, args.plan, codec=args.codec)
     host = measure(case, args.tokens, args.rounds)
     served = ServedCodec(case, 4 * CHUNK, idle_device())
     costs = kernel_instructions(served)
@@ -108,7 +115,9 @@ def kernel_instructions(served: ServedCodec) -> dict[str, float]:
         if code.constants.get("HAS_MEAN"):
             tensor = "k" if code.constants["HALF"] else "v"
             found[f"{code.name} {tensor}"] = code.instructions * code.threads / _WARP
-    for (way, bits), cost in instructions_per_code(_CAPABILITY).items():
+    codec2 = isinstance(served.codec.coding, StepPlanPayloads)
+    tiles = step_instructions_per_code if codec2 else instructions_per_code
+    for (way, bits), cost in tiles(_CAPABILITY).items():
         found[f"{way} {bits}"] = cost / _WARP
     return found
 
@@ -118,7 +127,7 @@ def predict(
     gpu: Gpu,
     case: Case,
     tokens: int,
-    codec: PagedKvtcCodec,
+    codec: PagedCodec,
     costs: dict[str, float],
     host: dict[str, Any],
 ) -> dict[str, Any]:
@@ -143,6 +152,7 @@ def predict(
         print(f"{name} {stage.name:16} {seconds * 1e3:7.3f} ms, bound by {bound}")
     return {
         "bench": "roofline",
+        "codec": case.codec,
         "gpu": name,
         "shape": case.shape,
         "plan": case.ratio,
@@ -177,28 +187,29 @@ def _largest(seconds: dict[str, float]) -> str:
 
 
 def _stages(
-    case: Case, tokens: int, codec: PagedKvtcCodec, costs: dict[str, float], gpu: Gpu
+    case: Case, tokens: int, codec: PagedCodec, costs: dict[str, float], gpu: Gpu
 ) -> tuple[list[Stage], list[Stage]]:
     """Of a load, of a store; over all layer groups."""
     shape, resident = SHAPES[case.shape], codec.resident
+    plans: Mapping[tuple[int, Kind], SectionCoder] = codec.coding.plans
     cache = tokens * shape.token_bytes * case.dtype.itemsize / 2
     elements = tokens * shape.token_bytes / 2
     payload = stored = flops = columns = bases = 0.0
     unpack = pack = 0.0
     for group in resident.layer_groups:
         for tensor in KINDS:
-            plan, width = resident.plans[group, tensor], resident.width(group, tensor)
+            plan, width = plans[group, tensor], resident.width(group, tensor)
             row = resident.geometry.row_size(group, tensor)
-            raw = plan.raw_length(CHUNK) / CHUNK * tokens
+            raw, kept = (size / CHUNK * tokens for size in chunk_bytes(plan, row))
             payload += raw
-            stored += raw * stored_share(plan, row)
+            stored += kept
             flops += 2.0 * tokens * row * width
             columns += tokens * width
             bases += row * width * 2
-            for part in plan.groups:
-                bits = REGISTRY[part.type].bits
-                unpack += tokens * part.size * costs[f"unpack {bits}"]
-                pack += tokens * part.size * costs[f"pack {bits}"]
+            for bits, codes in codes_by_bits(plan).items():
+                # Codec 2 reads codes twice: to count escapes, which is less than half the work.
+                unpack += tokens * codes * costs[f"unpack {bits}"]
+                pack += tokens * codes * (costs[f"pack {bits}"] + costs.get(f"escapes {bits}", 0.0))
     rows = elements * codec.row_dtype.itemsize
     gathering, scattering = (
         tokens * shape.layers * (costs[f"{kernel} k"] + costs[f"{kernel} v"])
@@ -223,20 +234,36 @@ def _stages(
     return load, store
 
 
-def stored_share(plan: BitPlan, row: int) -> float:
-    """Stored over raw bytes of a chunk of `models`' synthetic data."""
+def codes_by_bits(plan: SectionCoder) -> dict[int, int]:
+    """Codes per token of each width."""
+    found: dict[int, int] = {}
+    if isinstance(plan, StepPlan):
+        return {part.width: len(part.columns) for part in plan.packed}
+    assert isinstance(plan, BitPlan)
+    for part in plan.groups:
+        bits = REGISTRY[part.type].bits
+        found[bits] = found.get(bits, 0) + part.size
+    return found
+
+
+def chunk_bytes(plan: SectionCoder, row: int) -> tuple[int, int]:
+    """Raw and stored bytes of a chunk of `models`' synthetic data."""
     key = (plan, row)
-    if key not in _SHARES:
+    if key not in _BYTES:
         drawn = torch.Generator().manual_seed(1)
         uniform = torch.rand((CHUNK, plan.rank), generator=drawn).clamp(1e-6, 1 - 1e-6) - 0.5
         laplace = -uniform.sign() * torch.log1p(-2 * uniform.abs())
         x = laplace / 2**0.5 * deviations(row, plan.rank, torch.device("cpu"))
-        streams = encode_payload(x, plan)
-        _SHARES[key] = len(DEFLATE.encode(streams).body) / max(1, sum(map(len, streams)))
-    return _SHARES[key]
+        if isinstance(plan, StepPlan):
+            streams = encode_codes(plan.quantise(x), plan.packed)
+        else:
+            assert isinstance(plan, BitPlan)
+            streams = encode_payload(x, plan)
+        _BYTES[key] = sum(map(len, streams)), len(DEFLATE.encode(streams).body)
+    return _BYTES[key]
 
 
-_SHARES: dict[tuple[BitPlan, int], float] = {}
+_BYTES: dict[tuple[SectionCoder, int], tuple[int, int]] = {}
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# One call of a borrowed GPU machine: setup | codec | model | vllm | serving [its arguments].
+# One call of a borrowed GPU machine: setup | codec | codec2 | model | vllm | serving [its arguments].
 # Each ends by itself below ten minutes, goes on after a failure, and ends with status 1 if there
 # was one. Rows: $OUT/CALL.json (default build/gpu). Unpacked packages stay in $TARGET (default
 # build/device-packages) for the next call; $SOURCES: folder of archives and wheels to unpack
 # before (default build/device/CALL, if it is there).
 set -u
 cd "$(dirname "$0")/../.."
-call=${1:?setup, codec, model, vllm or serving}
+call=${1:?setup, codec, codec2, model, vllm or serving}
 shift
 OUT=${OUT:-build/gpu}
 TARGET=${TARGET:-build/device-packages}
@@ -50,6 +50,12 @@ case $call in
     step 130 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/codec
     bench 60 raw_copy
     bench 230 codec_stages
+    ;;
+  codec2) # at most 490 s
+    step 80 "$PYTHON" -m benchmarks.gpu.smoke
+    step 130 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/codec/kernels -k "kvtc2 or step"
+    bench 50 codec_stages --shape llama-3.1-8b
+    bench 230 codec_stages --codec kvtc2
     ;;
   model) # at most 270 s
     bench 90 recompute

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -21,7 +22,7 @@ from kvtc_vllm.codec.entropy import DEFLATE
 from kvtc_vllm.codec.kernels.deflate_nvcomp import NVCOMP, NvcompDeflate
 from kvtc_vllm.codec.kernels.paged import PagedTensor, block_slots, rotations
 from kvtc_vllm.codec.kernels.paged_io import gather_rows, scatter_rows
-from kvtc_vllm.codec.kvtc import KvtcCodec
+from kvtc_vllm.codec.registry import open_codec
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.codec.streams import SideStream
 
@@ -35,6 +36,7 @@ def main() -> None:
     print(machine(device))
     checks: list[tuple[str, Callable[[torch.device], str]]] = [
         ("kernels against the CPU codec", check_codec),
+        ("codec 2 against the CPU codec", partial(check_codec, codec="kvtc2")),
         ("RoPE out and in again", check_rope),
     ]
     if device.type == "cuda":
@@ -42,6 +44,7 @@ def main() -> None:
             ("nvCOMP reads isal", check_reads_isal),
             ("isal reads nvCOMP", check_isal_reads),
             ("an 8K load of the 8B shape", check_large),
+            ("the same with codec 2", partial(check_large, codec="kvtc2")),
         ]
     failed = 0
     for name, check in checks:
@@ -55,11 +58,13 @@ def main() -> None:
     sys.exit(failed > 0)
 
 
-def check_codec(device: torch.device) -> str:
+def check_codec(device: torch.device, codec: str = "kvtc") -> str:
     """Blobs decode with the CPU codec to what the fast path loads."""
-    fixture = PagedFixture("tiny", 2, 4.0, 16, device)
+    fixture = PagedFixture("tiny", 2, 4.0, 16, device, codec=codec)
     blobs = fixture.encode(CHUNK)
-    reference = KvtcCodec(fixture.codec.artifact, 4.0, fixture.codec.dtype)
+    reference = open_codec(
+        codec, fixture.codec.dtype, artifact=fixture.codec.artifact, ratio=4.0, fast=False
+    )
     errors = fixture.codec.load(fixture.loads(CHUNK, blobs), CHUNK)
     assert errors == [None, None], errors
     worst = 0.0
@@ -119,9 +124,9 @@ def _isal_size() -> int:
     return len(DEFLATE.encode(_streams()).body)
 
 
-def check_large(device: torch.device) -> str:
+def check_large(device: torch.device, codec: str = "kvtc") -> str:
     """The headline case once, without timing it."""
-    fixture = PagedFixture("llama-3.1-8b", 8, 16.0, 8192, device)
+    fixture = PagedFixture("llama-3.1-8b", 8, 16.0, 8192, device, codec=codec)
     blobs = fixture.encode(128)
     errors = [e for e in fixture.codec.load(fixture.loads(128, blobs), 128) if e is not None]
     assert not errors, errors[0]

@@ -12,6 +12,7 @@ from benchmarks.gpu.report import seconds
 from kvtc_vllm.codec.artifact import KINDS
 from kvtc_vllm.codec.base import Blob
 from kvtc_vllm.codec.container import parse
+from kvtc_vllm.codec.kernels.bit_payloads import BitPayloads
 from kvtc_vllm.codec.kernels.chunks import RowLayout
 from kvtc_vllm.codec.kernels.numeric import product
 from kvtc_vllm.codec.kernels.paged import block_slots, within
@@ -30,7 +31,8 @@ def stage_ms(fixture: PagedFixture, chunk_tokens: int, rounds: int) -> dict[str,
     their sum may exceed its time.
     """
     codec = fixture.codec
-    device, resident = codec.device, codec.resident
+    device, resident, coding = codec.device, codec.resident, codec.coding
+    assert isinstance(coding, BitPayloads)
     stores = fixture.stores(chunk_tokens)
     layout = RowLayout.of([chunk_tokens] * len(stores))
     chunks, tokens = len(stores), layout.num_rows
@@ -54,7 +56,7 @@ def stage_ms(fixture: PagedFixture, chunk_tokens: int, rounds: int) -> dict[str,
     flags = torch.zeros(tokens, dtype=torch.int32, device=device)
     for group, (first, end) in enumerate(resident.geometry.layer_groups):
         for kind in KINDS:
-            tables = resident.tables(group, kind, layout.lengths)
+            tables = coding.tables(group, kind, layout.lengths)
             columns = resident.columns(group, kind)
             x = torch.zeros(tokens, columns.stop - columns.start, device=device)
             x = x.to(resident.operand)
@@ -109,10 +111,11 @@ def stage_ms(fixture: PagedFixture, chunk_tokens: int, rounds: int) -> dict[str,
 
 
 def product_flops(fixture: PagedFixture) -> int:
-    """Floating-point operations of the matrix products of one direction."""
+    """Floating-point operations of the matrix products of one direction, marked tokens' apart."""
+    resident = fixture.codec.resident
     return sum(
-        2 * fixture.tokens * basis.shape[0] * basis.shape[1]
-        for basis in fixture.codec.resident.analysis.values()
+        2 * fixture.tokens * basis.shape[0] * resident.width(*key)
+        for key, basis in resident.analysis.items()
     )
 
 

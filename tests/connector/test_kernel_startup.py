@@ -13,12 +13,13 @@ pytest.importorskip("triton", reason="kernels need Triton")
 pytest.importorskip("vllm")
 
 from kvtc_vllm.codec.artifact import at_ratio
-from kvtc_vllm.codec.kernels import bit_payloads
+from kvtc_vllm.codec.kernels import bit_payloads, step_payloads
 from kvtc_vllm.config import load_config
 from kvtc_vllm.connector import transfers
 from kvtc_vllm.connector.sizing import MemoryPlan
 from kvtc_vllm.connector.transfers import FoundArtifact, build_transfer, on_own_thread
 from kvtc_vllm.vllm_cache.layout import PagedLayout
+from tests.codec.kernels.codecs import ALL, artifact_of
 from tests.codec.kernels.fake_cuda import CUDA, FakeCuda
 from tests.codec.synthetic import SyntheticModel
 from tests.connector.fakes import BLOCK, geometry
@@ -98,6 +99,29 @@ def test_memory_is_planned_when_the_bases_are_there(
     served = build_transfer(found, config, layout(), SHAPE.only_group, plan)
     assert events == ["bases", "plan", "kernels"]
     assert served.codec.workspace_bytes == PLAN.workspace  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", [pytest.param("kvtc", marks=ALL[1].marks), ALL[1]])
+def test_kernels_are_tried_with_what_serving_has(
+    name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Blocks of zeros are stored and loaded, by codec 2 as chunks with marked tokens."""
+    launched: list[bool] = []
+    decode = step_payloads.decode_section
+    monkeypatch.setattr(transfers, "has_kernels", lambda device: True)
+    monkeypatch.setattr(
+        step_payloads,
+        "decode_section",
+        lambda *args, all_marked=False: (
+            launched.append(all_marked),
+            decode(*args, all_marked=all_marked),
+        ),
+    )
+    config = load_config({"codec": name, "ratio": 8, "chunk_tokens": BLOCK, "self_test": False})
+    found = FoundArtifact(artifact_of(name, MODEL, (8.0,)), None, Path())  # type: ignore[arg-type]
+    served = build_transfer(found, config, layout(), SHAPE.only_group, lambda: PLAN)
+    assert type(served.transfer).__name__ == "KernelTransfer", caplog.text
+    assert set(launched) == ({False, True} if name == "kvtc2" else set())
 
 
 def test_raw_goes_through_kernels_too(monkeypatch: pytest.MonkeyPatch) -> None:

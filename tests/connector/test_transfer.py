@@ -9,19 +9,19 @@ import pytest
 import torch
 
 from kvtc_vllm.codec.errors import CodecError
-from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.config import load_config
 from kvtc_vllm.connector.torch_transfer import TorchTransfer
 from kvtc_vllm.offload.messages import LoadItem, LoadJob, StepMetadata, StoreItem
 from kvtc_vllm.offload.names import Names
 from kvtc_vllm.offload.worker import KVTCWorker
 from kvtc_vllm.vllm_cache.layout import PagedLayout
+from tests.codec.kernels.codecs import ALL, REFERENCE, artifact_of
 from tests.codec.synthetic import SyntheticModel
 from tests.connector.fakes import BLOCK, geometry
 
 pytest.importorskip("triton", reason="kernels need Triton, which vLLM brings")
 
-from kvtc_vllm.codec.kernels.paged_codec import PagedKvtcCodec  # isort: skip
+from kvtc_vllm.codec.kernels.paged_codec import PAGED_CODECS  # isort: skip
 from kvtc_vllm.connector.kernel_transfer import KernelTransfer  # isort: skip
 
 pytestmark = [
@@ -50,9 +50,9 @@ LOADS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def artifact() -> Any:
-    return MODEL.artifact((8.0,), fit_rows=512)
+@pytest.fixture(scope="module", params=ALL)
+def artifact(request: pytest.FixtureRequest) -> Any:
+    return artifact_of(request.param, MODEL, (8.0,))
 
 
 class Pages:
@@ -67,8 +67,8 @@ class Pages:
         self.layout = PagedLayout(caches, replace(SHAPE.only_group, dtype=dtype))
         for number, item in enumerate(ITEMS):
             self.layout.scatter(item.block_ids, *MODEL.chunk(CHUNK, item.start, number, dtype))
-        codec = KvtcCodec(artifact, 8.0, dtype)
-        paged = PagedKvtcCodec(artifact, 8.0, self.layout.sides(), BLOCK)
+        codec = REFERENCE[artifact.codec](artifact, 8.0, dtype)
+        paged = PAGED_CODECS[artifact.codec](artifact, 8.0, self.layout.sides(), BLOCK)
         self.ways: dict[str, TorchTransfer | KernelTransfer] = {
             "torch": TorchTransfer(self.layout, codec, CHUNK),
             "kernels": KernelTransfer(paged, CHUNK),

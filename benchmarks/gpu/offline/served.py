@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.gpu.models import SHAPES, greedy_plan, rope_table
+from benchmarks.gpu.models import SHAPES, plan_of, rope_table, sink_rule_of
 from kvtc_vllm.codec.artifact import KINDS, Geometry, RankArtifact, SectionBasis
 from kvtc_vllm.codec.base import Blob
 from kvtc_vllm.codec.kernels import bit_payloads, step_encoder, step_payloads
 from kvtc_vllm.codec.kernels.deflate_nvcomp import copy_ranges
 from kvtc_vllm.codec.kernels.paged import PagedCache
-from kvtc_vllm.codec.kernels.paged_codec import PagedKvtcCodec
+from kvtc_vllm.codec.kernels.paged_codec import PAGED_CODECS, PagedCodec
 from kvtc_vllm.codec.kernels.paged_raw import PagedRawCodec
 from kvtc_vllm.codec.kernels.unit_coders import UnitCoder
 from kvtc_vllm.codec.rope import Rope
@@ -37,12 +37,14 @@ class Case:
     ratio: float = 16.0
     dtype: torch.dtype = torch.bfloat16
     heads_first: bool = False
+    codec: str = "kvtc"
 
     @property
     def name(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         order = "HND" if self.heads_first else "NHD"
-        return f"{self.shape} {self.layers_per_group} layers {self.ratio:g}x {dtype} {order}"
+        layers = f"{self.layers_per_group} layers"
+        return f"{self.codec} {self.shape} {layers} {self.ratio:g}x {dtype} {order}"
 
 
 SERVED = (
@@ -52,6 +54,8 @@ SERVED = (
     Case("llama-3.1-8b", dtype=torch.float8_e5m2),
     Case("llama-3.3-70b-tp2"),
     Case("mistral-nemo-12b", layers_per_group=4),
+    Case("llama-3.1-8b", codec="kvtc2"),
+    Case("llama-3.1-8b", dtype=torch.float8_e4m3fn, codec="kvtc2"),
 )
 
 
@@ -71,7 +75,7 @@ def paged_cache(case: Case, tokens: int) -> PagedCache:
 
 
 def artifact(case: Case) -> RankArtifact:
-    """Plans of `models.greedy_plan`, bases of zeros."""
+    """Plans of `models.plan_of`, bases of zeros."""
     shape = SHAPES[case.shape]
     step = case.layers_per_group
     groups = tuple(
@@ -82,15 +86,24 @@ def artifact(case: Case) -> RankArtifact:
     for group in range(len(groups)):
         for kind in KINDS:
             p = geometry.row_size(group, kind)
-            plan = greedy_plan(p, case.ratio)
-            basis = torch.zeros(p, plan.rank, dtype=torch.float16)
+            plan = plan_of(case.codec, p, case.ratio)
+            basis = torch.zeros(p, plan.total_rank, dtype=torch.float16)
             sections[group, kind] = SectionBasis(torch.zeros(p), basis, {case.ratio: plan})
     scales = None
     if case.dtype in FP8:
         scales = {kind: torch.ones(shape.layers) for kind in KINDS}
     rope = Rope(rope_table(shape.head_size, 16384))
     layers = (0,) * shape.layers
-    return RankArtifact(geometry, sections, (rope,), layers, b"benchmark artif.", scales=scales)
+    return RankArtifact(
+        geometry,
+        sections,
+        (rope,),
+        layers,
+        b"benchmark artif.",
+        scales=scales,
+        codec=case.codec,
+        sink_rule=sink_rule_of(case.codec),
+    )
 
 
 def without_products() -> None:
@@ -108,7 +121,9 @@ class ServedCodec:
 
     def __init__(self, case: Case, tokens: int, coder: UnitCoder | None = None) -> None:
         self.cache = paged_cache(case, tokens)
-        self.codec = PagedKvtcCodec(artifact(case), case.ratio, self.cache, BLOCK, coder=coder)
+        self.codec: PagedCodec = PAGED_CODECS[case.codec](
+            artifact(case), case.ratio, self.cache, BLOCK, coder=coder
+        )
         geometry = self.codec.geometry
         self.raw = PagedRawCodec(geometry, self.cache, BLOCK)
         self._blocks = CHUNK // BLOCK
@@ -126,12 +141,14 @@ class ServedCodec:
         """Store and load as `raw`."""
         self._loaded(self.raw, chunks, self._stored(self.raw, chunks), 0)
 
-    def _stored(self, codec: PagedKvtcCodec | PagedRawCodec, chunks: Iterable[int]) -> list[Blob]:
+    def _stored(self, codec: PagedCodec | PagedRawCodec, chunks: Iterable[int]) -> list[Blob]:
         stores = [Store(self._own(chunk), chunk * CHUNK) for chunk in chunks]
-        if isinstance(codec, PagedKvtcCodec):
+        if isinstance(codec, PagedCodec):
             staged = codec.stage(stores)
             for rows in staged.sink_rows.values():
                 rows.zero_()  # else they are whatever memory held, and refused if it is no number
+            if staged.squares is not None:
+                staged.squares.zero_()
             results = codec.encode_staged(staged)
         else:
             results = codec.encode_staged(codec.stage(stores))
@@ -144,7 +161,7 @@ class ServedCodec:
 
     def _loaded(
         self,
-        codec: PagedKvtcCodec | PagedRawCodec,
+        codec: PagedCodec | PagedRawCodec,
         chunks: Iterable[int],
         blobs: Iterable[Blob],
         first_block: int,

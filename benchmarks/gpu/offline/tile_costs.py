@@ -13,7 +13,8 @@ from benchmarks.gpu.offline import compiled  # isort: skip
 
 from kvtc_vllm.codec.kernels.code_tiles import wide_tile  # isort: skip
 from kvtc_vllm.codec.kernels.jit import EXACT, jit  # isort: skip
-from kvtc_vllm.codec.kernels.resident import COLUMNS, TOKENS  # isort: skip
+from kvtc_vllm.codec.kernels.bit_tables import TOKENS  # isort: skip
+from kvtc_vllm.codec.kernels.resident import COLUMNS  # isort: skip
 
 
 @jit(do_not_specialize=("size", "stream", "tokens", "first", "column"))

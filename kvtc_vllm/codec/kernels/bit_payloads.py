@@ -73,9 +73,10 @@ class BitPayloads(PayloadCoding):
         first = int(blob.sinks > 0)
         return StoredPayloads(first, blob.tables.sections["raw_length"][first:].astype(np.int64))
 
-    def payload_room(self, chunks: int, tokens: int) -> int:
-        strides = (self.tables(*key, (tokens,)).payload_stride for key in self.resident.keys)
-        return chunks * sum(strides)
+    def chunk_room(self, tokens: int) -> tuple[int, int]:
+        keys = self.resident.keys
+        size = sum(self.tables(*key, (tokens,)).payload_stride for key in keys)
+        return size, size
 
     def marked_room(self, chunks: int, tokens: int) -> int:
         return 0

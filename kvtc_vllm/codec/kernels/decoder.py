@@ -83,13 +83,14 @@ class DecodeWorkspace:
         )
 
 
-def workspace_bytes(coding: PayloadCoding, row_dtype: torch.dtype, tokens: int) -> int:
-    """Device memory that decoding takes for each chunk of a step, compressed bytes apart."""
+def chunks_that_fit(coding: PayloadCoding, row_dtype: torch.dtype, tokens: int, free: int) -> int:
+    """Chunks of a step for which a workspace takes at most `free` bytes; none may do."""
     resident = coding.resident
-    per_token = resident.longest_row * row_dtype.itemsize
-    per_token += resident.widest * resident.operand.itemsize
-    payload = coding.payload_room(1, tokens)
-    return tokens * per_token + 2 * payload + coding.memory_bytes(tokens, row_dtype)
+    each = coding.memory_bytes(tokens, row_dtype)
+    each += tokens * resident.longest_row * row_dtype.itemsize
+    each += tokens * resident.widest * resident.operand.itemsize
+    usual, most = coding.chunk_room(tokens)
+    return min(free // (each + 2 * usual), (free - 2 * most) // each)
 
 
 class Decoder:

@@ -124,7 +124,7 @@ class PagedCodec(PagedReader):
         for index in sinks:
             if not sound[ends[index] : ends[index + 1]].all():
                 results[index] = CodecError("non_finite", NON_FINITE)
-        marks = self._marks_of(staged)
+        marks = self.marks_of(staged)
         exact_parts = {
             index: ExactParts(future, marks.get(index, NO_MARKS)) for index, future in sinks.items()
         }
@@ -137,7 +137,7 @@ class PagedCodec(PagedReader):
             results = dict(zip(step.members, blobs, strict=True)) | results
         return [results[index] for index in range(len(staged.chunks))]
 
-    def _marks_of(self, staged: StagedChunks) -> dict[int, Marks]:
+    def marks_of(self, staged: StagedChunks) -> dict[int, Marks]:
         """The marked tokens of each chunk that has coded ones; empty if blobs do not say."""
         layout = staged.layout
         if staged.squares is None or self.artifact.sink_rule is None:

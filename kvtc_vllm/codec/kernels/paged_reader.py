@@ -129,12 +129,12 @@ class PagedReader(TransformCodec):
         thread = self._own.mine
         blobs = [memoryview(blob) for _, blob in chunks]
         uploads = UploadedBlobs(blobs, thread, self.device, self._units.reads_on_device)
-        per_chunk = decoder.workspace_bytes(self.coding, self.row_dtype, tokens)
         free = self.workspace_bytes - uploads.on_device.numel()
+        fitting = decoder.chunks_that_fit(self.coding, self.row_dtype, tokens, free)
         parts = waves(
             len(chunks),
             max(1, FIRST_WAVE // tokens),
-            max(1, min(LARGEST_WAVE // tokens, free // per_chunk)),
+            max(1, min(LARGEST_WAVE // tokens, fitting)),
         )
         largest = max(part.stop - part.start for part in parts)
         workspace = DecodeWorkspace.of(
@@ -168,7 +168,7 @@ class PagedReader(TransformCodec):
                 if wave is parts[-1]:
                     # Needed last, so another thread has time for them.
                     reading = host_threads().submit(self._read_sinks, verified, slots)
-                for part in _that_fit(wave, stored, limits):
+                for part in that_fit(wave, stored, limits):
                     own = {i: verified[i] for i in range(part.start, part.stop) if i in verified}
                     step = self._step(own, stored, chunks, part, tokens, slots)
                     if step is None:
@@ -298,17 +298,17 @@ class PagedReader(TransformCodec):
             scatter_rows(exact, slots, slots, self._unrotated, None, rows)
 
 
-def _that_fit(
+def that_fit(
     wave: slice, stored: Mapping[int, StoredPayloads], limits: tuple[int, int]
 ) -> list[slice]:
     """A wave cut into parts of which payload bytes and marked tokens fit a step's memory."""
     places = range(wave.start, wave.stop)
-    none = StoredPayloads(0, np.zeros(1, np.int64))
+    none = StoredPayloads(0, np.zeros(0, np.int64))
     found: list[slice] = []
     first, taken = wave.start, (0, 0)
     for place in places:
         own = stored.get(place, none)
-        needs = int(own.payload_bytes), int(own.marks.sum())
+        needs = own.payload_bytes, int(own.marks.sum())
         taken = taken[0] + needs[0], taken[1] + needs[1]
         if place > first and any(map(operator.gt, taken, limits)):
             found.append(slice(first, place))

@@ -26,6 +26,7 @@ from kvtc_vllm.codec.kernels.chunks import RowLayout
 from kvtc_vllm.codec.kernels.resident import ResidentArtifact, padded_payload
 from kvtc_vllm.codec.kernels.unit_coders import PlacedSections
 from kvtc_vllm.codec.kernels.verified import VerifiedBlob
+from kvtc_vllm.codec.section_coder import SectionCoder
 
 Marks = npt.NDArray[np.bool_]
 DEFLATE_SCRATCH = 4
@@ -123,10 +124,12 @@ class CodedSizes:
 class PayloadCoding(ABC):
     """Coefficients <-> payloads of one codec and artifact at one ratio. Thread-safe.
 
-    failures: why a chunk of a load is refused, by what its flag was set to.
+    failures: why a chunk of a load is refused, by what its flag was set to. plans: the section
+    coders, in the order of the container.
     """
 
     failures: ClassVar[Mapping[int, str]]
+    plans: Mapping[tuple[int, Kind], SectionCoder]
 
     def __init__(self, resident: ResidentArtifact) -> None:
         self.resident = resident
@@ -136,11 +139,16 @@ class PayloadCoding(ABC):
         """Of a blob with `coded` coded tokens, at least one. Raises ContainerError."""
 
     @abstractmethod
+    def chunk_room(self, tokens: int) -> tuple[int, int]:
+        """Bytes for the payloads of a chunk with so many coded tokens: as a rule, and at most."""
+
     def payload_room(self, chunks: int, tokens: int) -> int:
         """Bytes for the payloads of a step of a load; more are in another step.
 
         Enough for whatever one chunk may have.
         """
+        usual, most = self.chunk_room(tokens)
+        return max(chunks * usual, most)
 
     @abstractmethod
     def marked_room(self, chunks: int, tokens: int) -> int:

@@ -14,6 +14,8 @@ from kvtc_vllm.codec.v2.codes import WIDE, WIDE_BYTES
 
 TILE_COLUMNS = tl.constexpr(COLUMNS)
 TILE_TOKENS = tl.constexpr(TOKENS)
+TILE_WARPS = 8
+"""Warps of a program that works on a tile: with four, a thread needs up to 240 registers."""
 IS_WIDE = tl.constexpr(WIDE)
 PER_WIDE = tl.constexpr(WIDE_BYTES)
 
@@ -90,6 +92,13 @@ def before(flags):  # type: ignore[no-untyped-def]
 
 
 @jit()
+def any_of(flags):  # type: ignore[no-untyped-def]
+    """Whether one of int32 [TOKENS, COLUMNS] is set: wide escapes are rare."""
+    rows = tl.reduce(flags, 1, tl.standard._elementwise_max)
+    return tl.reduce(rows, 0, tl.standard._elementwise_max) > 0
+
+
+@jit()
 def column_sums(x):  # type: ignore[no-untyped-def]
     """Of int32 [n, COLUMNS]."""
     return tl.reduce(x, 0, tl.standard._sum_combine)
@@ -97,7 +106,10 @@ def column_sums(x):  # type: ignore[no-untyped-def]
 
 @jit()
 def exclusive_sums(source, target, columns, carry, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """target[i] = carry + the sum of source[:i]; returns carry + the sum of all. int32."""
+    """target[i] = carry + the sum of source[:i]; returns carry + the sum of all. int32.
+
+    carry: no constant, whose type sums would change.
+    """
     for first in range(0, columns, BLOCK):
         place = first + tl.arange(0, BLOCK)
         x = tl.load(source + place, mask=place < columns, other=0)

@@ -17,6 +17,8 @@ from kvtc_vllm.codec.kernels.step_codes import (
     PER_WIDE,
     TILE_COLUMNS,
     TILE_TOKENS,
+    TILE_WARPS,
+    any_of,
     before,
     column_sums,
     columns_of,
@@ -133,6 +135,7 @@ def decode_section(
         section.values.shape[1],
         section.numbers,
         MARKED=_ALL if all_marked else marked,
+        num_warps=TILE_WARPS,
         **EXACT,
     )
 
@@ -214,7 +217,7 @@ def _place_kernel(  # type: ignore[no-untyped-def]
     columns = filled(two) + filled(four) + filled(eight)
     place = chunk * num_columns + first
     target = wides if WIDE else escapes
-    found = exclusive_sums(wides + place, target + place, columns, 0, BLOCK)
+    found = exclusive_sums(wides + place, target + place, columns, columns * 0, BLOCK)
     total = totals + section * chunks + chunk
     if WIDE:
         size2, size4, size8 = packed_sizes(two, four, eight, tokens)
@@ -263,17 +266,17 @@ def _unpack_kernel(  # type: ignore[no-untyped-def]
     target = coefficients + column + lane
     copied = marked_out + column + lane
     if bits == 2:
-        _unpack_tile(
+        unpack_tile(
             target, row_stride, copied, marked_stride, marks, first_row, payload, payload, own,
             own < two, low, high, length, tokens, known, listed, numbers, 2, MARKED,
         )  # fmt: skip
     elif bits == 4:
-        _unpack_tile(
+        unpack_tile(
             target, row_stride, copied, marked_stride, marks, first_row, payload, payload + size2,
             own, own < four, low, high, length, tokens, known, listed, numbers, 4, MARKED,
         )  # fmt: skip
     else:
-        _unpack_tile(
+        unpack_tile(
             target, row_stride, copied, marked_stride, marks, first_row, payload,
             payload + size2 + size4, own, own < eight, low, high, length, tokens, known, listed,
             numbers, 8, MARKED,
@@ -281,7 +284,7 @@ def _unpack_kernel(  # type: ignore[no-untyped-def]
 
 
 @jit()
-def _unpack_tile(  # type: ignore[no-untyped-def]
+def unpack_tile(  # type: ignore[no-untyped-def]
     target,
     row_stride,
     copied,
@@ -314,13 +317,15 @@ def _unpack_tile(  # type: ignore[no-untyped-def]
         # Only inside the payload, whatever a damaged one asks for.
         at = low[None, :] + before(escape)
         byte = tl.load(payload + at, mask=(escape != 0) & (at < length), other=0).to(tl.int32)
-        wide = tl.where(byte == IS_WIDE, 1, 0)
-        at = high[None, :] + before(wide) * PER_WIDE
-        more = tl.load(payload + at, mask=(wide != 0) & (at < length), other=0).to(tl.int32)
-        most = tl.load(payload + at + 1, mask=(wide != 0) & (at + 1 < length), other=0)
-        code += byte + more + (most.to(tl.int32) << 8)
+        code += byte
         low += column_sums(escape)
-        high += column_sums(wide) * PER_WIDE
+        wide = tl.where(byte == IS_WIDE, 1, 0)
+        if any_of(wide):
+            at = high[None, :] + before(wide) * PER_WIDE
+            more = tl.load(payload + at, mask=(wide != 0) & (at < length), other=0).to(tl.int32)
+            most = tl.load(payload + at + 1, mask=(wide != 0) & (at + 1 < length), other=0)
+            code += more + (most.to(tl.int32) << 8)
+            high += column_sums(wide) * PER_WIDE
         level = (code + 1) >> 1
         tabled = (level > 0) & (level <= listed)
         x = tl.load(known[None, :] + level, mask=tabled, other=0.0)

@@ -16,10 +16,10 @@ from kvtc_vllm.codec.kernels.numeric import product
 from kvtc_vllm.codec.kernels.payload_coding import Marks, RawPayloads, row_magnitudes
 from kvtc_vllm.codec.kernels.resident import ResidentArtifact, padded_payload
 from kvtc_vllm.codec.kernels.step_encoding import PLACE, PayloadPool, encode_section
-from kvtc_vllm.codec.kernels.step_tables import StepTables
+from kvtc_vllm.codec.kernels.step_tables import StepTables, bytes_per_column
 from kvtc_vllm.codec.kernels.unit_cuts import cut_streams
 from kvtc_vllm.codec.streams import upload
-from kvtc_vllm.codec.v2.codes import MAX_ESCAPE_BYTES, WIDE_BYTES, WIDTHS
+from kvtc_vllm.codec.v2.codes import MAX_ESCAPE_BYTES, WIDE_BYTES
 
 _POOL_SHARE = 0.5
 """Bytes for the escapes of a step over those of its packed codes."""
@@ -52,8 +52,7 @@ class _Sizes:
             tokens[1::2] = [int(own.sum()) for own in marks]
             first_rows[1::2] = tokens[1].cumsum() - tokens[1]
         columns = np.array([section.columns.counts for section in tables.sections], np.int64)
-        bytes_each = -(-tokens[..., None] * np.array(WIDTHS) // 8)
-        packed = bytes_each * columns[:, None, :]
+        packed = bytes_per_column(tokens) * columns[:, None, :]
         padded = padded_payload(packed.sum(2))
         begins = (padded.ravel().cumsum() - padded.ravel()).reshape(padded.shape)
         most = MAX_ESCAPE_BYTES * (tokens * columns.sum(1)[:, None]).sum(0).max()

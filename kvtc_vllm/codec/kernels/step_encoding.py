@@ -17,6 +17,8 @@ from kvtc_vllm.codec.kernels.step_codes import (
     PER_WIDE,
     TILE_COLUMNS,
     TILE_TOKENS,
+    TILE_WARPS,
+    any_of,
     before,
     column_sums,
     columns_of,
@@ -99,6 +101,7 @@ def encode_section(
             pool.magnitudes,
             MARKED=2 if all_marked else int(marks is not None),
             ESCAPES=escapes,
+            num_warps=TILE_WARPS,
             **EXACT,
         )
 
@@ -135,10 +138,10 @@ def _take_kernel(  # type: ignore[no-untyped-def]
     own, wide = escapes + at, wides + at
     end2 = filled(two)
     end4 = end2 + filled(four)
-    after2 = exclusive_sums(own, own, end2, 0, BLOCK)
+    after2 = exclusive_sums(own, own, end2, end2 * 0, BLOCK)
     after4 = exclusive_sums(own + end2, own + end2, filled(four), after2, BLOCK)
     after8 = exclusive_sums(own + end4, own + end4, filled(eight), after4, BLOCK)
-    large = exclusive_sums(wide, wide, end4 + filled(eight), 0, BLOCK)
+    large = exclusive_sums(wide, wide, end4 + filled(eight), end2 * 0, BLOCK)
     size = after8.to(tl.int64) + large.to(tl.int64) * PER_WIDE
     place = places + (number * chunks + chunk) * _PLACE
     tl.store(place, tl.atomic_add(used, size))
@@ -186,19 +189,19 @@ def _encode_kernel(  # type: ignore[no-untyped-def]
     place = places + (section * chunks + chunk) * _PLACE
     own = index + lane
     if bits == 2:
-        _encode_tile(
+        encode_tile(
             source, row_stride, marks, first_row, packed, own, own < two, tokens, dead, shift,
             numbers, escapes + counted, wides + counted, place, pool, capacity,
             magnitudes + chunk, 2, MARKED, ESCAPES,
         )  # fmt: skip
     elif bits == 4:
-        _encode_tile(
+        encode_tile(
             source, row_stride, marks, first_row, packed + size2, own, own < four, tokens, dead,
             shift, numbers, escapes + counted, wides + counted, place, pool, capacity,
             magnitudes + chunk, 4, MARKED, ESCAPES,
         )  # fmt: skip
     else:
-        _encode_tile(
+        encode_tile(
             source, row_stride, marks, first_row, packed + size2 + size4, own, own < eight, tokens,
             dead, shift, numbers, escapes + counted, wides + counted, place, pool, capacity,
             magnitudes + chunk, 8, MARKED, ESCAPES,
@@ -206,7 +209,7 @@ def _encode_kernel(  # type: ignore[no-untyped-def]
 
 
 @jit()
-def _encode_tile(  # type: ignore[no-untyped-def]
+def encode_tile(  # type: ignore[no-untyped-def]
     source,
     row_stride,
     marks,
@@ -257,9 +260,10 @@ def _encode_tile(  # type: ignore[no-untyped-def]
         elif MARKED == 2:
             x *= gain
         steps = tl.abs(x) * inverse
-        # Beyond it the chunk is refused, whatever its codes are.
-        level = tl.floor(tl.where(steps < _MAX_LEVEL, steps, _MAX_LEVEL) + shift[None, :])
-        level = tl.where(steps < dead[None, :], 0.0, level).to(tl.int32)
+        # Beyond it the chunk is refused, and takes no room for escapes. None is negative: the
+        # conversion rounds down.
+        level = (tl.where(steps < _MAX_LEVEL, steps, 0.0) + shift[None, :]).to(tl.int32)
+        level = tl.where(steps < dead[None, :], 0, level)
         code = tl.maximum(2 * level - tl.where(x > 0, 1, 0), 0)
         beyond = code - ESCAPE
         escape = tl.where(there & (beyond >= 0), 1, 0)
@@ -268,12 +272,13 @@ def _encode_tile(  # type: ignore[no-untyped-def]
             at = pool + low[None, :] + before(escape)
             byte = tl.minimum(beyond, IS_WIDE)
             tl.store(at, byte.to(tl.uint8), mask=escape != 0)
-            at = pool + high[None, :] + before(wide) * PER_WIDE
-            rest = beyond - IS_WIDE
-            tl.store(at, rest.to(tl.uint8), mask=wide != 0)
-            tl.store(at + 1, (rest >> 8).to(tl.uint8), mask=wide != 0)
             low += column_sums(escape)
-            high += column_sums(wide) * PER_WIDE
+            if any_of(wide):
+                at = pool + high[None, :] + before(wide) * PER_WIDE
+                rest = beyond - IS_WIDE
+                tl.store(at, rest.to(tl.uint8), mask=wide != 0)
+                tl.store(at + 1, (rest >> 8).to(tl.uint8), mask=wide != 0)
+                high += column_sums(wide) * PER_WIDE
         else:
             kept = tl.where(there, tl.minimum(code, ESCAPE), 0)
             store_codes(kept, packed, used, first, size, BITS)

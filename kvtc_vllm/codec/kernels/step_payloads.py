@@ -29,7 +29,12 @@ from kvtc_vllm.codec.kernels.payload_coding import (
 from kvtc_vllm.codec.kernels.resident import ResidentArtifact, padded_payload
 from kvtc_vllm.codec.kernels.step_decoding import UNEVEN, decode_section, find_escapes
 from kvtc_vllm.codec.kernels.step_encoder import encode_step
-from kvtc_vllm.codec.kernels.step_tables import StepTables, column_order
+from kvtc_vllm.codec.kernels.step_tables import (
+    StepColumns,
+    StepTables,
+    bytes_per_column,
+    column_order,
+)
 from kvtc_vllm.codec.kernels.unit_coders import PlacedSections
 from kvtc_vllm.codec.kernels.verified import VerifiedBlob
 from kvtc_vllm.codec.marks import BEYOND_KIND, check_taken, no_beyond, unpack_marks
@@ -56,13 +61,17 @@ class StepPlanPayloads(PayloadCoding):
         self, artifact: RankArtifact, ratio: float, device: torch.device, operand: torch.dtype
     ) -> None:
         found = {key: step_plan(s, ratio) for key, s in artifact.sections.items()}
-        orders = {key: column_order(plan) for key, plan in found.items()}
+        marks = artifact.sink_rule is not None
+        orders = {key: column_order(plan, marks) for key, plan in found.items()}
         super().__init__(ResidentArtifact(artifact, orders, device, operand))
         self.plans = {key: found[key] for key in self.resident.keys}
         self.rule = artifact.sink_rule
         self._per_key = 1 if self.rule is None else 2
         """Sections of each key."""
-        self.tables = StepTables.build(self.plans, self.rule is not None, operand, device)
+        beyond = [plan.beyond for plan in self.plans.values()]
+        self._has_beyond = np.array([plan is not None for plan in beyond])
+        self._columns_beyond = np.array([StepColumns.of(plan).counts for plan in beyond], np.int64)
+        self.tables = StepTables.build(self.plans, marks, operand, device)
 
     def stored(self, blob: VerifiedBlob, coded: int) -> StoredPayloads:
         first = int(blob.sinks > 0)
@@ -71,21 +80,20 @@ class StepPlanPayloads(PayloadCoding):
         bitmap = read_section(blob.section(first), blob.view)
         marks = unpack_marks(bitmap, coded).numpy()
         lengths = self._lengths(blob, first + 1)
-        marked = int(marks.sum())
-        for i, plan in enumerate(self.plans.values()):
-            if plan.beyond is None or not marked:
-                no_beyond(blob.section(first + 2 + 2 * i))
-            elif lengths[2 * i + 1] < plan.beyond.raw_length(marked):
-                raise uneven_escapes()
+        marked, beyond = int(marks.sum()), lengths[1::2]
+        there = self._has_beyond & (marked > 0)
+        if beyond[~there].any():
+            number = 2 * int(np.flatnonzero(~there & (beyond > 0))[0])
+            no_beyond(blob.section(first + 2 + number))
+        if (beyond < self._columns_beyond @ bytes_per_column(marked)).any():
+            raise uneven_escapes()
         return StoredPayloads(first + 1, lengths, marks)
 
-    def payload_room(self, chunks: int, tokens: int) -> int:
-        usual = self._packed_bytes(tokens) * _ROOM_FOR_ESCAPES
-        most = 0
-        for section in self.tables.sections:
-            most += 0 if section.plan is None else section.plan.most_raw_length(tokens)
+    def chunk_room(self, tokens: int) -> tuple[int, int]:
+        plans = [section.plan for section in self.tables.sections if section.plan is not None]
+        most = sum(plan.most_raw_length(tokens) for plan in plans)
         places = padded_payload(1) * len(self.tables.sections)
-        return max(chunks * (int(usual) + places), most + places)
+        return self.payload_bytes(tokens) + places, most + places
 
     def marked_room(self, chunks: int, tokens: int) -> int:
         if self.rule is None:

@@ -14,9 +14,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from kvtc_vllm.codec.artifact import Kind
+from kvtc_vllm.codec.entropy.unit_table import Lengths
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.kernels.resident import COLUMNS, ColumnOrder
 from kvtc_vllm.codec.quantizers.base import FP16_MAX
@@ -53,6 +55,12 @@ class StepColumns:
         return len(self.sources)
 
 
+def bytes_per_column(tokens: Lengths | int) -> Lengths:
+    """Bytes of the packed codes of a column of each width: int64 [..., widths]."""
+    bits: Lengths = np.asarray(tokens, np.int64)[..., None] * np.array(WIDTHS, np.int64)
+    return -(-bits // 8)
+
+
 def unit_of(plan: StepPlan) -> float:
     """See `ColumnOrder.unit`."""
     if _LEAST_STEP <= plan.step < _MOST_STEP:
@@ -61,9 +69,9 @@ def unit_of(plan: StepPlan) -> float:
     return math.ldexp(1.0, -exponent)
 
 
-def column_order(plan: StepPlan) -> ColumnOrder:
-    """Of a plan and what is beyond it."""
-    own, beyond = StepColumns.of(plan), StepColumns.of(plan.beyond)
+def column_order(plan: StepPlan, marks: bool) -> ColumnOrder:
+    """Of a plan and, if blobs have marks, what is beyond it."""
+    own, beyond = StepColumns.of(plan), StepColumns.of(plan.beyond if marks else None)
     moved = torch.where(beyond.sources < 0, -1, beyond.sources + plan.rank)
     return ColumnOrder(own.width, torch.cat((own.sources, moved)), unit_of(plan))
 

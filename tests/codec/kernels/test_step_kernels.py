@@ -23,13 +23,15 @@ from kvtc_vllm.codec.kernels.payload_coding import (  # isort: skip
     StepPayloads,
     StoredPayloads,
 )
+from kvtc_vllm.codec.kernels.step_decoding import UNEVEN  # isort: skip
 from kvtc_vllm.codec.kernels.step_payloads import StepPlanPayloads  # isort: skip
 from kvtc_vllm.codec.kernels.step_tables import unit_of  # isort: skip
 from kvtc_vllm.codec.kernels.unit_cuts import cut_streams  # isort: skip
 
 RULE = SinkRule((0,), 0.0, 0.5)
-WIDTHS_K, WIDTHS_V = [2] * 70 + [4, 8] * 3, [8, 2, 4]
-BEYOND = [2, 4, 2]
+MANY = [2] * 70 + [4, 8] * 3, [2, 4, 2], [8, 2, 4]
+"""Widths of the columns of K, of what is beyond them, and of V."""
+FEW = [2, 2, 8, 2], [2], [4]
 
 
 def plan_of(widths: list[int], step: float, beyond: StepPlan | None = None) -> StepPlan:
@@ -41,15 +43,16 @@ def plan_of(widths: list[int], step: float, beyond: StepPlan | None = None) -> S
     return StepPlan(step, classes, kinds, values, rounding, 7.5, 1e4, 0.0, beyond)
 
 
-def coding_of(device: str, step: float = 0.1, operand: torch.dtype = torch.float32):
+def coding_of(device: str, step: float = 0.1, operand: torch.dtype = torch.float32, widths=MANY):
     """Bases are unit vectors: rows are coefficients, of K beyond the plan's, too."""
-    k = plan_of(WIDTHS_K, step, plan_of(BEYOND, step))
-    plans = {(0, "k"): k, (0, "v"): plan_of(WIDTHS_V, step)}
+    of_k, beyond, of_v = widths
+    k = plan_of(of_k, step, plan_of(beyond, step))
+    plans = {(0, "k"): k, (0, "v"): plan_of(of_v, step)}
     sections = {}
     for key, plan in plans.items():
         basis = torch.eye(plan.total_rank, dtype=torch.float16)
         sections[key] = SectionBasis(torch.zeros(plan.total_rank), basis, {8.0: plan})
-    geometry = Geometry(1, 1, k.total_rank, len(WIDTHS_V), ((0, 1),))
+    geometry = Geometry(1, 1, k.total_rank, len(of_v), ((0, 1),))
     artifact = RankArtifact(
         geometry, sections, (), (None,), bytes(16), codec="kvtc2", sink_rule=RULE
     )
@@ -194,7 +197,7 @@ def test_payloads_are_those_of_the_reference(device: str, step: float) -> None:
 def test_a_chunk_whose_escapes_find_no_room_comes_later(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    coding = coding_of(device)
+    coding = coding_of(device, widths=FEW)
     layout = RowLayout.of([4, 4])
     rows, marks = hard_rows(coding, 8, 3), marks_of(layout, 4)
     for x in rows.values():
@@ -216,51 +219,49 @@ def test_a_chunk_whose_escapes_find_no_room_comes_later(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38, 4000.0, 3276.7])
-def test_the_largest_coefficient_is_told(device: str, value: float) -> None:
+def test_the_largest_coefficient_is_told(device: str) -> None:
     """In steps; infinite only if it is, so that both refusals are told apart."""
-    coding = coding_of(device)
-    layout = RowLayout.of([2, 3])
-    rows = {kind: x.clamp(-50, 50) for kind, x in hard_rows(coding, 5, 5).items()}
-    rows["v"][1, 1] = value
-    found = encode(coding, layout, rows, [np.zeros(n, np.bool_) for n in layout.tokens])
-    first, second = found.magnitudes.cpu().view(torch.float32).tolist()
-    assert second < 32767
-    assert (first < float("inf")) == (abs(value) < float("inf"))
-    assert not first < 32767
+    values = [float("nan"), float("inf"), 3e38, 4000.0, 3276.7, 3276.5]
+    coding = coding_of(device, widths=FEW)
+    layout = RowLayout.of([2] * len(values))
+    rows = {kind: x.clamp(-0.2, 0.2) for kind, x in hard_rows(coding, 12, 5).items()}
+    rows["v"][1::2, 0] = torch.tensor(values)
+    raw = encode(coding, layout, rows, [np.zeros(2, np.bool_)] * len(values))
+    found = raw.magnitudes.cpu().view(torch.float32)
+    assert (found < float("inf")).tolist() == [False, False, True, True, True, True]
+    assert (found < 32767).tolist() == [False] * 5 + [True]
 
 
-def damages(payload: bytes) -> dict[str, bytes]:
-    """Of a payload of K: its escapes do not come out even any more."""
+def damages(payload: bytes) -> list[bytes]:
+    """Of a payload of K of four tokens: its escapes do not come out even any more."""
     packed = bytearray(payload)
     packed[0] |= 3
-    return {
-        "a byte less": payload[:-1],
-        "a byte more": payload + b"\0",
-        "no escapes at all": payload[: len(WIDTHS_K)],
-        "one more escape in the codes": bytes(packed),
-        "all codes are escapes": b"\xff" * len(payload),
-    }
+    return [
+        payload[:-1],
+        payload + b"\0",
+        payload[:7],
+        bytes(packed),
+        b"\xff" * len(payload),
+    ]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", list(damages(bytes(100))))
-def test_uneven_escapes_are_told_and_read_nothing_outside(device: str, name: str) -> None:
-    coding = coding_of(device)
-    layout = RowLayout.of([4, 4, 4])
-    rows = hard_rows(coding, 12, 6)
-    for x in rows.values():
-        x[:, 0] = 0.0
-    marks = [np.zeros(4, np.bool_)] * 3
-    payloads = payloads_of(encode(coding, layout, rows, marks))
-    count = len(coding.tables.sections)
-    payloads[count] = damages(payloads[count])[name]
-    found, flags = decode(coding, layout, payloads, marks)
-    assert flags == [0, 1, 0]
-    assert coding.failures[1] == "bounds: escapes do not end where the payload does"
-    for kind, wanted in restored(coding, layout, rows, marks).items():
-        assert torch.equal(found[kind][:4], wanted[:4])
-        assert torch.equal(found[kind][8:], wanted[8:])
+def test_uneven_escapes_are_told_and_read_nothing_outside(device: str) -> None:
+    coding = coding_of(device, widths=FEW)
+    rows = hard_rows(coding, 4, 6)
+    rows["k"][:, 0] = 0.0
+    rows["k"][:, 2] = 90.0
+    none = np.zeros(4, np.bool_)
+    own = payloads_of(encode(coding, RowLayout.of([4]), rows, [none]))
+    bad = damages(own[0])
+    layout = RowLayout.of([4] * (2 + len(bad)))
+    payloads = [part for first in (own[0], *bad, own[0]) for part in (first, *own[1:])]
+    found, flags = decode(coding, layout, payloads, [none] * len(layout.tokens))
+    assert flags == [0, *[UNEVEN] * len(bad), 0]
+    assert coding.failures[UNEVEN] == "bounds: escapes do not end where the payload does"
+    for kind, wanted in restored(coding, RowLayout.of([4]), rows, [none]).items():
+        assert torch.equal(found[kind][:4], wanted)
+        assert torch.equal(found[kind][-4:], wanted)
 
 
 def test_a_step_has_room_for_whatever_one_chunk_may_have() -> None:

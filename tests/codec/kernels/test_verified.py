@@ -8,21 +8,20 @@ import torch
 from kvtc_vllm.codec.container import CHECKSUM_BYTES, HEADER_BYTES, checksum, parse
 from kvtc_vllm.codec.errors import ContainerError
 from kvtc_vllm.codec.kernels.verified import ExpectedHead, has_checksum
-from kvtc_vllm.codec.kvtc import KvtcCodec
+from tests.codec.kernels.codecs import CODECS, REFERENCE, artifact_of, mark
 from tests.codec.synthetic import SyntheticModel
 
 MODEL = SyntheticModel(
     num_layers=2, num_kv_heads=1, head_size=4, head_size_v=4, layer_groups=((0, 1), (1, 2))
 )
-TOKENS = 8
+TOKENS = 32
 KEY = b"chunk"
 
 
-@pytest.fixture(scope="module")
-def codec():
-    return KvtcCodec(
-        MODEL.artifact((4.0, 8.0), fit_rows=256), 8.0, torch.bfloat16, bytes(range(16))
-    )
+@pytest.fixture(scope="module", params=CODECS)
+def codec(request):
+    artifact = artifact_of(request.param, MODEL, (4.0, 8.0), fit_rows=256)
+    return REFERENCE[request.param](artifact, 8.0, torch.bfloat16, bytes(range(16)))
 
 
 def quick(codec, blob, start):
@@ -42,9 +41,11 @@ def sealed(content: bytes) -> bytes:
 
 @pytest.mark.parametrize("start", [0, TOKENS])
 def test_a_blob_of_ours_is_known_at_once(codec, start):
-    blob = codec.encode(*MODEL.chunk(TOKENS, start, 3), start, KEY)
+    k, v = MODEL.chunk(TOKENS, start, 3)
+    blob = codec.encode(k, v, start, KEY)
     found = quick(codec, blob, start)
     assert found is not None
+    assert quick(codec, codec.encode(k, mark(v, [9]), start, KEY), start) is not None
     sections = parse(blob).sections
     assert [found.section(number) for number in range(len(sections))] == list(sections)
     assert found.sinks == codec._sinks(start, TOKENS)
@@ -84,7 +85,7 @@ def test_lengths_of_any_kind_are_no_error(codec):
 
 
 def test_another_ratio_or_name_is_left_to_the_thorough_look(codec):
-    other = KvtcCodec(codec.artifact, 4.0, torch.bfloat16, bytes(range(16)))
+    other = type(codec)(codec.artifact, 4.0, torch.bfloat16, bytes(range(16)))
     k, v = MODEL.chunk(TOKENS, 0, 3)
     assert quick(codec, other.encode(k, v, 0, KEY), 0) is None
     assert quick(codec, codec.encode(k, v, 0, b"another"), 0) is None
