@@ -57,8 +57,9 @@ test-old: setup-old  ## the connector's contract and its restart on the old vLLM
 test-families: setup  ## every family of models, and pipeline stages, in an engine
 	KVTC_FAMILIES=all $(RUN) $(PYTEST) -m vllm tests/hybrid tests/connector/test_tensor_parallel.py
 
-test-joint: setup  ## joint: delta in an engine, on an artifact of codec 2 made for it
-	KVTC_JOINT=1 $(RUN) $(PYTEST) -m vllm tests/connector/test_joint_delta_engine.py
+test-joint: setup  ## joint: delta and degrade in an engine, on an artifact of codec 2 made for it
+	KVTC_JOINT=1 $(RUN) $(PYTEST) -m vllm tests/connector/test_joint_delta_engine.py \
+		tests/connector/test_halving_engine.py
 
 test-lmcache: setup-lmcache  ## KVTC in LMCache: contract, storages, servers killed and shared
 	$(VENV_LMCACHE)/bin/python -m pytest tests/lmcache
