@@ -19,7 +19,8 @@ from kvtc_vllm.config import load_config
 from kvtc_vllm.connector.layout import PagedLayout
 from kvtc_vllm.connector.torch_transfer import TorchTransfer
 from kvtc_vllm.offload import disk_worker as disk_module
-from kvtc_vllm.offload.disk_worker import DiskNews, DiskWorker
+from kvtc_vllm.offload.disk_news import DiskNews
+from kvtc_vllm.offload.disk_worker import DiskWorker
 from kvtc_vllm.offload.geometry import codec_geometry
 from kvtc_vllm.offload.messages import LoadItem, LoadJob, StepMetadata, StoreItem
 from kvtc_vllm.offload.names import Names

@@ -1,4 +1,4 @@
-"""`degrade: halve` in a live engine. By `make test-joint`: it calibrates the model for codec 2."""
+"""`degrade` in a live engine. By `make test-joint`: it calibrates the model for codec 2."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_memory_that_is_too_small_keeps_more(reference_model: Path, extra: dict[
     assert roomy.get("kvtc_evicted_chunks", 0) == 0
     small = {**extra, "memory_bytes": int(0.6 * roomy["kvtc_tier_used_bytes"])}
     _, _, off = reloaded(reference_model, small, prompts)
-    _, answers, on = reloaded(reference_model, {**small, "degrade": "halve"}, prompts)
+    _, answers, on = reloaded(reference_model, {**small, "degrade": "memory"}, prompts)
     assert off["kvtc_evicted_chunks"] > on.get("kvtc_evicted_chunks", 0)
     assert on["kvtc_loaded_tokens"] > off.get("kvtc_loaded_tokens", 0)
     assert on["kvtc_halved_bytes"] > 0
