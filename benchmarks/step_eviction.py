@@ -23,7 +23,7 @@ from benchmarks.store_policy.__main__ import (
     RAW_BYTES,
     REQUESTS_PER_CHUNK,
     TIER_CHUNKS,
-    build,
+    build_of,
     count_hits,
 )
 from benchmarks.store_policy.engine import SimEngine, _Planned
@@ -87,7 +87,7 @@ def measure(trace: str, size: float, seed: int) -> dict[str, float]:
     requests = max(LEAST_REQUESTS, round(chunks * REQUESTS_PER_CHUNK))
 
     def hits(**keys: Any) -> tuple[HalvingEngine, float]:
-        engine, _, _ = build({"codec": "kvtc2", **keys}, kind=HalvingEngine)
+        engine, _, _ = build_of(HalvingEngine, {"codec": "kvtc2", **keys})
         source = TRACES[trace](chunks, requests, seed)
         return engine, count_hits(engine, source, requests // 2)["hit_share"]
 

@@ -14,12 +14,13 @@ pytest.importorskip("vllm")
 from kvtc_vllm.codec.errors import CodecError, ContainerError
 from kvtc_vllm.offload.disk_news import DiskHalved, DiskNews
 from kvtc_vllm.tiers.disk.layout import disk_bytes
+from kvtc_vllm.tiers.keys import RecordKey
 from tests.connector.test_disk_side import KEYS, gather, open_side, write
 from tests.reliability import disk as on_disk
 from tests.reliability.blobs import blob_of
 from tests.reliability.faults import FaultyFileSystem, WrappedFileSystem
 
-KEY = next(key for key in KEYS if len(blob_of(key)) > 12_000)
+KEY = RecordKey(next(key for key in KEYS if len(blob_of(key)) > 12_000))
 HEAD, CHECKSUM = 76, 16
 
 

@@ -31,7 +31,7 @@ from tests.connector.test_worker import Rig
 MODEL = SyntheticModel(num_layers=2, num_kv_heads=2, head_size=64)
 KEY = RecordKey(b"a" * 32)
 BLOCKS, FREE = [0, 1, 2, 3], [8, 9, 10, 11]
-DEGRADE = {"codec": "kvtc2", "ratio": 6, "degrade": "memory"}
+DEGRADE: dict[str, Any] = {"codec": "kvtc2", "ratio": 6, "degrade": "memory"}
 
 
 AS_IT_WAS = Halved(KEY, 0, 2, last=True, size=None)
@@ -50,7 +50,7 @@ def rig() -> Any:
     """A worker with one chunk in memory."""
     own = open_codec("kvtc2", torch.bfloat16, artifact=codec().artifact, ratio=6.0)
     assert isinstance(own, CpuKvtc2Codec)
-    made = Rig(own, memory=MemoryArena(1 << 20), halver=Requantiser(own, ENTROPY), **DEGRADE)
+    made = Rig(own, memory=MemoryArena(1 << 20), halver=Requantiser(own, ENTROPY))
     k, v = (x.bfloat16() for x in MODEL.chunk(128, 128, seed=3))
     made.worker.transfers[0]._layout.scatter(BLOCKS, k, v)  # type: ignore[attr-defined]
     made.store(KEY, BLOCKS, start=128)
