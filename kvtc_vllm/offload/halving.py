@@ -26,7 +26,8 @@ from kvtc_vllm.tiers.policies.halving import HalvingOrder
 logger = logging.getLogger("vllm.kvtc")
 
 ROOM = 8
-"""One part in so many of memory is kept free by halving, as `TierView.has_room` counts it."""
+"""One part in so many of a tier is kept free by halving, as `TierView.has_room` counts it. More
+where stores reserve more at once, up to half: else they would evict before anything is halved."""
 MOST_AT_ONCE = 32
 """Chunks that workers have been told to halve and have not reported."""
 
@@ -39,7 +40,12 @@ class SizedIndex(Protocol):
 
     @property
     def used(self) -> int:
-        """Bytes over all ranks."""
+        """Bytes over all ranks, reservations included."""
+        ...
+
+    @property
+    def ready_bytes(self) -> int:
+        """Bytes of what is there, over all ranks."""
         ...
 
     def bytes_of(self, key: RecordKey) -> int:
@@ -60,6 +66,7 @@ class HalvingOrders:
     def __init__(self, index: SizedIndex | None, order: HalvingOrder | None) -> None:
         self._index = index
         self._order = order
+        self._reserved = 0  # at once, the most so far
         self._running: dict[RecordKey, list[Halved]] = {}
         self._expected: dict[RecordKey, int] = {}
 
@@ -68,9 +75,11 @@ class HalvingOrders:
         found: list[RecordKey] = []
         if self._order is None or self._index is None:
             return found
-        limit = self._index.capacity - self._index.capacity // ROOM
+        capacity, ready = self._index.capacity, self._index.ready_bytes
+        self._reserved = max(self._reserved, self._index.used - ready)
+        limit = capacity - max(capacity // ROOM, min(self._reserved, capacity // 2))
         coming = sum(self._expected.values())
-        while len(self._running) < MOST_AT_ONCE and self._index.used - coming > limit:
+        while len(self._running) < MOST_AT_ONCE and ready - coming > limit:
             key = self._order.take_coldest()
             if key is None:
                 break

@@ -91,6 +91,11 @@ class DiskIndex:
         sizes[rank] = size
         self._complete[key] = self._packing.pack(sizes)
 
+    @property
+    def ready_bytes(self) -> int:
+        """As `used`: nothing is reserved."""
+        return self.used
+
     def bytes_of(self, key: RecordKey) -> int:
         """Of all parts together; 0 if not every rank has one."""
         packed = self._complete.get(key)

@@ -185,6 +185,23 @@ def test_as_many_are_named_as_make_room_and_not_twice() -> None:
     assert index.evictions == 0
 
 
+def test_room_for_what_stores_reserve_at_once() -> None:
+    index, orders = full(64)
+    assert orders.take() == []
+    for number in range(15):
+        assert index.reserve(RecordKey(b"new %d" % number), 2000)
+        index.commit(RecordKey(b"new %d" % number), 0, 1000)
+    assert orders.take() == []  # one after the other: an eighth is room enough
+    for number in range(10):
+        assert index.reserve(RecordKey(b"at once %d" % number), 2000)
+    # 79,000 bytes, and 20,000 that were reserved in a step: no more fits than 80,000.
+    assert orders.take() == []
+    for number in range(10):
+        index.commit(RecordKey(b"at once %d" % number), 0, 1000)
+    assert orders.take() == [RecordKey(b"%d" % number) for number in range(18)]
+    assert index.evictions == 0
+
+
 def test_what_freed_nothing_is_made_up_for() -> None:
     index, orders = full(94)
     named = orders.take()
@@ -202,6 +219,8 @@ def test_every_rank_reports_first() -> None:
     orders.reported(to_half(named))
     assert index.used == 2 * 94_000 - 13 * 500
     assert index.reserve(RecordKey(b"new"), 1000)
+    for rank in range(2):
+        index.commit(RecordKey(b"new"), rank, 1000)
     assert orders.take() == []
     orders.reported(to_half(named, rank=1))
     assert index.used == 2 * 95_000 - 2 * 13 * 500
