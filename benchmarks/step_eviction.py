@@ -23,7 +23,7 @@ from benchmarks.store_policy.__main__ import (
     RAW_BYTES,
     REQUESTS_PER_CHUNK,
     TIER_CHUNKS,
-    build,
+    build_of,
     count_hits,
 )
 from benchmarks.store_policy.engine import SimEngine, _Planned
@@ -55,11 +55,11 @@ class HalvingEngine(SimEngine):
         super()._run(planned)
         report = WorkerReport(step.epoch)
         for key in step.halve:
-            times = MOST_TIMES
+            times, size = MOST_TIMES, None
             if key in self.memory:
                 times = self.times[key] = min(MOST_TIMES, self.times.get(key, 0) + 1)
-                report.resized.append((key, 0, self._record_bytes >> times))
-            report.halved.append(Halved(key, 0, times, times == MOST_TIMES))
+                size = self._record_bytes >> times
+            report.halved.append(Halved(key, 0, times, times == MOST_TIMES, size))
         if step.halve:
             self.side.apply_report(report, set())
 
@@ -87,17 +87,17 @@ def measure(trace: str, size: float, seed: int) -> dict[str, float]:
     requests = max(LEAST_REQUESTS, round(chunks * REQUESTS_PER_CHUNK))
 
     def hits(**keys: Any) -> tuple[HalvingEngine, float]:
-        engine, _, _ = build({"codec": "kvtc2", **keys}, kind=HalvingEngine)
+        engine, _, _ = build_of(HalvingEngine, {"codec": "kvtc2", **keys})
         source = TRACES[trace](chunks, requests, seed)
         return engine, count_hits(engine, source, requests // 2)["hit_share"]
 
-    engine, halved = hits(degrade="halve")
+    engine, halved = hits(degrade="memory")
     loaded = [engine.loaded[times] for times in range(MOST_TIMES + 1)]
     shares = [number / max(1, sum(loaded)) for number in loaded]
     more = LARGER * TIER_CHUNKS * RAW_BYTES // RATIO
     return {
         "hits_off": hits()[1],
-        "hits_halve": halved,
+        "hits_halving": halved,
         "whole": shares[0],
         "once": shares[1],
         "twice": shares[2],

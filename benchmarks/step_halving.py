@@ -6,6 +6,7 @@
 The artifact is of codec 2. Its plan of --ratio gets two plans nested in it, fitted to training rows
 of the spool, as `kvtc fit --halvings 2` makes them. The chunk is the artifact's probe, rows that no
 fit has seen. All ways take turns in every round; figures are medians of CPU seconds per chunk.
+*resident_mb* is what the codec's matrices take with the one ratio, and with all three.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def main() -> None:
     codec = open_codec("kvtc2", rows.k.dtype, artifact=artifact, ratio=args.ratio)
     assert isinstance(codec, Kvtc2Codec)
     halver = Requantiser(codec, ENTROPY)
+    resident = [codec.resident_bytes]
     blobs = [codec.encode(rows.k, rows.v, rows.start)]
     for _ in range(TIMES):
         blobs.append(halver.halve(blobs[-1]))
@@ -66,12 +68,14 @@ def main() -> None:
             started = time.process_time()
             way()
             seconds[name].append(time.process_time() - started)
+    resident.append(codec.resident_bytes)
     found = {name: statistics.median(taken) for name, taken in seconds.items()}
     result = {
         "command": "python -m benchmarks.step_halving --artifact DIR --spool DIR "
         f"--ratio {args.ratio:g} --rounds {args.rounds}",
         "rows_of": rows.source,
         "tokens": rows.tokens,
+        "resident_mb": [round(taken / 1e6, 1) for taken in resident],
         "bytes": [len(blob) for blob in blobs],
         "milliseconds": {name: round(1e3 * taken, 2) for name, taken in found.items()},
         "of_encoding": {name: round(taken / found["encode"], 3) for name, taken in found.items()},

@@ -13,7 +13,15 @@ from kvtc_vllm.cli import COMMANDS
 from kvtc_vllm.config import ConfigKey, describe
 from kvtc_vllm.config.keys import describe_keys
 from kvtc_vllm.lmcache.settings import LMCacheSettings
-from kvtc_vllm.offload.stats import BY_KIND, CACHE_KINDS, COUNTERS, GAUGES, LABELLED
+from kvtc_vllm.offload.stats import (
+    BY_HALVINGS,
+    BY_KIND,
+    CACHE_KINDS,
+    COUNTERS,
+    GAUGES,
+    HALVINGS,
+    LABELLED,
+)
 
 PATH = Path(__file__).resolve().parents[1] / "docs" / "reference.md"
 
@@ -61,11 +69,15 @@ def _metrics() -> str:
         (f"`vllm:kvtc_{name}_total`", "counter, label `reason`", says)
         for name, (says, _) in LABELLED.items()
     ]
-    kinds = ", ".join(f"`{kind}`" for kind in CACHE_KINDS)
-    rows += [
-        (f"`vllm:kvtc_{name}_total`", f"counter, label `kind`: {kinds}", says)
-        for name, says in BY_KIND.items()
-    ]
+    for label, texts, values in (
+        ("kind", BY_KIND, CACHE_KINDS),
+        ("times", BY_HALVINGS, HALVINGS),
+    ):
+        allowed = ", ".join(f"`{value}`" for value in values)
+        rows += [
+            (f"`vllm:kvtc_{name}_total`", f"counter, label `{label}`: {allowed}", says)
+            for name, says in texts.items()
+        ]
     rows += [(f"`vllm:kvtc_{name}`", "gauge", says) for name, says in GAUGES.items()]
     return _table(["metric", "type", "meaning"], iter(rows))
 

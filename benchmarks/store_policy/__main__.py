@@ -133,13 +133,18 @@ def measure_bursts(memory: int, policy: str, seed: int) -> dict[str, float]:
     }
 
 
-def build(
-    keys: dict[str, Any], batch: int = BATCH, kind: type[Engine] = SimEngine
-) -> tuple[Engine, KVTCScheduler, int]:
+def build(keys: dict[str, Any], batch: int = BATCH) -> tuple[SimEngine, KVTCScheduler, int]:
     """An engine with GPU and tier of the sizes above, its scheduler side, bytes of a record.
 
     keys: of the configuration. batch: most tokens in a step.
     """
+    return build_of(SimEngine, keys, batch)
+
+
+def build_of(
+    kind: type[Engine], keys: dict[str, Any], batch: int = BATCH
+) -> tuple[Engine, KVTCScheduler, int]:
+    """As `build`, of a kind of engine."""
     record = RAW_BYTES if keys.get("codec") == "raw" else RAW_BYTES // RATIO
     config = load_config(
         {

@@ -47,19 +47,24 @@ def _check_degrade(config: KVTCConfig) -> None:
     if config.degrade_floor is not None and config.degrade == "off":
         raise ConfigError(
             f"degrade_floor={config.degrade_floor!r} contradicts degrade='off', which halves "
-            "nothing; remove degrade_floor or set degrade='halve'"
+            "nothing; remove degrade_floor or set degrade='memory'"
         )
     if config.degrade == "off":
         return
     if config.codec != "kvtc2":
         raise ConfigError(
-            f"degrade='halve' contradicts codec={config.codec!r}: only chunks of codec "
+            f"degrade={config.degrade!r} contradicts codec={config.codec!r}: only chunks of codec "
             "2 can be halved; set codec='kvtc2' or degrade='off'"
         )
     if config.joint != "off":
         raise ConfigError(
-            f"degrade='halve' contradicts joint={config.joint!r}, in which chunks share "
+            f"degrade={config.degrade!r} contradicts joint={config.joint!r}, in which chunks share "
             "bytes; set either to 'off'"
+        )
+    if config.degrade == "both" and config.disk_path is None:
+        raise ConfigError(
+            "degrade='both' needs a disk tier, and disk_path is not set; set it, or set "
+            "degrade='memory'"
         )
     floor, known = config.degrade_floor, config.quality is None
     if known and floor is not None and floor <= config.target_ratio:

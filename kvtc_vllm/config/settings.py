@@ -85,11 +85,11 @@ class KVTCConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         ),
     ] = "off"
     degrade: Annotated[
-        Literal["off", "halve"],
+        Literal["off", "memory", "both"],
         Meta(
-            description="`halve`, with `kvtc2` on a CPU: before memory evicts chunks it halves the "
-            "bytes of cold ones, at a cost in quality. The artifact must have nested plans "
-            "(`kvtc calibrate --halvings`)."
+            description="With `kvtc2` on a CPU: before `memory`, or `both` tiers, evict chunks, "
+            "they halve the bytes of cold ones, at a cost in quality. The artifact must have "
+            "nested plans (`kvtc calibrate --halvings`)."
         ),
     ] = "off"
     degrade_floor: Annotated[

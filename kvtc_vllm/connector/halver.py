@@ -13,7 +13,7 @@ from kvtc_vllm.codec.base import ChunkCodec
 from kvtc_vllm.codec.cpu import requantiser
 from kvtc_vllm.codec.v2.codec import ENTROPY
 from kvtc_vllm.config import ConfigError, KVTCConfig
-from kvtc_vllm.offload.halving import Halver
+from kvtc_vllm.offload.halver import Halver
 
 logger = logging.getLogger("vllm.kvtc")
 
@@ -28,19 +28,20 @@ def make_halver(
     """
     if config.degrade == "off":
         return None
+    asked = config.degrade
     if device.type != "cpu":
         raise ConfigError(
-            f"degrade='halve' is for engines on a CPU: on {device.type} the bases of one ratio "
+            f"degrade={asked!r} is for engines on a CPU: on {device.type} the bases of one ratio "
             "alone are resident, so halved chunks could not be loaded; set degrade='off'"
         )
     if len(codecs) > 1:
         raise ConfigError(
-            f"degrade='halve' is for models with one cache group, this one has {len(codecs)}; set "
-            "degrade='off'"
+            f"degrade={asked!r} is for models with one cache group, this one has {len(codecs)}; "
+            "set degrade='off'"
         )
     make = requantiser()
     if make is None:
-        raise ConfigError("degrade='halve' needs numba, which is not installed; install it")
+        raise ConfigError(f"degrade={asked!r} needs numba, which is not installed; install it")
     # Only now: it imports numba.
     from kvtc_vllm.codec.cpu.codec import CpuKvtc2Codec
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 
+from kvtc_vllm.codec.errors import CodecError, ContainerError
+from kvtc_vllm.offload.disk_news import DiskHalved, DiskNews
+from kvtc_vllm.offload.halver import Halver
 from kvtc_vllm.offload.namespace import START_SECONDS, Namespace
 from kvtc_vllm.offload.pace import Pace, PaceMeter
 from kvtc_vllm.tiers.blob_store import Blob
@@ -31,31 +32,6 @@ LIST_SECONDS = 600.0
 """Between two lists of the files: what changed since the last is asked for at a start."""
 LOST = frozenset({"missing", "corrupt", "foreign"})
 """Reasons of a failed read after which the chunk is not on disk any more."""
-
-
-@dataclass
-class DiskNews:
-    """What happened since the last time."""
-
-    stored: list[tuple[RecordKey, int]] = field(default_factory=list)
-    """Written, with the bytes that they take on disk."""
-    found: list[tuple[RecordKey, int]] = field(default_factory=list)
-    """There when the namespace was entered."""
-    read: list[tuple[RecordKey, bytes]] = field(default_factory=list)
-    """Read and verified."""
-    failed: list[RecordKey] = field(default_factory=list)
-    """Whose reads gave nothing."""
-    lost: list[RecordKey] = field(default_factory=list)
-    """Not on disk any more."""
-    errors: Counter[str] = field(default_factory=Counter)
-    """Reason -> count."""
-    written_bytes: int = 0
-    """Of the blobs in `stored`."""
-    repairs: int = 0
-    """Damaged files that were removed or made anew."""
-
-
-NO_NEWS = DiskNews()
 
 
 class DiskWorker:
@@ -138,6 +114,16 @@ class DiskWorker:
                 self._fail(key, error)
             else:
                 self._reads.append((key, handle))
+
+    def halve(self, keys: Sequence[RecordKey], halver: Halver) -> None:
+        """Halve chunks when a thread is free; `take_news` tells what became of each."""
+        namespace, epoch = self._namespace, self._epoch
+        for key in keys:
+            if namespace is not None:
+                self._submit_write(
+                    partial(self._halve, namespace, key, halver, epoch),
+                    partial(self._note_halved, DiskHalved(key, halver.most_times, True), epoch),
+                )
 
     def remove(self, keys: Sequence[RecordKey]) -> None:
         """Delete chunks when a thread is free."""
@@ -244,6 +230,37 @@ class DiskWorker:
             self._note_removed(namespace, epoch)
             self._end_write(key, epoch)
 
+    def _halve(self, namespace: Namespace, key: RecordKey, halver: Halver, epoch: int) -> None:
+        """What can't be halved is as if it had been, as often as can be.
+
+        The smaller blob takes the other's place; a process that is killed in between loses the
+        chunk.
+        """
+        done = DiskHalved(key, halver.most_times, True)
+        try:
+            if epoch != self._epoch:
+                return
+            blob = namespace.read(key)
+            new = halver.halve(blob, key)
+            if len(new) < len(blob):
+                size, times = namespace.store.write(key, new), halver.times_halved(new)
+                done = DiskHalved(key, times, times >= halver.most_times, size)
+        except Exception as error:
+            with self._lock:
+                damaged = isinstance(error, DiskError | ContainerError) and epoch == self._epoch
+                if damaged:
+                    self._news.lost.append(key)
+            if damaged or not isinstance(error, CodecError):
+                self._count(error)
+        finally:
+            self._note_removed(namespace, epoch)
+            self._note_halved(done, epoch)
+
+    def _note_halved(self, done: DiskHalved, epoch: int) -> None:
+        with self._lock:
+            if epoch == self._epoch:
+                self._news.halved.append(done)
+
     def _drain(
         self,
         namespace: Namespace,
@@ -336,6 +353,8 @@ class DiskWorker:
     def _count(self, error: Exception) -> None:
         """Whatever the exception is: one that a store does not declare is counted and logged."""
         reason = error.reason if isinstance(error, DiskError) else "other"
+        if isinstance(error, ContainerError):
+            reason = "corrupt"
         with self._lock:
             self._news.errors[reason] += 1
         if not isinstance(error, DiskError):

@@ -9,15 +9,16 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from kvtc_vllm.codec.base import Blob
 from kvtc_vllm.codec.errors import CodecError, ContainerError
-from kvtc_vllm.offload.messages import Halved
+from kvtc_vllm.offload.halver import Halver
+from kvtc_vllm.offload.messages import Halved, WorkerReport
 from kvtc_vllm.offload.rank_context import RankContext
 from kvtc_vllm.offload.threads import Throttle, share_of_thread, thread_pool
 from kvtc_vllm.tiers.blob_store import StoreError
-from kvtc_vllm.tiers.index import TierIndex
 from kvtc_vllm.tiers.keys import RecordKey
 from kvtc_vllm.tiers.memory import MemoryArena
 from kvtc_vllm.tiers.policies.halving import HalvingOrder
@@ -25,52 +26,60 @@ from kvtc_vllm.tiers.policies.halving import HalvingOrder
 logger = logging.getLogger("vllm.kvtc")
 
 ROOM = 8
-"""One part in so many of memory is kept free by halving, as `TierView.has_room` counts it."""
+"""One part in so many of a tier is kept free by halving, as `TierView.has_room` counts it. More
+where stores reserve more at once, up to half: else they would evict before anything is halved."""
 MOST_AT_ONCE = 32
 """Chunks that workers have been told to halve and have not reported."""
 
 
-class Halver(Protocol):
-    """Halves blobs. Pure; safe for many threads."""
+class SizedIndex(Protocol):
+    """What is needed of a tier's index."""
+
+    capacity: int
+    ranks: int
 
     @property
-    def most_times(self) -> int:
-        """How often a blob may be halved."""
+    def used(self) -> int:
+        """Bytes over all ranks, reservations included."""
         ...
 
-    def times_halved(self, blob: Blob) -> int:
-        """How often a blob of the memory tier was halved; 0 for what no plan of ours is of."""
+    @property
+    def ready_bytes(self) -> int:
+        """Bytes of what is there, over all ranks."""
         ...
 
-    def halve(self, blob: Blob, key: bytes) -> bytes:
-        """The chunk in about half the bytes, under the same name.
+    def bytes_of(self, key: RecordKey) -> int:
+        """Of a record over all ranks; 0 for one that is not complete."""
+        ...
 
-        Raises ContainerError as decoding would, CodecError if it can't be halved.
-        """
+    def resize(self, key: RecordKey, rank: int, size: int) -> None:
+        """Take note that a rank's part of a record takes other bytes."""
         ...
 
 
 class HalvingOrders:
-    """Which chunks workers are to halve. Used by the scheduler's thread only.
+    """Which chunks of a tier workers are to halve. Used by the scheduler's thread only.
 
-    order: which are cold; None: nothing is halved.
+    order: which are cold. Without it, or without a tier, nothing is halved.
     """
 
-    def __init__(self, index: TierIndex, order: HalvingOrder | None) -> None:
+    def __init__(self, index: SizedIndex | None, order: HalvingOrder | None) -> None:
         self._index = index
         self._order = order
-        self._ranks = index.ranks
-        self._limit = index.capacity - index.capacity // ROOM
+        self._reserved = 0  # at once, the most so far
         self._running: dict[RecordKey, list[Halved]] = {}
         self._expected: dict[RecordKey, int] = {}
 
     def take(self) -> list[RecordKey]:
         """Those of this step, coldest first."""
         found: list[RecordKey] = []
-        if self._order is None:
+        if self._order is None or self._index is None:
             return found
+        capacity, ready = self._index.capacity, self._index.ready_bytes
+        self._reserved = max(self._reserved, self._index.used - ready)
+        limit = capacity - max(capacity // ROOM, min(self._reserved, capacity // 2))
         coming = sum(self._expected.values())
-        while len(self._running) < MOST_AT_ONCE and self._index.used - coming > self._limit:
+        while len(self._running) < MOST_AT_ONCE and ready - coming > limit:
             key = self._order.take_coldest()
             if key is None:
                 break
@@ -81,20 +90,42 @@ class HalvingOrders:
         return found
 
     def reported(self, outcomes: Iterable[Halved]) -> None:
-        """What became of them. Sizes are told apart, as those of `TierIndex.resize`."""
+        """Take note of what became of them."""
         for one in outcomes:
             parts = self._running.get(one.key)
-            if parts is None or self._order is None:
+            if parts is None or self._order is None or self._index is None:
                 continue
+            if one.size is not None:
+                self._index.resize(one.key, one.rank, one.size)
             parts.append(one)
-            if len(parts) == self._ranks:
+            if len(parts) == self._index.ranks:
                 del self._running[one.key], self._expected[one.key]
-                self._order.halved(one.key, max(p.times for p in parts), any(p.last for p in parts))
+                # A rank that could not halve its part will not be able to the next time.
+                times, last = max(p.times for p in parts), any(p.last for p in parts)
+                self._order.halved(one.key, times, last)
 
     def clear(self) -> None:
         """Forget what runs: all names were given up."""
         self._running.clear()
         self._expected.clear()
+
+
+@dataclass(frozen=True)
+class TierHalving:
+    """Of both tiers."""
+
+    memory: HalvingOrders
+    disk: HalvingOrders
+
+    def reported(self, report: WorkerReport) -> None:
+        """Take note of what workers did."""
+        self.memory.reported(report.halved)
+        self.disk.reported(report.disk_halved)
+
+    def clear(self) -> None:
+        """Forget what runs."""
+        self.memory.clear()
+        self.disk.clear()
 
 
 class HalvingPipeline:
@@ -153,9 +184,9 @@ class HalvingPipeline:
             # What could not be halved is as if it had been, as often as can be.
             most = self._halver.most_times
             times = self._halver.times_halved(now) if kept else most
-            out.report.halved.append(Halved(key, self._rank, times, times >= most))
+            size = len(now) if kept else None
+            out.report.halved.append(Halved(key, self._rank, times, times >= most, size))
             if kept:
-                out.report.resized.append((key, self._rank, len(now)))
                 out.stats.add("halved_chunks", label=str(times))
                 out.stats.add("halved_bytes", len(blob) - len(now))
         self._outbox.notify()

@@ -85,15 +85,17 @@ class LoadJob:
 
 
 class Halved(NamedTuple):
-    """What became of a chunk that was to be halved.
+    """What became of a rank's part of a chunk that was to be halved.
 
-    times: how often its blob was halved by now. last: whether it can't be once more.
+    times: how often its blob was halved by now. last: whether it can't be once more. size: bytes
+    that it takes now, as its tier counts them; None if that is as before.
     """
 
     key: RecordKey
     rank: int
     times: int
     last: bool
+    size: int | None
 
 
 @dataclass
@@ -137,6 +139,8 @@ class StepMetadata:
     """To be forgotten in memory."""
     halve: list[RecordKey] = field(default_factory=list)
     """To be halved in memory, coldest first."""
+    disk_halve: list[RecordKey] = field(default_factory=list)
+    """To be halved on disk, coldest first."""
     give_up: Sequence[str] = ()
     """Requests whose loads end now: what is not loaded yet is recomputed."""
     loads: list[LoadJob] = field(default_factory=list)
@@ -163,7 +167,9 @@ class WorkerReport:
     resized: list[tuple[RecordKey, int, int]] = field(default_factory=list)
     """(key, rank, bytes) of what takes other bytes in memory than when it was stored."""
     halved: list[Halved] = field(default_factory=list)
-    """Of what was to be halved; new sizes are in `resized`."""
+    """Of what was to be halved in memory."""
+    disk_halved: list[Halved] = field(default_factory=list)
+    """Of what was to be halved on disk."""
     loading: Pace = field(default_factory=Pace)
     """Of loads, in tokens."""
     reading: Pace = field(default_factory=Pace)
@@ -187,6 +193,7 @@ class WorkerReport:
             self.stored
             or self.resized
             or self.halved
+            or self.disk_halved
             or self.dropped
             or self.bad
             or self.disk_stored
@@ -209,6 +216,7 @@ class WorkerReport:
         self.stored += other.stored
         self.resized += other.resized
         self.halved += other.halved
+        self.disk_halved += other.disk_halved
         self.dropped += other.dropped
         self.bad += other.bad
         self.disk_stored += other.disk_stored

@@ -14,7 +14,6 @@ from kvtc_vllm.offload.geometry import CacheGeometry
 from kvtc_vllm.offload.keys import LOAD, allowed
 from kvtc_vllm.offload.load_policy import LoadPolicy, Way
 from kvtc_vllm.offload.lookup import PrefixLookup
-from kvtc_vllm.offload.memory_index import memory_index
 from kvtc_vllm.offload.messages import LoadJob, StepMetadata, StoreItem, WorkerReport
 from kvtc_vllm.offload.on_evict import BlockReuse
 from kvtc_vllm.offload.promotion import Promotions
@@ -24,11 +23,10 @@ from kvtc_vllm.offload.stats import Stats
 from kvtc_vllm.offload.store_planner import StorePlanner
 from kvtc_vllm.offload.store_policy import StorePolicy, make_store_policy
 from kvtc_vllm.offload.store_timing import make_timing, stored_at_once
+from kvtc_vllm.offload.tier_indexes import tier_indexes
 from kvtc_vllm.offload.tier_stats import TierStats
 from kvtc_vllm.offload.tier_view import TierView
 from kvtc_vllm.offload.vllm_types import BlockPool, Request, SchedulerOutput
-from kvtc_vllm.tiers import policies
-from kvtc_vllm.tiers.disk_index import DiskIndex
 from kvtc_vllm.tiers.keys import RecordKey
 
 NONCE_BYTES = 8
@@ -63,14 +61,12 @@ class KVTCScheduler:
         self._chunk_tokens = config.chunk_tokens
         self._demotes = config.disk_write == "behind"
         ranks = geometry.ranks
-        memory = memory_index(config, ranks)
-        self.index, self._spare, self._halving = memory.index, memory.spare, memory.halving
-        self.disk: DiskIndex | None = None
+        tiers = tier_indexes(config, ranks)
+        self.index, self.disk = tiers.memory, tiers.disk
+        self._spare, self._halving = tiers.spare, tiers.halving
         self._load_policy = LoadPolicy(config.load_gate, ranks, keeps_part=geometry.keeps_all)
         self._promotions: Promotions | None = None
-        if config.disk_path is not None:
-            order = policies.REGISTRY[config.eviction](config.disk_capacity)
-            self.disk = DiskIndex(config.disk_capacity, ranks, order)
+        if self.disk is not None:
             self._promotions = Promotions(
                 self.index, self.disk, config.load_deadline, self._load_policy.worth_waiting
             )
@@ -286,7 +282,8 @@ class KVTCScheduler:
             touch=touched,
             promote=self._promotions.take_orders() if self._promotions is not None else [],
             evict=evicted,
-            halve=self._halving.take(),
+            halve=self._halving.memory.take(),
+            disk_halve=self._halving.disk.take(),
             give_up=self._load_policy.give_up(),
             loads=loads,
             stores=stores,
@@ -309,7 +306,7 @@ class KVTCScheduler:
                 self.index.commit(key, rank, size)
             for key, rank, size in report.resized:
                 self.index.resize(key, rank, size)
-            self._halving.reported(report.halved)
+            self._halving.reported(report)
             for key, rank in report.dropped:
                 self.index.abandon(key, rank)
             ended = [key for key, _, _ in report.stored] + [key for key, _ in report.dropped]

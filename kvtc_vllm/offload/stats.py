@@ -52,6 +52,7 @@ COUNTERS: dict[str, str] = {
     "faster",
     "disk_written_chunks": "Chunks written to disk, all ranks",
     "disk_written_bytes": "Real bytes of these",
+    "disk_halved_chunks": "Times that a chunk on disk was halved, all ranks",
     "disk_evicted_chunks": "Chunks that left the disk tier for its capacity",
     "disk_repairs": "Damaged files of the disk tier that were removed or made anew, all ranks",
     "halved_bytes": "Real bytes that halving chunks freed, all ranks",

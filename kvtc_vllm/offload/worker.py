@@ -19,9 +19,11 @@ import torch
 
 from kvtc_vllm.codec.errors import CodecError
 from kvtc_vllm.config import KVTCConfig
-from kvtc_vllm.offload.disk_worker import NO_NEWS, DiskWorker
+from kvtc_vllm.offload.disk_news import NO_NEWS, tell
+from kvtc_vllm.offload.disk_worker import DiskWorker
 from kvtc_vllm.offload.geometry import CacheGeometry
-from kvtc_vllm.offload.halving import Halver, HalvingPipeline
+from kvtc_vllm.offload.halver import Halver
+from kvtc_vllm.offload.halving import HalvingPipeline
 from kvtc_vllm.offload.kept_back import KeptBack
 from kvtc_vllm.offload.loading import LoadPipeline
 from kvtc_vllm.offload.messages import (
@@ -117,6 +119,7 @@ class KVTCWorker:
             self._outbox,
             None if halver is None else halver.times_halved,
         )
+        self._halver = halver
         self._halving: HalvingPipeline | None = None
         if halver is not None:
             assert isinstance(memory, MemoryArena)
@@ -176,6 +179,8 @@ class KVTCWorker:
             self._disk.remove(step.disk_remove)
             self._disk.touch(step.touch)
             self._disk.read(step.promote)
+            if self._halver is not None:
+                self._disk.halve(step.disk_halve, self._halver)
         self.arena.remove(step.evict)
         if self._halving is not None:
             self._halving.begin(step.halve, step.epoch)
@@ -380,19 +385,4 @@ class KVTCWorker:
             except StoreError:
                 failed.append(key)
         with self._outbox.open() as out:
-            out.report.stored += [(key, self._rank, size) for key, size in kept]
-            out.report.dropped += [(key, self._rank) for key in failed]
-            on_disk = [*news.found, *news.stored]
-            out.report.disk_stored += [(key, self._rank, size) for key, size in on_disk]
-            out.report.disk_lost += news.lost
-            for name, amount in (
-                ("promoted_chunks", len(kept)),
-                ("promoted_bytes", sum(size for _, size in kept)),
-                ("disk_written_chunks", len(news.stored)),
-                ("disk_written_bytes", news.written_bytes),
-                ("disk_repairs", news.repairs),
-            ):
-                if amount:
-                    out.stats.add(name, amount)
-            for reason, count in news.errors.items():
-                out.stats.add("disk_errors", count, label=reason)
+            tell(out, news, self._rank, kept, failed)

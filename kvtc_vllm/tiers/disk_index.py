@@ -81,6 +81,26 @@ class DiskIndex:
         if self.used > self._limit:
             self._make_room(key)
 
+    def resize(self, key: RecordKey, rank: int, size: int) -> None:
+        """Take note that a rank's part takes other bytes, and is as old as it was."""
+        packed = self._complete.get(key)
+        if packed is None:
+            return
+        sizes = list(self._packing.unpack(packed))
+        self.used += size - sizes[rank]
+        sizes[rank] = size
+        self._complete[key] = self._packing.pack(sizes)
+
+    @property
+    def ready_bytes(self) -> int:
+        """As `used`: nothing is reserved."""
+        return self.used
+
+    def bytes_of(self, key: RecordKey) -> int:
+        """Of all parts together; 0 if not every rank has one."""
+        packed = self._complete.get(key)
+        return 0 if packed is None else sum(self._packing.unpack(packed))
+
     def lose(self, key: RecordKey) -> None:
         """Drop a record of which a rank's part is gone or bad; the other ranks' parts go too."""
         if self._drop(key):

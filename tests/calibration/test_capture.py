@@ -31,6 +31,7 @@ from kvtc_vllm.calibration.spool import SpoolWriter
 from kvtc_vllm.cli import main
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.sink_rule import SinkRule
+from kvtc_vllm.codec.v2.nesting import nested_ratios
 from tests.calibration.fitted import fill
 from tests.calibration.test_sensitivity import FOUND
 from tests.calibration.toy import HEADS, LAYERS, RATIOS, toy_header, toy_rope
@@ -250,6 +251,23 @@ def test_ordinary_tokens_are_the_default_where_sinks_are_protected(
     assert asked == "ordinary"
     # 60 % of the energy on 10 of 180 tokens: an error in one costs 25.5 times as much.
     assert gains == [pytest.approx(25.5**0.5)] * 4 + [1.0, 3.0]
+
+
+def test_nested_plans_are_called_alike_on_all_ranks(
+    runs: Runs, settings: CaptureSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spool = tmp_path / "spool"
+    capture_rows(settings, spool)
+    fit = ["fit", str(spool), *FIT, "--ratios", "4", "--codec", "kvtc2", "--halvings", "2"]
+    assert main([*fit, "--tp", str(HEADS), "--out", str(tmp_path / "out")]) == 0
+    (path,) = (path.parent for path in (tmp_path / "out").glob("*/*/card.json"))
+    artifacts = [load_rank_artifact(path, rank)[0] for rank in range(HEADS)]
+    coarser = nested_ratios(artifacts[0])
+    ratios = (4.0, coarser[4.0], coarser[coarser[4.0]])
+    assert {artifact.ratios() for artifact in artifacts} == {ratios}
+    assert all(nested_ratios(artifact) == coarser for artifact in artifacts)
+    assert main([*fit, "--quality", "0.1", "--out", str(tmp_path / "other")]) == 2
+    assert "--halvings 2 contradicts --quality 0.1" in capsys.readouterr().err
 
 
 def test_fewer_first_positions_are_exact_if_asked(

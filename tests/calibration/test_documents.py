@@ -133,6 +133,8 @@ def test_little_text_still_gives_one_document_of_each_sort() -> None:
         ("--layers-per-group", "none", ["--layers-per-group", "all"]),
         ("--heldout", "0.9", ["--heldout 0.9", "0.5"]),
         ("--key-share", "1.5", ["--key-share 1.5", "below 1"]),
+        ("--halvings", "9", ["--halvings 9", "0 to 4"]),
+        ("--halvings", "1", ["--halvings 1", "give --codec kvtc2"]),
         ("--engine", "[1]", ["--engine", "object"]),
         ("--device", "gpu", ["--device 'gpu'", "cuda:N"]),
         ("--tp", "0", ["--tp 0", "at least 1"]),

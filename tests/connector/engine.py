@@ -103,11 +103,11 @@ def drain(llm: Any) -> None:
 
 
 def metrics(llm: Any) -> dict[str, float]:
-    """Counters and gauges by name, "name/reason" for those with a reason."""
+    """Counters and gauges by name, "name/reason" for those with a reason, and so of times."""
     values: dict[str, float] = {}
     for metric in llm.get_metrics():
         if hasattr(metric, "value"):
-            reason = metric.labels.get("reason")
+            reason = metric.labels.get("reason") or metric.labels.get("times")
             name = metric.name.removeprefix("vllm:")
             name = f"{name}/{reason}" if name.startswith("kvtc_") and reason else name
             values[name] = values.get(name, 0.0) + metric.value

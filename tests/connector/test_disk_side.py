@@ -18,7 +18,9 @@ from kvtc_vllm.codec.raw import RawCodec
 from kvtc_vllm.config import load_config
 from kvtc_vllm.connector.torch_transfer import TorchTransfer
 from kvtc_vllm.offload import disk_worker as disk_module
-from kvtc_vllm.offload.disk_worker import DiskNews, DiskWorker
+from kvtc_vllm.offload import namespace as namespace_module
+from kvtc_vllm.offload.disk_news import DiskNews
+from kvtc_vllm.offload.disk_worker import DiskWorker
 from kvtc_vllm.offload.geometry import codec_geometry
 from kvtc_vllm.offload.messages import LoadItem, LoadJob, StepMetadata, StoreItem
 from kvtc_vllm.offload.names import Names
@@ -306,7 +308,8 @@ def test_a_listing_that_fails_starts_empty(tmp_path: Path) -> None:
 def test_a_disk_that_hangs_at_the_start_does_not_hold_the_engine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(disk_module, "START_SECONDS", 0.1)
+    for module in (disk_module, namespace_module):
+        monkeypatch.setattr(module, "START_SECONDS", 0.1)
     filesystem = HangingFileSystem("list")
     filesystem.hang = False
     side = open_side(tmp_path, filesystem)

@@ -49,6 +49,7 @@ def extra(reference_model: Path, tmp_path_factory: pytest.TempPathFactory) -> di
         "--tokens": "8000",
         "--max-len": "1000",
         "--ratios": "8",
+        "--halvings": "2",
         "--simulation-rows": "512",
         "--out": str(directory),
         "--name": "made",

@@ -20,7 +20,7 @@ from kvtc_vllm.connector.torch_transfer import TorchTransfer
 from kvtc_vllm.offload.adapters import LoadedAdapters
 from kvtc_vllm.offload.disk_worker import DiskWorker
 from kvtc_vllm.offload.geometry import codec_geometry
-from kvtc_vllm.offload.halving import Halver
+from kvtc_vllm.offload.halver import Halver
 from kvtc_vllm.offload.messages import (
     NO_ADAPTER,
     AdapterUse,

@@ -59,8 +59,8 @@ class Requantiser:
             ratios.append(lower)
         if codec.ratio not in coarser:
             raise ArtifactError(
-                f"degrade='halve': no plan of the artifact is nested in that of ratio "
-                f"{codec.ratio:g}; calibrate with --halvings"
+                f"degrade: no plan of the artifact is nested in that of ratio {codec.ratio:g}; "
+                "calibrate with --halvings"
             )
         if len(ratios) == 1:
             raise ArtifactError(

@@ -63,8 +63,9 @@ class FastSection(ABC):
 
     @property
     def nbytes(self) -> int:
-        """Memory that mean and matrices take."""
-        return self.mean.nbytes + self.weights.nbytes + self.forward.nbytes + self.inverse.nbytes
+        """Memory that mean and matrices take, those of what marked tokens have beyond included."""
+        own = self.mean.nbytes + self.weights.nbytes + self.forward.nbytes + self.inverse.nbytes
+        return own if self.beyond is None else own + self.beyond.nbytes
 
     def store(self, product: torch.Tensor, factors: Floats, entropy: EntropyCoder) -> CodedSection:
         """Coefficients float32 [T, projected] times factors [T]; the former are overwritten.

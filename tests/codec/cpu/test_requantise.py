@@ -5,17 +5,20 @@ from __future__ import annotations
 import random
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 
-from kvtc_vllm.codec.base import ChunkCodec
-from kvtc_vllm.codec.container import CHECKSUM_BYTES, checksum, parse, ratio_of
+from kvtc_vllm.codec.base import ChunkCodec, read_section
+from kvtc_vllm.codec.container import CHECKSUM_BYTES, SectionKind, checksum, parse, ratio_of
 from kvtc_vllm.codec.cpu.requantise import Requantiser
 from kvtc_vllm.codec.errors import ArtifactError, CodecError, ContainerError
 from kvtc_vllm.codec.frame import TransformCodec
 from kvtc_vllm.codec.registry import open_codec
 from kvtc_vllm.codec.sink_rule import SinkRule
 from kvtc_vllm.codec.v2.codec import ENTROPY, Kvtc2Codec
+from kvtc_vllm.codec.v2.codes import decode_codes
+from kvtc_vllm.codec.v2.plan import step_plan
 from tests.codec.synthetic import SyntheticModel
 from tests.codec.v2.made_up import step_artifact
 
@@ -87,6 +90,55 @@ def test_sinks_stay_exact_and_a_chunk_of_nothing_else_stays_whole() -> None:
     assert torch.equal(chunk.v[:sinks], v[:sinks])
     only = codec.encode(k[:sinks], v[:sinks], 0, KEY)
     assert len(halver.halve(only, KEY)) == len(only)
+
+
+def levels_of(blob: bytes) -> dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]:
+    """Of every section of K (0) and V (1) by layer group, and of marked tokens beyond, by the
+    reference: [r, N] and [r', M]."""
+    info = parse(blob)
+    artifact = codec_of().artifact
+    tokens = info.header.tokens - info.header.sinks
+    marked, found = 0, {}
+    for section in info.sections:
+        payload = read_section(section, memoryview(blob))
+        if section.kind == SectionKind.MARKS:
+            marked = int(np.unpackbits(np.frombuffer(payload, np.uint8)).sum())
+        if section.kind not in (0, 1, 6, 7):
+            continue
+        kind = "k" if section.kind in (0, 6) else "v"
+        plan = step_plan(artifact.sections[section.group, kind], info.header.ratio)
+        count = tokens
+        columns = plan.rank
+        if section.kind >= 6:
+            count, columns = marked, 0 if plan.beyond is None else plan.beyond.rank
+            plan = plan if plan.beyond is None else plan.beyond
+        parts = plan.packed if columns else ()
+        codes = decode_codes(payload, parts, columns, count, torch.device("cpu")).numpy()
+        levels = np.where(codes % 2, (codes + 1) // 2, -(codes // 2))
+        key = section.group, section.kind % 6
+        found[key] = (*found.get(key, ()), levels)
+    return found
+
+
+def test_levels_are_what_the_specification_says() -> None:
+    """FORMAT.md, section 9, nested plans."""
+    codec, halver = codec_of(), halver_of()
+    blob = codec.encode(*rows(), 0, KEY)
+    smaller = halver.halve(blob, KEY)
+    fine, coarse = levels_of(blob), levels_of(smaller)
+    marks = [7 - codec.artifact.sink_tokens, 90 - codec.artifact.sink_tokens]
+    assert len(fine) == 4
+    for key, (main, beyond) in fine.items():
+        half, half_beyond = coarse[key]
+        rank, further = len(half), len(half_beyond)
+        assert (half == np.fix(main[:rank] / 2)).all()
+        of_sinks = np.concatenate((main[:, marks], beyond))[rank : rank + further]
+        assert (half_beyond == np.fix(of_sinks / 2)).all()
+        assert half.any()
+    assert any(beyond.any() for _, beyond in coarse.values())
+    for old, new in zip(parse(blob).sections, parse(smaller).sections, strict=True):
+        if old.kind in (SectionKind.SINKS, SectionKind.MARKS):
+            assert read_section(old, memoryview(blob)) == read_section(new, memoryview(smaller))
 
 
 def test_it_keeps_its_name() -> None:

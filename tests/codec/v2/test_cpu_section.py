@@ -95,3 +95,12 @@ def test_a_plan_that_stores_nothing(plan: StepPlan) -> None:
     section = section_of(empty)
     assert section.payload(torch.zeros(5, 0), np.ones(5, np.float32)) == []
     section.coefficients(bytearray(), np.zeros((5, 0), np.float32))
+
+
+def test_memory_counts_what_marked_tokens_have_beyond(plan: StepPlan) -> None:
+    size = 2 * plan.rank
+    both = replace(plan, beyond=plan)
+    basis = SectionBasis(torch.zeros(size), torch.eye(size).half(), {4.0: both})
+    alone = StepSection(basis, plan, False)
+    beyond = StepSection(basis, plan, False, offset=plan.rank)
+    assert StepSection(basis, both, False).nbytes == alone.nbytes + beyond.nbytes

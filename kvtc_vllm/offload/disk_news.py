@@ -1,0 +1,81 @@
+"""What a worker's disk tier found out, and how the scheduler is told."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from kvtc_vllm.offload.messages import Halved
+from kvtc_vllm.offload.outbox import News
+from kvtc_vllm.tiers.keys import RecordKey
+
+
+class DiskHalved(NamedTuple):
+    """As `Halved`, of one rank. size: bytes on disk."""
+
+    key: RecordKey
+    times: int
+    last: bool
+    size: int | None = None
+
+
+@dataclass
+class DiskNews:
+    """What happened since the last time."""
+
+    stored: list[tuple[RecordKey, int]] = field(default_factory=list)
+    """Written, with the bytes that they take on disk."""
+    found: list[tuple[RecordKey, int]] = field(default_factory=list)
+    """There when the namespace was entered."""
+    read: list[tuple[RecordKey, bytes]] = field(default_factory=list)
+    """Read and verified."""
+    failed: list[RecordKey] = field(default_factory=list)
+    """Whose reads gave nothing."""
+    lost: list[RecordKey] = field(default_factory=list)
+    """Not on disk any more."""
+    halved: list[DiskHalved] = field(default_factory=list)
+    """Of what was to be halved."""
+    errors: Counter[str] = field(default_factory=Counter)
+    """Reason -> count."""
+    written_bytes: int = 0
+    """Of the blobs in `stored`."""
+    repairs: int = 0
+    """Damaged files that were removed or made anew."""
+
+
+NO_NEWS = DiskNews()
+
+
+def tell(
+    out: News,
+    news: DiskNews,
+    rank: int,
+    kept: Sequence[tuple[RecordKey, int]],
+    failed: Sequence[RecordKey],
+) -> None:
+    """Put all that happened into the worker's own news, which are locked.
+
+    kept: of what was read, what memory holds, with its bytes there. failed: what it does not.
+    """
+    report = out.report
+    report.stored += [(key, rank, size) for key, size in kept]
+    report.dropped += [(key, rank) for key in failed]
+    report.disk_stored += [(key, rank, size) for key, size in (*news.found, *news.stored)]
+    report.disk_lost += news.lost
+    report.disk_halved += [
+        Halved(one.key, rank, one.times, one.last, one.size) for one in news.halved
+    ]
+    for name, amount in (
+        ("promoted_chunks", len(kept)),
+        ("promoted_bytes", sum(size for _, size in kept)),
+        ("disk_written_chunks", len(news.stored)),
+        ("disk_written_bytes", news.written_bytes),
+        ("disk_repairs", news.repairs),
+        ("disk_halved_chunks", sum(one.size is not None for one in news.halved)),
+    ):
+        if amount:
+            out.stats.add(name, amount)
+    for reason, count in news.errors.items():
+        out.stats.add("disk_errors", count, label=reason)
