@@ -106,7 +106,7 @@ def test_a_tier_that_became_slow_is_left_before_it_costs(slowness: float, reques
     again = engine.serve(requests)
     assert late(again) <= requests // PROBE_EVERY
     assert longest_wait(again) <= 1 + chunk_of(slowness)
-    assert sum(prompt.given_up for prompt in again) <= THREADS + 1
+    assert sum(prompt.given_up for prompt in again) <= THREADS + requests // PROBE_EVERY
 
 
 @pytest.mark.parametrize("slowness", [1.3, 2, 5, 20])
