@@ -8,13 +8,14 @@ of loading), with `load_gate` off, where every request is loaded, and with it on
 default. The three take turns `--rounds` times on the same engine.
 
 All that again with a tier of which every load takes `SLOW` times as long as computing, without
-using the CPU (threads sleep where they read a chunk).
+using the CPU (threads sleep where they read a chunk). The first burst with the gate meets it
+unprepared: what the engine measured until then is the tier as it is.
 
 A wait is from when a load was ordered until the engine saw its end. It is divided by what
-recomputing would have taken from then on in its place in the queue: its tokens, and those of all
-requests before it, loaded or computed, at the rate of the computed burst. Above 1 the request
-should have been computed. First tokens are compared place by place: the n-th of a burst with the
-n-th of the computed one.
+recomputing would have taken from then on in its place in the queue: the time in which the computed
+burst of the same round had computed as many tokens as the request's and those of all before it,
+loaded or computed. Above 1 the request should have been computed. First tokens are compared place
+by place: the n-th of a burst with the n-th of the computed one.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ MODEL = ROOT / "tests" / "reference_model" / "model"
 TOKENS = 1536
 VOCABULARY = 2000
 SLOW = 1.1
-WAYS = ("computed", "load_gate off", "load_gate on")
+WAYS = ("computed", "load_gate on", "load_gate off")
 
 
 class Bench:
@@ -82,7 +83,11 @@ class Bench:
                         policy._enabled = way == "load_gate on"
                         watch.begin()
                         first = self._ask(llm, prompts, loads=way != "computed")
-                        burst = {"first": first, "loads": list(watch.loads.values())}
+                        burst = {
+                            "first": first,
+                            "loads": list(watch.loads.values()),
+                            "given up": watch.given_up,
+                        }
                         bursts[way].append(burst)
                 found[tier] = _summary(bursts)
             return found
@@ -124,16 +129,25 @@ class _Watch:
 
     def __init__(self, policy: Any) -> None:
         self.loads: dict[str, list[float]] = {}
+        self.given_up = 0
         self._policy = policy
         self._planned, self._ended = policy.load_planned, policy.load_ended
+        self._give_up = policy.give_up
         policy.load_planned, policy.load_ended = self._plan, self._end
+        policy.give_up = self._end_early
 
     def begin(self) -> None:
         self.loads = {}
+        self.given_up = 0
+
+    def _end_early(self) -> list[str]:
+        names: list[str] = self._give_up()
+        self.given_up += sum(name in self.loads for name in names)
+        return names
 
     def _plan(self, request_id: str, tokens: int) -> float:
         self.loads[request_id] = [
-            self._policy._queued + self._policy._ahead + tokens,
+            self._policy.tokens_before + tokens,
             time.perf_counter(),
             0.0,
         ]
@@ -166,10 +180,24 @@ def _first_tokens(rounds: list[dict[str, Any]]) -> list[float]:
     return [statistics.median(place) for place in places]
 
 
+def _waits(rounds: list[dict[str, Any]], computed: list[dict[str, Any]]) -> list[list[float]]:
+    """Of each round, the waits as multiples of recomputing, see above."""
+    waits = []
+    for burst, other in zip(rounds, computed, strict=True):
+        first = sorted(other["first"])
+        places = [min(-(-int(tokens) // TOKENS), len(first)) - 1 for tokens, _, _ in burst["loads"]]
+        waits.append(
+            [
+                (end - begin) / first[place]
+                for place, (_, begin, end) in zip(places, burst["loads"], strict=True)
+            ]
+        )
+    return waits
+
+
 def _summary(bursts: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Medians over the rounds; waits of all rounds together."""
+    """Medians over the rounds; waits of all rounds together, longest of each."""
     computed = _first_tokens(bursts["computed"])
-    rate = max(computed) / (len(computed) * TOKENS)
     found: dict[str, Any] = {}
     for way, rounds in bursts.items():
         first = _first_tokens(rounds)
@@ -179,15 +207,15 @@ def _summary(bursts: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
             "last first token, ms": round(1e3 * max(first), 1),
         }
         if way != "computed":
-            waits = [
-                (end - begin) / (tokens * rate)
-                for burst in rounds
-                for tokens, begin, end in burst["loads"]
-            ]
+            by_round = _waits(rounds, bursts["computed"])
+            waits = [wait for each in by_round for wait in each] or [0.0]
             row |= {
-                "loads": round(len(waits) / len(rounds), 1),
+                "loads": [len(each) for each in by_round],
+                "given up": [burst["given up"] for burst in rounds],
                 "median wait / recomputation": round(statistics.median(waits), 2),
-                "longest wait / recomputation": round(max(waits), 2),
+                "longest wait / recomputation": [
+                    round(max(each, default=0.0), 2) for each in by_round
+                ],
                 "waits above recomputation, %": round(
                     100 * sum(wait > 1 for wait in waits) / len(waits), 1
                 ),

@@ -87,6 +87,7 @@ class LoadPolicy:
         self._loads = LoadQueue()
         self._late: set[str] = set()
         self._gone: list[str] = []
+        self._trials: set[str] = set()
         self._begun = PrefillQueue()
         self._begun_instead = PrefillQueue()  # of these, what could have been loaded
         self._put_off: dict[str, _Put] = {}
@@ -144,6 +145,7 @@ class LoadPolicy:
             self._refused += request_id not in self._late
             if self._refused >= PROBE_EVERY:
                 self._refused = 0
+                self._trials.add(request_id)
                 return Way.LOAD
             put = _Put(tokens, self._clock() + self._ahead * self._prefill.value)
         if self._has_room(tokens) or self._clock() >= put.until:
@@ -173,7 +175,10 @@ class LoadPolicy:
         patience = 0.0
         if self._enabled and self._prefill.known:
             patience = (before + tokens) * self._prefill.value
-        load = QueuedLoad(tokens, tokens, self._clock(), before, patience)
+        on_trial = request_id in self._trials
+        if on_trial:  # its end is seen a step later, and must not be too late then
+            patience /= 2
+        load = QueuedLoad(tokens, tokens, self._clock(), before, patience, on_trial)
         self._loads.begin(request_id, load)
         return patience
 
@@ -193,7 +198,8 @@ class LoadPolicy:
             left = load.left if self._keeps_part else load.tokens
             waits = (queued + load.left) * load_rate + self._seen_after
             promised = load.began + (load.before + load.tokens) * prefill_rate
-            if load.left and now + waits > promised and waits > (ahead + left) * prefill_rate:
+            late = now + waits > promised and waits > (ahead + left) * prefill_rate
+            if late and load.left and not load.on_trial:
                 ahead += left
                 self._loads.give_up(load)
                 self._late.add(request_id)
@@ -231,6 +237,7 @@ class LoadPolicy:
     def forget(self, request_id: str) -> None:
         """Drop what is known of a request that ended; a load of it that runs is of no use."""
         self._late.discard(request_id)
+        self._trials.discard(request_id)
         load = self._loads.get(request_id)
         if load is not None and not load.given_up:
             load.patience = 0.0

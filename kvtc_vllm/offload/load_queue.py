@@ -22,6 +22,8 @@ class QueuedLoad:
     """Tokens that the engine would have had to compute before its own, when it began."""
     patience: float
     """Seconds from then on after which it is of no use; 0 for no limit."""
+    on_trial: bool = False
+    """It was offered against what is expected, and runs until its patience ends."""
     given_up: bool = False
     """Its end was ordered and not reported yet."""
 

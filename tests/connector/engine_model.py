@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import inf
 
 from kvtc_vllm.offload.load_policy import LoadPolicy, Way
 from kvtc_vllm.offload.pace import Pace
@@ -165,10 +166,11 @@ class Engine:
             while self._queue and len(self._busy) < THREADS:
                 batch = self._queue.popleft()
                 prompt = batch.request
-                late = 0 < prompt.patience < now - prompt.ordered
-                seconds = self.pace(now) * THREADS * CHUNK * batch.chunks
-                batch.began, batch.given_up = now, late
-                batch.ends = now if late or prompt.given_up else now + seconds
+                each = self.pace(now) * THREADS * CHUNK
+                until_late = prompt.ordered + prompt.patience - now if prompt.patience else inf
+                read = 0 if prompt.given_up else max(0, min(until_late // each + 1, batch.chunks))
+                batch.began, batch.given_up = now, read < batch.chunks
+                batch.ends = now + read * each
                 self._busy.append(batch)
             ends = min((batch.ends for batch in self._busy), default=until)
             if not self._busy or ends > until:

@@ -10,6 +10,7 @@ import statistics
 
 import pytest
 
+from kvtc_vllm.offload.load_policy import PROBE_EVERY
 from tests.connector.engine_model import (
     BATCHES,
     CHUNK,
@@ -57,6 +58,16 @@ def longest_wait(burst: list[Prompt]) -> float:
     )
 
 
+def late(burst: list[Prompt]) -> int:
+    """How many waited longer than for their recomputation."""
+    return sum(prompt.waited > prompt.recomputed for prompt in burst if prompt.recomputed)
+
+
+def chunk_of(slowness: float) -> float:
+    """Time in which a thread loads one, in full steps."""
+    return slowness * THREADS * CHUNK / STEP
+
+
 def mean_first_token(burst: list[Prompt]) -> float:
     """Against the same burst computed."""
     computed = [(n + 1) * PROMPT * PREFILL for n in range(len(burst))]
@@ -67,7 +78,8 @@ def mean_first_token(burst: list[Prompt]) -> float:
 @pytest.mark.parametrize("slowness", [0.4, 0.7, 0.9, 1.1, 1.3, 2, 3, 10])
 def test_a_tier_of_known_pace_keeps_nobody_waiting(slowness: float, requests: int) -> None:
     burst = served(Tier(slowness)).serve(requests)
-    assert longest_wait(burst) <= 1
+    assert late(burst) <= requests // PROBE_EVERY  # those that are tried against expectation
+    assert longest_wait(burst) <= 1 + chunk_of(slowness)
     if requests > 1:
         # Of one step: a load that is not offered costs the time that steps have in common.
         assert mean_first_token(burst) <= 1.3 if slowness >= 2 else mean_first_token(burst) <= 0.8
@@ -86,15 +98,15 @@ def test_a_tier_that_became_slow_is_left_before_it_costs(slowness: float, reques
     tier = Tier(0.3)
     engine = served(tier)
     tier.change(slowness, engine.now)
-    # A thread ends the chunk that it reads, and the engine the step that it makes.
-    chunk = slowness * THREADS * CHUNK / STEP
+    # The engine ends the step in which it learns it, and a thread the chunk that it reads.
     burst = engine.serve(requests)
-    assert longest_wait(burst) <= STEP_ENDS + chunk
-    assert sum(p.waited > p.recomputed for p in burst if p.recomputed) <= THREADS
+    assert longest_wait(burst) <= (STEP_ENDS if slowness <= 2 else 2 + chunk_of(slowness))
+    assert late(burst) <= THREADS
     assert mean_first_token(burst) <= 1.2
     again = engine.serve(requests)
-    assert longest_wait(again) <= 1
-    assert sum(prompt.given_up for prompt in again) <= THREADS + 1
+    assert late(again) <= requests // PROBE_EVERY
+    assert longest_wait(again) <= 1 + chunk_of(slowness)
+    assert sum(prompt.given_up for prompt in again) <= THREADS + requests // PROBE_EVERY
 
 
 @pytest.mark.parametrize("slowness", [1.3, 2, 5, 20])
@@ -111,8 +123,7 @@ def test_a_tier_that_becomes_slow_within_a_burst_is_left(slowness: float) -> Non
 @pytest.mark.parametrize("slowness", [0.4, 1.1, 2, 20])
 def test_a_tier_of_unknown_pace_is_given_few_loads(slowness: float, requests: int) -> None:
     burst = served(Tier(slowness), loads=0).serve(requests)
-    late = [p for p in burst if p.recomputed and p.waited > p.recomputed]
-    assert len(late) <= THREADS
+    assert late(burst) <= THREADS + requests // PROBE_EVERY
     assert mean_first_token(burst) <= 1.25
 
 

@@ -226,7 +226,7 @@ def test_a_burst_waits_for_neither_more_loads_nor_more_computing_than_it_must() 
         side.apply_report(WorkerReport(0, step=metadata.number), None)
     assert {policy.decide(name, 256) for name in "ab"} == {Way.LOAD}  # nothing is known yet
     for _ in range(MIN_SAMPLES):
-        policy.observe_loads(Pace(1000, 0.35))
+        policy.observe_loads(Pace(1000, 0.23))
         policy.observe_step(1000, 0.2)
     policy.load_planned("other", 224)
     side.take_stats()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -177,7 +178,7 @@ def test_damage_is_reported_and_the_blocks_left_alone(rig: Rig, damage: Any, rea
     assert all(torch.equal(before[name], rig.caches[name]) for name in before)
 
 
-def test_a_load_that_is_late_is_given_up_and_counts_against_the_rate(rig: Rig) -> None:
+def test_a_load_that_is_late_is_given_up_and_the_slow_tier_shows(rig: Rig) -> None:
     """What it was to load is recomputed; the chunks are sound and stay."""
     rig.store(b"k", [1, 2, 3, 4])
     rig.report()
@@ -197,6 +198,10 @@ def test_a_load_that_is_late_is_given_up_and_counts_against_the_rate(rig: Rig) -
     job = LoadJob("r", items, patience=0.05)
     rig.worker.begin_step(StepMetadata(number=1, loads=[job]))
     time.sleep(0.1)
+    hangs = rig.report().loading
+    assert hangs.ended == 0
+    assert hangs.running == 128
+    assert hangs.running_seconds >= 0.1
     slow.set()
     finished: set[str] = set()
     report = WorkerReport(0)
@@ -205,10 +210,73 @@ def test_a_load_that_is_late_is_given_up_and_counts_against_the_rate(rig: Rig) -
         report = report.aggregate(rig.worker.take_report() or WorkerReport(0))
     assert rig.worker.take_bad_blocks() == set(range(20, 28))
     assert report.bad == []
-    assert report.load_seconds >= 0.1
+    assert report.loading.ended == 128 * threads
+    assert report.loading.seconds >= 0.1 * threads
     counters = rig.counters()
     assert counters["failed_loads/late"] >= 1
     assert counters["loaded_chunks"] == threads
+
+
+def test_a_load_that_the_scheduler_gives_up_ends_at_once(rig: Rig) -> None:
+    """What no thread has begun is reported in the same step, what one is at when it comes back."""
+    rig.store(b"k", [1, 2, 3, 4])
+    rig.report()
+    slow, begun = threading.Event(), threading.Event()
+    read = rig.worker.arena.read
+
+    def reading(key: bytes) -> bytes:
+        begun.set()
+        slow.wait(20)
+        return read(key)
+
+    rig.worker.arena.read = reading  # type: ignore[method-assign]
+    threads = rig.worker._loads._num_threads
+    jobs = [
+        LoadJob(f"{n}", [LoadItem(b"k", 0, 0, [4 * n + 8 + i for i in range(4)])]) for n in range(9)
+    ]
+    rig.worker.begin_step(StepMetadata(number=1, loads=jobs))
+    assert begun.wait(20)
+    rig.worker.begin_step(StepMetadata(number=2, give_up=["7", "0", "8", "unknown"]))
+    assert rig.worker.poll(idle=False) == {"7", "8"}
+    assert rig.worker.take_bad_blocks() == set(range(36, 44))
+    slow.set()
+    finished: set[str] = set()
+    while len(finished) < 7:
+        finished |= wait_for(lambda: rig.worker.poll(idle=True))
+    # A record that is being read when its load is given up is still loaded.
+    assert rig.worker.take_bad_blocks() == set()
+    assert threads < 7
+    counters = rig.counters()
+    assert counters["failed_loads/late"] == 2
+    assert counters["loaded_chunks"] == 7
+    assert rig.report().bad == []
+    rig.worker.begin_step(StepMetadata(number=3, give_up=["1"]))  # it has ended
+    assert rig.worker.poll(idle=False) == set()
+
+
+def test_no_thread_has_an_empty_round_where_others_have_a_batch(rig: Rig) -> None:
+    loads = rig.worker._loads
+    loads._num_threads = 2
+    loads._transfers = [Batches(4)]
+    assert [loads._batch_sizes(n)[0] for n in (1, 4, 5, 8, 9, 11, 12, 64)] == [
+        1,
+        4,
+        3,
+        4,
+        3,
+        3,
+        3,
+        4,
+    ]
+    loads._transfers = [Batches(sys.maxsize)]
+    assert loads._batch_sizes(99) == [99]
+
+
+class Batches:
+    """Of a transfer only the most records that it loads together."""
+
+    def __init__(self, most: int) -> None:
+        self.load_batch = most
 
 
 def test_a_chunk_of_another_position_is_refused(rig: Rig) -> None:
