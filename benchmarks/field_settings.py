@@ -117,7 +117,7 @@ def _line(
     low, high = f"{min(ratios):.1f}", f"{max(ratios):.1f}"
     cells = [f"**{method}**" if chosen else method, low if low == high else f"{low}-{high}"]
     cells += [f"{own[task].value:.4f}" if task in own else "" for task in tasks]
-    return f"| {' | '.join([*cells, f'{value:.4f}'])} |"
+    return f"| {' | '.join([*cells, f'{value:.5f}'])} |"
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ SOURCES = (
     "methods",
     "field/chunks",
     "field/whole",
+    "field/settings",
     "field/below",
     "field/tokens",
     "field/composed",
@@ -110,10 +111,10 @@ def page(rows: Sequence[Row]) -> str:
             f"[{source}](../{(RESULTS / source / 'results.md').relative_to(ROOT)})"
             for source in SOURCES
         )
-        + ". Each has the commands that measured it. Settings of methods that drop or recall "
-        "tokens were swept on documents of the tuning part ([sweep]"
-        "(../benchmarks/quality/smollm2/field/sweep/README.md)); codecs have those of their "
-        "papers. "
+        + ". Each has the commands that measured it. Settings were swept on documents of the "
+        "tuning part, those of codecs on prose alone ([sweep]"
+        "(../benchmarks/quality/smollm2/field/sweep/README.md)). A method has a row with its "
+        "paper's settings, and one with the best of its grid if that is another. "
         "`kvtc eval MODEL --quick` measures every method on any model, on few short prompts: for "
         "[the stand-in](../benchmarks/quality/quick/results.md) in two minutes of one core.",
         "",

@@ -13,10 +13,11 @@ NAME is one of
     tokens      weights of all and of ordinary tokens, sinks coded or kept in 16 bits
 
 Artifacts of version 1 are fitted to the same rows of one spool, with other weights and nothing
-else changed. Documents of the report part go through the codec as in `benchmarks.sensitivity`:
-768 tokens of prefix in blobs, at least 128 exact after them, KL over the tokens that follow.
-Bytes are of whole blobs. Intervals are 95 %, bootstrapped over documents. *factor* is KL over that
-of the ablation's first variant, or of --base, with its interval. --work keeps gradients and fits.
+else changed. Documents of the report part (or --part) go through the codec as in
+`benchmarks.sensitivity`: 768 tokens of prefix in blobs, at least 128 exact after them, KL over the
+tokens that follow. Bytes are of whole blobs. Intervals are 95 %, bootstrapped over documents.
+*factor* is KL over that of the ablation's first variant, or of --base, with its interval. --work
+keeps gradients and fits.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ def main() -> None:
     add("--prompts", type=int, default=8, help="of retrieval to report on")
     add("--kinds", help="of text to report on; default: those of the ablation")
     add("--variants", help="these alone, such as layer,head; OUT keeps the rows of others")
+    add("--part", choices=("tune", "report"), default="report", help="documents to measure on")
     add("--base", help="variant that factors are against; default: the ablation's first")
     add("--fit", action="store_true", help="fit what is not there, and measure nothing")
     add("--threads", type=int, default=1, help="of torch")
@@ -159,6 +161,8 @@ def command(args: argparse.Namespace) -> str:
     parts += [f"--{name} {getattr(args, name)}" for name in sizes]
     if args.kinds:
         parts.append(f"--kinds {args.kinds}")
+    if args.part != "report":
+        parts.append(f"--part {args.part}")
     if args.base:
         parts.append(f"--base {args.base}")
     return "python -m benchmarks.sensitivity_ablations " + " ".join(parts)
@@ -207,7 +211,7 @@ def reports(
     tokenizer: Any, args: argparse.Namespace, kinds: Sequence[str]
 ) -> Iterator[tuple[str, str, list[int], int, int]]:
     """Kind, name, token ids, tokens of the prefix and tokens scored; kinds in turn."""
-    source = Source(str(args.data), "report")
+    source = Source(str(args.data), args.part)
     found = []
     for kind in kinds:
         text = kind in TEXTS
