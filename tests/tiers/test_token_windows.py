@@ -15,6 +15,12 @@ CHUNK = 128
 US, THEM = b"us", b"them"
 
 
+@pytest.fixture(autouse=True)
+def every_window_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which ones are kept otherwise follows from the process's hash seed."""
+    monkeypatch.setattr(token_windows, "_SAMPLED", 1)
+
+
 def key(name: str) -> RecordKey:
     return RecordKey(name.encode())
 
@@ -42,15 +48,23 @@ def test_a_passage_is_found_over_two_chunks_of_another_grid(shift: int) -> None:
         for i in range(length):
             covered[token + i] += 1
             assert shift + token + i == other * CHUNK + source_token + i
-    # All of it, but for a part too short to hold a window that is kept.
+    # All of it, but for a part too short to hold a window.
     assert max(covered) == 1
-    assert sum(covered) >= CHUNK - min(shift, CHUNK - shift)
-    assert sum(covered) == CHUNK or min(shift, CHUNK - shift) < 2 * WINDOW
+    part = min(shift, CHUNK - shift)
+    assert sum(covered) == CHUNK - (part if part < WINDOW else 0)
 
 
-def test_a_run_ends_where_tokens_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Which windows are kept follows from the process's hash seed; few lie behind the edit.
-    monkeypatch.setattr(token_windows, "_SAMPLED", 1)
+def test_some_windows_of_a_chunk_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    windows = TokenWindows()
+    windows.add(key("old"), US, packed(ids(5)))
+    assert 0 < len(windows._windows) < CHUNK - WINDOW + 1
+    found = windows.find(key("new"), US, packed(ids(5)))
+    assert found is not None
+    assert found.runs == (Run(0, 0, 0, CHUNK),)
+
+
+def test_a_run_ends_where_tokens_differ() -> None:
     windows = TokenWindows()
     old = ids(1)
     windows.add(key("old"), US, packed(old))
@@ -90,5 +104,5 @@ def test_one_token_again_and_again_ends() -> None:
     windows = TokenWindows()
     windows.add(key("old"), US, packed([1] * CHUNK))
     found = windows.find(key("new"), US, packed([1] * CHUNK))
-    if found is not None:  # if the only window is one that is kept
-        assert sum(run.length for run in found.runs) <= CHUNK
+    assert found is not None
+    assert sum(run.length for run in found.runs) <= CHUNK
