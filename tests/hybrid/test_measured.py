@@ -31,9 +31,7 @@ def line(found: list[Row], method: str, shown: str) -> str:
     """A row of a table: span of real ratios, then KL per task, and accuracy where it says much."""
     own = {(r.task, r.metric): r for r in found if r.method == method and not r.label}
     exact = {
-        r.task: r.value
-        for r in found
-        if (r.method, r.metric, r.label) == ("exact", "accuracy", "")
+        r.task: r.value for r in found if (r.method, r.metric, r.label) == ("exact", "accuracy", "")
     }
     spans = sorted({f"{own[task, 'kl'].real_ratio:.1f}" for task in TASKS}, key=float)
     cells = [shown, "-".join(dict.fromkeys((spans[0], spans[-1])))]
