@@ -23,16 +23,16 @@ def with_latent_ratio(
 ) -> KVTCConfig:
     """The configuration with the target ratio of a preset, or the default, capped for latents.
 
-    given: keys that the user has set. A latent is a learnt low-rank code already, and no trained
-    model has been measured at more; who sets `ratio` gets it.
+    given: keys that the user has set. A latent is a learnt low-rank code already, and only a
+    small trained model has been measured at more; who sets `ratio` gets it.
     """
     latent = any(group.latent for group in geometry.groups)
     coded = CODECS[config.codec].needs_artifact
     if not latent or not coded or "ratio" in given or config.target_ratio <= LATENT_RATIO:
         return config
     logger.warning(
-        "kvtc: target ratio %g instead of %g: no trained model with latent attention was measured "
-        'above it; set "ratio" to have another',
+        "kvtc: target ratio %g instead of %g: of models with latent attention only a small one was "
+        'measured above it; set "ratio" to have another',
         LATENT_RATIO,
         config.target_ratio,
     )

@@ -102,6 +102,15 @@ def loading_zeros(group: int) -> Iterator[None]:
         yield
 
 
+def by_kind(llm: Any, name: str) -> dict[str, float]:
+    """A counter of ours that is kept by kind of cache group: kind -> value."""
+    return {
+        metric.labels["kind"]: metric.value
+        for metric in llm.get_metrics()
+        if metric.name == f"vllm:kvtc_kind_{name}"
+    }
+
+
 def cache_groups(llm: Any) -> int:
     """Of the connector in this process."""
     core = llm.llm_engine.engine_core.engine_core

@@ -14,6 +14,7 @@ from tests.hybrid.families import STATES
 from tests.hybrid.running import (
     RAW,
     ask,
+    by_kind,
     cache_groups,
     difference,
     loading_zeros,
@@ -75,6 +76,13 @@ def test_a_reload_equals_a_prefix_hit(family: str, family_model: Callable[[str],
         values = metrics(llm)
         assert values["kvtc_hit_tokens"] == 2 * 2 * length
         assert not any(values[name] for name in values if name.startswith("kvtc_failed_loads"))
+        # A chunk of attention per chunk of a prompt, of every kind of state the last one.
+        loaded = by_kind(llm, "loaded_chunks")
+        assert (loaded["full"], loaded["state"]) == (2 * 2, 2)
+        for name in ("loaded_chunks", "loaded_bytes", "stored_bytes"):
+            kinds = by_kind(llm, name)
+            assert min(kinds["full"], kinds["state"]) > 0
+            assert sum(kinds.values()) == values[f"kvtc_{name}"]
         for group in range(cache_groups(llm)):
             assert llm.reset_prefix_cache()
             with loading_zeros(group):
@@ -107,13 +115,8 @@ def test_rounded_states_are_nearly_those_that_were_computed(
             assert values["kvtc_hit_tokens"] == 2 * 2 * boundary(llm)
             assert (changed < SAME) == (codec == "exact")
             assert changed < ROUNDED
-            states = [
-                metric.value
-                for name in ("kind_stored_raw_bytes", "kind_stored_bytes")
-                for metric in llm.get_metrics()
-                if metric.name == f"vllm:kvtc_{name}" and metric.labels["kind"] == "state"
-            ]
-            sizes.append(states[1] / states[0])
+            raw, stored = (by_kind(llm, f"stored_{n}")["state"] for n in ("raw_bytes", "bytes"))
+            sizes.append(stored / raw)
     exact, rounded = sizes
     assert exact < 0.95, "planes of signs and exponents compress"
     assert rounded < 0.55 * exact + 0.05
