@@ -12,6 +12,7 @@ from kvtc_vllm.codec.artifact import Kind, RankArtifact
 from kvtc_vllm.codec.base import read_section
 from kvtc_vllm.codec.container import SectionKind
 from kvtc_vllm.codec.entropy import UNIT_BYTES
+from kvtc_vllm.codec.entropy.unit_table import Lengths
 from kvtc_vllm.codec.frame import SECTION_KIND
 from kvtc_vllm.codec.kernels.chunks import RowLayout
 from kvtc_vllm.codec.kernels.numeric import product
@@ -39,7 +40,7 @@ from kvtc_vllm.codec.kernels.unit_coders import PlacedSections
 from kvtc_vllm.codec.kernels.verified import VerifiedBlob
 from kvtc_vllm.codec.marks import BEYOND_KIND, check_taken, no_beyond, unpack_marks
 from kvtc_vllm.codec.v2.codes import MAX_LEVEL, uneven_escapes
-from kvtc_vllm.codec.v2.plan import step_plan
+from kvtc_vllm.codec.v2.plan import StepPlan, step_plan
 
 _ROOM_FOR_ESCAPES = 1.5
 """Payload bytes of a step over those of its packed codes. More only makes smaller steps."""
@@ -56,6 +57,7 @@ class StepPlanPayloads(PayloadCoding):
     """
 
     failures: ClassVar[Mapping[int, str]] = {UNEVEN: str(uneven_escapes())}
+    plans: Mapping[tuple[int, Kind], StepPlan]
 
     def __init__(
         self, artifact: RankArtifact, ratio: float, device: torch.device, operand: torch.dtype
@@ -189,8 +191,9 @@ class StepPlanPayloads(PayloadCoding):
         return step.numbers[: count * _PART]
 
     @staticmethod
-    def _lengths(blob: VerifiedBlob, first: int) -> np.ndarray:
-        return blob.tables.sections["raw_length"][first:].astype(np.int64)
+    def _lengths(blob: VerifiedBlob, first: int) -> Lengths:
+        lengths: Lengths = blob.tables.sections["raw_length"][first:].astype(np.int64)
+        return lengths
 
     def _packed_bytes(self, tokens: int) -> int:
         """Of one chunk."""
