@@ -155,9 +155,9 @@ class StepPlanPayloads(PayloadCoding):
         )
 
     def begin(self, step: StepPayloads) -> None:
-        chunks = len(step.layout.members)
-        parts = self._parts(step)
-        find_escapes(step.data, parts, chunks, self.tables, *step.own[:3], step.flags)
+        chunks, parts = len(step.layout.members), self._parts(step)
+        found = self._found(step)
+        find_escapes(step.data, parts, chunks, self.tables, *found, damaged=step.flags)
 
     def rows(
         self,
@@ -171,7 +171,7 @@ class StepPlanPayloads(PayloadCoding):
         order, parts = self.resident.orders[key], self._parts(step)
         own = self.tables.sections[self._per_key * section]
         coefficients = coefficients[: tokens * order.width].view(tokens, order.width)
-        found = step.own[0], step.own[1], step.own[2]
+        found = self._found(step)
         here = step.data, parts, chunks, self.tables
         synthesis = self.resident.synthesis[key]
         marks = None if self.tables.all_coded else step.numbers[parts.numel() :][:tokens]
@@ -185,6 +185,12 @@ class StepPlanPayloads(PayloadCoding):
         rows = step.own[4][: step.marked * out.shape[1]].view(step.marked, out.shape[1])
         product(more, synthesis.T, rows)
         out.index_copy_(0, step.numbers[parts.numel() + tokens :], rows)
+
+    @staticmethod
+    def _found(step: StepPayloads) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Escapes, wide ones and totals, see `find_escapes`."""
+        escapes, wides, totals, *_ = step.own
+        return escapes, wides, totals
 
     def _parts(self, step: StepPayloads) -> torch.Tensor:
         count = len(self.tables.sections) * len(step.layout.members)
