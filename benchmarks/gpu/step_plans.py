@@ -41,7 +41,8 @@ def step_plan(p: int, ratio: float, spectrum: float) -> StepPlan:
     in_steps = deviations / step
     rank = int((in_steps >= _LEAST_DEVIATION).sum())
     token_bytes = float(_bits(in_steps[:rank]).sum()) / 8
-    beyond = _plan(in_steps[rank : rank + rank // 2], step, token_bytes / 2, None)
+    more = in_steps[rank : rank + rank // 2]
+    beyond = _plan(more, step, token_bytes / 2, None) if len(more) else None
     return _plan(in_steps[:rank], step, token_bytes, beyond)
 
 

@@ -34,7 +34,7 @@ from kvtc_vllm.codec.kernels.payload_kernels import decode_payloads, encode_payl
 from kvtc_vllm.codec.kernels.resident import ColumnOrder, ResidentArtifact
 from kvtc_vllm.codec.kernels.unit_coders import PlacedSections
 from kvtc_vllm.codec.kernels.verified import VerifiedBlob
-from kvtc_vllm.codec.payload import bit_plan
+from kvtc_vllm.codec.payload import BitPlan, bit_plan
 from kvtc_vllm.codec.quantizers.base import FP16_MAX
 from kvtc_vllm.codec.streams import synchronize, upload
 
@@ -43,6 +43,7 @@ class BitPayloads(PayloadCoding):
     """Of bit plans: every payload's length follows from the number of tokens."""
 
     failures: ClassVar[Mapping[int, str]] = {1: "a decoded coefficient is not finite"}
+    plans: Mapping[tuple[int, Kind], BitPlan]
 
     def __init__(
         self, artifact: RankArtifact, ratio: float, device: torch.device, operand: torch.dtype

@@ -144,7 +144,7 @@ class PagedCodec(PagedReader):
             return dict.fromkeys(layout.members, NO_MARKS)
         rule = self.artifact.sink_rule
         measure = rule.measure_of(staged.squares.sqrt()).cpu()
-        parts = measure.split(layout.tokens)
+        parts = torch.split(measure, list(layout.tokens))
         return {i: rule.marked(x).numpy() for i, x in zip(layout.members, parts, strict=True)}
 
     def _squares(self, slots: torch.Tensor) -> torch.Tensor | None:

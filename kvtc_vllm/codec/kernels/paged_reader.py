@@ -87,7 +87,8 @@ class PagedReader(TransformCodec):
         self.resident = self.coding.resident
         self._units = unit_coder(device, self._entropy) if coder is None else coder
         self._own = DeviceThreads(device, HOST_BYTES)
-        layers = self.artifact.sink_rule.layers if self._has_marks else ()
+        rule = self.artifact.sink_rule if self._has_marks else None
+        layers = () if rule is None else rule.layers
         self._rule_layers = torch.tensor(layers, dtype=torch.int32, device=device)
         self._unrotated = rotations([None] * geometry.num_layers, device)
         self._expected_head = lru_cache(_HEADS)(self._head_of)

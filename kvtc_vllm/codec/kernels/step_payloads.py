@@ -12,6 +12,7 @@ from kvtc_vllm.codec.artifact import Kind, RankArtifact
 from kvtc_vllm.codec.base import read_section
 from kvtc_vllm.codec.container import SectionKind
 from kvtc_vllm.codec.entropy import UNIT_BYTES
+from kvtc_vllm.codec.entropy.unit_table import Lengths
 from kvtc_vllm.codec.frame import SECTION_KIND
 from kvtc_vllm.codec.kernels.chunks import RowLayout
 from kvtc_vllm.codec.kernels.numeric import product
@@ -39,7 +40,7 @@ from kvtc_vllm.codec.kernels.unit_coders import PlacedSections
 from kvtc_vllm.codec.kernels.verified import VerifiedBlob
 from kvtc_vllm.codec.marks import BEYOND_KIND, check_taken, no_beyond, unpack_marks
 from kvtc_vllm.codec.v2.codes import MAX_LEVEL, uneven_escapes
-from kvtc_vllm.codec.v2.plan import step_plan
+from kvtc_vllm.codec.v2.plan import StepPlan, step_plan
 
 _ROOM_FOR_ESCAPES = 1.5
 """Payload bytes of a step over those of its packed codes. More only makes smaller steps."""
@@ -56,6 +57,7 @@ class StepPlanPayloads(PayloadCoding):
     """
 
     failures: ClassVar[Mapping[int, str]] = {UNEVEN: str(uneven_escapes())}
+    plans: Mapping[tuple[int, Kind], StepPlan]
 
     def __init__(
         self, artifact: RankArtifact, ratio: float, device: torch.device, operand: torch.dtype
@@ -153,9 +155,9 @@ class StepPlanPayloads(PayloadCoding):
         )
 
     def begin(self, step: StepPayloads) -> None:
-        chunks = len(step.layout.members)
-        parts = self._parts(step)
-        find_escapes(step.data, parts, chunks, self.tables, *step.own[:3], step.flags)
+        chunks, parts = len(step.layout.members), self._parts(step)
+        found = self._found(step)
+        find_escapes(step.data, parts, chunks, self.tables, *found, damaged=step.flags)
 
     def rows(
         self,
@@ -169,7 +171,7 @@ class StepPlanPayloads(PayloadCoding):
         order, parts = self.resident.orders[key], self._parts(step)
         own = self.tables.sections[self._per_key * section]
         coefficients = coefficients[: tokens * order.width].view(tokens, order.width)
-        found = step.own[0], step.own[1], step.own[2]
+        found = self._found(step)
         here = step.data, parts, chunks, self.tables
         synthesis = self.resident.synthesis[key]
         marks = None if self.tables.all_coded else step.numbers[parts.numel() :][:tokens]
@@ -184,13 +186,20 @@ class StepPlanPayloads(PayloadCoding):
         product(more, synthesis.T, rows)
         out.index_copy_(0, step.numbers[parts.numel() + tokens :], rows)
 
+    @staticmethod
+    def _found(step: StepPayloads) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Escapes, wide ones and totals, see `find_escapes`."""
+        escapes, wides, totals, *_ = step.own
+        return escapes, wides, totals
+
     def _parts(self, step: StepPayloads) -> torch.Tensor:
         count = len(self.tables.sections) * len(step.layout.members)
         return step.numbers[: count * _PART]
 
     @staticmethod
-    def _lengths(blob: VerifiedBlob, first: int) -> np.ndarray:
-        return blob.tables.sections["raw_length"][first:].astype(np.int64)
+    def _lengths(blob: VerifiedBlob, first: int) -> Lengths:
+        lengths: Lengths = blob.tables.sections["raw_length"][first:].astype(np.int64)
+        return lengths
 
     def _packed_bytes(self, tokens: int) -> int:
         """Of one chunk."""
