@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from kvtc_vllm.codec.artifact import Kind
 from kvtc_vllm.codec.base import ChunkCodec, read_section
 from kvtc_vllm.codec.container import CHECKSUM_BYTES, SectionKind, checksum, parse, ratio_of
 from kvtc_vllm.codec.cpu.requantise import Requantiser
@@ -92,20 +94,21 @@ def test_sinks_stay_exact_and_a_chunk_of_nothing_else_stays_whole() -> None:
     assert len(halver.halve(only, KEY)) == len(only)
 
 
-def levels_of(blob: bytes) -> dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]:
+def levels_of(blob: bytes) -> dict[tuple[int, int], list[Any]]:
     """Of every section of K (0) and V (1) by layer group, and of marked tokens beyond, by the
     reference: [r, N] and [r', M]."""
     info = parse(blob)
     artifact = codec_of().artifact
     tokens = info.header.tokens - info.header.sinks
-    marked, found = 0, {}
+    marked = 0
+    found: dict[tuple[int, int], list[Any]] = {}
     for section in info.sections:
         payload = read_section(section, memoryview(blob))
         if section.kind == SectionKind.MARKS:
             marked = int(np.unpackbits(np.frombuffer(payload, np.uint8)).sum())
         if section.kind not in (0, 1, 6, 7):
             continue
-        kind = "k" if section.kind in (0, 6) else "v"
+        kind: Kind = "k" if section.kind in (0, 6) else "v"
         plan = step_plan(artifact.sections[section.group, kind], info.header.ratio)
         count = tokens
         columns = plan.rank
@@ -115,8 +118,7 @@ def levels_of(blob: bytes) -> dict[tuple[int, int], tuple[np.ndarray, np.ndarray
         parts = plan.packed if columns else ()
         codes = decode_codes(payload, parts, columns, count, torch.device("cpu")).numpy()
         levels = np.where(codes % 2, (codes + 1) // 2, -(codes // 2))
-        key = section.group, section.kind % 6
-        found[key] = (*found.get(key, ()), levels)
+        found.setdefault((section.group, section.kind % 6), []).append(levels)
     return found
 
 
