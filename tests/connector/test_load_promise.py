@@ -133,7 +133,7 @@ def test_threads_that_stall_once_cost_few_loads() -> None:
     engine = served(tier)
     tier.change(12, engine.now + 1, engine.now + 1.02)
     burst = engine.serve(64)
-    assert sum(prompt.given_up for prompt in burst) <= 6
+    assert sum(prompt.given_up for prompt in burst) <= 8
     assert mean_first_token(burst) < 0.55
 
 
