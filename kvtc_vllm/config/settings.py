@@ -225,7 +225,7 @@ class KVTCConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         Meta(
             ge=0.01,
             le=600,
-            description="Most seconds that a request waits for chunks from disk; then it recomputes.",
+            description="Most seconds that a request waits for disk; then it recomputes.",
         ),
     ] = 2.0
     self_test: Annotated[

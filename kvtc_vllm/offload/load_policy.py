@@ -40,6 +40,9 @@ MIN_PREFILL_TOKENS = 64
 PROBE_EVERY = 16
 UNPROVEN_LOADS = 8
 """Loads at once while it is not known what is faster: more would be a queue of unknown length."""
+STEPS_AHEAD = 2
+"""Of computing, beyond which no load is given up. Computing slows loads on a CPU, so to give up all
+that is late now would make more late."""
 STEPS_IN_FLIGHT = 64
 """Steps whose time is taken at once; vLLM plans one or two ahead."""
 
@@ -187,14 +190,17 @@ class LoadPolicy:
 
         The requests have ended, or the load would end later than the request would have been
         computed, all before it included, and computing what is left of it now takes less than
-        loading it.
+        loading it. No more than will soon be computed: the others may still be loaded in time.
         """
         given_up, self._gone = self._gone, []
         load_rate, prefill_rate = self._load.value, self._prefill.value
         if not (self._enabled and self._prefill.known and load_rate):
             return given_up
         now, ahead, queued = self._clock(), self._ahead, 0
+        enough = STEPS_AHEAD * self._prefill.most_tokens
         for request_id, load in self._loads.running():
+            if ahead >= enough:
+                break
             left = load.left if self._keeps_part else load.tokens
             waits = (queued + load.left) * load_rate + self._seen_after
             promised = load.began + (load.before + load.tokens) * prefill_rate

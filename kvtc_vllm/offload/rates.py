@@ -21,6 +21,7 @@ class Rate:
         """Of a sample."""
         self._median = 0.0
         self._least = 0.0
+        self._running = 0.0
 
     def add(self, tokens: int, seconds: float) -> None:
         """Take note of work that has ended."""
@@ -36,12 +37,18 @@ class Rate:
             if left <= 0:
                 self._median = value
                 break
+        self._running = 0.0
         if seconds / tokens < self._least:
             self._least = 0.0
 
     def add_running(self, tokens: int, seconds: float) -> None:
-        """Take note of work that has not ended after `seconds`. It counts until any ends faster."""
-        self._least = max(self._least, seconds / tokens)
+        """Take note of work that has not ended after `seconds`.
+
+        It counts once nothing ended between two such notes, so that a moment without a processor
+        tells nothing, and until work ends that was faster.
+        """
+        before, self._running = self._running, seconds / tokens
+        self._least = max(self._least, min(before, self._running))
 
     @property
     def value(self) -> float:

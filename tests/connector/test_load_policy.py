@@ -348,6 +348,8 @@ def test_a_load_that_hangs_is_learnt_from_before_it_ends() -> None:
     gate.observe_loads(Pace(running=500, running_seconds=0.05))
     assert gate.give_up() == []
     gate.observe_loads(Pace(running=500, running_seconds=0.3))
+    assert gate.give_up() == []  # a step may have taken the processor
+    gate.observe_loads(Pace(running=500, running_seconds=0.4))
     assert gate.give_up() == ["0", "1"]
     assert not asked(gate, "2")
     gate.observe_loads(Pace(running=500, running_seconds=0.01))

@@ -33,13 +33,13 @@ class Tier:
     def __init__(self, pace: float) -> None:
         self.slowness = pace
         self.later = pace
-        self.changes = float("inf")
+        self.changes = self.ends = float("inf")
 
     def __call__(self, now: float) -> float:
-        return PREFILL * (self.slowness if now < self.changes else self.later)
+        return PREFILL * (self.later if self.changes <= now < self.ends else self.slowness)
 
-    def change(self, pace: float, at: float) -> None:
-        self.later, self.changes = pace, at
+    def change(self, pace: float, at: float, until: float = float("inf")) -> None:
+        self.later, self.changes, self.ends = pace, at, until
 
 
 def served(tier: Tier, loads: int = 9) -> Engine:
@@ -78,7 +78,10 @@ def mean_first_token(burst: list[Prompt]) -> float:
 @pytest.mark.parametrize("slowness", [0.4, 0.7, 0.9, 1.1, 1.3, 2, 3, 10])
 def test_a_tier_of_known_pace_keeps_nobody_waiting(slowness: float, requests: int) -> None:
     burst = served(Tier(slowness)).serve(requests)
-    assert late(burst) <= requests // PROBE_EVERY  # those that are tried against expectation
+    # Those that are tried against expectation, and what the first of them meets.
+    assert late(burst) <= (
+        requests // PROBE_EVERY if slowness < 10 else 1 + requests // PROBE_EVERY
+    )
     assert longest_wait(burst) <= 1 + chunk_of(slowness)
     if requests > 1:
         # Of one step: a load that is not offered costs the time that steps have in common.
@@ -115,7 +118,8 @@ def test_a_tier_that_becomes_slow_within_a_burst_is_left(slowness: float) -> Non
     engine = served(tier)
     tier.change(slowness, engine.now + 1)
     burst = engine.serve(64)
-    assert longest_wait(burst) <= 1
+    assert longest_wait(burst) <= STEP_ENDS
+    assert late(burst) <= THREADS
     assert mean_first_token(burst) < 0.85
 
 
@@ -125,6 +129,16 @@ def test_a_tier_of_unknown_pace_is_given_few_loads(slowness: float, requests: in
     burst = served(Tier(slowness), loads=0).serve(requests)
     assert late(burst) <= THREADS + requests // PROBE_EVERY
     assert mean_first_token(burst) <= 1.25
+
+
+def test_threads_that_stall_once_cost_few_loads() -> None:
+    """As where a step takes the processor: what they are at takes long, what follows does not."""
+    tier = Tier(0.3)
+    engine = served(tier)
+    tier.change(12, engine.now + 1, engine.now + 1.02)
+    burst = engine.serve(64)
+    assert sum(prompt.given_up for prompt in burst) <= 12
+    assert mean_first_token(burst) < 0.55
 
 
 def test_a_tier_that_became_fast_again_is_used() -> None:

@@ -532,7 +532,8 @@ def test_what_is_in_memory_waits_for_no_slow_disk() -> None:
 def test_a_read_that_hangs_is_learnt_from_and_a_disk_that_recovers_is_noticed() -> None:
     rig = Rig()
     rig.worth = 0.5
-    rig.promotions.reads.observe(Pace(running=1, running_seconds=30.0))
+    for seconds in (29.0, 30.0):
+        rig.promotions.reads.observe(Pace(running=1, running_seconds=seconds))
     waits = [rig.wait(str(number)) for number in range(PROBE_EVERY)]
     assert waits == [False] * (PROBE_EVERY - 1) + [True]
     rig.promotions.reads.observe(Pace(4, 0.04))
