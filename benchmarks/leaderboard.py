@@ -26,7 +26,6 @@ SOURCES = (
     "methods",
     "field/chunks",
     "field/whole",
-    "field/settings",
     "field/below",
     "field/tokens",
     "field/composed",
@@ -113,8 +112,9 @@ def page(rows: Sequence[Row]) -> str:
         )
         + ". Each has the commands that measured it. Settings were swept on documents of the "
         "tuning part, those of codecs on prose alone ([sweep]"
-        "(../benchmarks/quality/smollm2/field/sweep/README.md)). A method has a row with its "
-        "paper's settings, and one with the best of its grid if that is another. "
+        "(../benchmarks/quality/smollm2/field/sweep/README.md)). Methods that drop or recall "
+        "tokens have a row with the best of their grid beside that of their paper; codecs have "
+        "the settings of their papers, and better ones have not run on these prompts. "
         "`kvtc eval MODEL --quick` measures every method on any model, on few short prompts: for "
         "[the stand-in](../benchmarks/quality/quick/results.md) in two minutes of one core.",
         "",
