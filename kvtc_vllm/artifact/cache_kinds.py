@@ -14,8 +14,8 @@ from typing import Any
 ELEMENT_BYTES = 2
 """Of a cache of 16 bits."""
 LATENT_RATIO = 8.0
-"""Most that a preset codes latents by: only a small trained model was measured, whose latents are half
-empty."""
+"""Most that a preset codes latents by. Above it only a small trained model was measured, whose
+latents are half empty."""
 _WINDOWS = ("sliding_attention", "local_attention")
 _PERIODS = {
     "gemma2": ("sliding_attention", "sliding_window_pattern", 2),
