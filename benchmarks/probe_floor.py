@@ -55,7 +55,7 @@ def main() -> None:
             kind=kind,
             layer=layer,
             deviation=energy**0.5 * deviations[kind][layer],
-            sink_tokens=FIRST,
+            first=FIRST,
         )
         for kind, layer in PLACES
         for energy in ENERGIES

@@ -73,10 +73,6 @@ class Choice:
     chunk: int = 128
 
 
-def _steps(name: str, **changes: float) -> Choice:
-    return Choice(name, StepSettings(**changes))
-
-
 CHOICES: dict[str, tuple[Choice, ...]] = {
     "sinks": (
         Choice("off", sink_tokens=0, marked=False),
@@ -85,11 +81,19 @@ CHOICES: dict[str, tuple[Choice, ...]] = {
         Choice("both"),
         Choice("first one, detected", sink_tokens=1),
     ),
-    "gain": tuple(_steps(f"gain {gain:g}", sink_gain=gain) for gain in (2.0, 4.0, 8.0)),
+    "gain": tuple(
+        Choice(f"gain {gain:g}", StepSettings(sink_gain=gain)) for gain in (2.0, 4.0, 8.0)
+    ),
     "chunk": tuple(Choice(f"{tokens} tokens", chunk=tokens) for tokens in (64, 128, 256)),
     "columns": (
-        *(_steps(f"{bits:g} bits", column_bits=bits) for bits in (0.0, 1.0, 2.0, 4.0, 8.0)),
-        *(_steps(f"sinks {bits:g} bits", beyond_bits=bits) for bits in (1.0, 2.0, 4.0, 8.0)),
+        *(
+            Choice(f"{bits:g} bits", StepSettings(column_bits=bits))
+            for bits in (0.0, 1.0, 2.0, 4.0, 8.0)
+        ),
+        *(
+            Choice(f"sinks {bits:g} bits", StepSettings(beyond_bits=bits))
+            for bits in (1.0, 2.0, 4.0, 8.0)
+        ),
     ),
 }
 
