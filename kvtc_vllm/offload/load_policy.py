@@ -89,7 +89,6 @@ class LoadPolicy:
         self._refused = 0
         self._loads = LoadQueue()
         self._late: set[str] = set()
-        self._gone: list[str] = []
         self._trials: set[str] = set()
         self._begun = PrefillQueue()
         self._begun_instead = PrefillQueue()  # of these, what could have been loaded
@@ -188,11 +187,11 @@ class LoadPolicy:
     def give_up(self) -> list[str]:
         """Requests whose loads are to end now. Call once per step.
 
-        The requests have ended, or the load would end later than the request would have been
-        computed, all before it included, and computing what is left of it now takes less than
-        loading it. No more than will soon be computed: the others may still be loaded in time.
+        Of each the load would end later than the request would have been computed, all before it
+        included, and computing what is left of it now takes less than loading it. No more than will
+        soon be computed: the others may still be loaded in time.
         """
-        given_up, self._gone = self._gone, []
+        given_up: list[str] = []
         load_rate, prefill_rate = self._load.value, self._prefill.value
         if not (self._enabled and self._prefill.known and load_rate):
             return given_up
@@ -205,7 +204,7 @@ class LoadPolicy:
             waits = (queued + load.left) * load_rate + self._seen_after
             promised = load.began + (load.before + load.tokens) * prefill_rate
             late = now + waits > promised and waits > (ahead + left) * prefill_rate
-            if late and load.left and not load.on_trial:
+            if late and load.left and load.wanted and not load.on_trial:
                 ahead += left
                 self._loads.give_up(load)
                 self._late.add(request_id)
@@ -241,14 +240,13 @@ class LoadPolicy:
             self._begun_instead.begin(request_id, tokens)
 
     def forget(self, request_id: str) -> None:
-        """Drop what is known of a request that ended; a load of it that runs is of no use."""
+        """Drop what is known of a request that ended; its load may still run."""
         self._late.discard(request_id)
         self._trials.discard(request_id)
         load = self._loads.get(request_id)
-        if load is not None and not load.given_up:
+        if load is not None:
             load.patience = 0.0
-            self._loads.give_up(load)
-            self._gone.append(request_id)
+            load.wanted = False
         self._put_off.pop(request_id, None)
         self._begun.forget(request_id)
         self._begun_instead.forget(request_id)

@@ -24,6 +24,8 @@ class QueuedLoad:
     """Seconds from then on after which it is of no use; 0 for no limit."""
     on_trial: bool = False
     """It was offered against what is expected, and runs until its patience ends."""
+    wanted: bool = True
+    """False once its request has ended."""
     given_up: bool = False
     """Its end was ordered and not reported yet."""
 
