@@ -32,6 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "quick-start.md"
 SMALL_CACHE = "--block-size 32 --max-model-len 4096 --num-gpu-blocks-override 160"
 """What the page advises for a first look."""
+LESS_MEMORY = "--gpu-memory-utilization 0.5"
+"""What it advises on a CPU."""
 OF_GPU = "cu13"
 """In the command that installs for a GPU."""
 OF_CPU = "make setup"
@@ -103,10 +105,11 @@ def blocks(page: str) -> list[str]:
 
 
 def filled(block: str, names: Mapping[str, str]) -> str:
-    """A block with what the page leaves open, and the cache that it advises for a first look."""
+    """A block with what the page leaves open, and what it advises for a first look."""
+    advised = SMALL_CACHE if has_gpu() else f"{SMALL_CACHE} {LESS_MEMORY}"
     for name, value in names.items():
         block = block.replace(name, value)
-    return re.sub(r"^(vllm serve .*)$", rf"\1 {SMALL_CACHE}", block, flags=re.MULTILINE)
+    return re.sub(r"^(vllm serve .*)$", rf"\1 {advised}", block, flags=re.MULTILINE)
 
 
 def walk(chosen: Sequence[str], folder: Path) -> Iterator[Step]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,10 @@ from kvtc_vllm.calibration.documents import Document, Text, make_documents, read
 
 PREFILL_FACTOR = 2
 """Tokens run through the model for each one kept: spreads the sample over more text."""
+MOST_MEMORY = 0.92
+"""Share of a machine's memory that vLLM asks for on a CPU by default."""
+OF_AVAILABLE = 0.8
+"""What a capture asks for instead, as a share of what others have left of the memory."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,22 @@ def _source(
     )
 
 
+def engine_memory(tp: int) -> dict[str, float]:
+    """Arguments of `vllm.LLM` that fit the memory which is free now, where it runs on a CPU.
+
+    vLLM asks for a share of all memory, used or not, and does not start where less is free. Empty
+    on a GPU, and where the environment says how much vLLM may take. tp: ranks on this machine.
+    """
+    import psutil  # vLLM brings it
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu() or "VLLM_CPU_KVCACHE_SPACE" in os.environ:
+        return {}
+    memory = psutil.virtual_memory()
+    free = OF_AVAILABLE * memory.available / memory.total / tp
+    return {"gpu_memory_utilization": min(MOST_MEMORY, round(free, 3))}
+
+
 def _run_model(
     settings: CaptureSettings, texts: Sequence[Text], spool: Path
 ) -> tuple[int, str, str | None]:
@@ -130,7 +151,12 @@ def _run_model(
                 "sink_tokens": settings.sink_tokens,
             },
         ),
-        **{"enforce_eager": True, "seed": settings.seed, **settings.engine},
+        **{
+            "enforce_eager": True,
+            "seed": settings.seed,
+            **engine_memory(settings.tp),
+            **settings.engine,
+        },
     )
     tokenizer = llm.get_tokenizer()
 

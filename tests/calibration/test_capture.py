@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -365,3 +366,19 @@ def test_calibrate_measures_before_it_fits(
     assert left.all_tokens == FOUND.all_tokens
     two = calibrate(settings, replace(made, out=str(tmp_path / "b")), spool=str(spool))
     assert load_card(two).sensitivity is msgspec.UNSET
+
+
+@pytest.mark.parametrize(
+    ("free", "tp", "share"), [(0.85, 1, 0.68), (0.85, 2, 0.34), (1.0, 1, 0.8), (0.1, 1, 0.08)]
+)
+def test_an_engine_on_a_cpu_asks_for_no_more_memory_than_is_free(
+    monkeypatch: pytest.MonkeyPatch, free: float, tp: int, share: float
+) -> None:
+    psutil = pytest.importorskip("psutil")
+    pytest.importorskip("vllm")
+    memory = SimpleNamespace(total=1000, available=1000 * free)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    assert capture_module.engine_memory(tp) == {"gpu_memory_utilization": pytest.approx(share)}
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
+    assert capture_module.engine_memory(tp) == {}
