@@ -94,8 +94,8 @@ PARTS = (
         "what only fitting needs: documents, capture, spool, sensitivity, PCA, fit, acceptance, "
         "writing, report",
         "codec, artifact, offload, vllm_cache",
-        "datasets, matplotlib, msgspec, numpy, psutil, safetensors, torch, tqdm, transformers, vllm, "
-        "xxhash",
+        "datasets, matplotlib, msgspec, numpy, psutil, safetensors, torch, tqdm, transformers, "
+        "vllm, xxhash",
     ),
     Part(
         "lmcache",
