@@ -26,6 +26,7 @@ SOURCES = (
     "methods",
     "field/chunks",
     "field/whole",
+    "field/settings",
     "field/below",
     "field/tokens",
     "field/composed",
@@ -112,9 +113,8 @@ def page(rows: Sequence[Row]) -> str:
         )
         + ". Each has the commands that measured it. Settings were swept on documents of the "
         "tuning part, those of codecs on prose alone ([sweep]"
-        "(../benchmarks/quality/smollm2/field/sweep/README.md)). Methods that drop or recall "
-        "tokens have a row with the best of their grid beside that of their paper; codecs have "
-        "the settings of their papers, and better ones have not run on these prompts. "
+        "(../benchmarks/quality/smollm2/field/sweep/README.md)). The best of a grid has a row "
+        "beside the settings of the method's paper; where there is none, these are the best. "
         "`kvtc eval MODEL --quick` measures every method on any model, on few short prompts: for "
         "[the stand-in](../benchmarks/quality/quick/results.md) in two minutes of one core.",
         "",

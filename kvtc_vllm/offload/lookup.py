@@ -166,7 +166,9 @@ class PrefixLookup:
         chunk = start // self._chunk_tokens
         if groups == of_all:
             found = chunk * groups
-            while found < len(records) and has(records[found]):
+            for key in records[found:]:
+                if not has(key):
+                    break
                 found += 1
             return found // groups
         while chunk * groups < len(records):
