@@ -48,8 +48,8 @@ COUNTERS: dict[str, str] = {
     "promoted_chunks": "Chunks read from disk into memory, all ranks",
     "promoted_bytes": "Real bytes of these",
     "expired_waits": "Requests that stopped waiting for disk at their deadline",
-    "refused_waits": "Requests that did not wait for disk because recomputing is measured to be "
-    "faster",
+    "refused_waits": "Requests that did not wait for disk: by what reads take, recomputing or the "
+    "deadline would have come first",
     "disk_written_chunks": "Chunks written to disk, all ranks",
     "disk_written_bytes": "Real bytes of these",
     "disk_halved_chunks": "Times that a chunk on disk was halved, all ranks",

@@ -213,5 +213,7 @@ def test_a_hung_disk_costs_a_request_its_deadline_and_others_nothing(
         assert last - first < DEADLINE / 3
         found = metrics(llm)
     assert found["kvtc_expired_waits"] == 1
-    assert found["kvtc_disk_errors/deadline"] + found["kvtc_disk_errors/stalled"] == 8
+    # The second request is not even told to wait, or its reads are given up at once.
+    failed = found["kvtc_disk_errors/deadline"] + found["kvtc_disk_errors/stalled"]
+    assert failed + 4 * found["kvtc_refused_waits"] == 8
     assert found["kvtc_loaded_tokens"] == 0
