@@ -33,6 +33,8 @@ class Outbox:
         self._lock = threading.Lock()
         self._waiting = threading.Event()
         self._news = News()
+        self._cut: WorkerReport | None = None
+        """What the counters that were taken in this step are of."""
 
     @contextlib.contextmanager
     def open(self) -> Iterator[News]:
@@ -66,7 +68,7 @@ class Outbox:
     def begin_epoch(self, epoch: int) -> None:
         """Drop all that is for the scheduler."""
         with self._lock:
-            self._news.report = WorkerReport(epoch)
+            self._news.report, self._cut = WorkerReport(epoch), None
 
     def found_stale(self, step: int, epoch: int) -> None:
         """Report that what computed in a step is not what the names of its epoch say."""
@@ -76,11 +78,19 @@ class Outbox:
         self._waiting.set()
 
     def take_report(self, step: int) -> WorkerReport:
-        """All that is for the scheduler, in the given step."""
+        """All that is for the scheduler, in the given step.
+
+        Of a step that took its counters already, what these count and no more: who waits until a
+        store was reported finds it counted.
+        """
         with self._lock:
-            report = self._news.report
-            self._news.report = WorkerReport(report.epoch)
+            report, self._cut = self._cut or self._cut_off(), None
         report.step = step
+        return report
+
+    def _cut_off(self) -> WorkerReport:
+        report = self._news.report
+        self._news.report = WorkerReport(report.epoch)
         return report
 
     def take_finished_loads(self) -> set[str]:
@@ -105,6 +115,8 @@ class Outbox:
     def take_stats(self) -> Stats | None:
         """Counters since the last call, if any counted."""
         with self._lock:
+            if self._cut is None:
+                self._cut = self._cut_off()
             if self._news.stats.is_empty():
                 return None
             stats, self._news.stats = self._news.stats, Stats()
