@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -146,6 +147,8 @@ def test_every_thread_is_warmed_up_on_the_stream_that_it_will_use(cuda: FakeCuda
     cuda.log.clear()
     loads.begin(job("r"), SOUND, True)
     stores.store(items, 0, SOUND)
+    while len(work.threads) < 7:  # what waits for a thread at shutdown is dropped
+        time.sleep(0.001)
     loads.shutdown()
     stores.shutdown()
     served = [stream for stream, what in cuda.log if what == "work"]
