@@ -22,11 +22,11 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
+
+from benchmarks.demo.server import wait_until_ready
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "quick-start.md"
@@ -37,7 +37,8 @@ LESS_MEMORY = "--gpu-memory-utilization 0.5"
 OF_GPU = "cu13"
 """In the command that installs for a GPU."""
 OF_CPU = "make setup"
-HEALTH = "http://localhost:8000/health"
+URL = "http://localhost:8000"
+"""Of the server on the page."""
 START_SECONDS = 900
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
@@ -158,7 +159,10 @@ def served(block: str, state: Path, log: Path) -> Iterator[None]:
             start_new_session=True,
         )
         try:
-            wait_until_ready(server, log)
+            try:
+                wait_until_ready(URL, server, log, START_SECONDS)
+            except RuntimeError as error:
+                raise WalkError(str(error)) from error
             yield
         finally:
             with contextlib.suppress(ProcessLookupError):
@@ -168,16 +172,6 @@ def served(block: str, state: Path, log: Path) -> Iterator[None]:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(server.pid, signal.SIGKILL)
             server.wait()
-
-
-def wait_until_ready(server: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and server.poll() is None:
-        with contextlib.suppress(urllib.error.URLError, ConnectionError):
-            urllib.request.urlopen(HEALTH, timeout=2).read()
-            return
-        time.sleep(0.5)
-    raise WalkError(f"vllm serve did not start:\n{tail(log, 30)}")
 
 
 def environment() -> dict[str, str]:

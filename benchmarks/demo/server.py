@@ -41,6 +41,19 @@ class Answer:
     prompt_tokens: int
 
 
+def wait_until_ready(
+    base: str, process: subprocess.Popen[bytes], log: Path, seconds: float = START_SECONDS
+) -> None:
+    """Of a server at the URL `base`. Raises RuntimeError with the end of its log if it fails."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(urllib.error.URLError, ConnectionError):
+            urllib.request.urlopen(f"{base}/health", timeout=2).read()
+            return
+        time.sleep(0.5)
+    raise RuntimeError(f"vllm serve did not start; {tail(log)}")
+
+
 class Server:
     """A running server. Requests are sent one at a time."""
 
@@ -52,13 +65,7 @@ class Server:
 
     def wait_until_ready(self) -> None:
         """Raises RuntimeError with the end of the log if it does not come up."""
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline and self._process.poll() is None:
-            with contextlib.suppress(urllib.error.URLError, ConnectionError):
-                urllib.request.urlopen(f"{self._base}/health", timeout=2).read()
-                return
-            time.sleep(0.5)
-        raise RuntimeError(f"vllm serve did not start; {tail(self._log)}")
+        wait_until_ready(self._base, self._process, self._log)
 
     def ask(self, messages: list[dict[str, str]], max_tokens: int) -> Answer:
         """One greedy chat completion. Raises RuntimeError with what the server says if it fails."""
