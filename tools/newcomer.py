@@ -44,7 +44,10 @@ _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 class Step(TypedDict):
-    """One block of commands. Seconds of the wall clock, and of processors by all that it ran."""
+    """One block of commands. Seconds of the wall clock, and of processors by all that it ran.
+
+    commands: as on the page, without what is this machine's own.
+    """
 
     commands: str
     seconds: float
@@ -68,7 +71,7 @@ def main() -> int:
         "64GiB": args.memory,
     }
     chosen = [
-        filled(block, names)
+        block
         for block in blocks(PAGE.read_text())
         if (OF_CPU if has_gpu() else OF_GPU) not in block
     ]
@@ -76,7 +79,7 @@ def main() -> int:
         chosen = [block.replace("make demo\n", "") for block in chosen]
     with tempfile.TemporaryDirectory() as folder:
         try:
-            steps = list(walk(chosen, Path(folder)))
+            steps = list(walk(chosen, names, Path(folder)))
         except WalkError as error:
             print(f"newcomer: {error}", file=sys.stderr)
             return 1
@@ -113,12 +116,13 @@ def filled(block: str, names: Mapping[str, str]) -> str:
     return re.sub(r"^(vllm serve .*)$", rf"\1 {advised}", block, flags=re.MULTILINE)
 
 
-def walk(chosen: Sequence[str], folder: Path) -> Iterator[Step]:
-    """Run the blocks in `folder` and tell each. Raises WalkError."""
+def walk(chosen: Sequence[str], names: Mapping[str, str], folder: Path) -> Iterator[Step]:
+    """Run the page's blocks in `folder`, with `names` filled in; tell each. Raises WalkError."""
     state = folder / "shell-state"
     state.write_text(f"cd {folder}\n")
     with contextlib.ExitStack() as running:
-        for number, block in enumerate(chosen):
+        for number, written in enumerate(chosen):
+            block = filled(written, names)
             log = folder / f"step-{number}.log"
             before, used = time.monotonic(), child_seconds()
             if block.startswith("vllm serve"):
@@ -126,7 +130,7 @@ def walk(chosen: Sequence[str], folder: Path) -> Iterator[Step]:
             else:
                 run(block, state, log)
             step = Step(
-                commands=block.strip(),
+                commands=written.strip(),
                 seconds=round(time.monotonic() - before, 1),
                 cpu_seconds=round(child_seconds() - used, 1),
             )

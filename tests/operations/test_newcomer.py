@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -27,18 +28,38 @@ def test_the_page_has_the_whole_way() -> None:
 
 def test_folder_and_exports_hold_for_the_next_commands(tmp_path: Path) -> None:
     commands = ["mkdir a && cd a\nexport WHAT='so it is'\n", 'echo "$WHAT" > b\n']
-    assert [step["commands"] for step in newcomer.walk(commands, tmp_path)] == [
+    assert [step["commands"] for step in newcomer.walk(commands, {}, tmp_path)] == [
         block.strip() for block in commands
     ]
     assert (tmp_path / "a" / "b").read_text() == "so it is\n"
 
 
+def test_a_result_has_nothing_of_the_machine(tmp_path: Path) -> None:
+    (step,) = newcomer.walk(["echo MODEL > said\n"], {"MODEL": str(tmp_path)}, tmp_path)
+    assert step["commands"] == "echo MODEL > said"
+    assert (tmp_path / "said").read_text() == f"{tmp_path}\n"
+
+
+def test_the_page_has_the_figures_of_the_walk() -> None:
+    result = json.loads((newcomer.ROOT / "benchmarks/results/newcomer.json").read_text())
+    minutes = [step["seconds"] / 60 for step in result["steps"]]
+    demo, installed, calibrated, *rest = minutes
+    said = [
+        f"it took {sum(minutes):.0f} minutes",
+        f"the demo with its installation {demo + installed:.0f}, ",
+        f"all 160,000 tokens {calibrated:.0f}, ",
+        f"`kvtc bench` {sum(rest):.0f}.",
+    ]
+    page = newcomer.PAGE.read_text()
+    assert [text for text in said if text not in page] == []
+
+
 def test_a_command_that_fails_ends_the_walk_and_is_told(tmp_path: Path) -> None:
     with pytest.raises(newcomer.WalkError, match=r"(?s)'echo why; false; touch x' failed.*why"):
-        list(newcomer.walk(["echo why; false; touch x\n"], tmp_path))
+        list(newcomer.walk(["echo why; false; touch x\n"], {}, tmp_path))
     assert not (tmp_path / "x").exists()
 
 
 def test_a_server_that_ends_is_told(tmp_path: Path) -> None:
     with pytest.raises(newcomer.WalkError, match=r"(?s)did not start.*vllm"):
-        list(newcomer.walk(["vllm serve /nowhere; vllm-is-not-this\n"], tmp_path))
+        list(newcomer.walk(["vllm serve /nowhere; vllm-is-not-this\n"], {}, tmp_path))
