@@ -77,13 +77,14 @@ class KVTCConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         Meta(description="Order in which a tier evicts chunks."),
     ] = "lru"
     joint: Annotated[
-        Literal["off", "exact", "delta"],
+        Literal["auto", "off", "exact", "delta"],
         Meta(
             description="In memory, within one `cache_salt`. `exact`: equal bodies of chunks with "
             "other names are kept once. `delta`, with `kvtc2`: a chunk whose text another has, at "
-            "any place, is kept as what it adds to that one."
+            "any place, is kept as what it adds to that one. `auto`: `delta` where it can be, on a "
+            "CPU, else `off`."
         ),
-    ] = "off"
+    ] = "auto"
     degrade: Annotated[
         Literal["off", "memory", "both"],
         Meta(
