@@ -32,7 +32,7 @@ from typing import Any
 
 from benchmarks.store_policy.live import CHUNK, ROOT, VOCABULARY, engine, in_this_process
 
-CLIENTS, REQUESTS = 8, 20
+CLIENTS, REQUESTS = 8, 16
 """REQUESTS: of a client."""
 DOCUMENTS, DOCUMENT_CHUNKS = 20, 4
 SKEW = 0.8
