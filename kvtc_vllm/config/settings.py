@@ -159,13 +159,14 @@ class KVTCConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         Meta(description="Also store blocks filled while generating. Multi-turn chat needs it."),
     ] = True
     store_policy: Annotated[
-        Literal["eager", "on_evict", "auto"],
+        Literal["eager", "on_evict", "auto"] | None,
         Meta(
             description="When a chunk is stored. `eager`: when it is complete. `on_evict`: when "
             "the engine's own cache is about to give it up. `auto`: the first while memory has "
-            "room and the encoder keeps up, else the second."
+            "room and the encoder keeps up, else the second.",
+            extra={"default": "auto; eager with a disk tier, and where others load"},
         ),
-    ] = "eager"
+    ] = None
     store_horizon: Annotated[
         Annotated[int, Meta(ge=0, le=1 << 20)] | None,
         Meta(

@@ -19,10 +19,12 @@ def make_timing(
     reuse: BlockReuse,
     count: Callable[[str, int, str | None], None],
     at_once: int | None,
+    loads: bool = True,
 ) -> StorePolicy:
     """The policy of `store_policy`. count: adds to a counter, with a label if it has any.
 
-    at_once: chunks that `auto` may put off; None for any number.
+    at_once: chunks that `auto` may put off; None for any number. loads: whether this engine loads
+    what it stores.
 
     groups: cache groups of the model. With several, `auto` stores at once, and `on_evict` raises
     ConfigError: blocks that a window has left are gone before vLLM evicts the rest of a chunk.
@@ -32,10 +34,25 @@ def make_timing(
             f"store_policy is on_evict, but the model has {groups} cache groups (sliding windows "
             "or recurrent layers); eager is right for it"
         )
-    if config.store_policy == "eager" or groups > 1:
+    policy = chosen_policy(config, loads)
+    if policy == "eager" or groups > 1:
         return Eager()
     on_evict = OnEvict(tier, reuse, config.store_horizon, count)
-    return Auto(on_evict, tier, at_once) if config.store_policy == "auto" else on_evict
+    return Auto(on_evict, tier, at_once) if policy == "auto" else on_evict
+
+
+def chosen_policy(config: KVTCConfig, loads: bool) -> str:
+    """`store_policy`, and where it is not given what nobody is surprised by.
+
+    A disk is there for engines that start later, also after a crash, and for others that share it;
+    what an engine that does not load stores is for others alone. None of them finds what only this
+    engine's own cache has. Without them, `auto` finds more than `eager`.
+    """
+    if config.store_policy is not None:
+        return config.store_policy
+    if config.exclusive:
+        return "auto"
+    return "eager" if config.disk_path is not None or not loads else "auto"
 
 
 def stored_at_once(

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 
 from benchmarks.store_policy.engine import BLOCK, SimEngine
+from kvtc_vllm.config import load_config
 from kvtc_vllm.offload.auto_store import PATIENCE_SECONDS, Auto
 from kvtc_vllm.offload.messages import NO_ADAPTER, AdapterUse, WorkerReport
 from kvtc_vllm.offload.on_evict import BlockReuse, OnEvict
-from kvtc_vllm.offload.store_policy import Candidate
+from kvtc_vllm.offload.store_policy import Candidate, Eager
+from kvtc_vllm.offload.store_timing import chosen_policy, make_timing
 from kvtc_vllm.offload.tier_view import TierView
 from kvtc_vllm.tiers.index import TierIndex
 from kvtc_vllm.tiers.policies.lru import LRUPolicy
@@ -209,3 +211,28 @@ def test_memory_that_had_to_evict_has_room_when_half_of_it_is_free() -> None:
     index.abandon(names[15], 0)  # type: ignore[arg-type]
     assert index.evictions > 0
     assert not tier.has_room
+
+
+@pytest.mark.parametrize(
+    ("extra", "loads", "policy"),
+    [
+        ({}, True, "auto"),
+        ({}, False, "eager"),
+        ({"disk_path": "/cache"}, True, "eager"),
+        ({"disk_path": "/cache", "exclusive": True}, True, "auto"),
+        ({"disk_path": "/cache", "store_policy": "auto"}, True, "auto"),
+        ({"store_policy": "on_evict"}, False, "on_evict"),
+        ({"store_policy": "eager"}, True, "eager"),
+    ],
+)
+def test_the_policy_that_is_not_given(extra: dict[str, Any], loads: bool, policy: str) -> None:
+    config = load_config(extra)
+    assert chosen_policy(config, loads) == policy
+    tier = TierView(TierIndex(1 << 20, 1, LRUPolicy(1 << 20)), None, 1)
+    made = make_timing(config, 1, tier, BlockReuse(0), lambda *counted: None, None, loads)
+    kinds = {"eager": Eager, "auto": Auto, "on_evict": OnEvict}
+    assert type(made) is kinds[policy]
+    # What a window has left is gone before vLLM evicts the rest.
+    if policy != "on_evict":
+        several = make_timing(config, 2, tier, BlockReuse(0), lambda *counted: None, None, loads)
+        assert type(several) is Eager
