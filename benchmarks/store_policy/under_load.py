@@ -2,6 +2,7 @@
 
     python -m benchmarks.store_policy.under_load [--out benchmarks/results/store_policy_load.json]
                                                  [--memory .5,1,2] [--disk no,yes] [--seeds 0,1]
+                                                 [--policies eager,auto,on_evict]
 
 Each client thinks, asks, waits for the answer, and thinks again. By turns at random it goes on with
 a chat of its own, with all that was said, or asks about one of the documents that all share, some
@@ -100,15 +101,17 @@ def main() -> None:
     parser.add_argument("--memory", default=".5,1,2", help="memory over the engine's own cache")
     parser.add_argument("--disk", default="no,yes")
     parser.add_argument("--seeds", default="0,1")
+    parser.add_argument("--policies", default=",".join(POLICIES))
     args = parser.parse_args()
     in_this_process()
+    policies = args.policies.split(",")
     rows: list[dict[str, Any]] = []
     if args.out.exists():
         rows = json.loads(args.out.read_text())["rows"]
     for seed in map(int, args.seeds.split(",")):
         for disk in args.disk.split(","):
             for memory in map(float, args.memory.split(",")):
-                for policy in POLICIES[:: -1 if seed % 2 else 1]:
+                for policy in policies[:: -1 if seed % 2 else 1]:
                     cell = {"memory": memory, "disk": disk, "seed": seed, "policy": policy}
                     if any(cell.items() <= row.items() for row in rows):
                         continue
