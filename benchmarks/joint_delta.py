@@ -9,6 +9,7 @@ and into the memory tier, unless a chunk of the same prefix is there already, as
 are the bytes of all blobs, `delta` those that the tier holds with differences, `saved` the share
 between them. Every record is read back and compared with its blob: nothing else is decoded than
 with `joint: off`, so KL is the same. Times are of one thread in one run, ratios to the codec's own.
+`keep` is remembering a chunk, and forgetting it in the end.
 
 What `joint: exact` would do is counted beside it: bodies that are equal, and the bytes on disk, in
 blocks of 4 KiB, of whole chunks and of bodies kept once with a file for each chunk's own head.
@@ -59,6 +60,7 @@ PASSAGE = 448
 VERSIONS = 10
 CHATS = 6
 TENANT = b"one tenant"
+SPANS = ("encode", "search", "difference", "keep", "decode", "whole")
 SYSTEMS = (
     "You are a helpful assistant. Answer from the documents below and say which one you used.\n\n",
     "Today is Monday. You work for a publisher. Be brief, be kind, quote literally, and if the "
@@ -183,7 +185,7 @@ class Tier:
         self._store = DeltaStore(self._arena, DeltaCoder(artifact, replace(ENTROPY, level=1)))
         self._blobs: dict[RecordKey, bytes] = {}
         self._differences: set[RecordKey] = set()
-        self._seconds = dict.fromkeys(("encode", "search", "difference", "decode", "whole"), 0.0)
+        self._seconds = dict.fromkeys(SPANS, 0.0)
 
     def store(self, ids: Sequence[int], k: torch.Tensor, v: torch.Tensor) -> None:
         """Whole chunks of a prompt. k, v: [T, L, H, D]."""
@@ -201,7 +203,7 @@ class Tier:
                 "difference",
                 lambda n=key, t=tokens: self._store.prepare(n, self._blobs[n], TENANT, t),
             )
-            self._store.write(key, new, TENANT)
+            self._timed("keep", lambda n=key, b=new: self._store.write(n, b, TENANT))
             if new.difference is None:
                 continue
             self._differences.add(key)
@@ -215,6 +217,8 @@ class Tier:
         for key in self._differences:
             self._timed("decode", lambda n=key: self._codec.decode(self._blobs[n], key=n))
         chunks, found = len(self._blobs), len(self._differences)
+        used, share = self._arena.used, self._share() if found else None
+        self._timed("keep", lambda: self._store.remove(self._blobs))
         off = sum(map(len, self._blobs.values()))
         seconds = self._seconds
         return {
@@ -223,12 +227,15 @@ class Tier:
             "chunks": chunks,
             "differences": found,
             "off_bytes": off,
-            "delta_bytes": self._arena.used,
-            "saved": round(1 - self._arena.used / off, 4),
+            "delta_bytes": used,
+            "saved": round(1 - used / off, 4),
             **self._exact(),
-            "share_of_a_difference": self._share() if found else None,
+            "share_of_a_difference": share,
             "search_microseconds_per_chunk": round(1e6 * seconds["search"] / chunks),
-            "store_time_to_encoding": round(1 + seconds["difference"] / seconds["encode"], 3),
+            "keep_microseconds_per_chunk": round(1e6 * seconds["keep"] / chunks),
+            "store_time_to_encoding": round(
+                1 + (seconds["difference"] + seconds["keep"]) / seconds["encode"], 4
+            ),
             "load_time_to_decoding": round(1 + seconds["whole"] / seconds["decode"], 3)
             if found
             else None,

@@ -11,7 +11,8 @@ nearest is taken where the coder would need fewer bits for the difference, the n
 included (four bytes where it does not go on from the token before), and a chunk keeps whichever is
 smaller. Bytes are those of the coder that serves.
 
-`windows` is `joint: delta` as it is. `short windows` names runs of eight tokens on, from windows of
+`windows` is `joint: delta` as it is: windows of 32 tokens find chunks, windows of eight more of the
+tokens of those. `long windows` does without the latter. `short windows` finds chunks by windows of
 eight, all of which are remembered. `nearest` is `windows` and the nearest tokens.
 
 edited: ten versions of a source file, each with one more edit. renamed: the file with other names
@@ -53,7 +54,7 @@ LEADING = 64
 """Coefficients of K and of V by which tokens are compared."""
 NAME_BITS = 32
 SHORT = 8
-WAYS = ("off", "windows", "short windows", "nearest")
+WAYS = ("off", "long windows", "windows", "short windows", "nearest")
 Levels = npt.NDArray[np.int32]
 
 
@@ -63,7 +64,11 @@ class Stored:
     def __init__(self, artifact: RankArtifact, ratio: float) -> None:
         self._codec = open_codec("kvtc2", torch.bfloat16, artifact=artifact, ratio=ratio)
         self._coder = delta.DeltaCoder(artifact, replace(ENTROPY, level=1))
-        self._windows = {"windows": Windows(), "short windows": Windows(SHORT)}
+        self._windows = {
+            "long windows": Windows(SHORT_WINDOW=CHUNK + 1),
+            "windows": Windows(),
+            "short windows": Windows(WINDOW=SHORT, _SAMPLED=1, LEAST_RUN=SHORT),
+        }
         self._opened: dict[RecordKey, Any] = {}
         self._levels: list[list[Levels]] = []
         self._leading: list[npt.NDArray[np.float32]] = []
@@ -164,16 +169,11 @@ class Stored:
 
 
 class Windows:
-    """`TokenWindows` of a length of their own."""
+    """`TokenWindows` with constants of their own."""
 
-    def __init__(self, length: int = token_windows.WINDOW) -> None:
+    def __init__(self, **settings: int) -> None:
         self._windows = token_windows.TokenWindows()
-        short = length < token_windows.WINDOW
-        self._settings = {
-            "WINDOW": length,
-            "_SAMPLED": 1 if short else token_windows._SAMPLED,
-            "LEAST_RUN": length if short else token_windows.LEAST_RUN,
-        }
+        self._settings = settings
 
     def add(self, key: RecordKey, tokens: bytes) -> None:
         self._with_settings(lambda: self._windows.add(key, TENANT, tokens))

@@ -75,6 +75,7 @@ PLACES = (
         "tell its chunks from others'.",
         "calibrate again with the settings that serve: `kvtc calibrate MODEL --data TEXT`",
         (
+            "connector/memory_tier.py",
             "connector/startup.py",
             "connector/halver.py",
             "codec/cpu/requantise.py",

@@ -14,7 +14,8 @@ import gc
 import json
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,7 @@ def main() -> None:
     default = ROOT / "benchmarks/results/store_policy_live.json"
     parser.add_argument("--out", type=Path, default=default)
     args = parser.parse_args()
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    in_this_process()
     rows = []
     for name, keys in POLICIES.items():
         counted = serve(keys)
@@ -68,6 +67,13 @@ def main() -> None:
         "rows": rows,
     }
     args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def in_this_process() -> None:
+    """Have engines of vLLM run in this process, with no network. Before vLLM is imported."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def prompts() -> list[list[int]]:
@@ -85,33 +91,9 @@ def prompts() -> list[list[int]]:
 
 def serve(keys: dict[str, Any]) -> dict[str, float]:
     """Counters of one engine after all requests."""
-    from vllm import LLM, SamplingParams
-    from vllm.config import KVTransferConfig
-    from vllm.distributed import cleanup_dist_env_and_memory
-    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
+    from vllm import SamplingParams
 
-    from kvtc_vllm.config import kv_transfer_config
-
-    extra = {
-        "preset": "kvtc-16x",
-        "memory_bytes": MEMORY_BYTES,
-        "load_gate": False,
-        "encode_share": 1,
-        **keys,
-    }
-    llm = LLM(
-        model=str(MODEL),
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=1024,
-        block_size=BLOCK,
-        num_gpu_blocks_override=GPU_CHUNKS * CHUNK // BLOCK + 1,
-        max_num_batched_tokens=1024,
-        gpu_memory_utilization=0.3,
-        disable_log_stats=False,
-        kv_transfer_config=KVTransferConfig(**kv_transfer_config(extra)),
-    )
-    try:
+    with engine({"memory_bytes": MEMORY_BYTES, "encode_share": 1, **keys}, GPU_CHUNKS) as llm:
         settings = SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True)
         connector = llm.llm_engine.engine_core.engine_core.scheduler.connector
         for prompt in prompts():
@@ -119,6 +101,36 @@ def serve(keys: dict[str, Any]) -> dict[str, float]:
             while connector.has_pending_push_work():
                 llm.llm_engine.step()
         return counters(llm.get_metrics())
+
+
+@contextmanager
+def engine(keys: dict[str, Any], gpu_chunks: int) -> Iterator[Any]:
+    """A vLLM of the reference model at 16x that loads whatever it finds.
+
+    keys: of the connector. gpu_chunks: that the engine's own cache holds.
+    """
+    from vllm import LLM
+    from vllm.config import KVTransferConfig
+    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
+
+    from kvtc_vllm.config import kv_transfer_config
+
+    extra = {"preset": "kvtc-16x", "load_gate": False, **keys}
+    llm = LLM(
+        model=str(MODEL),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=1024,
+        block_size=BLOCK,
+        num_gpu_blocks_override=gpu_chunks * CHUNK // BLOCK + 1,
+        max_num_batched_tokens=1024,
+        gpu_memory_utilization=0.3,
+        disable_log_stats=False,
+        kv_transfer_config=KVTransferConfig(**kv_transfer_config(extra)),
+    )
+    try:
+        yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
         ensure_kv_transfer_shutdown()

@@ -56,7 +56,7 @@ def _check_degrade(config: KVTCConfig) -> None:
             f"degrade={config.degrade!r} contradicts codec={config.codec!r}: only chunks of codec "
             "2 can be halved; set codec='kvtc2' or degrade='off'"
         )
-    if config.joint != "off":
+    if config.joint in ("exact", "delta"):
         raise ConfigError(
             f"degrade={config.degrade!r} contradicts joint={config.joint!r}, in which chunks share "
             "bytes; set either to 'off'"

@@ -77,13 +77,14 @@ class KVTCConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         Meta(description="Order in which a tier evicts chunks."),
     ] = "lru"
     joint: Annotated[
-        Literal["off", "exact", "delta"],
+        Literal["auto", "off", "exact", "delta"],
         Meta(
             description="In memory, within one `cache_salt`. `exact`: equal bodies of chunks with "
             "other names are kept once. `delta`, with `kvtc2`: a chunk whose text another has, at "
-            "any place, is kept as what it adds to that one."
+            "any place, is kept as what it adds to that one. `auto`: `delta` where it can be, on a "
+            "CPU, else `off`."
         ),
-    ] = "off"
+    ] = "auto"
     degrade: Annotated[
         Literal["off", "memory", "both"],
         Meta(
@@ -158,13 +159,14 @@ class KVTCConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         Meta(description="Also store blocks filled while generating. Multi-turn chat needs it."),
     ] = True
     store_policy: Annotated[
-        Literal["eager", "on_evict", "auto"],
+        Literal["eager", "on_evict", "auto"] | None,
         Meta(
             description="When a chunk is stored. `eager`: when it is complete. `on_evict`: when "
             "the engine's own cache is about to give it up. `auto`: the first while memory has "
-            "room and the encoder keeps up, else the second."
+            "room and the encoder keeps up, else the second.",
+            extra={"default": "auto; eager with a disk tier, and where others load"},
         ),
-    ] = "eager"
+    ] = None
     store_horizon: Annotated[
         Annotated[int, Meta(ge=0, le=1 << 20)] | None,
         Meta(

@@ -28,6 +28,7 @@ from kvtc_vllm.config import KVTCConfig, load_config
 from kvtc_vllm.connector.artifact_lookup import look_up, record_bounds
 from kvtc_vllm.connector.block_reuse import block_reuse
 from kvtc_vllm.connector.latent_ratio import with_latent_ratio
+from kvtc_vllm.connector.memory_tier import with_joint
 from kvtc_vllm.connector.messages import DiskInventory, ReportMessage, StepMessage
 from kvtc_vllm.connector.metrics import KVTCPromMetrics, KVTCStats
 from kvtc_vllm.connector.stages import world_rank
@@ -80,6 +81,13 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
             self._config = with_whole_blocks(self._config, self._geometry)
         self._config = with_latent_ratio(
             self._config, self._geometry, transfer.kv_connector_extra_config
+        )
+        self._config = with_joint(
+            self._config,
+            len(self._geometry.groups),
+            vllm_config.device_config.device_type,
+            foreign=codec_factory is not None,
+            says=role == KVConnectorRole.WORKER,
         )
         # Both sides check, so that the worker, made first, fails before it loads an artifact.
         check_chunks(self._config, self._geometry)

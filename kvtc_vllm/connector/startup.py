@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,17 +13,15 @@ import msgspec
 import torch
 
 from kvtc_vllm.artifact.identity import model_identity, public_model_name
-from kvtc_vllm.codec.base import ChunkCodec, Coder
-from kvtc_vllm.codec.container import CHECKSUM_BYTES, HEADER_BYTES
-from kvtc_vllm.codec.cpu import delta_coder
+from kvtc_vllm.codec.base import Coder
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.frame import TransformCodec
 from kvtc_vllm.codec.rope import Rope
-from kvtc_vllm.codec.v2.codec import ENTROPY
 from kvtc_vllm.config import ConfigError, KVTCConfig
 from kvtc_vllm.connector.artifact_lookup import Lookup
 from kvtc_vllm.connector.halver import make_halver
 from kvtc_vllm.connector.identity import setup_identity
+from kvtc_vllm.connector.memory_tier import make_memory
 from kvtc_vllm.connector.rank_artifacts import load_artifacts
 from kvtc_vllm.connector.scales import find_scales, joined_scales
 from kvtc_vllm.connector.sizing import log_plan, plan_memory
@@ -42,11 +39,7 @@ from kvtc_vllm.offload.setup_identity import SetupIdentity
 from kvtc_vllm.offload.transfer import Transfer
 from kvtc_vllm.offload.weights import WeightsWatch
 from kvtc_vllm.offload.worker import KVTCWorker
-from kvtc_vllm.tiers.blob_store import MemoryStore
-from kvtc_vllm.tiers.delta_store import DeltaStore
 from kvtc_vllm.tiers.disk import DiskError, DiskStore, NamespaceRecord
-from kvtc_vllm.tiers.memory import MemoryArena
-from kvtc_vllm.tiers.once_store import OnceStore
 from kvtc_vllm.vllm_cache.compat import vllm_version
 from kvtc_vllm.vllm_cache.layout import paged_layouts
 from kvtc_vllm.vllm_cache.live_model import LiveModel
@@ -148,7 +141,7 @@ def build_worker(
         place.world,
         names,
         disk,
-        _make_memory(config, geometry, codecs),
+        make_memory(config, geometry, codecs),
         make_halver(config, codecs, device),
     )
     if device.type == "cuda":
@@ -179,35 +172,6 @@ def _record(
         most_bytes=_most_bytes(config, geometry),
         facts=setup.short_facts(),
     )
-
-
-def _make_memory(
-    config: KVTCConfig, geometry: CacheGeometry, codecs: Sequence[ChunkCodec]
-) -> MemoryStore:
-    """A rank's memory tier, with the layer that `joint` asks for. Raises ConfigError."""
-    arena = MemoryArena(config.memory_capacity // geometry.ranks)
-    if config.joint == "exact":
-        return OnceStore(arena, HEADER_BYTES, CHECKSUM_BYTES)
-    if config.joint == "delta":
-        return _delta_store(arena, config, codecs)
-    return arena
-
-
-def _delta_store(
-    memory: MemoryStore, config: KVTCConfig, codecs: Sequence[ChunkCodec]
-) -> DeltaStore:
-    """Raises ConfigError where it can't be."""
-    if len(codecs) > 1:
-        raise ConfigError(
-            f"joint='delta' is for models with one cache group, this one has {len(codecs)}; set "
-            "joint='exact' or 'off'"
-        )
-    coder = delta_coder()
-    if coder is None:
-        raise ConfigError("joint='delta' needs numba, which is not installed; install it")
-    (codec,) = codecs
-    assert isinstance(codec, TransformCodec)
-    return DeltaStore(memory, coder(codec.artifact, replace(ENTROPY, level=config.deflate_level)))
 
 
 def check_digested(setup: SetupIdentity, config: KVTCConfig) -> None:

@@ -71,6 +71,9 @@ class Method:
             "staging_bytes": _MEMORY_BYTES,
             # Answers are not part of what is replayed; counters then match exactly.
             "store_decode": False,
+            # Each document's bytes are its own, whatever came before.
+            "joint": "off",
+            "store_policy": "eager",
             # Everything that can be reloaded must be, however slowly.
             "load_gate": False,
             "encode_share": 1.0,

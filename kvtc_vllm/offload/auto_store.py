@@ -20,14 +20,14 @@ class Auto(Around):
 
     As long as memory has room and the encoder keeps up, a chunk is stored when it is complete, as
     an engine may crash. Under pressure only what the engine's own cache gives up is. But one step
-    may give up all of it, so no more than `at_once` chunks, which a step can store, are put off.
+    may give up all of it, so no more than `at_once` chunks are put off, if there is a limit.
     """
 
     def __init__(
         self,
         inner: OnEvict,
         tier: TierView,
-        at_once: int,
+        at_once: int | None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(inner)
@@ -43,6 +43,8 @@ class Auto(Around):
             return self._put_off_all(chunks)
         if self._tier.has_room:
             return self._at_once_all(chunks)
+        if self._at_once is None:
+            return self._put_off_all(chunks)
         room = max(0, self._at_once - len(self._put_off))
         later, now = chunks[:room], chunks[room:]
         return [*self._put_off_all(later), *self._at_once_all(now)]

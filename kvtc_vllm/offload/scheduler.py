@@ -85,6 +85,7 @@ class KVTCScheduler:
                 reuse or BlockReuse(step_blocks=0),
                 lambda name, amount, label: self._stats.add(name, amount, label),
                 stored_at_once(config, geometry, bounds),
+                loads=loads,
             ),
         )
         self._stores = StorePlanner(

@@ -18,11 +18,13 @@ def make_timing(
     tier: TierView,
     reuse: BlockReuse,
     count: Callable[[str, int, str | None], None],
-    at_once: int,
+    at_once: int | None,
+    loads: bool = True,
 ) -> StorePolicy:
     """The policy of `store_policy`. count: adds to a counter, with a label if it has any.
 
-    at_once: chunks that one step can store, whatever it evicts from memory for them.
+    at_once: chunks that `auto` may put off; None for any number. loads: whether this engine loads
+    what it stores.
 
     groups: cache groups of the model. With several, `auto` stores at once, and `on_evict` raises
     ConfigError: blocks that a window has left are gone before vLLM evicts the rest of a chunk.
@@ -32,20 +34,39 @@ def make_timing(
             f"store_policy is on_evict, but the model has {groups} cache groups (sliding windows "
             "or recurrent layers); eager is right for it"
         )
-    if config.store_policy == "eager" or groups > 1:
+    policy = chosen_policy(config, loads)
+    if policy == "eager" or groups > 1:
         return Eager()
     on_evict = OnEvict(tier, reuse, config.store_horizon, count)
-    return Auto(on_evict, tier, at_once) if config.store_policy == "auto" else on_evict
+    return Auto(on_evict, tier, at_once) if policy == "auto" else on_evict
 
 
-def stored_at_once(config: KVTCConfig, geometry: CacheGeometry, bounds: Sequence[int]) -> int:
-    """Chunks for whose stores memory and staging have room in one step.
+def chosen_policy(config: KVTCConfig, loads: bool) -> str:
+    """`store_policy`, and where it is not given what nobody is surprised by.
 
-    bounds: by cache group, most bytes of a record on any rank. Half of memory may be in use by
-    loads and by stores before; staging that plans itself holds two of the largest steps.
+    A disk is there for engines that start later, also after a crash, and for others that share it;
+    what an engine that does not load stores is for others alone. None of them finds what only this
+    engine's own cache has. Without them, `auto` finds more than `eager`.
     """
-    in_memory = config.memory_capacity // geometry.ranks // sum(bounds) // 2
-    if config.staging_capacity is None:
-        return in_memory
-    staged = config.staging_capacity // (config.chunk_tokens * geometry.token_bytes)
-    return min(in_memory, staged)
+    if config.store_policy is not None:
+        return config.store_policy
+    if config.exclusive:
+        return "auto"
+    return "eager" if config.disk_path is not None or not loads else "auto"
+
+
+def stored_at_once(
+    config: KVTCConfig, geometry: CacheGeometry, bounds: Sequence[int]
+) -> int | None:
+    """Chunks for whose stores there is room in one step, which may have to store all of them.
+
+    None without a limit. bounds: by cache group, most bytes of a record on any rank. Staging that
+    plans itself holds two of the largest steps. Half of memory may be in use by loads and by stores
+    before; but where there is no disk, what finds no room in memory would have left it anyway.
+    """
+    limits = []
+    if config.disk_path is not None:
+        limits.append(config.memory_capacity // geometry.ranks // sum(bounds) // 2)
+    if config.staging_capacity is not None:
+        limits.append(config.staging_capacity // (config.chunk_tokens * geometry.token_bytes))
+    return min(limits, default=None)

@@ -11,6 +11,8 @@ from kvtc_vllm.tiers.policies.spare_first import SpareFirst
 
 ROOM = 8
 """One part in so many of the capacity is room that is left."""
+ROOM_AGAIN = 2
+"""The same after memory was full."""
 
 
 class TierView:
@@ -30,6 +32,8 @@ class TierView:
         self._disk = disk
         self._groups = groups
         self._spare = spare
+        self._full = False
+        self._evictions = memory.evictions
 
     def has(self, record: RecordKey) -> bool:
         """Whether it can be had, of whatever tier."""
@@ -64,5 +68,16 @@ class TierView:
 
     @property
     def has_room(self) -> bool:
-        """Whether memory holds more without evicting anything."""
-        return self._memory.used <= self._memory.capacity - self._memory.capacity // ROOM
+        """Whether memory holds more without evicting anything.
+
+        Once it had to evict, only when half of it is free: reservations, which are larger than what
+        is stored, leave room for moments.
+        """
+        memory = self._memory
+        free = memory.capacity - memory.used
+        if memory.evictions > self._evictions or free < memory.capacity // ROOM:
+            self._full = True
+        elif free >= memory.capacity // ROOM_AGAIN:
+            self._full = False
+        self._evictions = memory.evictions
+        return not self._full

@@ -145,17 +145,20 @@ class KVTCWorker:
         )
 
     def before_forward(self, step: StepMetadata) -> None:
-        """Copy the blocks that the step is going to overwrite. Before anything else in a step.
+        """Apply reset and evictions, then copy the blocks that the step is going to overwrite.
 
-        Starts loads where the forward would keep them from starting.
+        Before anything else in a step. Starts loads where the forward would keep them from
+        starting.
         """
+        self._opened = step
         self._kept.forget(step.gone)
         self._loads.give_up(step.give_up)
+        self._open(step)
+        # Before anything is staged: it needs the room, and may have the name of what goes.
+        self._evict(step)
         early = [job for job in step.loads if self._may_begin_early(job)]
         if not step.stage_first and not early:
             return
-        self._opened = step
-        self._open(step)
         self._look_at_model(step)
         self._store(step, step.stage_first)
         self._load(step, early)
@@ -165,7 +168,7 @@ class KVTCWorker:
         return self._forward_blocks and job.adapter == NO_ADAPTER
 
     def begin_step(self, step: StepMetadata) -> None:
-        """Apply reset and evictions, start this step's promotions and loads."""
+        """Do all that is to be done before the forward and was not; start promotions and loads."""
         if step is not self._opened:
             self.before_forward(step)
         self._opened = None
@@ -174,17 +177,21 @@ class KVTCWorker:
             # Again, if it was before the forward: adapters may have been loaded since.
             self._look_at_model(step)
         if self._disk is not None:
-            for key, blob in self._held(step.demote):
-                self._disk.write(key, blob, step.epoch)
-            self._disk.remove(step.disk_remove)
             self._disk.touch(step.touch)
             self._disk.read(step.promote)
             if self._halver is not None:
                 self._disk.halve(step.disk_halve, self._halver)
-        self.arena.remove(step.evict)
         if self._halving is not None:
             self._halving.begin(step.halve, step.epoch)
         self._load(step, [job for job in step.loads if not self._may_begin_early(job)])
+
+    def _evict(self, step: StepMetadata) -> None:
+        """Forget what the scheduler evicted, after what is to be kept on disk went there."""
+        if self._disk is not None:
+            self._disk.remove(step.disk_remove)
+            for key, blob in self._held(step.demote):
+                self._disk.write(key, blob, step.epoch)
+        self.arena.remove(step.evict)
 
     def _load(self, step: StepMetadata, jobs: Iterable[LoadJob]) -> None:
         for job in jobs:

@@ -14,7 +14,9 @@ WINDOW = 32
 _SAMPLED = 8
 """One of so many windows is kept: which, their contents decide, so that a shift changes nothing."""
 LEAST_RUN = 16
-"""Tokens that a run of like tokens must have to be worth naming."""
+"""Tokens that a run of like tokens must have for its chunk to be one of the sources."""
+SHORT_WINDOW = 8
+"""Tokens that must be alike for another run within a chunk that was found by a longer one."""
 MOST_SOURCES = 2
 """A chunk of the same text lies over two of another grid."""
 
@@ -74,7 +76,8 @@ class TokenWindows:
         """Those of the tenant's chunks in which most of these tokens occur, at most two.
 
         key: of the chunk itself, which is not among them. Runs go by their tokens and do not
-        overlap.
+        overlap. What edits moved inside a chunk is found by shorter windows, of which only these
+        two chunks' are compared.
         """
         shifts: dict[tuple[RecordKey, int], None] = {}
         for token, name in _windows(tenant, tokens):
@@ -97,6 +100,9 @@ class TokenWindows:
             for token, theirs, length in best:
                 runs.append(Run(token, number, theirs, length))
                 free[token : token + length] = [False] * length
+        for number, source in enumerate(sources):
+            short = _short_runs(tokens, self._chunks[source][1], free)
+            runs += [Run(token, number, theirs, length) for token, theirs, length in short]
         return Found(tuple(sources), tuple(sorted(runs))) if runs else None
 
     def _runs(
@@ -120,6 +126,39 @@ class TokenWindows:
                 runs.append((begun, begun + shift, token - begun))
             begun = token + 1
         return runs
+
+
+def _short_runs(tokens: bytes, theirs: bytes, free: list[bool]) -> Iterator[tuple[int, int, int]]:
+    """Runs (token, the other's token, length) of free tokens, at any shift; takes them."""
+    size = SHORT_WINDOW * TOKEN_BYTES
+    own, other = memoryview(tokens).cast("i"), memoryview(theirs).cast("i")
+    places: dict[bytes, int] | None = None
+    token = 0
+    while token + SHORT_WINDOW <= len(own):
+        if not all(free[token : token + SHORT_WINDOW]):
+            token += 1
+            continue
+        if places is None:  # where all tokens have a source already, none are looked for
+            places = {
+                theirs[at : at + size]: at // TOKEN_BYTES
+                for at in range(0, len(theirs) - size + 1, TOKEN_BYTES)
+            }
+        at = token * TOKEN_BYTES
+        place = places.get(tokens[at : at + size])
+        if place is None:
+            token += 1
+            continue
+        length = SHORT_WINDOW
+        while (
+            token + length < len(own)
+            and place + length < len(other)
+            and free[token + length]
+            and own[token + length] == other[place + length]
+        ):
+            length += 1
+        free[token : token + length] = [False] * length
+        yield token, place, length
+        token += length
 
 
 def _windows(tenant: bytes, tokens: bytes) -> Iterator[tuple[int, int]]:

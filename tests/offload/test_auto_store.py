@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 
 from benchmarks.store_policy.engine import BLOCK, SimEngine
+from kvtc_vllm.config import load_config
 from kvtc_vllm.offload.auto_store import PATIENCE_SECONDS, Auto
 from kvtc_vllm.offload.messages import NO_ADAPTER, AdapterUse, WorkerReport
 from kvtc_vllm.offload.on_evict import BlockReuse, OnEvict
-from kvtc_vllm.offload.store_policy import Candidate
+from kvtc_vllm.offload.store_policy import Candidate, Eager
+from kvtc_vllm.offload.store_timing import chosen_policy, make_timing
 from kvtc_vllm.offload.tier_view import TierView
 from kvtc_vllm.tiers.index import TierIndex
 from kvtc_vllm.tiers.policies.lru import LRUPolicy
@@ -167,3 +169,70 @@ def test_a_step_that_gives_up_the_whole_cache_loses_nothing(chunks: int) -> None
     assert running.wrong == []
     lost = [key for key in first if key not in running.memory and key not in running.disk]
     assert lost == []
+
+
+def test_what_is_put_off_without_a_disk_is_not_stored_twice() -> None:
+    """A memory that is much smaller than the engine's cache has no room, also not for moments."""
+    encoded = {}
+    for policy in ("eager", "auto"):
+        side = scheduler_side(chunks=8, store_policy=policy, store_horizon=0)
+        running = engine(64 * PER_CHUNK, side)
+        for _ in range(3):
+            for name in "abcdefghijklmnop":
+                fill(running, name, 6)
+        encoded[policy] = running.totals.encoded_records
+        assert running.wrong == []
+    assert encoded["auto"] <= 0.9 * encoded["eager"]
+
+
+def test_memory_that_had_to_evict_has_room_when_half_of_it_is_free() -> None:
+    index = TierIndex(1600, 1, LRUPolicy(1600))
+    tier = TierView(index, None, 1)
+    names = [bytes([n]) for n in range(17)]
+    for name in names[:14]:
+        assert tier.has_room
+        assert index.reserve(name, 100)  # type: ignore[arg-type]
+        index.commit(name, 0, 100)  # type: ignore[arg-type]
+    assert tier.has_room
+    index.reserve(names[14], 100)  # type: ignore[arg-type]
+    assert not tier.has_room
+    index.commit(names[14], 0, 1)  # type: ignore[arg-type]
+    for name in names[:6]:
+        index.discard(name)  # type: ignore[arg-type]
+        assert not tier.has_room
+    index.discard(names[6])  # type: ignore[arg-type]
+    assert tier.has_room
+    # A large reservation that is gone by the time of the question.
+    index.reserve(names[15], 850)  # type: ignore[arg-type]
+    index.abandon(names[15], 0)  # type: ignore[arg-type]
+    assert index.evictions == 0
+    assert tier.has_room
+    index.reserve(names[15], 950)  # type: ignore[arg-type]
+    index.abandon(names[15], 0)  # type: ignore[arg-type]
+    assert index.evictions > 0
+    assert not tier.has_room
+
+
+@pytest.mark.parametrize(
+    ("extra", "loads", "policy"),
+    [
+        ({}, True, "auto"),
+        ({}, False, "eager"),
+        ({"disk_path": "/cache"}, True, "eager"),
+        ({"disk_path": "/cache", "exclusive": True}, True, "auto"),
+        ({"disk_path": "/cache", "store_policy": "auto"}, True, "auto"),
+        ({"store_policy": "on_evict"}, False, "on_evict"),
+        ({"store_policy": "eager"}, True, "eager"),
+    ],
+)
+def test_the_policy_that_is_not_given(extra: dict[str, Any], loads: bool, policy: str) -> None:
+    config = load_config(extra)
+    assert chosen_policy(config, loads) == policy
+    tier = TierView(TierIndex(1 << 20, 1, LRUPolicy(1 << 20)), None, 1)
+    made = make_timing(config, 1, tier, BlockReuse(0), lambda *counted: None, None, loads)
+    kinds = {"eager": Eager, "auto": Auto, "on_evict": OnEvict}
+    assert type(made) is kinds[policy]
+    # What a window has left is gone before vLLM evicts the rest.
+    if policy != "on_evict":
+        several = make_timing(config, 2, tier, BlockReuse(0), lambda *counted: None, None, loads)
+        assert type(several) is Eager

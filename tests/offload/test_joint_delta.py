@@ -15,6 +15,8 @@ from kvtc_vllm.codec.frame import TransformCodec
 from kvtc_vllm.codec.registry import open_codec
 from kvtc_vllm.codec.v2.codec import ENTROPY
 from kvtc_vllm.config import ConfigError, load_config
+from kvtc_vllm.connector import memory_tier
+from kvtc_vllm.connector.memory_tier import with_joint
 from kvtc_vllm.offload.messages import StepMetadata, StoreItem
 from kvtc_vllm.tiers.delta_store import LOST, DeltaStore
 from kvtc_vllm.tiers.keys import RecordKey
@@ -146,3 +148,45 @@ def test_what_it_does_not_go_with(extra: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config({"joint": "delta", **extra})
     assert load_config({**extra, "joint": "exact"}).joint == "exact"
+
+
+BEHIND = {"disk_path": "/cache", "disk_write": "behind"}
+
+
+@pytest.mark.parametrize(
+    ("extra", "around", "phrase"),
+    [
+        ({}, {}, "joint is delta"),
+        ({"disk_path": "/cache"}, {}, "joint is delta"),
+        ({"codec": "kvtc"}, {}, "off: differences are for codec kvtc2"),
+        ({"codec": "raw"}, {}, "off: differences are for codec kvtc2"),
+        ({}, {"foreign": True}, "off: differences are for codec kvtc2"),
+        ({}, {"groups": 2}, "off: differences are for one cache group, the model has 2"),
+        ({}, {"device": "cuda"}, "off: differences are made on a CPU, and the codec runs on cuda"),
+        (BEHIND, {}, "off: disk_write is behind"),
+        ({"degrade": "memory"}, {}, "off: degrade is memory"),
+    ],
+)
+def test_auto_is_delta_where_that_can_be(
+    extra: dict[str, Any], around: dict[str, Any], phrase: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = load_config({"codec": "kvtc2", **extra})
+    assert config.joint == "auto"
+    place = {"groups": 1, "device": "cpu", **around}
+    with caplog.at_level("INFO", "vllm.kvtc"):
+        assert with_joint(config, **place).joint == ("off" if "off" in phrase else "delta")
+        assert not caplog.records
+        with_joint(config, **place, says=True)
+    assert phrase in caplog.text
+
+
+def test_auto_is_off_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_tier, "delta_coder", lambda: None)
+    assert with_joint(load_config({"codec": "kvtc2"}), 1, "cpu").joint == "off"
+
+
+@pytest.mark.parametrize("joint", ["off", "exact", "delta"])
+def test_what_is_asked_for_is_not_changed(joint: str) -> None:
+    """What can't be is refused later, by name."""
+    config = load_config({"codec": "kvtc2", "joint": joint})
+    assert with_joint(config, 2, "cuda", foreign=True) is config

@@ -16,7 +16,7 @@ from kvtc_vllm.tiers.memory import MemoryArena
 from kvtc_vllm.tiers.once_store import OnceStore
 from kvtc_vllm.tiers.policies.lru import LRUPolicy
 from tests.connector.fakes import FakeRequest
-from tests.connector.test_worker import Rig
+from tests.connector.test_worker import CHUNK_BYTES, Rig
 
 OWN_BYTES = HEADER_BYTES + CHECKSUM_BYTES
 """Of a blob, that no other shares."""
@@ -152,4 +152,26 @@ def test_what_is_due_is_staged_before_a_load_fills_its_blocks() -> None:
     assert rig.finish_load() == set()
     for name, was in before.items():
         assert torch.equal(rig.caches[name][8:12], was)
+    rig.worker.shutdown()
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["same name", "full"])
+def test_evictions_come_before_what_is_staged_ahead_of_the_forward(full: bool) -> None:
+    """A store that was given up is repeated, or takes the room of what it evicts."""
+    rig = Rig(memory_bytes=CHUNK_BYTES * 3 // 2)
+    evicted = b"old" if full else b"due"
+    rig.store(evicted, [4, 5, 6, 7])
+    rig.settled()
+    step = StepMetadata(
+        number=2,
+        tokens=1,
+        stage_first=[StoreItem(b"due", 0, [0, 1, 2, 3])],  # type: ignore[arg-type]
+        evict=[evicted],  # type: ignore[list-item]
+    )
+    rig.worker.before_forward(step)
+    assert [key for key, _, _ in rig.settled().stored] == [b"due"]
+    rig.worker.begin_step(step)
+    rig.worker.store(step)
+    rig.load(b"due", [8, 9, 10, 11])
+    assert rig.finish_load() == set()
     rig.worker.shutdown()

@@ -9,7 +9,7 @@ import pytest
 
 from kvtc_vllm.tiers import token_windows
 from kvtc_vllm.tiers.keys import RecordKey
-from kvtc_vllm.tiers.token_windows import LEAST_RUN, WINDOW, Run, TokenWindows
+from kvtc_vllm.tiers.token_windows import LEAST_RUN, SHORT_WINDOW, WINDOW, Run, TokenWindows
 
 CHUNK = 128
 US, THEM = b"us", b"them"
@@ -106,3 +106,51 @@ def test_one_token_again_and_again_ends() -> None:
     found = windows.find(key("new"), US, packed([1] * CHUNK))
     assert found is not None
     assert sum(run.length for run in found.runs) <= CHUNK
+
+
+def test_what_edits_moved_in_a_chunk_that_was_found_is_found_by_short_windows() -> None:
+    """Three edits, none of which leaves a window's length of tokens between itself and the next."""
+    windows = TokenWindows()
+    old = ids(6)
+    windows.add(key("old"), US, packed(old))
+    windows.add(key("other"), US, packed(ids(7)))
+    edited = [*old[:60], 7, 7, *old[60:75], 8, *old[76:90], *old[91:99], 9, *old[99:106], 9, 9]
+    found = windows.find(key("new"), US, packed(edited))
+    assert found is not None
+    assert found.sources == (key("old"),)
+    assert found.runs == (
+        Run(0, 0, 0, 60),
+        Run(62, 0, 60, 15),
+        Run(78, 0, 76, 14),
+        Run(92, 0, 91, SHORT_WINDOW),
+    )
+
+
+def test_short_windows_alone_find_nothing() -> None:
+    """Or any phrase would make a representative of its chunk."""
+    windows = TokenWindows()
+    old = ids(8)
+    windows.add(key("old"), US, packed(old))
+    new = [*old[: WINDOW - 1], *ids(9, CHUNK - WINDOW + 1)]
+    assert windows.find(key("new"), US, packed(new)) is None
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_runs_are_what_both_have_and_do_not_overlap(seed: int) -> None:
+    """Few different tokens, so that windows occur again and again."""
+    rng = random.Random(seed)
+    windows = TokenWindows()
+    chunks = {key(str(n)): rng.choices(range(3), k=rng.randrange(200)) for n in range(4)}
+    for name, own in chunks.items():
+        windows.add(name, US, packed(own))
+    base = rng.choice(list(chunks.values()))
+    new = [rng.randrange(3) if rng.random() < 0.03 else token for token in base]
+    found = windows.find(key("new"), US, packed(new))
+    covered = [0] * len(new)
+    for token, source, place, length in found.runs if found else ():
+        theirs = chunks[found.sources[source]]  # type: ignore[union-attr]
+        assert new[token : token + length] == theirs[place : place + length]
+        assert len(theirs) >= place + length
+        for i in range(token, token + length):
+            covered[i] += 1
+    assert max(covered, default=0) <= 1

@@ -90,47 +90,51 @@ def _put_plain(state: State, out: Bytes, value: int, bits: int) -> None:
 
 
 @jit
-def _next_byte(state: State, data: Bytes) -> int:
-    at = int(state[_AT])
-    state[_AT] = at + 1
+def _next_byte(data: Bytes, at: int) -> int:
     return int(data[at]) if at < len(data) else 0
 
 
 @jit
-def _get(state: State, data: Bytes, model: Model, context: int) -> int:
+def _get(
+    low: int, span: int, at: int, data: Bytes, model: Model, context: int
+) -> tuple[int, int, int, int]:
+    """A bit, and the state behind it. The state is not in an array: registers are much faster."""
     fast, slow = model[context, 0], model[context, 1]
-    bound = (state[_RANGE] >> 15) * ((fast + slow) >> 1)
-    if state[_LOW] < bound:
-        state[_RANGE] = bound
+    bound = (span >> 15) * ((fast + slow) >> 1)
+    if low < bound:
+        span = bound
         model[context, 0] = fast + ((_ONE - fast) >> _FAST)
         model[context, 1] = slow + ((_ONE - slow) >> _SLOW)
         bit = 0
     else:
-        state[_LOW] -= bound
-        state[_RANGE] -= bound
+        low -= bound
+        span -= bound
         model[context, 0] = fast - (fast >> _FAST)
         model[context, 1] = slow - (slow >> _SLOW)
         bit = 1
-    while state[_RANGE] < _TOP:
-        state[_RANGE] <<= 8
-        state[_LOW] = (state[_LOW] << 8) | _next_byte(state, data)
-    return bit
+    while span < _TOP:
+        span <<= 8
+        low = (low << 8) | _next_byte(data, at)
+        at += 1
+    return bit, low, span, at
 
 
 @jit
-def _get_plain(state: State, data: Bytes, bits: int) -> int:
+def _get_plain(low: int, span: int, at: int, data: Bytes, bits: int) -> tuple[int, int, int, int]:
+    """A number of so many bits, and the state behind it."""
     value = 0
     for _ in range(bits):
-        state[_RANGE] >>= 1
+        span >>= 1
         bit = 0
-        if state[_LOW] >= state[_RANGE]:
-            state[_LOW] -= state[_RANGE]
+        if low >= span:
+            low -= span
             bit = 1
         value = 2 * value + bit
-        while state[_RANGE] < _TOP:
-            state[_RANGE] <<= 8
-            state[_LOW] = (state[_LOW] << 8) | _next_byte(state, data)
-    return value
+        while span < _TOP:
+            span <<= 8
+            low = (low << 8) | _next_byte(data, at)
+            at += 1
+    return value, low, span, at
 
 
 @jit
@@ -201,29 +205,37 @@ def get_levels(
     Whatever the bytes are, it ends after so many steps as there are levels.
     """
     columns, tokens = levels.shape
-    state = np.zeros(5, np.int64)
-    state[_RANGE] = _MASK
+    low, span, at = 0, _MASK, 0
     for _ in range(5):
-        state[_LOW] = ((state[_LOW] << 8) | _next_byte(state, data)) & _MASK
+        low = ((low << 8) | _next_byte(data, at)) & _MASK
+        at += 1
     for column in range(columns):
         own = int(classes[column]) * _CONTEXTS
+        sizes = own + 2 * _KINDS
         for token in range(tokens):
             source = int(sources[column, token])
             kind = _kind(source)
             x = 0
-            if _get(state, data, model, own + kind):
-                negative = _get(state, data, model, own + _KINDS + kind)
-                at = own + 2 * _KINDS
+            bit, low, span, at = _get(low, span, at, data, model, own + kind)
+            if bit:
+                context = own + _KINDS + kind
+                negative, low, span, at = _get(low, span, at, data, model, context)
                 x = 1
-                while x <= _UNARY and _get(state, data, model, at + x - 1):
+                while x <= _UNARY:
+                    bit, low, span, at = _get(low, span, at, data, model, sizes + x - 1)
+                    if not bit:
+                        break
                     x += 1
                 if x > _UNARY:
                     bits = 0
-                    while _get_plain(state, data, 1):
+                    bit, low, span, at = _get_plain(low, span, at, data, 1)
+                    while bit:
                         bits += 1
                         if bits > _BITS:
                             return -1
-                    x = _UNARY + (1 << bits) + _get_plain(state, data, bits)
+                        bit, low, span, at = _get_plain(low, span, at, data, 1)
+                    rest, low, span, at = _get_plain(low, span, at, data, bits)
+                    x = _UNARY + (1 << bits) + rest
                 if negative:
                     x = -x
             if kind:
@@ -233,4 +245,4 @@ def get_levels(
             if abs(x) > 32767:
                 return -1
             levels[column, token] = x
-    return int(state[_AT])
+    return at
