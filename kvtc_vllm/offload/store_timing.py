@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from kvtc_vllm.config import ConfigError, KVTCConfig
+from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.offload.auto_store import Auto
 from kvtc_vllm.offload.geometry import CacheGeometry
 from kvtc_vllm.offload.on_evict import BlockReuse, OnEvict
@@ -14,7 +14,7 @@ from kvtc_vllm.offload.tier_view import TierView
 
 def make_timing(
     config: KVTCConfig,
-    groups: int,
+    geometry: CacheGeometry,
     tier: TierView,
     reuse: BlockReuse,
     count: Callable[[str, int, str | None], None],
@@ -23,18 +23,14 @@ def make_timing(
     """The policy of `store_policy`. count: adds to a counter, with a label if it has any.
 
     at_once: chunks that one step can store, whatever it evicts from memory for them.
-
-    groups: cache groups of the model. With several, `auto` stores at once, and `on_evict` raises
-    ConfigError: blocks that a window has left are gone before vLLM evicts the rest of a chunk.
     """
-    if config.store_policy == "on_evict" and groups > 1:
-        raise ConfigError(
-            f"store_policy is on_evict, but the model has {groups} cache groups (sliding windows "
-            "or recurrent layers); eager is right for it"
-        )
-    if config.store_policy == "eager" or groups > 1:
+    if config.store_policy == "eager":
         return Eager()
-    on_evict = OnEvict(tier, reuse, config.store_horizon, count)
+    # Windows and states are kept where a request may go on, so a prefix that lacks a part of them,
+    # or of what is before them, is of no use.
+    groups = geometry.groups
+    whole = 0 if all(group.keeps_all for group in groups) else len(groups)
+    on_evict = OnEvict(tier, reuse, config.store_horizon, count, whole)
     return Auto(on_evict, tier, at_once) if config.store_policy == "auto" else on_evict
 
 
