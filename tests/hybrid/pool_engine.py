@@ -194,7 +194,9 @@ class PoolEngine:
             self.memory.pop(key, None)
         report = WorkerReport(metadata.epoch)
         failed = {
-            job.request_id for job in metadata.loads if not self._load(job.items, report) and job.fits
+            job.request_id
+            for job in metadata.loads
+            if not self._load(job.items, report) and job.fits
         }
         failed |= {job.request_id for job in metadata.loads if not job.fits}
         self._stage(metadata.stores)
@@ -214,9 +216,7 @@ class PoolEngine:
 
     # ---------------------------------------------------------------- scheduling
 
-    def _begin(
-        self, request: Any, output: _Output, writes: list[Any], loading: list[Any]
-    ) -> bool:
+    def _begin(self, request: Any, output: _Output, writes: list[Any], loading: list[Any]) -> bool:
         name, blocks, local, external = request.request_id, None, 0, 0
         if request.num_computed_tokens == 0:
             blocks, local, junction = self.manager.get_computed_blocks(request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from typing import Any
 
@@ -140,4 +141,5 @@ class Model(RuleBasedStateMachine):
 
 
 TestModel = Model.TestCase
-TestModel.settings = settings(max_examples=15, stateful_step_count=30, deadline=None)
+EXAMPLES = 100 if os.environ.get("KVTC_FAMILIES") == "all" else 5
+TestModel.settings = settings(max_examples=EXAMPLES, stateful_step_count=30, deadline=None)
