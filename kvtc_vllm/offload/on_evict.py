@@ -61,6 +61,9 @@ class OnEvict:
         self._prefixes: Prefixes | None = None
         self._loaded: dict[str, set[ChunkKey]] = {}
         self._kept: list[Candidate] = []
+        # Stored ahead since a block was handed out. Where memory is smaller than the horizon they
+        # evict each other, and an idle engine would store them for ever.
+        self._ahead: set[RecordKey] = set()
 
     def bind(self, pool: BlockPool) -> None:
         gpu = GpuRecords(pool)
@@ -107,7 +110,10 @@ class OnEvict:
         gpu = self._gpu
         if gpu is None:
             return ()
-        self._horizon.step_took(gpu.take_handed_out())
+        handed_out = gpu.take_handed_out()
+        self._horizon.step_took(handed_out)
+        if handed_out:
+            self._ahead.clear()
         at_last = gpu.take_given_up()
         if self._reuse.zeroes:
             self._lose(at_last)
@@ -123,7 +129,8 @@ class OnEvict:
         rest = self._rest_of_prefixes([*at_last, *soon])
         for record in (*at_last, *rest):
             self._tier.wants_again(record.record)
-        ahead = self._missing([*soon, *rest])
+        ahead = [r for r in self._missing([*soon, *rest]) if r.record not in self._ahead]
+        self._ahead.update(record.record for record in ahead)
         self._lose(gpu.take_overwritten())
         again = sum(record.decoded for record in (*late, *ahead))
         if again:
@@ -149,6 +156,7 @@ class OnEvict:
     def clear(self) -> None:
         self._kept.clear()
         self._loaded.clear()
+        self._ahead.clear()
         if self._gpu is not None:
             self._gpu.clear()
         if self._prefixes is not None:

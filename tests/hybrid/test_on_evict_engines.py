@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.connector.engine import metrics
-from tests.hybrid.running import RAW, ask, difference, prompts, start
+from tests.hybrid.running import RAW, ask, by_kind, difference, prompts, start
+from tests.hybrid.test_states import OPTIONS, WHOLE_BLOCKS, boundary, each
 
 pytestmark = [
     pytest.mark.vllm,
@@ -43,4 +44,24 @@ def test_what_was_evicted_is_reloaded(
         values = metrics(llm)
         assert values["kvtc_hit_tokens"] > 0
         assert values.get("kvtc_dropped_stores/overwritten", 0) == 0
+        assert not any(values[name] for name in values if name.startswith("kvtc_failed_loads"))
+
+
+@pytest.mark.parametrize("family", ["granite", "falcon", "qwen3next", "lfm2"])
+def test_states_that_were_evicted_are_reloaded(
+    family: str, family_model: Callable[[str], Path]
+) -> None:
+    """The models depend on their states (`test_states`)."""
+    extra = {**RAW, "store_policy": "on_evict"}
+    options = WHOLE_BLOCKS | OPTIONS.get(family, {}) | {"num_gpu_blocks_override": 40}
+    with start(family_model(family), extra, **options) as llm:
+        texts = prompts(2, 2 * boundary(llm) + 40)
+        each(llm, texts)
+        hit = each(llm, texts)
+        assert metrics(llm).get("kvtc_hit_tokens", 0) == 0
+        each(llm, prompts(14, 2 * boundary(llm) + 40, seed=5))
+        assert difference(each(llm, texts), hit) < SAME
+        values = metrics(llm)
+        assert values["kvtc_hit_tokens"] > 0
+        assert by_kind(llm, "loaded_chunks")["state"] > 0
         assert not any(values[name] for name in values if name.startswith("kvtc_failed_loads"))
