@@ -19,7 +19,8 @@ def block_reuse(
     batch = vllm_config.scheduler_config
     # Every request may begin a block more than its tokens fill.
     blocks = sum(
-        -(-batch.max_num_batched_tokens // group.block_size) + batch.max_num_seqs
+        len(group.tables)
+        * (-(-batch.max_num_batched_tokens // group.block_size) + batch.max_num_seqs)
         for group in geometry.groups
     )
     return BlockReuse(

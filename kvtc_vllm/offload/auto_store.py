@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from kvtc_vllm.offload.on_evict import OnEvict
 from kvtc_vllm.offload.store_policy import Around, Candidate, Storable
 from kvtc_vllm.offload.tier_view import TierView
-from kvtc_vllm.tiers.keys import ChunkKey
+from kvtc_vllm.tiers.keys import ChunkKey, RecordKey
 
 PATIENCE_SECONDS = 2.0
 """An encoder that has not done after so long what it was given does not keep up."""
@@ -51,10 +51,10 @@ class Auto(Around):
 
     def due(self) -> Sequence[Storable]:
         due = self._inner.due()
-        self._put_off.difference_update(chunk.key for chunk in due)
+        self._put_off.difference_update(chunk.key for chunk in due if chunk.block_ids[0])
         return due
 
-    def take_gone(self) -> Sequence[ChunkKey]:
+    def take_gone(self) -> Sequence[RecordKey]:
         gone = self._inner.take_gone()
         self._put_off.difference_update(gone)
         return gone
@@ -62,7 +62,8 @@ class Auto(Around):
     def _put_off_all(self, chunks: Sequence[Candidate]) -> Sequence[Candidate]:
         at_once = self._inner.completed(chunks)
         self._put_off.update(chunk.key for chunk in chunks if not chunk.stored)
-        self._put_off.difference_update(chunk.key for chunk in at_once)
+        # The first group's record stands for a chunk: it has the chunk's key.
+        self._put_off.difference_update(chunk.key for chunk in at_once if chunk.block_ids[0])
         return at_once
 
     def _at_once_all(self, chunks: Sequence[Candidate]) -> Sequence[Candidate]:

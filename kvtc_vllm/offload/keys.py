@@ -30,7 +30,9 @@ def chunk_keys(
     # The hash of a chunk's last block covers the whole prefix and any cache salt.
     last = None if end is None else end * hashes_per_chunk
     hashes = request.block_hashes[(first + 1) * hashes_per_chunk - 1 : last : hashes_per_chunk]
-    return cast("list[ChunkKey]", [bytes(of_block) + adapter for of_block in hashes])
+    if adapter:
+        hashes = [of_block + adapter for of_block in hashes]
+    return cast("list[ChunkKey]", hashes)
 
 
 def tenant_of(request: Request) -> bytes:

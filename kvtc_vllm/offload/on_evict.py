@@ -1,23 +1,25 @@
-"""Stores a chunk when the engine's own cache is about to give it up, and not before.
+"""Stores a record when the engine's own cache is about to give it up, and not before.
 
-Until then the engine finds it there, and the tier has no need of it. Chunks whose blocks come
+Until then the engine finds it there, and the tier has no need of it. Records whose blocks come
 next are stored a few steps ahead, so that a step never copies more than it must; what a step
-takes all the same is copied before that step's forward, while its blocks still hold it.
+takes all the same is copied before that step's forward, while its blocks still hold it. Where the
+engine can't go on in the middle of what is left of a prefix, all of it is stored (`prefixes`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from kvtc_vllm.offload.gpu_chunks import GpuChunk, GpuChunks
+from kvtc_vllm.offload.gpu_records import GpuRecord, GpuRecords
 from kvtc_vllm.offload.horizon import Horizon
 from kvtc_vllm.offload.messages import NO_ADAPTER
 from kvtc_vllm.offload.pool_watch import watch_pool
+from kvtc_vllm.offload.prefixes import Prefixes
 from kvtc_vllm.offload.store_policy import Candidate, Storable
 from kvtc_vllm.offload.tier_view import TierView
 from kvtc_vllm.offload.vllm_types import BlockPool
-from kvtc_vllm.tiers.keys import ChunkKey
+from kvtc_vllm.tiers.keys import ChunkKey, RecordKey, record_key
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class OnEvict:
     """A `StorePolicy`. Until `bind`, and for what vLLM can't tell evictions of, it stores at once.
 
     horizon: free blocks to look ahead; None for as many as coming steps may take. count: adds to
-    a counter of ours, with a label if it has any.
+    a counter of ours, with a label if it has any. whole: cache groups of a model of which the
+    engine finds a prefix whole or not at all; 0 for one of which it finds what is left.
     """
 
     watches = True
@@ -47,49 +50,70 @@ class OnEvict:
         reuse: BlockReuse,
         horizon: int | None,
         count: Callable[[str, int, str | None], None],
+        whole: int = 0,
     ) -> None:
         self._tier = tier
         self._reuse = reuse
         self._horizon = Horizon(horizon, reuse.step_blocks, reuse.zeroes)
         self._count = count
-        self._gpu: GpuChunks | None = None
+        self._whole = whole
+        self._gpu: GpuRecords | None = None
+        self._prefixes: Prefixes | None = None
         self._loaded: dict[str, set[ChunkKey]] = {}
         self._kept: list[Candidate] = []
+        # Stored ahead since a block was handed out. Where memory is smaller than the horizon they
+        # evict each other, and an idle engine would store them for ever.
+        self._ahead: set[RecordKey] = set()
 
     def bind(self, pool: BlockPool) -> None:
-        gpu = GpuChunks(pool)
+        gpu = GpuRecords(pool)
         if watch_pool(pool, gpu):
             self._gpu = gpu
+            if self._whole:
+                self._prefixes = Prefixes(gpu, self._whole)
 
     def completed(self, chunks: Sequence[Candidate]) -> Sequence[Candidate]:
         at_once = []
         for chunk in chunks:
-            new = self._gpu is None or chunk.key not in self._gpu
-            if not self.follow(chunk):
-                at_once.append(chunk)
-            elif new and not chunk.stored:
-                self._kept.append(chunk)
+            not_followed = [list[int]() for _ in chunk.block_ids]
+            for group, part in _by_record(chunk):
+                record = record_key(chunk.key, group)
+                new = self._gpu is None or record not in self._gpu
+                if not self._follow(part, group):
+                    not_followed[group] = part.block_ids[group]
+                elif new and not self._tier.is_known(record):
+                    self._kept.append(part)
+            if any(not_followed):
+                at_once.append(chunk._replace(block_ids=tuple(not_followed)))
         return at_once
 
-    def follow(self, chunk: Candidate) -> bool:
-        """Have it stored when its blocks are reused, if it is missing then.
+    def follow(self, chunk: Candidate) -> None:
+        """Have what can be followed of it stored when its blocks are reused, if missing then."""
+        for group, part in _by_record(chunk):
+            self._follow(part, group)
 
-        False if nothing would tell.
-        """
+    def _follow(self, part: Candidate, group: int) -> bool:
+        """False if nothing would tell when the blocks of this record are reused."""
         # An adapter may leave its slot before its chunks leave the cache, and could not be
         # compared with what computed them then.
-        if self._gpu is None or chunk.adapter != NO_ADAPTER:
+        if self._gpu is None or part.adapter != NO_ADAPTER:
             return False
-        decoded = chunk.key in self._loaded.get(chunk.request.request_id, ())
+        if self._prefixes is not None:
+            self._prefixes.used(part.key)
+        key, start, blocks = part.key, part.start, part.block_ids
+        decoded = key in self._loaded.get(part.request.request_id, ())
         return self._gpu.follow(
-            chunk.key, chunk.start, chunk.block_ids, decoded, chunk.tenant, chunk.tokens
+            key, start, blocks, decoded, part.tenant, part.tokens, group, part.before
         )
 
     def due(self) -> Sequence[Storable]:
         gpu = self._gpu
         if gpu is None:
             return ()
-        self._horizon.step_took(gpu.take_handed_out())
+        handed_out = gpu.take_handed_out()
+        self._horizon.step_took(handed_out)
+        if handed_out:
+            self._ahead.clear()
         at_last = gpu.take_given_up()
         if self._reuse.zeroes:
             self._lose(at_last)
@@ -98,14 +122,17 @@ class OnEvict:
         if self._reuse.zeroes or self._reuse.sleeps:
             self._lose(after_reset)
             after_reset = []
-        for chunk in at_last:
-            self._tier.wants_again(chunk.key)
         late = self._missing([*at_last, *after_reset])
         if late:
             self._count("late_stores", len(late), None)
-        ahead = self._missing(gpu.next_to_go(self._horizon.blocks))
+        soon = list(gpu.next_to_go(self._horizon.blocks))
+        rest = self._rest_of_prefixes([*at_last, *soon])
+        for record in (*at_last, *rest):
+            self._tier.wants_again(record.record)
+        ahead = [r for r in self._missing([*soon, *rest]) if r.record not in self._ahead]
+        self._ahead.update(record.record for record in ahead)
         self._lose(gpu.take_overwritten())
-        again = sum(chunk.decoded for chunk in (*late, *ahead))
+        again = sum(record.decoded for record in (*late, *ahead))
         if again:
             self._count("reencoded_chunks", again, None)
         return [*late, *ahead]
@@ -117,8 +144,11 @@ class OnEvict:
         kept, self._kept = self._kept, []
         return kept
 
-    def take_gone(self) -> Sequence[ChunkKey]:
-        return self._gpu.take_gone() if self._gpu is not None else ()
+    def take_gone(self) -> Sequence[RecordKey]:
+        gone = self._gpu.take_gone() if self._gpu is not None else []
+        if self._prefixes is not None:
+            self._prefixes.forget(gone)
+        return gone
 
     def forget(self, request_id: str) -> None:
         self._loaded.pop(request_id, None)
@@ -126,18 +156,38 @@ class OnEvict:
     def clear(self) -> None:
         self._kept.clear()
         self._loaded.clear()
+        self._ahead.clear()
         if self._gpu is not None:
             self._gpu.clear()
+        if self._prefixes is not None:
+            self._prefixes.clear()
 
-    def _missing(self, chunks: Iterable[GpuChunk]) -> list[GpuChunk]:
+    def _rest_of_prefixes(self, going: Sequence[GpuRecord]) -> list[GpuRecord]:
+        """What must be stored now that these go, and would not be yet."""
+        if self._prefixes is None:
+            return []
+        for record in going:
+            self._prefixes.lose(record)
+        return self._prefixes.take(self._reuse.step_blocks, self._is_missing)
+
+    def _missing(self, records: Iterable[GpuRecord]) -> list[GpuRecord]:
         """Those that no tier has, heads of prefixes first: a tail without its head is of no use."""
-        found = list(chunks)
-        known = self._tier.known([chunk.key for chunk in found])
-        missing = [c for c in found if c.key not in known and not self._tier.is_on_disk(c.key)]
-        return sorted(missing, key=lambda chunk: chunk.start)
+        missing = {r.record: r for r in records if self._is_missing(r.record)}
+        return sorted(missing.values(), key=lambda record: record.start)
 
-    def _lose(self, chunks: Sequence[GpuChunk]) -> None:
+    def _is_missing(self, record: RecordKey) -> bool:
+        return not (self._tier.is_known(record) or self._tier.is_on_disk(record))
+
+    def _lose(self, records: Sequence[GpuRecord]) -> None:
         """Count those that no tier has and that can't be copied any more."""
-        lost = len(self._missing(chunks))
+        lost = len(self._missing(records))
         if lost:
             self._count("dropped_stores", lost, "overwritten")
+
+
+def _by_record(chunk: Candidate) -> Iterator[tuple[int, Candidate]]:
+    """Its records that are to be stored: number of the cache group, and the chunk with it alone."""
+    for group, blocks in enumerate(chunk.block_ids):
+        if blocks:
+            alone = tuple(blocks if n == group else [] for n in range(len(chunk.block_ids)))
+            yield group, chunk._replace(block_ids=alone)

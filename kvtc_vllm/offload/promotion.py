@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 
 from kvtc_vllm.offload.read_queue import ReadQueue
 from kvtc_vllm.tiers.disk_index import DiskIndex
@@ -120,12 +119,13 @@ class Promotions:
     def _start(self, request_id: str, keys: Sequence[RecordKey], tokens: int) -> _Waiting:
         patience, worth = self._patience(keys, tokens)
         waiting = _Waiting({}, [], self._clock() + patience)
+        is_ready, reading = self._memory.is_ready, self._reading
         for key in keys:
-            if self._memory.is_ready(key):
+            if is_ready(key):
                 waiting.pinned += self._memory.pin((key,))
-            elif worth and (self._is_reading(key) or self._order(key)):
+            elif worth and ((key in reading and self._is_reading(key)) or self._order(key)):
                 waiting.wanted[key] = None
-                self._reading[key].append(waiting)
+                reading[key].append(waiting)
             else:
                 break
         self._waiting[request_id] = waiting
@@ -133,28 +133,27 @@ class Promotions:
 
     def _patience(self, keys: Sequence[RecordKey], tokens: int) -> tuple[float, bool]:
         """Seconds that a request may wait for what it lacks, and whether it should wait at all."""
-        lacking = [key for key in self._run(keys) if not self._memory.is_ready(key)]
+        is_ready, reading, on_disk = self._memory.is_ready, self._reading, self._disk.is_ready
+        lacking = new = 0
+        for key in keys:
+            if is_ready(key):
+                continue
+            if key not in reading:
+                if not on_disk(key):
+                    break
+                new += 1
+            lacking += 1
         if not lacking:
             return self._seconds, True
-        patience = min(self._seconds, self._worth_waiting(tokens * len(lacking) // len(keys)))
-        new = sum(key not in self._reading for key in lacking)
+        patience = min(self._seconds, self._worth_waiting(tokens * lacking // len(keys)))
         worth = self.reads.worth(len(self._reading) + new, patience)
         self.refused += not worth
         return patience, worth
 
-    def _run(self, keys: Sequence[RecordKey]) -> Iterator[RecordKey]:
-        """Those that are somewhere, up to the first that is not."""
-        return takewhile(
-            lambda key: (
-                self._memory.is_ready(key) or key in self._reading or self._disk.is_ready(key)
-            ),
-            keys,
-        )
-
     def _order(self, key: RecordKey) -> bool:
-        if not self._disk.is_ready(key):
-            return False
         size = self._disk.part_bytes(key)
+        if not size:
+            return False
         if not self._memory.reserve(key, size):
             if size > self._memory.rank_capacity:
                 self._disk.lose(key)  # no record is as large: the file says what is not so

@@ -80,7 +80,7 @@ class KVTCScheduler:
             refused=lambda: self._stats.add("unadmitted_chunks"),
             timing=make_timing(
                 config,
-                len(geometry.groups),
+                geometry,
                 self._tiers,
                 reuse or BlockReuse(step_blocks=0),
                 lambda name, amount, label: self._stats.add(name, amount, label),

@@ -14,7 +14,7 @@ from kvtc_vllm.offload.store_policy import Candidate, Storable, StorePolicy
 from kvtc_vllm.offload.tier_view import TierView
 from kvtc_vllm.offload.vllm_types import BlockPool
 from kvtc_vllm.tiers.index import TierIndex
-from kvtc_vllm.tiers.keys import ChunkKey, RecordKey, record_key, record_keys
+from kvtc_vllm.tiers.keys import ChunkKey, RecordKey, record_key
 
 
 class StorePlanner:
@@ -41,7 +41,6 @@ class StorePlanner:
         self._policy = policy
         self._no_room = no_room
         self._late: dict[RecordKey, int] = {}
-        self._groups = len(geometry.groups)
         self._restore_points = RestorePoints(config, geometry)
         self._wants_tokens = config.joint == "delta"
         self._hashes_per_chunk = config.chunk_tokens // geometry.hash_tokens
@@ -64,9 +63,10 @@ class StorePlanner:
         complete = self._complete_chunks(state, tables, computed_tokens)
         numbers = range(state.next_chunk, complete)
         keys = chunk_keys(request, self._hashes_per_chunk, adapter.digest, numbers.start, complete)
+        keys_before = [self._key_before(state), *keys]
         tenant, watches = tenant_of(request), self._policy.watches
         chunks = []
-        for n, key in zip(numbers, keys, strict=True):
+        for n, key, before in zip(numbers, keys, keys_before, strict=False):
             wanted = self._restore_points.wanted(state, n, computed_before, computed_tokens)
             known = self._are_known(key, wanted)
             if known and not watches:
@@ -75,7 +75,7 @@ class StorePlanner:
             start, end = n * length, (n + 1) * length
             tokens = token_bytes(request, start, end) if self._wants_tokens else b""
             chunks.append(
-                Candidate(key, request, start, end, blocks, adapter, tenant, known, tokens)
+                Candidate(key, request, start, end, blocks, adapter, tenant, known, tokens, before)
             )
         state.next_chunk = max(state.next_chunk, complete)
         if not chunks:
@@ -100,7 +100,7 @@ class StorePlanner:
 
     def take_gone(self) -> Sequence[RecordKey]:
         """Records that the engine's own cache holds no longer than until this step."""
-        return record_keys(self._policy.take_gone(), self._groups)
+        return self._policy.take_gone()
 
     def settled(self, keys: Iterable[RecordKey]) -> None:
         """Note that these records are stored, or given up.
@@ -148,6 +148,15 @@ class StorePlanner:
         hashed = len(state.request.block_hashes) // self._hashes_per_chunk
         complete = min(computed_tokens // self._chunk_tokens, hashed)
         return self._restore_points.complete(tables, complete)
+
+    def _key_before(self, state: RequestState) -> ChunkKey | None:
+        """Of the chunk before the first one that the policy was not asked about."""
+        first = state.next_chunk
+        if not first:
+            return None
+        assert state.adapter is not None
+        digest = state.adapter.digest
+        return chunk_keys(state.request, self._hashes_per_chunk, digest, first - 1, first)[0]
 
     def _are_known(self, chunk: ChunkKey, groups: Sequence[int]) -> bool:
         """Whether the index knows a chunk's records of these groups."""

@@ -14,7 +14,7 @@ from kvtc_vllm.offload.keys import STORE, allowed
 from kvtc_vllm.offload.messages import AdapterUse
 from kvtc_vllm.offload.seen_counter import SeenCounter
 from kvtc_vllm.offload.vllm_types import BlockPool, Request
-from kvtc_vllm.tiers.keys import ChunkKey
+from kvtc_vllm.tiers.keys import ChunkKey, RecordKey
 
 
 class Storable(Protocol):
@@ -69,6 +69,8 @@ class Candidate(NamedTuple):
     """Memory has it, or is about to."""
     tokens: bytes = b""
     """As of `StoreItem`."""
+    before: ChunkKey | None = None
+    """The chunk before it; None for the first of a prefix."""
 
 
 class StorePolicy(Protocol):
@@ -105,8 +107,8 @@ class StorePolicy(Protocol):
         """Chunks that were kept back since the last call."""
         ...
 
-    def take_gone(self) -> Sequence[ChunkKey]:
-        """Chunks whose blocks hold them no longer than until this step. After `due`."""
+    def take_gone(self) -> Sequence[RecordKey]:
+        """Records whose blocks hold them no longer than until this step. After `due`."""
         ...
 
     def forget(self, request_id: str) -> None:
@@ -138,7 +140,7 @@ class Eager:
     def take_kept(self) -> Sequence[Storable]:
         return ()
 
-    def take_gone(self) -> Sequence[ChunkKey]:
+    def take_gone(self) -> Sequence[RecordKey]:
         return ()
 
     def forget(self, request_id: str) -> None:
@@ -180,7 +182,7 @@ class Around:
     def take_kept(self) -> Sequence[Storable]:
         return self._inner.take_kept()
 
-    def take_gone(self) -> Sequence[ChunkKey]:
+    def take_gone(self) -> Sequence[RecordKey]:
         return self._inner.take_gone()
 
     def forget(self, request_id: str) -> None:

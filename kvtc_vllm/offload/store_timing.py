@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from kvtc_vllm.config import ConfigError, KVTCConfig
+from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.offload.auto_store import Auto
 from kvtc_vllm.offload.geometry import CacheGeometry
 from kvtc_vllm.offload.on_evict import BlockReuse, OnEvict
@@ -14,7 +14,7 @@ from kvtc_vllm.offload.tier_view import TierView
 
 def make_timing(
     config: KVTCConfig,
-    groups: int,
+    geometry: CacheGeometry,
     tier: TierView,
     reuse: BlockReuse,
     count: Callable[[str, int, str | None], None],
@@ -25,34 +25,31 @@ def make_timing(
 
     at_once: chunks that `auto` may put off; None for any number. loads: whether this engine loads
     what it stores.
-
-    groups: cache groups of the model. With several, `auto` stores at once, and `on_evict` raises
-    ConfigError: blocks that a window has left are gone before vLLM evicts the rest of a chunk.
     """
-    if config.store_policy == "on_evict" and groups > 1:
-        raise ConfigError(
-            f"store_policy is on_evict, but the model has {groups} cache groups (sliding windows "
-            "or recurrent layers); eager is right for it"
-        )
-    policy = chosen_policy(config, loads)
-    if policy == "eager" or groups > 1:
+    groups = geometry.groups
+    policy = chosen_policy(config, loads, len(groups))
+    if policy == "eager":
         return Eager()
-    on_evict = OnEvict(tier, reuse, config.store_horizon, count)
+    # Windows and states are kept where a request may go on, so a prefix that lacks a part of them,
+    # or of what is before them, is of no use.
+    whole = 0 if all(group.keeps_all for group in groups) else len(groups)
+    on_evict = OnEvict(tier, reuse, config.store_horizon, count, whole)
     return Auto(on_evict, tier, at_once) if policy == "auto" else on_evict
 
 
-def chosen_policy(config: KVTCConfig, loads: bool) -> str:
+def chosen_policy(config: KVTCConfig, loads: bool, groups: int = 1) -> str:
     """`store_policy`, and where it is not given what nobody is surprised by.
 
     A disk is there for engines that start later, also after a crash, and for others that share it;
     what an engine that does not load stores is for others alone. None of them finds what only this
-    engine's own cache has. Without them, `auto` finds more than `eager`.
+    engine's own cache has. Without them, `auto` finds more than `eager`. With several cache groups
+    it was not measured in an engine under load.
     """
     if config.store_policy is not None:
         return config.store_policy
     if config.exclusive:
         return "auto"
-    return "eager" if config.disk_path is not None or not loads else "auto"
+    return "eager" if config.disk_path is not None or not loads or groups > 1 else "auto"
 
 
 def stored_at_once(

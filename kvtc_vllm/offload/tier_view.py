@@ -1,4 +1,4 @@
-"""What a store policy may ask of the tiers, chunk by chunk over all cache groups."""
+"""What a store policy may ask of the tiers."""
 
 from __future__ import annotations
 
@@ -45,26 +45,22 @@ class TierView:
         """Those that the disk tier lacks; none if there is no disk tier."""
         return [key for key in records if self._disk is not None and not self._disk.is_ready(key)]
 
-    def known(self, chunks: Sequence[ChunkKey]) -> set[ChunkKey]:
-        """Those of which memory has every record, or is about to."""
-        groups, is_known = self._groups, self._memory.is_known
-        known = [is_known(record) for record in record_keys(chunks, groups)]
-        return {key for n, key in enumerate(chunks) if all(known[n * groups : (n + 1) * groups])}
+    def is_known(self, record: RecordKey) -> bool:
+        """Whether memory has it, or is about to."""
+        return self._memory.is_known(record)
 
     def is_waiting(self, chunk: ChunkKey) -> bool:
         """Whether a record of it is being encoded."""
         return any(self._memory.is_pending(key) for key in record_keys([chunk], self._groups))
 
-    def is_on_disk(self, chunk: ChunkKey) -> bool:
-        """Whether every record of it is on disk."""
-        if self._disk is None:
-            return False
-        return all(self._disk.is_ready(key) for key in record_keys([chunk], self._groups))
+    def is_on_disk(self, record: RecordKey) -> bool:
+        """Whether the disk tier has it."""
+        return self._disk is not None and self._disk.is_ready(record)
 
-    def wants_again(self, chunk: ChunkKey) -> None:
-        """Keep what memory has of a chunk that the engine's own cache has given up."""
+    def wants_again(self, record: RecordKey) -> None:
+        """Keep what memory has of what is not found in the engine's own cache any more."""
         if self._spare is not None:
-            self._spare.keep(reversed(record_keys([chunk], self._groups)))
+            self._spare.keep([record])
 
     @property
     def has_room(self) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvtc_vllm.offload.gpu_chunks import GpuChunks
+from kvtc_vllm.offload.gpu_records import GpuRecords
 from kvtc_vllm.offload.pool_watch import watch_pool
 
 pytestmark = pytest.mark.vllm
@@ -51,7 +51,7 @@ def cached(pool: Any, count: int) -> list[int]:
 def test_what_is_handed_out_is_told_in_time(pool: Any) -> None:
     inner = Inner()
     pool.metrics_collector = inner
-    chunks = GpuChunks(pool)
+    chunks = GpuRecords(pool)
     assert watch_pool(pool, chunks)
     ids = cached(pool, 4)
     assert chunks.follow(b"first", 0, (ids[:2],), False)  # type: ignore[arg-type]
@@ -67,7 +67,7 @@ def test_what_is_handed_out_is_told_in_time(pool: Any) -> None:
 
 
 def test_evicted_hashes_and_resets_are_told_apart(pool: Any) -> None:
-    chunks = GpuChunks(pool)
+    chunks = GpuRecords(pool)
     watch_pool(pool, chunks)
     ids = cached(pool, 4)
     chunks.follow(b"first", 0, (ids[:2],), False)  # type: ignore[arg-type]
@@ -83,7 +83,7 @@ def test_evicted_hashes_and_resets_are_told_apart(pool: Any) -> None:
 
 
 def test_blocks_without_a_hash_are_not_followed(pool: Any) -> None:
-    chunks = GpuChunks(pool)
+    chunks = GpuRecords(pool)
     watch_pool(pool, chunks)
     blocks = [block.block_id for block in pool.get_new_blocks(2)]
     assert not chunks.follow(b"first", 0, (blocks,), False)  # type: ignore[arg-type]

@@ -85,6 +85,17 @@ def test_a_horizon_stores_ahead() -> None:
     assert running.totals.encoded_records == 2
 
 
+def test_an_idle_engine_ends_where_memory_is_smaller_than_the_horizon() -> None:
+    running = engine(32, scheduler_side(chunks=3, store_horizon=32))
+    running.add(request("a", ["a"], 4 * PER_CHUNK))
+    running.add(request("b", ["b"], 4 * PER_CHUNK))
+    for _ in range(60):
+        running.step()
+    assert not running.busy
+    assert 3 <= running.totals.encoded_records <= 8  # each once at most
+    assert running.wrong == []
+
+
 def test_the_horizon_follows_what_steps_take() -> None:
     running = engine(64, batch=16 * BLOCK)
     for name in "abcdefgh":
