@@ -1,11 +1,12 @@
 """How many times fewer bytes one artifact takes than another at equal KL, with intervals.
 
-    python -m benchmarks.equal_kl FILE:NAME FILE:NAME
+    python -m benchmarks.equal_kl FILE:NAME FILE:NAME [--kind KIND]
 
 FILE is a result of `benchmarks.sensitivity` or `benchmarks.step_choices`, NAME an artifact or a
 choice in it; the base comes first. Both must be measured on the same documents. For every ratio of
 the base the other's ratio of the same KL is read off between its own, in logarithms. Intervals are
 95 %, of documents drawn again for both together. Beyond the other's ratios nothing is told.
+KIND is a kind of text of a result that has several (`--kinds` there).
 """
 
 from __future__ import annotations
@@ -47,13 +48,21 @@ class Curve:
         return found.exp()
 
 
-def read_curve(text: str) -> Curve:
-    """FILE:NAME. Raises SystemExit for a name that is not in the file."""
+def read_curve(text: str, kind: str | None = None) -> Curve:
+    """FILE:NAME. kind: of text, where the file has several.
+
+    Raises SystemExit for a name or a kind that is not in the file.
+    """
     path, _, name = text.partition(":")
     result = json.loads(Path(path).read_text())
     rows = [row for row in result["rows"] if name in (row.get("artifact"), row.get("choice"))]
     if not rows:
         raise SystemExit(f"{path}: has no artifact or choice {name!r}")
+    kinds = sorted({row["kind"] for row in rows if "kind" in row})
+    if (kinds and kind not in kinds) or (kind is not None and not kinds):
+        known = ", ".join(kinds) or "none"
+        raise SystemExit(f"{path}: has no kind of text {kind!r}; it has {known}")
+    rows = [row for row in rows if row.get("kind") == kind]
     rows.sort(key=lambda row: float(row["real_ratio"]))
     kls = torch.tensor([row["by_document"] for row in rows], dtype=torch.float64)
     return Curve(result["documents"], [row["real_ratio"] for row in rows], kls)
@@ -64,8 +73,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.equal_kl", description=__doc__)
     parser.add_argument("base", metavar="FILE:NAME")
     parser.add_argument("other", metavar="FILE:NAME")
+    parser.add_argument("--kind", help="of text")
     args = parser.parse_args()
-    base, other = read_curve(args.base), read_curve(args.other)
+    base, other = read_curve(args.base, args.kind), read_curve(args.other, args.kind)
     if base.documents != other.documents:
         raise SystemExit("the two were measured on different documents")
     count = len(base.documents)
