@@ -15,7 +15,7 @@ groups codes the layers of each by its part, and all 768 tokens, also those that
 which no calibration and no tuning uses: five essays that are long enough, and five times ten
 GSM8K problems, 1,024 tokens of each. With `--part tune` the number modulo 4 is 2: what is chosen
 is chosen on those. `--kinds` takes others: documents of tasks of `kvtc eval`, with a row for each
-kind of text (`benchmarks.sensitivity_texts`).
+kind of text (`benchmarks.sensitivity_texts`); rows of other kinds that are in OUT stay there.
 
 `--halvings N` also turns every blob into the next smaller ones, N times, as a tier under pressure
 does, and names these rows after how often that was.
@@ -114,10 +114,11 @@ def main() -> None:
         "unit": "KL in nats per token, mean over documents; [low, high] is 95 %",
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    documents_before, others = kept_kinds(args.out, result, kinds)
     rows: list[dict[str, Any]] = []
     # After every document: the whole takes long on a small machine.
     for names, rows in measure(model, found, codecs, args.chunk):
-        finished = result | {"documents": names, "rows": rows}
+        finished = result | {"documents": documents_before + names, "rows": others + rows}
         args.out.write_text(json.dumps(finished, indent=1) + "\n")
     for row in rows:
         low, high = row["interval"]
@@ -126,6 +127,25 @@ def main() -> None:
             f"real {row['real_ratio']:.1f}, "
             f"KL {row['kl']:.5f} [{low:.5f}, {high:.5f}]"
         )
+
+
+def kept_kinds(
+    out: Path, result: dict[str, Any], kinds: Sequence[str]
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """Documents and rows of other kinds of text in OUT, whose commands go into `result`.
+
+    Raises SystemExit if they were measured in another way.
+    """
+    if not kinds or not out.exists():
+        return [], []
+    before = json.loads(out.read_text())
+    differing = [k for k, v in result.items() if k != "command" and before.get(k) != v]
+    if differing:
+        raise SystemExit(f"{out}: was measured with another {differing[0]}; give another --out")
+    if any(row.get("kind") in kinds for row in before["rows"]):
+        raise SystemExit(f"{out}: has rows of {', '.join(kinds)}; give another --out")
+    result["command"] = f"{before['command']}; {result['command']}"
+    return before["documents"], before["rows"]
 
 
 def parse_artifact(text: str, ratios: str) -> tuple[str, Path, list[float]]:

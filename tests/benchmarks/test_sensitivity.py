@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.sensitivity import Part, parse_artifact, through, ways
+from benchmarks.sensitivity import Part, kept_kinds, parse_artifact, through, ways
 from kvtc_vllm.codec.artifact import Geometry
 from kvtc_vllm.codec.base import ChunkCodec
 from kvtc_vllm.codec.errors import ArtifactError
@@ -65,3 +66,18 @@ def test_halved_blobs_are_those_of_the_plans_that_are_nested() -> None:
     assert errors[0] < errors[2]
     with pytest.raises(ArtifactError, match="no plan of the artifact is nested"):
         ways("it", [Part(range(MODEL.num_layers), step_artifact(MODEL, (6.0,), None))], 6.0, 1)
+
+
+def test_other_kinds_of_text_stay_in_a_result(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    about = {"command": "first", "model": "m"}
+    assert kept_kinds(out, about, ["essays"]) == ([], [])
+    row = {"kind": "essays", "kl": 1.0}
+    out.write_text(json.dumps(about | {"documents": ["a"], "rows": [row]}))
+    second = {"command": "second", "model": "m"}
+    assert kept_kinds(out, second, ["maths"]) == (["a"], [row])
+    assert second["command"] == "first; second"
+    with pytest.raises(SystemExit, match="has rows of essays"):
+        kept_kinds(out, {"command": "", "model": "m"}, ["essays"])
+    with pytest.raises(SystemExit, match="another model"):
+        kept_kinds(out, {"command": "", "model": "n"}, ["maths"])
