@@ -51,3 +51,13 @@ def test_each_kind_has_its_own_factor(
 def test_a_file_of_several_kinds_needs_one_of_them(result: Path, kind: str | None) -> None:
     with pytest.raises(SystemExit, match=f"no kind of text {kind!r}; it has code, prose"):
         equal_kl.read_curve(f"{result}:old", kind)
+
+
+def test_documents_of_other_results_are_chosen_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    row = {"artifact": "a", "real_ratio": 8.0, "by_document": [1.0, 2.0, 3.0]}
+    path.write_text(json.dumps({"documents": ["essay 3", "maths 1", "essay 7"], "rows": [row]}))
+    assert equal_kl.read_curve(f"{path}:a", "essay").kls.tolist() == [[1.0, 3.0]]
+    assert equal_kl.read_curve(f"{path}:a").kls.tolist() == [[1.0, 2.0, 3.0]]
+    with pytest.raises(SystemExit, match="no document's name begins with 'code'"):
+        equal_kl.read_curve(f"{path}:a", "code")
