@@ -61,9 +61,9 @@ test-kernels: setup  ## the kernels of every codec in the interpreter, all cases
 	KVTC_KERNELS=all $(RUN) $(PYTEST) tests/codec/kernels tests/connector/test_transfer.py \
 		tests/connector/test_kernel_startup.py
 
-test-joint: setup  ## joint: delta and degrade in an engine, on an artifact of codec 2 made for it
+test-joint: setup  ## joint: delta, degrade and quality in an engine, on artifacts of codec 2 made for it
 	KVTC_JOINT=1 $(RUN) $(PYTEST) -m vllm tests/connector/test_joint_delta_engine.py \
-		tests/connector/test_halving_engine.py
+		tests/connector/test_halving_engine.py tests/connector/test_quality_engine.py
 
 test-lmcache: setup-lmcache  ## KVTC in LMCache: contract, storages, servers killed and shared
 	$(VENV_LMCACHE)/bin/python -m pytest tests/lmcache

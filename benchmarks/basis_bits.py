@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.sensitivity import CHUNK, ROOT, Part, measure, one_part
+from benchmarks.sensitivity import CHUNK, ROOT, Coders, Part, measure, of_one_length, one_part
 from kvtc_vllm.artifact.directory import load_rank_artifact
 from kvtc_vllm.calibration.cache_replay import interval
 from kvtc_vllm.codec.artifact import RankArtifact
@@ -101,7 +101,13 @@ def main() -> None:
         "bytes": sizes,
     }
     rows: list[dict[str, Any]] = []
-    for names, rows in measure(model, tokenizer, args.data, artifacts, ratios, CHUNK):
+    found = of_one_length(args.data, tokenizer, "report")
+    codecs: dict[tuple[str, float], Coders] = {
+        (name, ratio): [(part.layers, part.codec(ratio)) for part in parts]
+        for name, parts in artifacts.items()
+        for ratio in ratios
+    }
+    for names, rows in measure(model, found, codecs, CHUNK):
         for row in rows:
             row["change"], row["change_interval"] = change(row, rows)
         args.out.write_text(

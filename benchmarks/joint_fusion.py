@@ -29,7 +29,8 @@ import matplotlib as mpl
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.sensitivity import CHUNK, PREFIX, ROOT, SCORED, documents
+from benchmarks.sensitivity import CHUNK, ROOT, documents
+from benchmarks.sensitivity_texts import PREFIX, SCORED
 from kvtc_vllm.artifact.directory import load_rank_artifact
 from kvtc_vllm.calibration.cache_replay import (
     Prefix,

@@ -27,7 +27,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.sensitivity import CHUNK, ROOT
-from benchmarks.sensitivity_gradients import KINDS_OF_TEXT, TEXTS, collect, marked_share
+from benchmarks.sensitivity_gradients import KINDS_OF_TEXT, collect, marked_share
+from benchmarks.sensitivity_texts import PREFIX, WINDOW, texts
 from benchmarks.sensitivity_variants import (
     ABLATIONS,
     Material,
@@ -49,10 +50,6 @@ from kvtc_vllm.calibration.cache_replay import RESAMPLES, compute_prefix, interv
 from kvtc_vllm.calibration.sinks import fit_sinks
 from kvtc_vllm.calibration.spool import SpoolReader
 from kvtc_vllm.evaluation.data.public import Source
-from kvtc_vllm.evaluation.tasks import open_task
-
-PREFIX, WINDOW, SCORED = 768, 128, 128
-RETRIEVAL_PREFIX = 640
 
 
 def main() -> None:
@@ -126,21 +123,22 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     by_name = {variant.name: variant for variant in variants}
     measured: dict[tuple[str, str, float], list[Stored]] = {}
-    for kind, name, ids, prefix, scored in reports(tokenizer, args, kinds):
+    source = Source(str(args.data), args.part)
+    for text in texts(tokenizer, source, kinds, args.documents, args.prompts):
         started = time.monotonic()
-        names.append(name)
+        names.append(text.name)
         # What the last token predicts has no token to compare.
-        whole = compute_prefix(model, name, ids[:-1], prefix, scored)
+        whole = compute_prefix(model, text.name, text.ids[:-1], text.prefix, text.scored)
         for (variant, ratio), codec in codecs.items():
             stored = codec.round_trip(whole.k, whole.v)
             if by_name[variant].exact_sinks:
                 stored = keep_sinks(stored, whole.k, whole.v, material.rule)
-            predicted = score(model, whole.ids, stored.k, stored.v, scored)
+            predicted = score(model, whole.ids, stored.k, stored.v, text.scored)
             stored.kl = kl(whole.exact, predicted)
             same = predicted.argmax(-1) == whole.exact.argmax(-1)
             stored.agreed = float(same.double().mean())
-            measured.setdefault((kind, variant, ratio), []).append(stored.without_tensors())
-        print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
+            measured.setdefault((text.kind, variant, ratio), []).append(stored.without_tensors())
+        print(f"{text.name}: {time.monotonic() - started:.0f} s", flush=True)
         table = others + [row(*key, found) for key, found in measured.items()]
         compare(table, base)
         write_results(out, about, names, table)
@@ -205,30 +203,6 @@ def read_material(args: argparse.Namespace) -> Material:
     kept = args.work / "gradients.pt"
     gradients = collect(args.model, args.data, reader.geometry, ropes, rule, kept)
     return Material(reader, gradients, rule, args.rows, args.probe)
-
-
-def reports(
-    tokenizer: Any, args: argparse.Namespace, kinds: Sequence[str]
-) -> Iterator[tuple[str, str, list[int], int, int]]:
-    """Kind, name, token ids, tokens of the prefix and tokens scored; kinds in turn."""
-    source = Source(str(args.data), args.part)
-    found = []
-    for kind in kinds:
-        text = kind in TEXTS
-        context = PREFIX + WINDOW + SCORED - 32 if text else 900
-        count = args.documents if text else args.prompts
-        sessions = open_task(kind, source).sessions(tokenizer, context, count, 0)
-        rows = []
-        for session in sessions:
-            example = session.turns[0]
-            ids = example.prompt + example.target
-            prefix = PREFIX if text else RETRIEVAL_PREFIX
-            scored = SCORED if text else len(example.target)
-            rows.append((kind, ", ".join(session.documents), ids, prefix, scored))
-        found.append(rows)
-    for number in range(max(map(len, found))):
-        for rows in found:
-            yield from rows[number : number + 1]
 
 
 def row(kind: str, variant: str, ratio: float, found: Sequence[Stored]) -> dict[str, Any]:

@@ -34,7 +34,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.sensitivity import PREFIX, ROOT, SCORED, documents
+from benchmarks.sensitivity import ROOT, documents
+from benchmarks.sensitivity_texts import PREFIX, SCORED
 from kvtc_vllm.artifact.fingerprint import artifact_fingerprint
 from kvtc_vllm.calibration.cache_replay import (
     Prefix,

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.sensitivity import CHUNK, SCORED
+from benchmarks.sensitivity import CHUNK
+from benchmarks.sensitivity_texts import SCORED
 from benchmarks.step_nested import Cells, Values, layer_bytes, refine
 from kvtc_vllm.calibration.cache_replay import Prefix, kl, score
 from kvtc_vllm.codec.artifact import Kind, RankArtifact

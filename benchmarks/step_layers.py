@@ -39,7 +39,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.sensitivity import CHUNK, PREFIX, ROOT, SCORED, documents
+from benchmarks.sensitivity import CHUNK, ROOT, documents
+from benchmarks.sensitivity_texts import PREFIX, SCORED
 from benchmarks.step_forms import (
     Bench,
     Coefficients,

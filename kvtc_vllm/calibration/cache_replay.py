@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from kvtc_vllm.codec.base import ChunkCodec, DecodedChunk
+from kvtc_vllm.codec.base import Coder, DecodedChunk
 
 RESAMPLES = 10_000
 
@@ -84,7 +84,7 @@ def score(
 
 
 def round_trip(
-    codec: ChunkCodec, k: torch.Tensor, v: torch.Tensor, chunk: int
+    codec: Coder, k: torch.Tensor, v: torch.Tensor, chunk: int
 ) -> tuple[int, torch.Tensor, torch.Tensor]:
     """Bytes of all blobs, of `chunk` tokens each, and the K and V that they hold.
 

@@ -1,6 +1,6 @@
 """Check this machine, or a running server by its metrics.
 
-    kvtc doctor [MODEL] [--ratio 16] [--tp 1]
+    kvtc doctor [MODEL] [--ratio 16 | --quality 0.002] [--tp 1]
 
 Versions, plugin, registry, a model's layers and artifact, a round trip. Exit status 1 if something
 that serving needs is missing.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import time
 from importlib.metadata import PackageNotFoundError, entry_points, version
@@ -25,8 +26,10 @@ import torch
 from kvtc_vllm.cli.checks import Checks
 from kvtc_vllm.cli.server_checks import check_server, is_url, read_page
 from kvtc_vllm.codec.errors import ArtifactError
+from kvtc_vllm.config import ConfigError
 
 PACKAGES = ("kvtc-vllm", "torch", "vllm", "isal", "xxhash", "safetensors", "msgspec")
+DEFAULT_RATIO = 16.0
 LENGTHS = (4096, 32768)
 """Tokens of prefixes that a ratio is told for."""
 OPTIONAL_PACKAGES = ("lmcache", "nvidia-nvcomp-cu13", "nvidia-nvcomp-cu12", "transformers")
@@ -38,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", nargs="?", help="directory, Hugging Face name in the cache, or address of a server"
     )
     parser.add_argument("--ratio", type=float, help="target ratio; of an artifact: 16")
+    parser.add_argument(
+        "--quality",
+        type=float,
+        help="instead of a ratio, most KL in nats per token: says which ratio an engine would take",
+    )
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--registry", action="append", default=[], help="further directories")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -45,17 +53,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print one line per check and a verdict."""
+    _check_quality(args)
     checks = Checks(args.json)
     if args.model is not None and is_url(args.model):
         check_server(read_page(args.model), checks, args.ratio)
         return checks.close("the connector is well", "something is wrong, see above")
-    ratio = 16.0 if args.ratio is None else args.ratio
     _environment(checks)
     _plugin(checks)
-    if args.model is not None:
+    directory, ratio = _registry(args, checks)
+    if args.model is not None and ratio is not None:
         _layers(args.model, ratio, checks)
-    directory = _registry(args, ratio, checks)
-    if directory is not None:
+    if directory is not None and ratio is not None:
         _round_trip(directory, ratio, checks)
     return checks.close("everything needed is there", "something needed is missing, see above")
 
@@ -126,9 +134,28 @@ def _layers(model: str, ratio: float, checks: Checks) -> None:
     checks.add(None, "net ratio", f"of 16-bit elements at {ratio:g}x, before DEFLATE: {expected}")
 
 
-def _registry(args: argparse.Namespace, ratio: float, checks: Checks) -> Path | None:
-    """List artifacts; returns the model's match, or any artifact if no model was given."""
+def _check_quality(args: argparse.Namespace) -> None:
+    """Raises ConfigError where it says nothing."""
+    if args.quality is None:
+        return
+    if not 0 < args.quality < math.inf:
+        raise ConfigError(f"--quality {args.quality:g}: give a KL above 0, such as 0.002")
+    if args.ratio is not None:
+        raise ConfigError(
+            f"--ratio {args.ratio:g} and --quality {args.quality:g} contradict each other: leave "
+            "one out"
+        )
+    if args.model is None or is_url(args.model):
+        raise ConfigError(
+            f"--quality {args.quality:g}: give a MODEL, of whose artifact the curve is read"
+        )
+
+
+def _registry(args: argparse.Namespace, checks: Checks) -> tuple[Path | None, float | None]:
+    """List artifacts; returns the model's match, or any artifact if no model was given, and the
+    target ratio: None where a quality was asked for that no artifact has."""
     from kvtc_vllm.artifact import registry
+    from kvtc_vllm.artifact.card import load_card, ratio_within
     from kvtc_vllm.artifact.identity import model_identity
 
     artifacts: list[Path] = []
@@ -141,18 +168,29 @@ def _registry(args: argparse.Namespace, ratio: float, checks: Checks) -> Path | 
             artifacts.append(directory)
     if not artifacts:
         checks.add(None, "artifact", "none found")
+    ratio = args.ratio
+    if ratio is None and args.quality is None:
+        ratio = DEFAULT_RATIO
     if args.model is None:
-        return artifacts[0] if artifacts else None
+        return artifacts[0] if artifacts else None, ratio
     try:
         identity = model_identity(args.model)
         match = registry.find(
-            identity, args.tp, ratio, model_name=args.model, registries=args.registry
+            identity,
+            args.tp,
+            ratio,
+            model_name=args.model,
+            quality=args.quality,
+            registries=args.registry,
         )
     except ArtifactError as error:
         checks.add(False, "match", str(error))
-        return None
+        return None, ratio
     checks.add(True, "match", f"{identity.identity} -> {match}")
-    return match
+    if args.quality is not None:
+        ratio = ratio_within(load_card(match), args.quality)
+        checks.add(True, "quality", f"{args.quality:g} is {ratio:g}x of {match.name}")
+    return match, ratio
 
 
 def _round_trip(directory: Path, ratio: float, checks: Checks) -> None:

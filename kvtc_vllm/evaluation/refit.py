@@ -7,7 +7,6 @@ acceptance: an ablation measures what a bad fit does.
 from __future__ import annotations
 
 import multiprocessing
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,7 +21,6 @@ from kvtc_vllm.calibration.fit import fit_rank
 from kvtc_vllm.calibration.fit_settings import FitSettings
 from kvtc_vllm.calibration.shards import layer_groups
 from kvtc_vllm.calibration.spool import SpoolReader
-from kvtc_vllm.evaluation.processes.suite import CPU_CACHE, CPU_CACHE_GIB
 
 SINKS = 4
 _READ_BYTES = 1 << 20
@@ -42,7 +40,7 @@ def capture(
     unfinished = spool.with_name(f"{spool.name}.part")
     shutil.rmtree(unfinished, ignore_errors=True)
     child = multiprocessing.get_context("spawn").Process(
-        target=in_child, args=(settings, unfinished)
+        target=capture_rows, args=(settings, unfinished)
     )
     child.start()
     child.join()
@@ -50,13 +48,6 @@ def capture(
         raise RuntimeError(f"the capture of {', '.join(data)} ended with {child.exitcode}")
     unfinished.replace(spool)
     return spool / "rank0"
-
-
-def in_child(settings: CaptureSettings, spool: Path) -> None:
-    """Capture, in a process of its own, with as little memory as the bench's other engines."""
-    # Else vLLM asks for most of the machine on a CPU, and refuses to start beside others.
-    os.environ.setdefault(CPU_CACHE, CPU_CACHE_GIB)
-    capture_rows(settings, spool)
 
 
 def refit(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from kvtc_vllm.artifact.card import CurveCard, CurvePoint, load_card, save_card
 from kvtc_vllm.artifact.identity import model_identity
 from kvtc_vllm.artifact.registry import find
 from kvtc_vllm.cli import main
@@ -55,6 +58,52 @@ def test_doctor_finds_the_model_s_artifact_and_measures(
     printed = capsys.readouterr().out
     for words in ("ok   match", "ok   round trip", "MB/s", "ok   plugin", "supported range"):
         assert words in printed
+
+
+def test_doctor_says_which_ratio_a_quality_is(
+    reference_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shipped = find(model_identity(reference_model), 1, 16.0, model_name="reference")
+    own = tmp_path / "model" / "curved"
+    shutil.copytree(shipped, own)
+    card = load_card(own)
+    points = tuple(
+        CurvePoint(ratio=ratio, real_ratio=ratio, kl=kl, low=kl, high=kl)
+        for ratio, kl in zip(card.ratios, (0.0001, 0.001, 0.01, 0.1, 1.0), strict=False)
+    )
+    wanted = points[1].ratio
+    curve = CurveCard(
+        documents=(3,),
+        prefix_tokens=768,
+        exact_tokens=128,
+        scored_tokens=128,
+        chunk_tokens=128,
+        points=points,
+    )
+    save_card(own, msgspec.structs.replace(card, curve=curve))
+    command = ["doctor", str(reference_model), "--registry", str(tmp_path)]
+    assert main([*command, "--quality", "0.002"]) == 0
+    printed = capsys.readouterr().out
+    assert f"0.002 is {wanted:g}x of curved" in printed
+    assert f"curved at {wanted:g}x: " in printed
+    assert main([*command, "--quality", "0.00001"]) == 1
+    assert "no plan with a KL of at most 1e-05" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["model", "--quality", "0"], "--quality 0: give a KL above 0"),
+        (["model", "--quality", "0.1", "--ratio", "8"], "contradict each other"),
+        (["--quality", "0.1"], "give a MODEL"),
+        (["http://localhost:1", "--quality", "0.1"], "give a MODEL"),
+    ],
+)
+def test_doctor_refuses_a_quality_that_says_nothing(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", *arguments]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_doctor_says_what_is_missing(

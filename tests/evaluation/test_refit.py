@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,20 +65,6 @@ def test_a_fit_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(AssertionError, match="fitted again"):
         refit(spool, tmp_path / "fits", RATIOS, rows=100)
     assert list((tmp_path / "fits").iterdir()) == [made]
-
-
-def test_a_capture_asks_for_no_more_memory_than_other_engines(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found: list[str] = []
-    monkeypatch.setattr(
-        module, "capture_rows", lambda *_: found.append(os.environ["VLLM_CPU_KVCACHE_SPACE"])
-    )
-    settings = CaptureSettings(model="model", data=("text",), tokens=1)
-    for asked, used in (({}, "2"), ({"VLLM_CPU_KVCACHE_SPACE": "5"}, "5")):
-        monkeypatch.setattr(os, "environ", asked)
-        module.in_child(settings, tmp_path)
-        assert found.pop() == used
 
 
 class Child:
