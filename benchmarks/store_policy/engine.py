@@ -20,6 +20,8 @@ from kvtc_vllm.tiers.keys import RecordKey
 
 BLOCK = 16
 """Tokens per block."""
+MOST_STEPS = 100_000
+"""In which an engine drains; more is a loop without an end."""
 
 
 @dataclass(eq=False)
@@ -140,10 +142,14 @@ class SimEngine:
             self._run(self._planned.popleft())
 
     def drain(self) -> None:
-        """Step until nothing is left to do."""
+        """Step until nothing is left to do. Raises RuntimeError if that never comes."""
+        steps = 0
         while self.busy or self._planned:
             while self.busy:
                 self.step()
+                steps += 1
+                if steps > MOST_STEPS:
+                    raise RuntimeError(f"the engine is still busy after {MOST_STEPS} steps")
             self.settle()
 
     def settle(self) -> None:

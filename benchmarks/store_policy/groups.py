@@ -22,25 +22,27 @@ from tests.hybrid.pool_engine import CHUNK, PoolEngine, make_request, scheduler_
 ROOT = Path(__file__).resolve().parents[2]
 REQUESTS = 400
 TURNS = 8
-BLOCKS = 640
+CACHES = {"14 conversations": 640, "3 conversations": 160}
+"""Blocks of the engine's own cache, by what it holds."""
 RECORDS = 220
+"""In memory: some 20 conversations."""
 USERS = (8, 24, 60)
 POLICIES = ("eager", "records alone", "on_evict", "auto", "auto exclusive")
 
 
-def engine(policy: str) -> PoolEngine:
-    """With a cache for some 14 conversations, and memory for some 20."""
+def engine(policy: str, blocks: int) -> PoolEngine:
+    """With so many blocks."""
     alone = policy == "records alone"
     extra = {"exclusive": True} if policy.endswith("exclusive") else {}
     side: Any = scheduler_side("on_evict" if alone else policy.split()[0], RECORDS, **extra)
     if alone:
         side._stores._policy._inner._whole = 0  # before the engine's blocks are bound
-    return PoolEngine(side, BLOCKS)
+    return PoolEngine(side, blocks)
 
 
-def run(policy: str, users: int) -> dict[str, float]:
+def run(policy: str, blocks: int, users: int) -> dict[str, float]:
     """One trace, the same for every policy."""
-    chance, running = random.Random(users), engine(policy)
+    chance, running = random.Random(users), engine(policy, blocks)
     turns = [0] * users
     found = asked = 0
     for number in range(REQUESTS):
@@ -66,14 +68,16 @@ def main() -> None:
     results: dict[str, Any] = {
         "command": "python -m benchmarks.store_policy.groups",
         "requests": REQUESTS,
-        "blocks": BLOCKS,
         "records_in_memory": RECORDS,
-        "users": {},
+        "caches": {},
     }
-    for users in USERS:
-        results["users"][str(users)] = {policy: run(policy, users) for policy in POLICIES}
-        print(users, json.dumps(results["users"][str(users)]), flush=True)
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
+    for name, blocks in CACHES.items():
+        of_cache = results["caches"][name] = {"blocks": blocks, "users": {}}
+        for users in USERS:
+            found = {policy: run(policy, blocks, users) for policy in POLICIES}
+            of_cache["users"][str(users)] = found
+            print(name, users, json.dumps(found), flush=True)
+            args.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

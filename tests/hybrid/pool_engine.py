@@ -24,6 +24,8 @@ CHUNK = 4 * BLOCK
 WINDOW = 6 * BLOCK
 RECORD_BYTES = 1000
 TABLES = 3
+MOST_STEPS = 20_000
+"""In which an engine drains; more is a loop without an end."""
 
 FULL_GROUP = CacheGroup(("layers.0",), BLOCK, 1, 8, 8, torch.bfloat16, layer_table=(0,))
 WINDOW_GROUP = CacheGroup(
@@ -164,9 +166,12 @@ class PoolEngine:
         return self.found[request.request_id]
 
     def drain(self) -> None:
-        """Step until nothing is left to do."""
-        while self.waiting or self.running or self.side.has_pending_work():
+        """Step until nothing is left to do. Raises RuntimeError if that never comes."""
+        for _ in range(MOST_STEPS):
+            if not (self.waiting or self.running or self.side.has_pending_work()):
+                return
             self.step()
+        raise RuntimeError(f"the engine is still busy after {MOST_STEPS} steps")
 
     def step(self) -> None:
         """One step: plan, run, report."""
