@@ -15,8 +15,8 @@ KL is that of `benchmarks.sensitivity`. Of every method there are
 
 Bytes of *plain* and *own* are those of the blobs alone: no mask or index is added. Both bases are
 fitted to the same tokens of `CALIBRATION` documents of each kind of text, of the calibration part,
-ten layers together, K and V at the same ratio, without weights. --artifact gives geometry and RoPE tables and is
-not used otherwise. --work keeps fits and statistics.
+ten layers together, K and V at the same ratio, without weights. --artifact gives geometry and RoPE
+tables and is not used otherwise. --work keeps fits and statistics.
 """
 
 from __future__ import annotations
