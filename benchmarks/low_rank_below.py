@@ -15,8 +15,8 @@ KL is that of `benchmarks.sensitivity`. Of every method there are
 
 Bytes of *plain* and *own* are those of the blobs alone: no mask or index is added. Both bases are
 fitted to the same tokens of `CALIBRATION` documents of each kind of text, of the calibration part,
-K and V under one target ratio without weights. --artifact gives geometry and RoPE tables and is
-not used otherwise. --work keeps fits and statistics.
+ten layers together, K and V at the same ratio, without weights. --artifact gives geometry and RoPE
+tables and is not used otherwise. --work keeps fits and statistics.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import os
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,8 @@ from kvtc_vllm.artifact.directory import load_rank_artifact
 from kvtc_vllm.artifact.rank_file import read_rank_file, write_rank_file
 from kvtc_vllm.calibration.cache_replay import compute_prefix, kl, round_trip, score
 from kvtc_vllm.calibration.fit import fit_rank
-from kvtc_vllm.calibration.fit_settings import FitSettings
 from kvtc_vllm.calibration.rows import CapturedRows
+from kvtc_vllm.calibration.shards import layer_groups
 from kvtc_vllm.codec.artifact import Kind, RankArtifact
 from kvtc_vllm.codec.base import ChunkCodec
 from kvtc_vllm.codec.registry import open_codec
@@ -57,7 +57,8 @@ from kvtc_vllm.evaluation.settings import parse
 METHODS = "recalkv,recalkv/share=0.75,lorc/scale=1.6,think-40,xkv"
 CALIBRATION, HELD_OUT = 8, 3
 """Documents of each kind of text; and of all of these, for held-out errors."""
-RANK_CAP = 1024
+LAYERS_PER_GROUP = 10
+"""A fit of all layers together takes ten times as long."""
 KVTC = "kvtc"
 Cache = tuple[torch.Tensor, torch.Tensor]
 """K post-RoPE and V, bfloat16 [T, L, H, D]."""
@@ -89,8 +90,9 @@ class PrefixRows(CapturedRows):
         lengths = [len(k) - first for k, _ in caches]
         docs = torch.repeat_interleave(torch.arange(len(caches)), torch.tensor(lengths))
         positions = torch.cat([torch.arange(first, first + length) for length in lengths])
+        layers = like.geometry.num_layers
         super().__init__(
-            like.geometry,
+            replace(like.geometry, layer_groups=layer_groups(layers, LAYERS_PER_GROUP)),
             like.ropes,
             like.layer_rope,
             positions,
@@ -123,8 +125,7 @@ def fitted(
     if not path.exists():
         rows = PrefixRows([form.through(cache)[1] for cache in caches], like)
         ratios = [float(ratio) for ratio in args.ratios.split(",")]
-        settings = FitSettings(rank_cap=RANK_CAP)
-        fit = fit_rank(rows, rows.geometry, rows.ropes, rows.layer_rope, ratios, settings=settings)
+        fit = fit_rank(rows, rows.geometry, rows.ropes, rows.layer_rope, ratios)
         print(f"{method}: fitted in {fit.seconds:.0f} s", flush=True)
         unfinished = path.with_suffix(".writing")
         write_rank_file(unfinished, fit.artifact, rows.probe(), 0, 1)
@@ -183,6 +184,7 @@ def main() -> None:
         "prefix_tokens": PREFIX,
         "exact_tokens": WINDOW,
         "scored_tokens": SCORED,
+        "layers_per_group": LAYERS_PER_GROUP,
         "rows_fitted": sum(len(k) - like.sink_tokens for k, _ in caches[:-HELD_OUT]),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, 1 used",
         "versions": {p: version(p) for p in ("kvtc-vllm", "torch", "transformers")},

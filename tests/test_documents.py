@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 from benchmarks.demo.__main__ import BUDGET_SHARE, BUDGET_UNIT, RECOMPUTE, ROOMY, RUNS
 from benchmarks.demo.conversations import RunReport
 from benchmarks.demo.report import markdown, side_by_side
+from benchmarks.equal_kl import Factor, factors, read_curve
 from kvtc_vllm.cli import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -165,6 +167,42 @@ def _by_kind_of_text() -> list[float]:
             found = [kl for document, kl in pairs if document.startswith(kind)]
             means.append(sum(found) / len(found))
     return means
+
+
+def test_the_factors_by_kind_of_text_are_those_of_the_results() -> None:
+    page = (ROOT / "docs" / "quality.md").read_text()
+    lines = factors_by_kind()
+    assert len(lines) >= 4
+    for line in lines:
+        assert line in page
+
+
+def factors_by_kind() -> list[str]:
+    """Lines of the table of times fewer bytes at equal KL, by kind of text."""
+    results = ROOT / "benchmarks/results"
+    of_kinds = f"{results}/sensitivity-kvtc2.json"
+    others = (
+        f"{of_kinds}:weighted",
+        f"{of_kinds}:kvtc2",
+        f"{results}/step-gain-report.json:gain 8",
+    )
+    lines = []
+    for kind, beginning in (("essays", "essay"), ("maths", "gsm8k")):
+        base = read_curve(f"{of_kinds}:plain", beginning)
+        columns = [factors(base, read_curve(other, beginning)) for other in others]
+        for number in range(2):
+            at = f"{kind}, {base.ratios[number]:.1f}x"
+            cells = [factor_cell(found[number]) for found in columns]
+            lines.append(f"| {' | '.join((at, *cells))} |")
+    return lines
+
+
+def factor_cell(found: Factor) -> str:
+    """With its interval; where the other's curve ends before, that it does."""
+    if found.ratio in (0, math.inf):
+        return ">" if found.ratio else "<"
+    high = f"{found.high:.1f}" if found.high < math.inf else ">"
+    return f"{found.value:.1f} [{found.low:.1f}, {high}]"
 
 
 def test_the_table_of_store_policies_is_the_committed_one() -> None:
