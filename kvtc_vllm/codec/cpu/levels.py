@@ -15,6 +15,7 @@ import numpy.typing as npt
 from kvtc_vllm.codec.cpu.jit import jit
 from kvtc_vllm.codec.cpu.rows import Bytes, Floats, Integers
 
+Counts = npt.NDArray[np.uint32]
 Words64 = npt.NDArray[np.uint64]
 
 _BLOCK = 64
@@ -72,33 +73,48 @@ def _take_lane(packed: Bytes, shift: np.uint8, escape: np.uint8, codes: Bytes) -
 
 
 @jit
-def _count(codes: Bytes, escape: np.uint8, found: Integers) -> None:
+def _count(codes: Bytes, escape: np.uint8, found: Counts) -> None:
     """Add to each column's escapes those of a token."""
     for j in range(len(codes)):
-        found[j] += np.int64(codes[j] == escape)
+        found[j] += np.uint32(codes[j] == escape)
 
 
 @jit
-def _places(codes: Bytes, escape: int) -> tuple[Integers, Integers]:
+def _has_zero(word: np.uint64) -> bool:
+    """Whether one of its bytes is zero."""
+    low = np.uint64(word - _ONES)
+    return np.uint64(low & np.uint64(~word & _TOPS)) != np.uint64(0)
+
+
+@jit
+def _find(words: Words64, pattern: np.uint64, found: Integers) -> int:
+    """Numbers of words that have a byte of `pattern`; gives how many there are."""
+    count = 0
+    for i in range(len(words)):
+        found[count] = i
+        count += np.int64(_has_zero(np.uint64(words[i] ^ pattern)))
+    return count
+
+
+@jit
+def _places(codes: Bytes, escape: np.uint8) -> tuple[Integers, Integers]:
     """Rows and columns of all escapes of codes [T, n], by column, then by row. n: whole words."""
-    found = np.zeros(codes.shape[1] + 1, np.int64)
+    found = np.zeros(codes.shape[1], np.uint32)
     for token in range(len(codes)):
-        _count(codes[token], np.uint8(escape), found[1:])
-    ends = np.cumsum(found)
-    rows, columns = np.empty(ends[-1], np.int64), np.empty(ends[-1], np.int64)
-    pattern = np.uint64(escape) * _ONES
+        _count(codes[token], escape, found)
+    place = np.zeros(codes.shape[1] + 1, np.int64)
+    place[1:] = np.cumsum(found)
+    rows, columns = np.empty(place[-1], np.int64), np.empty(place[-1], np.int64)
+    pattern = np.uint64(np.uint64(escape) * _ONES)
+    words = np.empty(codes.shape[1] // _WORD + 1, np.int64)
     for token in range(len(codes)):
-        words = codes[token].view(np.uint64)
-        for i in range(len(words)):
-            rest = np.uint64(words[i] ^ pattern)
-            # None if no byte of rest is zero.
-            if not np.uint64(np.uint64(rest - _ONES) & np.uint64(~rest & _TOPS)):
-                continue
-            for column in range(i * _WORD, (i + 1) * _WORD):
-                if codes[token, column] == escape:
-                    rows[ends[column]] = token
-                    columns[ends[column]] = column
-                    ends[column] += 1
+        own = codes[token]
+        for i in range(_find(own.view(np.uint64), pattern, words)):
+            for column in range(words[i] * _WORD, (words[i] + 1) * _WORD):
+                if own[column] == escape:
+                    rows[place[column]] = token
+                    columns[place[column]] = column
+                    place[column] += 1
     return rows, columns
 
 
@@ -167,7 +183,7 @@ def encode_columns(
     _turn(rows, turned)
     packed[:] = turned[:, :size]
     wides = 0
-    of_token, of_column = _places(codes, escape)
+    of_token, of_column = _places(codes, np.uint8(escape))
     for i in range(len(of_token)):
         token, column = of_token[i], of_column[i]
         x = coefficients[token, first + column]
@@ -272,7 +288,7 @@ def decode_columns(
         _take_lane(rows[token // per_byte], shift, np.uint8(escape), own)
         _row_values(own, starts, flat, out)
     wides = 0
-    of_token, of_column = _places(codes, escape)
+    of_token, of_column = _places(codes, np.uint8(escape))
     for i in range(len(of_token)):
         code = escape + np.int64(low[i])
         if low[i] == _WIDE:
