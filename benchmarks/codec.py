@@ -9,7 +9,7 @@ round, so a busy machine slows all alike; speeds are medians, speed-ups medians 
 ratios. Ways: the reference; fast; fast-batch, several chunks in one call; fast-float32, compiled
 loops with products of float32, which is what runs where int8 is not fast.
 
-`--stages` shows where the time goes, in microseconds per token.
+`--stages` shows where the time goes, in microseconds per token, with `--other` of its codec too.
 
 `--other DIR` times another artifact of the same model on the same rows in the same rounds, such as
 one of kvtc2. Its speed over the fast way's is then given at equal real ratio: its times are read
@@ -88,7 +88,7 @@ def main() -> None:
         "chunk_tokens": rows.tokens,
         "row_size": rows.artifact.geometry.row_size(0, "k"),
         "unit": "microseconds per token" if args.stages else "MB/s",
-        "rows": stages(rows, ratios) if args.stages else measure(rows, ratios, other),
+        "rows": (stages if args.stages else measure)(rows, ratios, other),
     }
     for row in result["rows"]:
         print(*(f"{name} {value}" for name, value in row.items()))

@@ -1,4 +1,4 @@
-"""Where the codec's time goes: its own steps one by one, reference and fast way."""
+"""Where the codec's time goes: its own steps one by one, reference, fast way and codec 2."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ import numpy as np
 import torch
 
 from benchmarks.codec_rows import Rows
+from kvtc_vllm.codec.artifact import RankArtifact
+from kvtc_vllm.codec.base import ChunkCodec
 from kvtc_vllm.codec.container import checksum, parse
-from kvtc_vllm.codec.cpu.codec import CpuKvtcCodec
+from kvtc_vllm.codec.cpu.codec import CpuCodec, CpuKvtc2Codec, CpuKvtcCodec
+from kvtc_vllm.codec.cpu.products import Operand
 from kvtc_vllm.codec.cpu.rotation import Rotation
 from kvtc_vllm.codec.cpu.rows import Floats, centre, largest_bits16, uncentre
 from kvtc_vllm.codec.cpu.section import FastSection
 from kvtc_vllm.codec.entropy import DeflateCoder
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.payload import bit_plan, decode_payload, encode_payload
+from kvtc_vllm.codec.registry import open_codec
 from kvtc_vllm.codec.transform import (
     centred_rows,
     chunk_rows,
@@ -27,33 +31,45 @@ from kvtc_vllm.codec.transform import (
     magnitude,
     rows_to_cache,
 )
+from kvtc_vllm.codec.v2.codec import ENTROPY
 
 ROUNDS = 7
 T = TypeVar("T")
 
 
-def stages(rows: Rows, ratios: tuple[float, ...]) -> list[dict[str, float | str]]:
+def stages(
+    rows: Rows, ratios: tuple[float, ...], other: RankArtifact | None = None
+) -> list[dict[str, float | str]]:
     """Microseconds per token of every step, both sections together, for an artifact in one group.
 
-    rest: of the whole call, what is in no step: sinks, headers, Python.
+    other: another artifact of the model, whose codec's fast way is timed too. rest: of the whole
+    call, what is in no step: sinks, headers, Python, and caches that are cold between steps.
     """
-    if len(rows.artifact.geometry.layer_groups) != 1:
+    artifacts = [rows.artifact] if other is None else [rows.artifact, other]
+    if any(len(artifact.geometry.layer_groups) != 1 for artifact in artifacts):
         raise ValueError("stages are of artifacts with all layers in one group")
     found: list[dict[str, float | str]] = []
     for ratio in ratios:
-        codecs = {
+        codecs: dict[str, ChunkCodec] = {
             "reference": KvtcCodec(rows.artifact, ratio, rows.k.dtype),
             "fast": CpuKvtcCodec(rows.artifact, ratio, rows.k.dtype),
         }
+        if other is not None and ratio in other.ratios():
+            made = open_codec(other.codec, rows.k.dtype, artifact=other, ratio=ratio)
+            codecs[other.codec] = made
         for way, codec in codecs.items():
             blob = codec.encode(rows.k, rows.v, rows.start)
             whole: dict[str, Callable[[], object]] = {
                 "encode": functools.partial(codec.encode, rows.k, rows.v, rows.start),
                 "decode": functools.partial(codec.decode, blob),
             }
-            steps = _fast_steps if way == "fast" else _reference_steps
-            for call, times in steps(rows, ratio, blob).items():
+            if isinstance(codec, CpuCodec):
+                steps = _fast_steps(rows, ratio, blob, codec)
+            else:
+                steps = _reference_steps(rows, ratio, blob)
+            for call, times in steps.items():
                 row: dict[str, float | str] = {"ratio": ratio, "way": way, "call": call}
+                row["real_ratio"] = round(rows.nbytes / len(blob), 2)
                 total = _time(whole[call]) / rows.tokens * 1e6
                 row |= {name: round(t / rows.tokens * 1e6, 2) for name, t in times.items()}
                 row["rest"] = round(total - sum(times.values()) / rows.tokens * 1e6, 2)
@@ -78,7 +94,7 @@ def _reference_steps(rows: Rows, ratio: float, blob: bytes) -> dict[str, dict[st
         centred = _add(encode, "mean", functools.partial(centred_rows, plain, section))
         x = _add(encode, "product", functools.partial(torch.mm, centred, basis))
         streams = _add(encode, "quantise and pack", functools.partial(encode_payload, x, plan))
-        payload = _deflate(encode, decode, streams)
+        payload = _deflate(encode, decode, streams, DeflateCoder())
         x = _add(
             decode,
             "unpack and dequantise",
@@ -94,7 +110,9 @@ def _reference_steps(rows: Rows, ratio: float, blob: bytes) -> dict[str, dict[st
     return {"encode": encode, "decode": decode}
 
 
-def _fast_steps(rows: Rows, ratio: float, blob: bytes) -> dict[str, dict[str, float]]:
+def _fast_steps(
+    rows: Rows, ratio: float, blob: bytes, codec: CpuCodec
+) -> dict[str, dict[str, float]]:
     encode: dict[str, float] = {}
     decode: dict[str, float] = {}
     flat = {
@@ -103,10 +121,16 @@ def _fast_steps(rows: Rows, ratio: float, blob: bytes) -> dict[str, dict[str, fl
     _add(encode, "finite", lambda: [largest_bits16(x.reshape(-1)) for x in flat.values()])
     _add(encode, "checksum", lambda: checksum(blob))
     _add(decode, "parse and checksum", lambda: parse(blob))
+    coder = DeflateCoder()
+    marked = np.zeros(0, np.int64)
+    if isinstance(codec, CpuKvtc2Codec):
+        coder = ENTROPY
+        rule = codec.artifact.sink_rule
+        if rule is not None:
+            marked = np.flatnonzero(_add(encode, "marks", lambda: rule.marks(rows.v)).numpy())
     end = rows.start + rows.tokens
-    codec = CpuKvtcCodec(rows.artifact, ratio, rows.k.dtype)
     for (group, kind), section in codec.sections(ratio).items():
-        ropes = layer_ropes(rows.artifact, group)
+        ropes = layer_ropes(codec.artifact, group)
         rotation = Rotation(ropes if kind == "k" else [None])
         turn = rotation.rope_of_layer, rotation.halves, rotation.neox
         size = (rows.k if kind == "k" else rows.v).shape[-1]
@@ -116,34 +140,57 @@ def _fast_steps(rows: Rows, ratio: float, blob: bytes) -> dict[str, dict[str, fl
         fixed = section.mean, section.weights, size, back
         take = functools.partial(centre, flat[kind], 0, *fixed, *turn, *out)
         _add(encode, "cast, RoPE, mean, int8", take)
-        product = _add(encode, "product", functools.partial(section.forward.of, operand))
-        code = functools.partial(_payload_of_copy, section, product, operand.factors)
-        copying = _time(product.clone)
-        streams = _add(encode, "quantise and pack", code, copying)
-        payload = _deflate(encode, decode, streams)
-        x = np.zeros((rows.tokens, section.live), np.float32)
-        _add(decode, "unpack and dequantise", functools.partial(section.coefficients, payload, x))
-        taken = _add(decode, "int8", functools.partial(section.inverse.operand, x))
-        restored = _add(decode, "product", functools.partial(section.inverse.of, taken)).numpy()
+        restored, factors = _coded(encode, decode, section, operand, coder)
+        if section.beyond is not None and len(marked):
+            _coded(encode, decode, section.beyond, operand.part(marked), coder, " beyond")
         cache = np.empty_like(flat[kind])
         give = functools.partial(
-            uncentre, restored, taken.factors, section.mean, size, there, *turn, cache, 0
+            uncentre, restored, factors, section.mean, size, there, *turn, cache, 0
         )
         _add(decode, "mean, RoPE, cast", give)
     return {"encode": encode, "decode": decode}
+
+
+def _coded(
+    encode: dict[str, float],
+    decode: dict[str, float],
+    section: FastSection,
+    operand: Operand,
+    coder: DeflateCoder,
+    name: str = "",
+) -> tuple[Floats, Floats]:
+    """From the rows of a section to what a product restores, and its factors.
+
+    name: behind that of each step.
+    """
+    product = _add(encode, "product" + name, functools.partial(section.forward.of, operand))
+    code = functools.partial(_payload_of_copy, section, product, operand.factors)
+    streams = _add(encode, "quantise and pack" + name, code, _time(product.clone))
+    payload = _deflate(encode, decode, streams, coder, name)
+    x = np.zeros((len(product), section.live), np.float32)
+    read = functools.partial(section.coefficients, payload, x)
+    _add(decode, "unpack and dequantise" + name, read)
+    taken = _add(decode, "int8" + name, functools.partial(section.inverse.operand, x))
+    restored = _add(decode, "product" + name, functools.partial(section.inverse.of, taken))
+    return restored.numpy(), taken.factors
 
 
 def _payload_of_copy(section: FastSection, product: torch.Tensor, factors: Floats) -> list[bytes]:
     return section.payload(product.clone(), factors)
 
 
-def _deflate(encode: dict[str, float], decode: dict[str, float], streams: list[bytes]) -> bytearray:
-    coder = DeflateCoder()
-    coded = _add(encode, "DEFLATE", functools.partial(coder.encode, streams))
+def _deflate(
+    encode: dict[str, float],
+    decode: dict[str, float],
+    streams: list[bytes],
+    coder: DeflateCoder,
+    name: str = "",
+) -> bytearray:
+    coded = _add(encode, "DEFLATE" + name, functools.partial(coder.encode, streams))
     length = sum(map(len, streams))
     return _add(
         decode,
-        "inflate",
+        "inflate" + name,
         functools.partial(coder.decode, coded.units, memoryview(coded.body), length),
     )
 

@@ -29,7 +29,7 @@ from kvtc_vllm.codec.cpu.rotation import Rotation
 from kvtc_vllm.codec.cpu.rows import Floats, Integers, centre, largest_bits16, uncentre
 from kvtc_vllm.codec.cpu.section import FastSection
 from kvtc_vllm.codec.cpu.step_section import StepSection
-from kvtc_vllm.codec.cpu.stored import stored_sections
+from kvtc_vllm.codec.cpu.stored import TileProducts
 from kvtc_vllm.codec.cpu.tiles import Span, elements_of, empty_chunk, tiles
 from kvtc_vllm.codec.errors import CodecError, ContainerError
 from kvtc_vllm.codec.frame import SECTION_KIND, TransformCodec
@@ -85,9 +85,8 @@ class CpuCodec(TransformCodec):
     @property
     def arithmetic(self) -> str:
         """How products are computed at the codec's ratio, in words."""
-        terms = {section.terms for section in self.sections(self.ratio).values()}
-        names = {0: "float32", 1: "int8", 2: "int8 in two terms"}
-        return "compiled loops, products of " + " and ".join(names[t] for t in sorted(terms))
+        found = {section.precision.value for section in self.sections(self.ratio).values()}
+        return "compiled loops, products of " + " and ".join(sorted(found))
 
     @property
     def resident_bytes(self) -> int:
@@ -167,14 +166,12 @@ class CpuCodec(TransformCodec):
             operand = section.forward.empty(spans[-1].rows.stop)
             for span in spans:
                 self._centre(chunks[span.number], span, key, section, operand.part(span.rows))
-            product = section.forward.of(operand)
+            products = TileProducts(section, operand, spans, marks)
             for span in spans:
                 if span.number not in written:
                     continue
                 try:
-                    coded = stored_sections(
-                        section, product, operand, span, marks.get(span.number), self._entropy
-                    )
+                    coded = products.stored(span, self._entropy)
                 except CodecError as error:
                     results[span.number] = error
                     del written[span.number]
@@ -217,11 +214,11 @@ class CpuCodec(TransformCodec):
         for key, section in sections.items() if spans else ():
             operand = section.inverse.operand(coefficients.pop(key))
             product = section.inverse.of(operand).numpy()
-            for rows_of_sinks, own in beyond[key]:
-                assert section.beyond is not None
-                more = section.beyond.inverse.operand(own)
+            if section.beyond is not None and beyond[key]:
+                marked = np.concatenate([numbers for numbers, _ in beyond[key]])
+                more = section.beyond.inverse.operand(np.concatenate([x for _, x in beyond[key]]))
                 found = section.beyond.inverse.of(more).numpy() * more.factors[:, None]
-                product[rows_of_sinks] += found / operand.factors[rows_of_sinks, None]
+                product[marked] += found / operand.factors[marked, None]
             for span in spans:
                 chunk = results[span.number]
                 if isinstance(chunk, DecodedChunk):

@@ -2,34 +2,40 @@
 
 On a CPU with VNNI or AMX instructions a product of int8 is four times as fast as one of float32.
 Rows are rounded to 8 bits each by its own largest element, the basis column by column (for the
-inverse row by row). That adds about 2e-4 of a row's energy to its error, which plans at high
-target ratios hide and those at low ones do not: see `terms_for`.
+inverse row by row). That adds 3e-4 to 6e-4 of a row's energy to its error, which plans at high
+target ratios hide. For those at lower ones `leading` keeps apart what has most of the energy.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from kvtc_vllm.codec.cpu.rows import SECOND_TERM, ZERO_POINT, Bytes, Floats, Integers, to_int8
+from kvtc_vllm.codec.cpu.rows import ZERO_POINT, Bytes, Floats, Integers, to_int8
 
-ONE_TERM_ERROR = 0.0065
-TWO_TERMS_ERROR = 0.0025
-"""Least expected errors of plans for which rows of one term, or of two, are exact enough."""
+INT8_ERROR = 0.0065
+LEADING_ERROR = 0.001
+"""Least expected errors of plans for which int8 is exact enough: alone, beside leading columns."""
 _INT8_MAX = 127
 
 
-def terms_for(expected_error: float) -> int:
-    """Terms of int8 that a row needs so that rounding adds about 3 % to a plan's error at most.
+class Precision(Enum):
+    """Of the products of a section, in words."""
 
-    0: none are enough, products are of float32.
-    """
-    if expected_error >= ONE_TERM_ERROR:
-        return 1
-    return 2 if expected_error >= TWO_TERMS_ERROR else 0
+    FLOAT32 = "float32"
+    LEADING = "int8 beside leading columns"
+    INT8 = "int8"
+
+
+def precision_for(expected_error: float) -> Precision:
+    """The fastest whose rounding adds about 5 % to a plan's error at most."""
+    if expected_error >= INT8_ERROR:
+        return Precision.INT8
+    return Precision.LEADING if expected_error >= LEADING_ERROR else Precision.FLOAT32
 
 
 def has_int8_products() -> bool:
@@ -44,7 +50,7 @@ class Operand:
     """Rows to be multiplied: float32 `rows` [T, m], or if they are [0, m], the rest.
 
     leading: float32 [T, l], the first columns in units of `factors`. codes: the others, uint8
-    [T, terms, m - l]. factors: float32 [T], to be multiplied into the rows of a product.
+    [T, m - l]. factors: float32 [T], to be multiplied into the rows of a product.
     """
 
     rows: Floats
@@ -56,6 +62,13 @@ class Operand:
         """Some rows: views of a slice, copies of those with given numbers."""
         own = self.rows[rows] if len(self.rows) else self.rows
         return Operand(own, self.leading[rows], self.codes[rows], self.factors[rows])
+
+
+def float_operand(rows: Floats) -> Operand:
+    """Of float32 [T, m], as it is."""
+    tokens = len(rows)
+    codes = np.empty((tokens, 0), np.uint8)
+    return Operand(rows, np.empty((tokens, 0), np.float32), codes, np.ones(tokens, np.float32))
 
 
 class Product(Protocol):
@@ -93,10 +106,7 @@ class Float32Product:
         return self.operand(np.empty((tokens, len(self._matrix)), np.float32))
 
     def operand(self, rows: Floats) -> Operand:
-        tokens, columns = rows.shape
-        codes = np.empty((tokens, 0, columns), np.uint8)
-        nothing = np.empty((tokens, 0), np.float32)
-        return Operand(rows, nothing, codes, np.ones(tokens, np.float32))
+        return float_operand(rows)
 
     def of(self, operand: Operand) -> torch.Tensor:
         return torch.from_numpy(operand.rows) @ self._matrix
@@ -105,11 +115,10 @@ class Float32Product:
 class Int8Product:
     """rows @ matrix with both rounded to 8 bits.
 
-    terms: 1 or 2, of a row. leading: so many first columns of rows are multiplied in float32.
+    leading: so many first columns of rows are multiplied in float32.
     """
 
-    def __init__(self, matrix: torch.Tensor, terms: int, leading: int = 0) -> None:
-        self._terms = terms
+    def __init__(self, matrix: torch.Tensor, leading: int = 0) -> None:
         self._leading = matrix[:leading].contiguous()
         rest = matrix[leading:]
         steps = rest.abs().amax(dim=0) / _INT8_MAX
@@ -129,7 +138,7 @@ class Int8Product:
         return Operand(
             np.empty((0, self._columns), np.float32),
             np.empty((tokens, len(self._leading)), np.float32),
-            np.empty((tokens, self._terms, self._columns), np.uint8),
+            np.empty((tokens, self._columns), np.uint8),
             np.empty(tokens, np.float32),
         )
 
@@ -142,7 +151,7 @@ class Int8Product:
 
     def of(self, operand: Operand) -> torch.Tensor:
         product: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
-            torch.from_numpy(operand.codes.reshape(-1, self._columns)),
+            torch.from_numpy(operand.codes),
             1.0,
             ZERO_POINT,
             self._packed,
@@ -156,9 +165,6 @@ class Int8Product:
             [],
             "",
         )
-        if self._terms == 2:
-            first, second = product.view(len(operand.codes), 2, -1).unbind(1)
-            product = torch.add(first, second, alpha=1 / SECOND_TERM)
         if len(self._leading):
             product.addmm_(torch.from_numpy(operand.leading), self._leading)
         return product

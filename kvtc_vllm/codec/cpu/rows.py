@@ -19,8 +19,6 @@ Words = npt.NDArray[np.uint32]
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
 
-SECOND_TERM = 254
-"""Steps of the second term of an int8 row per step of the first."""
 ZERO_POINT = 128
 _STEPS = np.float32(127.0)
 _LEAST_TOP = np.float32(1e-30)
@@ -104,23 +102,16 @@ def _row_to_int8(row: Floats, token: int, codes: Bytes, factors: Floats) -> None
     if top > _LEAST_TOP:
         inverse = _STEPS / top
         factors[token] = top / _STEPS
-    one = codes[token, 0]
+    own = codes[token]
     for i in range(len(row)):
-        one[i] = np.uint8(bits_of(row[i] * inverse + _ROUNDER) + np.uint32(ZERO_POINT))
-    if codes.shape[1] == 2:
-        two = codes[token, 1]
-        for i in range(len(row)):
-            y = row[i] * inverse
-            rest = (y - ((y + _ROUNDER) - _ROUNDER)) * np.float32(SECOND_TERM)
-            two[i] = np.uint8(bits_of(rest + _ROUNDER) + np.uint32(ZERO_POINT))
+        own[i] = np.uint8(bits_of(row[i] * inverse + _ROUNDER) + np.uint32(ZERO_POINT))
 
 
 @jit
 def to_int8(rows: Floats, first: int, codes: Bytes, factors: Floats) -> None:
     """Rows [T, n] from column `first` on as steps of int8 plus `ZERO_POINT`.
 
-    codes: out, [T, terms, n - first]; a second term holds what the first leaves, in steps of
-    1 / `SECOND_TERM`. factors: out, [T], the value of a step of the first.
+    codes: out, [T, n - first]. factors: out, [T], the value of a step.
     """
     for token in range(len(rows)):
         _row_to_int8(rows[token, first:], token, codes, factors)

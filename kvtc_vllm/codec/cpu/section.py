@@ -7,12 +7,14 @@ from abc import ABC, abstractmethod
 import torch
 
 from kvtc_vllm.codec.artifact import SectionBasis
+from kvtc_vllm.codec.cpu.leading import COLUMNS, BandedProduct, DeflatedProduct
 from kvtc_vllm.codec.cpu.products import (
     Float32Product,
     Int8Product,
+    Precision,
     Product,
     has_int8_products,
-    terms_for,
+    precision_for,
 )
 from kvtc_vllm.codec.cpu.rows import Floats
 from kvtc_vllm.codec.entropy import EntropyCoder
@@ -28,8 +30,8 @@ class FastSection(ABC):
     """Coefficients <-> payload bit for bit as the plan's; rows <-> coefficients nearly so.
 
     columns: of the basis, those that anything is stored of. projected: those that `store` is given
-    products with. int8: see `CpuCodec`. terms: of the int8 products, 0 for products of float32.
-    beyond: of the coefficients that marked tokens alone have, with products of the same terms.
+    products with. int8: see `CpuCodec`. precision: of its products. beyond: of the coefficients
+    that marked tokens alone have; it is made `of_marked` this section, whose rows it multiplies.
     Immutable: any number of threads may call it at once.
     """
 
@@ -40,6 +42,7 @@ class FastSection(ABC):
         projected: list[int],
         columns: list[int],
         int8: bool | None,
+        of_marked: FastSection | None = None,
     ) -> None:
         self.coder = plan
         self.beyond: FastSection | None = None
@@ -48,18 +51,18 @@ class FastSection(ABC):
         self.sink_gain = plan.sink_gain
         size = section.basis.shape[0] * plan.rank
         use_int8 = has_int8_products() and size >= LEAST_INT8_SIZE if int8 is None else int8
-        self.terms = terms_for(plan.expected_error) if use_int8 else 0
+        self.precision = precision_for(plan.expected_error) if use_int8 else Precision.FLOAT32
         basis = section.basis.to("cpu", torch.float32)
+        self.leading = basis[:, columns[:COLUMNS]]
+        if of_marked is not None:
+            self.precision, self.leading = of_marked.precision, of_marked.leading
         weights = torch.empty(0) if section.weights is None else section.weights.to("cpu")
         # Rows are weighted before they are rounded: one step serves all elements of a row, and
         # would swallow the small ones that weigh most. The inverse has a step per element.
         self.weights = weights.numpy()
-        self.forward = self._product(basis[:, projected], 0)
+        self.forward = self._forward(basis[:, projected])
         inverse = basis[:, columns].T
-        if len(weights):
-            inverse = inverse / weights
-        leading = self.live // COLUMNS_PER_LEADING
-        self.inverse = self._product(inverse, leading)
+        self.inverse = self._inverse(inverse / weights if len(weights) else inverse)
 
     @property
     def nbytes(self) -> int:
@@ -86,7 +89,17 @@ class FastSection(ABC):
         Raises ContainerError("bounds") as the plan's `decode` does.
         """
 
-    def _product(self, matrix: torch.Tensor, leading: int) -> Product:
-        if not self.terms or matrix.numel() == 0:
+    def _forward(self, matrix: torch.Tensor) -> Product:
+        if self.precision is Precision.FLOAT32 or matrix.numel() == 0:
             return Float32Product(matrix)
-        return Int8Product(matrix, self.terms, leading)
+        if self.precision is Precision.INT8:
+            return Int8Product(matrix)
+        return DeflatedProduct(matrix, self.leading)
+
+    def _inverse(self, matrix: torch.Tensor) -> Product:
+        if self.precision is Precision.FLOAT32 or matrix.numel() == 0:
+            return Float32Product(matrix)
+        leading = self.live // COLUMNS_PER_LEADING
+        if self.precision is Precision.INT8:
+            return Int8Product(matrix, leading)
+        return BandedProduct(matrix, leading)

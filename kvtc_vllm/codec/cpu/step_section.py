@@ -9,7 +9,12 @@ import torch
 
 from kvtc_vllm.codec.artifact import SectionBasis
 from kvtc_vllm.codec.cpu.bits import float_of
-from kvtc_vllm.codec.cpu.levels import count_escapes, decode_columns, encode_columns
+from kvtc_vllm.codec.cpu.levels import (
+    count_escapes,
+    decode_columns,
+    encode_columns,
+    value_tables,
+)
 from kvtc_vllm.codec.cpu.rows import Bytes, Floats, scale_rows
 from kvtc_vllm.codec.cpu.section import FastSection
 from kvtc_vllm.codec.entropy import EntropyCoder
@@ -25,7 +30,12 @@ class StepSection(FastSection):
     """
 
     def __init__(
-        self, section: SectionBasis, plan: StepPlan, int8: bool | None, offset: int = 0
+        self,
+        section: SectionBasis,
+        plan: StepPlan,
+        int8: bool | None,
+        offset: int = 0,
+        of_marked: FastSection | None = None,
     ) -> None:
         """offset: columns of the basis before the plan's first."""
         self.plan = plan
@@ -40,13 +50,13 @@ class StepSection(FastSection):
         ]
         self._classes = self.plan.classes.numpy().astype(np.int64)[order]
         self._values = self.plan.values.numpy()
+        self._tables = value_tables(self._values, self.plan.widths.numpy(), self.plan.step)
         rounding = self.plan.rounding.numpy()[self._classes].T
         self._dead, self._offset = np.ascontiguousarray(rounding)
         columns = [offset + column for column in order]
-        super().__init__(section, self.plan, columns, columns, int8)
+        super().__init__(section, self.plan, columns, columns, int8, of_marked)
         if plan.beyond is not None:
-            same = self.terms > 0
-            self.beyond = StepSection(section, plan.beyond, same, offset + plan.rank)
+            self.beyond = StepSection(section, plan.beyond, int8, offset + plan.rank, self)
 
     def store(self, product: torch.Tensor, factors: Floats, entropy: EntropyCoder) -> CodedSection:
         return self.plan.store(self.payload(product, factors), len(product), entropy)
@@ -62,12 +72,13 @@ class StepSection(FastSection):
         escapes: list[bytes] = []
         wides: list[bytes] = []
         for width, place in self._parts:
-            own = coefficients[:, place]
-            packed = np.empty(own.shape[1] * packed_size(tokens, width), np.uint8)
-            low = np.empty(own.size, np.uint8)
-            wide = np.empty(own.size, np.int64)
+            columns = place.stop - place.start
+            packed = np.empty((columns, packed_size(tokens, width)), np.uint8)
+            low = np.empty(columns * tokens, np.uint8)
+            wide = np.empty(columns * tokens, np.int64)
             lows, count = encode_columns(
-                own,
+                coefficients,
+                place.start,
                 inverse_step,
                 self._dead[place],
                 self._offset[place],
@@ -100,14 +111,16 @@ class StepSection(FastSection):
         wide = _split(data[at:], wides)
         for i, (width, place) in enumerate(self._parts):
             decode_columns(
-                packed[i],
+                packed[i].reshape(-1, packed_size(tokens, width)),
                 low[i],
                 wide[i],
                 self._classes[place],
                 self._values,
+                self._tables,
                 np.float32(self.plan.step),
                 width,
-                out[:, place],
+                place.start,
+                out,
             )
 
 

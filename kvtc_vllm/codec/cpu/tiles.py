@@ -12,7 +12,7 @@ from kvtc_vllm.codec.base import DecodedChunk
 from kvtc_vllm.codec.container import Header
 from kvtc_vllm.codec.cpu.rows import Elements
 
-TILE_TOKENS = 256
+TILE_TOKENS = 512
 """Most tokens whose rows are held at once, apart from a single chunk's."""
 
 

@@ -64,6 +64,25 @@ def test_the_bytes_are_the_reference_s(plan: StepPlan, tokens: int) -> None:
     assert torch.equal(torch.from_numpy(out), held(plan, plan.restore(codes)))
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 13])
+def test_padding_may_be_anything(plan: StepPlan, tokens: int) -> None:
+    """Ones in it are no escapes."""
+    section = section_of(plan)
+    streams = section.payload(coefficients(plan, tokens, 5), np.ones(tokens, np.float32))
+    padded = bytearray(b"".join(streams))
+    at = 0
+    for part in plan.packed:
+        size = part.packed_bytes(tokens) // len(part.columns)
+        for last in range(at + size - 1, at + part.packed_bytes(tokens), size):
+            padded[last] |= 0xFF << ((tokens * part.width - 1) % 8 + 1) & 0xFF
+        at += part.packed_bytes(tokens)
+    assert padded != b"".join(streams)
+    out = [np.zeros((tokens, section.live), np.float32) for _ in range(2)]
+    section.coefficients(bytearray(b"".join(streams)), out[0])
+    section.coefficients(padded, out[1])
+    assert np.array_equal(*out)
+
+
 def test_factors_are_multiplied_in(plan: StepPlan) -> None:
     x = coefficients(plan, 16, 3)
     factors = torch.linspace(0.25, 1.0, 16)

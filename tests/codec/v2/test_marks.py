@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from kvtc_vllm.codec.artifact import at_ratio
-from kvtc_vllm.codec.base import NewChunk
+from kvtc_vllm.codec.base import DecodedChunk, NewChunk, StoredChunk
 from kvtc_vllm.codec.container import (
     CHECKSUM_BYTES,
     SectionKind,
     checksum,
     parse,
 )
+from kvtc_vllm.codec.cpu.codec import CpuKvtc2Codec
+from kvtc_vllm.codec.cpu.products import has_int8_products
 from kvtc_vllm.codec.errors import CodecError, ContainerError
 from kvtc_vllm.codec.frame import TransformCodec
 from kvtc_vllm.codec.marks import marks_length, pack_marks, unpack_marks
@@ -97,6 +99,26 @@ def test_each_way_reads_the_other_s(fast: bool) -> None:
     for a, b in ((here.k, there.k), (here.v, there.v)):
         difference = (a.float() - b.float()).square().sum()
         assert float(difference) < 1e-3 * float(a.float().square().sum())
+
+
+@pytest.mark.parametrize("int8", [False, has_int8_products()])
+def test_marked_tokens_of_a_batch_go_to_their_chunks(int8: bool) -> None:
+    """Their products are of all chunks together, of which some have no marks."""
+    codec = CpuKvtc2Codec(step_artifact(MODEL, (4.0, 8.0), RULE), 8.0, torch.bfloat16, int8=int8)
+    sinks = ([3, 77], [], [5], [0, 63, 127])
+    new = [
+        NewChunk(*chunk_with_sinks(128, 128 * i, own), 128 * i) for i, own in enumerate(sinks, 1)
+    ]
+    alone = [codec.decode(codec.encode(chunk.k, chunk.v, chunk.start)) for chunk in new]
+    together = codec.decode_many([StoredChunk(blob) for blob in codec.encode_many(new)])
+    for wanted, found, chunk, own in zip(alone, together, new, sinks, strict=True):
+        assert isinstance(found, DecodedChunk)
+        for a, b in ((found.k, wanted.k), (found.v, wanted.v)):
+            difference = (a.float() - b.float()).square().sum()
+            assert float(difference) < 1e-4 * float(b.float().square().sum())
+        for a, b in ((found.k[own], chunk.k[own]), (found.v[own], chunk.v[own])):
+            difference = (a.float() - b.float()).square().sum()
+            assert float(difference) <= 0.02 * float(b.float().square().sum())
 
 
 @WAYS
