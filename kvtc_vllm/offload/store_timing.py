@@ -43,7 +43,7 @@ def chosen_policy(config: KVTCConfig, loads: bool, groups: int = 1) -> str:
     A disk is there for engines that start later, also after a crash, and for others that share it;
     what an engine that does not load stores is for others alone. None of them finds what only this
     engine's own cache has. Without them, `auto` finds more than `eager`. With several cache groups
-    it was not measured in an engine under load.
+    that was not measured in an engine under load.
     """
     if config.store_policy is not None:
         return config.store_policy

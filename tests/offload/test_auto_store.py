@@ -9,6 +9,7 @@ import pytest
 from benchmarks.store_policy.engine import BLOCK, SimEngine
 from kvtc_vllm.config import load_config
 from kvtc_vllm.offload.auto_store import PATIENCE_SECONDS, Auto
+from kvtc_vllm.offload.geometry import CacheGeometry
 from kvtc_vllm.offload.messages import NO_ADAPTER, AdapterUse, WorkerReport
 from kvtc_vllm.offload.on_evict import BlockReuse, OnEvict
 from kvtc_vllm.offload.store_policy import Candidate, Eager
@@ -17,7 +18,7 @@ from kvtc_vllm.offload.tier_view import TierView
 from kvtc_vllm.tiers.index import TierIndex
 from kvtc_vllm.tiers.policies.lru import LRUPolicy
 from tests.connector.fakes import FakeRequest
-from tests.offload.engines import CHUNK, counters, engine, request, scheduler_side
+from tests.offload.engines import CHUNK, GROUP, counters, engine, request, scheduler_side
 from tests.offload.test_on_evict import PER_CHUNK, fill, keys
 
 
@@ -229,10 +230,12 @@ def test_the_policy_that_is_not_given(extra: dict[str, Any], loads: bool, policy
     config = load_config(extra)
     assert chosen_policy(config, loads) == policy
     tier = TierView(TierIndex(1 << 20, 1, LRUPolicy(1 << 20)), None, 1)
-    made = make_timing(config, 1, tier, BlockReuse(0), lambda *counted: None, None, loads)
+    one = CacheGeometry((GROUP,), 1)
+    made = make_timing(config, one, tier, BlockReuse(0), lambda *counted: None, None, loads)
     kinds = {"eager": Eager, "auto": Auto, "on_evict": OnEvict}
     assert type(made) is kinds[policy]
-    # What a window has left is gone before vLLM evicts the rest.
-    if policy != "on_evict":
-        several = make_timing(config, 2, tier, BlockReuse(0), lambda *counted: None, None, loads)
-        assert type(several) is Eager
+    # Several cache groups get what is asked for, and nothing new by default.
+    two = CacheGeometry((GROUP, GROUP), 1)
+    several = make_timing(config, two, tier, BlockReuse(0), lambda *counted: None, None, loads)
+    given = config.store_policy is not None or config.exclusive
+    assert type(several) is (kinds[policy] if given else Eager)
