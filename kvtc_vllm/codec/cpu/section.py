@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 
 from kvtc_vllm.codec.artifact import SectionBasis
-from kvtc_vllm.codec.cpu.leading import COLUMNS, BandedProduct, DeflatedProduct
+from kvtc_vllm.codec.cpu.leading import BandedProduct, DeflatedProduct
 from kvtc_vllm.codec.cpu.products import (
     Float32Product,
     Int8Product,
@@ -23,7 +23,9 @@ from kvtc_vllm.codec.section_coder import CodedSection, SectionCoder
 LEAST_INT8_SIZE = 1 << 17
 """Elements of a matrix below which rounding rows takes what the product gains."""
 COLUMNS_PER_LEADING = 64
-"""Columns per one that stays float32 where rows are restored: the first are far larger."""
+"""Columns per one that stays float32: the first are far larger."""
+LEAST_LEADING = 8
+"""Columns of float32 that rows are freed of, at least, before they are rounded."""
 
 
 class FastSection(ABC):
@@ -53,7 +55,8 @@ class FastSection(ABC):
         use_int8 = has_int8_products() and size >= LEAST_INT8_SIZE if int8 is None else int8
         self.precision = precision_for(plan.expected_error) if use_int8 else Precision.FLOAT32
         basis = section.basis.to("cpu", torch.float32)
-        self.leading = basis[:, columns[:COLUMNS]]
+        leading = max(LEAST_LEADING, self.live // COLUMNS_PER_LEADING)
+        self.leading = basis[:, columns[:leading]]
         if of_marked is not None:
             self.precision, self.leading = of_marked.precision, of_marked.leading
         weights = torch.empty(0) if section.weights is None else section.weights.to("cpu")
