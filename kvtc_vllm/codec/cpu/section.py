@@ -23,9 +23,11 @@ from kvtc_vllm.codec.section_coder import CodedSection, SectionCoder
 LEAST_INT8_SIZE = 1 << 17
 """Elements of a matrix below which rounding rows takes what the product gains."""
 COLUMNS_PER_LEADING = 64
-"""Columns per one that stays float32: the first are far larger."""
-LEAST_LEADING = 8
-"""Columns of float32 that rows are freed of, at least, before they are rounded."""
+"""Columns per one that stays float32 where rows are restored: the first are far larger."""
+COLUMNS_PER_DEFLATED = 32
+LEAST_DEFLATED = 8
+"""The same where rows are projected, of plans whose error hides less; and how many there are at
+least."""
 
 
 class FastSection(ABC):
@@ -55,8 +57,8 @@ class FastSection(ABC):
         use_int8 = has_int8_products() and size >= LEAST_INT8_SIZE if int8 is None else int8
         self.precision = precision_for(plan.expected_error) if use_int8 else Precision.FLOAT32
         basis = section.basis.to("cpu", torch.float32)
-        leading = max(LEAST_LEADING, self.live // COLUMNS_PER_LEADING)
-        self.leading = basis[:, columns[:leading]]
+        deflated = max(LEAST_DEFLATED, self.live // COLUMNS_PER_DEFLATED)
+        self.leading = basis[:, columns[:deflated]]
         if of_marked is not None:
             self.precision, self.leading = of_marked.precision, of_marked.leading
         weights = torch.empty(0) if section.weights is None else section.weights.to("cpu")
