@@ -13,7 +13,8 @@ loops with products of float32, which is what runs where int8 is not fast.
 
 `--other DIR` times another artifact of the same model on the same rows in the same rounds, such as
 one of kvtc2. Its speed over the fast way's is then given at equal real ratio: its times are read
-off, between its own ratios, where its blobs are as large as those of the fast way.
+off, between its own ratios, where its blobs are as large as those of the fast way; chunk by chunk,
+and in batches against batches.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ from kvtc_vllm.codec.transform import chunk_rows
 ROUNDS = 15
 OTHER = "other"
 """The way of the codecs of another artifact."""
+IN_BATCHES = "-batch"
+"""Ends the ways of several chunks in one call."""
 BATCH = 4
 """Chunks in one call of the way "fast-batch", as in a request."""
 
@@ -116,6 +119,7 @@ def codecs_of(
         for ratio in other.ratios():
             codec = open_codec(other.codec, dtype, artifact=other, ratio=ratio)
             codecs[f"{other.codec}-{ratio:g}x", OTHER] = codec
+            codecs[f"{other.codec}-{ratio:g}x", OTHER + IN_BATCHES] = codec
     return codecs
 
 
@@ -130,7 +134,7 @@ def measure(
     decode: dict[Key, list[float]] = {key: [] for key in codecs}
     for _ in range(ROUNDS):
         for key, codec in codecs.items():
-            if key[1] == "fast-batch":
+            if key[1].endswith(IN_BATCHES):
                 stored = [StoredChunk(blobs[key])] * BATCH
                 encode[key].append(seconds(partial(codec.encode_many, new)) / BATCH)
                 decode[key].append(seconds(partial(codec.decode_many, stored)) / BATCH)
@@ -151,12 +155,16 @@ def measure(
 
 
 def add_speed_at_equal_ratio(rows: list[dict[str, float | str]]) -> None:
-    """The other artifact's speeds over those of each fast row, at that row's real ratio."""
-    others = sorted((r for r in rows if r["way"] == OTHER), key=lambda r: float(r["real_ratio"]))
-    sizes = [math.log(float(r["real_ratio"])) for r in others]
+    """The other artifact's speeds over those of each fast row, at that row's real ratio.
+
+    Batches are compared with batches.
+    """
     for row in rows:
+        way = str(row["way"]).replace("fast", OTHER)
+        others = sorted((r for r in rows if r["way"] == way), key=lambda r: float(r["real_ratio"]))
+        sizes = [math.log(float(r["real_ratio"])) for r in others]
         size = math.log(float(row["real_ratio"]))
-        if row["way"] != "fast" or not sizes or not sizes[0] <= size <= sizes[-1]:
+        if way == row["way"] or not sizes or not sizes[0] <= size <= sizes[-1]:
             continue
         for name in ("encode", "decode"):
             speeds = [math.log(float(r[f"{name}_mb_s"])) for r in others]

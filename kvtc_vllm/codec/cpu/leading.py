@@ -12,8 +12,6 @@ import torch
 from kvtc_vllm.codec.cpu.products import Int8Product, Operand, float_operand
 from kvtc_vllm.codec.cpu.rows import Floats
 
-COLUMNS = 64
-"""Leading columns of a basis that rows are freed of before they are rounded."""
 BAND = 8
 """End of the first band, in leading columns."""
 

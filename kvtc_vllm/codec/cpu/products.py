@@ -17,7 +17,7 @@ import torch
 
 from kvtc_vllm.codec.cpu.rows import ZERO_POINT, Bytes, Floats, Integers, to_int8
 
-INT8_ERROR = 0.0065
+INT8_ERROR = 0.008
 LEADING_ERROR = 0.001
 """Least expected errors of plans for which int8 is exact enough: alone, beside leading columns."""
 _INT8_MAX = 127

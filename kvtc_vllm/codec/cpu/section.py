@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 
 from kvtc_vllm.codec.artifact import SectionBasis
-from kvtc_vllm.codec.cpu.leading import COLUMNS, BandedProduct, DeflatedProduct
+from kvtc_vllm.codec.cpu.leading import BandedProduct, DeflatedProduct
 from kvtc_vllm.codec.cpu.products import (
     Float32Product,
     Int8Product,
@@ -24,6 +24,10 @@ LEAST_INT8_SIZE = 1 << 17
 """Elements of a matrix below which rounding rows takes what the product gains."""
 COLUMNS_PER_LEADING = 64
 """Columns per one that stays float32 where rows are restored: the first are far larger."""
+COLUMNS_PER_DEFLATED = 32
+LEAST_DEFLATED = 8
+"""The same where rows are projected, of plans whose error hides less; and how many there are at
+least."""
 
 
 class FastSection(ABC):
@@ -53,7 +57,8 @@ class FastSection(ABC):
         use_int8 = has_int8_products() and size >= LEAST_INT8_SIZE if int8 is None else int8
         self.precision = precision_for(plan.expected_error) if use_int8 else Precision.FLOAT32
         basis = section.basis.to("cpu", torch.float32)
-        self.leading = basis[:, columns[:COLUMNS]]
+        deflated = max(LEAST_DEFLATED, self.live // COLUMNS_PER_DEFLATED)
+        self.leading = basis[:, columns[:deflated]]
         if of_marked is not None:
             self.precision, self.leading = of_marked.precision, of_marked.leading
         weights = torch.empty(0) if section.weights is None else section.weights.to("cpu")
