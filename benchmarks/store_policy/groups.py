@@ -64,17 +64,19 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=ROOT / "benchmarks" / "results" / "store_policy_groups.json"
     )
+    parser.add_argument("--caches", default=",".join(CACHES), help="some of them; others stay")
     args = parser.parse_args()
-    results: dict[str, Any] = {
+    results: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
+    results |= {
         "command": "python -m benchmarks.store_policy.groups",
         "requests": REQUESTS,
         "records_in_memory": RECORDS,
-        "caches": {},
     }
-    for name, blocks in CACHES.items():
-        of_cache = results["caches"][name] = {"blocks": blocks, "users": {}}
+    for name in args.caches.split(","):
+        of_cache: dict[str, Any] = {"blocks": CACHES[name], "users": {}}
+        results.setdefault("caches", {})[name] = of_cache
         for users in USERS:
-            found = {policy: run(policy, blocks, users) for policy in POLICIES}
+            found = {policy: run(policy, CACHES[name], users) for policy in POLICIES}
             of_cache["users"][str(users)] = found
             print(name, users, json.dumps(found), flush=True)
             args.out.write_text(json.dumps(results, indent=1) + "\n")
