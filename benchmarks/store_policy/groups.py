@@ -5,8 +5,7 @@
 Users come back in random order; each turn of a conversation adds a chunk, up to eight. Full
 attention in one block table, a window of 96 tokens in two (`tests/hybrid/pool_engine.py`). A cell
 has the share of prompt tokens found in the second half of the trace, in the engine's cache or in
-memory, and the records encoded in all of it. "records alone" is on_evict without the rule that what
-is left of a prefix is stored with the first part that goes.
+memory, and the records encoded in all of it.
 """
 
 from __future__ import annotations
@@ -27,16 +26,13 @@ CACHES = {"14 conversations": 640, "3 conversations": 160}
 RECORDS = 220
 """In memory: some 20 conversations."""
 USERS = (8, 24, 60)
-POLICIES = ("eager", "records alone", "on_evict", "auto", "auto exclusive")
+POLICIES = ("eager", "on_evict", "auto", "auto exclusive")
 
 
 def engine(policy: str, blocks: int) -> PoolEngine:
     """With so many blocks."""
-    alone = policy == "records alone"
     extra = {"exclusive": True} if policy.endswith("exclusive") else {}
-    side: Any = scheduler_side("on_evict" if alone else policy.split()[0], RECORDS, **extra)
-    if alone:
-        side._stores._policy._inner._whole = 0  # before the engine's blocks are bound
+    side = scheduler_side(policy.split()[0], RECORDS, **extra)
     return PoolEngine(side, blocks)
 
 

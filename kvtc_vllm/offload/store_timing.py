@@ -26,11 +26,7 @@ def make_timing(
     """
     if config.store_policy == "eager":
         return Eager()
-    # Windows and states are kept where a request may go on, so a prefix that lacks a part of them,
-    # or of what is before them, is of no use.
-    groups = geometry.groups
-    whole = 0 if all(group.keeps_all for group in groups) else len(groups)
-    on_evict = OnEvict(tier, reuse, config.store_horizon, count, whole)
+    on_evict = OnEvict(tier, reuse, config.store_horizon, count)
     return Auto(on_evict, tier, at_once) if config.store_policy == "auto" else on_evict
 
 
