@@ -5,8 +5,7 @@
 Users come back in random order; each turn of a conversation adds a chunk, up to eight. Full
 attention in one block table, a window of 96 tokens in two (`tests/hybrid/pool_engine.py`). A cell
 has the share of prompt tokens found in the second half of the trace, in the engine's cache or in
-memory, and the records encoded in all of it. "records alone" is on_evict without the rule that what
-is left of a prefix is stored with the first part that goes.
+memory, and the records encoded in all of it.
 """
 
 from __future__ import annotations
@@ -27,16 +26,13 @@ CACHES = {"14 conversations": 640, "3 conversations": 160}
 RECORDS = 220
 """In memory: some 20 conversations."""
 USERS = (8, 24, 60)
-POLICIES = ("eager", "records alone", "on_evict", "auto", "auto exclusive")
+POLICIES = ("eager", "on_evict", "auto", "auto exclusive")
 
 
 def engine(policy: str, blocks: int) -> PoolEngine:
     """With so many blocks."""
-    alone = policy == "records alone"
     extra = {"exclusive": True} if policy.endswith("exclusive") else {}
-    side: Any = scheduler_side("on_evict" if alone else policy.split()[0], RECORDS, **extra)
-    if alone:
-        side._stores._policy._inner._whole = 0  # before the engine's blocks are bound
+    side = scheduler_side(policy.split()[0], RECORDS, **extra)
     return PoolEngine(side, blocks)
 
 
@@ -64,17 +60,19 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=ROOT / "benchmarks" / "results" / "store_policy_groups.json"
     )
+    parser.add_argument("--caches", default=",".join(CACHES), help="some of them; others stay")
     args = parser.parse_args()
-    results: dict[str, Any] = {
+    results: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
+    results |= {
         "command": "python -m benchmarks.store_policy.groups",
         "requests": REQUESTS,
         "records_in_memory": RECORDS,
-        "caches": {},
     }
-    for name, blocks in CACHES.items():
-        of_cache = results["caches"][name] = {"blocks": blocks, "users": {}}
+    for name in args.caches.split(","):
+        of_cache: dict[str, Any] = {"blocks": CACHES[name], "users": {}}
+        results.setdefault("caches", {})[name] = of_cache
         for users in USERS:
-            found = {policy: run(policy, blocks, users) for policy in POLICIES}
+            found = {policy: run(policy, CACHES[name], users) for policy in POLICIES}
             of_cache["users"][str(users)] = found
             print(name, users, json.dumps(found), flush=True)
             args.out.write_text(json.dumps(results, indent=1) + "\n")

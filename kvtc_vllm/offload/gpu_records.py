@@ -34,8 +34,6 @@ class GpuRecord:
     """It came out of the tier."""
     tenant: bytes = b""
     tokens: bytes = b""
-    before: ChunkKey | None = None
-    """The chunk before its own."""
     adapter: AdapterUse = NO_ADAPTER
 
 
@@ -58,15 +56,6 @@ class GpuRecords:
     def __contains__(self, key: RecordKey) -> bool:
         return key in self._by_key
 
-    def get(self, key: RecordKey) -> GpuRecord | None:
-        """The record, if it is followed."""
-        return self._by_key.get(key)
-
-    def held(self, key: RecordKey) -> GpuRecord | None:
-        """The record, if it is followed and its blocks still hold it."""
-        record = self._by_key.get(key)
-        return record if record is not None and self._holds(record) else None
-
     def follow(
         self,
         key: ChunkKey,
@@ -76,7 +65,6 @@ class GpuRecords:
         tenant: bytes = b"",
         tokens: bytes = b"",
         group: int = 0,
-        before: ChunkKey | None = None,
     ) -> bool:
         """Follow a cache group's record of a chunk, which these blocks hold after this step.
 
@@ -95,7 +83,7 @@ class GpuRecords:
             self._overwrite(other)
         if record in self._by_key:
             self._overwrite(self._by_key[record])
-        found = GpuRecord(record, key, start, block_ids, hashes, decoded, tenant, tokens, before)
+        found = GpuRecord(record, key, start, block_ids, hashes, decoded, tenant, tokens)
         self._by_key[record] = found
         self._by_block.update((block, found) for block, _ in hashes)
         return True

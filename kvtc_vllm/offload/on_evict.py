@@ -2,8 +2,7 @@
 
 Until then the engine finds it there, and the tier has no need of it. Records whose blocks come
 next are stored a few steps ahead, so that a step never copies more than it must; what a step
-takes all the same is copied before that step's forward, while its blocks still hold it. Where the
-engine can't go on in the middle of what is left of a prefix, all of it is stored (`prefixes`).
+takes all the same is copied before that step's forward, while its blocks still hold it.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from kvtc_vllm.offload.gpu_records import GpuRecord, GpuRecords
 from kvtc_vllm.offload.horizon import Horizon
 from kvtc_vllm.offload.messages import NO_ADAPTER
 from kvtc_vllm.offload.pool_watch import watch_pool
-from kvtc_vllm.offload.prefixes import Prefixes
 from kvtc_vllm.offload.store_policy import Candidate, Storable
 from kvtc_vllm.offload.tier_view import TierView
 from kvtc_vllm.offload.vllm_types import BlockPool
@@ -38,8 +36,7 @@ class OnEvict:
     """A `StorePolicy`. Until `bind`, and for what vLLM can't tell evictions of, it stores at once.
 
     horizon: free blocks to look ahead; None for as many as coming steps may take. count: adds to
-    a counter of ours, with a label if it has any. whole: cache groups of a model of which the
-    engine finds a prefix whole or not at all; 0 for one of which it finds what is left.
+    a counter of ours, with a label if it has any.
     """
 
     watches = True
@@ -50,15 +47,12 @@ class OnEvict:
         reuse: BlockReuse,
         horizon: int | None,
         count: Callable[[str, int, str | None], None],
-        whole: int = 0,
     ) -> None:
         self._tier = tier
         self._reuse = reuse
         self._horizon = Horizon(horizon, reuse.step_blocks, reuse.zeroes)
         self._count = count
-        self._whole = whole
         self._gpu: GpuRecords | None = None
-        self._prefixes: Prefixes | None = None
         self._loaded: dict[str, set[ChunkKey]] = {}
         self._kept: list[Candidate] = []
         # Stored ahead since a block was handed out. Where memory is smaller than the horizon they
@@ -69,8 +63,6 @@ class OnEvict:
         gpu = GpuRecords(pool)
         if watch_pool(pool, gpu):
             self._gpu = gpu
-            if self._whole:
-                self._prefixes = Prefixes(gpu, self._whole)
 
     def completed(self, chunks: Sequence[Candidate]) -> Sequence[Candidate]:
         at_once = []
@@ -98,13 +90,9 @@ class OnEvict:
         # compared with what computed them then.
         if self._gpu is None or part.adapter != NO_ADAPTER:
             return False
-        if self._prefixes is not None:
-            self._prefixes.used(part.key)
         key, start, blocks = part.key, part.start, part.block_ids
         decoded = key in self._loaded.get(part.request.request_id, ())
-        return self._gpu.follow(
-            key, start, blocks, decoded, part.tenant, part.tokens, group, part.before
-        )
+        return self._gpu.follow(key, start, blocks, decoded, part.tenant, part.tokens, group)
 
     def due(self) -> Sequence[Storable]:
         gpu = self._gpu
@@ -122,14 +110,13 @@ class OnEvict:
         if self._reuse.zeroes or self._reuse.sleeps:
             self._lose(after_reset)
             after_reset = []
+        for record in at_last:
+            self._tier.wants_again(record.record)
         late = self._missing([*at_last, *after_reset])
         if late:
             self._count("late_stores", len(late), None)
-        soon = list(gpu.next_to_go(self._horizon.blocks))
-        rest = self._rest_of_prefixes([*at_last, *soon])
-        for record in (*at_last, *rest):
-            self._tier.wants_again(record.record)
-        ahead = [r for r in self._missing([*soon, *rest]) if r.record not in self._ahead]
+        soon = self._missing(gpu.next_to_go(self._horizon.blocks))
+        ahead = [record for record in soon if record.record not in self._ahead]
         self._ahead.update(record.record for record in ahead)
         self._lose(gpu.take_overwritten())
         again = sum(record.decoded for record in (*late, *ahead))
@@ -145,10 +132,7 @@ class OnEvict:
         return kept
 
     def take_gone(self) -> Sequence[RecordKey]:
-        gone = self._gpu.take_gone() if self._gpu is not None else []
-        if self._prefixes is not None:
-            self._prefixes.forget(gone)
-        return gone
+        return self._gpu.take_gone() if self._gpu is not None else ()
 
     def forget(self, request_id: str) -> None:
         self._loaded.pop(request_id, None)
@@ -159,24 +143,12 @@ class OnEvict:
         self._ahead.clear()
         if self._gpu is not None:
             self._gpu.clear()
-        if self._prefixes is not None:
-            self._prefixes.clear()
-
-    def _rest_of_prefixes(self, going: Sequence[GpuRecord]) -> list[GpuRecord]:
-        """What must be stored now that these go, and would not be yet."""
-        if self._prefixes is None:
-            return []
-        for record in going:
-            self._prefixes.lose(record)
-        return self._prefixes.take(self._reuse.step_blocks, self._is_missing)
 
     def _missing(self, records: Iterable[GpuRecord]) -> list[GpuRecord]:
         """Those that no tier has, heads of prefixes first: a tail without its head is of no use."""
-        missing = {r.record: r for r in records if self._is_missing(r.record)}
-        return sorted(missing.values(), key=lambda record: record.start)
-
-    def _is_missing(self, record: RecordKey) -> bool:
-        return not (self._tier.is_known(record) or self._tier.is_on_disk(record))
+        known, on_disk = self._tier.is_known, self._tier.is_on_disk
+        missing = [r for r in records if not (known(r.record) or on_disk(r.record))]
+        return sorted(missing, key=lambda record: record.start)
 
     def _lose(self, records: Sequence[GpuRecord]) -> None:
         """Count those that no tier has and that can't be copied any more."""

@@ -63,10 +63,9 @@ class StorePlanner:
         complete = self._complete_chunks(state, tables, computed_tokens)
         numbers = range(state.next_chunk, complete)
         keys = chunk_keys(request, self._hashes_per_chunk, adapter.digest, numbers.start, complete)
-        keys_before = [self._key_before(state), *keys]
         tenant, watches = tenant_of(request), self._policy.watches
         chunks = []
-        for n, key, before in zip(numbers, keys, keys_before, strict=False):
+        for n, key in zip(numbers, keys, strict=True):
             wanted = self._restore_points.wanted(state, n, computed_before, computed_tokens)
             known = self._are_known(key, wanted)
             if known and not watches:
@@ -75,7 +74,7 @@ class StorePlanner:
             start, end = n * length, (n + 1) * length
             tokens = token_bytes(request, start, end) if self._wants_tokens else b""
             chunks.append(
-                Candidate(key, request, start, end, blocks, adapter, tenant, known, tokens, before)
+                Candidate(key, request, start, end, blocks, adapter, tenant, known, tokens)
             )
         state.next_chunk = max(state.next_chunk, complete)
         if not chunks:
@@ -148,15 +147,6 @@ class StorePlanner:
         hashed = len(state.request.block_hashes) // self._hashes_per_chunk
         complete = min(computed_tokens // self._chunk_tokens, hashed)
         return self._restore_points.complete(tables, complete)
-
-    def _key_before(self, state: RequestState) -> ChunkKey | None:
-        """Of the chunk before the first one that the policy was not asked about."""
-        first = state.next_chunk
-        if not first:
-            return None
-        assert state.adapter is not None
-        digest = state.adapter.digest
-        return chunk_keys(state.request, self._hashes_per_chunk, digest, first - 1, first)[0]
 
     def _are_known(self, chunk: ChunkKey, groups: Sequence[int]) -> bool:
         """Whether the index knows a chunk's records of these groups."""

@@ -69,8 +69,6 @@ class Candidate(NamedTuple):
     """Memory has it, or is about to."""
     tokens: bytes = b""
     """As of `StoreItem`."""
-    before: ChunkKey | None = None
-    """The chunk before it; None for the first of a prefix."""
 
 
 class StorePolicy(Protocol):

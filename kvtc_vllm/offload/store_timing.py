@@ -26,14 +26,10 @@ def make_timing(
     at_once: chunks that `auto` may put off; None for any number. loads: whether this engine loads
     what it stores.
     """
-    groups = geometry.groups
-    policy = chosen_policy(config, loads, len(groups))
+    policy = chosen_policy(config, loads, len(geometry.groups))
     if policy == "eager":
         return Eager()
-    # Windows and states are kept where a request may go on, so a prefix that lacks a part of them,
-    # or of what is before them, is of no use.
-    whole = 0 if all(group.keeps_all for group in groups) else len(groups)
-    on_evict = OnEvict(tier, reuse, config.store_horizon, count, whole)
+    on_evict = OnEvict(tier, reuse, config.store_horizon, count)
     return Auto(on_evict, tier, at_once) if policy == "auto" else on_evict
 
 
