@@ -41,7 +41,7 @@ class TokenWindows:
     """Chunks by some of the windows of their tokens. Not thread-safe.
 
     A window belongs to the last chunk that had it; windows of different tenants never meet. It
-    takes about two KiB per chunk of 128 tokens, beside the tokens themselves.
+    takes about 2.5 KiB per chunk of 128 tokens, beside the tokens themselves.
     """
 
     def __init__(self) -> None:
