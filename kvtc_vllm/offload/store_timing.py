@@ -45,7 +45,9 @@ def chosen_policy(config: KVTCConfig, loads: bool, groups: int = 1) -> str:
         return config.store_policy
     if config.exclusive:
         return "auto"
-    return "eager" if config.disk_path is not None or not loads or groups > 1 else "auto"
+    # What `degrade` gains was measured with `eager`.
+    counted_on = config.disk_path is not None or not loads or config.degrade != "off"
+    return "eager" if counted_on or groups > 1 else "auto"
 
 
 def stored_at_once(

@@ -16,7 +16,7 @@ _SAMPLED = 8
 LEAST_RUN = 16
 """Tokens that a run of like tokens must have for its chunk to be one of the sources."""
 SHORT_WINDOW = 8
-"""Tokens that must be alike for another run within a chunk that was found by a longer one."""
+"""Tokens that must be alike for another run, once a chunk was found by a longer window."""
 MOST_SOURCES = 2
 """A chunk of the same text lies over two of another grid."""
 
@@ -41,12 +41,13 @@ class TokenWindows:
     """Chunks by some of the windows of their tokens. Not thread-safe.
 
     A window belongs to the last chunk that had it; windows of different tenants never meet. It
-    takes about two KiB per chunk of 128 tokens, beside the tokens themselves.
+    takes about 2.5 KiB per chunk of 128 tokens, beside the tokens themselves.
     """
 
     def __init__(self) -> None:
         self._chunks: dict[RecordKey, tuple[bytes, bytes]] = {}
         self._windows: dict[int, tuple[RecordKey, int]] = {}
+        self._edges: dict[int, tuple[RecordKey, int]] = {}
 
     def __len__(self) -> int:
         return len(self._chunks)
@@ -57,6 +58,8 @@ class TokenWindows:
         self._chunks[key] = (tenant, tokens)
         for token, name in _windows(tenant, tokens):
             self._windows[name] = (key, token)
+        for token, name in _edges(tenant, tokens):
+            self._edges[name] = (key, token)
 
     def remove(self, key: RecordKey) -> None:
         """Forget a chunk; an unknown one is ignored."""
@@ -66,18 +69,23 @@ class TokenWindows:
         for _, name in _windows(tenant, tokens):
             if self._windows.get(name, (b"",))[0] == key:
                 del self._windows[name]
+        for _, name in _edges(tenant, tokens):
+            if self._edges.get(name, (b"",))[0] == key:
+                del self._edges[name]
 
     def clear(self) -> None:
         """Forget all."""
         self._chunks.clear()
         self._windows.clear()
+        self._edges.clear()
 
     def find(self, key: RecordKey, tenant: bytes, tokens: bytes) -> Found | None:
         """Those of the tenant's chunks in which most of these tokens occur, at most two.
 
         key: of the chunk itself, which is not among them. Runs go by their tokens and do not
-        overlap. What edits moved inside a chunk is found by shorter windows, of which only these
-        two chunks' are compared.
+        overlap. What edits moved inside a chunk is found by shorter windows, of which only those
+        of the chunks found are compared; and so is a part too short for a window, with which one
+        of their neighbours begins or ends.
         """
         shifts: dict[tuple[RecordKey, int], None] = {}
         for token, name in _windows(tenant, tokens):
@@ -101,9 +109,33 @@ class TokenWindows:
                 runs.append(Run(token, number, theirs, length))
                 free[token : token + length] = [False] * length
         for number, source in enumerate(sources):
-            short = _short_runs(tokens, self._chunks[source][1], free)
-            runs += [Run(token, number, theirs, length) for token, theirs, length in short]
+            runs += self._short(tokens, number, source, free)
+        if sources and len(sources) < MOST_SOURCES:
+            neighbour = self._neighbour(key, tenant, tokens, free)
+            if neighbour is not None:
+                runs += self._short(tokens, len(sources), neighbour, free)
+                sources.append(neighbour)
         return Found(tuple(sources), tuple(sorted(runs))) if runs else None
+
+    def _short(self, tokens: bytes, number: int, source: RecordKey, free: list[bool]) -> list[Run]:
+        found = _short_runs(tokens, self._chunks[source][1], free)
+        return [Run(token, number, theirs, length) for token, theirs, length in found]
+
+    def _neighbour(
+        self, key: RecordKey, tenant: bytes, tokens: bytes, free: list[bool]
+    ) -> RecordKey | None:
+        """A chunk that begins or ends with free tokens, as those beside the chunks found do."""
+        for at, gram in _short_windows(tokens):
+            if not all(free[at : at + SHORT_WINDOW]):
+                continue
+            other = self._edges.get(hash((tenant, gram)))
+            if other is None or other[0] == key:
+                continue
+            their_tenant, theirs = self._chunks[other[0]]
+            begin = other[1] * TOKEN_BYTES
+            if their_tenant == tenant and theirs[begin : begin + len(gram)] == gram:
+                return other[0]
+        return None
 
     def _runs(
         self, place: tuple[RecordKey, int], tenant: bytes, tokens: bytes, free: list[bool]
@@ -139,10 +171,7 @@ def _short_runs(tokens: bytes, theirs: bytes, free: list[bool]) -> Iterator[tupl
             token += 1
             continue
         if places is None:  # where all tokens have a source already, none are looked for
-            places = {
-                theirs[at : at + size]: at // TOKEN_BYTES
-                for at in range(0, len(theirs) - size + 1, TOKEN_BYTES)
-            }
+            places = {gram: at for at, gram in _short_windows(theirs)}
         at = token * TOKEN_BYTES
         place = places.get(tokens[at : at + size])
         if place is None:
@@ -159,6 +188,20 @@ def _short_runs(tokens: bytes, theirs: bytes, free: list[bool]) -> Iterator[tupl
         free[token : token + length] = [False] * length
         yield token, place, length
         token += length
+
+
+def _short_windows(tokens: bytes) -> Iterator[tuple[int, bytes]]:
+    """(first token, tokens) of all short windows."""
+    size = SHORT_WINDOW * TOKEN_BYTES
+    for at in range(0, len(tokens) - size + 1, TOKEN_BYTES):
+        yield at // TOKEN_BYTES, tokens[at : at + size]
+
+
+def _edges(tenant: bytes, tokens: bytes) -> Iterator[tuple[int, int]]:
+    """(first token, hash) of the short windows with which a chunk begins and ends."""
+    size = SHORT_WINDOW * TOKEN_BYTES
+    for at in {0, len(tokens) - size} if len(tokens) >= size else ():
+        yield at // TOKEN_BYTES, hash((tenant, tokens[at : at + size]))
 
 
 def _windows(tenant: bytes, tokens: bytes) -> Iterator[tuple[int, int]]:

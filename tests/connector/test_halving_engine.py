@@ -32,7 +32,8 @@ def test_memory_that_is_too_small_keeps_more(reference_model: Path, extra: dict[
     prompts = texts(reference_model, count=8, tokens=TOKENS)
     roomy = newest_first(reference_model, extra, prompts)
     assert roomy.get("kvtc_evicted_chunks", 0) == 0
-    small = {**extra, "memory_bytes": int(0.6 * roomy["kvtc_tier_used_bytes"])}
+    size = int(0.6 * roomy["kvtc_tier_used_bytes"])
+    small = {**extra, "memory_bytes": size, "store_policy": "eager"}
     off = newest_first(reference_model, small, prompts)
     on = newest_first(reference_model, {**small, "degrade": "memory"}, prompts)
     assert off["kvtc_evicted_chunks"] > on.get("kvtc_evicted_chunks", 0)

@@ -220,6 +220,7 @@ def test_memory_that_had_to_evict_has_room_when_half_of_it_is_free() -> None:
         ({}, True, "auto"),
         ({}, False, "eager"),
         ({"disk_path": "/cache"}, True, "eager"),
+        ({"codec": "kvtc2", "degrade": "memory"}, True, "eager"),
         ({"disk_path": "/cache", "exclusive": True}, True, "auto"),
         ({"disk_path": "/cache", "store_policy": "auto"}, True, "auto"),
         ({"store_policy": "on_evict"}, False, "on_evict"),

@@ -33,7 +33,7 @@ def packed(tokens: list[int]) -> bytes:
     return array("i", tokens).tobytes()
 
 
-@pytest.mark.parametrize("shift", [0, 1, 5, 63, 90])
+@pytest.mark.parametrize("shift", [0, 1, 5, 10, 63, 90, 118])
 def test_a_passage_is_found_over_two_chunks_of_another_grid(shift: int) -> None:
     windows = TokenWindows()
     text = ids(0, 3 * CHUNK)
@@ -48,10 +48,10 @@ def test_a_passage_is_found_over_two_chunks_of_another_grid(shift: int) -> None:
         for i in range(length):
             covered[token + i] += 1
             assert shift + token + i == other * CHUNK + source_token + i
-    # All of it, but for a part too short to hold a window.
+    # All of it, but for a part too short to hold a short window.
     assert max(covered) == 1
     part = min(shift, CHUNK - shift)
-    assert sum(covered) == CHUNK - (part if part < WINDOW else 0)
+    assert sum(covered) == CHUNK - (part if part < SHORT_WINDOW else 0)
 
 
 def test_some_windows_of_a_chunk_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +98,24 @@ def test_windows_are_the_last_one_s_and_go_with_it() -> None:
     assert windows.find(key("new"), US, packed(ids(4))) is None
     assert len(windows) == 0
     assert not windows._windows
+    assert not windows._edges
+
+
+def test_a_neighbour_is_the_tenant_s_own() -> None:
+    """The short part of a text is in another tenant's chunk, and in the first one's own."""
+    text = ids(10, 2 * CHUNK)
+    new = packed(text[10 : CHUNK + 10])
+    for tenant, sources in ((US, 2), (THEM, 1)):
+        windows = TokenWindows()
+        windows.add(key("first"), US, packed(text[:CHUNK]))
+        windows.add(key("second"), tenant, packed(text[CHUNK:]))
+        found = windows.find(key("new"), US, new)
+        assert found is not None
+        assert len(found.sources) == sources
+        windows.remove(key("second"))
+        alone = windows.find(key("new"), US, new)
+        assert alone is not None
+        assert alone.sources == (key("first"),)
 
 
 def test_one_token_again_and_again_ends() -> None:
