@@ -38,7 +38,10 @@ def test_a_method_is_stored_alone_and_what_it_leaves_in_blobs() -> None:
     cache = prefix(1)
     forms = {KVTC: Form(None), "fp8-e4m3": Form(Fp8(geometry, torch.bfloat16))}
     codecs = {(method, 8.0): raw for method in forms}
-    found = {(name, ratio): rest for name, ratio, *rest in all_ways(forms, codecs, [8.0], cache)}
+    found = {
+        (name, ratio): (stored, back)
+        for name, ratio, stored, back in all_ways(forms, codecs, [8.0], cache)
+    }
     names = ["kvtc", "fp8-e4m3", "fp8-e4m3+kvtc, plain basis", "fp8-e4m3+kvtc, own basis"]
     assert [name for name, _ in found] == names
     size = sum(x.nbytes for x in cache)
