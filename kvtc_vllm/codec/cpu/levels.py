@@ -83,7 +83,7 @@ def _count(codes: Bytes, escape: np.uint8, found: Counts) -> None:
 def _has_zero(word: np.uint64) -> bool:
     """Whether one of its bytes is zero."""
     low = np.uint64(word - _ONES)
-    return np.uint64(low & np.uint64(~word & _TOPS)) != np.uint64(0)
+    return bool(np.uint64(low & np.uint64(~word & _TOPS)) != np.uint64(0))
 
 
 @jit
@@ -92,7 +92,7 @@ def _find(words: Words64, pattern: np.uint64, found: Integers) -> int:
     count = 0
     for i in range(len(words)):
         found[count] = i
-        count += np.int64(_has_zero(np.uint64(words[i] ^ pattern)))
+        count += int(_has_zero(np.uint64(words[i] ^ pattern)))
     return count
 
 
@@ -223,7 +223,7 @@ def count_escapes(packed: Bytes, tokens: int, width: int) -> int:
     if padding:
         kept = np.uint8((1 << ((per_byte - padding) * width)) - 1)
         for last in range(size - 1, len(packed), size):
-            unused += _escapes_of(np.uint8(packed[last] & ~kept), width)
+            unused += int(_escapes_of(np.uint8(packed[last] & ~kept), width))
     return int(found) - unused
 
 
