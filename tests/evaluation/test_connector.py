@@ -30,7 +30,9 @@ def start(monkeypatch: pytest.MonkeyPatch, evaluation: dict[str, Any]) -> tuple[
     monkeypatch.setattr(served, "build_worker", lambda *arguments: given.append(arguments))
     extra = {"codec": "raw", "chunk_tokens": 64, "evaluation": evaluation}
     engine: Any = SimpleNamespace(
-        kv_transfer_config=SimpleNamespace(kv_connector_extra_config=extra), model_config=None
+        kv_transfer_config=SimpleNamespace(kv_connector_extra_config=extra),
+        model_config=None,
+        device_config=SimpleNamespace(device_type="cpu"),
     )
     cache: Any = SimpleNamespace(kv_cache_groups=[])
     KVTCEvaluationConnector(engine, KVConnectorRole.WORKER, cache).register_kv_caches({})
