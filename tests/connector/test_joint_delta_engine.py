@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.connector.calibrated import calibrate
 from tests.connector.conversations import CHUNKS
 from tests.connector.engine import drain, engine, metrics, texts, worker_arena
 from tests.connector.test_restart import resume_after_kill_9
@@ -23,39 +21,14 @@ pytestmark = [
 TOKENS = 768
 OWN = 160
 """Tokens of a prompt before the passage, so that it lies on another grid of chunks."""
-ENGINE = {
-    "block_size": 32,
-    "max_model_len": 1024,
-    "max_num_batched_tokens": 1024,
-    "num_gpu_blocks_override": 100,
-    "gpu_memory_utilization": 0.3,
-}
 
 
 @pytest.fixture(scope="module")
 def extra(reference_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Configuration with an artifact of codec 2."""
     directory = tmp_path_factory.mktemp("calibration")
-    text = directory / "documents.jsonl"
-    sys.path.insert(0, str(reference_model.parent))
-    import data
-
-    found = data.texts("train", "mix", 60_000)
-    text.write_text("".join(json.dumps({"text": part}) + "\n" for part in found))
-    command = [sys.executable, "-m", "kvtc_vllm.cli", "calibrate", str(reference_model)]
-    options = {
-        "--codec": "kvtc2",
-        "--data": str(text),
-        "--tokens": "8000",
-        "--max-len": "1000",
-        "--ratios": "8",
-        "--halvings": "2",
-        "--simulation-rows": "512",
-        "--out": str(directory),
-        "--name": "made",
-        "--engine": json.dumps(ENGINE),
-    }
-    subprocess.run([*command, *(part for pair in options.items() for part in pair)], check=True)
+    options = {"--ratios": "8", "--halvings": "2", "--name": "made"}
+    calibrate(reference_model, directory, 60_000, 1000, options)
     (artifact,) = directory.glob("*/made")
     chosen = {"codec": "kvtc2", "ratio": 8, "artifact": str(artifact), "memory_bytes": "64MiB"}
     return {**chosen, "joint": "off"}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,9 @@ import pytest
 
 from kvtc_vllm.cli import main
 from kvtc_vllm.codec.container import ratio_of
+from tests.connector.calibrated import calibrate
 from tests.connector.engine import engine, greedy, metrics, texts, worker_arena
-from tests.connector.test_joint_delta_engine import ENGINE, TOKENS
+from tests.connector.test_joint_delta_engine import TOKENS
 
 pytestmark = [
     pytest.mark.vllm,
@@ -29,25 +28,8 @@ RATIOS = (4, 8, 16, 64)
 def registry(reference_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With an artifact of codec 2 whose card has a measured curve."""
     directory = tmp_path_factory.mktemp("curve")
-    text = directory / "documents.jsonl"
-    sys.path.insert(0, str(reference_model.parent))
-    import data
-
-    found = data.texts("train", "mix", 120_000)
-    text.write_text("".join(json.dumps({"text": part}) + "\n" for part in found))
-    command = [sys.executable, "-m", "kvtc_vllm.cli", "calibrate", str(reference_model)]
-    options = {
-        "--codec": "kvtc2",
-        "--data": str(text),
-        "--tokens": "8000",
-        "--max-len": "1024",
-        "--ratios": ",".join(map(str, RATIOS)),
-        "--simulation-rows": "512",
-        "--out": str(directory),
-        "--engine": json.dumps(ENGINE | {"max_model_len": 1088, "max_num_batched_tokens": 1088}),
-    }
-    parts = [part for pair in options.items() for part in pair]
-    subprocess.run([*command, *parts, "--quality-curve"], check=True)
+    options = {"--ratios": ",".join(map(str, RATIOS)), "--quality-curve": ""}
+    calibrate(reference_model, directory, 120_000, 1024, options)
     return directory
 
 
