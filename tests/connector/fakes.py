@@ -47,7 +47,7 @@ class FakeRequest:
 @dataclass
 class FakeNew:
     req_id: str
-    block_ids: tuple[list[int]]
+    block_ids: tuple[list[int], ...]
     num_computed_tokens: int
 
 

@@ -6,7 +6,6 @@ it stands for, so what is staged from, or loaded into, blocks that hold somethin
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from kvtc_vllm.offload.on_evict import BlockReuse
 from kvtc_vllm.offload.reach import SlidingWindow
 from kvtc_vllm.offload.scheduler import KVTCScheduler
 from kvtc_vllm.tiers.keys import RecordKey, record_key
+from tests.connector.fakes import FakeNew, FakeOutput
 
 BLOCK = 16
 CHUNK = 4 * BLOCK
@@ -96,31 +96,6 @@ def make_request(name: str, tokens: list[int], answer: int = 0) -> Any:
     return Request(name, tokens, settings, None, block_hasher=hasher)
 
 
-@dataclass
-class _Cached:
-    req_ids: list[str] = field(default_factory=list)
-    new_block_ids: list[Any] = field(default_factory=list)
-    num_computed_tokens: list[int] = field(default_factory=list)
-    resumed_req_ids: set[str] = field(default_factory=set)
-
-
-@dataclass
-class _New:
-    req_id: str
-    block_ids: tuple[list[int], ...]
-    num_computed_tokens: int
-
-
-@dataclass
-class _Output:
-    """vLLM's `SchedulerOutput`, as far as the connector reads it."""
-
-    scheduled_new_reqs: list[_New] = field(default_factory=list)
-    scheduled_cached_reqs: _Cached = field(default_factory=_Cached)
-    num_scheduled_tokens: dict[str, int] = field(default_factory=dict)
-    finished_req_ids: set[str] = field(default_factory=set)
-
-
 class PoolEngine:
     """batch: most tokens of a request in one step. encode_steps: that a store takes.
 
@@ -176,7 +151,7 @@ class PoolEngine:
     def step(self) -> None:
         """One step: plan, run, report."""
         self._step += 1
-        output, writes, loading = _Output(), list[tuple[Any, int, int]](), list[Any]()
+        output, writes, loading = FakeOutput(), list[tuple[Any, int, int]](), list[Any]()
         output.finished_req_ids, self._ended = self._ended, set()
         self.manager.new_step_starts()
         for request in list(self.running):
@@ -221,7 +196,9 @@ class PoolEngine:
 
     # ---------------------------------------------------------------- scheduling
 
-    def _begin(self, request: Any, output: _Output, writes: list[Any], loading: list[Any]) -> bool:
+    def _begin(
+        self, request: Any, output: FakeOutput, writes: list[Any], loading: list[Any]
+    ) -> bool:
         name, blocks, local, external = request.request_id, None, 0, 0
         if request.num_computed_tokens == 0:
             blocks, local, junction = self.manager.get_computed_blocks(request)
@@ -257,11 +234,11 @@ class PoolEngine:
             cached.new_block_ids.append(tables)
             cached.num_computed_tokens.append(start)
         else:
-            output.scheduled_new_reqs.append(_New(name, tables, start))
+            output.scheduled_new_reqs.append(FakeNew(name, tables, start))
         self._advance(request, start, tokens, output, writes)
         return True
 
-    def _schedule(self, request: Any, output: _Output, writes: list[Any]) -> None:
+    def _schedule(self, request: Any, output: FakeOutput, writes: list[Any]) -> None:
         before = request.num_computed_tokens
         tokens = min(self._batch, request.num_tokens - before)
         slots = self.manager.allocate_slots(request, tokens)
@@ -278,7 +255,7 @@ class PoolEngine:
         self._advance(request, before, tokens, output, writes)
 
     def _advance(
-        self, request: Any, before: int, tokens: int, output: _Output, writes: list[Any]
+        self, request: Any, before: int, tokens: int, output: FakeOutput, writes: list[Any]
     ) -> None:
         output.num_scheduled_tokens[request.request_id] = tokens
         request.num_computed_tokens = before + tokens
