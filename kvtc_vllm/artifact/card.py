@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from kvtc_vllm.artifact.regular_file import read_regular
-from kvtc_vllm.codec.artifact import Geometry, Kind
+from kvtc_vllm.codec.artifact import Geometry, SectionName
 from kvtc_vllm.codec.container import MAX_SINK_TOKENS
 from kvtc_vllm.codec.errors import ArtifactError
 
@@ -55,7 +55,7 @@ class ErrorCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class SectionCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """K or V of one layer group on one rank.
+    """K, V or both of one layer group on one rank.
 
     row_size: elements per row. basis_rank: columns of the basis.
     errors: one per ratio.
@@ -63,7 +63,7 @@ class SectionCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     rank: int
     group: int
-    kind: Kind
+    kind: SectionName
     row_size: int
     basis_rank: int
     errors: tuple[ErrorCard, ...]

@@ -10,13 +10,13 @@ from dataclasses import asdict
 import torch
 import xxhash
 
-from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind, SectionBasis
+from kvtc_vllm.codec.artifact import APART, PAIRED, Geometry, SectionBasis, SectionKey
 from kvtc_vllm.codec.sink_rule import SinkRule
 
 
 def artifact_fingerprint(
     geometry: Geometry,
-    sections: Mapping[tuple[int, Kind], SectionBasis],
+    sections: Mapping[SectionKey, SectionBasis],
     sink_tokens: int,
     sink_rule: SinkRule | None = None,
 ) -> bytes:
@@ -30,10 +30,11 @@ def artifact_fingerprint(
     if sink_rule is not None:
         header["sink_rule"] = asdict(sink_rule)
     digest.update(json.dumps(header, sort_keys=True).encode())
+    names = PAIRED if (0, "kv") in sections else APART
     for group in range(len(geometry.layer_groups)):
-        for kind in KINDS:
-            section = sections[group, kind]
-            digest.update(f"{group}{kind}{tuple(section.basis.shape)}".encode())
+        for name in names:
+            section = sections[group, name]
+            digest.update(f"{group}{name}{tuple(section.basis.shape)}".encode())
             digest.update(_tensor_bytes(section.mean, torch.float32))
             digest.update(_tensor_bytes(section.basis, torch.float16))
             for ratio in sorted(section.plans):

@@ -32,7 +32,15 @@ from safetensors.torch import save_file
 
 from kvtc_vllm.artifact.card import FORMAT_VERSION, UNNAMED_CODEC
 from kvtc_vllm.artifact.fingerprint import artifact_fingerprint
-from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind, RankArtifact, SectionBasis
+from kvtc_vllm.codec.artifact import (
+    APART,
+    PAIRED,
+    Geometry,
+    RankArtifact,
+    SectionBasis,
+    SectionKey,
+    SectionName,
+)
 from kvtc_vllm.codec.container import MAX_SINK_TOKENS
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.registry import CODECS, ArtifactRules
@@ -210,10 +218,11 @@ class _RankReader:
                 f"names layer {sink_rule.layers[-1]}, the model has {geometry.num_layers} layers",
             )
         ropes = self._ropes(header, geometry)
-        sections: dict[tuple[int, Kind], SectionBasis] = {
-            (group, kind): self._section(geometry, group, kind, rules)
+        names = PAIRED if rules.pairs and "kv0.mean" in self._left else APART
+        sections: dict[SectionKey, SectionBasis] = {
+            (group, name): self._section(geometry, group, name, rules)
             for group in range(len(geometry.layer_groups))
-            for kind in KINDS
+            for name in names
         }
         wrong = rules.wrong_sections(sections)
         if wrong is not None:
@@ -280,10 +289,10 @@ class _RankReader:
         return tuple(ropes)
 
     def _section(
-        self, geometry: Geometry, group: int, kind: Kind, rules: ArtifactRules
+        self, geometry: Geometry, group: int, section: SectionName, rules: ArtifactRules
     ) -> SectionBasis:
-        name = f"{kind}{group}"
-        p = geometry.row_size(group, kind)
+        name = f"{section}{group}"
+        p = geometry.row_size(group, section)
         mean = self._load(f"{name}.mean", ("F32",), (p,))
         basis = self._load(f"{name}.basis", ("F16",), (p, None))
         if not 1 <= basis.shape[1] <= p:

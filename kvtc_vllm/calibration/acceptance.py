@@ -10,7 +10,7 @@ import math
 import torch
 
 from kvtc_vllm.calibration.section_fit import orthonormality_defect
-from kvtc_vllm.codec.artifact import KINDS, RankArtifact, SectionBasis
+from kvtc_vllm.codec.artifact import RankArtifact, SectionBasis
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.registry import CODECS
 from kvtc_vllm.codec.v2.codec import Kvtc2Codec
@@ -78,7 +78,7 @@ def _check_error(predicted: float, measured: float | None, name: str) -> None:
 
 def _check_lowest_ratio(artifact: RankArtifact, rank: int) -> None:
     for group in range(len(artifact.geometry.layer_groups)):
-        pair = {f"{kind}{group}": artifact.sections[group, kind] for kind in KINDS}
+        pair = {f"{name}{group}": artifact.sections[group, name] for name in artifact.section_names}
         errors = {name: s.heldout_error[min(s.plans)] for name, s in pair.items()}
         weighted = all(section.weights is not None for section in pair.values())
         if weighted or artifact.codec == Kvtc2Codec.name:

@@ -18,7 +18,14 @@ from kvtc_vllm.calibration.section_fit import (
 from kvtc_vllm.calibration.sinks import SinkFit
 from kvtc_vllm.calibration.step_fit import fit_steps
 from kvtc_vllm.calibration.weights import RowWeights
-from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind, RankArtifact, SectionBasis
+from kvtc_vllm.codec.artifact import (
+    KINDS,
+    Geometry,
+    Kind,
+    RankArtifact,
+    SectionBasis,
+    SectionKey,
+)
 from kvtc_vllm.codec.bitplan import apply_plan, budget_bits
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.rope import Rope
@@ -37,7 +44,7 @@ class RankFit:
     """
 
     artifact: RankArtifact
-    sections: dict[tuple[int, Kind], SectionFit]
+    sections: dict[SectionKey, SectionFit]
     seconds: float
     key_share: float | None = None
     weights: RowWeights | None = None
@@ -100,7 +107,7 @@ def _fit_plans(
     ratios: Sequence[float],
     settings: FitSettings,
     progress: SectionProgress | None,
-) -> dict[tuple[int, Kind], tuple[SectionBasis, SectionFit]]:
+) -> dict[SectionKey, tuple[SectionBasis, SectionFit]]:
     """Bit plans of every section, layer group by layer group."""
     fit_group = _fit_together if settings.common_budget else _fit_apart
     return {

@@ -21,7 +21,7 @@ from kvtc_vllm.calibration.solvers import (
 )
 from kvtc_vllm.calibration.step_classes import StepSettings
 from kvtc_vllm.calibration.weights import RowWeights
-from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind
+from kvtc_vllm.codec.artifact import APART, PAIRED, Geometry, Kind, SectionName
 from kvtc_vllm.codec.bitplan import (
     GROUP_SIZES,
     WINDOW_SAMPLES,
@@ -55,8 +55,9 @@ class FitSettings:
     steps: see there; of "kvtc2".
     protect_sinks: the artifact has the rule that tells floating sinks, if there are any and the
     codec marks them.
+    paired: K and V of a layer group share a basis, of a codec that allows it.
 
-    Raises ValueError for a codec without artifacts.
+    Raises ValueError for a codec without artifacts, and for pairs that it does not allow.
     """
 
     method: Method = "auto"
@@ -73,17 +74,25 @@ class FitSettings:
     codec: str = KvtcCodec.name
     steps: StepSettings = field(default_factory=StepSettings)
     protect_sinks: bool = True
+    paired: bool = False
 
     def __post_init__(self) -> None:
         fitted = [name for name, spec in CODECS.items() if spec.needs_artifact]
         if self.codec not in fitted:
             raise ValueError(f"codec {self.codec!r} has no artifacts; {', '.join(fitted)} have")
+        if self.paired and not CODECS[self.codec].pairs:
+            raise ValueError(f"codec {self.codec!r} has a basis each for K and V, not one")
 
     @property
     def marks_sinks(self) -> bool:
         """Whether the artifact is given a sink rule."""
         codec = CODECS[self.codec].codec
         return self.protect_sinks and issubclass(codec, TransformCodec) and codec.marks_sinks
+
+    @property
+    def section_names(self) -> tuple[SectionName, ...]:
+        """The sections of a layer group."""
+        return PAIRED if self.paired else APART
 
     @property
     def common_budget(self) -> bool:
@@ -100,7 +109,7 @@ def own_ratio(geometry: Geometry, group: int, kind: Kind, ratio: float, share: f
     """
     if not 0 < share < 1:
         raise ArtifactError(f"key share {share} must be above 0 and below 1")
-    both = sum(geometry.row_size(group, k) for k in KINDS)
+    both = geometry.row_size(group, "kv")
     part = share if kind == "k" else 1 - share
     own = ratio * geometry.row_size(group, kind) / (part * both)
     if own < 1:
@@ -128,7 +137,7 @@ def own_ratios(
 def lowest_own_ratio(
     geometry: Geometry,
     group: int,
-    kind: Kind,
+    name: SectionName,
     ratios: Sequence[float],
     settings: FitSettings,
 ) -> float:
@@ -136,10 +145,12 @@ def lowest_own_ratio(
 
     Raises ArtifactError as `own_ratio` does.
     """
+    if name == "kv":
+        return min(ratios)
     if settings.common_budget:
-        both = sum(geometry.row_size(group, k) for k in KINDS)
-        return max(1.0, min(ratios) * geometry.row_size(group, kind) / both)
-    return min(own_ratios(geometry, group, kind, ratios, settings).values())
+        both = geometry.row_size(group, "kv")
+        return max(1.0, min(ratios) * geometry.row_size(group, name) / both)
+    return min(own_ratios(geometry, group, name, ratios, settings).values())
 
 
 @dataclass(frozen=True)
@@ -166,9 +177,9 @@ def estimate_fit(
     methods: set[Solver] = set()
     for group in range(len(geometry.layer_groups)):
         held_before = 0
-        for kind in KINDS:
-            p = geometry.row_size(group, kind)
-            lowest = lowest_own_ratio(geometry, group, kind, ratios, settings)
+        for name in settings.section_names:
+            p = geometry.row_size(group, name)
+            lowest = lowest_own_ratio(geometry, group, name, ratios, settings)
             solver, rank = choose_solver(rows, p, lowest, settings)
             held = rows * p * 4 if solver == "rsvd" else 0
             pca = held + READING_BYTES + peak_bytes(rows, p, solver, rank)

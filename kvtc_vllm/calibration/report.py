@@ -12,13 +12,13 @@ from kvtc_vllm.artifact.card import ArtifactCard, SensitivityCard
 from kvtc_vllm.calibration.fit import RankFit
 from kvtc_vllm.calibration.plan_report import bits_per_coefficient, describe_plan
 from kvtc_vllm.calibration.step_plans import CHUNK_TOKENS
-from kvtc_vllm.codec.artifact import KINDS, Kind
+from kvtc_vllm.codec.artifact import SectionName
 from kvtc_vllm.codec.v2.codec import Kvtc2Codec
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_STYLE: dict[Kind, str] = {"k": "-", "v": "--"}
+_STYLE: dict[SectionName, str] = {"k": "-", "v": "--", "kv": "-"}
 
 
 def write_report(directory: Path, card: ArtifactCard, fits: Sequence[RankFit]) -> None:
@@ -164,8 +164,8 @@ def _plot(path: Path, card: ArtifactCard, fit: RankFit) -> None:
     axes = figure.subplots(rows, 2)
     _plot_variance(axes[0, 0], fit)
     _plot_error(axes[0, 1], fit)
-    for column, kind in enumerate(KINDS):
-        _plot_allocation(axes[1, column], fit, kind)
+    for column, name in enumerate(fit.artifact.section_names):
+        _plot_allocation(axes[1, column], fit, name)
     if sensitivity is not msgspec.UNSET:
         _plot_weights(axes[2, 0], sensitivity)
         axes[2, 1].set_axis_off()
@@ -209,7 +209,7 @@ def _plot_error(axes: Axes, fit: RankFit) -> None:
     axes.legend(fontsize="small")
 
 
-def _plot_allocation(axes: Axes, fit: RankFit, kind: Kind) -> None:
+def _plot_allocation(axes: Axes, fit: RankFit, kind: SectionName) -> None:
     """First layer group: one line per ratio."""
     section = fit.artifact.sections[0, kind]
     for ratio in sorted(section.plans):

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 
 from kvtc_vllm.artifact.rank_file import PROBE_TOKENS, Probe
-from kvtc_vllm.codec.artifact import Geometry, Kind
+from kvtc_vllm.codec.artifact import Geometry, Kind, SectionName
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.quantizers.base import to_fp16
 from kvtc_vllm.codec.rope import Rope
@@ -69,29 +69,30 @@ class CapturedRows(ABC):
             chosen = chosen[drawn.sort().values]
         return chosen
 
-    def take(self, group: int, kind: Kind, index: torch.Tensor) -> torch.Tensor:
+    def take(self, group: int, name: SectionName, index: torch.Tensor) -> torch.Tensor:
         """Rows of one layer group, keys un-rotated: float32 [n, p], in the order of `index`.
 
         Needs `READING_BYTES` of memory besides them.
         """
         first, end = self.geometry.layer_groups[group]
-        result = torch.empty(len(index), self.geometry.row_size(group, kind))
+        result = torch.empty(len(index), self.geometry.row_size(group, name))
         ropes = [None if i is None else self.ropes[i] for i in self.layer_rope[first:end]]
         step = max(1, _BLOCK_BYTES // (4 * result.shape[1]))
         for start in range(0, len(index), step):
             part = index[start : start + step]
-            block = self.cache_rows(kind, part, first, end)
-            if kind == "k":
-                rows = rows_from_keys(block, ropes, self.positions[part])
-            else:
-                rows = block.float().flatten(1)
-            result[start : start + step] = rows
+            for kind, columns in self.geometry.row_parts(group, name).items():
+                block = self.cache_rows(kind, part, first, end)
+                if kind == "k":
+                    rows = rows_from_keys(block, ropes, self.positions[part])
+                else:
+                    rows = block.float().flatten(1)
+                result[start : start + step, columns] = rows
         return result
 
     def rows(
         self,
         group: int,
-        kind: Kind,
+        name: SectionName,
         *,
         heldout: bool,
         limit: int | None = None,
@@ -99,7 +100,7 @@ class CapturedRows(ABC):
     ) -> torch.Tensor:
         """`take` of what `select` selects."""
         return self.take(
-            group, kind, self.select(heldout=heldout, limit=limit, generator=generator)
+            group, name, self.select(heldout=heldout, limit=limit, generator=generator)
         )
 
     def probe(self, limit: int = PROBE_TOKENS) -> Probe:

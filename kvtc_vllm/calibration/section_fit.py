@@ -19,14 +19,14 @@ from kvtc_vllm.calibration.fit_settings import FitSettings, choose_solver
 from kvtc_vllm.calibration.pca import PrincipalBasis, Rows, fit_basis
 from kvtc_vllm.calibration.solvers import Solver, block_rows
 from kvtc_vllm.calibration.step_classes import Sample
-from kvtc_vllm.codec.artifact import Geometry, Kind, SectionBasis
+from kvtc_vllm.codec.artifact import Geometry, Kind, SectionBasis, SectionName
 from kvtc_vllm.codec.bitplan import AllocationTable
 from kvtc_vllm.codec.section_coder import SectionCoder
 from kvtc_vllm.codec.transform import centred_rows, from_coefficients, to_coefficients
 
 SectionProgress = Callable[[str, str, int, int], None]
-"""Called as (section such as "k0", stage, done, total); stages: those of `pca.Progress`, sample,
-simulate, allocate, held-out."""
+"""Called as (section such as "k0" or "kv0", stage, done, total); stages: those of `pca.Progress`,
+sample, simulate, allocate, held-out."""
 
 _HELDOUT_BYTES = 16 * 2**20
 
@@ -59,7 +59,7 @@ class RowSource(Protocol):
         """Numbers of training or held-out rows, rising: int64 [n]. At most `limit`, drawn."""
         ...
 
-    def take(self, group: int, kind: Kind, index: torch.Tensor) -> torch.Tensor:
+    def take(self, group: int, name: SectionName, index: torch.Tensor) -> torch.Tensor:
         """The rows of these numbers, of one layer group: float32 [n, p], new; K pre-RoPE."""
         ...
 
@@ -89,7 +89,7 @@ class SectionFit:
 
 
 class SectionFitter:
-    """K or V of one layer group, in the middle of its fit.
+    """K, V or both of one layer group, in the middle of its fit.
 
     Raises what `fit_basis` does. progress: see `SectionProgress`.
     """
@@ -99,7 +99,7 @@ class SectionFitter:
         source: RowSource,
         geometry: Geometry,
         group: int,
-        kind: Kind,
+        name: SectionName,
         lowest_ratio: float,
         settings: FitSettings,
         progress: SectionProgress | None,
@@ -107,17 +107,17 @@ class SectionFitter:
         self._started = time.monotonic()
         self._source = source
         self._group = group
-        self._kind: Kind = kind
+        self._name: SectionName = name
         self._settings = settings
         self._progress = progress
         self._device = torch.device(settings.device)
         self._generator = torch.Generator().manual_seed(settings.seed)
         self._weights: torch.Tensor | None = None
         if settings.weights is not None:
-            self._weights = settings.weights.of_row(geometry, group, kind)
+            self._weights = settings.weights.of_row(geometry, group, name)
         index = source.select(heldout=False, limit=settings.train_rows, generator=self._generator)
         self._train_rows = len(index)
-        self.row_size = geometry.row_size(group, kind)
+        self.row_size = geometry.row_size(group, name)
         self._solver, rank = choose_solver(len(index), self.row_size, lowest_ratio, settings)
         principal = self._fit_basis(index, rank)
         self._variance, self._total_variance = principal.variance, principal.total_variance
@@ -139,12 +139,12 @@ class SectionFitter:
     def table(self, budgets: Sequence[int]) -> AllocationTable:
         """Plans for every budget up to the largest of these, in bits per row."""
         self._report("sample", 0, 1)
-        sample = self._source.take(self._group, self._kind, self._sample_index).to(self._device)
+        sample = self._source.take(self._group, self._name, self._sample_index).to(self._device)
         return make_table(self._full, self._variance, sample, budgets, self._settings, self._report)
 
     def sample(self, index: torch.Tensor) -> Sample:
         """The coefficients of rows of these numbers, on all columns of the basis."""
-        rows = self._source.take(self._group, self._kind, index).to(self._device)
+        rows = self._source.take(self._group, self._name, index).to(self._device)
         coefficients = to_coefficients(rows, self._full, self._full.basis.shape[1])
         total = float(centred_rows(rows, self._full).double().square().sum())
         inside = float(coefficients.double().square().sum())
@@ -202,20 +202,20 @@ class SectionFitter:
         )
 
     def _weighted_rows(self, index: torch.Tensor) -> torch.Tensor:
-        rows = self._source.take(self._group, self._kind, index)
+        rows = self._source.take(self._group, self._name, index)
         return rows if self._weights is None else rows.mul_(self._weights)
 
     def _unseen_blocks(self, index: torch.Tensor) -> Iterator[torch.Tensor]:
         done = 0
         for part in index.split(max(1, _HELDOUT_BYTES // (4 * self.row_size))):
-            block = self._source.take(self._group, self._kind, part)
+            block = self._source.take(self._group, self._name, part)
             self._report("held-out", done, len(index))
             yield block.to(self._device)
             done += len(block)
 
     def _report(self, stage: str, done: int, total: int) -> None:
         if self._progress is not None:
-            self._progress(f"{self._kind}{self._group}", stage, done, total)
+            self._progress(f"{self._name}{self._group}", stage, done, total)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from kvtc_vllm.calibration.section_fit import (
     SectionProgress,
 )
 from kvtc_vllm.calibration.step_plans import CHUNK_TOKENS, make_step_plans
-from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind, SectionBasis
+from kvtc_vllm.codec.artifact import KINDS, Geometry, SectionBasis, SectionKey
 from kvtc_vllm.codec.container import container_bytes, section_bytes
 from kvtc_vllm.codec.entropy import UNIT_BYTES, EntropyCoder, aligned
 from kvtc_vllm.codec.marks import marks_length
@@ -32,13 +32,15 @@ def fit_steps(
     rule: SinkRule | None,
     settings: FitSettings,
     progress: SectionProgress | None,
-) -> dict[tuple[int, Kind], tuple[SectionBasis, SectionFit]]:
+) -> dict[SectionKey, tuple[SectionBasis, SectionFit]]:
     """Bases of every section first, then plans for all of them together, then held-out errors.
 
     rule: tells the sinks. Raises ArtifactError for a ratio that can't be met.
     """
-    keys: list[tuple[int, Kind]] = [
-        (group, kind) for group in range(len(geometry.layer_groups)) for kind in KINDS
+    keys: list[SectionKey] = [
+        (group, name)
+        for group in range(len(geometry.layer_groups))
+        for name in settings.section_names
     ]
     both = sum(geometry.row_size(*key) for key in keys)
     fitters = {

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from kvtc_vllm.calibration.sensitivity import Average, Sensitivity
-from kvtc_vllm.codec.artifact import Geometry, Kind
+from kvtc_vllm.codec.artifact import Geometry, Kind, SectionName
 from kvtc_vllm.codec.errors import ArtifactError
 
 Tokens = Literal["all", "ordinary"]
@@ -91,12 +91,15 @@ class RowWeights:
             return weights
         return {kind: w[:, self.heads.start : self.heads.stop] for kind, w in weights.items()}
 
-    def of_row(self, geometry: Geometry, group: int, kind: Kind) -> torch.Tensor:
+    def of_row(self, geometry: Geometry, group: int, name: SectionName) -> torch.Tensor:
         """Weights of the elements of a row of a layer group: float32 [p]."""
         first, end = geometry.layer_groups[group]
-        weights = self.of_heads()[kind][first:end].expand(-1, geometry.num_kv_heads)
-        size = geometry.head_size if kind == "k" else geometry.head_size_v
-        return weights.flatten().repeat_interleave(size)
+        parts = []
+        for kind in geometry.row_parts(group, name):
+            weights = self.of_heads()[kind][first:end].expand(-1, geometry.num_kv_heads)
+            size = geometry.head_size if kind == "k" else geometry.head_size_v
+            parts.append(weights.flatten().repeat_interleave(size))
+        return torch.cat(parts)
 
     def _all(self) -> dict[Kind, torch.Tensor]:
         kinds: tuple[tuple[Kind, tuple[tuple[float, ...], ...]], ...] = (

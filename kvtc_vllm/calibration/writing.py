@@ -36,7 +36,7 @@ from kvtc_vllm.calibration.report import write_report
 from kvtc_vllm.calibration.section_fit import SectionFit
 from kvtc_vllm.calibration.sinks import SinkFit
 from kvtc_vllm.calibration.weights import RowWeights
-from kvtc_vllm.codec.artifact import Kind, RankArtifact
+from kvtc_vllm.codec.artifact import RankArtifact, SectionKey
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.section_coder import SectionCoder
 from kvtc_vllm.codec.v2.plan import StepPlan
@@ -301,11 +301,11 @@ def _sink_card(rank: int, sinks: SinkFit) -> SinkCard:
 def section_cards(
     rank: int,
     artifact: RankArtifact,
-    details: Mapping[tuple[int, Kind], SectionFit] | None = None,
+    details: Mapping[SectionKey, SectionFit] | None = None,
 ) -> list[SectionCard]:
     """Of every section its sizes and the errors of its plans. details: of the fit, if known."""
 
-    def plain_error(key: tuple[int, Kind], ratio: float) -> float | msgspec.UnsetType:
+    def plain_error(key: SectionKey, ratio: float) -> float | msgspec.UnsetType:
         errors = None if details is None else details[key].plain_error
         return msgspec.UNSET if errors is None else errors[ratio]
 

@@ -36,6 +36,13 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
         "(default kvtc)",
     )
     add(
+        "--kv-basis",
+        choices=("each", "shared"),
+        default="each",
+        help="K and V of a layer group have a basis each, or share one of both, which takes fewer "
+        "bytes and more arithmetic; shared: of kvtc2 (default each)",
+    )
+    add(
         "--sinks",
         choices=("finer", "plain"),
         default="finer",
@@ -117,6 +124,8 @@ def artifact_settings(args: argparse.Namespace) -> ArtifactSettings:
             f"--key-share {args.key_share:g}: {args.codec} has one step for K and V, which divides "
             "the bytes; leave it out"
         )
+    if args.kv_basis == "shared" and not CODECS[args.codec].pairs:
+        raise ConfigError(f"--kv-basis shared: {args.codec} has a basis each for K and V")
     if args.sink_tokens is not None and not 0 <= args.sink_tokens <= MAX_SINK_TOKENS:
         raise ConfigError(f"--sink-tokens {args.sink_tokens}: give 0 to {MAX_SINK_TOKENS}")
     if args.quality is not None and not 0 < args.quality < math.inf:
@@ -130,6 +139,7 @@ def artifact_settings(args: argparse.Namespace) -> ArtifactSettings:
         device=_device(args.device),
         codec=args.codec,
         protect_sinks=args.sinks == "finer",
+        paired=args.kv_basis == "shared",
         steps=StepSettings(halvings=args.halvings),
     )
     return ArtifactSettings(

@@ -5,7 +5,7 @@ These are plain values: what `ChunkCodec` needs and nothing else. Their files ar
 
 A *row* is one token position: K (or V) of all KV heads of the layers of one
 layer group on one rank, flattened in C order [layer, head, dim]; its length
-is p. K rows are pre-RoPE.
+is p. K rows are pre-RoPE. A row of a *pair* is that of K followed by that of V.
 """
 
 from __future__ import annotations
@@ -23,6 +23,14 @@ from kvtc_vllm.codec.sink_rule import SinkRule
 Kind = Literal["k", "v"]
 """Which tensor: K or V."""
 KINDS: tuple[Kind, Kind] = ("k", "v")
+SectionName = Literal["k", "v", "kv"]
+"""What the rows of a section are: K, V, or both as a pair."""
+APART: tuple[SectionName, ...] = ("k", "v")
+"""The sections of a layer group whose K and V have a basis each."""
+PAIRED: tuple[SectionName, ...] = ("kv",)
+"""The one of a layer group whose K and V share a basis."""
+SectionKey = tuple[int, SectionName]
+"""Layer group and name."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +69,22 @@ class Geometry:
                 f"layer_groups {self.layer_groups} cover {expected} layers, not {self.num_layers}"
             )
 
-    def row_size(self, group: int, tensor: Kind) -> int:
+    def row_size(self, group: int, name: SectionName) -> int:
         """Length p of a row of this layer group."""
+        return sum(part.stop - part.start for part in self.row_parts(group, name).values())
+
+    def row_parts(self, group: int, name: SectionName) -> dict[Kind, slice]:
+        """Where K and V are in a row of this layer group, in this order."""
         first, end = self.layer_groups[group]
-        dim = self.head_size if tensor == "k" else self.head_size_v
-        return (end - first) * self.num_kv_heads * dim
+        parts: dict[Kind, slice] = {}
+        start = 0
+        for tensor in KINDS:
+            if tensor in name:
+                dim = self.head_size if tensor == "k" else self.head_size_v
+                size = (end - first) * self.num_kv_heads * dim
+                parts[tensor] = slice(start, start + size)
+                start += size
+        return parts
 
     def token_elements(self) -> int:
         """Number of K and V elements of one token over all layers."""
@@ -74,7 +93,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class SectionBasis:
-    """Everything fitted for K or V of one layer group.
+    """Everything fitted for K, V or both of one layer group.
 
     mean: float32 [p]. basis: float16 [p, r], columns in order of falling
     variance. plans: target ratio -> how coefficients are coded at it.
@@ -122,7 +141,8 @@ class RankArtifact:
     """All sections of one rank.
 
     geometry: shape of the rank's cache.
-    sections: (layer group, K or V) -> basis and plans.
+    sections: (layer group, K, V or pair) -> basis and plans. Either every layer group has one of
+    K and one of V, or every one has a pair.
     ropes: the distinct rotary embeddings of the model.
     layer_rope: per layer the index of its embedding in `ropes`; None for a
     layer whose keys are not rotated.
@@ -141,7 +161,7 @@ class RankArtifact:
     """
 
     geometry: Geometry
-    sections: dict[tuple[int, Kind], SectionBasis]
+    sections: dict[SectionKey, SectionBasis]
     ropes: tuple[Rope, ...]
     layer_rope: tuple[int | None, ...]
     fingerprint: bytes
@@ -158,6 +178,16 @@ class RankArtifact:
                 f"{self.geometry.num_layers} layers"
             )
 
+    @property
+    def section_names(self) -> tuple[SectionName, ...]:
+        """The sections of every layer group, in the order of a blob."""
+        return PAIRED if (0, "kv") in self.sections else APART
+
+    def section_keys(self) -> list[SectionKey]:
+        """All sections, in the order of a blob."""
+        groups = range(len(self.geometry.layer_groups))
+        return [(group, name) for group in groups for name in self.section_names]
+
     def ratios(self) -> tuple[float, ...]:
         """Target ratios for which every section has a plan, ascending."""
         common: set[float] | None = None
@@ -172,7 +202,7 @@ def at_ratio(artifact: RankArtifact, ratio: float) -> RankArtifact:
 
     Its blobs are those of the whole artifact at that ratio.
     """
-    sections: dict[tuple[int, Kind], SectionBasis] = {}
+    sections: dict[SectionKey, SectionBasis] = {}
     for key, section in artifact.sections.items():
         plan = section.plans[ratio]
         errors = {r: e for r, e in section.heldout_error.items() if r == ratio}

@@ -35,7 +35,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvtc_vllm.codec.artifact import KINDS, Kind, SectionBasis
+from kvtc_vllm.codec.artifact import SectionBasis, SectionKey
 from kvtc_vllm.codec.dynamic_program import (
     Candidate,
     Choices,
@@ -121,13 +121,13 @@ def plan_bits(plan: BitPlan) -> int:
     return sum(group_cost_bits(REGISTRY[g.type].bits, g.size) for g in plan.groups)
 
 
-def over_budget(sections: Mapping[tuple[int, Kind], SectionBasis]) -> str | None:
+def over_budget(sections: Mapping[SectionKey, SectionBasis]) -> str | None:
     """The first plans that take more bits than their ratio allows, in words; None if none do.
 
     K and V of a layer group share one budget, of which either may have more than half.
     """
     for group in sorted({group for group, _ in sections}):
-        pair = [(tensor, sections[group, tensor]) for tensor in KINDS]
+        pair = [(name, section) for (of, name), section in sections.items() if of == group]
         for ratio in sorted({ratio for _, section in pair for ratio in section.plans}):
             there = [(tensor, section) for tensor, section in pair if ratio in section.plans]
             taken = {name: plan_bits(bit_plan(section, ratio)) for name, section in there}

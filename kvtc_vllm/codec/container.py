@@ -80,6 +80,8 @@ class SectionKind(IntEnum):
     MARKS = 5
     BEYOND_K = 6
     BEYOND_V = 7
+    CODED_PAIR = 8
+    BEYOND_PAIR = 9
 
 
 @dataclass(frozen=True)

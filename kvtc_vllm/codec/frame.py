@@ -18,7 +18,16 @@ from typing import ClassVar
 
 import torch
 
-from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind, RankArtifact, SectionBasis
+from kvtc_vllm.codec.artifact import (
+    APART,
+    KINDS,
+    PAIRED,
+    Geometry,
+    Kind,
+    RankArtifact,
+    SectionBasis,
+    SectionName,
+)
 from kvtc_vllm.codec.base import (
     ChunkCodec,
     DecodedGroup,
@@ -65,9 +74,10 @@ from kvtc_vllm.codec.transform import (
 
 NON_FINITE = "non-finite: the chunk holds NaN or infinity"
 _LENGTHS = 64  # kinds of chunks, by tokens and sinks, whose sections are remembered
-SECTION_KIND: dict[Kind, SectionKind] = {
+SECTION_KIND: dict[SectionName, SectionKind] = {
     "k": SectionKind.CODED_K,
     "v": SectionKind.CODED_V,
+    "kv": SectionKind.CODED_PAIR,
 }
 
 
@@ -82,6 +92,8 @@ class TransformCodec(ChunkCodec):
 
     marks_sinks: ClassVar[bool] = False
     """Whether blobs say which tokens the artifact's sink rule tells, if it has one."""
+    pairs: ClassVar[bool] = False
+    """Whether K and V of a layer group may share a basis."""
 
     def __init__(
         self,
@@ -95,6 +107,8 @@ class TransformCodec(ChunkCodec):
     ) -> None:
         super().__init__(artifact.geometry, dtype, identity, device)
         check_artifact(artifact)
+        if artifact.section_names == PAIRED and not self.pairs:
+            raise ArtifactError(f"codec {self.name!r} has a basis each for K and V, not one")
         if artifact.codec != self.name:
             raise ArtifactError(f"the artifact is for codec {artifact.codec!r}, not {self.name!r}")
         if ratio not in artifact.ratios():
@@ -128,9 +142,9 @@ class TransformCodec(ChunkCodec):
             marks = self._marks(v[sinks:])
             if marks is not None:
                 sections.append(self._marks_section(marks))
-            for group, tensor in self._section_keys():
-                rows = chunk_rows(k[sinks:], v[sinks:], group, tensor, self.artifact, positions)
-                section = self._sections[group, tensor]
+            for group, name in self.artifact.section_keys():
+                rows = chunk_rows(k[sinks:], v[sinks:], group, name, self.artifact, positions)
+                section = self._sections[group, name]
                 plan = section.plans[self.ratio]
                 coefficients = to_coefficients(rows, section, plan.rank)
                 if marks is not None:
@@ -138,7 +152,7 @@ class TransformCodec(ChunkCodec):
                 coded = plan.encode(coefficients, self._entropy)
                 sections.append(
                     NewSection(
-                        SECTION_KIND[tensor],
+                        SECTION_KIND[name],
                         coded.coder_id,
                         group,
                         coded.raw_length,
@@ -148,7 +162,7 @@ class TransformCodec(ChunkCodec):
                 if marks is not None:
                     beyond = self._beyond(rows[marks], section)
                     check_room(plan, tokens - sinks, coded, beyond)
-                    sections.append(new_beyond_section(group, tensor, beyond))
+                    sections.append(new_beyond_section(group, name, beyond))
         header = self._new_header(tokens, start, sinks, self.ratio, self.artifact.fingerprint, key)
         return build(header, sections)
 
@@ -169,7 +183,7 @@ class TransformCodec(ChunkCodec):
 
     def max_blob_bytes(self, tokens: int) -> int:
         def coded_bytes(coded: int) -> list[int]:
-            keys = self._section_keys()
+            keys = self.artifact.section_keys()
             return [self._coder(*key, self.ratio).max_bytes(coded) for key in keys]
 
         return largest_blob(
@@ -244,14 +258,14 @@ class TransformCodec(ChunkCodec):
         if self._has_marks:
             length = marks_length(coded)
             expected.append(ExpectedSection(SectionKind.MARKS, ALL_LAYERS, length, {RAW.coder_id}))
-        for group, tensor in self._section_keys():
-            coder = self._coder(group, tensor, ratio)
+        for group, name in self.artifact.section_keys():
+            coder = self._coder(group, name, ratio)
             least, most = coder.raw_length(coded), coder.most_raw_length(coded)
             ids = coder.coder_ids
-            expected.append(ExpectedSection(SECTION_KIND[tensor], group, least, ids, most))
+            expected.append(ExpectedSection(SECTION_KIND[name], group, least, ids, most))
             if self._has_marks:
                 most = 0 if coder.beyond is None else coder.beyond.most_raw_length(coded)
-                expected.append(ExpectedSection(BEYOND_KIND[tensor], group, 0, ids, most))
+                expected.append(ExpectedSection(BEYOND_KIND[name], group, 0, ids, most))
         return expected
 
     def _groups(self, info: ContainerInfo, blob: memoryview) -> Iterator[DecodedGroup]:
@@ -273,9 +287,9 @@ class TransformCodec(ChunkCodec):
                 parts["k"].append(sink_k[:, first:end])
                 parts["v"].append(sink_v[:, first:end])
             if coded:
-                for tensor in KINDS:
+                for name in self.artifact.section_names:
                     section = next(sections)
-                    coder = self._coder(group, tensor, header.ratio)
+                    coder = self._coder(group, name, header.ratio)
                     body = stored_body(section, blob)
                     coefficients = coder.decode(section, body, coded, self.device)
                     if marks is not None:
@@ -285,10 +299,12 @@ class TransformCodec(ChunkCodec):
                         wider[:, : coder.rank] = coefficients
                         wider[marks, coder.rank :] = beyond
                         coefficients = wider
-                    rows = from_coefficients(coefficients, self._sections[group, tensor])
-                    parts[tensor].append(
-                        rows_to_cache(rows, group, tensor, self.artifact, positions, self.dtype)
-                    )
+                    rows = from_coefficients(coefficients, self._sections[group, name])
+                    for tensor, part in self.geometry.row_parts(group, name).items():
+                        own = rows[:, part]
+                        parts[tensor].append(
+                            rows_to_cache(own, group, tensor, self.artifact, positions, self.dtype)
+                        )
             k, v = (p[0] if len(p) == 1 else torch.cat(p) for p in parts.values())
             yield DecodedGroup(first, end, k, v)
 
@@ -324,11 +340,8 @@ class TransformCodec(ChunkCodec):
     def _positions(self, first: int, end: int) -> torch.Tensor:
         return torch.arange(first, end, device=self.device)
 
-    def _coder(self, group: int, tensor: Kind, ratio: float) -> SectionCoder:
-        return self._sections[group, tensor].plans[ratio]
-
-    def _section_keys(self) -> list[tuple[int, Kind]]:
-        return [(g, tensor) for g in range(len(self.geometry.layer_groups)) for tensor in KINDS]
+    def _coder(self, group: int, name: SectionName, ratio: float) -> SectionCoder:
+        return self._sections[group, name].plans[ratio]
 
 
 def largest_blob(
@@ -369,18 +382,22 @@ def check_artifact(artifact: RankArtifact) -> None:
             raise ArtifactError(f"scales of {kind} must be a positive float32 for every layer")
     if artifact.scales is not None and set(artifact.scales) != set(KINDS):
         raise ArtifactError(f"scales are of {sorted(artifact.scales)}, not of k and v")
-    wanted = {(g, kind) for g in range(len(geometry.layer_groups)) for kind in KINDS}
-    if set(artifact.sections) != wanted:
-        raise ArtifactError(f"sections {sorted(artifact.sections)} are not {sorted(wanted)}")
-    for (group, kind), section in artifact.sections.items():
-        p = geometry.row_size(group, kind)
+    allowed = [
+        [(group, name) for group in range(len(geometry.layer_groups)) for name in names]
+        for names in (APART, PAIRED)
+    ]
+    if sorted(artifact.sections) not in [sorted(keys) for keys in allowed]:
+        either, other = allowed
+        raise ArtifactError(f"sections {sorted(artifact.sections)} are not {either} or {other}")
+    for (group, name), section in artifact.sections.items():
+        p = geometry.row_size(group, name)
         if tuple(section.mean.shape) != (p,) or section.basis.shape[:1] != (p,):
-            raise ArtifactError(f"mean or basis of section {group}{kind} is not for rows of {p}")
-        _check_weights(section.weights, p, f"{group}{kind}")
+            raise ArtifactError(f"mean or basis of section {group}{name} is not for rows of {p}")
+        _check_weights(section.weights, p, f"{group}{name}")
         for coder in section.plans.values():
             if coder.total_rank > section.basis.shape[1]:
                 raise ArtifactError(
-                    f"a plan of section {group}{kind} needs rank {coder.total_rank}"
+                    f"a plan of section {group}{name} needs rank {coder.total_rank}"
                 )
 
 

@@ -10,16 +10,17 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from kvtc_vllm.codec.artifact import Kind
+from kvtc_vllm.codec.artifact import SectionName
 from kvtc_vllm.codec.container import NewSection, Section, SectionKind, section_bytes
 from kvtc_vllm.codec.entropy import RAW, UNIT_BYTES, aligned
 from kvtc_vllm.codec.errors import CodecError, ContainerError
 from kvtc_vllm.codec.section_coder import CodedSection, SectionCoder
 
 NOTHING_CODED = CodedSection(RAW.coder_id, 0, RAW.encode([]))
-BEYOND_KIND: dict[Kind, SectionKind] = {
+BEYOND_KIND: dict[SectionName, SectionKind] = {
     "k": SectionKind.BEYOND_K,
     "v": SectionKind.BEYOND_V,
+    "kv": SectionKind.BEYOND_PAIR,
 }
 
 
@@ -44,9 +45,9 @@ def unpack_marks(bitmap: bytes | bytearray, tokens: int) -> torch.Tensor:
     return torch.from_numpy(bits[:tokens].astype(np.bool_))
 
 
-def new_beyond_section(group: int, tensor: Kind, coded: CodedSection) -> NewSection:
+def new_beyond_section(group: int, name: SectionName, coded: CodedSection) -> NewSection:
     """What marked tokens have beside what all have."""
-    kind = BEYOND_KIND[tensor]
+    kind = BEYOND_KIND[name]
     return NewSection(kind, coded.coder_id, group, coded.raw_length, coded.encoded)
 
 

@@ -12,7 +12,7 @@ from typing import overload
 
 import torch
 
-from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind, RankArtifact, SectionBasis
+from kvtc_vllm.codec.artifact import Geometry, RankArtifact, SectionBasis, SectionKey
 from kvtc_vllm.codec.base import ChunkCodec
 from kvtc_vllm.codec.bitplan import budget_bytes, over_budget
 from kvtc_vllm.codec.container import NO_FINGERPRINT
@@ -35,11 +35,13 @@ class ArtifactRules:
     wrong_sections: what is wrong with all sections together, in words; None if nothing is.
     max_bytes: (elements of a row of K and one of V together, target ratio, coded tokens) -> most
     bytes that both take in a blob, for any section coders that `wrong_sections` lets pass.
+    pairs: whether K and V of a layer group may share a basis.
     """
 
     read_coder: Callable[[CoderTensors, float, float, int], SectionCoder]
-    wrong_sections: Callable[[Mapping[tuple[int, Kind], SectionBasis]], str | None]
+    wrong_sections: Callable[[Mapping[SectionKey, SectionBasis]], str | None]
     max_bytes: Callable[[int, float, int], int]
+    pairs: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,11 @@ class CodecSpec:
     def needs_artifact(self) -> bool:
         return self.rules is not None
 
+    @property
+    def pairs(self) -> bool:
+        """Whether K and V of a layer group may share a basis."""
+        return self.rules is not None and self.rules.pairs
+
 
 CODECS: dict[str, CodecSpec] = {
     RawCodec.name: CodecSpec(RawCodec, has_kernels=True),
@@ -75,7 +82,7 @@ CODECS: dict[str, CodecSpec] = {
     ),
     Kvtc2Codec.name: CodecSpec(
         Kvtc2Codec,
-        ArtifactRules(read_step_plan, over_ratio, most_bytes),
+        ArtifactRules(read_step_plan, over_ratio, most_bytes, pairs=Kvtc2Codec.pairs),
         has_kernels=True,
         fast=fast_kvtc2,
     ),
@@ -105,7 +112,7 @@ def max_blob_bytes(
     rules = CODECS[name].rules
     if rules is None:
         return open_codec(name, dtype, geometry=geometry).max_blob_bytes(tokens)
-    rows = [sum(geometry.row_size(g, k) for k in KINDS) for g in range(len(geometry.layer_groups))]
+    rows = [geometry.row_size(group, "kv") for group in range(len(geometry.layer_groups))]
     largest = rules.max_bytes
 
     def coded_bytes(coded: int) -> list[int]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kvtc_vllm.codec.artifact import KINDS, Kind, RankArtifact, SectionBasis
+from kvtc_vllm.codec.artifact import KINDS, Kind, RankArtifact, SectionBasis, SectionName
 from kvtc_vllm.codec.rope import Rope, rope_spans
 
 SATURATING = (torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -57,7 +57,7 @@ def keys_from_rows(
     num_kv_heads: int,
 ) -> torch.Tensor:
     """Inverse of `rows_from_keys`: float32 rows [T, l*H*D] -> post-RoPE float32 [T, l, H, D]."""
-    keys = rows.view(len(rows), len(ropes), num_kv_heads, -1)
+    keys = rows.reshape(len(rows), len(ropes), num_kv_heads, -1)
     parts = [
         keys[:, first:end] if rope is None else rope.apply(keys[:, first:end], positions)
         for first, end, rope in rope_spans(ropes)
@@ -69,7 +69,7 @@ def chunk_rows(
     k: torch.Tensor,
     v: torch.Tensor,
     group: int,
-    tensor: Kind,
+    name: SectionName,
     artifact: RankArtifact,
     positions: torch.Tensor,
 ) -> torch.Tensor:
@@ -78,8 +78,19 @@ def chunk_rows(
     k: [T, L, H, D] post-RoPE, v: [T, L, H, Dv], any float dtype, all layers,
     as in the cache. positions: int64 [T], ascending.
     """
+    parts = [
+        tensor_rows(k if tensor == "k" else v, group, tensor, artifact, positions)
+        for tensor in artifact.geometry.row_parts(group, name)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def tensor_rows(
+    cache: torch.Tensor, group: int, tensor: Kind, artifact: RankArtifact, positions: torch.Tensor
+) -> torch.Tensor:
+    """K's or V's part of `chunk_rows`. cache: [T, L, H, D or Dv], all layers."""
     first, end = artifact.geometry.layer_groups[group]
-    values = (k if tensor == "k" else v)[:, first:end].float()
+    values = cache[:, first:end].float()
     scales = layer_scales(artifact, tensor, first, end, values.device)
     if scales is not None:
         values = values * scales
@@ -96,11 +107,11 @@ def rows_to_cache(
     positions: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Inverse of `chunk_rows` for one section: [T, l, H, D or Dv] in the cache dtype."""
+    """Inverse of `tensor_rows`: [T, l, H, D or Dv] in the cache dtype."""
     geometry = artifact.geometry
     first, end = geometry.layer_groups[group]
     if tensor == "v":
-        cache = rows.view(len(rows), end - first, geometry.num_kv_heads, -1)
+        cache = rows.reshape(len(rows), end - first, geometry.num_kv_heads, -1)
     else:
         ropes = layer_ropes(artifact, group)
         cache = keys_from_rows(rows, ropes, positions, geometry.num_kv_heads)
@@ -113,13 +124,13 @@ def mean_chunk(
     """One token that is as the mean of calibration: K [1, L, H, D] post-RoPE, V, in `dtype`."""
     positions = torch.tensor([position])
 
-    def layers(group: int, tensor: Kind) -> torch.Tensor:
-        mean = artifact.sections[group, tensor].mean[None]
-        return rows_to_cache(mean, group, tensor, artifact, positions, dtype)
-
-    groups = range(len(artifact.geometry.layer_groups))
-    k, v = (torch.cat([layers(group, tensor) for group in groups], dim=1) for tensor in KINDS)
-    return k, v
+    layers: dict[Kind, list[torch.Tensor]] = {tensor: [] for tensor in KINDS}
+    for group, name in artifact.section_keys():
+        mean = artifact.sections[group, name].mean[None]
+        for tensor, part in artifact.geometry.row_parts(group, name).items():
+            rows = mean[:, part]
+            layers[tensor].append(rows_to_cache(rows, group, tensor, artifact, positions, dtype))
+    return torch.cat(layers["k"], dim=1), torch.cat(layers["v"], dim=1)
 
 
 def to_cache(values: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 
 from kvtc_vllm.artifact.rank_file import Probe
-from kvtc_vllm.codec.artifact import KINDS, Kind, RankArtifact
+from kvtc_vllm.codec.artifact import KINDS, RankArtifact, SectionName
 from kvtc_vllm.codec.errors import ArtifactError, CodecError
 from kvtc_vllm.codec.frame import TransformCodec
 from kvtc_vllm.codec.transform import chunk_rows, layer_scales, to_cache
@@ -40,7 +40,7 @@ errors that add up have four times the square of one."""
 
 def run_self_test(
     codec: TransformCodec, transfer: Transfer, probe: Probe, layout: PagedLayout, chunk_tokens: int
-) -> dict[Kind, float]:
+) -> dict[SectionName, float]:
     """Round trip of the probe; logs one line and returns the relative squared errors.
 
     Runs before the engine uses any block; the blocks used are zeroed again.
@@ -65,30 +65,31 @@ def run_self_test(
 
     raw = sum(x.nbytes for x in before)
     unscaled = replace(codec.artifact, scales=None)
-    measured: dict[Kind, float] = {}
-    rounding: dict[Kind, float] = {}
-    for kind in KINDS:
-        rows = _rows(codec.artifact, before, start, kind)
-        measured[kind] = _error(codec, rows, _rows(codec.artifact, after, start, kind), kind)
-        exact = _rows(unscaled, (k, v), start, kind)
-        rounding[kind] = _error(codec, exact, _rows(codec.artifact, stored, start, kind), kind)
-    held_out = {kind: held_out_error(codec, kind) for kind in KINDS}
+    measured: dict[SectionName, float] = {}
+    rounding: dict[SectionName, float] = {}
+    names = codec.artifact.section_names
+    for name in names:
+        rows = _rows(codec.artifact, before, start, name)
+        measured[name] = _error(codec, rows, _rows(codec.artifact, after, start, name), name)
+        exact = _rows(unscaled, (k, v), start, name)
+        rounding[name] = _error(codec, exact, _rows(codec.artifact, stored, start, name), name)
+    held_out = {name: held_out_error(codec, name) for name in names}
     dtype = str(codec.dtype).removeprefix("torch.")
     logger.info(
         "kvtc: self-test %d tokens: ratio %.1f (%d -> %d bytes), relative squared error "
-        "K %.4f (held-out %.4f, %s %.4f) V %.4f (held-out %.4f, %s %.4f), %.0f ms",
+        "%s, %.0f ms",
         chunk_tokens,
         raw / len(blob),
         raw,
         len(blob),
-        *(
-            fact
-            for kind in KINDS
-            for fact in (measured[kind], held_out[kind], dtype, rounding[kind])
+        " ".join(
+            f"{name.upper()} {measured[name]:.4f} (held-out {held_out[name]:.4f}, {dtype} "
+            f"{rounding[name]:.4f})"
+            for name in names
         ),
         seconds * 1e3,
     )
-    for kind in KINDS:
+    for kind in names:
         limit = GROSS_FACTOR * held_out[kind] + ROUNDINGS * rounding[kind] + GROSS_SLACK
         if not measured[kind] <= limit:
             raise ArtifactError(
@@ -136,24 +137,26 @@ def _stored(
 
 
 def _rows(
-    artifact: RankArtifact, chunk: tuple[torch.Tensor, torch.Tensor], start: int, kind: Kind
+    artifact: RankArtifact, chunk: tuple[torch.Tensor, torch.Tensor], start: int, name: SectionName
 ) -> torch.Tensor:
     """Rows of all layers, float32 [T, P]."""
     k, v = chunk
     positions = torch.arange(start, start + k.shape[0], device=k.device)
     groups = range(len(artifact.geometry.layer_groups))
     return torch.cat(
-        [chunk_rows(k, v, group, kind, artifact, positions) for group in groups], dim=1
+        [chunk_rows(k, v, group, name, artifact, positions) for group in groups], dim=1
     )
 
 
-def _error(codec: TransformCodec, rows: torch.Tensor, other: torch.Tensor, kind: Kind) -> float:
+def _error(
+    codec: TransformCodec, rows: torch.Tensor, other: torch.Tensor, name: SectionName
+) -> float:
     """Squared difference over the rows' squared deviation from the mean, as calibrated.
 
     Both of weighted rows, where the artifact has weights: its held-out errors are of these.
     """
     groups = range(len(codec.artifact.geometry.layer_groups))
-    sections = [codec.artifact.sections[group, kind] for group in groups]
+    sections = [codec.artifact.sections[group, name] for group in groups]
     weights = torch.cat(
         [torch.ones_like(s.mean) if s.weights is None else s.weights for s in sections]
     ).to(rows.device)
@@ -163,11 +166,11 @@ def _error(codec: TransformCodec, rows: torch.Tensor, other: torch.Tensor, kind:
     return float(difference.double().square().sum()) / total if total > 0 else 0.0
 
 
-def held_out_error(codec: TransformCodec, kind: Kind) -> float:
+def held_out_error(codec: TransformCodec, name: SectionName) -> float:
     """Held-out error of the artifact in use, averaged over layer groups."""
     errors = [
         section.heldout_error[codec.ratio]
-        for (_, section_kind), section in codec.artifact.sections.items()
-        if section_kind == kind
+        for (_, own_name), section in codec.artifact.sections.items()
+        if own_name == name
     ]
     return sum(errors) / len(errors)

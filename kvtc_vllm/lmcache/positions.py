@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 
 from kvtc_vllm.artifact.rank_file import Probe
-from kvtc_vllm.codec.artifact import Kind, RankArtifact, SectionBasis
+from kvtc_vllm.codec.artifact import RankArtifact, SectionBasis, SectionName
 from kvtc_vllm.codec.transform import centred_rows, chunk_rows, to_coefficients
 
 DEFAULT_CAPACITY = 1 << 18
@@ -117,7 +117,9 @@ class Recognition:
             return 0 if self.recognises(k, v, 0) else None
         tokens = len(k)
         starts = range(0, self._end - tokens + 1, tokens)
-        left = [self._left_over(k, v, group, "k", start) for start in starts]
+        # The section that has the keys.
+        name = self._artifact.section_names[0]
+        left = [self._left_over(k, v, group, name, start) for start in starts]
         if not left or not all(map(math.isfinite, left)):
             return None
         order = sorted(range(len(left)), key=left.__getitem__)
@@ -133,11 +135,11 @@ class Recognition:
         return None
 
     def _left_over(
-        self, k: torch.Tensor, v: torch.Tensor, group: int, kind: Kind, start: int
+        self, k: torch.Tensor, v: torch.Tensor, group: int, name: SectionName, start: int
     ) -> float:
         index = self._sample(len(k))
-        rows = chunk_rows(k[index], v[index], group, kind, self._artifact, index + start)
-        return _left_over(rows, self._leading[group, kind].section)
+        rows = chunk_rows(k[index], v[index], group, name, self._artifact, index + start)
+        return _left_over(rows, self._leading[group, name].section)
 
     def _sample(self, tokens: int) -> torch.Tensor:
         """Evenly spread places in a chunk, past the sinks, which were not calibrated."""
@@ -146,12 +148,19 @@ class Recognition:
         return torch.linspace(first, tokens - 1, count).long()
 
 
-def _leading(artifact: RankArtifact, probe: Probe, group: int, kind: Kind) -> _Leading:
+def _leading(artifact: RankArtifact, probe: Probe, group: int, name: SectionName) -> _Leading:
     first, end = artifact.geometry.layer_groups[group]
-    whole = artifact.sections[group, kind]
+    whole = artifact.sections[group, name]
     basis = whole.basis[:, :LEADING].float()
     section = SectionBasis(whole.mean.float(), basis, plans={}, weights=whole.weights)
-    rows = {"k": probe.k, "v": probe.v}[kind][:, first:end].float().flatten(1)
+    tensors = {"k": probe.k, "v": probe.v}
+    rows = torch.cat(
+        [
+            tensors[kind][:, first:end].float().flatten(1)
+            for kind in artifact.geometry.row_parts(group, name)
+        ],
+        dim=1,
+    )
     left = _left_over(rows, section)
     return _Leading(section, left + SLACK * (1.0 - left))
 

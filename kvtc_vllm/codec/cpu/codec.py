@@ -351,7 +351,7 @@ class CpuCodec(TransformCodec):
             if ratio not in self._fast:
                 self._fast[ratio] = {
                     key: self._fast_section(self.artifact.sections[key], ratio, self._int8)
-                    for key in self._section_keys()
+                    for key in self.artifact.section_keys()
                 }
             return self._fast[ratio]
 

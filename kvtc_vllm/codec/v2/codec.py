@@ -21,6 +21,7 @@ class Kvtc2Codec(TransformCodec):
     codec_id: ClassVar[int] = 2
     name: ClassVar[str] = "kvtc2"
     marks_sinks: ClassVar[bool] = True
+    pairs: ClassVar[bool] = True
 
     def _entropy_coder(self, level: int) -> DeflateCoder:
         return replace(ENTROPY, level=level)

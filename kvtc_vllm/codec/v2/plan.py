@@ -16,7 +16,7 @@ from functools import cached_property
 
 import torch
 
-from kvtc_vllm.codec.artifact import Kind, SectionBasis
+from kvtc_vllm.codec.artifact import SectionBasis, SectionKey
 from kvtc_vllm.codec.container import Section
 from kvtc_vllm.codec.entropy import GENERAL_CODER_IDS, UNIT_BYTES, EntropyCoder
 from kvtc_vllm.codec.errors import ArtifactError, CodecError
@@ -253,7 +253,7 @@ def step_plan(section: SectionBasis, ratio: float) -> StepPlan:
     return plan
 
 
-def over_ratio(sections: Mapping[tuple[int, Kind], SectionBasis]) -> str | None:
+def over_ratio(sections: Mapping[SectionKey, SectionBasis]) -> str | None:
     """Which ratio all sections together miss on calibration data, in words; None if none."""
     row = sum(section.basis.shape[0] for section in sections.values())
     for ratio in sorted(set.intersection(*(set(s.plans) for s in sections.values()))):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kvtc_vllm.artifact.fingerprint import artifact_fingerprint
-from kvtc_vllm.codec.artifact import Kind, RankArtifact, SectionBasis
+from kvtc_vllm.codec.artifact import RankArtifact, SectionBasis, SectionName
 from kvtc_vllm.codec.base import Blob, Coder, DecodedChunk
 from kvtc_vllm.codec.bitplan import budget_bits
 from kvtc_vllm.codec.container import parse
@@ -37,11 +37,11 @@ class VariantContext:
         artifact = replace(artifact, fingerprint=fingerprint)
         return open_codec(artifact.codec, self.dtype, artifact=artifact, ratio=self.ratio)
 
-    def with_plans(self, make: Callable[[SectionBasis, Kind], BitPlan]) -> TransformCodec:
+    def with_plans(self, make: Callable[[SectionBasis, SectionName], BitPlan]) -> TransformCodec:
         """Our codec with another plan at the ratio, one per section."""
         sections = {
-            (group, kind): replace(section, plans={self.ratio: make(section, kind)})
-            for (group, kind), section in self.artifact.sections.items()
+            (group, name): replace(section, plans={self.ratio: make(section, name)})
+            for (group, name), section in self.artifact.sections.items()
         }
         return self.codec(sections=sections)
 
@@ -64,7 +64,7 @@ def rope_kept(context: VariantContext) -> TransformCodec:
 def mixed_ratios(context: VariantContext) -> TransformCodec:
     """Keys at the plan of ratio `options["k"]`, values at that of `options["v"]`."""
 
-    def plan(section: SectionBasis, kind: Kind) -> BitPlan:
+    def plan(section: SectionBasis, name: SectionName) -> BitPlan:
         return replace(bit_plan(section, float(context.options[kind])), ratio=context.ratio)
 
     return context.with_plans(plan)
@@ -78,7 +78,7 @@ def truncated(context: VariantContext) -> TransformCodec:
     name, size = context.options["type"], int(context.options["size"])
     cost = group_cost_bits(REGISTRY[name].bits, size)
 
-    def plan(section: SectionBasis, kind: Kind) -> BitPlan:
+    def plan(section: SectionBasis, name: SectionName) -> BitPlan:
         row_size, rank = section.basis.shape
         count = min(budget_bits(row_size, context.ratio) // cost, rank // size)
         groups = tuple(CoefficientGroup(i * size, size, name) for i in range(count))
