@@ -65,7 +65,7 @@ def mixed_ratios(context: VariantContext) -> TransformCodec:
     """Keys at the plan of ratio `options["k"]`, values at that of `options["v"]`."""
 
     def plan(section: SectionBasis, name: SectionName) -> BitPlan:
-        return replace(bit_plan(section, float(context.options[kind])), ratio=context.ratio)
+        return replace(bit_plan(section, float(context.options[name])), ratio=context.ratio)
 
     return context.with_plans(plan)
 
