@@ -13,13 +13,13 @@ import torch
 
 from benchmarks.codec_rows import Rows
 from kvtc_vllm.codec.artifact import RankArtifact
-from kvtc_vllm.codec.base import ChunkCodec
+from kvtc_vllm.codec.base import ChunkCodec, DecodedChunk, NewChunk
 from kvtc_vllm.codec.container import checksum, parse
 from kvtc_vllm.codec.cpu.codec import CpuCodec, CpuKvtc2Codec, CpuKvtcCodec
 from kvtc_vllm.codec.cpu.products import Operand
-from kvtc_vllm.codec.cpu.rotation import Rotation
-from kvtc_vllm.codec.cpu.rows import Floats, centre, largest_bits16, uncentre
+from kvtc_vllm.codec.cpu.rows import Floats, largest_bits16
 from kvtc_vllm.codec.cpu.section import FastSection
+from kvtc_vllm.codec.cpu.tiles import Span
 from kvtc_vllm.codec.entropy import DeflateCoder
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.payload import bit_plan, decode_payload, encode_payload
@@ -27,7 +27,6 @@ from kvtc_vllm.codec.registry import open_codec
 from kvtc_vllm.codec.transform import (
     centred_rows,
     chunk_rows,
-    layer_ropes,
     magnitude,
     rows_to_cache,
 )
@@ -115,10 +114,10 @@ def _fast_steps(
 ) -> dict[str, dict[str, float]]:
     encode: dict[str, float] = {}
     decode: dict[str, float] = {}
-    flat = {
-        kind: x.flatten(1).view(torch.uint16).numpy() for kind, x in (("k", rows.k), ("v", rows.v))
-    }
-    _add(encode, "finite", lambda: [largest_bits16(x.reshape(-1)) for x in flat.values()])
+    chunk = NewChunk(rows.k, rows.v, rows.start)
+    empty = DecodedChunk(torch.empty_like(rows.k), torch.empty_like(rows.v), rows.start)
+    flat = [x.flatten().view(torch.uint16).numpy() for x in (rows.k, rows.v)]
+    _add(encode, "finite", lambda: [largest_bits16(x) for x in flat])
     _add(encode, "checksum", lambda: checksum(blob))
     _add(decode, "parse and checksum", lambda: parse(blob))
     coder = DeflateCoder()
@@ -129,23 +128,16 @@ def _fast_steps(
         if rule is not None:
             marked = np.flatnonzero(_add(encode, "marks", lambda: rule.marks(rows.v)).numpy())
     end = rows.start + rows.tokens
-    for (group, kind), section in codec.sections(ratio).items():
-        ropes = layer_ropes(codec.artifact, group)
-        rotation = Rotation(ropes if kind == "k" else [None])
-        turn = rotation.rope_of_layer, rotation.halves, rotation.neox
-        size = (rows.k if kind == "k" else rows.v).shape[-1]
+    span = Span(0, rows.start, end, 0)
+    for key, section in codec.sections(ratio).items():
         operand = section.forward.empty(rows.tokens)
-        out = operand.rows, operand.codes, operand.factors
-        back, there = rotation.inverse_angles(rows.start, end), rotation.angles(rows.start, end)
-        fixed = section.mean, section.weights, size, back
-        take = functools.partial(centre, flat[kind], 0, *fixed, *turn, *out)
+        take = functools.partial(codec.cache_rows.take, chunk, span, key, section, operand)
         _add(encode, "cast, RoPE, mean, int8", take)
         restored, factors = _coded(encode, decode, section, operand, coder)
         if section.beyond is not None and len(marked):
             _coded(encode, decode, section.beyond, operand.part(marked), coder, " beyond")
-        cache = np.empty_like(flat[kind])
         give = functools.partial(
-            uncentre, restored, factors, section.mean, size, there, *turn, cache, 0
+            codec.cache_rows.give, restored, factors, span, key, section, empty
         )
         _add(decode, "mean, RoPE, cast", give)
     return {"encode": encode, "decode": decode}

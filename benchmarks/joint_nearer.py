@@ -34,9 +34,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.joint_delta import CHUNK, ROOT, SYSTEMS
 from kvtc_vllm.artifact.directory import load_rank_artifact
 from kvtc_vllm.calibration.cache_replay import Prefix, compute_prefix, interval, kl, score
-from kvtc_vllm.codec.artifact import Kind, RankArtifact, SectionBasis
+from kvtc_vllm.codec.artifact import RankArtifact, SectionBasis, SectionKey
 from kvtc_vllm.codec.cpu import delta
 from kvtc_vllm.codec.cpu.level_coder import NO_SOURCE
+from kvtc_vllm.codec.frame import SECTION_NAME
 from kvtc_vllm.codec.registry import open_codec
 from kvtc_vllm.codec.v2.codec import ENTROPY
 from kvtc_vllm.codec.v2.plan import StepPlan, step_plan
@@ -146,7 +147,7 @@ class Plan:
 
     def _predictions(
         self, blob: bytes, sources: Sequence[bytes], runs: Sequence[delta.Run]
-    ) -> dict[tuple[int, Kind], Levels]:
+    ) -> dict[SectionKey, Levels]:
         """By section, what the coder of differences tells levels from."""
         opened = self._differences._open(blob)
         alike = [self._differences._open(source) for source in sources]
@@ -158,7 +159,7 @@ class Plan:
                 part_of = (section.kind, section.group)
                 shape = (plan.rank, opened.coded)
                 levels = delta._predicted(shape, alike, part_of, runs, places)
-                found[section.group, delta._KINDS[section.kind]] = levels
+                found[section.group, SECTION_NAME[section.kind]] = levels
         return found
 
     def _open(self, artifact: RankArtifact) -> Any:

@@ -17,7 +17,7 @@ from benchmarks.sensitivity import CHUNK
 from benchmarks.sensitivity_texts import SCORED
 from benchmarks.step_nested import Cells, Values, layer_bytes, refine
 from kvtc_vllm.calibration.cache_replay import Prefix, kl, score
-from kvtc_vllm.codec.artifact import Kind, RankArtifact
+from kvtc_vllm.codec.artifact import RankArtifact, SectionKey
 from kvtc_vllm.codec.container import section_bytes
 from kvtc_vllm.codec.entropy import UNIT_BYTES, aligned
 from kvtc_vllm.codec.transform import (
@@ -30,8 +30,7 @@ from kvtc_vllm.codec.v2.codec import ENTROPY
 from kvtc_vllm.codec.v2.codes import encode_codes
 from kvtc_vllm.codec.v2.plan import StepPlan, step_plan
 
-Key = tuple[int, Kind]
-Coefficients = dict[Key, torch.Tensor]
+Coefficients = dict[SectionKey, torch.Tensor]
 """Of every section float32 [r, T], those of marked tokens times their gain."""
 
 
@@ -81,7 +80,7 @@ class Bench:
             x[key] = found.T.contiguous()
         return Document(prefix, x, marks, spans)
 
-    def plans(self, ratio: float) -> dict[Key, StepPlan]:
+    def plans(self, ratio: float) -> dict[SectionKey, StepPlan]:
         """Of every section."""
         return {key: step_plan(s, ratio) for key, s in self.artifact.sections.items()}
 
@@ -90,13 +89,14 @@ class Bench:
         artifact, sinks = self.artifact, self.artifact.sink_tokens
         k, v = document.prefix.k.clone(), document.prefix.v.clone()
         positions = torch.arange(sinks, len(k))
-        for (group, kind), section in artifact.sections.items():
-            own = values[group, kind].T.clone()
+        for (group, name), section in artifact.sections.items():
+            own = values[group, name].T.clone()
             own[document.marks] /= next(iter(section.plans.values())).sink_gain
             rows = from_coefficients(own, section)
             first, end = artifact.geometry.layer_groups[group]
-            cache = rows_to_cache(rows, group, kind, artifact, positions, k.dtype)
-            (k if kind == "k" else v)[sinks:, first:end] = cache
+            for tensor, part in artifact.geometry.row_parts(group, name).items():
+                cache = rows_to_cache(rows[:, part], group, tensor, artifact, positions, k.dtype)
+                (k if tensor == "k" else v)[sinks:, first:end] = cache
         return self.kl_of_cache(document, k, v)
 
     def kl_of_cache(self, document: Document, k: torch.Tensor, v: torch.Tensor) -> float:
@@ -105,7 +105,7 @@ class Bench:
         return kl(prefix.exact, score(self.model, prefix.ids, k, v, SCORED))
 
 
-def quantised(x: Coefficients, plans: dict[Key, StepPlan], document: Document) -> Stored:
+def quantised(x: Coefficients, plans: dict[SectionKey, StepPlan], document: Document) -> Stored:
     """By step plans, as codec 2 does."""
     taken, values = 0, {}
     for key, plan in plans.items():
@@ -132,8 +132,8 @@ def _units(codes: torch.Tensor, plan: StepPlan) -> int:
 
 
 def fit_values(
-    training: Coefficients, marks: torch.Tensor, levels: Sequence[dict[Key, StepPlan]]
-) -> list[dict[Key, Values]]:
+    training: Coefficients, marks: torch.Tensor, levels: Sequence[dict[SectionKey, StepPlan]]
+) -> list[dict[SectionKey, Values]]:
     """Of nested bins, by level and section."""
     cells = {key: Cells(x) for key, x in training.items()}
     fitted = []
@@ -146,8 +146,8 @@ def fit_values(
 
 def nested(
     document: Document,
-    levels: Sequence[dict[Key, StepPlan]],
-    fitted: Sequence[dict[Key, Values]],
+    levels: Sequence[dict[SectionKey, StepPlan]],
+    fitted: Sequence[dict[SectionKey, Values]],
 ) -> list[Stored]:
     """What all layers up to each level take and hold, lowest level first."""
     cells = {key: Cells(x) for key, x in document.x.items()}
@@ -163,7 +163,7 @@ def nested(
 
 
 def in_parts(
-    document: Document, plans: dict[Key, StepPlan], cuts: Sequence[dict[Key, int]]
+    document: Document, plans: dict[SectionKey, StepPlan], cuts: Sequence[dict[SectionKey, int]]
 ) -> list[Stored]:
     """The top level's columns in parts, by rising number, smallest first. cuts: columns up to the
     end of each part. Marked tokens have all of theirs in the first."""
@@ -188,7 +188,7 @@ def in_parts(
     return found
 
 
-def _sinks_alone(document: Document, key: Key, plan: StepPlan, first: int) -> int:
+def _sinks_alone(document: Document, key: SectionKey, plan: StepPlan, first: int) -> int:
     """Bytes of what marked tokens have in columns from `first` on, those beyond included."""
     taken = 0
     for span in document.spans:
@@ -206,13 +206,13 @@ def _sinks_alone(document: Document, key: Key, plan: StepPlan, first: int) -> in
 
 
 def cuts_for(
-    bench: Bench, plans: dict[Key, StepPlan], training: Coefficients, targets: Sequence[int]
-) -> list[dict[Key, int]]:
+    bench: Bench, plans: dict[SectionKey, StepPlan], training: Coefficients, targets: Sequence[int]
+) -> list[dict[SectionKey, int]]:
     """Columns of every section, those of more than some deviation, that take these bytes; all
     last."""
     deviations = {key: x.square().mean(1).sqrt() for key, x in training.items()}
 
-    def cut(least: float) -> dict[Key, int]:
+    def cut(least: float) -> dict[SectionKey, int]:
         counts = {key: int((deviations[key][: p.rank] >= least).sum()) for key, p in plans.items()}
         return {key: max(1, count) for key, count in counts.items()}
 

@@ -79,6 +79,7 @@ SECTION_KIND: dict[SectionName, SectionKind] = {
     "v": SectionKind.CODED_V,
     "kv": SectionKind.CODED_PAIR,
 }
+SECTION_NAME: dict[int, SectionName] = {kind: name for name, kind in SECTION_KIND.items()}
 
 
 class TransformCodec(ChunkCodec):

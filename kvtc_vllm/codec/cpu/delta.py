@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kvtc_vllm.codec.artifact import Kind, RankArtifact
+from kvtc_vllm.codec.artifact import RankArtifact
 from kvtc_vllm.codec.container import (
     CHECKSUM_BYTES,
     HEADER_BYTES,
@@ -49,6 +49,7 @@ from kvtc_vllm.codec.entropy import (
     unit_lengths,
 )
 from kvtc_vllm.codec.errors import CodecError, ContainerError
+from kvtc_vllm.codec.frame import SECTION_NAME
 from kvtc_vllm.codec.marks import unpack_marks
 from kvtc_vllm.codec.section_coder import read_body
 from kvtc_vllm.codec.v2.codec import Kvtc2Codec
@@ -63,7 +64,6 @@ _RUN = struct.Struct("<HHHH")
 _LENGTH = struct.Struct("<I")
 _ENTRY_BYTES = 16
 """Of the section table."""
-_KINDS: dict[int, Kind] = {SectionKind.CODED_K: "k", SectionKind.CODED_V: "v"}
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,8 @@ class DeltaCoder:
         tables: list[bytes] = []
         bodies: list[bytes] = []
         for kind, _, group, units, _, stored in rows:
-            if kind not in _KINDS:
+            plan = self._plan(kind, group, alike[0].info.header.ratio)
+            if plan is None:
                 end = at + UNIT_BYTES * units
                 tables.append(bytes(data[at:end]))
                 bodies.append(bytes(data[end : end + aligned(stored)]))
@@ -187,9 +188,6 @@ class DeltaCoder:
                     marks = _marks(bodies[-1][:stored], tokens - sinks)
                 at = end + aligned(stored)
                 continue
-            plan = step_plan(
-                self._artifact.sections[group, _KINDS[kind]], alike[0].info.header.ratio
-            )
             if places is None:  # by now marks are known: they come before all levels
                 places = [_alike(marks, sinks, alike[run[1]], run) for run in runs]
             (length,) = _LENGTH.unpack_from(data, at)
@@ -221,15 +219,21 @@ class DeltaCoder:
         marks = np.zeros(coded, np.bool_)
         plans: list[StepPlan | None] = []
         for section in info.sections:
-            kind = _KINDS.get(section.kind)
-            plan = None
-            if kind is not None:
-                plan = step_plan(self._artifact.sections[section.group, kind], header.ratio)
-            elif section.kind == SectionKind.MARKS:
+            plans.append(self._plan(section.kind, section.group, header.ratio))
+            if section.kind == SectionKind.MARKS:
                 stored = view[section.offset : section.offset + section.stored_length]
                 marks = _marks(bytes(stored), coded)
-            plans.append(plan)
         return _Opened(info, view, marks, plans)
+
+    def _plan(self, kind: int, group: int, ratio: float) -> StepPlan | None:
+        """Of what has levels; None for all else. Raises ContainerError for a section of others."""
+        name = SECTION_NAME.get(kind)
+        if name is None:
+            return None
+        section = self._artifact.sections.get((group, name))
+        if section is None:
+            raise ContainerError("geometry", f"the artifact has no {name} in layer group {group}")
+        return step_plan(section, ratio)
 
     def _warm_up(self) -> None:
         """Compile before anything waits for it."""

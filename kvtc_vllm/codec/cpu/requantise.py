@@ -14,13 +14,13 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from kvtc_vllm.codec.artifact import Kind
+from kvtc_vllm.codec.artifact import SectionName
 from kvtc_vllm.codec.base import Blob, stored_body
 from kvtc_vllm.codec.container import NewSection, Section, SectionKind, build, ratio_of
 from kvtc_vllm.codec.cpu.packed_levels import Levels, pack_levels, unpack_levels
 from kvtc_vllm.codec.entropy import EncodedSection, EntropyCoder
 from kvtc_vllm.codec.errors import ArtifactError, CodecError
-from kvtc_vllm.codec.frame import SECTION_KIND
+from kvtc_vllm.codec.frame import SECTION_NAME
 from kvtc_vllm.codec.marks import (
     BEYOND_KIND,
     NOTHING_CODED,
@@ -34,7 +34,6 @@ from kvtc_vllm.codec.v2.codec import Kvtc2Codec
 from kvtc_vllm.codec.v2.nesting import MAX_HALVINGS, halved, nested_ratios
 from kvtc_vllm.codec.v2.plan import StepPlan, step_plan
 
-_KIND_OF: dict[int, Kind] = {SECTION_KIND["k"]: "k", SECTION_KIND["v"]: "v"}
 _BEYOND = frozenset(BEYOND_KIND.values())
 
 
@@ -96,9 +95,9 @@ class Requantiser:
         marks: npt.NDArray[np.bool_] | None = None
         made: list[NewSection] = []
         for section, following in zip(info.sections, (*info.sections[1:], None), strict=True):
-            kind = _KIND_OF.get(section.kind)
-            if kind is not None:
-                basis = self._codec.artifact.sections[section.group, kind]
+            name = SECTION_NAME.get(section.kind)
+            if name is not None:
+                basis = self._codec.artifact.sections[section.group, name]
                 plans = step_plan(basis, header.ratio), step_plan(basis, lower)
                 levels = _levels(section, view, plans[0], tokens)
                 if marks is None:
@@ -108,7 +107,7 @@ class Requantiser:
                 assert following is not None
                 extra = _beyond(following, view, plans[0], int(marks.sum()))
                 of_sinks = np.concatenate((levels[:, marks], extra))
-                made += self._with_sinks(section, kind, levels, of_sinks, plans[1])
+                made += self._with_sinks(section, name, levels, of_sinks, plans[1])
             elif section.kind not in _BEYOND:
                 if section.kind == SectionKind.MARKS:
                     bitmap = read_body(section, stored_body(section, view))
@@ -117,7 +116,12 @@ class Requantiser:
         return build(replace(header, ratio=lower), made)
 
     def _with_sinks(
-        self, section: Section, kind: Kind, levels: Levels, of_sinks: Levels, coarse: StepPlan
+        self,
+        section: Section,
+        name: SectionName,
+        levels: Levels,
+        of_sinks: Levels,
+        coarse: StepPlan,
     ) -> list[NewSection]:
         """A section and what marked tokens have beyond it. of_sinks: all levels of the latter."""
         coded = self._coded(levels[: coarse.rank], coarse)
@@ -125,7 +129,7 @@ class Requantiser:
         if coarse.beyond is not None and of_sinks.shape[1]:
             beyond = self._coded(of_sinks[coarse.rank : coarse.total_rank], coarse.beyond)
         check_room(coarse, levels.shape[1], coded, beyond)
-        return [_section(section, coded), new_beyond_section(section.group, kind, beyond)]
+        return [_section(section, coded), new_beyond_section(section.group, name, beyond)]
 
     def _coded(self, levels: Levels, plan: StepPlan) -> CodedSection:
         """Half of fine levels [<= r, T], those of further columns being 0."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import kvtc_vllm.codec.cpu as cpu
-from kvtc_vllm.codec.artifact import RankArtifact
+from kvtc_vllm.codec.artifact import KINDS, RankArtifact
 from kvtc_vllm.codec.base import ChunkCodec, DecodedChunk, NewChunk, StoredChunk, read_section
 from kvtc_vllm.codec.container import CHECKSUM_BYTES, HEADER_BYTES, checksum, parse
-from kvtc_vllm.codec.cpu.codec import CpuKvtc2Codec, CpuKvtcCodec
+from kvtc_vllm.codec.cpu.codec import CpuCodec, CpuKvtc2Codec, CpuKvtcCodec
 from kvtc_vllm.codec.cpu.products import has_int8_products
 from kvtc_vllm.codec.cpu.tiles import TILE_TOKENS
 from kvtc_vllm.codec.errors import CodecError, ContainerError
@@ -25,7 +25,11 @@ from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.payload import BitPlan
 from kvtc_vllm.codec.registry import open_codec
 from kvtc_vllm.codec.rope import Rope
+from kvtc_vllm.codec.section_coder import SectionCoder
+from kvtc_vllm.codec.v2.codec import Kvtc2Codec
+from kvtc_vllm.codec.v2.plan import StepPlan
 from tests.codec.synthetic import SyntheticModel, rope_table
+from tests.codec.v2.made_up import step_artifact
 from tests.golden.formula import GOLDEN
 
 MODEL = SyntheticModel(
@@ -41,24 +45,49 @@ INT8 = pytest.param(
 PRECISIONS = [pytest.param(False, id="float32"), INT8]
 
 
-@pytest.fixture(scope="module")
-def artifact() -> RankArtifact:
-    return MODEL.artifact(RATIOS)
+@pytest.fixture(scope="module", params=["kvtc", "kvtc2 paired"])
+def artifact(request: pytest.FixtureRequest) -> RankArtifact:
+    if request.param == "kvtc":
+        return MODEL.artifact(RATIOS)
+    return step_artifact(MODEL, RATIOS, fit_rows=1024, paired=True)
 
 
-def with_error(artifact: RankArtifact, error: float) -> RankArtifact:
-    """The artifact with another expected error, by which precision is chosen."""
+def with_plans(
+    artifact: RankArtifact, change: Callable[[SectionCoder], SectionCoder]
+) -> RankArtifact:
     sections = {
-        key: replace(s, plans={r: replace(p, predicted_error=error) for r, p in s.plans.items()})
+        key: replace(s, plans={r: change(p) for r, p in s.plans.items()})
         for key, s in artifact.sections.items()
     }
     return replace(artifact, sections=sections)
 
 
+def with_error(artifact: RankArtifact, error: float) -> RankArtifact:
+    """The artifact with another expected error, by which precision is chosen."""
+
+    def changed(plan: SectionCoder) -> SectionCoder:
+        if isinstance(plan, StepPlan):
+            return replace(plan, expected_error=error)
+        assert isinstance(plan, BitPlan)
+        return replace(plan, predicted_error=error)
+
+    return with_plans(artifact, changed)
+
+
+def of_nothing(plan: SectionCoder) -> SectionCoder:
+    """The plan without coefficients."""
+    if isinstance(plan, StepPlan):
+        return replace(plan, classes=plan.classes[:0])
+    assert isinstance(plan, BitPlan)
+    return replace(plan, groups=())
+
+
 def pair(
-    artifact: RankArtifact, ratio: float, dtype: torch.dtype, int8: bool
-) -> tuple[KvtcCodec, CpuKvtcCodec]:
-    return KvtcCodec(artifact, ratio, dtype), CpuKvtcCodec(artifact, ratio, dtype, int8=int8)
+    artifact: RankArtifact, ratio: float, dtype: torch.dtype, int8: bool | None
+) -> tuple[TransformCodec, CpuCodec]:
+    if artifact.codec == "kvtc":
+        return KvtcCodec(artifact, ratio, dtype), CpuKvtcCodec(artifact, ratio, dtype, int8=int8)
+    return Kvtc2Codec(artifact, ratio, dtype), CpuKvtc2Codec(artifact, ratio, dtype, int8=int8)
 
 
 def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -166,15 +195,15 @@ def test_small_elements_of_high_weight_survive_rounding(artifact, int8):
         scale[::2] = 1e-3
         sections[key] = replace(section, mean=section.mean * scale, weights=1 / scale)
     weighted = replace(artifact, sections=sections, ropes=(), layer_rope=(None,) * 6)
-    reference, fast = pair(weighted, 4.0, torch.float32, int8)
+    reference, fast = pair(weighted, 16.0, torch.float32, int8)
     rows = {}
-    for kind in ("k", "v"):
-        parts = [
-            (MODEL.rows(64, group, kind, 5) / sections[group, kind].weights).view(
-                64, end - first, 2, -1
-            )
-            for group, (first, end) in enumerate(MODEL.geometry.layer_groups)
-        ]
+    for kind in KINDS:
+        parts = []
+        for group, (first, end) in enumerate(MODEL.geometry.layer_groups):
+            name = "kv" if (group, "kv") in sections else kind
+            own = MODEL.geometry.row_parts(group, name)[kind]
+            part = (MODEL.rows(64, group, name, 5) / sections[group, name].weights)[:, own]
+            parts.append(part.reshape(64, end - first, 2, -1))
         rows[kind] = torch.cat(parts, dim=1)
     wanted = reference.decode(reference.encode(rows["k"], rows["v"], 64))
     found = fast.decode(fast.encode(rows["k"], rows["v"], 64))
@@ -186,10 +215,7 @@ def test_small_elements_of_high_weight_survive_rounding(artifact, int8):
 
 @pytest.mark.parametrize("int8", PRECISIONS)
 def test_a_plan_of_nothing_gives_the_mean(artifact, int8):
-    nothing = {
-        key: replace(s, plans={4.0: BitPlan(4.0, (), 1.0)}) for key, s in artifact.sections.items()
-    }
-    reference, fast = pair(replace(artifact, sections=nothing), 4.0, torch.float32, int8)
+    reference, fast = pair(with_plans(artifact, of_nothing), 4.0, torch.float32, int8)
     k, v = MODEL.chunk(8, 16, 3, torch.float32)
     blob = fast.encode(k, v, 16)
     assert blob == reference.encode(k, v, 16)
@@ -198,7 +224,6 @@ def test_a_plan_of_nothing_gives_the_mean(artifact, int8):
 
 def test_rows_of_hardly_anything_survive(artifact):
     """Steps of 0, and of less than the least float32, of a row that is its mean."""
-    _, fast = pair(artifact, 16.0, torch.float32, has_int8_products())
     tiny = replace(
         artifact,
         sections={
@@ -206,7 +231,7 @@ def test_rows_of_hardly_anything_survive(artifact):
         },
     )
     for artifact_, size in ((artifact, 0.0), (tiny, 0.0), (tiny, 1e-38), (tiny, 1e-20)):
-        fast = CpuKvtcCodec(artifact_, 16.0, torch.float32)
+        _, fast = pair(artifact_, 16.0, torch.float32, None)
         k, v = (size * x for x in MODEL.chunk(8, 16, 3, torch.float32))
         decoded = fast.decode(fast.encode(k, v, 16))
         assert decoded.k.isfinite().all()
@@ -263,7 +288,7 @@ def test_a_bad_chunk_costs_no_other(artifact):
 
 
 def test_ratios_of_one_batch_may_differ(artifact):
-    codecs = [CpuKvtcCodec(artifact, ratio, torch.bfloat16) for ratio in RATIOS]
+    codecs = [pair(artifact, ratio, torch.bfloat16, None)[1] for ratio in RATIOS]
     new = chunks_of([16, 16, 16, 16])
     blobs = [codecs[i % 2].encode(c.k, c.v, c.start) for i, c in enumerate(new)]
     for codec in codecs:
@@ -288,7 +313,7 @@ def test_damage_is_refused_for_the_reference_s_reason(artifact):
     blob = fast.encode(*MODEL.chunk(12, 2, 3), 2)
     chance = random.Random(11)
     reasons = set()
-    for _ in range(3000):
+    for _ in range(1000):
         damaged = bytearray(blob[:-CHECKSUM_BYTES])
         for _ in range(chance.choice((1, 1, 2, 8))):
             tables = HEADER_BYTES + 200
@@ -318,23 +343,27 @@ def test_golden_blobs(golden):
 
 def test_small_matrices_stay_float32_unless_asked(artifact):
     """They would gain nothing; 64 features by some hundred columns are small."""
-    assert CpuKvtcCodec(artifact, 16.0, torch.bfloat16).arithmetic.endswith(" of float32")
-    assert CpuKvtcCodec(artifact, 16.0, torch.bfloat16, int8=True).arithmetic.endswith(" of int8")
+    for int8, words in ((None, "float32"), (True, "int8")):
+        _, fast = pair(artifact, 16.0, torch.bfloat16, int8)
+        assert fast.arithmetic.endswith(f" of {words}")
 
 
 def test_what_opens_codecs_takes_it_where_it_runs(artifact, monkeypatch, caplog):
     def opened(**changes: object) -> type[ChunkCodec]:
-        return type(open_codec("kvtc", torch.bfloat16, artifact=artifact, ratio=16.0, **changes))
+        return type(
+            open_codec(artifact.codec, torch.bfloat16, artifact=artifact, ratio=16.0, **changes)
+        )
 
+    reference, fast = (type(codec) for codec in pair(artifact, 16.0, torch.bfloat16, None))
     with caplog.at_level("INFO"):
-        assert opened() is CpuKvtcCodec
-    assert "kvtc 16x on the CPU: compiled loops" in caplog.text
-    assert opened(fast=False) is KvtcCodec
-    assert opened(device="meta") is KvtcCodec
+        assert opened() is fast
+    assert f"{artifact.codec} 16x on the CPU: compiled loops" in caplog.text
+    assert opened(fast=False) is reference
+    assert opened(device="meta") is reference
     with pytest.raises(ValueError, match="device is meta"):
-        CpuKvtcCodec(artifact, 16.0, torch.bfloat16, device="meta")
+        fast(artifact, 16.0, torch.bfloat16, device="meta")
     monkeypatch.setattr(cpu, "find_spec", lambda name: None)
-    assert opened() is KvtcCodec
+    assert opened() is reference
 
 
 def test_input_is_left_alone(artifact):

@@ -9,6 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from kvtc_vllm.codec.container import (
+    CHECKSUM_BYTES,
+    HEADER_BYTES,
+    SectionKind,
+    checksum,
+    parse,
+)
 from kvtc_vllm.codec.cpu.delta import DeltaCoder
 from kvtc_vllm.codec.cpu.level_coder import (
     NO_SOURCE,
@@ -19,7 +26,7 @@ from kvtc_vllm.codec.cpu.level_coder import (
 )
 from kvtc_vllm.codec.cpu.packed_levels import pack_levels, unpack_levels
 from kvtc_vllm.codec.errors import ContainerError
-from kvtc_vllm.codec.frame import TransformCodec
+from kvtc_vllm.codec.frame import SECTION_NAME, TransformCodec
 from kvtc_vllm.codec.registry import open_codec
 from kvtc_vllm.codec.sink_rule import SinkRule
 from kvtc_vllm.codec.v2.codec import ENTROPY
@@ -33,11 +40,14 @@ MODEL = SyntheticModel(
 )
 RULE = SinkRule(layers=(1, 2), threshold=-1.0, max_share=0.05)
 TOKENS = 128
+PAIRED = pytest.mark.parametrize("paired", [False, True], ids=["apart", "paired"])
 
 
 @cache
-def codec_of(rule: SinkRule | None = RULE, ratio: float = 8.0) -> TransformCodec:
-    artifact = step_artifact(MODEL, (4.0, 8.0), rule)
+def codec_of(
+    rule: SinkRule | None = RULE, ratio: float = 8.0, paired: bool = False
+) -> TransformCodec:
+    artifact = step_artifact(MODEL, (4.0, 8.0), rule, paired=paired)
     return open_codec("kvtc2", torch.bfloat16, artifact=artifact, ratio=ratio)
 
 
@@ -65,8 +75,11 @@ def blob_of(codec: TransformCodec, token: int, noise: float = 0.0, seed: int = 0
 
 @pytest.mark.parametrize("rule", [RULE, None], ids=["marks", "no marks"])
 @pytest.mark.parametrize("ratio", [4.0, 8.0])
-def test_what_is_alike_takes_less_and_comes_back(rule: SinkRule | None, ratio: float) -> None:
-    codec = codec_of(rule, ratio)
+@PAIRED
+def test_what_is_alike_takes_less_and_comes_back(
+    rule: SinkRule | None, ratio: float, paired: bool
+) -> None:
+    codec = codec_of(rule, ratio, paired)
     coder = coder_of(codec)
     sources = [blob_of(codec, 0), blob_of(codec, TOKENS)]
     blob = blob_of(codec, 40, noise=0.02, seed=1)
@@ -85,8 +98,9 @@ def test_what_is_alike_takes_less_and_comes_back(rule: SinkRule | None, ratio: f
     assert len(same) < 0.25 * len(blob)
 
 
-def test_sinks_at_the_beginning_have_no_levels() -> None:
-    codec = codec_of()
+@PAIRED
+def test_sinks_at_the_beginning_have_no_levels(paired: bool) -> None:
+    codec = codec_of(paired=paired)
     k, v = passage(0.0)
     first = codec.encode(k[:TOKENS], v[:TOKENS], 0, b"first")
     later = codec.encode(k[:TOKENS], v[:TOKENS], 64, b"later")
@@ -135,6 +149,24 @@ def test_blobs_of_others_give_nothing() -> None:
     assert coder.encode(blob, [blob[:-1]], run, len(blob)) is None
 
 
+@PAIRED
+def test_sections_of_another_artifact_give_nothing(paired: bool) -> None:
+    """Behind a good checksum and the right fingerprint, as no codec writes them."""
+    codec = codec_of(paired=paired)
+    coder = coder_of(codec)
+    blob = blob_of(codec, 0)
+    run = [(0, 0, 0, TOKENS)]
+    kind = SectionKind.CODED_K if paired else SectionKind.CODED_PAIR
+    first = next(n for n, s in enumerate(parse(blob).sections) if s.kind in SECTION_NAME)
+    for at, value in ((0, kind), (2, 9)):
+        altered = bytearray(blob[:-CHECKSUM_BYTES])
+        altered[HEADER_BYTES + 16 * first + at] = value
+        sealed = bytes(altered) + checksum(bytes(altered))
+        assert parse(sealed).sections[first] != parse(blob).sections[first]
+        assert coder.encode(sealed, [blob], run, 2 * len(blob)) is None
+        assert coder.encode(blob, [sealed], run, 2 * len(blob)) is None
+
+
 def test_other_sources_and_altered_bytes_are_refused() -> None:
     """Every truncation and every altered byte of a difference, and sources that changed."""
     codec = codec_of()
@@ -163,7 +195,8 @@ def test_other_sources_and_altered_bytes_are_refused() -> None:
 def test_payloads_are_the_reference_s() -> None:
     """Levels of every size, in every width, with escapes and wide ones."""
     generator = torch.Generator().manual_seed(0)
-    for section in codec_of().artifact.sections.values():
+    artifacts = codec_of().artifact, codec_of(paired=True).artifact
+    for section in (s for artifact in artifacts for s in artifact.sections.values()):
         plan = step_plan(section, 8.0)
         sizes = torch.randn((plan.rank, 37), generator=generator) * torch.logspace(-1, 4, 37)
         levels = sizes.int().clamp(-MAX_LEVEL, MAX_LEVEL)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvtc_vllm.codec.artifact import Kind
+from kvtc_vllm.codec.artifact import RankArtifact, SectionKey, SectionName
 from kvtc_vllm.codec.base import ChunkCodec, read_section
 from kvtc_vllm.codec.container import CHECKSUM_BYTES, SectionKind, checksum, parse, ratio_of
 from kvtc_vllm.codec.cpu.requantise import Requantiser
@@ -29,17 +29,20 @@ MODEL = SyntheticModel(
 )
 RULE = SinkRule(layers=(1, 2), threshold=-1.0, max_share=0.05)
 TOKENS, START, KEY = 128, 1000, b"a chunk"
+PAIRED = pytest.mark.parametrize("paired", [False, True], ids=["apart", "paired"])
 
 
 @cache
-def codec_of(rule: SinkRule | None = RULE, ratio: float = 6.0, fast: bool = True) -> TransformCodec:
-    artifact = step_artifact(MODEL, (6.0,), rule, halvings=2)
+def codec_of(
+    rule: SinkRule | None = RULE, ratio: float = 6.0, fast: bool = True, paired: bool = False
+) -> TransformCodec:
+    artifact = step_artifact(MODEL, (6.0,), rule, halvings=2, paired=paired)
     return open_codec("kvtc2", torch.bfloat16, artifact=artifact, ratio=ratio, fast=fast)
 
 
 @cache
-def halver_of(rule: SinkRule | None = RULE) -> Requantiser:
-    codec = codec_of(rule)
+def halver_of(rule: SinkRule | None = RULE, paired: bool = False) -> Requantiser:
+    codec = codec_of(rule, paired=paired)
     assert isinstance(codec, Kvtc2Codec)
     return Requantiser(codec, ENTROPY)
 
@@ -61,21 +64,24 @@ def error(codec: ChunkCodec, blob: bytes) -> float:
 
 
 @pytest.mark.parametrize("rule", [RULE, None], ids=["marks", "no marks"])
-def test_a_halved_blob_is_as_good_as_one_stored_at_its_ratio(rule: SinkRule | None) -> None:
-    halver = halver_of(rule)
+@PAIRED
+def test_a_halved_blob_is_as_good_as_one_stored_at_its_ratio(
+    rule: SinkRule | None, paired: bool
+) -> None:
+    halver = halver_of(rule, paired)
     assert halver.most_times == 2
-    blob = codec_of(rule).encode(*rows(), START, KEY)
+    blob = codec_of(rule, paired=paired).encode(*rows(), START, KEY)
     assert halver.times_halved(blob) == 0
     for times, ratio in enumerate(halver.ratios[1:], 1):
         smaller = halver.halve(blob, KEY)
         assert ratio_of(smaller) == parse(smaller).header.ratio == ratio
         assert halver.times_halved(smaller) == times
         assert len(smaller) < 0.8 * len(blob)
-        direct = codec_of(rule, ratio, fast=False).encode(*rows(), START, KEY)
+        reference = codec_of(rule, fast=False, paired=paired)
+        direct = codec_of(rule, ratio, False, paired).encode(*rows(), START, KEY)
         assert abs(len(smaller) / len(direct) - 1) < 0.01
-        found = [error(codec_of(rule, fast=fast), smaller) for fast in (True, False)]
-        for own in found:
-            assert own < 1.02 * error(codec_of(rule, fast=False), direct)
+        for own in (error(codec_of(rule, paired=paired), smaller), error(reference, smaller)):
+            assert own < 1.02 * error(reference, direct)
         blob = smaller
     with pytest.raises(CodecError, match="is not halved") as last:
         halver.halve(blob, KEY)
@@ -94,42 +100,52 @@ def test_sinks_stay_exact_and_a_chunk_of_nothing_else_stays_whole() -> None:
     assert len(halver.halve(only, KEY)) == len(only)
 
 
-def levels_of(blob: bytes) -> dict[tuple[int, int], list[Any]]:
-    """Of every section of K (0) and V (1) by layer group, and of marked tokens beyond, by the
-    reference: [r, N] and [r', M]."""
+NUMBERS: dict[int, tuple[SectionName, bool]] = {
+    0: ("k", False),
+    1: ("v", False),
+    6: ("k", True),
+    7: ("v", True),
+    8: ("kv", False),
+    9: ("kv", True),
+}
+"""Kinds of sections in FORMAT.md: what they hold, and whether beyond the rank of the others."""
+
+
+def levels_of(blob: bytes, artifact: RankArtifact) -> dict[SectionKey, list[Any]]:
+    """Of every section, and of marked tokens beyond, by the reference: [r, N] and [r', M]."""
     info = parse(blob)
-    artifact = codec_of().artifact
     tokens = info.header.tokens - info.header.sinks
     marked = 0
-    found: dict[tuple[int, int], list[Any]] = {}
+    found: dict[SectionKey, list[Any]] = {}
     for section in info.sections:
         payload = read_section(section, memoryview(blob))
         if section.kind == SectionKind.MARKS:
             marked = int(np.unpackbits(np.frombuffer(payload, np.uint8)).sum())
-        if section.kind not in (0, 1, 6, 7):
+        if section.kind not in NUMBERS:
             continue
-        kind: Kind = "k" if section.kind in (0, 6) else "v"
-        plan = step_plan(artifact.sections[section.group, kind], info.header.ratio)
+        name, is_beyond = NUMBERS[section.kind]
+        plan = step_plan(artifact.sections[section.group, name], info.header.ratio)
         count = tokens
         columns = plan.rank
-        if section.kind >= 6:
+        if is_beyond:
             count, columns = marked, 0 if plan.beyond is None else plan.beyond.rank
             plan = plan if plan.beyond is None else plan.beyond
         parts = plan.packed if columns else ()
         codes = decode_codes(payload, parts, columns, count, torch.device("cpu")).numpy()
         levels = np.where(codes % 2, (codes + 1) // 2, -(codes // 2))
-        found.setdefault((section.group, section.kind % 6), []).append(levels)
+        found.setdefault((section.group, name), []).append(levels)
     return found
 
 
-def test_levels_are_what_the_specification_says() -> None:
+@PAIRED
+def test_levels_are_what_the_specification_says(paired: bool) -> None:
     """FORMAT.md, section 9, nested plans."""
-    codec, halver = codec_of(), halver_of()
+    codec, halver = codec_of(paired=paired), halver_of(paired=paired)
     blob = codec.encode(*rows(), 0, KEY)
     smaller = halver.halve(blob, KEY)
-    fine, coarse = levels_of(blob), levels_of(smaller)
+    fine, coarse = (levels_of(each, codec.artifact) for each in (blob, smaller))
     marks = [7 - codec.artifact.sink_tokens, 90 - codec.artifact.sink_tokens]
-    assert len(fine) == 4
+    assert set(fine) == set(codec.artifact.section_keys())
     for key, (main, beyond) in fine.items():
         half, half_beyond = coarse[key]
         rank, further = len(half), len(half_beyond)
@@ -153,8 +169,9 @@ def test_it_keeps_its_name() -> None:
         halver.halve(blob, b"another")
 
 
-def test_another_artifacts_blob_is_refused() -> None:
-    blob = codec_of(None).encode(*rows(), START, KEY)
+@pytest.mark.parametrize("others", [(None, False), (RULE, True)], ids=["no marks", "paired"])
+def test_another_artifacts_blob_is_refused(others: tuple[SinkRule | None, bool]) -> None:
+    blob = codec_of(others[0], paired=others[1]).encode(*rows(), START, KEY)
     with pytest.raises(ContainerError):
         halver_of(RULE).halve(blob, KEY)
 
@@ -173,9 +190,10 @@ def test_what_is_altered_is_refused() -> None:
             halver.halve(blob[:end], KEY)
 
 
-def test_a_forged_checksum_gives_an_error_or_a_valid_blob() -> None:
-    blob = codec_of().encode(*rows(), START, KEY)
-    halver, codec = halver_of(), codec_of()
+@PAIRED
+def test_a_forged_checksum_gives_an_error_or_a_valid_blob(paired: bool) -> None:
+    halver, codec = halver_of(paired=paired), codec_of(paired=paired)
+    blob = codec.encode(*rows(), START, KEY)
     draw = random.Random(1)
     refused = 0
     for _ in range(300):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kvtc_vllm.codec.artifact import at_ratio
+from kvtc_vllm.codec.artifact import RankArtifact, at_ratio
 from kvtc_vllm.codec.base import DecodedChunk, NewChunk, StoredChunk
 from kvtc_vllm.codec.container import (
     CHECKSUM_BYTES,
@@ -33,9 +33,25 @@ Chunk = tuple[torch.Tensor, torch.Tensor]
 WAYS = pytest.mark.parametrize("fast", [True, False], ids=["fast", "reference"])
 
 
-def codec_of(fast: bool, rule: SinkRule | None = RULE, ratio: float = 8.0) -> TransformCodec:
-    artifact = step_artifact(MODEL, (4.0, 8.0), rule)
-    return open_codec("kvtc2", torch.bfloat16, artifact=artifact, ratio=ratio, fast=fast)
+class Codecs:
+    """Of artifacts whose K and V have a basis each, or share one."""
+
+    def __init__(self, paired: bool) -> None:
+        self.paired = paired
+
+    def artifact(self, rule: SinkRule | None = RULE) -> RankArtifact:
+        return step_artifact(MODEL, (4.0, 8.0), rule, paired=self.paired)
+
+    def __call__(
+        self, fast: bool, rule: SinkRule | None = RULE, ratio: float = 8.0
+    ) -> TransformCodec:
+        artifact = self.artifact(rule)
+        return open_codec("kvtc2", torch.bfloat16, artifact=artifact, ratio=ratio, fast=fast)
+
+
+@pytest.fixture(params=[False, True], ids=["apart", "paired"])
+def codec_of(request: pytest.FixtureRequest) -> Codecs:
+    return Codecs(request.param)
 
 
 def chunk_with_sinks(tokens: int, start: int, sinks: list[int]) -> Chunk:
@@ -60,7 +76,7 @@ def test_bitmap(tokens: int) -> None:
 
 @WAYS
 @pytest.mark.parametrize(("start", "tokens"), [(0, 100), (2, 60), (256, 128)])
-def test_sinks_are_marked_and_finer(fast: bool, start: int, tokens: int) -> None:
+def test_sinks_are_marked_and_finer(codec_of: Codecs, fast: bool, start: int, tokens: int) -> None:
     codec, plain = codec_of(fast), codec_of(fast, None)
     exact = max(0, 4 - start)
     sinks = [exact + 5, tokens - 1]
@@ -82,7 +98,7 @@ def test_sinks_are_marked_and_finer(fast: bool, start: int, tokens: int) -> None
 
 
 @WAYS
-def test_at_most_the_rule_s_share_is_marked(fast: bool) -> None:
+def test_at_most_the_rule_s_share_is_marked(codec_of: Codecs, fast: bool) -> None:
     k, v = chunk_with_sinks(64, 128, list(range(10, 20)))
     section = parse(codec_of(fast).encode(k, v, 128)).sections[0]
     assert section.kind == SectionKind.MARKS
@@ -92,7 +108,7 @@ def test_at_most_the_rule_s_share_is_marked(fast: bool) -> None:
 
 
 @WAYS
-def test_each_way_reads_the_other_s(fast: bool) -> None:
+def test_each_way_reads_the_other_s(codec_of: Codecs, fast: bool) -> None:
     k, v = chunk_with_sinks(128, 128, [3, 77])
     blob = codec_of(fast).encode(k, v, 128)
     here, there = codec_of(fast).decode(blob), codec_of(not fast).decode(blob)
@@ -102,9 +118,9 @@ def test_each_way_reads_the_other_s(fast: bool) -> None:
 
 
 @pytest.mark.parametrize("int8", [False, has_int8_products()])
-def test_marked_tokens_of_a_batch_go_to_their_chunks(int8: bool) -> None:
+def test_marked_tokens_of_a_batch_go_to_their_chunks(codec_of: Codecs, int8: bool) -> None:
     """Their products are of all chunks together, of which some have no marks."""
-    codec = CpuKvtc2Codec(step_artifact(MODEL, (4.0, 8.0), RULE), 8.0, torch.bfloat16, int8=int8)
+    codec = CpuKvtc2Codec(codec_of.artifact(), 8.0, torch.bfloat16, int8=int8)
     sinks = ([3, 77], [], [5], [0, 63, 127])
     new = [
         NewChunk(*chunk_with_sinks(128, 128 * i, own), 128 * i) for i, own in enumerate(sinks, 1)
@@ -122,7 +138,7 @@ def test_marked_tokens_of_a_batch_go_to_their_chunks(int8: bool) -> None:
 
 
 @WAYS
-def test_only_sinks_at_the_front_leave_nothing_to_mark(fast: bool) -> None:
+def test_only_sinks_at_the_front_leave_nothing_to_mark(codec_of: Codecs, fast: bool) -> None:
     codec = codec_of(fast)
     k, v = MODEL.chunk(2, 1)
     blob = codec.encode(k, v, 1)
@@ -140,7 +156,7 @@ def test_only_sinks_at_the_front_leave_nothing_to_mark(fast: bool) -> None:
     ],
 )
 def test_resealed_marks(
-    fast: bool, name: str, damage: Callable[[bytearray, int], None], reason: str
+    codec_of: Codecs, fast: bool, name: str, damage: Callable[[bytearray, int], None], reason: str
 ) -> None:
     """Marked tokens have coefficients of their own, as many as there are marks."""
     codec = codec_of(fast)
@@ -155,7 +171,7 @@ def test_resealed_marks(
 
 
 @WAYS
-def test_blobs_with_and_without_marks_are_apart(fast: bool) -> None:
+def test_blobs_with_and_without_marks_are_apart(codec_of: Codecs, fast: bool) -> None:
     """Fingerprints differ in real artifacts; here only the sections do."""
     k, v = MODEL.chunk(16, 128)
     for writer, reader in ((RULE, None), (None, RULE)):
@@ -166,7 +182,7 @@ def test_blobs_with_and_without_marks_are_apart(fast: bool) -> None:
 
 
 @WAYS
-def test_sizes_are_bounded_with_marks(fast: bool) -> None:
+def test_sizes_are_bounded_with_marks(codec_of: Codecs, fast: bool) -> None:
     """Of chunks that are twice as large as usual, and more; a codec may refuse them."""
     codec = codec_of(fast)
     kept = 0
@@ -192,9 +208,9 @@ def test_sizes_are_bounded_with_marks(fast: bool) -> None:
     assert kept >= 6
 
 
-def test_an_artifact_of_one_ratio_keeps_the_columns_of_sinks() -> None:
+def test_an_artifact_of_one_ratio_keeps_the_columns_of_sinks(codec_of: Codecs) -> None:
     """What is resident on a GPU. Its blobs are those of the whole."""
-    artifact = step_artifact(MODEL, (4.0, 8.0), RULE)
+    artifact = codec_of.artifact()
     kept = at_ratio(artifact, 8.0)
     assert kept.ratios() == (8.0,)
     for section in kept.sections.values():
