@@ -38,9 +38,8 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--kv-basis",
         choices=("each", "shared"),
-        default="each",
         help="K and V of a layer group have a basis each, or share one of both, which takes fewer "
-        "bytes and more arithmetic; shared: of kvtc2 (default each)",
+        "bytes and more arithmetic; default: shared for kvtc2, each for kvtc, which has no other",
     )
     add(
         "--sinks",
@@ -139,7 +138,7 @@ def artifact_settings(args: argparse.Namespace) -> ArtifactSettings:
         device=_device(args.device),
         codec=args.codec,
         protect_sinks=args.sinks == "finer",
-        paired=args.kv_basis == "shared",
+        paired=CODECS[args.codec].pairs and args.kv_basis != "each",
         steps=StepSettings(halvings=args.halvings),
     )
     return ArtifactSettings(
