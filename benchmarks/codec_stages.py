@@ -86,11 +86,11 @@ def _reference_steps(rows: Rows, ratio: float, blob: bytes) -> dict[str, dict[st
     _add(encode, "checksum", lambda: checksum(blob))
     _add(decode, "parse and checksum", lambda: parse(blob))
     positions = torch.arange(rows.start, rows.start + rows.tokens)
-    for (group, kind), resident in rows.artifact.sections.items():
+    for (group, name), resident in rows.artifact.sections.items():
         section = resident.on(torch.device("cpu"))
         plan = bit_plan(section, ratio)
         basis = section.basis[:, : plan.rank]
-        cache = functools.partial(chunk_rows, rows.k, rows.v, group, kind, rows.artifact, positions)
+        cache = functools.partial(chunk_rows, rows.k, rows.v, group, name, rows.artifact, positions)
         plain = _add(encode, "cast and RoPE", cache)
         centred = _add(encode, "mean", functools.partial(centred_rows, plain, section))
         x = _add(encode, "product", functools.partial(torch.mm, centred, basis))
@@ -104,10 +104,12 @@ def _reference_steps(rows: Rows, ratio: float, blob: bytes) -> dict[str, dict[st
         restored = _add(
             decode, "product and mean", functools.partial(torch.addmm, section.mean, x, basis.T)
         )
-        back = functools.partial(
-            rows_to_cache, restored, group, kind, rows.artifact, positions, rows.k.dtype
-        )
-        _add(decode, "RoPE and cast", back)
+        for tensor, part in rows.artifact.geometry.row_parts(group, name).items():
+            own = restored[:, part]
+            back = functools.partial(
+                rows_to_cache, own, group, tensor, rows.artifact, positions, rows.k.dtype
+            )
+            _add(decode, "RoPE and cast", back)
     return {"encode": encode, "decode": decode}
 
 
