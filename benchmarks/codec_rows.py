@@ -11,7 +11,7 @@ from benchmarks.power_law import PowerLaw
 from kvtc_vllm.artifact.directory import load_rank_artifact
 from kvtc_vllm.artifact.identity import model_identity
 from kvtc_vllm.artifact.registry import find
-from kvtc_vllm.codec.artifact import Geometry, RankArtifact
+from kvtc_vllm.codec.artifact import Geometry, Kind, RankArtifact
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "tests" / "reference_model" / "model"
@@ -39,6 +39,15 @@ class Rows:
     @property
     def tokens(self) -> int:
         return self.k.shape[0]
+
+    def mean(self, group: int, tensor: Kind) -> torch.Tensor:
+        """The artifact's, of K's or V's rows of a layer group: float32 [p]."""
+        (found,) = (
+            self.artifact.sections[group, name].mean[parts[tensor]]
+            for name in self.artifact.section_names
+            if tensor in (parts := self.artifact.geometry.row_parts(group, name))
+        )
+        return found
 
 
 def probe_rows(directory: Path | None, tokens: int) -> Rows:

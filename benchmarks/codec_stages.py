@@ -15,7 +15,7 @@ from benchmarks.codec_rows import Rows
 from kvtc_vllm.codec.artifact import RankArtifact
 from kvtc_vllm.codec.base import ChunkCodec, DecodedChunk, NewChunk
 from kvtc_vllm.codec.container import checksum, parse
-from kvtc_vllm.codec.cpu.codec import CpuCodec, CpuKvtc2Codec, CpuKvtcCodec
+from kvtc_vllm.codec.cpu.codec import CpuCodec, CpuKvtc2Codec
 from kvtc_vllm.codec.cpu.products import Operand
 from kvtc_vllm.codec.cpu.rows import Floats, largest_bits16
 from kvtc_vllm.codec.cpu.section import FastSection
@@ -41,21 +41,23 @@ def stages(
 ) -> list[dict[str, float | str]]:
     """Microseconds per token of every step, both sections together, for an artifact in one group.
 
-    other: another artifact of the model, whose codec's fast way is timed too. rest: of the whole
-    call, what is in no step: sinks, headers, Python, and caches that are cold between steps.
+    other: another artifact of the model, whose codec's fast way is timed too. The reference's steps
+    are those of version 1. rest: of the whole call, what is in no step: sinks, headers, Python, and
+    caches that are cold between steps.
     """
     artifacts = [rows.artifact] if other is None else [rows.artifact, other]
     if any(len(artifact.geometry.layer_groups) != 1 for artifact in artifacts):
         raise ValueError("stages are of artifacts with all layers in one group")
     found: list[dict[str, float | str]] = []
     for ratio in ratios:
-        codecs: dict[str, ChunkCodec] = {
-            "reference": KvtcCodec(rows.artifact, ratio, rows.k.dtype),
-            "fast": CpuKvtcCodec(rows.artifact, ratio, rows.k.dtype),
-        }
-        if other is not None and ratio in other.ratios():
-            made = open_codec(other.codec, rows.k.dtype, artifact=other, ratio=ratio)
-            codecs[other.codec] = made
+        codecs: dict[str, ChunkCodec] = {}
+        if rows.artifact.codec == KvtcCodec.name:
+            codecs["reference"] = KvtcCodec(rows.artifact, ratio, rows.k.dtype)
+        for way, artifact in zip(("fast", "other"), artifacts, strict=False):
+            if ratio in artifact.ratios():
+                codecs[way] = open_codec(
+                    artifact.codec, rows.k.dtype, artifact=artifact, ratio=ratio
+                )
         for way, codec in codecs.items():
             blob = codec.encode(rows.k, rows.v, rows.start)
             whole: dict[str, Callable[[], object]] = {
@@ -84,11 +86,11 @@ def _reference_steps(rows: Rows, ratio: float, blob: bytes) -> dict[str, dict[st
     _add(encode, "checksum", lambda: checksum(blob))
     _add(decode, "parse and checksum", lambda: parse(blob))
     positions = torch.arange(rows.start, rows.start + rows.tokens)
-    for (group, kind), resident in rows.artifact.sections.items():
+    for (group, name), resident in rows.artifact.sections.items():
         section = resident.on(torch.device("cpu"))
         plan = bit_plan(section, ratio)
         basis = section.basis[:, : plan.rank]
-        cache = functools.partial(chunk_rows, rows.k, rows.v, group, kind, rows.artifact, positions)
+        cache = functools.partial(chunk_rows, rows.k, rows.v, group, name, rows.artifact, positions)
         plain = _add(encode, "cast and RoPE", cache)
         centred = _add(encode, "mean", functools.partial(centred_rows, plain, section))
         x = _add(encode, "product", functools.partial(torch.mm, centred, basis))
@@ -102,10 +104,12 @@ def _reference_steps(rows: Rows, ratio: float, blob: bytes) -> dict[str, dict[st
         restored = _add(
             decode, "product and mean", functools.partial(torch.addmm, section.mean, x, basis.T)
         )
-        back = functools.partial(
-            rows_to_cache, restored, group, kind, rows.artifact, positions, rows.k.dtype
-        )
-        _add(decode, "RoPE and cast", back)
+        for tensor, part in rows.artifact.geometry.row_parts(group, name).items():
+            own = restored[:, part]
+            back = functools.partial(
+                rows_to_cache, own, group, tensor, rows.artifact, positions, rows.k.dtype
+            )
+            _add(decode, "RoPE and cast", back)
     return {"encode": encode, "decode": decode}
 
 

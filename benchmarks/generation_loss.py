@@ -79,7 +79,7 @@ def _error(rows: Rows, kind: Kind, k: torch.Tensor, v: torch.Tensor) -> float:
             for pair in ((rows.k, rows.v), (k, v))
         )
         wrong += float((x - y).square().sum())
-        total += float((x - rows.artifact.sections[group, kind].mean).square().sum())
+        total += float((x - rows.mean(group, kind)).square().sum())
     return round(wrong / total, 6)
 
 

@@ -26,7 +26,7 @@ from kvtc_vllm.calibration.fit_settings import FitSettings
 from kvtc_vllm.calibration.sensitivity import load_sensitivity
 from kvtc_vllm.calibration.spool import SpoolReader
 from kvtc_vllm.calibration.weights import RowWeights
-from kvtc_vllm.codec.artifact import Kind, RankArtifact
+from kvtc_vllm.codec.artifact import Kind, RankArtifact, SectionName
 from kvtc_vllm.codec.base import ChunkCodec
 from kvtc_vllm.codec.registry import open_codec
 from kvtc_vllm.codec.rope import Rope
@@ -203,10 +203,14 @@ class MatrixRows:
         """Numbers of rows."""
         return self._reader.select(heldout=heldout, limit=limit, generator=generator)
 
-    def take(self, group: int, kind: Kind, index: torch.Tensor) -> torch.Tensor:
+    def take(self, group: int, name: SectionName, index: torch.Tensor) -> torch.Tensor:
         """Rows of these numbers, multiplied: float32 [n, p]."""
-        rows = self._reader.take(group, kind, index)
-        return multiply(rows.view(len(rows), *self._matrices[kind].shape[:3]), self._matrices[kind])
+        rows = self._reader.take(group, name, index)
+        found = []
+        for kind, part in self._reader.geometry.row_parts(group, name).items():
+            matrices = self._matrices[kind]
+            found.append(multiply(rows[:, part].reshape(len(rows), *matrices.shape[:3]), matrices))
+        return torch.cat(found, dim=1)
 
 
 def multiply(rows: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:

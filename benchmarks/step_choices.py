@@ -55,12 +55,10 @@ from kvtc_vllm.calibration.step_classes import Sample, StepSettings
 from kvtc_vllm.calibration.step_fit import overhead_bytes, sample_index, sink_marks
 from kvtc_vllm.calibration.step_plans import make_step_plans
 from kvtc_vllm.calibration.weights import RowWeights
-from kvtc_vllm.codec.artifact import KINDS, Kind, RankArtifact, SectionBasis
+from kvtc_vllm.codec.artifact import KINDS, RankArtifact, SectionBasis, SectionKey
 from kvtc_vllm.codec.registry import open_codec
 from kvtc_vllm.codec.sink_rule import SinkRule
 from kvtc_vllm.codec.v2.codec import ENTROPY
-
-Key = tuple[int, Kind]
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ class Fitted:
     """Bases and samples of all sections; marks of the samples, and what told them."""
 
     source: RankRows
-    sections: dict[Key, tuple[SectionBasis, Sample]]
+    sections: dict[SectionKey, tuple[SectionBasis, Sample]]
     marks: torch.Tensor
     rule: SinkRule | None
 
@@ -183,7 +181,7 @@ def fit_bases(spool: Path, layers: int | None, lowest: float, work: Path) -> Fit
     marks = sink_marks(source, geometry, index, rule)
     kept = work / f"bases-{layers or 'all'}-{lowest:g}.pt"
     if not kept.exists():
-        keys: list[Key] = [(g, k) for g in range(len(geometry.layer_groups)) for k in KINDS]
+        keys: list[SectionKey] = [(g, k) for g in range(len(geometry.layer_groups)) for k in KINDS]
         both = sum(geometry.row_size(*key) for key in keys)
         fitters = {
             key: SectionFitter(
@@ -216,7 +214,7 @@ def artifact_of(choice: Choice, fitted: Fitted, ratios: Sequence[float]) -> Rank
         choice.steps,
         lambda stage, done, total: None,
     )
-    sections = {}
+    sections: dict[SectionKey, SectionBasis] = {}
     for (key, (basis, _)), own in zip(fitted.sections.items(), plans, strict=True):
         rank = max(1, *(plan.total_rank for plan in own.values()))
         sections[key] = replace(basis, basis=basis.basis[:, :rank].contiguous(), plans=own)

@@ -32,7 +32,7 @@ from kvtc_vllm.artifact.directory import load_rank_artifact
 from kvtc_vllm.calibration.shards import RankRows
 from kvtc_vllm.calibration.spool import SpoolReader
 from kvtc_vllm.calibration.step_fit import sink_marks
-from kvtc_vllm.codec.artifact import Kind, RankArtifact
+from kvtc_vllm.codec.artifact import RankArtifact, SectionKey
 from kvtc_vllm.codec.container import container_bytes, section_bytes
 from kvtc_vllm.codec.entropy import UNIT_BYTES, DeflateCoder, aligned, cut_units
 from kvtc_vllm.codec.marks import marks_length
@@ -93,7 +93,7 @@ def all_codes(source: RankRows, artifact: RankArtifact, ratio: float) -> list[Co
     indexes = [source.select(heldout=heldout)[:ROWS] for heldout in (False, True)]
     marks = [sink_marks(source, source.geometry, i, artifact.sink_rule) for i in indexes]
 
-    def quantised(key: tuple[int, Kind], which: int) -> torch.Tensor:
+    def quantised(key: SectionKey, which: int) -> torch.Tensor:
         section = artifact.sections[key]
         plan = step_plan(section, ratio)
         found = to_coefficients(source.take(*key, indexes[which]), section, plan.rank)

@@ -44,7 +44,6 @@ from benchmarks.sensitivity_texts import PREFIX, SCORED
 from benchmarks.step_forms import (
     Bench,
     Coefficients,
-    Key,
     Stored,
     cuts_for,
     fit_values,
@@ -58,7 +57,7 @@ from kvtc_vllm.calibration.shards import RankRows
 from kvtc_vllm.calibration.spool import SpoolReader
 from kvtc_vllm.calibration.step_classes import Sample, StepSettings, make_step_plan
 from kvtc_vllm.calibration.step_fit import sink_marks
-from kvtc_vllm.codec.artifact import RankArtifact
+from kvtc_vllm.codec.artifact import RankArtifact, SectionKey
 from kvtc_vllm.codec.registry import open_codec
 from kvtc_vllm.codec.transform import to_coefficients
 from kvtc_vllm.codec.v2.plan import StepPlan
@@ -175,7 +174,7 @@ def measure(
     yield from transcoded(table, ratios)
     rising = [bench.plans(ratio) for ratio in reversed(ratios)]
     names = [f"{ratio:g}x" for ratio in reversed(ratios)]
-    forms: dict[str, list[dict[Key, StepPlan]]] = {", ".join(names): rising}
+    forms: dict[str, list[dict[SectionKey, StepPlan]]] = {", ".join(names): rising}
     if len(lower) > 1:
         forms |= {f"{own:g}x, {top:g}x": [bench.plans(own), bench.plans(top)] for own in lower}
     for share in (2, 4):
@@ -217,8 +216,8 @@ def halved(
 
 
 def nested_plans(
-    training: Coefficients, marks: torch.Tensor, fine: Mapping[Key, StepPlan]
-) -> dict[Key, StepPlan]:
+    training: Coefficients, marks: torch.Tensor, fine: Mapping[SectionKey, StepPlan]
+) -> dict[SectionKey, StepPlan]:
     """Of twice the step, nested in these."""
     return {
         key: make_step_plan(

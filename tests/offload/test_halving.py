@@ -38,17 +38,18 @@ AS_IT_WAS = Halved(KEY, 0, 2, last=True, size=None)
 
 
 @cache
-def codec() -> CpuKvtc2Codec:
-    artifact = step_artifact(MODEL, (6.0,), halvings=2)
+def codec(paired: bool = False) -> CpuKvtc2Codec:
+    artifact = step_artifact(MODEL, (6.0,), halvings=2, paired=paired)
     made = open_codec("kvtc2", torch.bfloat16, artifact=artifact, ratio=6.0)
     assert isinstance(made, CpuKvtc2Codec)
     return made
 
 
 @pytest.fixture
-def rig() -> Any:
-    """A worker with one chunk in memory."""
-    own = open_codec("kvtc2", torch.bfloat16, artifact=codec().artifact, ratio=6.0)
+def rig(request: pytest.FixtureRequest) -> Any:
+    """A worker with one chunk in memory. Its parameter: whether K and V share a basis."""
+    artifact = codec(getattr(request, "param", False)).artifact
+    own = open_codec("kvtc2", torch.bfloat16, artifact=artifact, ratio=6.0)
     assert isinstance(own, CpuKvtc2Codec)
     made = Rig(own, memory=MemoryArena(1 << 20), halver=Requantiser(own, ENTROPY))
     k, v = (x.bfloat16() for x in MODEL.chunk(128, 128, seed=3))
@@ -73,9 +74,11 @@ def load(made: Rig) -> set[int]:
     return made.finish_load()
 
 
+@pytest.mark.parametrize("rig", [False, True], ids=["apart", "paired"], indirect=True)
 def test_a_chunk_is_halved_twice_and_loads_each_time(rig: Rig) -> None:
     memory = rig.worker.arena
-    ratios = Requantiser(codec(), ENTROPY).ratios
+    assert isinstance(rig.codec, CpuKvtc2Codec)
+    ratios = Requantiser(rig.codec, ENTROPY).ratios
     assert load(rig) == set()
     assert rig.counters()["halved_loaded_chunks/0"] == 1
     for times in (1, 2):

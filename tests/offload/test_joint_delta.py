@@ -34,9 +34,12 @@ FREE = [8, 9, 10, 11]
 
 
 @pytest.fixture
-def rig() -> tuple[Rig, DeltaStore, MemoryArena]:
-    """Pages with one passage twice, the second time a little different, both stored."""
-    artifact = step_artifact(MODEL, (8.0,))
+def rig(request: pytest.FixtureRequest) -> tuple[Rig, DeltaStore, MemoryArena]:
+    """Pages with one passage twice, the second time a little different, both stored.
+
+    Its parameter: whether K and V share a basis.
+    """
+    artifact = step_artifact(MODEL, (8.0,), paired=getattr(request, "param", False))
     codec: TransformCodec = open_codec("kvtc2", torch.bfloat16, artifact=artifact, ratio=8.0)
     inner = MemoryArena(1 << 20)
     store = DeltaStore(inner, DeltaCoder(artifact, ENTROPY))
@@ -77,6 +80,7 @@ def is_loaded(made: Rig, key: RecordKey) -> bool:
     return all(map(torch.equal, (cache[FREE] for cache in made.caches.values()), wanted))
 
 
+@pytest.mark.parametrize("rig", [False, True], ids=["apart", "paired"], indirect=True)
 def test_what_is_loaded_is_what_the_codec_gives(rig: Any) -> None:
     made, store, inner = rig
     whole = {key: len(store.read(key)) for key in (A, B)}
