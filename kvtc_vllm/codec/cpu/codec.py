@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvtc_vllm.codec.artifact import Kind, RankArtifact, SectionBasis
+from kvtc_vllm.codec.artifact import RankArtifact, SectionBasis, SectionKey
 from kvtc_vllm.codec.base import (
     Blob,
     DecodedChunk,
@@ -24,18 +24,17 @@ from kvtc_vllm.codec.base import (
 )
 from kvtc_vllm.codec.container import NO_FINGERPRINT, ContainerInfo, NewSection, build
 from kvtc_vllm.codec.cpu.bit_section import BitSection
-from kvtc_vllm.codec.cpu.products import Operand
-from kvtc_vllm.codec.cpu.rotation import Rotation
-from kvtc_vllm.codec.cpu.rows import Floats, Integers, centre, largest_bits16, uncentre
+from kvtc_vllm.codec.cpu.cache_rows import CacheRows
+from kvtc_vllm.codec.cpu.rows import Floats, Integers, largest_bits16
 from kvtc_vllm.codec.cpu.section import FastSection
 from kvtc_vllm.codec.cpu.step_section import StepSection
 from kvtc_vllm.codec.cpu.stored import TileProducts
-from kvtc_vllm.codec.cpu.tiles import Span, elements_of, empty_chunk, tiles
+from kvtc_vllm.codec.cpu.tiles import Span, empty_chunk, tiles
 from kvtc_vllm.codec.errors import CodecError, ContainerError
 from kvtc_vllm.codec.frame import SECTION_KIND, TransformCodec
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.marks import BEYOND_KIND, no_beyond, unpack_marks
-from kvtc_vllm.codec.transform import layer_ropes, layer_scales, mean_chunk, to_cache
+from kvtc_vllm.codec.transform import mean_chunk
 from kvtc_vllm.codec.v2.codec import Kvtc2Codec
 from kvtc_vllm.codec.v2.plan import step_plan
 
@@ -73,12 +72,8 @@ class CpuCodec(TransformCodec):
         super().__init__(artifact, ratio, dtype, identity, deflate_level, operand=torch.float16)
         self._int8 = int8
         self._lock = threading.Lock()
-        self._fast: dict[float, dict[tuple[int, Kind], FastSection]] = {}
-        groups = range(len(self.geometry.layer_groups))
-        unturned = Rotation([None])
-        self._rotations: dict[tuple[int, Kind], Rotation] = {(g, "v"): unturned for g in groups}
-        self._rotations |= {(g, "k"): Rotation(layer_ropes(artifact, g)) for g in groups}
-        self._direct = dtype == torch.bfloat16 and artifact.scales is None
+        self._fast: dict[float, dict[SectionKey, FastSection]] = {}
+        self.cache_rows = CacheRows(artifact, dtype)
         logger.info("%s %gx on the CPU: %s", self.name, ratio, self.arithmetic)
         self._warm_up()
 
@@ -162,10 +157,11 @@ class CpuCodec(TransformCodec):
                 marks[i] = found.numpy()
         spans = self._spans([(i, chunks[i].start, chunks[i].k.shape[0]) for i in written])
         for key, section in self.sections(self.ratio).items() if spans else ():
-            group, kind = key
+            group, name = key
             operand = section.forward.empty(spans[-1].rows.stop)
             for span in spans:
-                self._centre(chunks[span.number], span, key, section, operand.part(span.rows))
+                own = operand.part(span.rows)
+                self.cache_rows.take(chunks[span.number], span, key, section, own)
             products = TileProducts(section, operand, spans, marks)
             for span in spans:
                 if span.number not in written:
@@ -176,10 +172,10 @@ class CpuCodec(TransformCodec):
                     results[span.number] = error
                     del written[span.number]
                     continue
-                kinds = (SECTION_KIND[kind], BEYOND_KIND[kind])
+                kinds = (SECTION_KIND[name], BEYOND_KIND[name])
                 written[span.number] += [
-                    NewSection(own, part.coder_id, group, part.raw_length, part.encoded)
-                    for own, part in zip(kinds, coded, strict=False)
+                    NewSection(kind, part.coder_id, group, part.raw_length, part.encoded)
+                    for kind, part in zip(kinds, coded, strict=False)
                 ]
         for i, new in written.items():
             chunk = chunks[i]
@@ -194,7 +190,7 @@ class CpuCodec(TransformCodec):
     def _decode_tile(
         self,
         blobs: dict[int, tuple[ContainerInfo, memoryview]],
-        sections: dict[tuple[int, Kind], FastSection],
+        sections: dict[SectionKey, FastSection],
     ) -> dict[int, DecodedChunk | ContainerError]:
         """Every payload of a blob is read before anything of it is decoded further."""
         results: dict[int, DecodedChunk | ContainerError] = {}
@@ -205,7 +201,7 @@ class CpuCodec(TransformCodec):
             key: np.zeros((rows, section.live), np.float32) for key, section in sections.items()
         }
         row_of = {span.number: span.rows for span in spans}
-        beyond: dict[tuple[int, Kind], list[tuple[Integers, Floats]]] = {k: [] for k in sections}
+        beyond: dict[SectionKey, list[tuple[Integers, Floats]]] = {k: [] for k in sections}
         for i, (info, blob) in blobs.items():
             try:
                 results[i] = self._read(info, blob, sections, coefficients, beyond, row_of.get(i))
@@ -223,16 +219,16 @@ class CpuCodec(TransformCodec):
                 chunk = results[span.number]
                 if isinstance(chunk, DecodedChunk):
                     part, factors = product[span.rows], operand.factors[span.rows]
-                    self._uncentre(part, factors, span, key, section, chunk)
+                    self.cache_rows.give(part, factors, span, key, section, chunk)
         return results
 
     def _read(
         self,
         info: ContainerInfo,
         blob: memoryview,
-        sections: dict[tuple[int, Kind], FastSection],
-        coefficients: dict[tuple[int, Kind], Floats],
-        beyond: dict[tuple[int, Kind], list[tuple[Integers, Floats]]],
+        sections: dict[SectionKey, FastSection],
+        coefficients: dict[SectionKey, Floats],
+        beyond: dict[SectionKey, list[tuple[Integers, Floats]]],
         rows: slice | None,
     ) -> DecodedChunk:
         """A chunk with its sinks and nothing else; its coefficients go to their rows.
@@ -268,72 +264,6 @@ class CpuCodec(TransformCodec):
                 beyond[key].append((numbers, own / gain))
         return chunk
 
-    def _centre(
-        self,
-        chunk: NewChunk,
-        span: Span,
-        key: tuple[int, Kind],
-        section: FastSection,
-        operand: Operand,
-    ) -> None:
-        group, kind = key
-        first, end = self.geometry.layer_groups[group]
-        values = (chunk.k if kind == "k" else chunk.v)[span.first - chunk.start :]
-        layers = (0, self.geometry.num_layers)
-        if not self._direct:
-            layers = (first, end)
-            scales = layer_scales(self.artifact, kind, first, end, values.device)
-            values = values[:, first:end].float()
-            values = values if scales is None else values * scales
-        elements = elements_of(values)
-        offset = (first - layers[0]) * (elements.shape[1] // (layers[1] - layers[0]))
-        rotation = self._rotations[key]
-        centre(
-            elements,
-            offset,
-            section.mean,
-            section.weights,
-            values.shape[-1],
-            rotation.inverse_angles(span.first, span.end),
-            rotation.rope_of_layer,
-            rotation.halves,
-            rotation.neox,
-            operand.rows,
-            operand.codes,
-            operand.factors,
-        )
-
-    def _uncentre(
-        self,
-        rows: Floats,
-        factors: Floats,
-        span: Span,
-        key: tuple[int, Kind],
-        section: FastSection,
-        chunk: DecodedChunk,
-    ) -> None:
-        group, kind = key
-        first, end = self.geometry.layer_groups[group]
-        whole = (chunk.k if kind == "k" else chunk.v)[span.first - chunk.start :]
-        out = whole if self._direct else torch.empty(whole[:, first:end].shape)
-        elements = elements_of(out)
-        rotation = self._rotations[key]
-        uncentre(
-            rows,
-            factors,
-            section.mean,
-            whole.shape[-1],
-            rotation.angles(span.first, span.end),
-            rotation.rope_of_layer,
-            rotation.halves,
-            rotation.neox,
-            elements,
-            first * whole[0, 0].numel() if self._direct else 0,
-        )
-        if not self._direct:
-            scales = layer_scales(self.artifact, kind, first, end, out.device)
-            whole[:, first:end] = to_cache(out, scales, self.dtype)
-
     def _spans(self, chunks: Sequence[tuple[int, int, int]]) -> list[Span]:
         """Where coded tokens of chunks (number, start, tokens) go in a tile."""
         found: list[Span] = []
@@ -345,7 +275,7 @@ class CpuCodec(TransformCodec):
                 row += end - first
         return found
 
-    def sections(self, ratio: float) -> dict[tuple[int, Kind], FastSection]:
+    def sections(self, ratio: float) -> dict[SectionKey, FastSection]:
         """At one of the artifact's ratios, as a blob has them. Made when first asked for."""
         with self._lock:
             if ratio not in self._fast:

@@ -1,10 +1,13 @@
 """Compiled passes over rows: cache elements -> centred rows, and products -> cache elements.
 
-Every pass holds one row of float32 at a time, which stays in the cache of a core. Rows are [T, p],
-p = layers * heads * size. Importing this imports numba.
+Every pass holds one row of float32 at a time, which stays in the cache of a core. Rows are [T, p];
+their parts are K, V, or both one after the other, each of layers * heads * size columns. Importing
+this imports numba.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +21,27 @@ Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.uint32]
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
+
+
+class Part(NamedTuple):
+    """K or V in the rows of one section.
+
+    elements: [T, all layers]; those of the section start at `offset` of each token.
+    first, end: columns of the rows. head_size: elements per head.
+    angles: [ropes, T, 2, most halves], what turns keys, or what turns them back.
+    rope_of_layer, halves, neox: see `Rotation`.
+    """
+
+    elements: Elements
+    offset: int
+    first: int
+    end: int
+    head_size: int
+    angles: Floats
+    rope_of_layer: Integers
+    halves: Integers
+    neox: Integers
+
 
 ZERO_POINT = 128
 _STEPS = np.float32(127.0)
@@ -56,30 +80,22 @@ def _bfloat16_bits(bits: np.uint32) -> np.uint32:
 
 
 @jit
-def _rotate_row(
-    row: Floats,
-    token: int,
-    head_size: int,
-    angles: Floats,
-    rope_of_layer: Integers,
-    halves: Integers,
-    neox: Integers,
-) -> None:
+def _rotate_row(row: Floats, token: int, part: Part) -> None:
     """(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) of all keys of a token, in place.
 
-    A layer without rope (-1) stays. Indices are unsigned: numba then knows that none counts from
-    the end, and the loops vectorise.
+    row: the columns of the part. A layer without rope (-1) stays. Indices are unsigned: numba then
+    knows that none counts from the end, and the loops vectorise.
     """
-    layer_size = len(row) // max(1, len(rope_of_layer))
-    for layer in range(len(rope_of_layer)):
-        rope = rope_of_layer[layer]
+    layer_size = len(row) // max(1, len(part.rope_of_layer))
+    for layer in range(len(part.rope_of_layer)):
+        rope = part.rope_of_layer[layer]
         if rope < 0:
             continue
-        half = np.uint64(halves[rope])
-        cos, sin = angles[rope, token, 0], angles[rope, token, 1]
-        for start in range(layer * layer_size, (layer + 1) * layer_size, head_size):
+        half = np.uint64(part.halves[rope])
+        cos, sin = part.angles[rope, token, 0], part.angles[rope, token, 1]
+        for start in range(layer * layer_size, (layer + 1) * layer_size, part.head_size):
             first = np.uint64(start)
-            if neox[rope]:
+            if part.neox[rope]:
                 second = first + half
                 for i in range(half):
                     x1, x2 = row[first + i], row[second + i]
@@ -119,36 +135,30 @@ def to_int8(rows: Floats, first: int, codes: Bytes, factors: Floats) -> None:
 
 @jit
 def centre(
-    elements: Elements,
-    offset: int,
+    parts: tuple[Part, ...],
     mean: Floats,
     weights: Floats,
-    head_size: int,
-    angles: Floats,
-    rope_of_layer: Integers,
-    halves: Integers,
-    neox: Integers,
     rows: Floats,
     codes: Bytes,
     factors: Floats,
 ) -> None:
     """Weighted rows of one section without rotation and mean, as float32 or `to_int8`'s.
 
-    elements: [T, all layers]; those of the section start at `offset` of each token. weights: [p],
-    or without any: 1 each. angles:
-    [ropes, T, 2, most halves], what turns keys back. rows: out, [T, p]; without any, codes and
-    factors: out, of p columns.
+    parts: together all p columns. weights: [p], or without any: 1 each. rows: out, [T, p]; without
+    any, codes and factors: out, of p columns.
     """
     p = len(mean)
-    shift = np.uint32(16 if elements.itemsize == 2 else 0)
     scratch = np.empty(p, np.float32)
-    for token in range(len(elements)):
+    for token in range(len(factors)):
         row = rows[token] if len(rows) else scratch
-        words = row.view(np.uint32)
-        source = elements[token, offset : offset + p]
-        for i in range(p):
-            words[i] = np.uint32(source[i]) << shift
-        _rotate_row(row, token, head_size, angles, rope_of_layer, halves, neox)
+        for part in parts:
+            shift = np.uint32(16 if part.elements.itemsize == 2 else 0)
+            own = row[part.first : part.end]
+            words = own.view(np.uint32)
+            source = part.elements[token, part.offset : part.offset + len(own)]
+            for i in range(len(own)):
+                words[i] = np.uint32(source[i]) << shift
+            _rotate_row(own, token, part)
         for i in range(p):
             row[i] -= mean[i]
         for i in range(len(weights)):
@@ -170,32 +180,22 @@ def scale_rows(rows: Floats, factors: Floats) -> np.uint32:
 
 
 @jit
-def uncentre(
-    rows: Floats,
-    factors: Floats,
-    mean: Floats,
-    head_size: int,
-    angles: Floats,
-    rope_of_layer: Integers,
-    halves: Integers,
-    neox: Integers,
-    elements: Elements,
-    offset: int,
-) -> None:
+def uncentre(rows: Floats, factors: Floats, mean: Floats, parts: tuple[Part, ...]) -> None:
     """Inverse of `centre` for rows [T, p] times factors [T]; rows are overwritten."""
     p = len(mean)
-    narrow = elements.itemsize == 2
-    for token in range(len(elements)):
+    for token in range(len(rows)):
         row = rows[token]
         factor = factors[token]
         for i in range(p):
             row[i] = row[i] * factor + mean[i]
-        _rotate_row(row, token, head_size, angles, rope_of_layer, halves, neox)
-        words = row.view(np.uint32)
-        out = elements[token, offset : offset + p]
-        if narrow:
-            for i in range(p):
-                out[i] = _bfloat16_bits(words[i])
-        else:
-            for i in range(p):
-                out[i] = words[i]
+        for part in parts:
+            own = row[part.first : part.end]
+            _rotate_row(own, token, part)
+            words = own.view(np.uint32)
+            out = part.elements[token, part.offset : part.offset + len(own)]
+            if part.elements.itemsize == 2:
+                for i in range(len(own)):
+                    out[i] = _bfloat16_bits(words[i])
+            else:
+                for i in range(len(own)):
+                    out[i] = words[i]
