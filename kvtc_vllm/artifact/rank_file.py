@@ -1,12 +1,12 @@
 """One rank of an artifact as a safetensors file.
 
-Tensors, for every layer group g and kind k or v:
+Tensors, for every layer group g and each of its sections: k and v, or kv alone:
 
-    {kind}{g}.mean     float32 [p]
-    {kind}{g}.basis    float16 [p, r]
-    {kind}{g}.errors   float64 [R, 3]: target ratio, predicted and held-out error
-    {kind}{g}.plan{j}  int32 [n, 3]: start, size, type id of each stored group; j < R
-    {kind}{g}.weights  float32 [p], only where a fit weighs elements
+    {name}{g}.mean     float32 [p]
+    {name}{g}.basis    float16 [p, r]
+    {name}{g}.errors   float64 [R, 3]: target ratio, predicted and held-out error
+    {name}{g}.plan{j}  int32 [n, 3]: start, size, type id of each stored group; j < R
+    {name}{g}.weights  float32 [p], only where a fit weighs elements
     rope{i}            the model's cos/sin table in its own dtype
     probe.k, probe.v   float16 [n, L, H, D]; probe.positions int32 [n]
 
@@ -19,6 +19,7 @@ the fingerprint is computed again.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -218,7 +219,7 @@ class _RankReader:
                 f"names layer {sink_rule.layers[-1]}, the model has {geometry.num_layers} layers",
             )
         ropes = self._ropes(header, geometry)
-        names = PAIRED if rules.pairs and "kv0.mean" in self._left else APART
+        names = self._section_names(codec, rules)
         sections: dict[SectionKey, SectionBasis] = {
             (group, name): self._section(geometry, group, name, rules)
             for group in range(len(geometry.layer_groups))
@@ -287,6 +288,26 @@ class _RankReader:
                 )
             ropes.append(Rope(table, neox))
         return tuple(ropes)
+
+    def _section_names(self, codec: str, rules: ArtifactRules) -> tuple[SectionName, ...]:
+        """What the sections of every layer group are."""
+        pairs, apart = (
+            sorted(name for name in self._left if re.fullmatch(pattern, name))
+            for pattern in (r"kv\d+\.mean", r"[kv]\d+\.mean")
+        )
+        if not pairs:
+            return APART
+        if not rules.pairs:
+            raise self._error(
+                pairs[0], f"is of K and V together; codec {codec!r} has a basis each for K and V"
+            )
+        if apart:
+            raise self._error(
+                pairs[0],
+                f"is of K and V together, and {apart[0]} is of one of them; all layer groups of an "
+                "artifact have pairs, or none",
+            )
+        return PAIRED
 
     def _section(
         self, geometry: Geometry, group: int, section: SectionName, rules: ArtifactRules

@@ -232,10 +232,11 @@ def _fit(
     if gain is not None:
         fit = replace(fit, steps=replace(fit.steps, sink_gain=gain))
     estimate = estimate_fit(source.geometry, rows, settings.ratios, fit)
-    sections = 2 * len(source.geometry.layer_groups)
+    count = len(fit.section_names) * len(source.geometry.layer_groups)
+    sections = "1 section" if count == 1 else f"{count} sections"
     where = "a GPU" if fit.device.startswith("cuda") else "one core"
     print(
-        f"rank {rank}: {sections} sections of {rows} rows by {'+'.join(estimate.solvers)}, "
+        f"rank {rank}: {sections} of {rows} rows by {'+'.join(estimate.solvers)}, "
         f"peak memory about {estimate.peak_bytes / 2**30:.2f} GiB on {fit.device} and "
         f"host together, PCA about {estimate.pca_seconds / 60:.1f} min on {where}",
         flush=True,

@@ -33,6 +33,10 @@ from kvtc_vllm.codec.frame import TransformCodec
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.quantizers import REGISTRY, group_cost_bits
 from kvtc_vllm.codec.registry import CODECS
+from kvtc_vllm.codec.v2.codec import Kvtc2Codec
+
+_TRIAL_BYTES = 34
+"""Per coefficient of a section's sample, what finding a plan of codec 2 takes; measured: 33.6."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,10 @@ class FitSettings:
     steps: see there; of "kvtc2".
     protect_sinks: the artifact has the rule that tells floating sinks, if there are any and the
     codec marks them.
-    paired: K and V of a layer group share a basis, of a codec that allows it.
+    paired: K and V of a layer group share a basis, of a codec that allows it; without a key share.
 
-    Raises ValueError for a codec without artifacts, and for pairs that it does not allow.
+    Raises ValueError for a codec without artifacts, for pairs that it does not allow, and for pairs
+    with a key share.
     """
 
     method: Method = "auto"
@@ -82,6 +87,10 @@ class FitSettings:
             raise ValueError(f"codec {self.codec!r} has no artifacts; {', '.join(fitted)} have")
         if self.paired and not CODECS[self.codec].pairs:
             raise ValueError(f"codec {self.codec!r} has a basis each for K and V, not one")
+        if self.paired and self.key_share is not None:
+            raise ValueError(
+                f"key share {self.key_share}: K and V that share a basis have no shares"
+            )
 
     @property
     def marks_sinks(self) -> bool:
@@ -141,12 +150,16 @@ def lowest_own_ratio(
     ratios: Sequence[float],
     settings: FitSettings,
 ) -> float:
-    """Lowest ratio that a section may be coded at: that of all bits of both in a common budget.
+    """Lowest ratio that a section may be coded at: that of all bits of both in a common budget; of
+    codec 2 that of all bytes of all sections.
 
     Raises ArtifactError as `own_ratio` does.
     """
-    if name == "kv":
-        return min(ratios)
+    if settings.codec == Kvtc2Codec.name:
+        groups = range(len(geometry.layer_groups))
+        every = sum(geometry.row_size(other, "kv") for other in groups)
+        return max(1.0, min(ratios) * geometry.row_size(group, name) / every)
+    assert name != "kv"  # settings refuse pairs of codec 1
     if settings.common_budget:
         both = geometry.row_size(group, "kv")
         return max(1.0, min(ratios) * geometry.row_size(group, name) / both)
@@ -172,28 +185,36 @@ def estimate_fit(
 ) -> FitEstimate:
     """Predict memory, solvers and their time. train_rows: how many there are."""
     rows = min(train_rows, settings.train_rows or train_rows)
-    peak = 0
+    sample = min(rows, settings.simulation_rows)
+    steps = settings.codec == Kvtc2Codec.name
+    peak = held_before = 0
     seconds = 0.0
     methods: set[Solver] = set()
+    ranks: list[int] = []
     for group in range(len(geometry.layer_groups)):
-        held_before = 0
         for name in settings.section_names:
             p = geometry.row_size(group, name)
             lowest = lowest_own_ratio(geometry, group, name, ratios, settings)
             solver, rank = choose_solver(rows, p, lowest, settings)
             held = rows * p * 4 if solver == "rsvd" else 0
             pca = held + READING_BYTES + peak_bytes(rows, p, solver, rank)
-            sample = min(rows, settings.simulation_rows)
             # The basis in float16 and as an operand; the sample, its squares and coefficients.
-            table = p * rank * (2 + 4) + sample * (p * (4 + 8 + 8) + rank * (4 + 4))
-            table += table_bytes(rank, p, lowest, settings.sizes)
-            peak = max(peak, held_before + pca, held_before + table)
-            if settings.common_budget:
+            own = p * rank * (2 + 4) + sample * (p * (4 + 8 + 8) + rank * (4 + 4))
+            tables = 0 if steps else table_bytes(rank, p, lowest, settings.sizes)
+            peak = max(peak, held_before + pca, held_before + own + tables)
+            if steps:
+                # Basis and coefficients wait until all sections have theirs.
+                held_before += 2 * p * rank + sample * rank * 4
+            elif settings.common_budget and name == "k":
                 # Basis, table and coefficients of K wait for those of V.
-                held_before = 2 * p * rank + sample * rank * 4
-                held_before += table_bytes(rank, p, lowest, settings.sizes)
+                held_before = 2 * p * rank + sample * rank * 4 + tables
+            else:
+                held_before = 0
             methods.add(solver)
+            ranks.append(rank)
             seconds += predicted_seconds(rows, p, solver, rank, torch.device(settings.device).type)
+    if steps:
+        peak = max(peak, held_before + _TRIAL_BYTES * sample * max(ranks))
     return FitEstimate(peak, seconds, tuple(sorted(methods)))
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,6 +99,8 @@ def _budget(card: ArtifactCard) -> str:
     """How K and V divide the bits, in words."""
     if card.key_share is not None:
         return f"together; K has {card.key_share:.1%} of both"
+    if any(section.kind == "kv" for section in card.sections):
+        return "together, which share a basis"
     if card.codec_name == Kvtc2Codec.name:
         return "together; one step for both"
     if card.sensitivity is msgspec.UNSET:
@@ -157,18 +162,22 @@ def _plot(path: Path, card: ArtifactCard, fit: RankFit) -> None:
     from matplotlib.figure import Figure
 
     sensitivity = card.sensitivity
-    rows = 2 if sensitivity is msgspec.UNSET else 3
+    panels: list[Callable[[Axes], None]] = [
+        partial(_plot_variance, fit=fit),
+        partial(_plot_error, fit=fit),
+        *(partial(_plot_allocation, fit=fit, name=name) for name in fit.artifact.section_names),
+    ]
+    if sensitivity is not msgspec.UNSET:
+        panels.append(partial(_plot_weights, sensitivity=sensitivity))
+    rows = math.ceil(len(panels) / 2)
     figure = Figure(figsize=(11, 4 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(f"{card.model_name}, rank 0 of {card.tp_size}")
-    axes = figure.subplots(rows, 2)
-    _plot_variance(axes[0, 0], fit)
-    _plot_error(axes[0, 1], fit)
-    for column, name in enumerate(fit.artifact.section_names):
-        _plot_allocation(axes[1, column], fit, name)
-    if sensitivity is not msgspec.UNSET:
-        _plot_weights(axes[2, 0], sensitivity)
-        axes[2, 1].set_axis_off()
+    for axes, panel in zip_longest(figure.subplots(rows, 2).flat, panels):
+        if panel is None:
+            axes.set_axis_off()
+        else:
+            panel(axes)
     figure.savefig(path, dpi=110)
 
 
@@ -209,14 +218,14 @@ def _plot_error(axes: Axes, fit: RankFit) -> None:
     axes.legend(fontsize="small")
 
 
-def _plot_allocation(axes: Axes, fit: RankFit, kind: SectionName) -> None:
+def _plot_allocation(axes: Axes, fit: RankFit, name: SectionName) -> None:
     """First layer group: one line per ratio."""
-    section = fit.artifact.sections[0, kind]
+    section = fit.artifact.sections[0, name]
     for ratio in sorted(section.plans):
         bits = bits_per_coefficient(section.plans[ratio], section.basis.shape[1])
         axes.step(range(1, len(bits) + 1), bits.numpy(), where="mid", label=f"{ratio:g}x")
     axes.set(
-        title=f"{kind.upper()} group 0: bits per coefficient before entropy coding",
+        title=f"{name.upper()} group 0: bits per coefficient before entropy coding",
         xlabel="coefficient",
         xscale="log",
         ylim=(0, None),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from kvtc_vllm.calibration.fit_settings import FitSettings
+from kvtc_vllm.calibration.fit_settings import FitSettings, lowest_own_ratio
 from kvtc_vllm.calibration.section_fit import (
     RowSource,
     SectionFit,
@@ -42,19 +42,10 @@ def fit_steps(
         for group in range(len(geometry.layer_groups))
         for name in settings.section_names
     ]
-    both = sum(geometry.row_size(*key) for key in keys)
-    fitters = {
-        # A section may take all bytes of all.
-        key: SectionFitter(
-            source,
-            geometry,
-            *key,
-            max(1.0, min(ratios) * geometry.row_size(*key) / both),
-            settings,
-            progress,
-        )
-        for key in keys
-    }
+    fitters = {}
+    for key in keys:
+        lowest = lowest_own_ratio(geometry, *key, ratios, settings)
+        fitters[key] = SectionFitter(source, geometry, *key, lowest, settings, progress)
     generator = torch.Generator().manual_seed(settings.seed)
     index = sample_index(source, settings, generator)
     marks = sink_marks(source, geometry, index, rule)

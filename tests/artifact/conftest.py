@@ -1,5 +1,5 @@
 """The fitted toy model, for all tests of this folder."""
 
-from tests.calibration.fitted import fit, reader, spool, written
+from tests.calibration.fitted import fit, paired_fit, reader, spool, written, written_pairs
 
-__all__ = ["fit", "reader", "spool", "written"]
+__all__ = ["fit", "paired_fit", "reader", "spool", "written", "written_pairs"]

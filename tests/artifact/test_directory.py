@@ -21,6 +21,7 @@ from kvtc_vllm.artifact.fingerprint import artifact_fingerprint
 from kvtc_vllm.artifact.rank_file import read_rank_file, write_rank_file
 from kvtc_vllm.calibration.fit import RankFit
 from kvtc_vllm.calibration.spool import SpoolReader
+from kvtc_vllm.codec.artifact import RankArtifact
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.payload import CoefficientGroup
 from kvtc_vllm.codec.sink_rule import SinkRule
@@ -31,9 +32,12 @@ Tensors = dict[str, torch.Tensor]
 
 @pytest.fixture
 def copy(written: Path, tmp_path: Path) -> Path:
-    target = tmp_path / "artifact"
-    shutil.copytree(written, target)
-    return target
+    return Path(shutil.copytree(written, tmp_path / "artifact"))
+
+
+@pytest.fixture
+def copy_of_pairs(written_pairs: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(written_pairs, tmp_path / "artifact"))
 
 
 def edit(directory: Path, change: Callable[[Tensors, dict[str, Any]], None]) -> None:
@@ -62,9 +66,15 @@ def edit_card(directory: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_round_trip(written: Path, fit: RankFit, reader: SpoolReader) -> None:
+@pytest.mark.parametrize(
+    ("directory", "made_by"), [("written", "fit"), ("written_pairs", "paired_fit")]
+)
+def test_round_trip(
+    directory: str, made_by: str, reader: SpoolReader, request: pytest.FixtureRequest
+) -> None:
+    written: Path = request.getfixturevalue(directory)
+    original: RankArtifact = request.getfixturevalue(made_by).artifact
     artifact, card, probe = load_rank_artifact(written, 0)
-    original = fit.artifact
     assert artifact.fingerprint == original.fingerprint
     assert artifact.geometry == original.geometry
     assert artifact.layer_rope == original.layer_rope
@@ -73,7 +83,9 @@ def test_round_trip(written: Path, fit: RankFit, reader: SpoolReader) -> None:
         loaded = artifact.sections[key]
         assert torch.equal(loaded.mean, section.mean)
         assert torch.equal(loaded.basis, section.basis)
-        assert loaded.plans == section.plans
+        for ratio, plan in section.plans.items():
+            assert loaded.plans[ratio].fingerprint_bytes() == plan.fingerprint_bytes()
+            assert loaded.plans[ratio].expected_error == plan.expected_error
         assert loaded.heldout_error == section.heldout_error
     assert [r.fingerprint() for r in artifact.ropes] == [r.fingerprint() for r in original.ropes]
     expected = reader.probe()
@@ -84,7 +96,7 @@ def test_round_trip(written: Path, fit: RankFit, reader: SpoolReader) -> None:
     assert card.ratios == RATIOS
     assert card.data == DATA
     assert card.size_bytes == {RANK_FILE: (written / RANK_FILE).stat().st_size}
-    assert len(card.sections) == 4
+    assert {(s.group, s.kind) for s in card.sections} == set(original.sections)
 
 
 def set_tensor(name: str, value: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -162,6 +174,59 @@ def test_damaged_rank_file(copy: Path, change: Any, message: str) -> None:
         load_rank_artifact(copy, 0)
     assert RANK_FILE in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def rename(before: str, after: str) -> Any:
+    """Of every tensor whose name begins so."""
+
+    def change(tensors: Tensors, header: dict[str, Any]) -> None:
+        for name in [name for name in tensors if name.startswith(before)]:
+            tensors[name.replace(before, after)] = tensors.pop(name)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop("kv0.mean"), r"kv0\.mean is missing"),
+        (drop("kv1.basis"), r"kv1\.basis is missing"),
+        (
+            lambda tensors, _: tensors.update({"k1.mean": torch.zeros(32)}),
+            r"kv0\.mean is of K and V together, and k1\.mean is of one of them",
+        ),
+        (rename("kv1.", "v1."), r"kv0\.mean is of K and V together, and v1\.mean is of one"),
+        (rename("kv1.", "kv7."), r"kv1\.mean is missing"),
+        (rename("kv", "k"), r"k0\.mean is F32 \(48,\), expected F32 \(32\)"),
+        (
+            set_header(codec="kvtc"),
+            r"kv0\.mean is of K and V together; codec 'kvtc' has a basis each",
+        ),
+        (
+            set_tensor("kv0.mean", lambda t: t[:32]),
+            r"kv0\.mean is F32 \(32,\), expected F32 \(48\)",
+        ),
+        (set_tensor("kv1.basis", lambda t: t[:16]), r"kv1\.basis is F16 \(16, "),
+        (set_tensor("kv1.mean", lambda t: t.roll(32)), "fingerprint is"),
+        (
+            lambda tensors, _: tensors.update({"kv0.weights": torch.ones(16)}),
+            r"kv0\.weights is F32",
+        ),
+        (lambda tensors, _: tensors.update({"k0.errors": torch.zeros(1)}), r"k0\.errors is not a"),
+    ],
+)
+def test_damaged_pairs(copy_of_pairs: Path, change: Any, message: str) -> None:
+    edit(copy_of_pairs, change)
+    with pytest.raises(ArtifactError, match=message) as caught:
+        load_rank_artifact(copy_of_pairs, 0)
+    assert RANK_FILE in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pair_in_a_file_of_codec_1(copy: Path) -> None:
+    edit(copy, rename("k1.", "kv1."))
+    with pytest.raises(ArtifactError, match=r"kv1\.mean is of K and V together; codec 'kvtc' has"):
+        load_rank_artifact(copy, 0)
 
 
 @pytest.mark.parametrize(

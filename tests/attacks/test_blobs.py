@@ -35,7 +35,7 @@ MODEL = SyntheticModel(
     num_layers=2, num_kv_heads=1, head_size=16, layer_groups=((0, 1), (1, 2)), max_positions=256
 )
 TOKENS = 12
-MUTATIONS = 20_000
+MUTATIONS = 15_000
 
 
 RULE = SinkRule((0, 1), threshold=1.0)
@@ -43,14 +43,23 @@ RULE = SinkRule((0, 1), threshold=1.0)
 
 
 @pytest.fixture(
-    scope="module", params=["raw", "kvtc", "kvtc by int8", "kvtc2", "kvtc2 by compiled loops"]
+    scope="module",
+    params=[
+        "raw",
+        "kvtc",
+        "kvtc by int8",
+        "kvtc2",
+        "kvtc2 by compiled loops",
+        "kvtc2 of pairs",
+        "kvtc2 of pairs by compiled loops",
+    ],
 )
 def codec(request) -> ChunkCodec:
     if request.param == "raw":
         return RawCodec(MODEL.geometry, torch.bfloat16)
     if request.param.startswith("kvtc2"):
-        artifact = step_artifact(MODEL, (4.0, 8.0), RULE)
-        make2 = Kvtc2Codec if request.param == "kvtc2" else CpuKvtc2Codec
+        artifact = step_artifact(MODEL, (4.0, 8.0), RULE, paired="pairs" in request.param)
+        make2 = CpuKvtc2Codec if "compiled" in request.param else Kvtc2Codec
         return make2(artifact, 4.0, torch.bfloat16)
     make = KvtcCodec if request.param == "kvtc" else Int8Codec
     return make(MODEL.artifact((4.0, 8.0)), 4.0, torch.bfloat16)

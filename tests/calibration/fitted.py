@@ -64,11 +64,33 @@ def fit(reader: SpoolReader) -> RankFit:
 
 
 @pytest.fixture(scope="session")
+def paired_fit(reader: SpoolReader) -> RankFit:
+    """Of codec 2, K and V of a layer group with one basis."""
+    return fit_rank(
+        reader,
+        reader.geometry,
+        reader.ropes,
+        reader.layer_rope,
+        RATIOS,
+        settings=FitSettings(codec="kvtc2", paired=True, simulation_rows=512),
+    )
+
+
+@pytest.fixture(scope="session")
 def written(fit: RankFit, reader: SpoolReader, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished artifact; tests that change it work on a copy."""
-    return write_artifact(
-        tmp_path_factory.mktemp("registry"),
-        Description("org/toy", IDENTITY, "bfloat16", DATA),
-        [fit],
-        [reader.probe()],
-    )
+    return write(fit, reader, tmp_path_factory.mktemp("registry"))
+
+
+@pytest.fixture(scope="session")
+def written_pairs(
+    paired_fit: RankFit, reader: SpoolReader, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """As `written`, of `paired_fit`."""
+    return write(paired_fit, reader, tmp_path_factory.mktemp("registry-of-pairs"))
+
+
+def write(fit: RankFit, reader: SpoolReader, registry: Path) -> Path:
+    """The toy model's artifact."""
+    description = Description("org/toy", IDENTITY, "bfloat16", DATA)
+    return write_artifact(registry, description, [fit], [reader.probe()])

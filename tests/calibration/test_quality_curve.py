@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -95,10 +96,10 @@ def cache_of(network: torch.nn.Module, ids: Sequence[int]) -> tuple[torch.Tensor
     return k.bfloat16(), v.bfloat16()
 
 
-def settings(model: Path, out: Path, codec: str = "kvtc") -> ArtifactSettings:
+def settings(model: Path, out: Path, **fit: Any) -> ArtifactSettings:
     return ArtifactSettings(
         RATIOS,
-        FitSettings(simulation_rows=1024, codec=codec),
+        FitSettings(simulation_rows=1024, **fit),
         out=str(out),
         curve=CurveSettings(str(model)),
     )
@@ -131,7 +132,7 @@ def test_only_the_ratio_of_a_quality_is_kept(
     model: Path,
     tmp_path: Path,
 ) -> None:
-    made = settings(model, tmp_path, "kvtc2")
+    made = settings(model, tmp_path, codec="kvtc2", paired=True)
     whole = load_card(fit_spool(spool, replace(made, name="whole")))
     assert whole.curve is not msgspec.UNSET
     asked = whole.curve.points[1].kl * 1.001

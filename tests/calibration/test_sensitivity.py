@@ -28,7 +28,7 @@ from kvtc_vllm.calibration.sinks import SinkFit
 from kvtc_vllm.calibration.spool import SpoolReader
 from kvtc_vllm.calibration.weights import LEAST_WEIGHT, RowWeights
 from kvtc_vllm.calibration.writing import Description, write_artifact
-from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind
+from kvtc_vllm.codec.artifact import APART, KINDS, PAIRED, Geometry, Kind
 from kvtc_vllm.codec.bitplan import budget_bits, plan_bits
 from kvtc_vllm.codec.cpu.codec import CpuKvtcCodec
 from kvtc_vllm.codec.errors import ArtifactError
@@ -222,6 +222,14 @@ def test_weighted_errors_are_less_and_plain_ones_more(weighted: RankFit, fit: Ra
             errors.append((cost, plain))
         assert errors[0][0] < 0.8 * errors[1][0]
         assert errors[0][1] > errors[1][1]
+
+
+def test_weights_of_a_pair_are_those_of_its_parts() -> None:
+    geometry = Geometry(LAYERS, HEADS, SIZE, SIZE_V, ((0, 1), (1, LAYERS)))
+    for group in (0, 1):
+        k, v, both = (WEIGHTS.of_row(geometry, group, name) for name in (*APART, *PAIRED))
+        assert torch.equal(both, torch.cat((k, v)))
+        assert len(both) == geometry.row_size(group, "kv")
 
 
 def heldout_rows() -> dict[Kind, torch.Tensor]:

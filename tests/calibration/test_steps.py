@@ -13,13 +13,15 @@ from kvtc_vllm.artifact.card import load_card
 from kvtc_vllm.artifact.directory import load_rank_artifact
 from kvtc_vllm.artifact.registry import find
 from kvtc_vllm.calibration.fit import RankFit, fit_rank
-from kvtc_vllm.calibration.fit_settings import FitSettings
+from kvtc_vllm.calibration.fit_settings import FitSettings, estimate_fit
 from kvtc_vllm.calibration.sinks import SinkFit
 from kvtc_vllm.calibration.spool import SpoolReader
 from kvtc_vllm.calibration.step_classes import PRICE_OF_A_BIT, Sample, StepSettings, make_step_plan
 from kvtc_vllm.calibration.step_fit import document_length, overhead_bytes, sample_index
 from kvtc_vllm.calibration.step_plans import CHUNK_TOKENS
 from kvtc_vllm.calibration.writing import Description, write_artifact
+from kvtc_vllm.cli.inspect import describe_artifact
+from kvtc_vllm.codec.artifact import PAIRED, Geometry
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.registry import open_codec
 from kvtc_vllm.codec.sink_rule import SinkRule
@@ -55,8 +57,19 @@ def fitted(reader: SpoolReader, **changes: Any) -> RankFit:
 
 
 @pytest.fixture(scope="module")
-def steps(reader: SpoolReader) -> RankFit:
+def apart(reader: SpoolReader) -> RankFit:
     return fitted(reader)
+
+
+@pytest.fixture(scope="module")
+def paired(reader: SpoolReader) -> RankFit:
+    return fitted(reader, settings={"paired": True})
+
+
+@pytest.fixture(scope="module", params=["apart", "paired"])
+def steps(request: pytest.FixtureRequest) -> RankFit:
+    found: RankFit = request.getfixturevalue(request.param)
+    return found
 
 
 def plans(fit: RankFit, ratio: float) -> list[StepPlan]:
@@ -113,8 +126,8 @@ def test_the_sample_is_of_neighbours(reader: SpoolReader) -> None:
     assert document_length(reader) == 4 + DOC_TOKENS
 
 
-def test_the_rule_is_in_the_artifact_if_it_is_wanted(steps: RankFit, reader: SpoolReader) -> None:
-    assert steps.artifact.sink_rule == sinks_of(reader).rule
+def test_the_rule_is_in_the_artifact_if_it_is_wanted(apart: RankFit, reader: SpoolReader) -> None:
+    assert apart.artifact.sink_rule == sinks_of(reader).rule
     plain = fitted(reader, settings={"protect_sinks": False})
     assert plain.artifact.sink_rule is None
     version_1 = fit_rank(
@@ -129,10 +142,10 @@ def test_the_rule_is_in_the_artifact_if_it_is_wanted(steps: RankFit, reader: Spo
     assert version_1.artifact.sink_rule is None
 
 
-def test_finer_sinks_take_bytes_from_the_others(steps: RankFit, reader: SpoolReader) -> None:
+def test_finer_sinks_take_bytes_from_the_others(apart: RankFit, reader: SpoolReader) -> None:
     finest = fitted(reader, settings={"steps": StepSettings(sink_gain=64.0)})
     assert plans(finest, 6.0)[0].sink_gain == 64.0
-    assert plans(finest, 6.0)[0].step > plans(steps, 6.0)[0].step
+    assert plans(finest, 6.0)[0].step > plans(apart, 6.0)[0].step
 
 
 def test_expected_errors_are_met_on_held_out_rows(steps: RankFit) -> None:
@@ -147,9 +160,39 @@ def test_a_ratio_that_headers_forbid_is_refused(reader: SpoolReader) -> None:
         fitted(reader, ratios=(6.0, 300.0))
 
 
-def test_a_codec_without_artifacts_is_refused() -> None:
-    with pytest.raises(ValueError, match="codec 'raw' has no artifacts; kvtc, kvtc2 have"):
-        FitSettings(codec="raw")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"codec": "raw"}, "codec 'raw' has no artifacts; kvtc, kvtc2 have"),
+        ({"codec": "kvtc", "paired": True}, "codec 'kvtc' has a basis each for K and V"),
+        (
+            {"codec": "kvtc2", "paired": True, "key_share": 0.4},
+            "key share 0.4: K and V that share a basis have no shares",
+        ),
+    ],
+)
+def test_what_no_codec_does_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FitSettings(**settings)
+
+
+def test_the_estimate_has_all_bases_at_once(reader: SpoolReader) -> None:
+    """One step for all takes the coefficients of all: no section is done before the others."""
+    geometry = Geometry(64, 8, 128, 128, tuple((i, i + 4) for i in range(0, 64, 4)))
+    for paired in (False, True):
+        settings = FitSettings(codec="kvtc2", paired=paired, simulation_rows=128)
+        found = estimate_fit(geometry, 20_000, (2.0,), settings)
+        names = settings.section_names
+        bases = sum(2 * geometry.row_size(g, n) ** 2 for g in range(16) for n in names)
+        assert bases < found.peak_bytes < 2 * bases
+    one = replace(geometry, layer_groups=((0, 64),))
+    apart, pair = (
+        estimate_fit(one, 20_000, (8.0,), FitSettings("eigh", codec="kvtc2", paired=paired))
+        for paired in (False, True)
+    )
+    # Covariance and workspace grow with the square of the row, which is twice as long.
+    assert 3 * apart.peak_bytes < pair.peak_bytes < 4 * apart.peak_bytes
+    assert 3 * apart.pca_seconds < pair.pca_seconds < 4 * apart.pca_seconds
 
 
 def test_it_is_written_found_and_served(
@@ -163,6 +206,11 @@ def test_it_is_written_found_and_served(
     assert {round(e.token_bytes, 6) for s in card.sections for e in s.errors} == known
     report = (directory / "report.md").read_text()
     assert "coefficients in" in report
+    paired = steps.artifact.section_names == PAIRED
+    assert ("| 0 | KV group 1 | 48 |" in report) == ("which share a basis" in report) == paired
+    assert ("| 0 | V group 1 | 16 |" in report) == ("one step for both" in report) != paired
+    described = describe_artifact(directory)["sections"]
+    assert [s["row"] for s in described] == ([48, 48] if paired else [32, 16, 32, 16])
     assert "Ratios are of all bytes of blobs of 128 tokens" in report
     found = find(IDENTITY, 1, 6.0, model_name="org/toy", codec="kvtc2", registries=[tmp_path])
     assert found == directory

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from kvtc_vllm.artifact.card import load_card
 from kvtc_vllm.artifact.directory import load_rank_artifact
 from kvtc_vllm.calibration import writing
 from kvtc_vllm.calibration.fit import RankFit
+from kvtc_vllm.calibration.report import write_report
 from kvtc_vllm.calibration.spool import SpoolReader
 from kvtc_vllm.calibration.writing import Description, model_slug, write_artifact
 from kvtc_vllm.codec.errors import ArtifactError
@@ -85,3 +87,25 @@ def test_slug_is_one_path_component() -> None:
     assert model_slug("meta-llama/Llama-3.1-8B") == "meta-llama--Llama-3.1-8B"
     assert model_slug("../../etc") == "etc"
     assert model_slug("///") == "model"
+
+
+@pytest.mark.parametrize(
+    ("directory", "made_by"), [("written", "fit"), ("written_pairs", "paired_fit")]
+)
+def test_no_panel_of_the_picture_is_empty(
+    directory: str,
+    made_by: str,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """A pair has one allocation to show, not two."""
+    fit: RankFit = request.getfixturevalue(made_by)
+    card = load_card(request.getfixturevalue(directory))
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    write_report(tmp_path, card, [fit])
+    (figure,) = figures
+    shown = [axes for axes in figure.axes if axes.axison]
+    assert len(shown) == 2 + len(fit.artifact.section_names)
+    assert all(axes.has_data() for axes in shown)

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from kvtc_vllm.codec.artifact import KINDS, SectionBasis
+from kvtc_vllm.codec.artifact import SectionBasis
 from kvtc_vllm.codec.base import read_section
 from kvtc_vllm.codec.container import parse
+from kvtc_vllm.codec.frame import SECTION_KIND
 from kvtc_vllm.codec.v2.plan import StepPlan
 from tests.golden.formula import (
     GEOMETRY,
@@ -24,8 +25,6 @@ from tests.golden.formula import (
     IDENTITY,
     SCALES,
     Golden,
-    artifact,
-    artifact2,
 )
 from tests.golden.plain_reader import PlainRope, PlainSection, read_blob
 from tests.golden.plain_reader2 import PlainStepSection
@@ -115,10 +114,10 @@ def plain_section(section: SectionBasis, ratio: float) -> PlainSection | PlainSt
 
 @EACH
 def test_the_written_specification_reads_the_same(golden):
-    fitted = artifact2(golden.scaled) if golden.codec == "kvtc2" else artifact(golden.scaled)
+    fitted = golden.make_artifact()
     sections = {
-        (group, KINDS.index(kind)): plain_section(section, golden.ratio)
-        for (group, kind), section in fitted.sections.items()
+        (group, int(SECTION_KIND[name])): plain_section(section, golden.ratio)
+        for (group, name), section in fitted.sections.items()
         if golden.codec != "raw"
     }
     ropes = [

@@ -13,7 +13,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind, RankArtifact, SectionBasis
+from kvtc_vllm.codec.artifact import (
+    APART,
+    PAIRED,
+    Geometry,
+    Kind,
+    RankArtifact,
+    SectionBasis,
+    SectionKey,
+    SectionName,
+)
 from kvtc_vllm.codec.base import ChunkCodec
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.payload import BitPlan, CoefficientGroup
@@ -35,7 +44,7 @@ SCALES: dict[Kind, tuple[float, ...]] = {"k": (0.5, 2.0, 1.0), "v": (0.25, 4.0, 
 """Of the layers of an fp8 cache."""
 
 # Every type and several sizes, gaps, groups out of stored order, one empty plan.
-PLANS: dict[tuple[int, Kind], dict[float, tuple[tuple[int, int, str], ...]]] = {
+PLANS: dict[SectionKey, dict[float, tuple[tuple[int, int, str], ...]]] = {
     (0, "k"): {
         4.0: ((0, 1, "int2"), (1, 1, "fp8"), (2, 4, "int4"), (7, 4, "int2"), (11, 4, "int4")),
         16.0: ((0, 3, "int2"),),
@@ -54,12 +63,12 @@ def quarter_turns() -> torch.Tensor:
     return torch.cat((cos, sin), dim=-1)
 
 
-def section(group: int, kind: Kind) -> SectionBasis:
-    p = GEOMETRY.row_size(group, kind)
+def section(group: int, name: SectionName) -> SectionBasis:
+    p = GEOMETRY.row_size(group, name)
     order = torch.arange(p) * 5 % p  # a permutation: 5 divides no row size
     plans = {
         ratio: BitPlan(ratio, tuple(CoefficientGroup(*g) for g in groups), 0.0)
-        for ratio, groups in PLANS[group, kind].items()
+        for ratio, groups in PLANS.get((group, name), {}).items()
     }
     return SectionBasis(
         mean=torch.arange(p) % 7 / 4 - 0.75,
@@ -68,25 +77,29 @@ def section(group: int, kind: Kind) -> SectionBasis:
     )
 
 
-def artifact(scaled: bool = False) -> RankArtifact:
+def artifact(scaled: bool = False, section_names: tuple[SectionName, ...] = APART) -> RankArtifact:
     return RankArtifact(
         geometry=GEOMETRY,
-        sections={(group, kind): section(group, kind) for group in (0, 1) for kind in KINDS},
+        sections={
+            (group, name): section(group, name) for group in (0, 1) for name in section_names
+        },
         ropes=(Rope(quarter_turns()), Rope(quarter_turns(), neox=False)),
         layer_rope=(0, 1, None),
         fingerprint=FINGERPRINT,
-        scales={kind: torch.tensor(SCALES[kind]) for kind in KINDS} if scaled else None,
+        scales={kind: torch.tensor(values) for kind, values in SCALES.items()} if scaled else None,
     )
 
 
-STEPS: dict[tuple[int, Kind], dict[float, tuple[float, int, int]]] = {
+STEPS: dict[SectionKey, dict[float, tuple[float, int, int]]] = {
     (0, "k"): {4.0: (1 / 16, 13, 3), 16.0: (2.0, 3, 5)},
     (0, "v"): {4.0: (1 / 2, 8, 0), 16.0: (1.0, 1, 0)},
     (1, "k"): {4.0: (1 / 4, 6, 1), 16.0: (1.0, 2, 4)},
     (1, "v"): {4.0: (1 / 32, 3, 1), 16.0: (1.0, 0, 2)},
+    (0, "kv"): {4.0: (1 / 16, 17, 4), 16.0: (2.0, 4, 5)},
+    (1, "kv"): {4.0: (1 / 4, 9, 3), 16.0: (1.0, 0, 3)},
 }
 """Of codec 2: step, number of coefficients, and of those that marked tokens have beyond. One plan
-is empty."""
+of V and one of a pair are empty."""
 RULE = SinkRule(layers=(0, 2), threshold=1.6, max_share=0.2)
 _ROUNDING = ((0.75, 0.25), (0.5, 0.5), (0.625, 0.375))
 
@@ -107,8 +120,8 @@ def step_plan(step: float, rank: int, beyond: int) -> StepPlan:
     )
 
 
-def artifact2(scaled: bool = False) -> RankArtifact:
-    base = artifact(scaled)
+def artifact2(scaled: bool = False, paired: bool = False) -> RankArtifact:
+    base = artifact(scaled, PAIRED if paired else APART)
     sections = {
         key: replace(part, plans={r: step_plan(*plan) for r, plan in STEPS[key].items()})
         for key, part in base.sections.items()
@@ -138,6 +151,7 @@ class Golden:
     ratio: float
     start: int
     tokens: int
+    paired: bool = False
 
     @property
     def scaled(self) -> bool:
@@ -147,9 +161,14 @@ class Golden:
     def make_codec(self) -> ChunkCodec:
         if self.codec == "raw":
             return RawCodec(GEOMETRY, self.dtype, IDENTITY)
+        codec = Kvtc2Codec if self.codec == "kvtc2" else KvtcCodec
+        return codec(self.make_artifact(), self.ratio, self.dtype, IDENTITY)
+
+    def make_artifact(self) -> RankArtifact:
+        """Of codec 1 where the codec is raw, which needs none."""
         if self.codec == "kvtc2":
-            return Kvtc2Codec(artifact2(self.scaled), self.ratio, self.dtype, IDENTITY)
-        return KvtcCodec(artifact(self.scaled), self.ratio, self.dtype, IDENTITY)
+            return artifact2(self.scaled, self.paired)
+        return artifact(self.scaled)
 
     def make_chunk(self) -> tuple[torch.Tensor, torch.Tensor]:
         return chunk(self.tokens, self.start, self.dtype)
@@ -173,4 +192,8 @@ GOLDEN = (
     Golden("v1-kvtc2-fp16-empty-plan", "kvtc2", torch.float16, 16.0, 64, 9),
     Golden("v1-kvtc2-bf16-long", "kvtc2", torch.bfloat16, 4.0, 128, 100),
     Golden("v1-kvtc2-e4m3-with-sinks", "kvtc2", torch.float8_e4m3fn, 4.0, 0, 12),
+    Golden("v1-kvtc2-pair-fp32-with-sinks", "kvtc2", torch.float32, 4.0, 0, 12, True),
+    Golden("v1-kvtc2-pair-fp16-empty-plan", "kvtc2", torch.float16, 16.0, 64, 9, True),
+    Golden("v1-kvtc2-pair-bf16-long", "kvtc2", torch.bfloat16, 4.0, 128, 100, True),
+    Golden("v1-kvtc2-pair-e4m3-with-sinks", "kvtc2", torch.float8_e4m3fn, 4.0, 0, 12, True),
 )

@@ -58,6 +58,8 @@ class PlainRope(NamedTuple):
 
 TYPES = {"int2": (1, 2), "int4": (2, 4), "fp8": (3, 8)}
 ITEM_BYTES = {1: 2, 2: 2, 3: 4, 4: 1, 5: 1}
+BEYOND = {6: 0, 7: 1, 9: 8}
+"""Kinds of what marked tokens have beyond a coded section, and the kind of that one."""
 
 
 def cache_values(raw: bytes, dtype_code: int) -> np.ndarray:
@@ -122,8 +124,8 @@ def read_blob(
 ) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
     """K and V as float32 [T, L, H, D], before rounding to the cache dtype, and the payloads.
 
-    sections: by (layer group, 0 for K or 1 for V). ropes: one a layer. scales: what elements of
-    K and V of each layer are multiplied by, if the cache has such.
+    sections: by (layer group, kind of its coded section: 0 K, 1 V, 8 a pair). ropes: one for each
+    layer. scales: what elements of K and V of each layer are multiplied by, if the cache has such.
     """
     assert blob[:6] == b"KVTC\x01\x00"
     assert xxhash.xxh3_128(blob[:-16]).digest() == blob[-16:]
@@ -166,24 +168,29 @@ def read_blob(
                 planes = np.frombuffer(part, np.uint8).reshape(item, -1)
                 raw_values = planes[::-1].T.tobytes()
                 target[:sinks] = cache_values(raw_values, dtype).reshape(target[:sinks].shape)
-        elif kind in (6, 7):
-            sections[group, kind - 6].add_beyond(payload, marks, coded[group, kind - 6])
+        elif kind in BEYOND:
+            place = group, BEYOND[kind]
+            sections[place].add_beyond(payload, marks, coded[place])
         else:
             coded[group, kind] = sections[group, kind].read(payload, marks)
     for (group, kind), coefficients in coded.items():
         section = sections[group, kind]
         rows = coefficients @ section.basis.T + section.mean
         first, end = layer_groups[group]
-        rows = rows.reshape(tokens - sinks, end - first, heads, -1)
-        for layer in range(first, end):
-            rows[:, layer - first] /= 1 if scales is None else scales[layer][kind]
-        if kind == 1:
-            v[sinks:, first:end] = rows
-            continue
-        for t in range(sinks, tokens):
+        key_elements = (0 if kind == 1 else end - first) * heads * size_k
+        for tensor, part in enumerate((rows[:, :key_elements], rows[:, key_elements:])):
+            if not part.shape[1]:
+                continue
+            values = part.reshape(tokens - sinks, end - first, heads, -1)
             for layer in range(first, end):
-                for head in range(heads):
-                    key = rows[t - sinks, layer - first, head]
-                    k[t, layer, head] = rotate(key, ropes[layer], start + t)
+                values[:, layer - first] /= 1 if scales is None else scales[layer][tensor]
+            if tensor == 1:
+                v[sinks:, first:end] = values
+                continue
+            for t in range(sinks, tokens):
+                for layer in range(first, end):
+                    for head in range(heads):
+                        key = values[t - sinks, layer - first, head]
+                        k[t, layer, head] = rotate(key, ropes[layer], start + t)
     assert body_at == len(blob) - 16
     return k, v, payloads

@@ -75,13 +75,13 @@ def truncated(context: VariantContext) -> TransformCodec:
 
     options: type, a quantiser; size, coefficients that share a scale.
     """
-    name, size = context.options["type"], int(context.options["size"])
-    cost = group_cost_bits(REGISTRY[name].bits, size)
+    kind, size = context.options["type"], int(context.options["size"])
+    cost = group_cost_bits(REGISTRY[kind].bits, size)
 
     def plan(section: SectionBasis, name: SectionName) -> BitPlan:
         row_size, rank = section.basis.shape
         count = min(budget_bits(row_size, context.ratio) // cost, rank // size)
-        groups = tuple(CoefficientGroup(i * size, size, name) for i in range(count))
+        groups = tuple(CoefficientGroup(i * size, size, kind) for i in range(count))
         return BitPlan(context.ratio, groups, float("nan"))
 
     return context.with_plans(plan)
