@@ -17,7 +17,17 @@ from functools import lru_cache
 
 import torch
 
-from kvtc_vllm.codec.artifact import KINDS, Geometry, Kind, RankArtifact, SectionBasis
+from kvtc_vllm.codec.artifact import (
+    APART,
+    KINDS,
+    PAIRED,
+    Geometry,
+    Kind,
+    RankArtifact,
+    SectionBasis,
+    SectionKey,
+    SectionName,
+)
 from kvtc_vllm.codec.payload import BitPlan, CoefficientGroup, decode_payload, encode_payload
 from kvtc_vllm.codec.quantizers import REGISTRY, group_cost_bits
 from kvtc_vllm.codec.rope import Rope
@@ -96,8 +106,15 @@ class SyntheticModel:
         )
         object.__setattr__(self, "geometry", geometry)
 
-    def rows(self, count: int, group: int, kind: Kind, seed: int) -> torch.Tensor:
+    def rows(self, count: int, group: int, name: SectionName, seed: int) -> torch.Tensor:
         """Pre-RoPE rows float32 [count, p]."""
+        parts = [
+            self._tensor_rows(count, group, tensor, seed)
+            for tensor in self.geometry.row_parts(group, name)
+        ]
+        return torch.cat(parts, dim=1)
+
+    def _tensor_rows(self, count: int, group: int, kind: Kind, seed: int) -> torch.Tensor:
         p = self.geometry.row_size(group, kind)
         basis, mean = _true_basis_and_mean(p, 1000 * group + KINDS.index(kind))
         deviation = torch.arange(1, p + 1) ** (-self.spectrum / 2)
@@ -109,23 +126,29 @@ class SyntheticModel:
         return (laplace * deviation * energy) @ basis.T + mean
 
     def artifact(
-        self, ratios: tuple[float, ...] = (4.0, 8.0, 16.0), fit_rows: int = 4096
+        self,
+        ratios: tuple[float, ...] = (4.0, 8.0, 16.0),
+        fit_rows: int = 4096,
+        paired: bool = False,
     ) -> RankArtifact:
-        """Fit mean and basis by eigh, plans by `simple_plan`."""
+        """Fit mean and basis by eigh, plans by `simple_plan`.
+
+        paired: K and V of a layer group share a basis. Plans are then to be replaced: codec 1,
+        whose plans these are, has no pairs.
+        """
         ropes = (Rope(rope_table(self.head_size, self.max_positions)),) if self.rotated else ()
-        sections = {
-            (group, kind): self._fit(group, kind, ratios, fit_rows)
+        sections: dict[SectionKey, SectionBasis] = {
+            (group, name): self._fit(group, name, ratios, fit_rows)
             for group in range(len(self.geometry.layer_groups))
-            for kind in KINDS
+            for name in (PAIRED if paired else APART)
         }
+        made_of = (self, ratios, fit_rows, *(["paired"] if paired else []))
         return RankArtifact(
             geometry=self.geometry,
             sections=sections,
             ropes=ropes,
             layer_rope=((0 if self.rotated else None),) * self.num_layers,
-            fingerprint=hashlib.blake2b(
-                repr((self, ratios, fit_rows)).encode(), digest_size=16
-            ).digest(),
+            fingerprint=hashlib.blake2b(repr(made_of).encode(), digest_size=16).digest(),
             sink_tokens=self.sink_tokens,
         )
 
@@ -152,9 +175,9 @@ class SyntheticModel:
         return RankArtifact(self.geometry, {}, ropes, layer_rope, bytes(16), self.sink_tokens)
 
     def _fit(
-        self, group: int, kind: Kind, ratios: tuple[float, ...], fit_rows: int
+        self, group: int, name: SectionName, ratios: tuple[float, ...], fit_rows: int
     ) -> SectionBasis:
-        rows = self.rows(fit_rows, group, kind, seed=0)
+        rows = self.rows(fit_rows, group, name, seed=0)
         mean = rows.mean(0)
         centred = (rows - mean).double()
         variances, vectors = torch.linalg.eigh(centred.T @ centred / fit_rows)

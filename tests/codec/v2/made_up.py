@@ -45,9 +45,10 @@ def step_artifact(
     rule: SinkRule | None = None,
     fit_rows: int = 512,
     halvings: int = 0,
+    paired: bool = False,
 ) -> RankArtifact:
     """Bases as `SyntheticModel.artifact` fits them, step plans for each ratio."""
-    base = model.artifact(ratios[:1])
+    base = model.artifact(ratios[:1], paired=paired)
     samples = []
     for key, section in base.sections.items():
         rows = model.rows(fit_rows, *key, seed=0)
