@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kvtc_vllm.codec.artifact import Kind
+from kvtc_vllm.codec.artifact import SectionKey
 from kvtc_vllm.codec.errors import ContainerError
 from kvtc_vllm.codec.kernels.chunks import RowLayout
 from kvtc_vllm.codec.kernels.paged import PagedCache, within
@@ -179,26 +179,27 @@ class Decoder:
         step: DecodeStep,
         payloads: StepPayloads,
         section: int,
-        key: tuple[int, Kind],
+        key: SectionKey,
         overflowed: torch.Tensor,
     ) -> None:
-        """Decode K or V of a layer group. overflowed: int32, set for rows out of range."""
+        """Decode K, V or both of a layer group. overflowed: int32, set for rows out of range."""
         resident, workspace = self._coding.resident, self._workspace
         tokens = step.layout.num_rows
-        layer_group, tensor = key
-        row = resident.geometry.row_size(layer_group, tensor)
+        layer_group = key[0]
+        row = resident.geometry.row_size(*key)
         rows = workspace.rows[: tokens * row].view(tokens, row)
         self._coding.rows(payloads, section, key, workspace.coefficients, rows)
         if self._point is not None:
             self._point.wait()
         first, end_layer = resident.geometry.layer_groups[layer_group]
-        scatter_rows(
-            self._cache.tensor(tensor),
-            step.slots,
-            step.positions,
-            within(resident.rotations[tensor], first, end_layer),
-            resident.means[tensor][resident.columns(layer_group, tensor)],
-            rows,
-            first_layer=first,
-            overflowed=overflowed if rows.dtype == torch.float16 else None,
-        )
+        for tensor, part in resident.geometry.row_parts(*key).items():
+            scatter_rows(
+                self._cache.tensor(tensor),
+                step.slots,
+                step.positions,
+                within(resident.rotations[tensor], first, end_layer),
+                resident.means[tensor][resident.columns(layer_group, tensor)],
+                rows[:, part],
+                first_layer=first,
+                overflowed=overflowed if rows.dtype == torch.float16 else None,
+            )

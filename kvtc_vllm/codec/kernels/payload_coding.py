@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvtc_vllm.codec.artifact import Kind
+from kvtc_vllm.codec.artifact import Kind, SectionKey
 from kvtc_vllm.codec.container import SectionKind
 from kvtc_vllm.codec.entropy.unit_table import Lengths
 from kvtc_vllm.codec.errors import CodecError
@@ -129,7 +129,7 @@ class PayloadCoding(ABC):
     """
 
     failures: ClassVar[Mapping[int, str]]
-    plans: Mapping[tuple[int, Kind], SectionCoder]
+    plans: Mapping[SectionKey, SectionCoder]
 
     def __init__(self, resident: ResidentArtifact) -> None:
         self.resident = resident
@@ -180,7 +180,7 @@ class PayloadCoding(ABC):
         self,
         step: StepPayloads,
         section: int,
-        key: tuple[int, Kind],
+        key: SectionKey,
         coefficients: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
@@ -193,7 +193,7 @@ class PayloadCoding(ABC):
     @property
     @abstractmethod
     def sections(self) -> list[tuple[SectionKind, int]]:
-        """Kind and layer group of the coded sections of a blob, in order."""
+        """Section kind and layer group of the coded sections of a blob, in order."""
 
     @abstractmethod
     def payload_bytes(self, tokens: int) -> int:

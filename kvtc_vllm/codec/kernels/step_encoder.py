@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kvtc_vllm.codec.artifact import Kind
+from kvtc_vllm.codec.artifact import Kind, SectionKey
 from kvtc_vllm.codec.entropy import DEFLATE, RAW
 from kvtc_vllm.codec.entropy.unit_table import Lengths
 from kvtc_vllm.codec.kernels.chunks import RowLayout
@@ -110,8 +110,9 @@ def encode_step(
         return product(x, basis, out)
 
     per_key = 1 if tables.all_coded else 2
-    for i, key in enumerate(resident.keys):
-        x = rows[key[1]][:, resident.columns(*key)]
+
+    def encode(i: int, key: SectionKey) -> None:
+        x = resident.section_rows(key, rows)
         width, basis = resident.width(*key), resident.analysis[key]
         if width:
             own = coefficients(x, basis[:, :width])
@@ -122,6 +123,9 @@ def encode_step(
         if len(marked_rows) and basis.shape[1] > width:
             own = coefficients(x.index_select(0, marked_rows), basis[:, width:])
             encode_section(own, tables, per_key * i + 1, pool, all_marked=True)
+
+    for i, key in enumerate(resident.keys):
+        encode(i, key)  # a function, so that rows of one pair are gone before those of the next
     found = places.cpu().numpy().swapaxes(0, 1)
     return _cut(tables, layout, sizes, data, found, magnitudes.cpu())
 

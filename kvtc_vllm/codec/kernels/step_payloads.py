@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from kvtc_vllm.codec.artifact import Kind, RankArtifact
+from kvtc_vllm.codec.artifact import Kind, RankArtifact, SectionKey
 from kvtc_vllm.codec.base import read_section
 from kvtc_vllm.codec.container import SectionKind
 from kvtc_vllm.codec.entropy import UNIT_BYTES
@@ -57,7 +57,7 @@ class StepPlanPayloads(PayloadCoding):
     """
 
     failures: ClassVar[Mapping[int, str]] = {UNEVEN: str(uneven_escapes())}
-    plans: Mapping[tuple[int, Kind], StepPlan]
+    plans: Mapping[SectionKey, StepPlan]
 
     def __init__(
         self, artifact: RankArtifact, ratio: float, device: torch.device, operand: torch.dtype
@@ -163,7 +163,7 @@ class StepPlanPayloads(PayloadCoding):
         self,
         step: StepPayloads,
         section: int,
-        key: tuple[int, Kind],
+        key: SectionKey,
         coefficients: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
@@ -212,7 +212,7 @@ class StepPlanPayloads(PayloadCoding):
     @property
     def sections(self) -> list[tuple[SectionKind, int]]:
         kinds = (SECTION_KIND, BEYOND_KIND)[: self._per_key]
-        return [(kind[tensor], group) for group, tensor in self.resident.keys for kind in kinds]
+        return [(kind[name], group) for group, name in self.resident.keys for kind in kinds]
 
     def payload_bytes(self, tokens: int) -> int:
         return int(self._packed_bytes(tokens) * _ROOM_FOR_ESCAPES)
@@ -220,7 +220,8 @@ class StepPlanPayloads(PayloadCoding):
     def encode_bytes(self, tokens: int) -> int:
         coefficients = tokens * self.resident.widest * torch.float32.itemsize
         counts = 2 * _COUNT_BYTES * self.tables.num_columns
-        return coefficients + counts + DEFLATE_SCRATCH * self.payload_bytes(tokens)
+        joined = self.resident.joined_bytes(tokens)
+        return coefficients + joined + counts + DEFLATE_SCRATCH * self.payload_bytes(tokens)
 
     def encode(
         self,

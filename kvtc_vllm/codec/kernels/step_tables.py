@@ -4,8 +4,9 @@ Columns lie in stored order: those whose codes are packed in 2 bits, in 4, in 8,
 *widths* filled up with zeros to a multiple of `COLUMNS`. So a tile of codes has one width. What
 marked tokens have beyond a plan's columns is a section of its own, whose columns follow.
 
-Sections are numbered as in the container: K and V of every layer group, each followed by what is
-beyond it if blobs have marks. Columns of all sections together are numbered, too.
+Sections are numbered as in the container: K and V of every layer group, or both as a pair, each
+followed by what is beyond it if blobs have marks. Columns of all sections together are numbered,
+too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kvtc_vllm.codec.artifact import Kind
+from kvtc_vllm.codec.artifact import SectionKey
 from kvtc_vllm.codec.entropy.unit_table import Lengths
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.kernels.resident import COLUMNS, ColumnOrder
@@ -114,7 +115,7 @@ class StepTables:
     @classmethod
     def build(
         cls,
-        plans: Mapping[tuple[int, Kind], StepPlan],
+        plans: Mapping[SectionKey, StepPlan],
         marks: bool,
         operand: torch.dtype,
         device: torch.device,

@@ -43,16 +43,27 @@ def plan_of(widths: list[int], step: float, beyond: StepPlan | None = None) -> S
     return StepPlan(step, classes, kinds, values, rounding, 7.5, 1e4, 0.0, beyond)
 
 
-def coding_of(device: str, step: float = 0.1, operand: torch.dtype = torch.float32, widths=MANY):
-    """Bases are unit vectors: rows are coefficients, of K beyond the plan's, too."""
+def coding_of(
+    device: str,
+    step: float = 0.1,
+    operand: torch.dtype = torch.float32,
+    widths=MANY,
+    paired: bool = False,
+):
+    """Bases are unit vectors: rows are coefficients, of K beyond the plan's, too.
+
+    paired: what K has without it are the rows of a pair.
+    """
     of_k, beyond, of_v = widths
-    k = plan_of(of_k, step, plan_of(beyond, step))
-    plans = {(0, "k"): k, (0, "v"): plan_of(of_v, step)}
+    first = plan_of(of_k, step, plan_of(beyond, step))
+    plans = {(0, "kv"): first} if paired else {(0, "k"): first, (0, "v"): plan_of(of_v, step)}
     sections = {}
     for key, plan in plans.items():
         basis = torch.eye(plan.total_rank, dtype=torch.float16)
         sections[key] = SectionBasis(torch.zeros(plan.total_rank), basis, {8.0: plan})
-    geometry = Geometry(1, 1, k.total_rank, len(of_v), ((0, 1),))
+    size = first.total_rank
+    sizes = (size - size // 3, size // 3) if paired else (size, len(of_v))
+    geometry = Geometry(1, 1, *sizes, ((0, 1),))
     artifact = RankArtifact(
         geometry, sections, (), (None,), bytes(16), codec="kvtc2", sink_rule=RULE
     )
@@ -60,7 +71,10 @@ def coding_of(device: str, step: float = 0.1, operand: torch.dtype = torch.float
 
 
 def hard_rows(coding: StepPlanPayloads, tokens: int, seed: int) -> dict[str, torch.Tensor]:
-    """Levels of all sizes: zeros, ties of the dead zone, escapes of every width and wide ones."""
+    """Levels of all sizes: zeros, ties of the dead zone, escapes of every width and wide ones.
+
+    By the names of the sections.
+    """
     drawn = torch.Generator().manual_seed(seed)
     rows = {}
     for (_, kind), plan in coding.plans.items():
@@ -110,7 +124,12 @@ def payloads_of(raw: RawPayloads) -> list[bytes]:
 
 
 def encode(coding, layout, rows, marks) -> RawPayloads:
-    there = {kind: x.to(coding.resident.device) for kind, x in rows.items()}
+    geometry, device = coding.resident.geometry, coding.resident.device
+    there = {
+        tensor: rows[name][:, part].to(device)
+        for group, name in coding.resident.keys
+        for tensor, part in geometry.row_parts(group, name).items()
+    }
     return coding.encode(layout, there, dict(zip(layout.members, marks, strict=True)))
 
 
@@ -172,11 +191,16 @@ def restored(coding, layout, rows, marks) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("step", [0.1, 2.0**-20])
-def test_payloads_are_those_of_the_reference(device: str, step: float) -> None:
+@pytest.mark.parametrize(
+    ("step", "tokens", "paired"),
+    [(0.1, [35, 0, 3], False), (2.0**-20, [5], False), (0.1, [5, 3], True)],
+)
+def test_payloads_are_those_of_the_reference(
+    device: str, step: float, tokens: list[int], paired: bool
+) -> None:
     """Chunks of several lengths, one without marks; steps that float16 holds and others."""
-    coding = coding_of(device, step)
-    layout = RowLayout.of([35, 0, 3] if step == 0.1 else [5])
+    coding = coding_of(device, step, paired=paired)
+    layout = RowLayout.of(tokens)
     rows, marks = hard_rows(coding, layout.num_rows, 1), marks_of(layout, 2)
     marks[-1][:] = False
     raw = encode(coding, layout, rows, marks)
