@@ -82,11 +82,12 @@ def step_stage_ms(fixture: PagedFixture, chunk_tokens: int, rounds: int) -> dict
         coding.memory(len(views), chunk_tokens, codec.row_dtype, device),
         plan.marked,
     )
-    room = torch.empty(plain.num_rows * resident.widest, dtype=resident.operand, device=device)
+    size = coding.coefficients(plain.num_rows, plan.marked)
+    room = torch.empty(size, dtype=resident.operand, device=device)
     out = torch.empty(plain.num_rows * resident.longest_row, dtype=codec.row_dtype, device=device)
 
     def decode() -> None:
-        coding.begin(step)
+        coding.begin(step, room)
         for section, key in enumerate(resident.keys):
             size = resident.geometry.row_size(*key)
             own = out[: plain.num_rows * size].view(plain.num_rows, size)

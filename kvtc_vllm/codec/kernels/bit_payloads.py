@@ -102,7 +102,11 @@ class BitPayloads(PayloadCoding):
         placed = PlacedSections(members, numbers.ravel(), places.ravel())
         return PayloadPlan(placed, int(strides.sum()) * count, np.empty(0, np.int64))
 
-    def begin(self, step: StepPayloads) -> None:
+    def coefficients(self, tokens: int, marked: int) -> int:
+        """Of one section at a time."""
+        return tokens * self.resident.widest
+
+    def begin(self, step: StepPayloads, coefficients: torch.Tensor) -> None:
         pass
 
     def rows(
