@@ -4,6 +4,7 @@ python -m benchmarks.gpu.codec_stages                 # the grid of the headline
 python -m benchmarks.gpu.codec_stages --full          # everything
 python -m benchmarks.gpu.codec_stages --shape llama-3.1-8b --ratio 16 --layers 8
 python -m benchmarks.gpu.codec_stages --codec kvtc2   # the same grid with codec 2
+python -m benchmarks.gpu.codec_stages --codec kvtc2 --kv-basis shared --layers 4
 python -m benchmarks.gpu.codec_stages --device cpu --tiny --out /tmp/rows.json
 """
 
@@ -17,7 +18,7 @@ import torch
 
 from benchmarks.gpu.models import SHAPES
 from benchmarks.gpu.paged_fixture import PagedFixture
-from benchmarks.gpu.report import append, parser, seconds
+from benchmarks.gpu.report import add_codec, append, parser, seconds
 from benchmarks.gpu.stages import product_flops, stage_ms
 from benchmarks.gpu.step_stages import step_stage_ms
 from kvtc_vllm.codec.base import Blob
@@ -37,7 +38,8 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = args.tf32
     for case in _cases(args):
         with SideStream(device).to_end():  # as in serving
-            row = measure(case, device, args.precision, args.rounds, args.stages, args.codec)
+            of = args.codec, args.kv_basis == "shared"
+            row = measure(case, device, args.precision, args.rounds, args.stages, *of)
         append(args.out, [row | {"tf32": args.tf32}], device)
 
 
@@ -48,10 +50,13 @@ def measure(
     rounds: int,
     stages: bool,
     codec: str = "kvtc",
+    paired: bool = False,
 ) -> dict[str, Any]:
     """One row."""
     shape, ratio, layers, chunk, tokens = case
-    fixture = PagedFixture(shape, layers, ratio, tokens, device, precision, codec=codec)
+    fixture = PagedFixture(
+        shape, layers, ratio, tokens, device, precision, codec=codec, paired=paired
+    )
     blobs = fixture.encode(chunk)
     loads = fixture.loads(chunk, blobs)
     encode = seconds(lambda: fixture.encode(chunk), device, rounds)
@@ -63,6 +68,7 @@ def measure(
     row: dict[str, Any] = {
         "bench": "codec",
         "codec": codec,
+        "paired": paired,
         "shape": shape,
         "plan": ratio,
         "layers_per_group": layers or SHAPES[shape].layers,
@@ -129,7 +135,7 @@ def _arguments() -> argparse.Namespace:
     made.formatter_class = argparse.RawDescriptionHelpFormatter
     made.add_argument("--full", action="store_true", help="the whole grid: hours")
     made.add_argument("--shape", choices=sorted(SHAPES))
-    made.add_argument("--codec", choices=("kvtc", "kvtc2"), default="kvtc")
+    add_codec(made)
     made.add_argument("--ratio", type=float)
     made.add_argument("--layers", type=int, help="layers a group, 0 for all")
     made.add_argument("--chunk", type=int, help="tokens a chunk")

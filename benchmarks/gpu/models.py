@@ -9,7 +9,14 @@ from itertools import pairwise
 import torch
 
 from benchmarks.gpu.step_plans import step_plan
-from kvtc_vllm.codec.artifact import KINDS, Geometry, RankArtifact, SectionBasis
+from kvtc_vllm.codec.artifact import (
+    APART,
+    PAIRED,
+    Geometry,
+    RankArtifact,
+    SectionBasis,
+    SectionName,
+)
 from kvtc_vllm.codec.payload import BitPlan, CoefficientGroup
 from kvtc_vllm.codec.quantizers import REGISTRY, group_cost_bits
 from kvtc_vllm.codec.rope import Rope
@@ -50,21 +57,21 @@ def synthetic_artifact(
     ratios: tuple[float, ...],
     device: torch.device,
     codec: str = "kvtc",
+    paired: bool = False,
 ) -> RankArtifact:
-    """Orthonormal bases and plausible plans; layers_per_group 0 means all layers together."""
-    step = layers_per_group or shape.layers
-    groups = tuple(
-        (first, min(first + step, shape.layers)) for first in range(0, shape.layers, step)
-    )
-    geometry = Geometry(shape.layers, shape.kv_heads, shape.head_size, shape.head_size, groups)
+    """Orthonormal bases and plausible plans; layers_per_group 0 means all layers together.
+
+    paired: K and V of a layer group share a basis.
+    """
+    geometry = geometry_of(shape, layers_per_group)
     sections = {}
-    for group in range(len(groups)):
-        for kind in KINDS:
-            p = geometry.row_size(group, kind)
+    for group in range(len(geometry.layer_groups)):
+        for name in section_names(codec, paired):
+            p = geometry.row_size(group, name)
             plans = {ratio: plan_of(codec, p, ratio) for ratio in ratios}
             rank = max(plan.total_rank for plan in plans.values())
             mean = torch.linspace(-1, 1, p)
-            sections[group, kind] = SectionBasis(mean, cosine_basis(p, rank, device), plans)
+            sections[group, name] = SectionBasis(mean, cosine_basis(p, rank, device), plans)
     rope = Rope(rope_table(shape.head_size, shape.max_positions))
     return RankArtifact(
         geometry,
@@ -75,6 +82,22 @@ def synthetic_artifact(
         codec=codec,
         sink_rule=sink_rule_of(codec),
     )
+
+
+def geometry_of(shape: Shape, layers_per_group: int) -> Geometry:
+    """layers_per_group: 0 means all layers together; the last group may have fewer."""
+    step = layers_per_group or shape.layers
+    groups = tuple(
+        (first, min(first + step, shape.layers)) for first in range(0, shape.layers, step)
+    )
+    return Geometry(shape.layers, shape.kv_heads, shape.head_size, shape.head_size, groups)
+
+
+def section_names(codec: str, paired: bool) -> tuple[SectionName, ...]:
+    """Of every layer group. Raises ValueError for pairs of a codec that has none."""
+    if paired and codec != "kvtc2":
+        raise ValueError(f"codec {codec!r} has a basis each for K and V, only kvtc2 may share one")
+    return PAIRED if paired else APART
 
 
 def plan_of(codec: str, p: int, ratio: float) -> SectionCoder:

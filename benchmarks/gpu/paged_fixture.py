@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from benchmarks.gpu.models import SHAPES, Shape, deviations, synthetic_artifact
-from kvtc_vllm.codec.artifact import KINDS
 from kvtc_vllm.codec.base import Blob
 from kvtc_vllm.codec.errors import CodecError
 from kvtc_vllm.codec.kernels.numeric import Precision, product
@@ -33,6 +32,7 @@ class PagedFixture:
         workspace_bytes: int = 4 << 30,
         dtype: torch.dtype = torch.bfloat16,
         codec: str = "kvtc",
+        paired: bool = False,
     ) -> None:
         self.shape: Shape = SHAPES[shape_name]
         self.tokens = tokens
@@ -48,7 +48,7 @@ class PagedFixture:
             for _ in range(shape.layers)
         ]
         self.cache = PagedCache.packed(layers, shape.head_size)
-        artifact = synthetic_artifact(shape, layers_per_group, (ratio,), device, codec)
+        artifact = synthetic_artifact(shape, layers_per_group, (ratio,), device, codec, paired)
         self.codec: PagedCodec = PAGED_CODECS[codec](
             artifact,
             ratio,
@@ -98,25 +98,25 @@ class PagedFixture:
         for first in range(0, self.tokens, _FILL_TOKENS):
             part = slots[first : first + _FILL_TOKENS]
             positions = torch.arange(first, first + len(part), device=part.device)
-            for group, (start, end) in enumerate(resident.geometry.layer_groups):
-                for kind in KINDS:
-                    basis = resident.synthesis[group, kind]
-                    order = resident.orders[group, kind]
-                    p, rank = basis.shape[0], int(order.sources.max()) + 1
-                    uniform = torch.rand(
-                        (len(part), rank), generator=drawn, device=part.device
-                    ).clamp(1e-6, 1 - 1e-6)
-                    laplace = -(uniform - 0.5).sign() * torch.log1p(-2 * (uniform - 0.5).abs())
-                    x = laplace / 2**0.5 * deviations(p, rank, part.device)
-                    rows = torch.empty(len(part), p, device=part.device)
-                    own = ordered(order.unit * x, order.sources)
-                    product(own.to(basis.dtype), basis.T, rows)
+            for key in resident.keys:
+                basis, order = resident.synthesis[key], resident.orders[key]
+                p, rank = basis.shape[0], int(order.sources.max()) + 1
+                uniform = torch.rand((len(part), rank), generator=drawn, device=part.device).clamp(
+                    1e-6, 1 - 1e-6
+                )
+                laplace = -(uniform - 0.5).sign() * torch.log1p(-2 * (uniform - 0.5).abs())
+                x = laplace / 2**0.5 * deviations(p, rank, part.device)
+                rows = torch.empty(len(part), p, device=part.device)
+                own = ordered(order.unit * x, order.sources)
+                product(own.to(basis.dtype), basis.T, rows)
+                start, end = resident.geometry.layer_groups[key[0]]
+                for kind, place in resident.geometry.row_parts(*key).items():
                     scatter_rows(
                         self.cache.tensor(kind),
                         part,
                         positions,
                         within(resident.rotations[kind], start, end),
-                        resident.means[kind][resident.columns(group, kind)],
-                        rows,
+                        resident.means[kind][resident.columns(key[0], kind)],
+                        rows[:, place],
                         first_layer=start,
                     )

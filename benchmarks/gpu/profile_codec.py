@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.gpu.paged_fixture import PagedFixture
-from benchmarks.gpu.report import parser, seconds, synchronize
+from benchmarks.gpu.report import add_codec, parser, seconds, synchronize
 from kvtc_vllm.codec.streams import SideStream
 
 LINES = 28
@@ -27,7 +27,7 @@ def main() -> None:
     made = parser("profile_codec", __doc__)
     made.add_argument("--layers", type=int, default=8, help="layers a group, 0 for all")
     made.add_argument("--tokens", type=int, default=8192)
-    made.add_argument("--codec", choices=("kvtc", "kvtc2"), default="kvtc")
+    add_codec(made)
     args = made.parse_args()
     device = torch.device(args.device)
     shape, layers, ratio, tokens = "llama-3.1-8b", args.layers, 16.0, args.tokens
@@ -35,7 +35,10 @@ def main() -> None:
         shape, layers, ratio, tokens = "tiny", 2, 4.0, 16
     chunk = 8 if args.tiny else 128
     with SideStream(device).to_end():  # as in serving
-        fixture = PagedFixture(shape, layers, ratio, tokens, device, codec=args.codec)
+        paired = args.kv_basis == "shared"
+        fixture = PagedFixture(
+            shape, layers, ratio, tokens, device, codec=args.codec, paired=paired
+        )
         loads = fixture.loads(chunk, fixture.encode(chunk))
         _profile("load", lambda: fixture.codec.load(loads, chunk), device, args.rounds)
         _profile("store", lambda: fixture.encode(chunk), device, args.rounds)

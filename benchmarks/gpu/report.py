@@ -28,6 +28,17 @@ def parser(script: str, description: str | None) -> argparse.ArgumentParser:
     return made
 
 
+def add_codec(made: argparse.ArgumentParser) -> None:
+    """Options `codec` and `kv_basis`, named as those of `kvtc calibrate`."""
+    made.add_argument("--codec", choices=("kvtc", "kvtc2"), default="kvtc")
+    made.add_argument(
+        "--kv-basis",
+        choices=("each", "shared"),
+        default="each",
+        help="shared, of kvtc2: K and V of a layer group share a basis",
+    )
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for everything on the device."""
     if device.type == "cuda":

@@ -10,7 +10,6 @@ in `GPUS`. Prints a line per stage and appends a row for each GPU.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +23,7 @@ from benchmarks.gpu.offline.host_path import idle_device, measure  # isort: skip
 from benchmarks.gpu.offline.served import CHUNK, Case, ServedCodec  # isort: skip
 from benchmarks.gpu.offline.step_tile_costs import step_instructions_per_code  # isort: skip
 from benchmarks.gpu.offline.tile_costs import instructions_per_code  # isort: skip
-from benchmarks.gpu.report import append, parser
-from kvtc_vllm.codec.artifact import KINDS, Kind
+from benchmarks.gpu.report import add_codec, append, parser
 from kvtc_vllm.codec.entropy import DEFLATE
 from kvtc_vllm.codec.kernels.paged_codec import PagedCodec
 from kvtc_vllm.codec.kernels.paged_reader import LARGEST_WAVE
@@ -89,10 +87,11 @@ def main() -> None:
     made.add_argument("shape", choices=sorted(SHAPES))
     made.add_argument("plan", type=float, help="target ratio")
     made.add_argument("--layers", type=int, default=8, help="layers per group")
-    made.add_argument("--codec", choices=("kvtc", "kvtc2"), default="kvtc")
+    add_codec(made)
     made.add_argument("--tokens", type=int, default=8192)
     args = made.parse_args()
-    case = Case(args.shape, args.layers, args.plan, codec=args.codec)
+    paired = args.kv_basis == "shared"
+    case = Case(args.shape, args.layers, args.plan, codec=args.codec, paired=paired)
     host = measure(case, args.tokens, args.rounds)
     served = ServedCodec(case, 4 * CHUNK, idle_device())
     costs = kernel_instructions(served)
@@ -153,6 +152,7 @@ def predict(
     return {
         "bench": "roofline",
         "codec": case.codec,
+        "paired": case.paired,
         "gpu": name,
         "shape": case.shape,
         "plan": case.ratio,
@@ -191,25 +191,23 @@ def _stages(
 ) -> tuple[list[Stage], list[Stage]]:
     """Of a load, of a store; over all layer groups."""
     shape, resident = SHAPES[case.shape], codec.resident
-    plans: Mapping[tuple[int, Kind], SectionCoder] = codec.coding.plans
     cache = tokens * shape.token_bytes * case.dtype.itemsize / 2
     elements = tokens * shape.token_bytes / 2
     payload = stored = flops = columns = bases = 0.0
     unpack = pack = 0.0
-    for group in resident.layer_groups:
-        for tensor in KINDS:
-            plan, width = plans[group, tensor], resident.width(group, tensor)
-            row = resident.geometry.row_size(group, tensor)
-            raw, kept = (size / CHUNK * tokens for size in chunk_bytes(plan, row))
-            payload += raw
-            stored += kept
-            flops += 2.0 * tokens * row * width
-            columns += tokens * width
-            bases += row * width * 2
-            for bits, codes in codes_by_bits(plan).items():
-                # Codec 2 reads codes twice: to count escapes, which is less than half the work.
-                unpack += tokens * codes * costs[f"unpack {bits}"]
-                pack += tokens * codes * (costs[f"pack {bits}"] + costs.get(f"escapes {bits}", 0.0))
+    for key in resident.keys:
+        plan, width = codec.coding.plans[key], resident.width(*key)
+        row = resident.geometry.row_size(*key)
+        raw, kept = (size / CHUNK * tokens for size in chunk_bytes(plan, row))
+        payload += raw
+        stored += kept
+        flops += 2.0 * tokens * row * width
+        columns += tokens * width
+        bases += row * width * 2
+        for bits, codes in codes_by_bits(plan).items():
+            # Codec 2 reads codes twice: to count escapes, which is less than half the work.
+            unpack += tokens * codes * costs[f"unpack {bits}"]
+            pack += tokens * codes * (costs[f"pack {bits}"] + costs.get(f"escapes {bits}", 0.0))
     rows = elements * codec.row_dtype.itemsize
     gathering, scattering = (
         tokens * shape.layers * (costs[f"{kernel} k"] + costs[f"{kernel} v"])
@@ -224,6 +222,7 @@ def _stages(
     ]
     store = [
         Stage("gather", bytes=cache + 2 * elements, instructions=gathering),
+        *([Stage("join", bytes=4 * elements)] if case.paired else []),
         Stage("encode product", bytes=2 * elements + bases + 4 * columns, flops=flops),
         Stage("range", bytes=4 * columns),
         Stage("pack", bytes=4 * columns + payload, instructions=pack),

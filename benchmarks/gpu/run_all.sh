@@ -51,11 +51,12 @@ case $call in
     bench 60 raw_copy
     bench 230 codec_stages
     ;;
-  codec2) # at most 490 s
+  codec2) # at most 540 s
     step 80 "$PYTHON" -m benchmarks.gpu.smoke
     step 130 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/codec/kernels -k "kvtc2 or step"
     bench 50 codec_stages --shape llama-3.1-8b
     bench 230 codec_stages --codec kvtc2
+    bench 50 codec_stages --codec kvtc2 --kv-basis shared --layers 4
     ;;
   model) # at most 270 s
     bench 90 recompute

@@ -37,6 +37,7 @@ def main() -> None:
     checks: list[tuple[str, Callable[[torch.device], str]]] = [
         ("kernels against the CPU codec", check_codec),
         ("codec 2 against the CPU codec", partial(check_codec, codec="kvtc2")),
+        ("the same with K and V as pairs", partial(check_codec, codec="kvtc2", paired=True)),
         ("RoPE out and in again", check_rope),
     ]
     if device.type == "cuda":
@@ -58,9 +59,9 @@ def main() -> None:
     sys.exit(failed > 0)
 
 
-def check_codec(device: torch.device, codec: str = "kvtc") -> str:
+def check_codec(device: torch.device, codec: str = "kvtc", paired: bool = False) -> str:
     """Blobs decode with the CPU codec to what the fast path loads."""
-    fixture = PagedFixture("tiny", 2, 4.0, 16, device, codec=codec)
+    fixture = PagedFixture("tiny", 2, 4.0, 16, device, codec=codec, paired=paired)
     blobs = fixture.encode(CHUNK)
     reference = open_codec(
         codec, fixture.codec.dtype, artifact=fixture.codec.artifact, ratio=4.0, fast=False

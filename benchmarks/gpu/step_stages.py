@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
 from benchmarks.gpu.paged_fixture import PagedFixture
 from benchmarks.gpu.report import seconds
+from kvtc_vllm.codec.artifact import Kind
 from kvtc_vllm.codec.container import parse
 from kvtc_vllm.codec.kernels.chunks import RowLayout
 from kvtc_vllm.codec.kernels.numeric import product
@@ -45,7 +48,7 @@ def step_stage_ms(fixture: PagedFixture, chunk_tokens: int, rounds: int) -> dict
         ),
         "verify": seconds(lambda: [parse(blob) for blob in blobs], device, rounds),
     }
-    taken |= _products(fixture, layout, rounds)
+    taken |= _products(fixture, layout, rows, rounds)
     taken["quantise_pack"] = taken.pop("encode_payloads") - taken["encode_product"]
 
     # Without the first: all others are alike.
@@ -79,11 +82,12 @@ def step_stage_ms(fixture: PagedFixture, chunk_tokens: int, rounds: int) -> dict
         coding.memory(len(views), chunk_tokens, codec.row_dtype, device),
         plan.marked,
     )
-    room = torch.empty(plain.num_rows * resident.widest, dtype=resident.operand, device=device)
+    size = coding.coefficients(plain.num_rows, plan.marked)
+    room = torch.empty(size, dtype=resident.operand, device=device)
     out = torch.empty(plain.num_rows * resident.longest_row, dtype=codec.row_dtype, device=device)
 
     def decode() -> None:
-        coding.begin(step)
+        coding.begin(step, room)
         for section, key in enumerate(resident.keys):
             size = resident.geometry.row_size(*key)
             own = out[: plain.num_rows * size].view(plain.num_rows, size)
@@ -95,25 +99,27 @@ def step_stage_ms(fixture: PagedFixture, chunk_tokens: int, rounds: int) -> dict
     return {stage: round(value * 1e3, 4) for stage, value in taken.items()}
 
 
-def _products(fixture: PagedFixture, layout: RowLayout, rounds: int) -> dict[str, float]:
+def _products(
+    fixture: PagedFixture, layout: RowLayout, rows: Mapping[Kind, torch.Tensor], rounds: int
+) -> dict[str, float]:
+    """Of a pair, the copy of its rows is in that of encoding. rows: staged."""
     codec = fixture.codec
     device, resident = codec.device, codec.resident
     taken = {"encode_product": 0.0, "decode_product": 0.0}
     for key in resident.keys:
         width, size = resident.width(*key), resident.geometry.row_size(*key)
-        x = torch.zeros(layout.num_rows, size, dtype=resident.operand, device=device)
         coefficients = torch.empty(layout.num_rows, width, device=device)
         basis = resident.analysis[key][:, :width]
         taken["encode_product"] += seconds(
-            lambda: product(x, basis, coefficients),  # noqa: B023
+            lambda: product(resident.section_rows(key, rows), basis, coefficients),  # noqa: B023
             device,
             rounds,
         )
         operand = torch.zeros(layout.num_rows, width, dtype=resident.operand, device=device)
-        rows = torch.empty(layout.num_rows, size, dtype=codec.row_dtype, device=device)
+        out = torch.empty(layout.num_rows, size, dtype=codec.row_dtype, device=device)
         inverse = resident.synthesis[key][:, :width].T
         taken["decode_product"] += seconds(
-            lambda: product(operand, inverse, rows),  # noqa: B023
+            lambda: product(operand, inverse, out),  # noqa: B023
             device,
             rounds,
         )
@@ -129,21 +135,22 @@ def _scatter(
     slots = block_slots(blocks.tolist(), fixture.block_size).to(device)
     positions = torch.arange(layout.num_rows, device=device)
     taken = 0.0
-    for group, kind in resident.keys:
-        first, end = resident.geometry.layer_groups[group]
-        size = resident.geometry.row_size(group, kind)
+    for key in resident.keys:
+        first, end = resident.geometry.layer_groups[key[0]]
+        size = resident.geometry.row_size(*key)
         rows = out[: layout.num_rows * size].view(layout.num_rows, size)
-        taken += seconds(
-            lambda: scatter_rows(
-                fixture.cache.tensor(kind),  # noqa: B023
-                slots,
-                positions,
-                within(resident.rotations[kind], first, end),  # noqa: B023
-                resident.means[kind][resident.columns(group, kind)],  # noqa: B023
-                rows,  # noqa: B023
-                first_layer=first,  # noqa: B023
-            ),
-            device,
-            rounds,
-        )
+        for kind, part in resident.geometry.row_parts(*key).items():
+            taken += seconds(
+                lambda: scatter_rows(
+                    fixture.cache.tensor(kind),  # noqa: B023
+                    slots,
+                    positions,
+                    within(resident.rotations[kind], first, end),  # noqa: B023
+                    resident.means[kind][resident.columns(key[0], kind)],  # noqa: B023
+                    rows[:, part],  # noqa: B023
+                    first_layer=first,  # noqa: B023
+                ),
+                device,
+                rounds,
+            )
     return taken

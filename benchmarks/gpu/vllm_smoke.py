@@ -197,14 +197,17 @@ def reload(llm: Any, prompts: list[list[int]], codec: str) -> dict[str, Any]:
         from kvtc_vllm.connector.selftest import GROSS_FACTOR, GROSS_SLACK, held_out_error
 
         transfer = _worker_connector()._worker.transfers[0]
-        promised = {kind: round(held_out_error(transfer.codec, kind), 5) for kind in KINDS}
+        names = transfer.codec.artifact.section_names
+        promised = {name: round(held_out_error(transfer.codec, name), 5) for name in names}
         way = type(transfer).__name__
         found |= {"promised": promised, "transfer": way}
         on_gpu = _layouts[-1].device.type == "cuda"
         assert not on_gpu or way == "KernelTransfer", f"not by kernels: {found}"
-        for kind in KINDS:
-            limit = GROSS_FACTOR * promised[kind] + GROSS_SLACK
-            assert 0 < found[f"{kind}_error"] <= limit, f"{kind} is off: {found}"
+        for name in names:
+            sides = [side for side, tensor in enumerate(KINDS) if tensor in name]
+            own = [pair for side in sides for pair in pairs[side::2]]
+            limit = GROSS_FACTOR * promised[name] + GROSS_SLACK
+            assert 0 < _error(own) <= limit, f"{name} is off: {found}"
     return found
 
 

@@ -1,6 +1,7 @@
 """What the host does for one load and one store, without a GPU.
 
     python -m benchmarks.gpu.offline.host_path [--layers 8] [--tokens 8192] [--out FILE]
+    python -m benchmarks.gpu.offline.host_path --codec kvtc2 --kv-basis shared --layers 4
 
 Kernels are compiled and not run, matrix products left out, nvCOMP takes no time: what remains is
 the host's work, which a GPU would wait for or hide. Best of several rounds; the machine's cores
@@ -14,6 +15,7 @@ import json
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,10 +31,12 @@ from benchmarks.gpu.offline.served import (  # isort: skip
     ServedCodec,
     without_products,
 )
+from benchmarks.gpu.report import add_codec  # isort: skip
 from kvtc_vllm.codec.kernels import deflate_nvcomp, unit_coders, uploads  # isort: skip
 from kvtc_vllm.codec.kernels.unit_coders import NvcompUnitCoder  # isort: skip
 
 RESULTS = Path(__file__).resolve().parents[2] / "results" / "gpu" / "host_path.json"
+_CAPABILITY = 90
 
 
 def main() -> None:
@@ -44,8 +48,10 @@ def main() -> None:
     made.add_argument("--tokens", type=int, default=8192)
     made.add_argument("--rounds", type=int, default=7)
     made.add_argument("--out", type=Path, default=RESULTS)
+    add_codec(made)
     args = made.parse_args()
-    case = Case(args.shape, args.layers, args.ratio)
+    paired = args.kv_basis == "shared"
+    case = Case(args.shape, args.layers, args.ratio, codec=args.codec, paired=paired)
     row = {"bench": "host_path", **vars(args), **measure(case, args.tokens, args.rounds)}
     row.pop("out")
     rows = json.loads(args.out.read_text()) if args.out.exists() else []
@@ -59,7 +65,7 @@ def idle_device() -> NvcompUnitCoder:
 
     What the device would copy is not copied: the host would do that here.
     """
-    compiled.record(90)
+    compiled.record(_CAPABILITY)
     without_products()
     uploads.UploadedBlobs.send = lambda self, blobs: None  # type: ignore[method-assign]
     bodies: list[torch.Tensor] = []
@@ -75,7 +81,7 @@ def idle_device() -> NvcompUnitCoder:
 
 def measure(case: Case, tokens: int, rounds: int) -> dict[str, Any]:
     """Milliseconds: wall time, CPU time of all threads and of the calling one, the longest stretch
-    without another thread."""
+    without another thread. Kernel launches by name."""
     served = ServedCodec(case, tokens, idle_device())
     chunks = range(tokens // CHUNK)
     blobs = served.store(chunks)
@@ -86,7 +92,16 @@ def measure(case: Case, tokens: int, rounds: int) -> dict[str, Any]:
     found |= {"load_first_upload_ms": wall, "load_first_upload_cpu_ms": cpu}
     found |= _timed("store", lambda: served.store(chunks), rounds)
     found["store_after_device_ms"] = _after_device(served, chunks, rounds)
+    found["load_launches"] = _launches(lambda: served.load(chunks, blobs))
+    found["store_launches"] = _launches(lambda: served.store(chunks))
     return found
+
+
+def _launches(call: Callable[[], object]) -> dict[str, int]:
+    """Of Triton's kernels, by name; `all` of them together."""
+    launches = compiled.record(_CAPABILITY)
+    call()
+    return {"all": len(launches.names), **Counter(launches.names)}
 
 
 def _after_device(served: ServedCodec, chunks: range, rounds: int) -> float:

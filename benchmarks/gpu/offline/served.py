@@ -5,15 +5,22 @@ Matrix products and what kernels would compute are left out: numbers are whateve
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from benchmarks.gpu.models import SHAPES, plan_of, rope_table, sink_rule_of
-from kvtc_vllm.codec.artifact import KINDS, Geometry, RankArtifact, SectionBasis
+from benchmarks.gpu.models import (
+    SHAPES,
+    geometry_of,
+    plan_of,
+    rope_table,
+    section_names,
+    sink_rule_of,
+)
+from kvtc_vllm.codec.artifact import KINDS, RankArtifact, SectionBasis
 from kvtc_vllm.codec.base import Blob
-from kvtc_vllm.codec.kernels import bit_payloads, step_encoder, step_payloads
+from kvtc_vllm.codec.kernels import bit_payloads, resident, step_encoder, step_payloads
 from kvtc_vllm.codec.kernels.deflate_nvcomp import copy_ranges
 from kvtc_vllm.codec.kernels.paged import PagedCache
 from kvtc_vllm.codec.kernels.paged_codec import PAGED_CODECS, PagedCodec
@@ -30,7 +37,8 @@ FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 @dataclass(frozen=True)
 class Case:
-    """What an engine serves. heads_first: pages in the order [heads, tokens] (HND)."""
+    """What an engine serves. heads_first: pages in the order [heads, tokens] (HND). paired: K and V
+    of a layer group share a basis."""
 
     shape: str
     layers_per_group: int = 8
@@ -38,12 +46,13 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
     heads_first: bool = False
     codec: str = "kvtc"
+    paired: bool = False
 
     @property
     def name(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         order = "HND" if self.heads_first else "NHD"
-        layers = f"{self.layers_per_group} layers"
+        layers = f"{self.layers_per_group} layers" + (" paired" if self.paired else "")
         return f"{self.codec} {self.shape} {layers} {self.ratio:g}x {dtype} {order}"
 
 
@@ -56,6 +65,7 @@ SERVED = (
     Case("mistral-nemo-12b", layers_per_group=4),
     Case("llama-3.1-8b", codec="kvtc2"),
     Case("llama-3.1-8b", dtype=torch.float8_e4m3fn, codec="kvtc2"),
+    Case("llama-3.1-8b", layers_per_group=4, codec="kvtc2", paired=True),
 )
 
 
@@ -77,18 +87,14 @@ def paged_cache(case: Case, tokens: int) -> PagedCache:
 def artifact(case: Case) -> RankArtifact:
     """Plans of `models.plan_of`, bases of zeros."""
     shape = SHAPES[case.shape]
-    step = case.layers_per_group
-    groups = tuple(
-        (first, min(first + step, shape.layers)) for first in range(0, shape.layers, step)
-    )
-    geometry = Geometry(shape.layers, shape.kv_heads, shape.head_size, shape.head_size, groups)
+    geometry = geometry_of(shape, case.layers_per_group)
     sections = {}
-    for group in range(len(groups)):
-        for kind in KINDS:
-            p = geometry.row_size(group, kind)
+    for group in range(len(geometry.layer_groups)):
+        for name in section_names(case.codec, case.paired):
+            p = geometry.row_size(group, name)
             plan = plan_of(case.codec, p, case.ratio)
             basis = torch.zeros(p, plan.total_rank, dtype=torch.float16)
-            sections[group, kind] = SectionBasis(torch.zeros(p), basis, {case.ratio: plan})
+            sections[group, name] = SectionBasis(torch.zeros(p), basis, {case.ratio: plan})
     scales = None
     if case.dtype in FP8:
         scales = {kind: torch.ones(shape.layers) for kind in KINDS}
@@ -107,11 +113,18 @@ def artifact(case: Case) -> RankArtifact:
 
 
 def without_products() -> None:
-    """Leave matrix products out of the serving code, for the rest of this process."""
+    """Leave matrix products, and copies of their operands, out of the serving code, for the rest of
+    this process."""
 
     def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         return out
 
+    def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.empty(
+            len(parts[0]), sum(part.shape[1] for part in parts), dtype=parts[0].dtype
+        )
+
+    vars(resident)["joined"] = joined
     for module in (bit_payloads, step_encoder, step_payloads):
         vars(module)["product"] = product
 

@@ -36,8 +36,8 @@ def _unpack_kernel(  # type: ignore[no-untyped-def]
     target = coefficients + lane
     first_row = tl.program_id(0).to(tl.int64) * tokens
     unpack_tile(
-        target, row_stride, target, row_stride, marks, first_row, payload, payload, lane,
-        lane < length, low, high, length, tokens, known, _LISTED, numbers, BITS, 0,
+        target, row_stride, target, row_stride, marks, 0, first_row, payload, payload, lane,
+        lane < length, low, high, length, tokens, known, _LISTED, numbers, BITS, False,
     )  # fmt: skip
 
 
@@ -50,9 +50,9 @@ def _encode_kernel(  # type: ignore[no-untyped-def]
     dead, shift = tl.load(rounding + lane), tl.load(rounding + _COLUMNS + lane)
     first_row = tl.program_id(0).to(tl.int64) * tokens
     encode_tile(
-        coefficients + lane, row_stride, marks, first_row, payload, lane, lane < length, tokens,
+        coefficients + lane, row_stride, marks, 0, first_row, payload, lane, lane < length, tokens,
         dead, shift, numbers, counts + lane, counts + _COLUMNS + lane, place, payload, capacity,
-        magnitude, BITS, 0, ESCAPES,
+        magnitude, BITS, False, ESCAPES,
     )  # fmt: skip
 
 

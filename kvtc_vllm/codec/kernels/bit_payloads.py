@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from kvtc_vllm.codec.artifact import Kind, RankArtifact
+from kvtc_vllm.codec.artifact import Kind, RankArtifact, SectionKey, SectionName
 from kvtc_vllm.codec.container import SectionKind
 from kvtc_vllm.codec.entropy import DEFLATE
 from kvtc_vllm.codec.entropy.unit_table import Lengths
@@ -43,7 +43,7 @@ class BitPayloads(PayloadCoding):
     """Of bit plans: every payload's length follows from the number of tokens."""
 
     failures: ClassVar[Mapping[int, str]] = {1: "a decoded coefficient is not finite"}
-    plans: Mapping[tuple[int, Kind], BitPlan]
+    plans: Mapping[SectionKey, BitPlan]
 
     def __init__(
         self, artifact: RankArtifact, ratio: float, device: torch.device, operand: torch.dtype
@@ -53,18 +53,18 @@ class BitPayloads(PayloadCoding):
         orders = {key: ColumnOrder(c.width, c.sources) for key, c in self._columns.items()}
         super().__init__(ResidentArtifact(artifact, orders, device, operand))
         self._lock = threading.Lock()
-        self._tables: dict[tuple[int, Kind, tuple[int, ...]], PlanTables] = {}
+        self._tables: dict[tuple[int, SectionName, tuple[int, ...]], PlanTables] = {}
 
-    def tables(self, layer_group: int, tensor: Kind, lengths: tuple[int, ...]) -> PlanTables:
+    def tables(self, layer_group: int, name: SectionName, lengths: tuple[int, ...]) -> PlanTables:
         """The section's plan for chunks of `lengths` coded tokens; made once.
 
         The first time waits for the device: any stream may read them afterwards.
         """
-        key = (layer_group, tensor, lengths)
+        key = (layer_group, name, lengths)
         with self._lock:
             if key not in self._tables:
-                columns = self._columns[layer_group, tensor]
-                plan = self.plans[layer_group, tensor]
+                columns = self._columns[layer_group, name]
+                plan = self.plans[layer_group, name]
                 device = self.resident.device
                 self._tables[key] = PlanTables.build(plan, columns, lengths, device)
                 synchronize(device)
@@ -102,14 +102,18 @@ class BitPayloads(PayloadCoding):
         placed = PlacedSections(members, numbers.ravel(), places.ravel())
         return PayloadPlan(placed, int(strides.sum()) * count, np.empty(0, np.int64))
 
-    def begin(self, step: StepPayloads) -> None:
+    def coefficients(self, tokens: int, marked: int) -> int:
+        """Of one section at a time."""
+        return tokens * self.resident.widest
+
+    def begin(self, step: StepPayloads, coefficients: torch.Tensor) -> None:
         pass
 
     def rows(
         self,
         step: StepPayloads,
         section: int,
-        key: tuple[int, Kind],
+        key: SectionKey,
         coefficients: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
@@ -125,7 +129,7 @@ class BitPayloads(PayloadCoding):
 
     @property
     def sections(self) -> list[tuple[SectionKind, int]]:
-        return [(SECTION_KIND[tensor], group) for group, tensor in self.resident.keys]
+        return [(SECTION_KIND[name], group) for group, name in self.resident.keys]
 
     def payload_bytes(self, tokens: int) -> int:
         return sum(plan.raw_length(tokens) for plan in self.plans.values())
@@ -152,7 +156,7 @@ class BitPayloads(PayloadCoding):
         magnitudes = torch.zeros(chunks, dtype=torch.int32, device=device)
         table = upload(layout.table, device)
         for key, plan, end in zip(keys, tables, ends.tolist(), strict=True):
-            x = rows[key[1]][:, self.resident.columns(*key)]
+            x = self.resident.section_rows(key, rows)
             if plan.width == 0:
                 torch.maximum(magnitudes, row_magnitudes(x, layout), out=magnitudes)
                 continue

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kvtc_vllm.codec.artifact import Kind
+from kvtc_vllm.codec.artifact import SectionKey
 from kvtc_vllm.codec.errors import ContainerError
 from kvtc_vllm.codec.kernels.chunks import RowLayout
 from kvtc_vllm.codec.kernels.paged import PagedCache, within
@@ -45,7 +45,7 @@ class DecodeWorkspace:
     payloads: tuple[torch.Tensor, torch.Tensor]
     """uint8, each for the payloads of all layer groups of the largest step."""
     coefficients: torch.Tensor
-    """Operand dtype, for the widest section."""
+    """Operand dtype, see `PayloadCoding.coefficients`."""
     rows: torch.Tensor
     """float16 or float32, for the widest section."""
     flags: torch.Tensor
@@ -71,12 +71,13 @@ class DecodeWorkspace:
         resident = coding.resident
         payload = coding.payload_room(most_chunks, tokens)
         most = most_chunks * tokens
+        coefficients = coding.coefficients(most, coding.marked_room(most_chunks, tokens))
         return cls(
             (
                 torch.empty(payload, dtype=torch.uint8, device=device),
                 torch.empty(payload, dtype=torch.uint8, device=device),
             ),
-            torch.empty(most * resident.widest, dtype=resident.operand, device=device),
+            torch.empty(coefficients, dtype=resident.operand, device=device),
             torch.empty(most * resident.longest_row, dtype=row_dtype, device=device),
             torch.zeros(chunks * (1 + tokens), dtype=torch.int32, device=device),
             coding.memory(most_chunks, tokens, row_dtype, device),
@@ -88,7 +89,8 @@ def chunks_that_fit(coding: PayloadCoding, row_dtype: torch.dtype, tokens: int, 
     resident = coding.resident
     each = coding.memory_bytes(tokens, row_dtype)
     each += tokens * resident.longest_row * row_dtype.itemsize
-    each += tokens * resident.widest * resident.operand.itemsize
+    each += coding.coefficients(tokens, 0) * resident.operand.itemsize
+    free -= coding.coefficients(0, coding.marked_room(1, tokens)) * resident.operand.itemsize
     usual, most = coding.chunk_room(tokens)
     return min(free // (each + 2 * usual), (free - 2 * most) // each)
 
@@ -149,7 +151,7 @@ class Decoder:
             self._workspace.own,
             step.payloads.marked,
         )
-        self._coding.begin(payloads)
+        self._coding.begin(payloads, self._workspace.coefficients)
         for section, key in enumerate(self._coding.resident.keys):
             self._decode_section(step, payloads, section, key, flags[count:])
         self._free[side] = Event(device)
@@ -179,26 +181,27 @@ class Decoder:
         step: DecodeStep,
         payloads: StepPayloads,
         section: int,
-        key: tuple[int, Kind],
+        key: SectionKey,
         overflowed: torch.Tensor,
     ) -> None:
-        """Decode K or V of a layer group. overflowed: int32, set for rows out of range."""
+        """Decode K, V or both of a layer group. overflowed: int32, set for rows out of range."""
         resident, workspace = self._coding.resident, self._workspace
         tokens = step.layout.num_rows
-        layer_group, tensor = key
-        row = resident.geometry.row_size(layer_group, tensor)
+        layer_group = key[0]
+        row = resident.geometry.row_size(*key)
         rows = workspace.rows[: tokens * row].view(tokens, row)
         self._coding.rows(payloads, section, key, workspace.coefficients, rows)
         if self._point is not None:
             self._point.wait()
         first, end_layer = resident.geometry.layer_groups[layer_group]
-        scatter_rows(
-            self._cache.tensor(tensor),
-            step.slots,
-            step.positions,
-            within(resident.rotations[tensor], first, end_layer),
-            resident.means[tensor][resident.columns(layer_group, tensor)],
-            rows,
-            first_layer=first,
-            overflowed=overflowed if rows.dtype == torch.float16 else None,
-        )
+        for tensor, part in resident.geometry.row_parts(*key).items():
+            scatter_rows(
+                self._cache.tensor(tensor),
+                step.slots,
+                step.positions,
+                within(resident.rotations[tensor], first, end_layer),
+                resident.means[tensor][resident.columns(layer_group, tensor)],
+                rows[:, part],
+                first_layer=first,
+                overflowed=overflowed if rows.dtype == torch.float16 else None,
+            )

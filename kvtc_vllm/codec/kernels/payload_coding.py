@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvtc_vllm.codec.artifact import Kind
+from kvtc_vllm.codec.artifact import Kind, SectionKey
 from kvtc_vllm.codec.container import SectionKind
 from kvtc_vllm.codec.entropy.unit_table import Lengths
 from kvtc_vllm.codec.errors import CodecError
@@ -129,7 +129,7 @@ class PayloadCoding(ABC):
     """
 
     failures: ClassVar[Mapping[int, str]]
-    plans: Mapping[tuple[int, Kind], SectionCoder]
+    plans: Mapping[SectionKey, SectionCoder]
 
     def __init__(self, resident: ResidentArtifact) -> None:
         self.resident = resident
@@ -158,42 +158,52 @@ class PayloadCoding(ABC):
     def memory(
         self, chunks: int, tokens: int, row_dtype: torch.dtype, device: torch.device
     ) -> tuple[torch.Tensor, ...]:
-        """Device memory of a load beside payloads, coefficients and rows.
+        """Device memory of a step of a load beside payloads, coefficients and rows.
 
         Raises torch.OutOfMemoryError.
         """
 
     @abstractmethod
     def memory_bytes(self, tokens: int, row_dtype: torch.dtype) -> int:
-        """Bytes of `memory` for each chunk of a step, about."""
+        """Bytes of `memory` and of marked tokens' coefficients for each chunk of a step, about."""
 
     @abstractmethod
     def plan(self, layout: RowLayout, stored: Sequence[StoredPayloads]) -> PayloadPlan:
         """Of a step's chunks, in the order of the layout."""
 
     @abstractmethod
-    def begin(self, step: StepPayloads) -> None:
-        """What comes before the first section of a step; launches and does not wait."""
+    def coefficients(self, tokens: int, marked: int) -> int:
+        """Elements for the coefficients that a step of a load has at a time.
+
+        tokens: coded ones. marked: how many of them are.
+        """
+
+    @abstractmethod
+    def begin(self, step: StepPayloads, coefficients: torch.Tensor) -> None:
+        """What comes before the first section of a step; launches and does not wait.
+
+        coefficients: room for `PayloadCoding.coefficients` in the operand dtype.
+        """
 
     @abstractmethod
     def rows(
         self,
         step: StepPayloads,
         section: int,
-        key: tuple[int, Kind],
+        key: SectionKey,
         coefficients: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
         """Rows without mean of all tokens of a step: out, [R, p]. Launches and does not wait.
 
-        section: place of `key` among the resident artifact's keys. coefficients: room for [R,
-        width] in the operand dtype.
+        section: place of `key` among the resident artifact's keys. coefficients: those that
+        `begin` had.
         """
 
     @property
     @abstractmethod
     def sections(self) -> list[tuple[SectionKind, int]]:
-        """Kind and layer group of the coded sections of a blob, in order."""
+        """Section kind and layer group of the coded sections of a blob, in order."""
 
     @abstractmethod
     def payload_bytes(self, tokens: int) -> int:

@@ -7,13 +7,13 @@ kernels want them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 
-from kvtc_vllm.codec.artifact import KINDS, Kind, RankArtifact
+from kvtc_vllm.codec.artifact import KINDS, Kind, RankArtifact, SectionKey, SectionName
 from kvtc_vllm.codec.entropy.unit_table import Lengths
 from kvtc_vllm.codec.kernels.paged import Rotation, rotations
 
@@ -50,12 +50,13 @@ class ResidentArtifact:
     sections: the artifact's, on any device. analysis, synthesis: what rows and coefficients are
     multiplied by, [p, total width] in the operand dtype: the bases in the order of `orders`, with
     the rows' weights in them where there are some. means: float32 [P], of a row of all layers.
+    keys: of all sections, in the order of the container.
     """
 
     def __init__(
         self,
         artifact: RankArtifact,
-        orders: Mapping[tuple[int, Kind], ColumnOrder],
+        orders: Mapping[SectionKey, ColumnOrder],
         device: torch.device,
         operand: torch.dtype,
     ) -> None:
@@ -63,8 +64,8 @@ class ResidentArtifact:
         self.operand = operand
         self.orders = orders
         self.device = device
-        self.analysis: dict[tuple[int, Kind], torch.Tensor] = {}
-        self.synthesis: dict[tuple[int, Kind], torch.Tensor] = {}
+        self.analysis: dict[SectionKey, torch.Tensor] = {}
+        self.synthesis: dict[SectionKey, torch.Tensor] = {}
         for key, section in artifact.sections.items():
             basis = ordered(section.basis, orders[key].sources)
             unit, weights = orders[key].unit, section.weights
@@ -81,21 +82,33 @@ class ResidentArtifact:
             "k": rotations(ropes, device),
             "v": rotations([None] * layers, device),
         }
+        self.keys = artifact.section_keys()
+        means: dict[Kind, list[torch.Tensor]] = {tensor: [] for tensor in KINDS}
+        for key in self.keys:
+            for tensor, part in self.geometry.row_parts(*key).items():
+                means[tensor].append(artifact.sections[key].mean[part].float())
         self.means: Mapping[Kind, torch.Tensor] = {
-            tensor: torch.cat(
-                [artifact.sections[group, tensor].mean.float() for group in self.layer_groups]
-            ).to(device)
-            for tensor in KINDS
+            tensor: torch.cat(parts).to(device) for tensor, parts in means.items()
         }
 
     @property
     def layer_groups(self) -> range:
         return range(len(self.geometry.layer_groups))
 
-    @property
-    def keys(self) -> list[tuple[int, Kind]]:
-        """Of all sections, in the order of the container."""
-        return [(group, tensor) for group in self.layer_groups for tensor in KINDS]
+    def section_rows(self, key: SectionKey, rows: Mapping[Kind, torch.Tensor]) -> torch.Tensor:
+        """Rows of a section, [R, p]: a view, or of a pair a copy.
+
+        rows: K and V [R, P] of all layers.
+        """
+        group, name = key
+        tensors = self.geometry.row_parts(group, name)
+        parts = [rows[tensor][:, self.columns(group, tensor)] for tensor in tensors]
+        return parts[0] if len(parts) == 1 else joined(parts)
+
+    def joined_bytes(self, tokens: int) -> int:
+        """Device memory that `section_rows` takes for so many tokens, at most."""
+        pairs = [self.geometry.row_size(*key) for key in self.keys if key[1] == "kv"]
+        return tokens * max(pairs, default=0) * self.operand.itemsize
 
     def columns(self, layer_group: int, tensor: Kind) -> slice:
         """Where the layer group lies in a row of all layers."""
@@ -103,9 +116,9 @@ class ResidentArtifact:
         per_layer = self.geometry.row_size(layer_group, tensor) // (end - first)
         return slice(first * per_layer, end * per_layer)
 
-    def width(self, layer_group: int, tensor: Kind) -> int:
+    def width(self, layer_group: int, name: SectionName) -> int:
         """Columns of the section's coefficients."""
-        return self.orders[layer_group, tensor].width
+        return self.orders[layer_group, name].width
 
     @property
     def widest(self) -> int:
@@ -126,6 +139,16 @@ class ResidentArtifact:
         tensors += self.means.values()
         tables = {id(span.rope): span.rope.cos_sin for span in self.rotations["k"] if span.rope}
         return sum(x.nbytes for x in tensors) + sum(x.nbytes for x in tables.values())
+
+
+def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """K and V [R, pieces of p] -> rows of a pair [R, p], a copy.
+
+    Two products whose results are added in float32 would do without it. But not every torch adds
+    a product of float16 operands to float32, and the sum would be another one than the codec
+    without kernels has.
+    """
+    return torch.cat(list(parts), dim=1)
 
 
 def padded_payload(length: Bytes) -> Bytes:

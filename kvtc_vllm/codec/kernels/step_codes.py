@@ -43,6 +43,14 @@ def columns_of(counts, section):  # type: ignore[no-untyped-def]
 
 
 @jit()
+def target_of(targets, section):  # type: ignore[no-untyped-def]
+    """A row of `StepTables.targets`."""
+    row = targets + 4 * section
+    first = tl.load(row + 1).to(tl.int64)
+    return tl.load(row).to(tl.int64), first, tl.load(row + 2).to(tl.int64), tl.load(row + 3)
+
+
+@jit()
 def packed_sizes(two, four, eight, tokens):  # type: ignore[no-untyped-def]
     """Bytes of the packed codes of each width, int64."""
     length = tokens.to(tl.int64)

@@ -27,9 +27,10 @@ from kvtc_vllm.codec.kernels.step_codes import (
     load_codes,
     packed_sizes,
     part_of,
+    target_of,
     tile_of,
 )
-from kvtc_vllm.codec.kernels.step_tables import SectionTable, StepTables
+from kvtc_vllm.codec.kernels.step_tables import StepTables
 
 _LANES = tl.constexpr(16)
 """Escapes of a column that are looked at together."""
@@ -37,10 +38,7 @@ _BLOCK = 256
 UNEVEN = 1
 """Flag of a chunk whose escapes do not come out even."""
 _UNEVEN = tl.constexpr(UNEVEN)
-_NONE, _SOME, _ALL = 0, 1, 2
-"""Which tokens of a section are marked."""
-_SOME_, _ALL_ = tl.constexpr(_SOME), tl.constexpr(_ALL)
-_SIZES = ("chunks", "num_columns")
+_SIZES = ("chunks", "num_columns", "num_rows", "marked_rows", "own_columns")
 
 
 def find_escapes(
@@ -90,51 +88,46 @@ def find_escapes(
         )
 
 
-def decode_section(
+def decode_sections(
     payloads: torch.Tensor,
     parts: torch.Tensor,
     chunks: int,
     tables: StepTables,
-    section: SectionTable,
     found: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     out: torch.Tensor,
-    marks: torch.Tensor | None = None,
-    marked_out: torch.Tensor | None = None,
-    all_marked: bool = False,
+    rows: tuple[int, int],
+    marks: torch.Tensor | None,
 ) -> None:
-    """Coefficients of a section.
+    """Coefficients of all sections: one launch.
 
     payloads, parts: as for `find_escapes`. found: escapes, wides and totals, which it has filled.
-    out: float32 or float16 [R, section's width], rows at any stride; every element is written, in
-    the resident unit, divided by the gain where the token is marked; float16 is rounded. marks:
-    int64 [R], 0, or 1 + the place of a marked token among those of the step, where `marked_out`
-    gets its row, too. all_marked: instead of marks.
+    out: float32 or float16, one key after the other: [R, width] of all coded tokens, then [M, total
+    width] of the marked ones; every element of them is written, in the resident unit, divided by
+    the gain where the token is marked; float16 is rounded. rows: R and M. marks: int64 [R], 0, or
+    1 + the place of a marked token among those of the step; None if blobs do not say.
     """
-    if section.tiles.start == section.tiles.stop or not len(out):
+    if not len(tables.tiles):
         return
     escapes, wides, totals = found
-    marked = _NONE if marks is None else _SOME
-    copied = out if marked_out is None or not len(marked_out) else marked_out
-    _unpack_kernel[(section.tiles.stop - section.tiles.start, chunks)](
+    _unpack_kernel[(len(tables.tiles), chunks)](
         out,
-        out.stride(0),
-        copied,
-        copied.stride(0),
+        *rows,
+        tables.own_columns,
         out if marks is None else marks,
         payloads,
         parts,
         chunks,
         tables.counts,
-        tables.tiles[section.tiles],
+        tables.targets,
+        tables.tiles,
         escapes,
         wides,
         tables.num_columns,
         totals,
-        tables.classes[section.first :],
-        section.values,
-        section.values.shape[1],
-        section.numbers,
-        MARKED=_ALL if all_marked else marked,
+        tables.known,
+        tables.values,
+        tables.numbers,
+        MARKED=marks is not None,
         num_warps=TILE_WARPS,
         **EXACT,
     )
@@ -227,25 +220,25 @@ def _place_kernel(  # type: ignore[no-untyped-def]
         tl.store(total, found)
 
 
-@jit(do_not_specialize=(*_SIZES, "listed"))
+@jit(do_not_specialize=_SIZES)
 def _unpack_kernel(  # type: ignore[no-untyped-def]
     coefficients,
-    row_stride,
-    marked_out,
-    marked_stride,
+    num_rows,
+    marked_rows,
+    own_columns,
     marks,
     payloads,
     parts,
     chunks,
     counts,
+    targets,
     tiles,
     escapes,
     wides,
     num_columns,
     totals,
-    classes,
+    known,
     values,
-    listed,
     numbers,
     MARKED: tl.constexpr,
 ):
@@ -262,23 +255,34 @@ def _unpack_kernel(  # type: ignore[no-untyped-def]
     low = begin + tl.load(escapes + place)
     high = begin + tl.load(totals + section * chunks + chunk) + tl.load(wides + place) * PER_WIDE
     own = index + lane
-    known = values + tl.load(classes + column + lane) * listed - 1
-    target = coefficients + column + lane
-    copied = marked_out + column + lane
+    values += tl.load(known + first + column + lane) - 1
+    before, key_first, key_width, listed = target_of(targets, section)
+    width = (filled(two) + filled(four) + filled(eight)).to(tl.int64)
+    beyond = (section & 1).to(tl.int32) if MARKED else 0
+    marked_at = own_columns.to(tl.int64) * num_rows + key_first * marked_rows
+    target = before * num_rows
+    row_stride = width
+    if MARKED:
+        target = tl.where(beyond != 0, marked_at + key_width - width, target)
+        row_stride = tl.where(beyond != 0, key_width, width)
+    target = coefficients + target + column + lane
+    copied = coefficients + marked_at + column + lane
+    numbers += section * 3
     if bits == 2:
         unpack_tile(
-            target, row_stride, copied, marked_stride, marks, first_row, payload, payload, own,
-            own < two, low, high, length, tokens, known, listed, numbers, 2, MARKED,
+            target, row_stride, copied, key_width, marks, beyond, first_row, payload, payload,
+            own, own < two, low, high, length, tokens, values, listed, numbers, 2, MARKED,
         )  # fmt: skip
     elif bits == 4:
         unpack_tile(
-            target, row_stride, copied, marked_stride, marks, first_row, payload, payload + size2,
-            own, own < four, low, high, length, tokens, known, listed, numbers, 4, MARKED,
+            target, row_stride, copied, key_width, marks, beyond, first_row, payload,
+            payload + size2, own, own < four, low, high, length, tokens, values, listed, numbers,
+            4, MARKED,
         )  # fmt: skip
     else:
         unpack_tile(
-            target, row_stride, copied, marked_stride, marks, first_row, payload,
-            payload + size2 + size4, own, own < eight, low, high, length, tokens, known, listed,
+            target, row_stride, copied, key_width, marks, beyond, first_row, payload,
+            payload + size2 + size4, own, own < eight, low, high, length, tokens, values, listed,
             numbers, 8, MARKED,
         )  # fmt: skip
 
@@ -290,6 +294,7 @@ def unpack_tile(  # type: ignore[no-untyped-def]
     copied,
     marked_stride,
     marks,
+    beyond,
     first_row,
     payload,
     codes,
@@ -307,7 +312,9 @@ def unpack_tile(  # type: ignore[no-untyped-def]
 ):
     """low, high: of each column, where its escapes and its wide ones begin in the payload.
 
-    known: of each column, where the value of level 1 is, less one element.
+    known: of each column, where the value of level 1 is, less one element. beyond: 1 for what is
+    beyond, whose rows are all marked; else 0. copied: of each column, where its coefficients of
+    marked tokens go, too.
     """
     packed = codes + own.to(tl.int64) * ((tokens * BITS + 7) // 8)
     step, gain = tl.load(numbers), tl.load(numbers + 2)
@@ -334,13 +341,11 @@ def unpack_tile(  # type: ignore[no-untyped-def]
         token = first + tl.arange(0, TILE_TOKENS)
         inside = (token < tokens)[:, None]
         row = first_row + token
-        if MARKED == _SOME_:
-            mark = tl.load(marks + row, mask=token < tokens, other=0)
-            divisor = tl.where(mark > 0, gain, 1.0)
+        if MARKED:
+            mark = tl.load(marks + row, mask=token < tokens * (1 - beyond), other=0)
+            divisor = tl.where(mark + beyond > 0, gain, 1.0)
             x = tl.div_rn(x, tl.broadcast_to(divisor[:, None], x.shape))
-        elif MARKED == _ALL_:
-            x = tl.div_rn(x, tl.broadcast_to(gain, x.shape))
         store_coefficients(target[None, :] + row[:, None] * row_stride, x, inside)
-        if MARKED == _SOME_:
+        if MARKED:
             place = copied[None, :] + (mark - 1)[:, None] * marked_stride
             store_coefficients(place, x, inside & (mark > 0)[:, None])

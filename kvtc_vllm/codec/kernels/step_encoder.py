@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from kvtc_vllm.codec.artifact import Kind
+from kvtc_vllm.codec.artifact import Kind, SectionKey
 from kvtc_vllm.codec.entropy import DEFLATE, RAW
 from kvtc_vllm.codec.entropy.unit_table import Lengths
 from kvtc_vllm.codec.kernels.chunks import RowLayout
 from kvtc_vllm.codec.kernels.numeric import product
 from kvtc_vllm.codec.kernels.payload_coding import Marks, RawPayloads, row_magnitudes
 from kvtc_vllm.codec.kernels.resident import ResidentArtifact, padded_payload
-from kvtc_vllm.codec.kernels.step_encoding import PLACE, PayloadPool, encode_section
+from kvtc_vllm.codec.kernels.step_encoding import PLACE, PayloadPool, encode_sections
 from kvtc_vllm.codec.kernels.step_tables import StepTables, bytes_per_column
 from kvtc_vllm.codec.kernels.unit_cuts import cut_streams
 from kvtc_vllm.codec.streams import upload
@@ -65,6 +66,13 @@ class _Sizes:
         return np.stack(columns, axis=2)
 
 
+def coefficients(resident: ResidentArtifact, tokens: int, marked: int) -> int:
+    """How many there are of so many coded tokens, of which so many are marked."""
+    orders = resident.orders.values()
+    beyond = sum(order.total_width - order.width for order in orders)
+    return tokens * sum(order.width for order in orders) + marked * beyond
+
+
 def encode_step(
     resident: ResidentArtifact,
     tables: StepTables,
@@ -101,27 +109,29 @@ def encode_step(
         used,
         magnitudes,
     )
-    widest = max(num_rows * o.width for o in resident.orders.values())
-    beyond = max(len(marked_rows) * (o.total_width - o.width) for o in resident.orders.values())
-    space = torch.empty(max(widest, beyond), device=device)
+    space = torch.empty(coefficients(resident, num_rows, len(marked_rows)), device=device)
+    taken = [0, num_rows * tables.own_columns]
 
-    def coefficients(x: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-        out = space[: len(x) * basis.shape[1]].view(len(x), basis.shape[1])
-        return product(x, basis, out)
+    def multiply(x: torch.Tensor, basis: torch.Tensor, sort: int) -> None:
+        """sort: 0 for all coded tokens, 1 for what is beyond."""
+        shape = len(x), basis.shape[1]
+        first, taken[sort] = taken[sort], taken[sort] + math.prod(shape)
+        product(x, basis, space[first : taken[sort]].view(shape))
 
-    per_key = 1 if tables.all_coded else 2
-    for i, key in enumerate(resident.keys):
-        x = rows[key[1]][:, resident.columns(*key)]
+    def project(key: SectionKey) -> None:
+        x = resident.section_rows(key, rows)
         width, basis = resident.width(*key), resident.analysis[key]
         if width:
-            own = coefficients(x, basis[:, :width])
-            encode_section(own, tables, per_key * i, pool, row_marks)
+            multiply(x, basis[:, :width], 0)
         else:
             bits = row_magnitudes(x, layout)
             torch.maximum(magnitudes, bits * (bits >= _INFINITE), out=magnitudes)
         if len(marked_rows) and basis.shape[1] > width:
-            own = coefficients(x.index_select(0, marked_rows), basis[:, width:])
-            encode_section(own, tables, per_key * i + 1, pool, all_marked=True)
+            multiply(x.index_select(0, marked_rows), basis[:, width:], 1)
+
+    for key in resident.keys:
+        project(key)  # a function, so that rows of one pair are gone before those of the next
+    encode_sections(space, (num_rows, len(marked_rows)), tables, pool, row_marks)
     found = places.cpu().numpy().swapaxes(0, 1)
     return _cut(tables, layout, sizes, data, found, magnitudes.cpu())
 

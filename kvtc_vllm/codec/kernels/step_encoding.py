@@ -27,6 +27,7 @@ from kvtc_vllm.codec.kernels.step_codes import (
     packed_sizes,
     part_of,
     store_codes,
+    target_of,
     tile_of,
 )
 from kvtc_vllm.codec.kernels.step_tables import StepTables
@@ -38,7 +39,7 @@ _BLOCK = 256
 PLACE = 5
 """Numbers of a payload's escapes: first byte in the pool, escapes of each width, wide ones."""
 _PLACE = tl.constexpr(PLACE)
-_SIZES = ("chunks", "num_columns", "number", "capacity")
+_SIZES = ("chunks", "num_columns", "capacity", "num_rows", "marked_rows", "own_columns")
 
 
 @dataclass(frozen=True)
@@ -62,29 +63,29 @@ class PayloadPool:
     magnitudes: torch.Tensor
 
 
-def encode_section(
+def encode_sections(
     coefficients: torch.Tensor,
+    rows: tuple[int, int],
     tables: StepTables,
-    number: int,
     pool: PayloadPool,
-    marks: torch.Tensor | None = None,
-    all_marked: bool = False,
+    marks: torch.Tensor | None,
 ) -> None:
-    """Quantise and pack a section, and put its escapes into the pool.
+    """Quantise and pack all sections, and put their escapes into the pool: three launches.
 
-    coefficients: float32 [R, width], contiguous, in the resident unit. number: of the section.
-    marks: int64 [R], positive where coefficients are multiplied by the gain; all_marked:
-    everywhere.
+    coefficients: float32, in the resident units, [rows, width] of one section after the other:
+    first those of all coded tokens, then those of what is beyond them. rows: of the former, of the
+    latter. marks: int64 [R], positive where coefficients are multiplied by the gain, as all of
+    those beyond are; None if blobs do not say.
     """
-    section = tables.sections[number]
-    tiles = section.tiles.stop - section.tiles.start
-    if not tiles or not len(coefficients):
+    tiles, sections = len(tables.tiles), len(tables.sections)
+    if not tiles:
         return
 
     def codes(escapes: bool) -> None:
         _encode_kernel[(tiles, pool.chunks)](
             coefficients,
-            coefficients.stride(0),
+            *rows,
+            tables.own_columns,
             coefficients if marks is None else marks,
             pool.codes,
             pool.escapes,
@@ -92,23 +93,23 @@ def encode_section(
             pool.parts,
             pool.chunks,
             tables.counts,
-            tables.tiles[section.tiles],
+            tables.targets,
+            tables.tiles,
             *pool.counted,
             tables.num_columns,
             pool.places,
             tables.rounding,
-            section.numbers,
+            tables.numbers,
             pool.magnitudes,
-            MARKED=2 if all_marked else int(marks is not None),
+            MARKED=marks is not None,
             ESCAPES=escapes,
             num_warps=TILE_WARPS,
             **EXACT,
         )
 
     codes(escapes=False)
-    _take_kernel[(pool.chunks,)](
+    _take_kernel[(sections, pool.chunks)](
         tables.counts,
-        number,
         pool.chunks,
         *pool.counted,
         tables.num_columns,
@@ -122,7 +123,6 @@ def encode_section(
 @jit(do_not_specialize=_SIZES)
 def _take_kernel(  # type: ignore[no-untyped-def]
     counts,
-    number,
     chunks,
     escapes,
     wides,
@@ -132,8 +132,9 @@ def _take_kernel(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
 ):
     """One program: one payload. Counts become where each column's escapes begin, and take room."""
-    chunk = tl.program_id(0).to(tl.int64)
-    two, four, eight, first = columns_of(counts, number)
+    section = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1).to(tl.int64)
+    two, four, eight, first = columns_of(counts, section)
     at = chunk * num_columns + first
     own, wide = escapes + at, wides + at
     end2 = filled(two)
@@ -143,7 +144,7 @@ def _take_kernel(  # type: ignore[no-untyped-def]
     after8 = exclusive_sums(own + end4, own + end4, filled(eight), after4, BLOCK)
     large = exclusive_sums(wide, wide, end4 + filled(eight), end2 * 0, BLOCK)
     size = after8.to(tl.int64) + large.to(tl.int64) * PER_WIDE
-    place = places + (number * chunks + chunk) * _PLACE
+    place = places + (section * chunks + chunk) * _PLACE
     tl.store(place, tl.atomic_add(used, size))
     tl.store(place + 1, after2.to(tl.int64))
     tl.store(place + 2, (after4 - after2).to(tl.int64))
@@ -154,7 +155,9 @@ def _take_kernel(  # type: ignore[no-untyped-def]
 @jit(do_not_specialize=_SIZES, any_alignment=("out", "pool"))
 def _encode_kernel(  # type: ignore[no-untyped-def]
     coefficients,
-    row_stride,
+    num_rows,
+    marked_rows,
+    own_columns,
     marks,
     out,
     pool,
@@ -162,6 +165,7 @@ def _encode_kernel(  # type: ignore[no-untyped-def]
     parts,
     chunks,
     counts,
+    targets,
     tiles,
     escapes,
     wides,
@@ -184,26 +188,34 @@ def _encode_kernel(  # type: ignore[no-untyped-def]
     known = rounding + first + column + lane
     dead, shift = tl.load(known), tl.load(known + num_columns)
     counted = chunk * num_columns + first + column + lane
-    source = coefficients + column + lane
+    before, _, _, _ = target_of(targets, section)
+    row_stride = (filled(two) + filled(four) + filled(eight)).to(tl.int64)
+    beyond = (section & 1).to(tl.int32) if MARKED else 0
+    begin = before * num_rows
+    if MARKED:
+        after = own_columns.to(tl.int64) * num_rows + before * marked_rows
+        begin = tl.where(beyond != 0, after, begin)
+    source = coefficients + begin + column + lane
+    numbers += section * 3
     packed = out + offset
     place = places + (section * chunks + chunk) * _PLACE
     own = index + lane
     if bits == 2:
         encode_tile(
-            source, row_stride, marks, first_row, packed, own, own < two, tokens, dead, shift,
-            numbers, escapes + counted, wides + counted, place, pool, capacity,
+            source, row_stride, marks, beyond, first_row, packed, own, own < two, tokens, dead,
+            shift, numbers, escapes + counted, wides + counted, place, pool, capacity,
             magnitudes + chunk, 2, MARKED, ESCAPES,
         )  # fmt: skip
     elif bits == 4:
         encode_tile(
-            source, row_stride, marks, first_row, packed + size2, own, own < four, tokens, dead,
-            shift, numbers, escapes + counted, wides + counted, place, pool, capacity,
+            source, row_stride, marks, beyond, first_row, packed + size2, own, own < four, tokens,
+            dead, shift, numbers, escapes + counted, wides + counted, place, pool, capacity,
             magnitudes + chunk, 4, MARKED, ESCAPES,
         )  # fmt: skip
     else:
         encode_tile(
-            source, row_stride, marks, first_row, packed + size2 + size4, own, own < eight, tokens,
-            dead, shift, numbers, escapes + counted, wides + counted, place, pool, capacity,
+            source, row_stride, marks, beyond, first_row, packed + size2 + size4, own, own < eight,
+            tokens, dead, shift, numbers, escapes + counted, wides + counted, place, pool, capacity,
             magnitudes + chunk, 8, MARKED, ESCAPES,
         )  # fmt: skip
 
@@ -213,6 +225,7 @@ def encode_tile(  # type: ignore[no-untyped-def]
     source,
     row_stride,
     marks,
+    beyond,
     first_row,
     codes,
     own,
@@ -231,7 +244,10 @@ def encode_tile(  # type: ignore[no-untyped-def]
     MARKED: tl.constexpr,
     ESCAPES: tl.constexpr,
 ):
-    """escapes, wides: of each column, how many it has, out, or how many come before them."""
+    """escapes, wides: of each column, how many it has, out, or how many come before them.
+
+    beyond: 1 for what is beyond, whose rows are all marked; else 0.
+    """
     ESCAPE: tl.constexpr = 2**BITS - 1
     size = (tokens * BITS + 7) // 8
     packed = codes + own.to(tl.int64) * size
@@ -254,30 +270,28 @@ def encode_tile(  # type: ignore[no-untyped-def]
         there = (token < tokens)[:, None] & used[None, :]
         row = first_row + token
         x = tl.load(source[None, :] + row[:, None] * row_stride, mask=there, other=0.0)
-        if MARKED == 1:
-            mark = tl.load(marks + row, mask=token < tokens, other=0)
+        if MARKED:
+            mark = tl.load(marks + row, mask=token < tokens * (1 - beyond), other=1)
             x *= tl.where(mark > 0, gain, 1.0)[:, None]
-        elif MARKED == 2:
-            x *= gain
         steps = tl.abs(x) * inverse
         # Beyond it the chunk is refused, and takes no room for escapes. None is negative: the
         # conversion rounds down.
         level = (tl.where(steps < _MAX_LEVEL, steps, 0.0) + shift[None, :]).to(tl.int32)
         level = tl.where(steps < dead[None, :], 0, level)
         code = tl.maximum(2 * level - tl.where(x > 0, 1, 0), 0)
-        beyond = code - ESCAPE
-        escape = tl.where(there & (beyond >= 0), 1, 0)
-        wide = tl.where(there & (beyond >= IS_WIDE), 1, 0)
+        rest = code - ESCAPE
+        escape = tl.where(there & (rest >= 0), 1, 0)
+        wide = tl.where(there & (rest >= IS_WIDE), 1, 0)
         if ESCAPES:
             at = pool + low[None, :] + before(escape)
-            byte = tl.minimum(beyond, IS_WIDE)
+            byte = tl.minimum(rest, IS_WIDE)
             tl.store(at, byte.to(tl.uint8), mask=escape != 0)
             low += column_sums(escape)
             if any_of(wide):
                 at = pool + high[None, :] + before(wide) * PER_WIDE
-                rest = beyond - IS_WIDE
-                tl.store(at, rest.to(tl.uint8), mask=wide != 0)
-                tl.store(at + 1, (rest >> 8).to(tl.uint8), mask=wide != 0)
+                more = rest - IS_WIDE
+                tl.store(at, more.to(tl.uint8), mask=wide != 0)
+                tl.store(at + 1, (more >> 8).to(tl.uint8), mask=wide != 0)
                 high += column_sums(wide) * PER_WIDE
         else:
             kept = tl.where(there, tl.minimum(code, ESCAPE), 0)

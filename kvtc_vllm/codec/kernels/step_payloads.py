@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from kvtc_vllm.codec.artifact import Kind, RankArtifact
+from kvtc_vllm.codec.artifact import Kind, RankArtifact, SectionKey
 from kvtc_vllm.codec.base import read_section
 from kvtc_vllm.codec.container import SectionKind
 from kvtc_vllm.codec.entropy import UNIT_BYTES
@@ -28,8 +28,8 @@ from kvtc_vllm.codec.kernels.payload_coding import (
     check_finite,
 )
 from kvtc_vllm.codec.kernels.resident import ResidentArtifact, padded_payload
-from kvtc_vllm.codec.kernels.step_decoding import UNEVEN, decode_section, find_escapes
-from kvtc_vllm.codec.kernels.step_encoder import encode_step
+from kvtc_vllm.codec.kernels.step_decoding import UNEVEN, decode_sections, find_escapes
+from kvtc_vllm.codec.kernels.step_encoder import coefficients, encode_step
 from kvtc_vllm.codec.kernels.step_tables import (
     StepColumns,
     StepTables,
@@ -57,7 +57,7 @@ class StepPlanPayloads(PayloadCoding):
     """
 
     failures: ClassVar[Mapping[int, str]] = {UNEVEN: str(uneven_escapes())}
-    plans: Mapping[tuple[int, Kind], StepPlan]
+    plans: Mapping[SectionKey, StepPlan]
 
     def __init__(
         self, artifact: RankArtifact, ratio: float, device: torch.device, operand: torch.dtype
@@ -105,7 +105,7 @@ class StepPlanPayloads(PayloadCoding):
     def memory(
         self, chunks: int, tokens: int, row_dtype: torch.dtype, device: torch.device
     ) -> tuple[torch.Tensor, ...]:
-        """Escapes, wide escapes, totals; coefficients and rows of marked tokens."""
+        """Escapes, wide escapes, totals; rows of marked tokens."""
         resident = self.resident
         counted = chunks * self.tables.num_columns
         marked = self.marked_room(chunks, tokens)
@@ -116,12 +116,11 @@ class StepPlanPayloads(PayloadCoding):
         )
         return (
             *counts,
-            torch.empty(marked * self._widest_of_marked, dtype=resident.operand, device=device),
             torch.empty(marked * resident.longest_row, dtype=row_dtype, device=device),
         )
 
     def memory_bytes(self, tokens: int, row_dtype: torch.dtype) -> int:
-        marked = self._widest_of_marked * self.resident.operand.itemsize
+        marked = self.coefficients(0, 1) * self.resident.operand.itemsize
         marked += self.resident.longest_row * row_dtype.itemsize
         most = 0 if self.rule is None else self.rule.most(tokens)
         return 2 * _COUNT_BYTES * self.tables.num_columns + most * marked
@@ -154,37 +153,41 @@ class StepPlanPayloads(PayloadCoding):
             int(marks.sum()),
         )
 
-    def begin(self, step: StepPayloads) -> None:
+    def coefficients(self, tokens: int, marked: int) -> int:
+        """Of all sections together: a launch costs more than their memory."""
+        return tokens * self.tables.own_columns + marked * self.tables.num_columns
+
+    def begin(self, step: StepPayloads, coefficients: torch.Tensor) -> None:
         chunks, parts = len(step.layout.members), self._parts(step)
         found = self._found(step)
         find_escapes(step.data, parts, chunks, self.tables, *found, damaged=step.flags)
+        rows = step.layout.num_rows, step.marked
+        marks = None if self.tables.all_coded else step.numbers[parts.numel() :][: rows[0]]
+        here = step.data, parts, chunks, self.tables
+        decode_sections(*here, found, coefficients, rows, marks)
 
     def rows(
         self,
         step: StepPayloads,
         section: int,
-        key: tuple[int, Kind],
+        key: SectionKey,
         coefficients: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        chunks, tokens = len(step.layout.members), len(out)
-        order, parts = self.resident.orders[key], self._parts(step)
-        own = self.tables.sections[self._per_key * section]
-        coefficients = coefficients[: tokens * order.width].view(tokens, order.width)
-        found = self._found(step)
-        here = step.data, parts, chunks, self.tables
-        synthesis = self.resident.synthesis[key]
-        marks = None if self.tables.all_coded else step.numbers[parts.numel() :][:tokens]
-        more = step.own[3][: step.marked * order.total_width].view(step.marked, order.total_width)
-        decode_section(*here, own, found, coefficients, marks, more)
-        product(coefficients, synthesis[:, : order.width].T, out)
-        if not step.marked:
+        tokens, marked = len(out), step.marked
+        order, synthesis = self.resident.orders[key], self.resident.synthesis[key]
+        before = [self.resident.orders[other] for other in self.resident.keys[:section]]
+        first = tokens * sum(other.width for other in before)
+        own = coefficients[first:][: tokens * order.width].view(tokens, order.width)
+        product(own, synthesis[:, : order.width].T, out)
+        if not marked:
             return
-        beyond = self.tables.sections[self._per_key * section + 1]
-        decode_section(*here, beyond, found, more[:, order.width :], all_marked=True)
-        rows = step.own[4][: step.marked * out.shape[1]].view(step.marked, out.shape[1])
+        first = tokens * self.tables.own_columns
+        first += marked * sum(other.total_width for other in before)
+        more = coefficients[first:][: marked * order.total_width].view(marked, order.total_width)
+        rows = step.own[3][: marked * out.shape[1]].view(marked, out.shape[1])
         product(more, synthesis.T, rows)
-        out.index_copy_(0, step.numbers[parts.numel() + tokens :], rows)
+        out.index_copy_(0, step.numbers[self._parts(step).numel() + tokens :], rows)
 
     @staticmethod
     def _found(step: StepPayloads) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -206,21 +209,19 @@ class StepPlanPayloads(PayloadCoding):
         return sum(plan.raw_length(tokens) for plan in self.plans.values())
 
     @property
-    def _widest_of_marked(self) -> int:
-        return max(order.total_width for order in self.resident.orders.values())
-
-    @property
     def sections(self) -> list[tuple[SectionKind, int]]:
         kinds = (SECTION_KIND, BEYOND_KIND)[: self._per_key]
-        return [(kind[tensor], group) for group, tensor in self.resident.keys for kind in kinds]
+        return [(kind[name], group) for group, name in self.resident.keys for kind in kinds]
 
     def payload_bytes(self, tokens: int) -> int:
         return int(self._packed_bytes(tokens) * _ROOM_FOR_ESCAPES)
 
     def encode_bytes(self, tokens: int) -> int:
-        coefficients = tokens * self.resident.widest * torch.float32.itemsize
+        most = 0 if self.rule is None else self.rule.most(tokens)
+        space = coefficients(self.resident, tokens, most) * torch.float32.itemsize
         counts = 2 * _COUNT_BYTES * self.tables.num_columns
-        return coefficients + counts + DEFLATE_SCRATCH * self.payload_bytes(tokens)
+        joined = self.resident.joined_bytes(tokens)
+        return space + joined + counts + DEFLATE_SCRATCH * self.payload_bytes(tokens)
 
     def encode(
         self,

@@ -4,8 +4,9 @@ Columns lie in stored order: those whose codes are packed in 2 bits, in 4, in 8,
 *widths* filled up with zeros to a multiple of `COLUMNS`. So a tile of codes has one width. What
 marked tokens have beyond a plan's columns is a section of its own, whose columns follow.
 
-Sections are numbered as in the container: K and V of every layer group, each followed by what is
-beyond it if blobs have marks. Columns of all sections together are numbered, too.
+Sections are numbered as in the container: K and V of every layer group, or both as a pair, each
+followed by what is beyond it if blobs have marks. Columns of all sections together are numbered,
+too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kvtc_vllm.codec.artifact import Kind
+from kvtc_vllm.codec.artifact import SectionKey
 from kvtc_vllm.codec.entropy.unit_table import Lengths
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.kernels.resident import COLUMNS, ColumnOrder
@@ -78,16 +79,10 @@ def column_order(plan: StepPlan, marks: bool) -> ColumnOrder:
 
 @dataclass(frozen=True)
 class SectionTable:
-    """One section. tiles: its rows in `StepTables.tiles`. first: its first column among all."""
+    """One section."""
 
     plan: StepPlan | None
     columns: StepColumns
-    tiles: slice
-    first: int
-    values: torch.Tensor
-    """float32 [C, M] on the device, in the resident unit."""
-    numbers: torch.Tensor
-    """float32 [3] on the device: step in the resident unit, its inverse, gain of marked tokens."""
 
 
 @dataclass(frozen=True)
@@ -99,22 +94,32 @@ class StepTables:
     """Whether every section is of all coded tokens; else every second is of marked ones."""
     counts: torch.Tensor
     """int32 [S, 4]: columns of each width, first column among all."""
+    targets: torch.Tensor
+    """int32 [S, 4], where coefficients go: columns of the sections before it that are of as many
+    tokens; among all, the first column of its key; columns of its key, what is beyond included; and
+    how many levels have a value of their own."""
+    own_columns: int
+    """Of all sections of all coded tokens."""
     tiles: torch.Tensor
     """int32 [m, 4]: section, bits, first column in the section, and in the stored order of the
     width. They cover all columns."""
-    classes: torch.Tensor
-    """int32 [G], of every column."""
+    known: torch.Tensor
+    """int32 [G], of every column: place in `values` of what level 1 stands for."""
+    values: torch.Tensor
+    """float32, of every section [C, M], in its resident unit."""
+    numbers: torch.Tensor
+    """float32 [S, 3]: step in the resident unit, its inverse, gain of marked tokens."""
     rounding: torch.Tensor
     """float32 [2, G]: dead zone and offset of every column."""
 
     @property
     def num_columns(self) -> int:
-        return len(self.classes)
+        return len(self.known)
 
     @classmethod
     def build(
         cls,
-        plans: Mapping[tuple[int, Kind], StepPlan],
+        plans: Mapping[SectionKey, StepPlan],
         marks: bool,
         operand: torch.dtype,
         device: torch.device,
@@ -126,39 +131,45 @@ class StepTables:
         sections: list[SectionTable] = []
         tiles: list[tuple[int, int, int, int]] = []
         counts: list[tuple[int, ...]] = []
-        classes: list[torch.Tensor] = []
+        targets: list[tuple[int, ...]] = []
+        known: list[torch.Tensor] = []
+        values: list[torch.Tensor] = []
+        numbers: list[torch.Tensor] = []
         rounding: list[torch.Tensor] = []
-        first = 0
+        first = placed = 0
+        before = [0, 0]
         for plan in plans.values():
-            for own in (plan, plan.beyond) if marks else (plan,):
-                columns = StepColumns.of(own)
-                begin, column = len(tiles), 0
-                for bits, count in zip(WIDTHS, columns.counts, strict=True):
+            parts = (plan, plan.beyond) if marks else (plan,)
+            columns = [StepColumns.of(own) for own in parts]
+            key_first, key_width = first, sum(own.width for own in columns)
+            for sort, (own, order) in enumerate(zip(parts, columns, strict=True)):
+                column = 0
+                for bits, count in zip(WIDTHS, order.counts, strict=True):
                     for index in range(0, count, COLUMNS):
                         tiles.append((len(sections), bits, column, index))
                         column += COLUMNS
-                counts.append((*columns.counts, first))
-                known = _classes(own, columns)
-                classes.append(known)
-                rounding.append(torch.zeros(0, 2) if own is None else own.rounding[known])
-                values, numbers = _values(own, operand)
-                sections.append(
-                    SectionTable(
-                        own,
-                        columns,
-                        slice(begin, len(tiles)),
-                        first,
-                        values.to(device),
-                        numbers.to(device),
-                    )
-                )
-                first += columns.width
+                counts.append((*order.counts, first))
+                table, scalars = _values(own, operand)
+                targets.append((before[sort], key_first, key_width, table.shape[1]))
+                classes = _classes(own, order)
+                known.append(placed + table.shape[1] * classes)
+                rounding.append(torch.zeros(0, 2) if own is None else own.rounding[classes])
+                values.append(table.flatten())
+                numbers.append(scalars)
+                sections.append(SectionTable(own, order))
+                placed += table.numel()
+                before[sort] += order.width
+                first += order.width
         return cls(
             tuple(sections),
             not marks,
             torch.tensor(counts, dtype=torch.int32).to(device),
+            torch.tensor(targets, dtype=torch.int32).to(device),
+            before[0],
             torch.tensor(tiles, dtype=torch.int32).view(-1, 4).to(device),
-            torch.cat(classes).int().to(device),
+            torch.cat(known).int().to(device),
+            torch.cat(values).to(device),
+            torch.stack(numbers).to(device),
             torch.cat(rounding).float().T.contiguous().to(device),
         )
 

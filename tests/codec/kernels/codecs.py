@@ -1,7 +1,8 @@
 """What kernel tests of every codec with kernels need to make one.
 
-`CODECS` is for quick tests. With `ALL`, codec 2 is left out unless KVTC_KERNELS is "all" or there
-is a GPU: what such a test looks at is shared by the codecs, and the interpreter is slow.
+`EVERY` is for quick tests: the codecs, and codec 2 with K and V as pairs. With `ALL`, codec 2 is
+left out unless KVTC_KERNELS is "all" or there is a GPU: what such a test looks at is shared by the
+codecs, and the interpreter is slow.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from tests.codec.synthetic import SyntheticModel
 from tests.codec.v2.made_up import step_artifact
 
 REFERENCE: dict[str, type[TransformCodec]] = {"kvtc": KvtcCodec, "kvtc2": Kvtc2Codec}
-CODECS = tuple(REFERENCE)
-_LATER = pytest.mark.skipif(
+PAIRED = "kvtc2 paired"
+EVERY = (*REFERENCE, PAIRED)
+LATER = pytest.mark.skipif(
     os.environ.get("KVTC_KERNELS") != "all" and not torch.cuda.is_available(),
     reason="make test-kernels runs it",
 )
-ALL = ("kvtc", pytest.param("kvtc2", marks=_LATER))
+ALL = ("kvtc", *(pytest.param(name, marks=LATER) for name in ("kvtc2", PAIRED)))
 SINKS = SinkRule(layers=(1,), threshold=-1.0, max_share=0.2)
 """A rule by which `mark` makes sinks."""
 
@@ -38,10 +40,10 @@ def artifact_of(
     fit_rows: int = 512,
     rule: SinkRule | None = SINKS,
 ) -> RankArtifact:
-    """An artifact of the synthetic model; of codec 2 with a sink rule."""
+    """An artifact of the synthetic model; of codec 2 with a sink rule. name: one of `EVERY`."""
     if name == "kvtc":
         return model.artifact(ratios, fit_rows)
-    return step_artifact(model, ratios, rule, fit_rows)
+    return step_artifact(model, ratios, rule, fit_rows, paired=name == PAIRED)
 
 
 def mark(values: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:

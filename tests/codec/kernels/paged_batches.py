@@ -9,7 +9,7 @@ import torch
 
 from kvtc_vllm.codec.errors import CodecError
 from kvtc_vllm.codec.transform import to_cache
-from tests.codec.kernels.codecs import ALL, REFERENCE, mark
+from tests.codec.kernels.codecs import ALL, LATER, PAIRED, REFERENCE, mark
 from tests.codec.kernels.paged_caches import paged_cache
 from tests.codec.kernels.requests import Store
 from tests.codec.synthetic import SyntheticModel
@@ -30,7 +30,9 @@ SCALES = {"k": torch.tensor([0.3, 1.0, 0.02]), "v": torch.tensor([0.07, 0.11, 3.
 """Of fp8 caches; the others have none."""
 EACH = pytest.mark.parametrize("artifact", ALL, indirect=True)
 FIRST = pytest.mark.parametrize("artifact", ["kvtc"], indirect=True)
-SECOND = pytest.mark.parametrize("artifact", ["kvtc2"], indirect=True)
+SECOND = pytest.mark.parametrize(
+    "artifact", ["kvtc2", pytest.param(PAIRED, marks=LATER)], indirect=True
+)
 
 
 def write(cache, slots, k, v):

@@ -11,7 +11,7 @@ import torch
 from kvtc_vllm.codec.errors import CodecError, ContainerError
 from kvtc_vllm.codec.registry import CODECS
 from tests.codec.kernels import fake_nvcomp
-from tests.codec.kernels.codecs import ALL
+from tests.codec.kernels.codecs import EVERY, LATER, PAIRED
 from tests.codec.kernels.devices import DEVICES
 from tests.codec.kernels.paged_batches import (
     BLOCK,
@@ -41,17 +41,23 @@ from kvtc_vllm.codec.kernels.unit_coders import NvcompUnitCoder  # isort: skip
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("side_stream")]
 
 
-def of_both(cases, quick):
-    """Cases of version 1, and of codec 2; all but `quick` of these in the long run only."""
-    later = ALL[1].marks
-    cases = [(quick == case, case if isinstance(case, tuple) else (case,)) for case in cases]
-    own = [pytest.param("kvtc2", *case, marks=() if now else later) for now, case in cases]
-    return [("kvtc", *case) for _, case in cases] + own
+def of_all(cases, quick):
+    """Cases of version 1, and of codec 2 without and with pairs; of these only what `quick` says,
+    by their names, in the short run, too."""
+    cases = [(case, case if isinstance(case, tuple) else (case,)) for case in cases]
+    own = [
+        pytest.param(name, *values, marks=() if quick.get(name) == case else LATER)
+        for name in EVERY[1:]
+        for case, values in cases
+    ]
+    return [("kvtc", *values) for _, values in cases] + own
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    ("artifact", "dtype"), of_both(DTYPES, torch.bfloat16), indirect=["artifact"]
+    ("artifact", "dtype"),
+    of_all(DTYPES, dict.fromkeys(EVERY, torch.bfloat16)),
+    indirect=["artifact"],
 )
 def test_blobs_are_those_of_the_cpu_codec(artifact, device, dtype):
     codec, reference = make(artifact, device, dtype)
@@ -98,9 +104,9 @@ def test_weights_are_in_the_matrices(artifact, device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("artifact", "dtype", "layout"),
-    of_both(
+    of_all(
         [*zip(DTYPES, ["NHD", "apart", "HND", "NHD", "HND"], strict=True)],
-        None,
+        {PAIRED: (torch.bfloat16, "NHD")},
     ),
     indirect=["artifact"],
 )

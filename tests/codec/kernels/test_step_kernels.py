@@ -19,6 +19,7 @@ from tests.codec.kernels.devices import DEVICES
 from kvtc_vllm.codec.kernels import step_encoder  # isort: skip
 from kvtc_vllm.codec.kernels.chunks import RowLayout  # isort: skip
 from kvtc_vllm.codec.kernels.payload_coding import (  # isort: skip
+    NO_MARKS,
     RawPayloads,
     StepPayloads,
     StoredPayloads,
@@ -43,24 +44,39 @@ def plan_of(widths: list[int], step: float, beyond: StepPlan | None = None) -> S
     return StepPlan(step, classes, kinds, values, rounding, 7.5, 1e4, 0.0, beyond)
 
 
-def coding_of(device: str, step: float = 0.1, operand: torch.dtype = torch.float32, widths=MANY):
-    """Bases are unit vectors: rows are coefficients, of K beyond the plan's, too."""
+def coding_of(
+    device: str,
+    step: float = 0.1,
+    operand: torch.dtype = torch.float32,
+    widths=MANY,
+    paired: bool = False,
+    rule: SinkRule | None = RULE,
+):
+    """Bases are unit vectors: rows are coefficients, of K beyond the plan's, too.
+
+    paired: what K has without it are the rows of a pair.
+    """
     of_k, beyond, of_v = widths
-    k = plan_of(of_k, step, plan_of(beyond, step))
-    plans = {(0, "k"): k, (0, "v"): plan_of(of_v, step)}
+    first = plan_of(of_k, step, plan_of(beyond, step))
+    plans = {(0, "kv"): first} if paired else {(0, "k"): first, (0, "v"): plan_of(of_v, step)}
     sections = {}
     for key, plan in plans.items():
         basis = torch.eye(plan.total_rank, dtype=torch.float16)
         sections[key] = SectionBasis(torch.zeros(plan.total_rank), basis, {8.0: plan})
-    geometry = Geometry(1, 1, k.total_rank, len(of_v), ((0, 1),))
+    size = first.total_rank
+    sizes = (size - size // 3, size // 3) if paired else (size, len(of_v))
+    geometry = Geometry(1, 1, *sizes, ((0, 1),))
     artifact = RankArtifact(
-        geometry, sections, (), (None,), bytes(16), codec="kvtc2", sink_rule=RULE
+        geometry, sections, (), (None,), bytes(16), codec="kvtc2", sink_rule=rule
     )
     return StepPlanPayloads(artifact, 8.0, torch.device(device), operand)
 
 
 def hard_rows(coding: StepPlanPayloads, tokens: int, seed: int) -> dict[str, torch.Tensor]:
-    """Levels of all sizes: zeros, ties of the dead zone, escapes of every width and wide ones."""
+    """Levels of all sizes: zeros, ties of the dead zone, escapes of every width and wide ones.
+
+    By the names of the sections.
+    """
     drawn = torch.Generator().manual_seed(seed)
     rows = {}
     for (_, kind), plan in coding.plans.items():
@@ -110,7 +126,12 @@ def payloads_of(raw: RawPayloads) -> list[bytes]:
 
 
 def encode(coding, layout, rows, marks) -> RawPayloads:
-    there = {kind: x.to(coding.resident.device) for kind, x in rows.items()}
+    geometry, device = coding.resident.geometry, coding.resident.device
+    there = {
+        tensor: rows[name][:, part].to(device)
+        for group, name in coding.resident.keys
+        for tensor, part in geometry.row_parts(group, name).items()
+    }
     return coding.encode(layout, there, dict(zip(layout.members, marks, strict=True)))
 
 
@@ -140,11 +161,11 @@ def decode(coding, layout, payloads, marks) -> tuple[dict[str, torch.Tensor], li
         coding.memory(len(layout.members), longest, torch.float32, device),
         plan.marked,
     )
-    coding.begin(step)
+    room = torch.full((coding.coefficients(layout.num_rows, plan.marked),), float("nan"))
+    room = room.to(device, coding.resident.operand)
+    coding.begin(step, room)
     found = {}
     for section, key in enumerate(coding.resident.keys):
-        room = torch.full((layout.num_rows * coding.resident.widest,), float("nan"))
-        room = room.to(device, coding.resident.operand)
         size = coding.resident.geometry.row_size(*key)
         out = torch.empty((layout.num_rows, size), device=device)
         coding.rows(step, section, key, room, out)
@@ -172,11 +193,16 @@ def restored(coding, layout, rows, marks) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("step", [0.1, 2.0**-20])
-def test_payloads_are_those_of_the_reference(device: str, step: float) -> None:
+@pytest.mark.parametrize(
+    ("step", "tokens", "paired"),
+    [(0.1, [35, 0, 3], False), (2.0**-20, [5], False), (0.1, [5, 3], True)],
+)
+def test_payloads_are_those_of_the_reference(
+    device: str, step: float, tokens: list[int], paired: bool
+) -> None:
     """Chunks of several lengths, one without marks; steps that float16 holds and others."""
-    coding = coding_of(device, step)
-    layout = RowLayout.of([35, 0, 3] if step == 0.1 else [5])
+    coding = coding_of(device, step, paired=paired)
+    layout = RowLayout.of(tokens)
     rows, marks = hard_rows(coding, layout.num_rows, 1), marks_of(layout, 2)
     marks[-1][:] = False
     raw = encode(coding, layout, rows, marks)
@@ -194,6 +220,25 @@ def test_payloads_are_those_of_the_reference(device: str, step: float) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_without_a_sink_rule_there_are_no_marks(device: str) -> None:
+    coding = coding_of(device, widths=FEW, rule=None)
+    layout = RowLayout.of([3, 2])
+    rows = hard_rows(coding, 5, 7)
+    raw = encode(coding, layout, rows, [NO_MARKS] * 2)
+    expected = [
+        b"".join(streams_of(plan, rows[kind][part]))
+        for part in (slice(0, 3), slice(3, 5))
+        for (_, kind), plan in coding.plans.items()
+    ]
+    assert payloads_of(raw) == expected
+    found, flags = decode(coding, layout, expected, [NO_MARKS] * 2)
+    assert flags == [0, 0]
+    unmarked = [np.zeros(tokens, np.bool_) for tokens in layout.tokens]
+    for kind, wanted in restored(coding, layout, rows, unmarked).items():
+        assert torch.equal(found[kind], wanted)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_chunk_whose_escapes_find_no_room_comes_later(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,15 +252,18 @@ def test_a_chunk_whose_escapes_find_no_room_comes_later(
     monkeypatch.setattr(step_encoder, "_POOL_SHARE", 0.0)
     marks[0][:], marks[1][:] = True, False
     raw = encode(coding, layout, rows, marks)
-    assert raw.left_out == (0,)
-    assert raw.layout == RowLayout((1,), (4,))
+    # In which order they ask for room is left to the device.
+    assert raw.left_out
+    assert sorted((*raw.layout.members, *raw.left_out)) == [0, 1]
     expected = [b"".join(s) for s in expected_streams(coding, layout, rows, marks)]
     count = len(coding.tables.sections)
-    assert payloads_of(raw) == expected[count:]
-    alone = {kind: x[:4] for kind, x in rows.items()}
-    raw = encode(coding, layout.part(slice(0, 1)), alone, marks[:1])
-    assert raw.left_out == ()
-    assert payloads_of(raw) == expected[:count]
+    by_chunk = expected[:count], expected[count:]
+    assert payloads_of(raw) == [own for member in raw.layout.members for own in by_chunk[member]]
+    for place in raw.left_out:
+        alone = {kind: x[4 * place : 4 * place + 4] for kind, x in rows.items()}
+        raw = encode(coding, layout.part(slice(place, place + 1)), alone, [marks[place]])
+        assert raw.left_out == ()
+        assert payloads_of(raw) == by_chunk[place]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -279,7 +327,7 @@ def test_steps_that_float16_does_not_hold_get_another_unit() -> None:
         assert float(torch.tensor(unit).frexp().mantissa) == 0.5
     assert unit_of(plan_of([2], 0.1)) == 1
     coding = coding_of("cpu", 3000.0, torch.float16)
-    assert coding.tables.sections[0].values.max() < 6
+    assert coding.tables.values.max() < 6
     plan = plan_of([2], 0.1)
     wild = replace(plan, values=plan.values * 1e6)
     section = SectionBasis(torch.zeros(1), torch.eye(1).half(), {8.0: wild})

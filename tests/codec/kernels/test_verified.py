@@ -8,7 +8,7 @@ import torch
 from kvtc_vllm.codec.container import CHECKSUM_BYTES, HEADER_BYTES, checksum, parse
 from kvtc_vllm.codec.errors import ContainerError
 from kvtc_vllm.codec.kernels.verified import ExpectedHead, has_checksum
-from tests.codec.kernels.codecs import CODECS, REFERENCE, artifact_of, mark
+from tests.codec.kernels.codecs import EVERY, REFERENCE, artifact_of, mark
 from tests.codec.synthetic import SyntheticModel
 
 MODEL = SyntheticModel(
@@ -18,10 +18,10 @@ TOKENS = 32
 KEY = b"chunk"
 
 
-@pytest.fixture(scope="module", params=CODECS)
+@pytest.fixture(scope="module", params=EVERY)
 def codec(request):
     artifact = artifact_of(request.param, MODEL, (4.0, 8.0), fit_rows=256)
-    return REFERENCE[request.param](artifact, 8.0, torch.bfloat16, bytes(range(16)))
+    return REFERENCE[artifact.codec](artifact, 8.0, torch.bfloat16, bytes(range(16)))
 
 
 def quick(codec, blob, start):
