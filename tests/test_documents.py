@@ -172,7 +172,7 @@ def _by_kind_of_text() -> list[float]:
 def test_the_factors_by_kind_of_text_are_those_of_the_results() -> None:
     page = (ROOT / "docs" / "quality.md").read_text()
     lines = factors_by_kind()
-    assert len(lines) == 10
+    assert len(lines) == 14
     for line in lines:
         assert line in page
 
@@ -181,21 +181,25 @@ def factors_by_kind() -> list[str]:
     """Lines of the table of times fewer bytes at equal KL, by kind of text."""
     results = ROOT / "benchmarks/results"
     earlier, kinds = f"{results}/sensitivity-kvtc2.json", f"{results}/sensitivity-kinds.json"
-    gain_8 = f"{results}/step-gain-report.json:gain 8"
+    shared = f"{results}/sensitivity-shared"
+    prompts = f"{shared}-prompts.json"
     lines = []
-    for name, kind, file, more in (
-        ("essays", "essay", earlier, [gain_8]),
-        ("maths", "gsm8k", earlier, [gain_8]),
-        ("code", "library", kinds, []),
-        ("retrieval", "kv-retrieval", kinds, []),
-        ("chats", "essay-chats", kinds, []),
+    for name, kind, before, file in (
+        ("essays", "essay", earlier, f"{shared}-basis.json"),
+        ("maths", "gsm8k", earlier, f"{shared}-basis.json"),
+        ("code", "library", kinds, f"{shared}-kinds.json"),
+        ("retrieval", "kv-retrieval", kinds, f"{shared}-kinds.json"),
+        ("chats", "essay-chats", kinds, f"{shared}-kinds.json"),
+        ("variables", "essay-variables", None, prompts),
+        ("needle", "essay-needle", None, prompts),
     ):
-        base = read_curve(f"{file}:plain", kind)
-        others = [f"{file}:weighted", f"{file}:kvtc2", *more]
+        base = read_curve(f"{before or prompts}:plain", kind)
+        others = [f"{before}:weighted", f"{before}:kvtc2"] if before else []
+        others += [f"{file}:each", f"{file}:shared"]
         columns = [factors(base, read_curve(other, kind)) for other in others]
         for number in range(2):
             cells = [factor_cell(found[number]) for found in columns]
-            cells += ["not measured"] * (3 - len(cells))
+            cells = ["not measured"] * (4 - len(cells)) + cells
             lines.append(f"| {name}, {base.ratios[number]:.1f}x | {' | '.join(cells)} |")
     return lines
 
