@@ -31,7 +31,8 @@ class Key:
 
 
 @functools.cache
-def _artifact() -> tuple[RankArtifact, Probe]:
+def probed() -> tuple[RankArtifact, Probe]:
+    """The shipped artifact, K and V apart, and its probe."""
     (directory,) = (shipped_registry() / "kvtc-reference").glob("tp1-*")
     artifact, _, probe = load_rank_artifact(directory, 0)
     return artifact, probe
@@ -39,7 +40,7 @@ def _artifact() -> tuple[RankArtifact, Probe]:
 
 def kv(start: int, seed: int = 0, tokens: int = TOKENS) -> tuple[torch.Tensor, torch.Tensor]:
     """K [T, L, H, D] post-RoPE and V [T, L, H, D], bfloat16."""
-    artifact, probe = _artifact()
+    artifact, probe = probed()
     index = torch.randint(len(probe.k), (tokens,), generator=torch.Generator().manual_seed(seed))
     positions = torch.arange(start, start + tokens)
     k = artifact.ropes[0].apply(probe.k[index].float(), positions)

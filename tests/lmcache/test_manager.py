@@ -28,17 +28,18 @@ from kvtc_vllm.lmcache.command import adapter_spec
 from kvtc_vllm.lmcache.settings import load_settings
 from kvtc_vllm.lmcache.transcoder import transcoder
 from tests.lmcache.chunks import SETTINGS, chunk, error
+from tests.lmcache.paired import paired_artifact
 from tests.lmcache.storage import key
 
 LAYOUT = MemoryLayoutDesc([chunk(0).shape], [torch.bfloat16])
 
 
 @contextlib.contextmanager
-def manager(inner: dict[str, Any]) -> Iterator[StorageManager]:
+def manager(inner: dict[str, Any], **changes: Any) -> Iterator[StorageManager]:
     parser = argparse.ArgumentParser()
     add_storage_manager_args(parser)
     options = ["--l1-size-gb", "0.25", "--no-l1-use-lazy", "--eviction-policy", "LRU"]
-    options += ["--l2-adapter", json.dumps(adapter_spec(inner, SETTINGS))]
+    options += ["--l2-adapter", json.dumps(adapter_spec(inner, {**SETTINGS, **changes}))]
     storage = StorageManager(parse_args_to_config(parser.parse_args(options)))
     try:
         yield storage
@@ -100,6 +101,24 @@ def test_a_batch_comes_back_up_to_the_damage(kind: str, tmp_path: Path) -> None:
         store(storage, source)
         wait_for(tmp_path, 8)
         assert list(load(storage, keys)) == keys
+
+
+def test_chunks_of_pairs_come_back(tmp_path: Path) -> None:
+    """Through the serde, with an artifact whose K and V share a basis."""
+    artifact = paired_artifact(tmp_path / "registry", 16.0)
+    folder = tmp_path / "l2"
+    folder.mkdir()
+    source = {key(i): chunk(256 * i, seed=i) for i in range(3)}
+    inner = {"type": "fs", "base_path": str(folder)}
+    with manager(inner, artifact=str(artifact)) as storage:
+        store(storage, source)
+        files = wait_for(folder, 6)
+        assert sum(x.nbytes for x in source.values()) / sum(f.stat().st_size for f in files) >= 14
+        got = load(storage, list(source))
+        assert all(error(got[k], x) < 0.2 for k, x in source.items())
+    # An artifact with a basis each for K and V has blobs of its own.
+    with manager(inner) as storage:
+        assert load(storage, list(source)) == {}
 
 
 def test_eviction_takes_blobs_with_their_records(tmp_path: Path) -> None:

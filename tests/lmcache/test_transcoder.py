@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvtc_vllm.codec.container import parse
+from kvtc_vllm.codec.container import SectionKind, parse
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.config import ConfigError
 from kvtc_vllm.lmcache.positions import PositionBook
@@ -18,25 +18,38 @@ from kvtc_vllm.lmcache.settings import load_settings
 from kvtc_vllm.lmcache.transcoder import Refused, Transcoder
 from tests.hybrid.public_configs import PUBLIC
 from tests.lmcache.chunks import SETTINGS, TOKENS, Key, chunk, error, fused, kv
+from tests.lmcache.paired import paired_artifact
 
 KEY = Key(b"\x01" * 32)
+
+
+@pytest.fixture(scope="module", params=["apart", "paired"])
+def basis(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """Settings that name an artifact: the shipped one, or one whose K and V share a basis."""
+    if request.param == "apart":
+        return {}
+    return {"artifact": str(paired_artifact(tmp_path_factory.mktemp("registry"), 16.0))}
 
 
 def make(book: PositionBook | None = None, **changes: Any) -> Transcoder:
     return Transcoder(load_settings({**SETTINGS, **changes}), book or PositionBook())
 
 
-def test_round_trip_with_a_position_from_events() -> None:
+def test_round_trip_with_a_position_from_events(basis: dict[str, Any]) -> None:
     book = PositionBook()
     book.learn([KEY.chunk_hash], [512])
-    coder = make(book)
+    coder = make(book, **basis)
     source = chunk(512)
     blob = coder.encode(source, KEY)
     info = parse(blob)
-    assert (info.header.codec_id, info.header.start, info.header.tokens) == (1, 512, TOKENS)
+    codec_id = 2 if basis else 1
+    assert (info.header.codec_id, info.header.start, info.header.tokens) == (codec_id, 512, TOKENS)
+    assert (SectionKind.CODED_PAIR in {s.kind for s in info.sections}) == bool(basis)
     assert source.nbytes / len(blob) >= 14
     out = torch.zeros_like(source)
-    make().decode(blob, out, KEY)  # another server, which heard no event
+    make(**basis).decode(blob, out, KEY)  # another server, which heard no event
     assert error(out, source) < 0.2
     counts = coder.counters.snapshot()
     assert counts["position_event"] == counts["stored_chunks"] == 1
@@ -55,25 +68,32 @@ def test_the_first_chunk_keeps_its_sinks_exact() -> None:
 
 
 @pytest.mark.parametrize("start", range(0, 4096, 3 * TOKENS))
-def test_a_position_is_recovered_from_the_data(start: int) -> None:
-    coder = make()
+def test_a_position_is_recovered_from_the_data(start: int, basis: dict[str, Any]) -> None:
+    coder = make(**basis)
     assert parse(coder.encode(chunk(start, seed=start), KEY)).header.start == start
     assert coder.counters.snapshot()["position_recovered"] == 1
 
 
-def test_a_wrong_event_is_noticed() -> None:
+def test_a_wrong_event_is_noticed(basis: dict[str, Any]) -> None:
     book = PositionBook()
     book.learn([KEY.chunk_hash], [768])
-    coder = make(book)
+    coder = make(book, **basis)
     assert parse(coder.encode(chunk(512), KEY)).header.start == 512
     counts = coder.counters.snapshot()
     assert counts["position_contradicted"] == counts["position_recovered"] == 1
 
 
-def test_what_has_no_position_is_kept_raw() -> None:
-    coder = make()
-    k, v = kv(512)
-    source = fused(v, k)  # K and V exchanged: a layout nobody declared
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda k, v: (v, k),  # a layout nobody declared
+        lambda k, v: (k, v.flip(2)),  # heads of V alone exchanged
+    ],
+    ids=["K and V exchanged", "heads of V exchanged"],
+)
+def test_what_does_not_fit_is_kept_raw(layout: Any, basis: dict[str, Any]) -> None:
+    coder = make(**basis)
+    source = fused(*layout(*kv(512)))
     blob = coder.encode(source, KEY)
     assert parse(blob).header.codec_id == 0
     out = torch.zeros_like(source)
@@ -82,8 +102,8 @@ def test_what_has_no_position_is_kept_raw() -> None:
     assert coder.counters.snapshot()["stored_raw_chunks"] == 1
 
 
-def test_a_chunk_between_multiples_is_not_guessed() -> None:
-    assert parse(make().encode(chunk(512 + 100), KEY)).header.codec_id == 0
+def test_a_chunk_between_multiples_is_not_guessed(basis: dict[str, Any]) -> None:
+    assert parse(make(**basis).encode(chunk(512 + 100), KEY)).header.codec_id == 0
 
 
 def test_nan_is_kept_raw_or_dropped() -> None:
