@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from kvtc_vllm.codec.v2.codes import encode_codes
 from kvtc_vllm.codec.v2.plan import StepPlan
 from tests.codec.kernels.devices import DEVICES
 
-from kvtc_vllm.codec.kernels import step_encoder  # isort: skip
+from kvtc_vllm.codec.kernels import step_decoding, step_encoder, step_encoding  # isort: skip
 from kvtc_vllm.codec.kernels.chunks import RowLayout  # isort: skip
 from kvtc_vllm.codec.kernels.payload_coding import (  # isort: skip
     NO_MARKS,
@@ -310,6 +311,36 @@ def test_uneven_escapes_are_told_and_read_nothing_outside(device: str) -> None:
     for kind, wanted in restored(coding, RowLayout.of([4]), rows, [none]).items():
         assert torch.equal(found[kind][:4], wanted)
         assert torch.equal(found[kind][-4:], wanted)
+
+
+class Counted:
+    """A kernel that notes its launches in `names`."""
+
+    def __init__(self, names: list[str], name: str, kernel: Any) -> None:
+        self._names, self._name, self._kernel = names, name, kernel
+
+    def __getitem__(self, grid: Any) -> Any:
+        self._names.append(self._name)
+        return self._kernel[grid]
+
+
+def test_sections_share_their_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+    for module, own in (
+        (step_encoding, ("_encode_kernel", "_take_kernel")),
+        (step_decoding, ("_count_kernel", "_place_kernel", "_unpack_kernel")),
+    ):
+        for name in own:
+            monkeypatch.setattr(module, name, Counted(names, name, getattr(module, name)))
+    coding = coding_of("cuda" if torch.cuda.is_available() else "cpu", widths=FEW)
+    assert len(coding.tables.sections) == 4
+    layout = RowLayout.of([2])
+    rows, marks = hard_rows(coding, 2, 8), [np.array([True, False])]
+    payloads = payloads_of(encode(coding, layout, rows, marks))
+    assert names == ["_encode_kernel", "_take_kernel", "_encode_kernel"]
+    names.clear()
+    decode(coding, layout, payloads, marks)
+    assert names == [*("_count_kernel", "_place_kernel") * 2, "_unpack_kernel"]
 
 
 def test_a_step_has_room_for_whatever_one_chunk_may_have() -> None:
