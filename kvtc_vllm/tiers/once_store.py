@@ -13,6 +13,12 @@ _NAME_BYTES = 16
 """Of a body; names of records are longer."""
 
 
+def body_name(owner: bytes, body: bytes) -> bytes:
+    """Hash by which equal bodies of one owner are found, 16 bytes."""
+    lead = len(owner).to_bytes(4, "little") + owner
+    return hashlib.blake2b(lead + body, digest_size=_NAME_BYTES).digest()
+
+
 class OnceStore:
     """A `MemoryStore` around another. Safe for the worker's step, encode and load threads.
 
@@ -34,11 +40,11 @@ class OnceStore:
         # Parts of their own: a view would keep all of the blob.
         body = bytes(blob[self._head : len(blob) - self._tail])
         own = bytes(blob[: self._head]) + bytes(blob[len(blob) - self._tail :])
-        name = self._name(tenant or key, body)  # nobody's is shared with nobody
+        name = RecordKey(body_name(tenant or key, body))  # nobody's is shared with nobody
         with self._lock:
             self._remove(key)
             if name in self._users and self._inner.read(name) != body:
-                name = self._name(key, b"")  # another body of the same hash: kept apart
+                name = RecordKey(body_name(key, b""))  # another body of the same hash: kept apart
             size = self._inner.write(key, own)
             if name not in self._users:
                 try:
@@ -97,8 +103,3 @@ class OnceStore:
             heir = next(iter(users))
             self._resized[heir] = self._head + self._tail + len(self._inner.read(name))
         return True
-
-    @staticmethod
-    def _name(owner: bytes, body: bytes) -> RecordKey:
-        lead = len(owner).to_bytes(4, "little") + owner
-        return RecordKey(hashlib.blake2b(lead + body, digest_size=_NAME_BYTES).digest())
