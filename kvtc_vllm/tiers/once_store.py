@@ -32,6 +32,7 @@ class OnceStore:
         self._head, self._tail = head, tail
         self._bodies: dict[RecordKey, RecordKey] = {}
         self._users: dict[RecordKey, dict[RecordKey, None]] = {}
+        self._tenants: dict[RecordKey, bytes] = {}
         self._resized: dict[RecordKey, int] = {}
         self._lock = threading.Lock()
 
@@ -53,6 +54,7 @@ class OnceStore:
                     self._inner.remove([key])
                     raise
             self._bodies[key] = name
+            self._tenants[key] = tenant
             self._users.setdefault(name, {})[key] = None
             return size
 
@@ -72,7 +74,7 @@ class OnceStore:
     def clear(self) -> None:
         """Forget everything."""
         with self._lock:
-            for found in (self._bodies, self._users, self._resized):
+            for found in (self._bodies, self._users, self._tenants, self._resized):
                 found.clear()
             self._inner.clear()
 
@@ -80,6 +82,11 @@ class OnceStore:
         """Names of all blobs, oldest first."""
         with self._lock:
             return list(self._bodies)
+
+    def tenant_of(self, key: RecordKey) -> bytes:
+        """Whose a blob is, as `write` was told; nobody's if there is none."""
+        with self._lock:
+            return self._tenants.get(key, b"")
 
     def take_resized(self) -> list[tuple[RecordKey, int]]:
         """Blobs that are charged for a body now and were not, with all that they take."""
@@ -92,6 +99,7 @@ class OnceStore:
         if name is None:
             return False
         self._inner.remove([key])
+        self._tenants.pop(key, None)
         self._resized.pop(key, None)
         users = self._users[name]
         charged = next(iter(users)) == key

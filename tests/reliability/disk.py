@@ -44,6 +44,13 @@ def bytes_on_disk(root: Path) -> int:
     return sum(found.values())
 
 
+def kept_bytes(root: Path) -> int:
+    """Of `bytes_on_disk`, what has no other name than those of links."""
+    chunks = {path.stat().st_ino for path in chunk_files(root)}
+    files = {path.stat().st_ino: path.stat().st_size for path in links(root)}
+    return sum(-(-size // BLOCK) * BLOCK for inode, size in files.items() if inode not in chunks)
+
+
 def ledger_bytes(root: Path) -> int:
     return sum(account.get("used", 0) for account in ledger_accounts(root).values())
 

@@ -112,7 +112,7 @@ class DiskStore:
             self._fs,
             self._space,
             self._directory,
-            Bodies(self._fs, self._directory, namespace),
+            Bodies(self._fs, self._recency, self._directory, namespace),
             self._prepare,
             lambda error: self._note_error("refer", error),
         )

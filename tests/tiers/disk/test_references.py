@@ -174,6 +174,14 @@ def test_evicting_a_representative_loses_nothing_else(scratch: Path) -> None:
     assert check_bytes(scratch) == 3 * PAGE
 
 
+def test_making_room_for_a_reference_spares_what_it_refers_to(scratch: Path) -> None:
+    store = opened(scratch, pages=WHOLE // PAGE + 1)
+    store.write(FIRST, twin(FIRST), TENANT)
+    store.write(THIRD, blob_of(THIRD, longest=3000))
+    assert store.write(SECOND, twin(SECOND), TENANT) == PAGE
+    assert store.take_evicted() == [THIRD]
+
+
 def test_a_reference_in_use_outlives_its_representative(scratch: Path) -> None:
     pages = WHOLE // PAGE
     store = filled(scratch, FIRST, SECOND, pages=pages + 3)
