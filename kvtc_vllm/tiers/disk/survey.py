@@ -44,7 +44,7 @@ class NamespaceSummary:
     chunks: int
     """Number of chunks."""
     stored: int
-    """Bytes of their blobs."""
+    """Bytes of their files."""
     used: int
     """Bytes that they take on disk, with representatives that others refer to."""
     references: int
