@@ -31,7 +31,7 @@ OLD_TESTS := tests/connector/test_contract.py tests/connector/test_restart.py \
 	tests/reliability/live/test_weight_updates.py tests/reliability/live/test_adapters.py \
 	tests/reliability/live/test_store_policy.py
 
-.PHONY: help setup setup-old test test-old test-families test-kernels test-joint check check-kernels soak demo demo-quick serving \
+.PHONY: help setup setup-old test test-old test-families test-kernels test-joint test-disk check check-kernels soak demo demo-quick serving \
 	docs check-deploy release newcomer reference clean
 
 help:  ## this list
@@ -64,6 +64,9 @@ test-kernels: setup  ## the kernels of every codec in the interpreter, all cases
 test-joint: setup  ## joint: delta, degrade and quality in an engine, on artifacts of codec 2 made for it
 	KVTC_JOINT=1 $(RUN) $(PYTEST) -m vllm tests/connector/test_joint_delta_engine.py \
 		tests/connector/test_halving_engine.py tests/connector/test_quality_engine.py
+
+test-disk: setup  ## every fault and kill -9 of the disk tier on chunks that refer to others
+	KVTC_DISK=all $(RUN) $(PYTEST) tests/reliability/test_faults.py tests/reliability/test_processes.py
 
 test-lmcache: setup-lmcache  ## KVTC in LMCache: contract, storages, servers killed and shared
 	$(VENV_LMCACHE)/bin/python -m pytest tests/lmcache

@@ -11,8 +11,9 @@ between them. Every record is read back and compared with its blob: nothing else
 with `joint: off`, so KL is the same. Times are of one thread in one run, ratios to the codec's own.
 `keep` is remembering a chunk, and forgetting it in the end.
 
-What `joint: exact` would do is counted beside it: bodies that are equal, and the bytes on disk, in
-blocks of 4 KiB, of whole chunks and of bodies kept once with a file for each chunk's own head.
+Equal bodies, which `joint: exact` keeps once, are counted beside it, and the bytes on disk, in
+blocks of 4 KiB, of whole chunks and of a form that is not built: every body in a file of its own,
+every chunk's head in another.
 
 shared: two essays behind other system prompts, in either order. edited: ten versions of a source
 file of the standard library, each with one more edit. agent: a loop that sends tool output again

@@ -151,6 +151,7 @@ def _namespace(found: NamespaceSummary) -> dict[str, Any]:
         "in_use": found.in_use,
         "facts": record.facts if record else {},
         "chunks": found.chunks,
+        "references": found.references,
         "stored_bytes": found.stored,
         "disk_bytes": found.used,
         "hits": found.hits,

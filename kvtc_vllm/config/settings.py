@@ -79,10 +79,10 @@ class KVTCConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     joint: Annotated[
         Literal["auto", "off", "exact", "delta"],
         Meta(
-            description="In memory, within one `cache_salt`. `exact`: equal bodies of chunks with "
-            "other names are kept once. `delta`, with `kvtc2`: a chunk whose text another has, at "
-            "any place, is kept as what it adds to that one. `auto`: `delta` where it can be, on a "
-            "CPU, else `off`."
+            description="Within one `cache_salt`. `exact`: equal bodies of chunks with other names "
+            "are kept once, in memory and on disk. `delta`, with `kvtc2`: in memory, a chunk whose "
+            "text another has, at any place, is kept as what it adds to that one. `auto`: `delta` "
+            "where it can be, on a CPU, else `off`."
         ),
     ] = "auto"
     degrade: Annotated[

@@ -40,7 +40,11 @@ class DiskNews:
     errors: Counter[str] = field(default_factory=Counter)
     """Reason -> count."""
     written_bytes: int = 0
-    """Of the blobs in `stored`."""
+    """Of the blobs in `stored`; of a reference what it takes on disk."""
+    shared_chunks: int = 0
+    """Of `stored`, whose body another chunk on disk has."""
+    shared_bytes: int = 0
+    """On disk, that were not taken again for these."""
     repairs: int = 0
     """Damaged files that were removed or made anew."""
 
@@ -72,6 +76,8 @@ def tell(
         ("promoted_bytes", sum(size for _, size in kept)),
         ("disk_written_chunks", len(news.stored)),
         ("disk_written_bytes", news.written_bytes),
+        ("disk_shared_chunks", news.shared_chunks),
+        ("disk_shared_bytes", news.shared_bytes),
         ("disk_repairs", news.repairs),
         ("disk_halved_chunks", sum(one.size is not None for one in news.halved)),
     ):

@@ -15,7 +15,7 @@ from kvtc_vllm.offload.halver import Halver
 from kvtc_vllm.offload.namespace import START_SECONDS, Namespace
 from kvtc_vllm.offload.pace import Pace, PaceMeter
 from kvtc_vllm.tiers.blob_store import Blob
-from kvtc_vllm.tiers.disk import DiskError, IoHandle, IoPool
+from kvtc_vllm.tiers.disk import DiskError, IoHandle, IoPool, disk_bytes
 from kvtc_vllm.tiers.keys import RecordKey
 
 logger = logging.getLogger("vllm.kvtc")
@@ -30,7 +30,7 @@ FIRST_LIST_SECONDS = 60.0
 """After the start, so that the engine has its requests first."""
 LIST_SECONDS = 600.0
 """Between two lists of the files: what changed since the last is asked for at a start."""
-LOST = frozenset({"missing", "corrupt", "foreign"})
+LOST = frozenset({"missing", "corrupt", "foreign", "representative"})
 """Reasons of a failed read after which the chunk is not on disk any more."""
 
 
@@ -57,6 +57,7 @@ class DiskWorker:
         self._writers = IoPool(threads, QUEUE, "kvtc-disk-write")
         self._reads: list[tuple[RecordKey, IoHandle[bytes]]] = []
         self._meter = PaceMeter()
+        self._tenant_of: Callable[[RecordKey], bytes] = _nobody
         # What follows is read and changed under the lock.
         self._lock = threading.Lock()
         self._news = DiskNews()
@@ -66,6 +67,13 @@ class DiskWorker:
         self._repairs = 0
         self._next_look = 0.0
         self._next_list = time.monotonic() + FIRST_LIST_SECONDS
+
+    def share_bodies(self, tenant_of: Callable[[RecordKey], bytes]) -> None:
+        """From now on, keep equal bodies of what `write` and `close` are given once, by tenant.
+
+        tenant_of: of a record that is given; it is called on the threads that call them.
+        """
+        self._tenant_of = tenant_of
 
     def inventory(self) -> list[tuple[RecordKey, int]]:
         """(key, bytes) of what is on disk, least recently used first; clears leftovers.
@@ -98,8 +106,10 @@ class DiskWorker:
                 return
             self._writing[epoch, key] = size
             self._queued += size
+        tenant = self._tenant_of(key)  # now: memory may be about to forget it
         self._submit_write(
-            partial(self._write, namespace, key, blob, epoch), lambda: self._end_write(key, epoch)
+            partial(self._write, namespace, key, blob, epoch, tenant),
+            lambda: self._end_write(key, epoch),
         )
 
     def read(self, keys: Sequence[RecordKey]) -> None:
@@ -211,16 +221,21 @@ class DiskWorker:
             piece.counts = True
         return blob
 
-    def _write(self, namespace: Namespace, key: RecordKey, blob: Blob, epoch: int) -> None:
+    def _write(
+        self, namespace: Namespace, key: RecordKey, blob: Blob, epoch: int, tenant: bytes
+    ) -> None:
         """A write that is overtaken by a reset is still right under its own name."""
         try:
             if epoch != self._epoch:
                 return
-            size = namespace.store.write(key, blob)
+            size = namespace.store.write(key, blob, tenant)
+            saved = disk_bytes(len(blob)) - size
             with self._lock:
                 if epoch == self._epoch:
                     self._news.stored.append((key, size))
-                    self._news.written_bytes += len(blob)
+                    self._news.written_bytes += min(len(blob), size)
+                    self._news.shared_chunks += saved > 0
+                    self._news.shared_bytes += saved
                     if key in self._news.lost:  # and was written again
                         self._news.lost.remove(key)
         except Exception as error:
@@ -273,7 +288,7 @@ class DiskWorker:
                 item = next(source, None)
             if item is None:
                 return
-            self._write(namespace, *item, self._epoch)
+            self._write(namespace, *item, self._epoch, self._tenant_of(item[0]))
 
     def _list(self, namespace: Namespace, epoch: int) -> None:
         try:
@@ -359,3 +374,7 @@ class DiskWorker:
             self._news.errors[reason] += 1
         if not isinstance(error, DiskError):
             logger.error("kvtc: the disk tier failed", exc_info=error)
+
+
+def _nobody(key: RecordKey) -> bytes:
+    return b""

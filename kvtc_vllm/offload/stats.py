@@ -52,6 +52,8 @@ COUNTERS: dict[str, str] = {
     "deadline would have come first",
     "disk_written_chunks": "Chunks written to disk, all ranks",
     "disk_written_bytes": "Real bytes of these",
+    "disk_shared_chunks": "Chunks of these whose body was on disk already, all ranks",
+    "disk_shared_bytes": "Bytes on disk that were not taken again for them, all ranks",
     "disk_halved_chunks": "Times that a chunk on disk was halved, all ranks",
     "disk_evicted_chunks": "Chunks that left the disk tier for its capacity",
     "disk_repairs": "Damaged files of the disk tier that were removed or made anew, all ranks",

@@ -44,6 +44,7 @@ from kvtc_vllm.offload.transfer import Transfer
 from kvtc_vllm.tiers.blob_store import Blob, MemoryStore, StoreError
 from kvtc_vllm.tiers.keys import RecordKey
 from kvtc_vllm.tiers.memory import MemoryArena
+from kvtc_vllm.tiers.once_store import OnceStore
 
 logger = logging.getLogger("vllm.kvtc")
 
@@ -99,6 +100,8 @@ class KVTCWorker:
         if memory is None:
             memory = MemoryArena(config.memory_capacity // geometry.ranks)
         self.arena: MemoryStore = memory
+        if disk is not None and isinstance(memory, OnceStore):
+            disk.share_bodies(memory.tenant_of)
         self._step = StepMetadata()
         self._opened: StepMetadata | None = None
         # On a CPU vLLM computes a step before it starts its loads, from 0.29 on. Not with several

@@ -13,6 +13,12 @@ _NAME_BYTES = 16
 """Of a body; names of records are longer."""
 
 
+def body_name(owner: bytes, body: bytes) -> bytes:
+    """Hash by which equal bodies of one owner are found, 16 bytes."""
+    lead = len(owner).to_bytes(4, "little") + owner
+    return hashlib.blake2b(lead + body, digest_size=_NAME_BYTES).digest()
+
+
 class OnceStore:
     """A `MemoryStore` around another. Safe for the worker's step, encode and load threads.
 
@@ -26,6 +32,7 @@ class OnceStore:
         self._head, self._tail = head, tail
         self._bodies: dict[RecordKey, RecordKey] = {}
         self._users: dict[RecordKey, dict[RecordKey, None]] = {}
+        self._tenants: dict[RecordKey, bytes] = {}
         self._resized: dict[RecordKey, int] = {}
         self._lock = threading.Lock()
 
@@ -34,11 +41,11 @@ class OnceStore:
         # Parts of their own: a view would keep all of the blob.
         body = bytes(blob[self._head : len(blob) - self._tail])
         own = bytes(blob[: self._head]) + bytes(blob[len(blob) - self._tail :])
-        name = self._name(tenant or key, body)  # nobody's is shared with nobody
+        name = RecordKey(body_name(tenant or key, body))  # nobody's is shared with nobody
         with self._lock:
             self._remove(key)
             if name in self._users and self._inner.read(name) != body:
-                name = self._name(key, b"")  # another body of the same hash: kept apart
+                name = RecordKey(body_name(key, b""))  # another body of the same hash: kept apart
             size = self._inner.write(key, own)
             if name not in self._users:
                 try:
@@ -47,6 +54,7 @@ class OnceStore:
                     self._inner.remove([key])
                     raise
             self._bodies[key] = name
+            self._tenants[key] = tenant
             self._users.setdefault(name, {})[key] = None
             return size
 
@@ -66,7 +74,7 @@ class OnceStore:
     def clear(self) -> None:
         """Forget everything."""
         with self._lock:
-            for found in (self._bodies, self._users, self._resized):
+            for found in (self._bodies, self._users, self._tenants, self._resized):
                 found.clear()
             self._inner.clear()
 
@@ -74,6 +82,11 @@ class OnceStore:
         """Names of all blobs, oldest first."""
         with self._lock:
             return list(self._bodies)
+
+    def tenant_of(self, key: RecordKey) -> bytes:
+        """Whose a blob is, as `write` was told; nobody's if there is none."""
+        with self._lock:
+            return self._tenants.get(key, b"")
 
     def take_resized(self) -> list[tuple[RecordKey, int]]:
         """Blobs that are charged for a body now and were not, with all that they take."""
@@ -86,6 +99,7 @@ class OnceStore:
         if name is None:
             return False
         self._inner.remove([key])
+        self._tenants.pop(key, None)
         self._resized.pop(key, None)
         users = self._users[name]
         charged = next(iter(users)) == key
@@ -97,8 +111,3 @@ class OnceStore:
             heir = next(iter(users))
             self._resized[heir] = self._head + self._tail + len(self._inner.read(name))
         return True
-
-    @staticmethod
-    def _name(owner: bytes, body: bytes) -> RecordKey:
-        lead = len(owner).to_bytes(4, "little") + owner
-        return RecordKey(hashlib.blake2b(lead + body, digest_size=_NAME_BYTES).digest())

@@ -10,10 +10,11 @@ import torch
 from kvtc_vllm.codec.container import CHECKSUM_BYTES, HEADER_BYTES
 from kvtc_vllm.offload.keys import tenant_of
 from kvtc_vllm.offload.messages import LoadItem, LoadJob, StepMetadata, StoreItem
+from kvtc_vllm.tiers import once_store
 from kvtc_vllm.tiers.blob_store import StoreError
 from kvtc_vllm.tiers.index import TierIndex
 from kvtc_vllm.tiers.memory import MemoryArena
-from kvtc_vllm.tiers.once_store import OnceStore
+from kvtc_vllm.tiers.once_store import OnceStore, body_name
 from kvtc_vllm.tiers.policies.lru import LRUPolicy
 from tests.connector.fakes import FakeRequest
 from tests.connector.test_worker import CHUNK_BYTES, Rig
@@ -91,10 +92,7 @@ def test_what_is_charged_is_what_is_held() -> None:
 
 def test_equal_hashes_are_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, _ = once()
-    real = OnceStore._name
-    monkeypatch.setattr(
-        OnceStore, "_name", staticmethod(lambda owner, body: real(owner, b"always"))
-    )
+    monkeypatch.setattr(once_store, "body_name", lambda owner, body: body_name(owner, b"always"))
     first, second = blob(1, b"one body"), blob(2, b"and other")
     layer.write(b"a" * 32, first, b"us")  # type: ignore[arg-type]
     layer.write(b"b" * 32, second, b"us")  # type: ignore[arg-type]

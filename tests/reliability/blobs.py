@@ -24,3 +24,13 @@ def blob_of(key: bytes, namespace: bytes = NAMESPACE, longest: int = 20_000) -> 
     head = b"KVTC" + generator.randbytes(56) + xxhash.xxh3_128_digest(namespace + key)
     content = head + generator.randbytes(generator.randrange(1, longest))
     return content + xxhash.xxh3_128_digest(content)
+
+
+def twin_of(
+    key: bytes, namespace: bytes = NAMESPACE, longest: int = 20_000, bodies: int = 3
+) -> bytes:
+    """As `blob_of`, but many keys have the same body: there are only so many."""
+    body = random.Random(bytes((key[1] % bodies,)))
+    head = b"KVTC" + random.Random(key).randbytes(56) + xxhash.xxh3_128_digest(namespace + key)
+    content = head + body.randbytes(body.randrange(longest // 2, longest))
+    return content + xxhash.xxh3_128_digest(content)

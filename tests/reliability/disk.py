@@ -21,19 +21,34 @@ def temporaries(root: Path) -> list[Path]:
     return sorted(root.rglob("*.tmp"))
 
 
+def links(root: Path) -> list[Path]:
+    """To representatives, by which references to them are read."""
+    return sorted(root.glob("*/??/*.body"))
+
+
 def bytes_on_disk(root: Path) -> int:
-    """Whole blocks of all chunks and temporaries that exist at one moment or another."""
-    total = 0
+    """Whole blocks of all chunks and temporaries that exist at one moment or another.
+
+    A file with several names counts once.
+    """
+    found: dict[int, int] = {}
     for directory, _, names in os.walk(root):
         for name in names:
-            if name.endswith((".kvtc", ".tmp")):
+            if name.endswith((".kvtc", ".tmp", ".body")):
                 try:
                     status = os.lstat(os.path.join(directory, name))
                 except FileNotFoundError:
                     continue
                 if S_ISREG(status.st_mode):
-                    total += -(-status.st_size // BLOCK) * BLOCK
-    return total
+                    found[status.st_ino] = -(-status.st_size // BLOCK) * BLOCK
+    return sum(found.values())
+
+
+def kept_bytes(root: Path) -> int:
+    """Of `bytes_on_disk`, what has no other name than those of links."""
+    chunks = {path.stat().st_ino for path in chunk_files(root)}
+    files = {path.stat().st_ino: path.stat().st_size for path in links(root)}
+    return sum(-(-size // BLOCK) * BLOCK for inode, size in files.items() if inode not in chunks)
 
 
 def ledger_bytes(root: Path) -> int:

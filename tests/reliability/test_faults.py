@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from kvtc_vllm.tiers.disk import DiskError, DiskStore, FileSystem, NamespaceRecord
 from tests.reliability import disk
-from tests.reliability.blobs import NAMESPACE, blob_of, key_of
+from tests.reliability.blobs import NAMESPACE, blob_of, key_of, twin_of
 from tests.reliability.faults import FAULTS, SHORT, FaultyFileSystem, WrappedFileSystem
 
 CAPACITY = 4 * 4096
@@ -19,14 +20,28 @@ RECORD = NamespaceRecord(model="m", codec="raw", dtype="bfloat16", rank=0, tp_si
 KEYS = [key_of(number) for number in range(6)]
 
 
+REFERENCES = os.environ.get("KVTC_DISK") == "all"
+"""Whether every fault is tried on references as well: `make test-disk`."""
+
+
 def blob(key: bytes) -> bytes:
     return blob_of(key, longest=4000)
 
 
-class Session:
-    """A caller that treats every DiskError as a miss and counts it."""
+def twin(key: bytes) -> bytes:
+    """Of two blocks, whose body all have."""
+    return twin_of(key, longest=8000, bodies=1)
 
-    def __init__(self, root: Path, filesystem: FileSystem) -> None:
+
+class Session:
+    """A caller that treats every DiskError as a miss and counts it.
+
+    shared: it writes chunks with one body.
+    """
+
+    def __init__(self, root: Path, filesystem: FileSystem, shared: bool = False) -> None:
+        self.blob = twin if shared else blob
+        self.tenant = b"one" if shared else b""
         self.misses = 0
         self.served = 0
         self.store: DiskStore | None = None
@@ -50,12 +65,12 @@ class Session:
             return
         self.attempt(store.scan)
         for key in KEYS[:5]:
-            self.attempt(lambda key=key: store.write(key, blob(key)))
+            self.attempt(lambda key=key: store.write(key, self.blob(key), self.tenant))
         store.touch(KEYS[2:4])
         for key in KEYS:
             self.attempt(lambda key=key: self.read(key))
         self.attempt(lambda: store.remove([KEYS[1], KEYS[3]]))
-        self.attempt(lambda: store.write(KEYS[5], blob(KEYS[5])))
+        self.attempt(lambda: store.write(KEYS[5], self.blob(KEYS[5]), self.tenant))
         self.attempt(lambda: self.read(KEYS[5]))
         self.attempt(store.scan)
         self.attempt(store.used)
@@ -64,7 +79,7 @@ class Session:
 
     def read(self, key: bytes) -> None:
         assert self.store is not None
-        assert self.store.read(key) == blob(key)
+        assert self.store.read(key) == self.blob(key)
         self.served += 1
 
     def attempt(self, operation: Callable[[], object]) -> None:
@@ -89,7 +104,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Se
     return counting.calls, session
 
 
-def check_healed(root: Path, where: str) -> None:
+def check_healed(root: Path, where: str, blob: Callable[[bytes], bytes] = blob) -> None:
     """The next engine on the same root finds a sound tier."""
     store = DiskStore(root, NAMESPACE, capacity=CAPACITY, min_free=0)
     for entry in store.scan():
@@ -125,6 +140,42 @@ def test_a_fault_at_every_call(
         if kind in ("EINTR", SHORT):
             assert (session.misses, session.served) == (usual.misses, usual.served), where
         check_healed(root, where)
+        shutil.rmtree(root)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "lasting", "step"),
+    [
+        ("EIO", False, 1 if REFERENCES else 5),
+        *((kind, False, 1) for kind in FAULTS if REFERENCES and kind != "EIO"),
+        *([("EIO", True, 1), (SHORT, True, 1)] if REFERENCES else []),
+    ],
+)
+def test_a_fault_at_every_call_of_references(
+    kind: str, lasting: bool, step: int, scratch: Path
+) -> None:
+    """step: every how many calls one fails."""
+    counting = WrappedFileSystem()
+    usual = Session(scratch / "plain", counting, shared=True)
+    usual.run()
+    assert counting.calls.count("link") >= 4
+    descriptors = disk.open_descriptors()
+    root = scratch / "tier"
+    for first in range(1, len(counting.calls) + 1, step):
+        call = counting.calls[first - 1]
+        if kind == SHORT and call not in ("pread", "pwrite"):
+            continue
+        filesystem = FaultyFileSystem(FAULTS[kind], first, lasting)
+        session = Session(root, filesystem, shared=True)
+        session.run()
+        where = f"{kind} at call {first}: {call}"
+        assert filesystem.injected or kind == SHORT, where
+        assert disk.bytes_on_disk(root) <= CAPACITY, where
+        assert disk.open_descriptors() == descriptors, where
+        if kind in ("EINTR", SHORT):
+            assert (session.misses, session.served) == (usual.misses, usual.served), where
+        check_healed(root, where, twin)
         shutil.rmtree(root)
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+ALL = os.environ.get("KVTC_DISK") == "all"
+"""`make test-disk`"""
 
 
 def drive(module: str, *arguments: str, scratch: Path) -> str:
@@ -40,6 +42,30 @@ def test_200_kills_leave_a_sound_tier(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_kill_at_every_call_leaves_a_sound_tier(scratch: Path) -> None:
     drive("kill9", "--points", "1", scratch=scratch)
+
+
+@pytest.mark.crash
+@pytest.mark.slow
+def test_kills_leave_no_reference_without_what_it_refers_to(tmp_path: Path) -> None:
+    printed = drive("kill9", "--shared", "--cycles", "200" if ALL else "30", scratch=tmp_path)
+    assert "'references_among_them': 0" not in printed
+
+
+@pytest.mark.crash
+@pytest.mark.slow
+@pytest.mark.skipif(not ALL, reason="make test-disk runs it")
+def test_a_kill_at_every_call_of_references_leaves_a_sound_tier(scratch: Path) -> None:
+    printed = drive("kill9", "--shared", "--points", "1", scratch=scratch)
+    assert "'links': 0" not in printed
+
+
+@pytest.mark.slow
+def test_processes_that_refer_to_each_other_s_chunks_never_diverge(tmp_path: Path) -> None:
+    processes, operations = ("8", "10000") if ALL else ("3", "1500")
+    arguments = ("--shared", "--processes", processes, "--operations", operations)
+    printed = drive("replicas", *arguments, scratch=tmp_path)
+    assert "'divergences': 0" in printed
+    assert "'references': 0" not in printed
 
 
 @pytest.mark.slow

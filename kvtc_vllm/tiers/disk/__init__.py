@@ -14,6 +14,8 @@ Layout of a tier's root directory (`layout.py`)::
     <namespace>/files            what is known of the files, for the next scan (`file_list.py`)
     <namespace>/files.new        the same, being written
     <namespace>/<first key byte>/<key, hex>.kvtc
+    <namespace>/<first key byte>/<key, hex>.<key, hex>.body  a link to the first one's file, through
+                                 which the second is read (`reference.py`)
     <namespace>/tmp/<pid>-<random>.tmp
     Whatever is named differently is never touched.
 
@@ -28,6 +30,10 @@ engines may use it. Once its engine has ended nobody can name it again: the engi
 (`DiskStore.drop`) or `kvtc gc --ended` removes it; until then it ages and is evicted like any
 other. To tell that an engine has ended, a store marks its namespace as in use while it is open.
 A store that cannot mark works all the same; `--ended` may then remove what it has: misses.
+
+Equal bodies: a write that names a tenant may become a reference to a chunk of the same tenant with
+the same body, which this store has written (`bodies.py`, `reference.py`). Readers still need no
+lock: a link is made before the reference is published and goes after it.
 
 Publication: under the lock, make room, enter the bytes in the ledger, create a uniquely named
 temporary of the final size and flock it; without the lock, write it, read it back, compare;
@@ -76,6 +82,7 @@ Failures: every one is a `DiskError` with a reason, counted by operation and rea
     anything else                      other
     bad checksum, wrong length         corrupt    the file is removed
     other namespace or key             foreign    the file is removed
+    what it refers to is lost or bad   representative    the reference is removed
     cap or free space cannot be held   full       lock not had in time  busy
     unknown layout version             layout     key not 1..100 bytes  key
     store or pool closed, or forked    closed

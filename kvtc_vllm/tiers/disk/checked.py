@@ -31,6 +31,7 @@ DiskReason = Literal[
     "other",
     "corrupt",
     "foreign",
+    "representative",
     "full",
     "busy",
     "layout",
@@ -181,6 +182,10 @@ class CheckedFileSystem:
 
     def rename(self, source: str, target: str) -> None:
         self._call(f"rename to {target}", self._raw.rename, source, target)
+
+    def link(self, source: str, target: str) -> None:
+        """Give a file a second name. Raises "foreign" if something has it."""
+        self._call(f"link to {target}", self._raw.link, source, target)
 
     def unlink(self, path: str) -> bool:
         """Remove a file; False if there was none."""

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
-from kvtc_vllm.tiers.disk import scan
+from kvtc_vllm.tiers.disk import reference, scan
 from kvtc_vllm.tiers.disk.checked import CheckedFileSystem
 from kvtc_vllm.tiers.disk.layout import FAN_OUTS, disk_bytes
 from kvtc_vllm.tiers.disk.ledger import LONGEST_PAUSE_SECONDS, Account, LedgerState
@@ -29,7 +29,7 @@ class NamespaceCount:
     """Counts namespaces of `root` and lists their chunks.
 
     locked: the root's lock. sound: called under it for each chunk; False for a file that is none
-    and was removed.
+    and was removed. most_bytes: of a chunk, by the namespace's directory name.
     """
 
     def __init__(
@@ -38,11 +38,13 @@ class NamespaceCount:
         root: str,
         locked: Callable[[], AbstractContextManager[LedgerState]],
         sound: Callable[[ChunkFile], bool],
+        most_bytes: Callable[[str], int],
     ) -> None:
         self._fs = fs
         self._root = root
         self._locked = locked
         self._sound = sound
+        self._most_bytes = most_bytes
 
     def run(self, namespace: str, found: list[ChunkFile], known: Known | None = None) -> None:
         """Count from the start: removes temporaries of dead writers, corrects the account.
@@ -86,18 +88,25 @@ class NamespaceCount:
         looked_at = 0
         while place < FAN_OUTS and looked_at < FILES_AT_ONCE:
             chunks: list[ChunkFile] = []
+            links: list[str] = []
             if place in there:
                 files = known(place) if known is not None else None
-                chunks += scan.chunks_in(self._fs, directory, place, files)
-            looked_at += len(chunks)
+                chunks += scan.chunks_in(self._fs, directory, place, files, links)
+            looked_at += len(chunks) + len(links)
             chunks = [chunk for chunk in chunks if self._sound(chunk)]
             found += chunks
+            kept = self._kept(namespace, directory, links) if links else 0
             counts = account.next == place
             place += 1
             if counts:
-                account.counted += sum(disk_bytes(chunk.length) for chunk in chunks)
+                account.counted += kept + sum(disk_bytes(chunk.length) for chunk in chunks)
                 if place < FAN_OUTS:
                     account.next = place
                 else:
                     account.end_count(scan.remove_orphans(self._fs, directory))
         return place
+
+    def _kept(self, namespace: str, directory: str, links: list[str]) -> int:
+        """Bytes of representatives that have only links left; links of nobody go."""
+        most = self._most_bytes(namespace)
+        return reference.kept_bytes(self._fs, directory, links, most, self._fs.unlink)

@@ -31,18 +31,21 @@ VAIN_SURVEYS = 3
 
 
 class TakeAway(Protocol):
-    """Removes what is in a chunk's place, under the lock; False if it is gone already."""
+    """Removes what is in a chunk's place, under the lock.
+
+    Returns the bytes freed, none where others refer to it; None if it is gone already.
+    """
 
     def __call__(
         self, ledger: LedgerState, namespace: str, key: RecordKey, there: FileInfo
-    ) -> bool: ...
+    ) -> int | None: ...
 
 
 class Evictor:
     """Evicts the least recently used chunks of a root. Thread-safe.
 
     capacity, min_free: bytes. count, locked, take_away: of the `Space` that it works for. evicted:
-    called under the lock for each chunk.
+    called under the lock for each chunk, with the bytes freed.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class Evictor:
         count: NamespaceCount,
         locked: Callable[[], AbstractContextManager[LedgerState]],
         take_away: TakeAway,
-        evicted: Callable[[ChunkFile], None],
+        evicted: Callable[[ChunkFile, int], None],
     ) -> None:
         self._fs = fs
         self._root = root
@@ -140,14 +143,15 @@ class Evictor:
             self._count.finish(name)
 
     def _evict_one(self, ledger: LedgerState, chunk: ChunkFile) -> int:
-        """Bytes freed: 0 if the chunk is gone or was used since the survey."""
+        """Bytes freed: 0 if the chunk is gone or was used since the survey, or is referred to."""
         there = self._fs.stat(chunk_path(f"{self._root}/{chunk.namespace}", chunk.key))
         if there is None or there.mtime_ns != chunk.mtime_ns or not there.is_regular:
             return 0
-        if not self._take_away(ledger, chunk.namespace, chunk.key, there):
+        freed = self._take_away(ledger, chunk.namespace, chunk.key, there)
+        if freed is None:
             return 0
-        self._evicted(chunk)
-        return disk_bytes(there.size)
+        self._evicted(chunk, freed)
+        return freed
 
 
 def _oldest(found: list[ChunkFile], missing: int) -> Iterator[ChunkFile]:

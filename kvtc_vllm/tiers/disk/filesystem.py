@@ -101,6 +101,10 @@ class FileSystem(Protocol):
         """Move a file to `target` in one step, in the place of a file that is there."""
         ...
 
+    def link(self, source: str, target: str) -> None:
+        """Give a file a second name, a hard link. Raises OSError with EEXIST if one has it."""
+        ...
+
     def unlink(self, path: str) -> None:
         """Remove a file."""
         ...
@@ -201,6 +205,21 @@ class OsFileSystem:
             self._at(
                 target,
                 lambda at, name: os.rename(source_name, name, src_dir_fd=source_at, dst_dir_fd=at),
+            )
+
+        self._at(source, to_target)
+
+    def link(self, source: str, target: str) -> None:
+        def to_target(source_at: int | None, source_name: str) -> None:
+            self._at(
+                target,
+                lambda at, name: os.link(
+                    source_name,
+                    name,
+                    src_dir_fd=source_at,
+                    dst_dir_fd=at,
+                    follow_symlinks=False,
+                ),
             )
 
         self._at(source, to_target)

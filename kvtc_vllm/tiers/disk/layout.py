@@ -32,6 +32,9 @@ IDENTITY_BYTES = 16
 CHECKSUM_BYTES = 16
 MIN_BLOB_BYTES = IDENTITY_OFFSET + IDENTITY_BYTES + CHECKSUM_BYTES
 
+LINK_SUFFIX = ".body"
+"""Of a link to a representative, see `reference`."""
+
 _CHUNK_SUFFIX = ".kvtc"
 _TEMPORARY_SUFFIX = ".tmp"
 _NAMESPACE = re.compile(r"[0-9a-f]{32}")

@@ -12,6 +12,7 @@ import msgspec
 
 from kvtc_vllm.tiers.disk.checked import CheckedFileSystem, DiskError
 from kvtc_vllm.tiers.disk.layout import (
+    LINK_SUFFIX,
     TEMPORARY_DIRECTORY,
     chunk_key,
     disk_bytes,
@@ -81,12 +82,14 @@ def chunks_in(
     directory: str,
     number: int,
     known: Mapping[RecordKey, KnownFile] | None = None,
+    links: list[str] | None = None,
 ) -> Iterator[ChunkFile]:
     """The chunks in one fan-out directory of a namespace, in no order.
 
-    known: what need not be asked for, as long as the inodes are the same.
+    known: what need not be asked for, as long as the inodes are the same. links: gets the names of
+    links to representatives, see `reference`.
     """
-    found = _known_chunks(fs, directory, number, known) if known else None
+    found = _known_chunks(fs, directory, number, known, links) if known else None
     if found is not None:
         yield from found
         return
@@ -95,19 +98,27 @@ def chunks_in(
         key = chunk_key(name) if S_ISREG(mode) else None
         if key is not None and key[0] == number:
             yield ChunkFile(mtime_ns, key, size, namespace)
+        elif key is None and links is not None and name.endswith(LINK_SUFFIX):
+            links.append(name)
 
 
 def _known_chunks(
-    fs: CheckedFileSystem, directory: str, number: int, known: Mapping[RecordKey, KnownFile]
+    fs: CheckedFileSystem,
+    directory: str,
+    number: int,
+    known: Mapping[RecordKey, KnownFile],
+    links: list[str] | None,
 ) -> list[ChunkFile] | None:
-    """None if too little is known of what is there."""
+    """None if too little is known of what is there; `links` is then as it was."""
     namespace = directory.rpartition("/")[2]
     place = fan_out_path(directory, number)
-    found, others = [], []
+    found, others, linked = [], [], []
     names = fs.names(place)
     for name, inode in names:
         key = chunk_key(name)
         if key is None or key[0] != number:
+            if name.endswith(LINK_SUFFIX):
+                linked.append(name)
             continue
         file = known.get(key)
         if file is not None and file[0] == inode:
@@ -120,6 +131,8 @@ def _known_chunks(
         there = fs.stat(f"{place}/{name}")
         if there is not None and there.is_regular:
             found.append(ChunkFile(there.mtime_ns, key, there.size, namespace))
+    if links is not None:
+        links += linked
     return found
 
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from stat import S_ISDIR
 
 from kvtc_vllm.tiers.disk import removal_log, scan
+from kvtc_vllm.tiers.disk.bodies import Representative
 from kvtc_vllm.tiers.disk.checked import CheckedFileSystem, DiskError
 from kvtc_vllm.tiers.disk.count import Known, NamespaceCount, let_others
 from kvtc_vllm.tiers.disk.evictor import REMOVED_AT_ONCE, Evictor
@@ -24,6 +25,7 @@ from kvtc_vllm.tiers.disk.layout import chunk_path, disk_bytes, fan_out_of, new_
 from kvtc_vllm.tiers.disk.ledger import LOCK_WAIT_SECONDS, Ledger, LedgerState
 from kvtc_vllm.tiers.disk.places import make_directory
 from kvtc_vllm.tiers.disk.recency import Recency, Temporary
+from kvtc_vllm.tiers.disk.references import References
 from kvtc_vllm.tiers.disk.scan import ChunkFile
 from kvtc_vllm.tiers.keys import RecordKey
 
@@ -32,7 +34,7 @@ class Space:
     """The bytes of one root as one store sees them. Thread-safe.
 
     capacity, min_free: bytes. most_bytes: of a chunk, by the namespace's directory name; a larger
-    file is none. evicted: called under the lock for each chunk evicted.
+    file is none. evicted: called under the lock for each chunk evicted, with the bytes freed.
     repaired: called with what was wrong with a file that was made anew.
     """
 
@@ -45,7 +47,7 @@ class Space:
         recency: Recency,
         *,
         most_bytes: Callable[[str], int],
-        evicted: Callable[[ChunkFile], None],
+        evicted: Callable[[ChunkFile, int], None],
         repaired: Callable[[str], None],
         lock_wait_seconds: float = LOCK_WAIT_SECONDS,
     ) -> None:
@@ -62,11 +64,12 @@ class Space:
             capacity,
             min_free,
             recency,
-            NamespaceCount(fs, root, self.locked, self._is_sound),
+            NamespaceCount(fs, root, self.locked, self._is_sound, most_bytes),
             self.locked,
             self._take_away,
             evicted,
         )
+        self._references = References(fs, root, most_bytes)
         self._told: dict[str, list[RecordKey]] = {}  # under the root's lock
         self._hits: Counter[str] = Counter()
         self._hits_lock = threading.Lock()
@@ -105,8 +108,12 @@ class Space:
                     return ledger.used
             self._evictor.count_unknown()
 
-    def reserve(self, namespace: str, key: RecordKey, length: int) -> Temporary | None:
-        """Make room for a blob of `length` bytes, or None if the chunk is there already.
+    def reserve(
+        self, namespace: str, key: RecordKey, length: int, blob_length: int | None = None
+    ) -> Temporary | None:
+        """Make room for a file of `length` bytes, or None if the chunk is there already.
+
+        blob_length: bytes of the blob, if the file is a reference.
 
         Raises DiskError "full" if the cap or the free space cannot be held, "missing" if the
         namespace's directory is gone, "foreign" if something is in the chunk's place that cannot
@@ -118,7 +125,7 @@ class Space:
         room = self._evictor.room(size)
         while True:
             with self.locked() as ledger:
-                if self._is_there(ledger, namespace, key, length):
+                if self._is_there(ledger, namespace, key, blob_length or length):
                     return None
                 known = ledger.known
                 if known and room.make(ledger):
@@ -151,8 +158,17 @@ class Space:
         """
         return self._evictor.give_way(size)
 
-    def publish(self, namespace: str, temporary: Temporary, key: RecordKey) -> bool:
-        """Give the temporary the chunk's name; False (and it is gone) if there is one by now."""
+    def publish(
+        self,
+        namespace: str,
+        temporary: Temporary,
+        key: RecordKey,
+        of: Representative | None = None,
+    ) -> bool:
+        """Give the temporary the chunk's name; False (and it is gone) if there is one by now.
+
+        of: what it refers to. Raises DiskError, also if that is not what it was.
+        """
         target = self._path(namespace, key)
         with self.locked() as ledger:
             there = self._fs.stat(target)
@@ -160,6 +176,8 @@ class Space:
             if fresh:
                 if there is not None:
                     self._take_away(ledger, namespace, key, there)
+                if of is not None:
+                    self._references.link(ledger, namespace, key, of)
                 self._close(temporary)
                 self._rename(temporary.path, target)
                 ledger.account(namespace).published(fan_out_of(key), temporary.size)
@@ -219,7 +237,10 @@ class Space:
         there = self._fs.stat(self._path(namespace, key))
         if there is None:
             return False
-        if there.is_regular and there.size == length:
+        if there.is_regular and length in (
+            there.size,
+            self._references.blob_length(namespace, key, there),
+        ):
             return True
         self._take_away(ledger, namespace, key, there)
         return False
@@ -235,23 +256,29 @@ class Space:
 
     def _take_away(
         self, ledger: LedgerState, namespace: str, key: RecordKey, there: FileInfo
-    ) -> bool:
-        """Remove what is in a chunk's place; False if it is gone already. Raises DiskError."""
+    ) -> int | None:
+        """Remove what is in a chunk's place, see `TakeAway`. Raises DiskError."""
         path = self._path(namespace, key)
         if S_ISDIR(there.mode):
             try:
                 self._fs.rmdir(path)
             except DiskError as error:
                 raise DiskError("foreign", f"{path} is a directory: {error}") from error
-            return True
+            return 0
+        of = self._references.of(namespace, key, there)
+        stays = self._references.keep(namespace, key, there)
         if not self._fs.unlink(path):
-            return False
+            return None
         self._told.setdefault(namespace, []).append(key)
-        if there.is_regular:
+        freed = 0
+        if there.is_regular and not stays:
             # More than a chunk can have was never entered.
             size = disk_bytes(min(there.size, self._most_bytes(namespace)))
             ledger.account(namespace).removed(fan_out_of(key), size)
-        return True
+            freed = disk_bytes(there.size)
+        if of is not None:
+            freed += self._references.unlink(ledger, namespace, key, of)
+        return freed
 
     def _tell(self) -> None:
         told, self._told = self._told, {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -14,6 +13,7 @@ import msgspec
 
 from kvtc_vllm.tiers.blob_store import Blob
 from kvtc_vllm.tiers.disk import file_list, record
+from kvtc_vllm.tiers.disk.bodies import Bodies
 from kvtc_vllm.tiers.disk.checked import CheckedFileSystem, DiskError
 from kvtc_vllm.tiers.disk.drop import drop_namespace
 from kvtc_vllm.tiers.disk.file_list import FileList
@@ -22,7 +22,6 @@ from kvtc_vllm.tiers.disk.in_use import InUseMark
 from kvtc_vllm.tiers.disk.layout import (
     LAYOUT_FILE,
     LIST_FILE,
-    MIN_BLOB_BYTES,
     NAMESPACE_BYTES,
     RECORD_FILE,
     TEMPORARY_DIRECTORY,
@@ -32,12 +31,14 @@ from kvtc_vllm.tiers.disk.layout import (
 )
 from kvtc_vllm.tiers.disk.ledger import LOCK_WAIT_SECONDS
 from kvtc_vllm.tiers.disk.places import make_directory
-from kvtc_vllm.tiers.disk.recency import Recency, Temporary
+from kvtc_vllm.tiers.disk.reading import read_blob
+from kvtc_vllm.tiers.disk.recency import Recency
 from kvtc_vllm.tiers.disk.removal_log import RemovalReader
 from kvtc_vllm.tiers.disk.scan import ChunkFile, without_collector
 from kvtc_vllm.tiers.disk.sorting import in_order
 from kvtc_vllm.tiers.disk.space import Space
 from kvtc_vllm.tiers.disk.turns import short_turns
+from kvtc_vllm.tiers.disk.writing import ChunkWriter
 from kvtc_vllm.tiers.keys import RecordKey
 
 logger = logging.getLogger("vllm.kvtc")
@@ -107,10 +108,17 @@ class DiskStore:
             repaired=self._note_repair,
             lock_wait_seconds=lock_wait_seconds,
         )
+        self._writer = ChunkWriter(
+            self._fs,
+            self._space,
+            self._directory,
+            Bodies(self._fs, self._recency, self._directory, namespace),
+            self._prepare,
+            lambda error: self._note_error("refer", error),
+        )
         self._removals = RemovalReader(self._fs, self._directory)
         self._removals_lock = threading.Lock()
         self._bounds: dict[str, int] = {self._name: self._most_bytes}
-        self._evicts_in_vain = False
         self._number = 0  # of chunks, about
         self._changed = True  # since the list was written
         self._lock = threading.Lock()
@@ -125,45 +133,39 @@ class DiskStore:
             self._space.close()
             raise
 
-    def write(self, key: RecordKey, blob: Blob) -> int:
+    def write(self, key: RecordKey, blob: Blob, tenant: bytes = b"") -> int:
         """Keep a blob; returns the bytes that it takes on disk and that removing it would free.
 
         The blob must carry this namespace and key in its header. If the key is there already
         (another process was faster), that file stays. Evictions that made room
         are in `take_evicted`, also if the write then failed.
+        tenant: where this store has written a chunk of the same tenant with the same body, a
+        reference to that one is kept instead (`reference`).
         """
         # Other buffers are compared item by item, with Python's lock held.
         blob = bytes(blob)
         with self._counted("write"):
             chunk_path(self._directory, key)  # raises if the key can be no name
             check_blob(blob, self.namespace, key)
-            try:
-                fresh = self._write(key, blob)
-            except DiskError as error:
-                if error.reason == "missing":
-                    self._prepare()  # somebody deleted the directory
-                elif error.reason != "no_space" or not self._give_way(len(blob)):
-                    raise
-                fresh = self._write(key, blob)
-                self._evicts_in_vain = False
+            fresh, length = self._writer.write(key, blob, tenant)
         self._changed = True
         self._number += fresh
         self._count("writes" if fresh else "writes_present")
-        self._count("written_bytes", len(blob) if fresh else 0)
-        return disk_bytes(len(blob))
+        self._count("written_bytes", length if fresh else 0)
+        return disk_bytes(length)
 
     def read(self, key: RecordKey) -> bytes:
         """The blob, whole and of this namespace and key; a bad file is removed.
 
-        Raises DiskError "missing" if there is none. Does not count as a use: see `touch`.
+        Raises DiskError "missing" if there is none, "representative" if it refers to what is gone
+        or damaged. Does not count as a use: see `touch`.
         """
         with self._counted("read"):
-            path = chunk_path(self._directory, key)
             try:
-                blob = self._read(path)
+                blob = read_blob(self._fs, self._directory, key, self._most_bytes)
                 check_blob(blob, self.namespace, key)
             except DiskError as error:
-                if error.reason in ("corrupt", "foreign"):
+                if error.reason in ("corrupt", "foreign", "representative"):
                     self._remove_quietly(key)
                 raise
         self._space.add_hits(self._name, 1)
@@ -266,13 +268,14 @@ class DiskStore:
             return [key for key in told if self._fs.stat(chunk_path(self._directory, key)) is None]
 
     def counts(self) -> dict[str, int]:
-        """Totals since opening: writes, writes_present, written_bytes, reads, read_bytes,
-        removed, evicted, evicted_bytes (of all namespaces), repairs (files made anew)."""
+        """Totals since opening: writes, writes_present, written_bytes (of files), reads,
+        read_bytes, removed, evicted, evicted_bytes (of files, of all namespaces), repairs (files
+        made anew)."""
         with self._lock:
             return dict(self._counts)
 
     def errors(self) -> dict[tuple[str, str], int]:
-        """Failures since opening by operation (write, read, remove, drop, touch,
+        """Failures since opening by operation (write, refer, read, remove, drop, touch,
         scan, list, used, removals, cleanup) and reason."""
         with self._lock:
             return dict(self._errors)
@@ -316,27 +319,6 @@ class DiskStore:
             ):
                 self._note_repair(f"{self._directory}/{RECORD_FILE}: it could not be read")
 
-    def _write(self, key: RecordKey, blob: bytes) -> bool:
-        temporary = self._space.reserve(self._name, key, len(blob))
-        if temporary is None:
-            return False
-        try:
-            self._fill(temporary, blob)
-            return self._space.publish(self._name, temporary, key)
-        except BaseException:
-            self._space.abandon(self._name, temporary)
-            raise
-
-    def _give_way(self, length: int) -> bool:
-        """Evict for a write that the volume has no room for: no inodes, or a quota.
-
-        Not again before a write after that succeeded: it may be of no use.
-        """
-        if self._evicts_in_vain:
-            return False
-        self._evicts_in_vain = True
-        return self._space.give_way(disk_bytes(length))
-
     def _bound_of(self, namespace: str) -> int:
         """Most bytes of a chunk, by the namespace's record if it is another's."""
         if namespace not in self._bounds:
@@ -345,27 +327,11 @@ class DiskStore:
             self._bounds[namespace] = min(self.capacity, stated or self.capacity)
         return self._bounds[namespace]
 
-    def _fill(self, temporary: Temporary, blob: bytes) -> None:
-        fd = temporary.open_fd
-        self._fs.write_all(fd, blob)
-        if self._fs.read_all(fd, len(blob)) != blob:
-            raise DiskError("io", "what was read back is not what was written")
-
-    def _read(self, path: str) -> bytes:
-        fd = self._fs.open(path, os.O_RDONLY)
-        try:
-            size = self._fs.fstat(fd).size
-            if not MIN_BLOB_BYTES <= size <= self._most_bytes:
-                raise DiskError("corrupt", f"{size} bytes cannot be a blob")
-            return self._fs.read_all(fd, size)
-        finally:
-            self._fs.close_quietly(fd)
-
     def _remove_quietly(self, key: RecordKey) -> None:
         with suppress(DiskError), self._counted("cleanup"):
             self._space.remove(self._name, [key])
 
-    def _note_eviction(self, chunk: ChunkFile) -> None:
+    def _note_eviction(self, chunk: ChunkFile, _: int) -> None:
         with self._lock:
             self._counts["evicted"] += 1
             self._counts["evicted_bytes"] += chunk.length
@@ -383,9 +349,12 @@ class DiskStore:
                 raise DiskError("closed", "the store was closed")
             yield
         except DiskError as error:
-            with self._lock:
-                self._errors[operation, error.reason] += 1
+            self._note_error(operation, error)
             raise
+
+    def _note_error(self, operation: str, error: DiskError) -> None:
+        with self._lock:
+            self._errors[operation, error.reason] += 1
 
     def _count(self, name: str, number: int = 1) -> None:
         with self._lock:

@@ -7,7 +7,6 @@ a chunk removed here is a miss.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,10 @@ from kvtc_vllm.tiers.disk.checked import CheckedFileSystem, DiskError
 from kvtc_vllm.tiers.disk.drop import drop_namespace
 from kvtc_vllm.tiers.disk.filesystem import OsFileSystem
 from kvtc_vllm.tiers.disk.in_use import is_in_use
-from kvtc_vllm.tiers.disk.layout import chunk_path, disk_bytes
+from kvtc_vllm.tiers.disk.layout import chunk_path, disk_bytes, fan_out_path
+from kvtc_vllm.tiers.disk.reading import read_blob
 from kvtc_vllm.tiers.disk.recency import Recency
+from kvtc_vllm.tiers.disk.reference import is_read, kept_bytes, link_keys
 from kvtc_vllm.tiers.disk.scan import ChunkFile
 from kvtc_vllm.tiers.disk.sorting import in_order
 from kvtc_vllm.tiers.disk.space import Space
@@ -43,9 +44,11 @@ class NamespaceSummary:
     chunks: int
     """Number of chunks."""
     stored: int
-    """Bytes of their blobs."""
+    """Bytes of their files."""
     used: int
-    """Bytes that they take on disk."""
+    """Bytes that they take on disk, with representatives that others refer to."""
+    references: int
+    """Number of chunks whose body another chunk has."""
     oldest: float
     """Last use of the chunk used longest ago, seconds since the epoch; 0 without chunks."""
     newest: float
@@ -81,16 +84,10 @@ class Survey:
         return chunk_path(self._directory(namespace), key)
 
     def read(self, namespace: str, key: RecordKey) -> bytes:
-        """A chunk's file. Raises DiskError, "corrupt" without reading if it is too large."""
-        fd = self._fs.open(self.path(namespace, key), os.O_RDONLY)
-        try:
-            size = self._fs.fstat(fd).size
-            most = self._most_bytes(namespace)
-            if size > most:
-                raise DiskError("corrupt", f"{size} bytes, at most {most} are right")
-            return self._fs.read_all(fd, size)
-        finally:
-            self._fs.close_quietly(fd)
+        """A chunk's blob. Raises DiskError, "corrupt" without reading if its file is too large,
+        "representative" if it refers to what is gone or damaged."""
+        directory = self._directory(namespace)
+        return read_blob(self._fs, directory, key, self._most_bytes(namespace))
 
     def summaries(self) -> Iterator[NamespaceSummary]:
         """All namespaces. Changes nothing but the ledger, if it was lost."""
@@ -134,7 +131,7 @@ class Survey:
     def shrink(self, capacity: int) -> tuple[int, int, int]:
         """Evict the least recently used until `capacity` bytes.
 
-        Returns chunks and bytes evicted, and the bytes above it that are left.
+        Returns chunks evicted, bytes freed, and the bytes above it that are left.
         """
         evicted: list[int] = []
         space = self._space(capacity, evicted)
@@ -157,18 +154,32 @@ class Survey:
             space.close()
         for name in names:
             found = self.chunks(name)
+            references, kept = self._references(name)
             yield NamespaceSummary(
                 name=name,
                 record=self._record(name),
                 chunks=len(found),
                 stored=sum(chunk.length for chunk in found),
-                used=sum(disk_bytes(chunk.length) for chunk in found),
+                used=sum(disk_bytes(chunk.length) for chunk in found) + kept,
+                references=references,
                 oldest=found[0].mtime_ns / 1e9 if found else 0.0,
                 newest=found[-1].mtime_ns / 1e9 if found else 0.0,
                 hits=hits.get(name, 0),
                 temporaries=len(scan.temporaries(self._fs, self._directory(name))),
                 in_use=self.in_use(name),
             )
+
+    def _references(self, namespace: str) -> tuple[int, int]:
+        """How many there are, and bytes of representatives that have lost their own names."""
+        directory = self._directory(namespace)
+        number = kept = 0
+        for place in sorted(scan.fan_outs(self._fs, directory)):
+            names = [name for name, _ in self._fs.names(fan_out_path(directory, place))]
+            users = [keys[1] for keys in map(link_keys, names) if keys is not None]
+            number += sum(is_read(self._fs, directory, key) for key in users)
+            if users:
+                kept += kept_bytes(self._fs, directory, names, self._most_bytes(namespace))
+        return number, kept
 
     def _record(self, namespace: str) -> record.NamespaceRecord | None:
         return record.read_record(self._fs, self._directory(namespace))
@@ -177,9 +188,9 @@ class Survey:
         return f"{self.root}/{namespace}"
 
     def _space(self, capacity: int, evicted: list[int] | None = None) -> Space:
-        def note(chunk: ChunkFile) -> None:
+        def note(chunk: ChunkFile, freed: int) -> None:
             if evicted is not None:
-                evicted.append(disk_bytes(chunk.length))
+                evicted.append(freed)
 
         return Space(
             self._fs,
