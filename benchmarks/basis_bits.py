@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.sensitivity import CHUNK, ROOT, Coders, Part, measure, of_one_length, one_part
 from kvtc_vllm.artifact.directory import load_rank_artifact
 from kvtc_vllm.calibration.cache_replay import interval
-from kvtc_vllm.codec.artifact import RankArtifact
+from kvtc_vllm.codec.artifact import RankArtifact, SectionKey
 
 LEADING = 128
 """Columns that *tail* keeps in 16 bits."""
@@ -125,18 +125,17 @@ def main() -> None:
 def rounded(artifact: RankArtifact, way: Way) -> RankArtifact:
     """The artifact with every basis rounded and back."""
     sections = {
-        (group, kind): replace(
-            section, basis=_rounded(section.basis, _blocks(artifact, group, way), way)
-        )
-        for (group, kind), section in artifact.sections.items()
+        key: replace(section, basis=_rounded(section.basis, _blocks(artifact, key, way), way))
+        for key, section in artifact.sections.items()
     }
     return replace(artifact, sections=sections)
 
 
-def _blocks(artifact: RankArtifact, group: int, way: Way) -> int:
-    """Scales per column."""
+def _blocks(artifact: RankArtifact, key: SectionKey, way: Way) -> int:
+    """Scales per column: of each layer's K and V, which have heads of one size."""
+    group, name = key
     first, end = artifact.geometry.layer_groups[group]
-    return end - first if way.by_layer else 1
+    return (end - first) * len(artifact.geometry.row_parts(group, name)) if way.by_layer else 1
 
 
 def _rounded(basis: torch.Tensor, blocks: int, way: Way) -> torch.Tensor:
@@ -154,13 +153,13 @@ def _rounded(basis: torch.Tensor, blocks: int, way: Way) -> torch.Tensor:
 def stored_bytes(artifact: RankArtifact, ratios: Sequence[float], way: Way) -> int:
     """Bytes of means, weights and bases with the columns that plans of `ratios` read."""
     total = 0
-    for (group, _), section in artifact.sections.items():
+    for key, section in artifact.sections.items():
         rows = section.basis.shape[0]
         columns = max(section.plans[ratio].rank for ratio in ratios)
         leading = columns if way.leading is None else min(way.leading, columns)
         vectors = 1 if section.weights is None else 2
         total += 4 * vectors * rows + 2 * rows * leading
-        total += (columns - leading) * (rows + 2 * _blocks(artifact, group, way))
+        total += (columns - leading) * (rows + 2 * _blocks(artifact, key, way))
     return total
 
 

@@ -9,11 +9,14 @@ from pathlib import Path
 from kvtc_vllm.cli import main
 from tests.hybrid.families import make_model
 
+BASES = {"kvtc": (), "kvtc2": ("--codec", "kvtc2", "--kv-basis", "shared")}
+"""Codec -> options of an artifact for it. That of codec 2 has one basis for K and V."""
+
 
 def calibrate(
-    family: str, reference_model: Path, directory: Path, ratio: float, engine: str
+    family: str, reference_model: Path, directory: Path, ratio: float, engine: str, basis: str
 ) -> tuple[Path, Path]:
-    """Model and registry, both in `directory`. engine: JSON of --engine."""
+    """Model and registry, both in `directory`. engine: JSON of --engine. basis: one of `BASES`."""
     model = make_model(family, directory / "model", vocabulary=2048)
     for path in reference_model.glob("tokenizer*"):
         shutil.copy(path, model)
@@ -25,5 +28,5 @@ def calibrate(
     out = directory / "registry"
     arguments = ["calibrate", str(model), "--data", str(text), "--out", str(out)]
     arguments += ["--tokens", "3000", "--max-len", "900", "--ratios", f"{ratio:g}"]
-    assert main([*arguments, "--engine", engine]) == 0
+    assert main([*arguments, *BASES[basis], "--engine", engine]) == 0
     return model, out

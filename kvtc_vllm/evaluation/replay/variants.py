@@ -13,7 +13,9 @@ from kvtc_vllm.codec.artifact import RankArtifact, SectionBasis, SectionName
 from kvtc_vllm.codec.base import Blob, Coder, DecodedChunk
 from kvtc_vllm.codec.bitplan import budget_bits
 from kvtc_vllm.codec.container import parse
+from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.frame import TransformCodec
+from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.payload import BitPlan, CoefficientGroup, bit_plan
 from kvtc_vllm.codec.quantizers import REGISTRY, group_cost_bits
 from kvtc_vllm.codec.registry import CODECS, open_codec
@@ -38,7 +40,15 @@ class VariantContext:
         return open_codec(artifact.codec, self.dtype, artifact=artifact, ratio=self.ratio)
 
     def with_plans(self, make: Callable[[SectionBasis, SectionName], BitPlan]) -> TransformCodec:
-        """Our codec with another plan at the ratio, one per section."""
+        """Our codec with another plan at the ratio, one per section.
+
+        Raises ArtifactError for another codec than version 1, whose plans these are.
+        """
+        if self.artifact.codec != KvtcCodec.name:
+            raise ArtifactError(
+                f"this variant changes bit plans, and the artifact is for codec "
+                f"{self.artifact.codec!r}; take one for {KvtcCodec.name!r}"
+            )
         sections = {
             (group, name): replace(section, plans={self.ratio: make(section, name)})
             for (group, name), section in self.artifact.sections.items()
