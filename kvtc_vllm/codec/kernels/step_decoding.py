@@ -256,11 +256,11 @@ def _unpack_kernel(  # type: ignore[no-untyped-def]
     high = begin + tl.load(totals + section * chunks + chunk) + tl.load(wides + place) * PER_WIDE
     own = index + lane
     values += tl.load(known + first + column + lane) - 1
-    before, key_first, key_width, listed = target_of(targets, section)
+    earlier, key_first, key_width, listed = target_of(targets, section)
     width = (filled(two) + filled(four) + filled(eight)).to(tl.int64)
     beyond = (section & 1).to(tl.int32) if MARKED else 0
     marked_at = own_columns.to(tl.int64) * num_rows + key_first * marked_rows
-    target = before * num_rows
+    target = earlier * num_rows
     row_stride = width
     if MARKED:
         target = tl.where(beyond != 0, marked_at + key_width - width, target)

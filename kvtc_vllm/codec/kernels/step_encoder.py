@@ -66,7 +66,7 @@ class _Sizes:
         return np.stack(columns, axis=2)
 
 
-def coefficients(resident: ResidentArtifact, tokens: int, marked: int) -> int:
+def count_coefficients(resident: ResidentArtifact, tokens: int, marked: int) -> int:
     """How many there are of so many coded tokens, of which so many are marked."""
     orders = resident.orders.values()
     beyond = sum(order.total_width - order.width for order in orders)
@@ -109,7 +109,7 @@ def encode_step(
         used,
         magnitudes,
     )
-    space = torch.empty(coefficients(resident, num_rows, len(marked_rows)), device=device)
+    space = torch.empty(count_coefficients(resident, num_rows, len(marked_rows)), device=device)
     taken = [0, num_rows * tables.own_columns]
 
     def multiply(x: torch.Tensor, basis: torch.Tensor, sort: int) -> None:

@@ -188,12 +188,12 @@ def _encode_kernel(  # type: ignore[no-untyped-def]
     known = rounding + first + column + lane
     dead, shift = tl.load(known), tl.load(known + num_columns)
     counted = chunk * num_columns + first + column + lane
-    before, _, _, _ = target_of(targets, section)
+    earlier, _, _, _ = target_of(targets, section)
     row_stride = (filled(two) + filled(four) + filled(eight)).to(tl.int64)
     beyond = (section & 1).to(tl.int32) if MARKED else 0
-    begin = before * num_rows
+    begin = earlier * num_rows
     if MARKED:
-        after = own_columns.to(tl.int64) * num_rows + before * marked_rows
+        after = own_columns.to(tl.int64) * num_rows + earlier * marked_rows
         begin = tl.where(beyond != 0, after, begin)
     source = coefficients + begin + column + lane
     numbers += section * 3

@@ -29,7 +29,7 @@ from kvtc_vllm.codec.kernels.payload_coding import (
 )
 from kvtc_vllm.codec.kernels.resident import ResidentArtifact, padded_payload
 from kvtc_vllm.codec.kernels.step_decoding import UNEVEN, decode_sections, find_escapes
-from kvtc_vllm.codec.kernels.step_encoder import coefficients, encode_step
+from kvtc_vllm.codec.kernels.step_encoder import count_coefficients, encode_step
 from kvtc_vllm.codec.kernels.step_tables import (
     StepColumns,
     StepTables,
@@ -218,7 +218,7 @@ class StepPlanPayloads(PayloadCoding):
 
     def encode_bytes(self, tokens: int) -> int:
         most = 0 if self.rule is None else self.rule.most(tokens)
-        space = coefficients(self.resident, tokens, most) * torch.float32.itemsize
+        space = count_coefficients(self.resident, tokens, most) * torch.float32.itemsize
         counts = 2 * _COUNT_BYTES * self.tables.num_columns
         joined = self.resident.joined_bytes(tokens)
         return space + joined + counts + DEFLATE_SCRATCH * self.payload_bytes(tokens)
