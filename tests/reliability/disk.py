@@ -29,9 +29,11 @@ def links(root: Path) -> list[Path]:
 def bytes_on_disk(root: Path) -> int:
     """Whole blocks of all chunks and temporaries that exist at one moment or another.
 
-    A file with several names counts once.
+    And of files that have only links left, once each.
     """
-    found: dict[int, int] = {}
+    total = 0
+    chunks: set[int] = set()
+    linked: dict[int, int] = {}
     for directory, _, names in os.walk(root):
         for name in names:
             if name.endswith((".kvtc", ".tmp", ".body")):
@@ -39,9 +41,15 @@ def bytes_on_disk(root: Path) -> int:
                     status = os.lstat(os.path.join(directory, name))
                 except FileNotFoundError:
                     continue
-                if S_ISREG(status.st_mode):
-                    found[status.st_ino] = -(-status.st_size // BLOCK) * BLOCK
-    return sum(found.values())
+                if not S_ISREG(status.st_mode):
+                    continue
+                size = -(-status.st_size // BLOCK) * BLOCK
+                if name.endswith(".body"):
+                    linked[status.st_ino] = size
+                else:
+                    total += size
+                    chunks.add(status.st_ino)
+    return total + sum(size for inode, size in linked.items() if inode not in chunks)
 
 
 def kept_bytes(root: Path) -> int:

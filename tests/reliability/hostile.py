@@ -1,6 +1,6 @@
 """Writers on a root whose bookkeeping is damaged and whose places are taken, while they run.
 
-    python -m tests.reliability.hostile --cycles 100
+    python -m tests.reliability.hostile --cycles 100 [--shared]
 
 Every cycle forks writers on one root with a small cap and two namespaces; meanwhile damages
 bookkeeping files (flips, cuts, garbage, nesting, enlargement), puts pipes, sockets, links,
@@ -8,7 +8,8 @@ directories and sparse files in places of the tier and changes modes; kills the 
 checks what a restarted engine finds: it starts, every chunk reads as what was written or is a
 declared miss, the ledger equals what is on disk and is within the cap after a write, and nothing
 outside the root has changed. A writer ends by itself only if it saw a wrong blob or an exception
-that is not declared; it must end at the kill, not hang before it.
+that is not declared; it must end at the kill, not hang before it. `--shared`: of
+chunks with few bodies among them, whose links are attacked too.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from signal import SIGKILL
 
 from kvtc_vllm.tiers.disk import DiskError, DiskStore, NamespaceRecord
 from tests.reliability import disk
-from tests.reliability.blobs import NAMESPACE, OTHER_NAMESPACE, blob_of, key_of
+from tests.reliability.blobs import NAMESPACE, OTHER_NAMESPACE, blob_of, key_of, twin_of
 from tests.reliability.kill9 import Unsound, expect_killed, fork
 
 PAGE = 4096
@@ -47,6 +48,10 @@ RECORD = NamespaceRecord(
 )
 
 
+Blobs = Callable[[bytes, bytes, int], bytes]
+TENANTS: dict[Blobs, bytes] = {blob_of: b"", twin_of: b"one"}
+
+
 def open_store(root: Path, namespace: bytes) -> DiskStore:
     return DiskStore(
         root,
@@ -58,25 +63,25 @@ def open_store(root: Path, namespace: bytes) -> DiskStore:
     )
 
 
-def write_forever(root: Path, namespace: bytes, seed: int) -> None:
+def write_forever(root: Path, namespace: bytes, seed: int, blobs: Blobs) -> None:
     """The victim. Status 3: a wrong blob, or one that is never ours. Others: not declared."""
     generator = random.Random(seed)
     while True:
         with suppress(DiskError):
             store = open_store(root, namespace)
             store.scan()
-            work(store, namespace, generator)
+            work(store, namespace, generator, blobs)
 
 
-def work(store: DiskStore, namespace: bytes, generator: random.Random) -> None:
+def work(store: DiskStore, namespace: bytes, generator: random.Random, blobs: Blobs) -> None:
     while True:
         key = key_of(generator.randrange(KEYS))
         action = generator.random()
         with suppress(DiskError):
             if action < 0.5:
-                store.write(key, blob_of(key, namespace, LONGEST))
+                store.write(key, blobs(key, namespace, LONGEST), TENANTS[blobs])
             elif action < 0.75:
-                if store.read(key) != blob_of(key, namespace, LONGEST):
+                if store.read(key) != blobs(key, namespace, LONGEST):
                     os._exit(3)
             elif action < 0.85:
                 store.remove([key])
@@ -162,6 +167,7 @@ class Attacker:
                 chunk.parent,
                 chunk,
                 chunk,
+                *self._chance.choices(disk.links(self._root) or [chunk], k=2),
             ]
         )
 
@@ -256,7 +262,7 @@ def close_to_others(root: Path) -> None:
             os.chmod(path, 0o700)
 
 
-def check_restart(root: Path) -> int:
+def check_restart(root: Path, blobs: Blobs) -> int:
     """What a restarted engine does. Returns the chunks that read well. Raises Unsound."""
     sound = 0
     descriptors = disk.open_descriptors()
@@ -265,17 +271,22 @@ def check_restart(root: Path) -> int:
         listed = store.scan()
         for entry in listed:
             try:
-                if store.read(entry.key) != blob_of(entry.key, store.namespace, LONGEST):
+                if store.read(entry.key) != blobs(entry.key, store.namespace, LONGEST):
                     raise Unsound(f"wrong blob under {entry.key.hex()}")
                 sound += 1
             except DiskError as error:
-                if error.reason not in ("corrupt", "foreign"):
+                if error.reason not in ("corrupt", "foreign", "representative"):
                     raise Unsound(f"{entry.key.hex()}: {error}") from error
         key = key_of(KEYS)
         store.write(key, blob_of(key, store.namespace, LONGEST))
         if store.read(key) != blob_of(key, store.namespace, LONGEST):
             raise Unsound("what was just written reads otherwise")
         store.remove([key])
+    if disk.ledger_bytes(root) < disk.bytes_on_disk(root):
+        raise Unsound("the ledger is below the truth")
+    if TENANTS[blobs]:  # a link to a file outside counts until it is found to be nobody's
+        for store in stores:
+            store.scan()
     on_disk = disk.bytes_on_disk(root)
     if not disk.ledger_bytes(root) == on_disk <= CAPACITY:
         raise Unsound(f"ledger {disk.ledger_bytes(root)}, {on_disk} on disk, cap {CAPACITY}")
@@ -286,7 +297,9 @@ def check_restart(root: Path) -> int:
     return sound
 
 
-def run(place: Path, cycles: int, writers: int, seed: int) -> dict[str, object]:
+def run(
+    place: Path, cycles: int, writers: int, seed: int, blobs: Blobs = blob_of
+) -> dict[str, object]:
     """Raises Unsound at the first broken promise."""
     place.mkdir(exist_ok=True)
     root, outside = place / "tier", place / "outside"
@@ -296,10 +309,12 @@ def run(place: Path, cycles: int, writers: int, seed: int) -> dict[str, object]:
     chance = random.Random(seed)
     attacker = Attacker(root, outside, seed)
     began = time.monotonic()
-    sound = 0
+    sound = references = 0
     for cycle in range(cycles):
         victims = [
-            fork(write_forever, root, NAMESPACES[number % 2], seed + cycle * writers + number)
+            fork(
+                write_forever, root, NAMESPACES[number % 2], seed + cycle * writers + number, blobs
+            )
             for number in range(writers)
         ]
         try:
@@ -313,7 +328,8 @@ def run(place: Path, cycles: int, writers: int, seed: int) -> dict[str, object]:
         for victim in victims:
             expect_killed(victim)
         close_to_others(root)
-        sound += check_restart(root)
+        sound += check_restart(root, blobs)
+        references += len(disk.links(root))
         if contents(outside) != before:
             raise Unsound(f"cycle {cycle}: something outside was changed")
     return {
@@ -322,6 +338,7 @@ def run(place: Path, cycles: int, writers: int, seed: int) -> dict[str, object]:
         "damaged": attacker.done.total(),
         "damages": dict(sorted(attacker.done.items())),
         "chunks_checked": sound,
+        "references_among_them": references,
         "seconds": round(time.monotonic() - began, 1),
     }
 
@@ -331,11 +348,13 @@ def main() -> None:
     parser.add_argument("--cycles", type=int, default=100)
     parser.add_argument("--writers", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shared", action="store_true", help="chunks with few bodies among them")
     args = parser.parse_args()
     logging.getLogger("vllm.kvtc").setLevel(logging.CRITICAL)  # thousands of repairs
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=memory) as place:
-        print(run(Path(place) / "place", args.cycles, args.writers, args.seed))
+        blobs = twin_of if args.shared else blob_of
+        print(run(Path(place) / "place", args.cycles, args.writers, args.seed, blobs))
 
 
 if __name__ == "__main__":

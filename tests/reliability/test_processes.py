@@ -59,6 +59,14 @@ def test_a_kill_at_every_call_of_references_leaves_a_sound_tier(scratch: Path) -
     assert "'links': 0" not in printed
 
 
+@pytest.mark.crash
+@pytest.mark.slow
+@pytest.mark.skipif(not ALL, reason="make test-disk runs it")
+def test_damaged_references_are_misses_and_no_bytes_are_lost(scratch: Path) -> None:
+    printed = drive("hostile", "--shared", "--cycles", "100", scratch=scratch)
+    assert "'references_among_them': 0" not in printed
+
+
 @pytest.mark.slow
 def test_processes_that_refer_to_each_other_s_chunks_never_diverge(tmp_path: Path) -> None:
     processes, operations = ("8", "10000") if ALL else ("3", "1500")

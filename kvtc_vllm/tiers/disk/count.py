@@ -95,7 +95,7 @@ class NamespaceCount:
             looked_at += len(chunks) + len(links)
             chunks = [chunk for chunk in chunks if self._sound(chunk)]
             found += chunks
-            kept = self._kept(namespace, directory, links) if links else 0
+            kept = self._kept(namespace, directory, place) if links else 0
             counts = account.next == place
             place += 1
             if counts:
@@ -106,7 +106,7 @@ class NamespaceCount:
                     account.end_count(scan.remove_orphans(self._fs, directory))
         return place
 
-    def _kept(self, namespace: str, directory: str, links: list[str]) -> int:
+    def _kept(self, namespace: str, directory: str, place: int) -> int:
         """Bytes of representatives that have only links left; links of nobody go."""
         most = self._most_bytes(namespace)
-        return reference.kept_bytes(self._fs, directory, links, most, self._fs.unlink)
+        return reference.kept_bytes(self._fs, directory, place, most, self._fs.unlink)

@@ -11,7 +11,8 @@ representative's fan-out directory, is a hard link to the representative's file:
 So a representative that is evicted loses its name, is not offered any more, and stays until the
 last reference to it goes: the file system counts the references. Its bytes are then charged once,
 to the directory that they were charged to before, however many links there are. A link without its
-reference, which a killed process leaves, goes with the next count.
+reference, which a killed process leaves, takes nothing while the representative has its name, and
+goes with the next count after that.
 
 File of a reference, little-endian::
 
@@ -28,7 +29,7 @@ File of a reference, little-endian::
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -137,21 +138,26 @@ def is_read(fs: CheckedFileSystem, directory: str, key: RecordKey) -> bool:
 def kept_bytes(
     fs: CheckedFileSystem,
     directory: str,
-    names: Iterable[str],
+    number: int,
     most_bytes: int,
     remove: Callable[[str], object] | None = None,
 ) -> int:
-    """Bytes of representatives that have only links left, of the links' `names` in a directory.
+    """Bytes of representatives in a fan-out directory that have only links left.
 
-    most_bytes: of a chunk; a larger file is none. remove: called with the path of each link that
-    no chunk is read through. Raises DiskError.
+    most_bytes: of a chunk; a larger file is none. remove: called with the path of each of their
+    links that no chunk is read through. Raises DiskError.
     """
+    # By what the directory says: nothing is asked for a link whose representative is there.
+    inodes = dict(fs.names(fan_out_path(directory, number)))
     kept: dict[int, int] = {}
-    for name in names:
+    for name, inode in inodes.items():
         keys = link_keys(name)
-        if keys is None:
+        if keys is None or keys[0][0] != number or len(keys[0]) > MAX_KEY_BYTES:
             continue
         of, key = keys
+        own = chunk_path(directory, of).rpartition("/")[2]
+        if inodes.get(own) == inode:
+            continue
         path = link_path(directory, of, key)
         there = fs.stat(path)
         if there is None or not there.is_regular:
@@ -161,7 +167,5 @@ def kept_bytes(
             with suppress(DiskError):
                 remove(path)
                 continue
-        own = fs.stat(chunk_path(directory, of)) if len(of) <= MAX_KEY_BYTES else None
-        if own is None or own.inode != there.inode:
-            kept[there.inode] = disk_bytes(min(there.size, most_bytes))
+        kept[there.inode] = disk_bytes(min(there.size, most_bytes))
     return sum(kept.values())

@@ -61,7 +61,9 @@ class References:
             there = self._fs.stat(path)
             # Another name: that of the chunk, or of another link. Somebody's copy outside of the
             # tier as well; a count finds that nothing of ours is left.
-            if there is not None and self._fs.unlink(path) and there.links == 1:
+            if there is None or not self._fs.unlink(path):
+                return 0
+            if there.is_regular and there.links == 1:
                 size = disk_bytes(min(there.size, self._most_bytes(namespace)))
                 ledger.account(namespace).removed(fan_out_of(of), size)
                 return size

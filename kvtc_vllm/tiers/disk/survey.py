@@ -178,7 +178,7 @@ class Survey:
             users = [keys[1] for keys in map(link_keys, names) if keys is not None]
             number += sum(is_read(self._fs, directory, key) for key in users)
             if users:
-                kept += kept_bytes(self._fs, directory, names, self._most_bytes(namespace))
+                kept += kept_bytes(self._fs, directory, place, self._most_bytes(namespace))
         return number, kept
 
     def _record(self, namespace: str) -> record.NamespaceRecord | None:

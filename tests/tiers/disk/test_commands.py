@@ -97,6 +97,34 @@ def test_verify_finds_and_deletes_exactly_the_bad(
     assert disk.ledger_bytes(tier) == disk.bytes_on_disk(tier)
 
 
+def test_a_reference_is_bad_if_what_it_refers_to_is(
+    tier: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codec = RawCodec(MODEL.geometry, torch.bfloat16, NAMESPACE)
+    rows = MODEL.chunk(64)  # of more than a block
+    store = DiskStore(tier, NAMESPACE, min_free=0)
+    for number in (10, 11, 12):
+        store.write(key_of(number), codec.encode(*rows, 0, key_of(number)), b"tenant")
+    store.remove([key_of(10)])
+    store.close()
+    assert main(["inspect", str(tier), "--json"]) == 0
+    first, _ = json.loads(capsys.readouterr().out)["namespaces"]
+    assert (first["chunks"], first["references"]) == (5, 2)
+    assert main(["verify", str(tier)]) == 0
+    link, other = disk.links(tier)
+    content = bytearray(link.read_bytes())
+    content[-100] ^= 1
+    capsys.readouterr()
+    link.write_bytes(content)  # which is the other's too
+    assert link.stat().st_ino == other.stat().st_ino
+    assert main(["verify", str(tier), "--delete"]) == 1
+    printed = capsys.readouterr().out
+    assert (printed.count("representative"), "2 bad, 2 removed" in printed) == (2, True)
+    assert disk.links(tier) == []
+    assert disk.ledger_bytes(tier) == disk.bytes_on_disk(tier)
+    assert main(["verify", str(tier)]) == 0
+
+
 def test_gc_by_capacity_takes_the_least_recently_used(
     tier: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
