@@ -17,7 +17,7 @@ import torch
 from kvtc_vllm.calibration.step_classes import Sample, StepSettings, make_step_plan
 from kvtc_vllm.codec.container import section_bytes
 from kvtc_vllm.codec.entropy import UNIT_BYTES, EntropyCoder, aligned
-from kvtc_vllm.codec.errors import ArtifactError
+from kvtc_vllm.codec.errors import ArtifactError, CodecError
 from kvtc_vllm.codec.v2.codes import encode_codes
 from kvtc_vllm.codec.v2.plan import ELEMENT_BYTES, StepPlan
 
@@ -86,7 +86,12 @@ def make_step_plans(
                 f"ratio {ratio:g} can't be met: headers and exact sinks alone take {overhead:.0f} "
                 f"of {ELEMENT_BYTES * row / ratio:.0f} bytes per token; take a lower one"
             )
-        found[ratio] = _search(trial, target, step, ratio)
+        try:
+            found[ratio] = _search(trial, target, step, ratio)
+        except CodecError as error:
+            raise ArtifactError(
+                f"ratio {ratio:g} can't be met: {error}; take a higher one"
+            ) from error
         step = found[ratio].step * 1.5
     names = iter(settings.nested)
     for ratio in sorted(ratios):

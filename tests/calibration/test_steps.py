@@ -160,6 +160,11 @@ def test_a_ratio_that_headers_forbid_is_refused(reader: SpoolReader) -> None:
         fitted(reader, ratios=(6.0, 300.0))
 
 
+def test_a_ratio_that_takes_too_small_a_step_is_refused(reader: SpoolReader) -> None:
+    with pytest.raises(ArtifactError, match=r"ratio 1.05 can't be met: a coefficient is beyond 32"):
+        fitted(reader, ratios=(1.05, 6.0))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
