@@ -24,7 +24,7 @@ ENGINE = (
     '"max_num_batched_tokens": 512, "dtype": "float32"}'
 )
 RATIOS = {"kvtc": 2.0, "kvtc2": 4.0}
-"""Random weights have rows of many directions. Codec 2 has no steps as fine as 2x of them takes."""
+"""Random weights have rows of many directions."""
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ BLOCK = 16
 TOKENS, HIT = 650, 640
 ROTATED, LATENT = 64, 512
 RATIOS = {"kvtc": 2.0, "kvtc2": 4.0}
-"""Random weights have rows of many directions. Codec 2 has no steps as fine as 2x of them takes."""
+"""Random weights have rows of many directions."""
 
 
 @pytest.mark.parametrize("family", LATENTS)
