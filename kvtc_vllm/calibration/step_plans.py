@@ -17,7 +17,7 @@ import torch
 from kvtc_vllm.calibration.step_classes import Sample, StepSettings, make_step_plan
 from kvtc_vllm.codec.container import section_bytes
 from kvtc_vllm.codec.entropy import UNIT_BYTES, EntropyCoder, aligned
-from kvtc_vllm.codec.errors import ArtifactError
+from kvtc_vllm.codec.errors import ArtifactError, CodecError
 from kvtc_vllm.codec.v2.codes import encode_codes
 from kvtc_vllm.codec.v2.plan import ELEMENT_BYTES, StepPlan
 
@@ -29,6 +29,8 @@ _MOST_TRIALS = 24
 
 LAST_ACCURACY = 0.02
 """Where no step comes nearer."""
+_ROOM = 8
+"""Times the step at which codes end, where fewer bytes do: rows that are served may vary more."""
 NAME_DIGITS = 1
 """Of ratios that are found, not asked for."""
 
@@ -148,7 +150,11 @@ def _search(trial: Callable[[float], _Found], target: float, start: float, ratio
     high: _Found | None = None
     step = start
     for _ in range(_MOST_TRIALS):
-        found = trial(step)
+        try:
+            found = trial(step)
+        except CodecError:
+            # Codes end here, and these rows do not need the bytes that there are.
+            return trial(_ROOM * step)
         if abs(found.total / target - 1) <= ACCURACY:
             return found
         if found.total > target:

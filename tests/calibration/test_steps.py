@@ -21,7 +21,7 @@ from kvtc_vllm.calibration.step_fit import document_length, overhead_bytes, samp
 from kvtc_vllm.calibration.step_plans import CHUNK_TOKENS
 from kvtc_vllm.calibration.writing import Description, write_artifact
 from kvtc_vllm.cli.inspect import describe_artifact
-from kvtc_vllm.codec.artifact import PAIRED, Geometry
+from kvtc_vllm.codec.artifact import KINDS, PAIRED, Geometry
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.registry import open_codec
 from kvtc_vllm.codec.sink_rule import SinkRule
@@ -158,6 +158,18 @@ def test_expected_errors_are_met_on_held_out_rows(steps: RankFit) -> None:
 def test_a_ratio_that_headers_forbid_is_refused(reader: SpoolReader) -> None:
     with pytest.raises(ArtifactError, match=r"ratio 300 can't be met: headers and exact sinks"):
         fitted(reader, ratios=(6.0, 300.0))
+
+
+def test_rows_that_need_fewer_bytes_than_there_are_get_fewer(reader: SpoolReader) -> None:
+    """No step takes as many: codes end before."""
+    fit = fitted(reader, ratios=(1.05, 6.0), settings={"paired": True})
+    row = sum(fit.artifact.geometry.row_size(*key) for key in fit.artifact.sections)
+    assert sum(plan.token_bytes for plan in plans(fit, 1.05)) < 2 * row / 1.1
+    assert all(plan.expected_error < 1e-5 for plan in plans(fit, 1.05))
+    codec = open_codec("kvtc2", torch.bfloat16, artifact=fit.artifact, ratio=1.05)
+    k, v = (reader.cache_rows(kind, torch.arange(128), 0, LAYERS) for kind in KINDS)
+    # Four times what was calibrated.
+    assert codec.encode(4 * k, 4 * v, 4)
 
 
 @pytest.mark.parametrize(

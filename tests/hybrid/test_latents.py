@@ -30,7 +30,7 @@ rounds float32 otherwise than the prefill of the whole prompt."""
 BLOCK = 16
 TOKENS, HIT = 650, 640
 ROTATED, LATENT = 64, 512
-RATIO = 2.0
+RATIOS = {"kvtc": 2.0, "kvtc2": 4.0}
 """Random weights have rows of many directions."""
 
 
@@ -56,10 +56,11 @@ def test_a_reload_equals_what_was_computed(
 
 @pytest.mark.parametrize("codec", BASES)
 def test_calibrate_then_serve(reference_model: Path, tmp_path: Path, codec: str) -> None:
+    ratio = RATIOS[codec]
     engine = '{"block_size": 16, "max_model_len": 1024, "dtype": "float32"}'
-    model, out = calibrate("deepseek", reference_model, tmp_path, RATIO, engine, codec)
+    model, out = calibrate("deepseek", reference_model, tmp_path, ratio, engine, codec)
 
-    directory = find(model_identity(model), 1, RATIO, model_name="tiny", registries=[out])
+    directory = find(model_identity(model), 1, ratio, model_name="tiny", registries=[out])
     artifact, card, _ = load_rank_artifact(directory, 0)
     geometry = artifact.geometry
     assert (geometry.num_kv_heads, geometry.head_size, geometry.head_size_v) == (1, ROTATED, LATENT)
@@ -72,7 +73,7 @@ def test_calibrate_then_serve(reference_model: Path, tmp_path: Path, codec: str)
     assert rows == (together if codec == "kvtc2" else [("k", 4 * ROTATED), ("v", 4 * LATENT)])
 
     prompts_ = texts(reference_model, count=2, tokens=650)
-    extra = {"codec": codec, "ratio": RATIO, "registry": [str(out)], "memory_bytes": "64MiB"}
+    extra = {"codec": codec, "ratio": ratio, "registry": [str(out)], "memory_bytes": "64MiB"}
     with start(model, extra, skip_tokenizer_init=False, block_size=BLOCK) as llm:
         greedy(llm, prompts_, 8)
         greedy(llm, prompts_, 8)
@@ -82,5 +83,5 @@ def test_calibrate_then_serve(reference_model: Path, tmp_path: Path, codec: str)
     assert values["kvtc_kind_stored_bytes"] == values["kvtc_stored_bytes"]
     # Of float32 elements twice the ratio is planned; these few words deflate well, but ratios of
     # codec 2 are of real bytes.
-    least, most = (RATIO, 4 * RATIO) if codec == "kvtc2" else (2 * RATIO, 20)
+    least, most = (ratio, 4 * ratio) if codec == "kvtc2" else (2 * ratio, 20)
     assert least < values["kvtc_stored_raw_bytes"] / values["kvtc_stored_bytes"] < most
