@@ -144,10 +144,11 @@ def kept_bytes(
 ) -> int:
     """Bytes of representatives in a fan-out directory that have only links left.
 
-    most_bytes: of a chunk; a larger file is none. remove: called with the path of each of their
-    links that no chunk is read through. Raises DiskError.
+    most_bytes: of a chunk; a larger file is none. remove: called with the path of links of
+    theirs that no chunk is read through, all of them if no other is left. Raises DiskError.
     """
-    # By what the directory says: nothing is asked for a link whose representative is there.
+    # By what the directory says: nothing is asked for a link whose representative is there, and no
+    # more of a representative than one link that is read.
     inodes = dict(fs.names(fan_out_path(directory, number)))
     kept: dict[int, int] = {}
     for name, inode in inodes.items():
@@ -156,7 +157,7 @@ def kept_bytes(
             continue
         of, key = keys
         own = chunk_path(directory, of).rpartition("/")[2]
-        if inodes.get(own) == inode:
+        if inodes.get(own) == inode or inode in kept:
             continue
         path = link_path(directory, of, key)
         there = fs.stat(path)
@@ -167,5 +168,5 @@ def kept_bytes(
             with suppress(DiskError):
                 remove(path)
                 continue
-        kept[there.inode] = disk_bytes(min(there.size, most_bytes))
+        kept[inode] = disk_bytes(min(there.size, most_bytes))
     return sum(kept.values())
