@@ -1,4 +1,4 @@
-"""Damaged containers, many of them: found, or refused, or decoded within bounds; never more.
+"""Damaged containers of every codec, many of them: found, or refused, or decoded within bounds; never more.
 
     python -m benchmarks.reliability.mutations --count 100000 --seed 1
 
@@ -22,7 +22,9 @@ from kvtc_vllm.codec.base import ChunkCodec
 from kvtc_vllm.codec.container import CHECKSUM_BYTES, HEADER_BYTES, checksum
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.raw import RawCodec
-from tests.attacks.test_blobs import MODEL, TOKENS, allocation_peak, mutate, outcome
+from kvtc_vllm.codec.v2.codec import Kvtc2Codec
+from tests.attacks.test_blobs import MODEL, RULE, TOKENS, allocation_peak, mutate, outcome
+from tests.codec.v2.made_up import step_artifact
 
 LONGEST_SECONDS = 2.0
 SAMPLE_EVERY = 997
@@ -35,6 +37,10 @@ def run(count: int, seed: int) -> dict[str, object]:
     codecs: list[ChunkCodec] = [
         RawCodec(MODEL.geometry, torch.bfloat16),
         KvtcCodec(MODEL.artifact((4.0, 8.0)), 4.0, torch.bfloat16),
+        *(
+            Kvtc2Codec(step_artifact(MODEL, (4.0, 8.0), RULE, paired=paired), 4.0, torch.bfloat16)
+            for paired in (False, True)
+        ),
     ]
     blobs = [codec.encode(*MODEL.chunk(TOKENS), 0) for codec in codecs]
     chance = random.Random(seed)
@@ -44,9 +50,9 @@ def run(count: int, seed: int) -> dict[str, object]:
     largest = 0
     began = time.monotonic()
     for number in range(count):
-        which = number % 2
+        which = number % len(codecs)
         codec, blob = codecs[which], blobs[which]
-        sealed = number % 4 < 2
+        sealed = number // len(codecs) % 2 == 0
         damaged = bytes(mutate(blob, chance)) if sealed else _resealed(blob, chance)
         started = time.process_time()  # of other programs' time on the machine nothing follows
         try:
