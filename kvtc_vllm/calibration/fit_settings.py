@@ -155,6 +155,9 @@ def lowest_own_ratio(
 
     Raises ArtifactError as `own_ratio` does.
     """
+    if settings.marks_sinks:
+        # Steps of sinks are finer than those of any ratio, and read columns that no ratio does.
+        return 1.0
     if settings.codec == Kvtc2Codec.name:
         groups = range(len(geometry.layer_groups))
         every = sum(geometry.row_size(other, "kv") for other in groups)

@@ -148,6 +148,14 @@ def test_finer_sinks_take_bytes_from_the_others(apart: RankFit, reader: SpoolRea
     assert plans(finest, 6.0)[0].step > plans(apart, 6.0)[0].step
 
 
+def test_the_columns_of_sinks_do_not_depend_on_the_other_ratios(reader: SpoolReader) -> None:
+    """The lowest ratio alone would leave columns out that finer steps of sinks read."""
+    (alone,) = plans(fitted(reader, ratios=(40.0,), settings={"paired": True}), 40.0)[:1]
+    (beside,) = plans(fitted(reader, ratios=(3.0, 40.0), settings={"paired": True}), 40.0)[:1]
+    assert alone.total_rank == beside.total_rank
+    assert alone.total_rank > alone.rank
+
+
 def test_expected_errors_are_met_on_held_out_rows(steps: RankFit) -> None:
     for section in steps.artifact.sections.values():
         for ratio in RATIOS:
