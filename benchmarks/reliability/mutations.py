@@ -1,4 +1,4 @@
-"""Damaged containers of every codec, many of them: found, or refused, or decoded within bounds; never more.
+"""Damaged containers of every codec, many of them: found, or refused, or decoded within bounds.
 
     python -m benchmarks.reliability.mutations --count 100000 --seed 1
 
