@@ -53,26 +53,18 @@ def reader(spool: Path) -> SpoolReader:
 
 @pytest.fixture(scope="session")
 def fit(reader: SpoolReader) -> RankFit:
-    return fit_rank(
-        reader,
-        reader.geometry,
-        reader.ropes,
-        reader.layer_rope,
-        RATIOS,
-        settings=FitSettings(simulation_rows=512),
-    )
+    return _fit(reader, FitSettings(simulation_rows=512))
 
 
 @pytest.fixture(scope="session")
 def paired_fit(reader: SpoolReader) -> RankFit:
     """Of codec 2, K and V of a layer group with one basis."""
+    return _fit(reader, FitSettings(codec="kvtc2", paired=True, simulation_rows=512))
+
+
+def _fit(reader: SpoolReader, settings: FitSettings) -> RankFit:
     return fit_rank(
-        reader,
-        reader.geometry,
-        reader.ropes,
-        reader.layer_rope,
-        RATIOS,
-        settings=FitSettings(codec="kvtc2", paired=True, simulation_rows=512),
+        reader, reader.geometry, reader.ropes, reader.layer_rope, RATIOS, settings=settings
     )
 
 
