@@ -236,7 +236,7 @@ def test_ordinary_tokens_are_the_default_where_sinks_are_protected(
         assert main(["fit", str(spool), *FIT, "--ratios", "4", "--out", str(out), *more]) == 0
         (path,) = (path.parent for path in out.glob("*/*/card.json"))
         artifact, card, _ = load_rank_artifact(path, 0)
-        gains.append(artifact.sections[0, "v"].plans[4.0].sink_gain)
+        gains.append(artifact.sections[0, artifact.section_names[-1]].plans[4.0].sink_gain)
         assert card.sensitivity is not msgspec.UNSET
         return card.sensitivity.averaged
 

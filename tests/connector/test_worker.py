@@ -178,25 +178,33 @@ def test_damage_is_reported_and_the_blocks_left_alone(rig: Rig, damage: Any, rea
     assert all(torch.equal(before[name], rig.caches[name]) for name in before)
 
 
+def slow_reads(rig: Rig) -> tuple[threading.Event, threading.Semaphore]:
+    """Reads of memory wait for the event; the semaphore has one for every read that has begun."""
+    slow, begun = threading.Event(), threading.Semaphore(0)
+    read = rig.worker.arena.read
+
+    def reading(key: bytes) -> bytes:
+        begun.release()
+        slow.wait(20)
+        return read(key)
+
+    rig.worker.arena.read = reading  # type: ignore[method-assign]
+    return slow, begun
+
+
 def test_a_load_that_is_late_is_given_up_and_the_slow_tier_shows(rig: Rig) -> None:
     """What it was to load is recomputed; the chunks are sound and stay."""
     rig.store(b"k", [1, 2, 3, 4])
     rig.report()
-    slow = threading.Event()
-    read = rig.worker.arena.read
-
-    def reading(key: bytes) -> bytes:
-        slow.wait(20)
-        return read(key)
-
+    slow, begun = slow_reads(rig)
     items = [LoadItem(b"k", 0, 0, [20 + 4 * n, 21 + 4 * n, 22 + 4 * n, 23 + 4 * n]) for n in (0, 1)]
-    rig.worker.arena.read = reading  # type: ignore[method-assign]
     threads = rig.worker._loads._num_threads
     for number in range(threads):  # the queue before it
         before = LoadJob(f"before {number}", [LoadItem(b"k", 0, 0, [8, 9, 10, 11])])
         rig.worker.begin_step(StepMetadata(number=1, loads=[before]))
     job = LoadJob("r", items, patience=0.05)
     rig.worker.begin_step(StepMetadata(number=1, loads=[job]))
+    assert all(begun.acquire(timeout=20) for _ in range(threads))
     time.sleep(0.1)
     hangs = rig.report().loading
     assert hangs.ended == 0
@@ -221,21 +229,13 @@ def test_a_load_that_the_scheduler_gives_up_ends_at_once(rig: Rig) -> None:
     """What no thread has begun is reported in the same step, what one is at when it comes back."""
     rig.store(b"k", [1, 2, 3, 4])
     rig.report()
-    slow, begun = threading.Event(), threading.Event()
-    read = rig.worker.arena.read
-
-    def reading(key: bytes) -> bytes:
-        begun.set()
-        slow.wait(20)
-        return read(key)
-
-    rig.worker.arena.read = reading  # type: ignore[method-assign]
+    slow, begun = slow_reads(rig)
     threads = rig.worker._loads._num_threads
     jobs = [
         LoadJob(f"{n}", [LoadItem(b"k", 0, 0, [4 * n + 8 + i for i in range(4)])]) for n in range(9)
     ]
     rig.worker.begin_step(StepMetadata(number=1, loads=jobs))
-    assert begun.wait(20)
+    assert all(begun.acquire(timeout=20) for _ in range(threads))
     rig.worker.begin_step(StepMetadata(number=2, give_up=["7", "0", "8", "unknown"]))
     assert rig.worker.poll(idle=False) == {"7", "8"}
     assert rig.worker.take_bad_blocks() == set(range(36, 44))
