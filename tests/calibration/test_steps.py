@@ -151,7 +151,7 @@ def test_finer_sinks_take_bytes_from_the_others(apart: RankFit, reader: SpoolRea
 
 def test_the_columns_of_sinks_do_not_depend_on_the_other_ratios(reader: SpoolReader) -> None:
     """The lowest ratio alone would leave columns out that finer steps of sinks read."""
-    few = {"paired": True, "simulation_rows": 256}
+    few = {"paired": True, "simulation_rows": 512}
     alone = plans(fitted(reader, ratios=(40.0,), settings=few), 40.0)[0]
     beside = plans(fitted(reader, ratios=(3.0, 40.0), settings=few), 40.0)[0]
     assert alone.total_rank == beside.total_rank
