@@ -184,19 +184,24 @@ def factors_by_kind() -> list[str]:
     shared = f"{results}/sensitivity-shared"
     prompts = f"{shared}-prompts.json"
     lines = []
-    for name, kind, before, file in (
-        ("essays", "essay", earlier, f"{shared}-basis.json"),
-        ("maths", "gsm8k", earlier, f"{shared}-basis.json"),
-        ("code", "library", kinds, f"{shared}-kinds.json"),
-        ("retrieval", "kv-retrieval", kinds, f"{shared}-kinds.json"),
-        ("chats", "essay-chats", kinds, f"{shared}-kinds.json"),
-        ("variables", "essay-variables", None, prompts),
-        ("needle", "essay-needle", None, prompts),
+    for name, kind, before, file, beyond in (
+        ("essays", "essay", earlier, f"{shared}-basis.json", f"{shared}-high.json"),
+        ("maths", "gsm8k", earlier, f"{shared}-basis.json", f"{shared}-high.json"),
+        ("code", "library", kinds, f"{shared}-kinds.json", f"{shared}-high-kinds.json"),
+        ("retrieval", "kv-retrieval", kinds, f"{shared}-kinds.json", f"{shared}-high-kinds.json"),
+        ("chats", "essay-chats", kinds, f"{shared}-kinds.json", f"{shared}-high-kinds.json"),
+        ("variables", "essay-variables", None, prompts, None),
+        ("needle", "essay-needle", None, prompts, None),
     ):
         base = read_curve(f"{before or prompts}:plain", kind)
         others = [f"{before}:weighted", f"{before}:kvtc2"] if before else []
         others += [f"{file}:each", f"{file}:shared"]
         columns = [factors(base, read_curve(other, kind)) for other in others]
+        if beyond is not None:
+            # An artifact of higher ratios, where those of the first end.
+            higher = factors(base, read_curve(f"{beyond}:shared", kind))
+            pairs = zip(columns[-1], higher, strict=True)
+            columns[-1] = [more if own.ratio == math.inf else own for own, more in pairs]
         for number in range(2):
             cells = [factor_cell(found[number]) for found in columns]
             cells = ["not measured"] * (4 - len(cells)) + cells
