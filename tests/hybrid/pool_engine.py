@@ -158,10 +158,10 @@ class PoolEngine:
             if request in self.running:
                 self._schedule(request, output, writes)
         while self.waiting and len(self.running) + len(loading) < 4:
-            begun = self._begin(self.waiting[0], output, writes, loading)
-            if not begun:
+            request = self._next()
+            if not self._begin(request, output, writes, loading):
                 break
-            self.waiting.pop(0)
+            self.waiting.remove(request)
         metadata = self.side.plan_step(output)
         if metadata.epoch != self._epoch:
             self._epoch = metadata.epoch
@@ -195,6 +195,10 @@ class PoolEngine:
         return bool(self.manager.reset_prefix_cache())
 
     # ---------------------------------------------------------------- scheduling
+
+    def _next(self) -> Any:
+        """As vLLM 0.32: what holds blocks first, or it would wait behind what needs them."""
+        return next((r for r in self.waiting if r.num_computed_tokens), self.waiting[0])
 
     def _begin(
         self, request: Any, output: FakeOutput, writes: list[Any], loading: list[Any]
