@@ -145,7 +145,7 @@ def forms(
     """Names, and rows of both sets as each form codes them. The first is what others are over."""
     yield "two bases", ({"k": fitted.k, "v": fitted.v}, {"k": unseen.k, "v": unseen.v})
     of_keys = leading(fitted.k)
-    keys = [projected(tokens.k, of_keys) for tokens in (fitted, unseen)]
+    keys = [tokens.k @ of_keys for tokens in (fitted, unseen)]
     yield "V from K", left_of(fitted, unseen, keys, ("v",))
     centre = embeddings.mean(0)
     words = [
@@ -156,7 +156,7 @@ def forms(
     of_values = leading(fitted.v)
     before = []
     for tokens, own in zip((fitted, unseen), keys, strict=True):
-        row = torch.cat([own, projected(tokens.v, of_values)], dim=1)
+        row = torch.cat([own, tokens.v @ of_values], dim=1)
         row = torch.cat([row, torch.zeros(1, row.shape[1])])
         before.append(row[tokens.previous])
     yield "previous token", left_of(fitted, unseen, before, ("k", "v"))
@@ -179,11 +179,6 @@ def left_of(
 def leading(rows: torch.Tensor) -> torch.Tensor:
     """Leading principal directions of centred rows: float32 [p, LEADING]."""
     return torch.linalg.eigh(rows.T @ rows / len(rows)).eigenvectors[:, -LEADING:]
-
-
-def projected(rows: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """Coefficients, float32 [T, LEADING]."""
-    return rows @ basis
 
 
 def regression(features: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
