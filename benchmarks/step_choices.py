@@ -55,7 +55,7 @@ from kvtc_vllm.calibration.step_classes import Sample, StepSettings
 from kvtc_vllm.calibration.step_fit import overhead_bytes, sample_index, sink_marks
 from kvtc_vllm.calibration.step_plans import make_step_plans
 from kvtc_vllm.calibration.weights import RowWeights
-from kvtc_vllm.codec.artifact import KINDS, RankArtifact, SectionBasis, SectionKey
+from kvtc_vllm.codec.artifact import APART, RankArtifact, SectionBasis, SectionKey
 from kvtc_vllm.codec.registry import open_codec
 from kvtc_vllm.codec.sink_rule import SinkRule
 from kvtc_vllm.codec.v2.codec import ENTROPY
@@ -181,7 +181,7 @@ def fit_bases(spool: Path, layers: int | None, lowest: float, work: Path) -> Fit
     marks = sink_marks(source, geometry, index, rule)
     kept = work / f"bases-{layers or 'all'}-{lowest:g}.pt"
     if not kept.exists():
-        keys: list[SectionKey] = [(g, k) for g in range(len(geometry.layer_groups)) for k in KINDS]
+        keys = geometry.section_keys(APART)
         both = sum(geometry.row_size(*key) for key in keys)
         fitters = {
             key: SectionFitter(

@@ -10,7 +10,7 @@ from dataclasses import asdict
 import torch
 import xxhash
 
-from kvtc_vllm.codec.artifact import APART, PAIRED, Geometry, SectionBasis, SectionKey
+from kvtc_vllm.codec.artifact import Geometry, SectionBasis, SectionKey, names_of
 from kvtc_vllm.codec.sink_rule import SinkRule
 
 
@@ -30,19 +30,17 @@ def artifact_fingerprint(
     if sink_rule is not None:
         header["sink_rule"] = asdict(sink_rule)
     digest.update(json.dumps(header, sort_keys=True).encode())
-    names = PAIRED if (0, "kv") in sections else APART
-    for group in range(len(geometry.layer_groups)):
-        for name in names:
-            section = sections[group, name]
-            digest.update(f"{group}{name}{tuple(section.basis.shape)}".encode())
-            digest.update(_tensor_bytes(section.mean, torch.float32))
-            digest.update(_tensor_bytes(section.basis, torch.float16))
-            for ratio in sorted(section.plans):
-                digest.update(struct.pack("<d", ratio))
-                digest.update(section.plans[ratio].fingerprint_bytes())
-            if section.weights is not None:
-                digest.update(b"weights")
-                digest.update(_tensor_bytes(section.weights, torch.float32))
+    for group, name in geometry.section_keys(names_of(sections)):
+        section = sections[group, name]
+        digest.update(f"{group}{name}{tuple(section.basis.shape)}".encode())
+        digest.update(_tensor_bytes(section.mean, torch.float32))
+        digest.update(_tensor_bytes(section.basis, torch.float16))
+        for ratio in sorted(section.plans):
+            digest.update(struct.pack("<d", ratio))
+            digest.update(section.plans[ratio].fingerprint_bytes())
+        if section.weights is not None:
+            digest.update(b"weights")
+            digest.update(_tensor_bytes(section.weights, torch.float32))
     return digest.digest()
 
 

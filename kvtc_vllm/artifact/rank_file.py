@@ -222,8 +222,7 @@ class _RankReader:
         names = self._section_names(codec, rules)
         sections: dict[SectionKey, SectionBasis] = {
             (group, name): self._section(geometry, group, name, rules)
-            for group in range(len(geometry.layer_groups))
-            for name in names
+            for group, name in geometry.section_keys(names)
         }
         wrong = rules.wrong_sections(sections)
         if wrong is not None:

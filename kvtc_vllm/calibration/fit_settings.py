@@ -194,28 +194,27 @@ def estimate_fit(
     seconds = 0.0
     methods: set[Solver] = set()
     ranks: list[int] = []
-    for group in range(len(geometry.layer_groups)):
-        for name in settings.section_names:
-            p = geometry.row_size(group, name)
-            lowest = lowest_own_ratio(geometry, group, name, ratios, settings)
-            solver, rank = choose_solver(rows, p, lowest, settings)
-            held = rows * p * 4 if solver == "rsvd" else 0
-            pca = held + READING_BYTES + peak_bytes(rows, p, solver, rank)
-            # The basis in float16 and as an operand; the sample, its squares and coefficients.
-            own = p * rank * (2 + 4) + sample * (p * (4 + 8 + 8) + rank * (4 + 4))
-            tables = 0 if steps else table_bytes(rank, p, lowest, settings.sizes)
-            peak = max(peak, held_before + pca, held_before + own + tables)
-            if steps:
-                # Basis and coefficients wait until all sections have theirs.
-                held_before += 2 * p * rank + sample * rank * 4
-            elif settings.common_budget and name == "k":
-                # Basis, table and coefficients of K wait for those of V.
-                held_before = 2 * p * rank + sample * rank * 4 + tables
-            else:
-                held_before = 0
-            methods.add(solver)
-            ranks.append(rank)
-            seconds += predicted_seconds(rows, p, solver, rank, torch.device(settings.device).type)
+    for group, name in geometry.section_keys(settings.section_names):
+        p = geometry.row_size(group, name)
+        lowest = lowest_own_ratio(geometry, group, name, ratios, settings)
+        solver, rank = choose_solver(rows, p, lowest, settings)
+        held = rows * p * 4 if solver == "rsvd" else 0
+        pca = held + READING_BYTES + peak_bytes(rows, p, solver, rank)
+        # The basis in float16 and as an operand; the sample, its squares and coefficients.
+        own = p * rank * (2 + 4) + sample * (p * (4 + 8 + 8) + rank * (4 + 4))
+        tables = 0 if steps else table_bytes(rank, p, lowest, settings.sizes)
+        peak = max(peak, held_before + pca, held_before + own + tables)
+        if steps:
+            # Basis and coefficients wait until all sections have theirs.
+            held_before += 2 * p * rank + sample * rank * 4
+        elif settings.common_budget and name == "k":
+            # Basis, table and coefficients of K wait for those of V.
+            held_before = 2 * p * rank + sample * rank * 4 + tables
+        else:
+            held_before = 0
+        methods.add(solver)
+        ranks.append(rank)
+        seconds += predicted_seconds(rows, p, solver, rank, torch.device(settings.device).type)
     if steps:
         peak = max(peak, held_before + _TRIAL_BYTES * sample * max(ranks))
     return FitEstimate(peak, seconds, tuple(sorted(methods)))

@@ -37,13 +37,8 @@ def fit_steps(
 
     rule: tells the sinks. Raises ArtifactError for a ratio that can't be met.
     """
-    keys: list[SectionKey] = [
-        (group, name)
-        for group in range(len(geometry.layer_groups))
-        for name in settings.section_names
-    ]
     fitters = {}
-    for key in keys:
+    for key in geometry.section_keys(settings.section_names):
         lowest = lowest_own_ratio(geometry, *key, ratios, settings)
         fitters[key] = SectionFitter(source, geometry, *key, lowest, settings, progress)
     generator = torch.Generator().manual_seed(settings.seed)

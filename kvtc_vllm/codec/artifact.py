@@ -86,6 +86,10 @@ class Geometry:
                 start += size
         return parts
 
+    def section_keys(self, names: Sequence[SectionName]) -> list[SectionKey]:
+        """Sections of these names of every layer group, in the order of a blob."""
+        return [(group, name) for group in range(len(self.layer_groups)) for name in names]
+
     def token_elements(self) -> int:
         """Number of K and V elements of one token over all layers."""
         return self.num_layers * self.num_kv_heads * (self.head_size + self.head_size_v)
@@ -121,6 +125,11 @@ class SectionBasis:
         weights = None if self.weights is None else self.weights.to(device, torch.float32)
         mean = self.mean.to(device, torch.float32)
         return SectionBasis(mean, basis, self.plans, weights=weights)
+
+
+def names_of(sections: Mapping[SectionKey, SectionBasis]) -> tuple[SectionName, ...]:
+    """The sections of every layer group, told by the first group's."""
+    return PAIRED if (0, "kv") in sections else APART
 
 
 def check_layer_rope(
@@ -181,12 +190,11 @@ class RankArtifact:
     @property
     def section_names(self) -> tuple[SectionName, ...]:
         """The sections of every layer group, in the order of a blob."""
-        return PAIRED if (0, "kv") in self.sections else APART
+        return names_of(self.sections)
 
     def section_keys(self) -> list[SectionKey]:
         """All sections, in the order of a blob."""
-        groups = range(len(self.geometry.layer_groups))
-        return [(group, name) for group in groups for name in self.section_names]
+        return self.geometry.section_keys(self.section_names)
 
     def ratios(self) -> tuple[float, ...]:
         """Target ratios for which every section has a plan, ascending."""

@@ -24,12 +24,8 @@ def check_artifact(artifact: RankArtifact) -> None:
             raise ArtifactError(f"scales of {kind} must be a positive float32 for every layer")
     if artifact.scales is not None and set(artifact.scales) != set(KINDS):
         raise ArtifactError(f"scales are of {sorted(artifact.scales)}, not of k and v")
-    allowed = [
-        [(group, name) for group in range(len(geometry.layer_groups)) for name in names]
-        for names in (APART, PAIRED)
-    ]
-    if sorted(artifact.sections) not in [sorted(keys) for keys in allowed]:
-        either, other = allowed
+    either, other = (geometry.section_keys(names) for names in (APART, PAIRED))
+    if sorted(artifact.sections) not in (sorted(either), sorted(other)):
         raise ArtifactError(f"sections {sorted(artifact.sections)} are not {either} or {other}")
     for (group, name), section in artifact.sections.items():
         p = geometry.row_size(group, name)
