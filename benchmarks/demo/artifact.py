@@ -32,28 +32,35 @@ MAX_LEN = 4096
 TEXT = "standard-library-docstrings.jsonl"
 APART = {TEXT, "smollm2-texts.jsonl"}
 """Texts without the pages of the demo: `calibration_text`, and `benchmarks.calibration_texts`."""
-CODEC = "kvtc"
-"""Of the presets that the demo serves."""
 _CHARACTERS = 4 * 2 * ROWS
 """A token of this text has some 3.8 characters; what is left over is not run."""
 
 
 def find_or_calibrate(
-    model: Path, ratios: Sequence[float], registry: Path, log: Path, *, shipped: bool = True
+    model: Path,
+    codec: str,
+    ratios: Sequence[float],
+    dtype: str,
+    registry: Path,
+    log: Path,
+    *,
+    shipped: bool = True,
 ) -> Path:
     """Directory of the demo's artifact, made by `kvtc calibrate` if there is none.
 
-    model: directory that vLLM serves. ratios: target ratios. registry: keeps what is made. log:
-    file for what a calibration says. shipped: take the artifact that comes with this package, if
-    it has one of this model. Raises RuntimeError with the end of the log if a calibration fails.
+    model: directory that vLLM serves. codec, ratios: whose artifact, with plans for which target
+    ratios. dtype: in which a calibration runs the model. registry: keeps what is made. log: file
+    for what a calibration says. shipped: take the
+    artifact that comes with this package, if it has one of this model. Raises RuntimeError with
+    the end of the log if a calibration fails.
     """
-    if shipped and (found := _shipped(model, ratios)):
+    if shipped and (found := _shipped(model, codec, ratios)):
         print(f"artifact: {found.parent.name}/{found.name}, shipped", flush=True)
         return found
     with tempfile.TemporaryDirectory(prefix="kvtc-demo-") as directory:
         text = Path(directory) / TEXT
         calibration_text.write(text, _CHARACTERS)
-        name = _name(model, ratios, text)
+        name = _name(model, codec, ratios, dtype, text)
         made = registry / model_slug(model.name) / name
         if _usable(made):
             print(f"artifact: {made} of an earlier run", flush=True)
@@ -63,7 +70,7 @@ def find_or_calibrate(
             f"artifact: calibrating on {ROWS} rows of docstrings of the standard library ...",
             flush=True,
         )
-        _calibrate(_command(model, ratios, text, registry, name), log)
+        _calibrate(_command(model, codec, ratios, dtype, text, registry, name), log)
         print(f"artifact: {made}, {time.monotonic() - started:.0f} s", flush=True)
     return made
 
@@ -81,10 +88,10 @@ def describe(artifact: Path) -> str:
     return line
 
 
-def _shipped(model: Path, ratios: Sequence[float]) -> Path | None:
+def _shipped(model: Path, codec: str, ratios: Sequence[float]) -> Path | None:
     identity = model_identity(str(model))
     for directory, card in scan(shipped_registry()):
-        wanted = (Wanted(identity, 1, ratio, model.name, CODEC) for ratio in ratios)
+        wanted = (Wanted(identity, 1, ratio, model.name, codec) for ratio in ratios)
         if not any(mismatches(card, each) for each in wanted):
             return directory
     return None
@@ -98,20 +105,27 @@ def _usable(directory: Path) -> bool:
     return True
 
 
-def _name(model: Path, ratios: Sequence[float], text: Path) -> str:
-    of = [model_identity(str(model)).identity, list(ratios), ROWS, MAX_LEN, text.read_text()]
+def _name(model: Path, codec: str, ratios: Sequence[float], dtype: str, text: Path) -> str:
+    settings = [codec, list(ratios), dtype, ROWS, MAX_LEN]
+    of = [model_identity(str(model)).identity, settings, text.read_text()]
     return f"demo-{xxhash.xxh3_64_hexdigest(json.dumps(of).encode())}"
 
 
 def _command(
-    model: Path, ratios: Sequence[float], text: Path, registry: Path, name: str
+    model: Path,
+    codec: str,
+    ratios: Sequence[float],
+    dtype: str,
+    text: Path,
+    registry: Path,
+    name: str,
 ) -> list[str]:
     # The cache holds one document; the rest of the machine's memory is for the fit.
-    engine = {"max_model_len": MAX_LEN, "dtype": "bfloat16", "gpu_memory_utilization": 0.3}
+    engine = {"max_model_len": MAX_LEN, "dtype": dtype, "gpu_memory_utilization": 0.3}
     return [
         *(sys.executable, "-m", "kvtc_vllm.cli", "calibrate", str(model)),
         *("--data", str(text), "--tokens", str(ROWS), "--max-len", str(MAX_LEN)),
-        *("--ratios", ",".join(f"{ratio:g}" for ratio in ratios)),
+        *("--codec", codec, "--ratios", ",".join(f"{ratio:g}" for ratio in ratios)),
         *("--out", str(registry), "--name", name, "--model-name", model.name),
         *("--engine", json.dumps(engine)),
     ]

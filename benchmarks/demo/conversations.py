@@ -14,6 +14,9 @@ MAX_ANSWER_TOKENS = 32
 RESIDENT_SHARE = 0.9
 """A conversation counts as resident if its last return found this share of what it could."""
 
+_COUNTED_BYTES = 2
+"""Of an element of uncompressed KV, in ratios."""
+
 Chats = list[list[str]]
 Answers = list[list[str]]
 
@@ -34,14 +37,13 @@ class RunReport(msgspec.Struct, kw_only=True):
 
     computed_tokens: of the prompts, by prefill. reloaded_tokens: from the tier.
     stored_bytes: held by the tier at the end, every header and sink counted;
-    raw_bytes: the same KV uncompressed; ratio is their quotient. budget_bytes:
-    what the tier may hold. dropped_stores: chunks that were to be stored and were not.
-    conversations_resident: how many last turns found
-    their past in the tier (see RESIDENT_SHARE). conversations_fit: how many of
-    their mean size the budget holds at this ratio. TTFT is of returns: in a first
-    turn there is nothing to reload. answers_equal_fraction: answers that are those of the
-    reference run to the last character. words_equal_fraction: of its words, those before
-    the first difference of their answer.
+    raw_bytes: the same KV uncompressed, at 16 bits an element; ratio is their quotient.
+    budget_bytes: what the tier may hold. dropped_stores: chunks that were to be stored and were
+    not. conversations_resident: how many last turns found their past in the tier (see
+    RESIDENT_SHARE). conversations_fit: how many of their mean size the budget holds at this
+    ratio. TTFT is of returns: in a first turn there is nothing to reload.
+    answers_equal_fraction: answers that are those of the reference run to the last character.
+    words_equal_fraction: of its words, those before the first difference of their answer.
     """
 
     prompt_tokens: int
@@ -106,9 +108,17 @@ def hold(
 
 
 def summarise(
-    run: Run, reference: Answers, chats: int, window: int, chunk_tokens: int, budget: int
+    run: Run,
+    reference: Answers,
+    chats: int,
+    window: int,
+    chunk_tokens: int,
+    budget: int,
+    element_bytes: int = _COUNTED_BYTES,
 ) -> RunReport:
     """Figures of one run, checked against our own counters.
+
+    element_bytes: of an element of the paged cache.
 
     Raises RuntimeError if vLLM and the connector disagree on what was reloaded, or if
     the tier outgrew its budget.
@@ -128,6 +138,7 @@ def summarise(
         raise RuntimeError(f"the tier holds {held} bytes, its budget is {budget}")
     chunks = run.metrics.get("vllm:kvtc_stored_chunks", 0)
     chunk_bytes = run.metrics.get("vllm:kvtc_stored_raw_bytes", 0) / chunks if chunks else 0.0
+    chunk_bytes *= _COUNTED_BYTES / element_bytes
     raw = round(run.metrics.get("vllm:kvtc_tier_chunks", 0) * chunk_bytes)
     ratio = raw / held if held else 0.0
     final_tokens = statistics.fmean(turn.prompt_tokens for turn in run.turns[-chats:])

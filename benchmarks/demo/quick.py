@@ -25,6 +25,7 @@ import msgspec
 from benchmarks.demo.conversations import Answers, RunReport, hold, summarise
 from benchmarks.demo.report import plot, table
 from benchmarks.demo.server import end_on_sigterm, serve
+from benchmarks.models.served_dtype import BYTES, FLOAT32_NOTE, served_dtype
 from kvtc_vllm.config import kv_transfer_config, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +51,9 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     chats = _chats(args.chats, args.turns)
+    dtype = served_dtype()
+    if dtype == "float32":
+        print(FLOAT32_NOTE, flush=True)
     reports: dict[str, RunReport] = {}
     reference: Answers | None = None
     for name in args.runs.split(","):
@@ -65,17 +69,23 @@ def main() -> int:
         config = load_config(extra)
         print(f"[{name}] starting vllm serve ...", flush=True)
         with serve(
-            MODEL, _arguments(extra if offload else None), args.out / f"{name}.log"
+            MODEL, _arguments(dtype, extra if offload else None), args.out / f"{name}.log"
         ) as server:
             run = hold(server, chats, reference, name)
         reference = reference or run.answers
         reports[name] = summarise(
-            run, reference, args.chats, config.window, config.chunk_tokens, config.memory_capacity
+            run,
+            reference,
+            args.chats,
+            config.window,
+            config.chunk_tokens,
+            config.memory_capacity,
+            BYTES[dtype],
         )
     seconds = time.monotonic() - started
     baseline = next(iter(reports))
     print("\n" + table(reports, args.chats, baseline))
-    _write(args.out, reports, args.chats, baseline, seconds)
+    _write(args.out, dtype, reports, args.chats, baseline, seconds)
     print(f"\n{args.out / 'report.json'}\n{args.out / 'report.png'}\n{seconds:.0f} s")
     return 0
 
@@ -87,9 +97,9 @@ def _chats(count: int, turns: int) -> list[list[str]]:
     return list(data.conversations(seed=11, n=count, turns=turns))
 
 
-def _arguments(extra: dict[str, object] | None) -> list[str]:
+def _arguments(dtype: str, extra: dict[str, object] | None) -> list[str]:
     arguments = [
-        *("--dtype", "bfloat16"),
+        *("--dtype", dtype),
         *("--block-size", str(BLOCK_SIZE)),
         *("--max-model-len", str(MAX_MODEL_LEN)),
         *("--num-gpu-blocks-override", str(GPU_BLOCKS)),
@@ -102,9 +112,15 @@ def _arguments(extra: dict[str, object] | None) -> list[str]:
 
 
 def _write(
-    out: Path, reports: dict[str, RunReport], chats: int, baseline: str, seconds: float
+    out: Path,
+    dtype: str,
+    reports: dict[str, RunReport],
+    chats: int,
+    baseline: str,
+    seconds: float,
 ) -> None:
     content = {
+        "dtype": dtype,
         "runs": msgspec.to_builtins(reports),
         "versions": {
             "python": platform.python_version(),

@@ -3,9 +3,9 @@
     python -m benchmarks.serving [--model DIR] [--artifact DIR] [--out build/serving.json]
 
 Four servers live at once: one without offload, which computes a prompt again; one with `raw`; one
-each with KVTC at 8x and 16x. Per length, all get the same prompt once and store it. Then, in every
-round and in turns, vLLM's own cache is dropped and the prompt comes back with 64 new tokens at
-its end. Counters must tell that all of it but the last 128 tokens came from the tier, or nothing
+each with codec 2 at 16x and 32x. Per length, all get the same prompt once and store it. Then, in
+every round and in turns, vLLM's own cache is dropped and the prompt comes back with 64 new tokens
+at its end. Counters must tell that all of it but the last 128 tokens came from the tier, or nothing
 where there is none. A round's figure is the time over that of recomputing in the same round.
 """
 
@@ -27,6 +27,7 @@ import msgspec
 from benchmarks.demo.artifact import describe, find_or_calibrate
 from benchmarks.demo.server import Server, end_on_sigterm, serve
 from benchmarks.models import ModelError, smollm2
+from benchmarks.models.served_dtype import FLOAT32_NOTE, served_dtype
 from benchmarks.serving.measure import Row, measure, table
 from benchmarks.serving.prompts import NEW_TOKENS, prompts
 from kvtc_vllm.artifact.registry import user_registry
@@ -35,8 +36,8 @@ from kvtc_vllm.config import kv_transfer_config, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 RECOMPUTE = "recompute"
-ROWS = (RECOMPUTE, "raw", "kvtc-8x", "kvtc-16x")
-RATIOS = (8.0, 16.0)
+ROWS = (RECOMPUTE, "raw", "kvtc2-16x", "kvtc2-32x")
+CODEC, RATIOS = "kvtc2", (16.0, 32.0)
 LENGTHS = (1024, 2048, 4096, 7168)
 BLOCK_SIZE = 32
 ROUNDS = 5
@@ -89,12 +90,17 @@ def run(
     """Serve, measure, print, write. Raises RuntimeError if a server fails or counters disagree."""
     load = os.getloadavg()[0]
     model = (model or smollm2()).absolute()
+    dtype = served_dtype()
+    if dtype == "float32":
+        print(FLOAT32_NOTE, flush=True)
     with tempfile.TemporaryDirectory(prefix="kvtc-serving-") as directory:
         logs = Path(directory)
         if artifact is None:
-            artifact = find_or_calibrate(model, RATIOS, user_registry(), logs / "calibration.log")
+            artifact = find_or_calibrate(
+                model, CODEC, RATIOS, dtype, user_registry(), logs / "calibration.log"
+            )
         asked = prompts(model, lengths, 1 + rounds)
-        expected = [expected_reload("kvtc-16x", length) for length in lengths]
+        expected = [expected_reload("kvtc2-16x", length) for length in lengths]
         if expected != [expected_reload("raw", length) for length in lengths]:
             raise ValueError("--lengths: give multiples of 128, so that all rows reload as much")
         with contextlib.ExitStack() as stack:
@@ -104,7 +110,7 @@ def run(
                 servers[name] = stack.enter_context(
                     serve(
                         model,
-                        _arguments(name, artifact, max(lengths)),
+                        _arguments(name, artifact, dtype, max(lengths)),
                         logs / f"{name}.log",
                         {"VLLM_SERVER_DEV_MODE": "1"},
                     )
@@ -117,6 +123,7 @@ def run(
     content = {
         "command": "python -m benchmarks.serving",
         "model": model.name,
+        "dtype": dtype,
         "artifact": describe(artifact),
         "new_tokens": NEW_TOKENS,
         "rounds": rounds,
@@ -131,10 +138,10 @@ def run(
     out.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def _arguments(name: str, artifact: Path, longest: int) -> list[str]:
+def _arguments(name: str, artifact: Path, dtype: str, longest: int) -> list[str]:
     most = longest + BLOCK_SIZE
     arguments = [
-        *("--dtype", "bfloat16", "--block-size", str(BLOCK_SIZE), "--max-model-len", str(most)),
+        *("--dtype", dtype, "--block-size", str(BLOCK_SIZE), "--max-model-len", str(most)),
         *("--num-gpu-blocks-override", str(most // BLOCK_SIZE + 4)),
         *("--max-num-seqs", "4", "--enforce-eager"),
     ]

@@ -21,7 +21,7 @@ KV_BYTES_PER_TOKEN = 2 * 30 * 3 * 64 * 2
 """SmolLM2-135M: K and V, 30 layers, 3 heads of 64, bfloat16."""
 
 
-@pytest.mark.parametrize("name", ["raw, with room", "raw", "kvtc-8x", "kvtc-16x"])
+@pytest.mark.parametrize("name", ["raw, with room", "raw", "kvtc2-16x", "kvtc2-32x"])
 def test_tokens_that_the_demo_reloaded_are_predicted(name: str) -> None:
     """Of the chats' lengths only the mean is known to the plan. Within 20 %, or 2 % of prompts."""
     run, chats = REPORT["runs"][name], REPORT["conversations"]

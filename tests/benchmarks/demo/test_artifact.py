@@ -34,15 +34,17 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 def test_it_is_made_once_and_found_again(tmp_path: Path, commands: list[list[str]]) -> None:
     first = artifact.find_or_calibrate(
-        MODEL, (8.0, 16.0), tmp_path, tmp_path / "log", shipped=False
+        MODEL, "kvtc", (8.0, 16.0), "bfloat16", tmp_path, tmp_path / "log", shipped=False
     )
     again = artifact.find_or_calibrate(
-        MODEL, (8.0, 16.0), tmp_path, tmp_path / "log", shipped=False
+        MODEL, "kvtc", (8.0, 16.0), "bfloat16", tmp_path, tmp_path / "log", shipped=False
     )
     assert first == again
     assert first.parent == tmp_path / "model"
     assert len(commands) == 1
-    other = artifact.find_or_calibrate(MODEL, (8.0,), tmp_path, tmp_path / "log", shipped=False)
+    other = artifact.find_or_calibrate(
+        MODEL, "kvtc", (8.0,), "bfloat16", tmp_path, tmp_path / "log", shipped=False
+    )
     assert other != first
     assert len(commands) == 2
 
@@ -50,17 +52,21 @@ def test_it_is_made_once_and_found_again(tmp_path: Path, commands: list[list[str
 def test_the_shipped_one_is_taken_if_it_has_every_ratio(
     tmp_path: Path, commands: list[list[str]]
 ) -> None:
-    found = artifact.find_or_calibrate(MODEL, (8.0, 16.0), tmp_path, tmp_path / "log")
+    found = artifact.find_or_calibrate(
+        MODEL, "kvtc", (8.0, 16.0), "bfloat16", tmp_path, tmp_path / "log"
+    )
     assert found == SHIPPED
     assert not commands
-    artifact.find_or_calibrate(MODEL, (8.0, 17.0), tmp_path, tmp_path / "log")
+    artifact.find_or_calibrate(MODEL, "kvtc", (8.0, 17.0), "bfloat16", tmp_path, tmp_path / "log")
     assert len(commands) == 1
 
 
 def test_its_command_is_one_that_the_command_line_takes(
     tmp_path: Path, commands: list[list[str]]
 ) -> None:
-    artifact.find_or_calibrate(MODEL, (8.0, 16.0), tmp_path, tmp_path / "log", shipped=False)
+    artifact.find_or_calibrate(
+        MODEL, "kvtc", (8.0, 16.0), "bfloat16", tmp_path, tmp_path / "log", shipped=False
+    )
     parser = argparse.ArgumentParser(exit_on_error=False)
     COMMANDS["calibrate"].add_arguments(parser)
     words = commands[0][commands[0].index("calibrate") + 1 :]
@@ -72,7 +78,12 @@ def test_a_calibration_that_fails_shows_the_end_of_its_log(tmp_path: Path) -> No
     log = tmp_path / "log"
     with pytest.raises(RuntimeError, match=r"(?s)ended with status .*no such file or directory"):
         artifact._calibrate(
-            [*artifact._command(MODEL, (8.0,), tmp_path / "missing.jsonl", tmp_path, "n")], log
+            [
+                *artifact._command(
+                    MODEL, "kvtc", (8.0,), "bfloat16", tmp_path / "missing.jsonl", tmp_path, "n"
+                )
+            ],
+            log,
         )
 
 

@@ -36,8 +36,16 @@ def run(**metrics: float) -> Run:
     return Run(turns, answers, {f"vllm:kvtc_{name}": value for name, value in counted.items()})
 
 
-def summary(observed: Run) -> RunReport:
-    return summarise(observed, REFERENCE, 2, window=128, chunk_tokens=128, budget=2 * MIB)
+def summary(observed: Run, element_bytes: int = 2) -> RunReport:
+    return summarise(
+        observed,
+        REFERENCE,
+        2,
+        window=128,
+        chunk_tokens=128,
+        budget=2 * MIB,
+        element_bytes=element_bytes,
+    )
 
 
 def test_figures_are_those_of_the_counters() -> None:
@@ -51,6 +59,12 @@ def test_figures_are_those_of_the_counters() -> None:
     assert found.answers_equal_fraction == 0.5
     assert found.words_equal_fraction == 5 / 7
     assert found.dropped_stores == 1
+
+
+def test_uncompressed_kv_counts_16_bits_an_element_whatever_the_cache_has() -> None:
+    found, wide = summary(run()), summary(run(), element_bytes=4)
+    assert (wide.raw_bytes, wide.stored_bytes, wide.ratio) == (5 * MIB, MIB, 5)
+    assert wide.conversations_fit == found.conversations_fit
 
 
 @pytest.mark.parametrize("counter", ["hit_tokens", "loaded_tokens"])
