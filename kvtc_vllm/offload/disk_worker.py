@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import islice
 
 from kvtc_vllm.codec.errors import CodecError, ContainerError
 from kvtc_vllm.offload.disk_news import DiskHalved, DiskNews
@@ -16,6 +17,7 @@ from kvtc_vllm.offload.namespace import START_SECONDS, Namespace
 from kvtc_vllm.offload.pace import Pace, PaceMeter
 from kvtc_vllm.tiers.blob_store import Blob
 from kvtc_vllm.tiers.disk import DiskError, IoHandle, IoPool, disk_bytes
+from kvtc_vllm.tiers.inventory import Inventory
 from kvtc_vllm.tiers.keys import RecordKey
 
 logger = logging.getLogger("vllm.kvtc")
@@ -30,6 +32,9 @@ FIRST_LIST_SECONDS = 60.0
 """After the start, so that the engine has its requests first."""
 LIST_SECONDS = 600.0
 """Between two lists of the files: what changed since the last is asked for at a start."""
+FOUND_AT_ONCE = 1024
+"""Of what the namespace of a new name has already, told in one step: some milliseconds of the
+scheduler's."""
 LOST = frozenset({"missing", "corrupt", "foreign", "representative"})
 """Reasons of a failed read after which the chunk is not on disk any more."""
 
@@ -61,6 +66,8 @@ class DiskWorker:
         # What follows is read and changed under the lock.
         self._lock = threading.Lock()
         self._news = DiskNews()
+        self._found: Iterator[tuple[RecordKey, int]] | None = None
+        self._overtaken: set[RecordKey] = set()
         self._epoch = 0
         self._writing: dict[tuple[int, RecordKey], int] = {}
         self._queued = 0
@@ -75,7 +82,7 @@ class DiskWorker:
         """
         self._tenant_of = tenant_of
 
-    def inventory(self) -> list[tuple[RecordKey, int]]:
+    def inventory(self) -> Inventory:
         """(key, bytes) of what is on disk, least recently used first; clears leftovers.
 
         Called once, before the first step. Nothing if the disk fails: that is no reason not
@@ -89,7 +96,7 @@ class DiskWorker:
         except Exception as error:
             logger.warning("kvtc: what is on disk can't be listed, starting empty: %s", error)
             self._count(error)
-            return []
+            return Inventory()
 
     def write(self, key: RecordKey, blob: Blob, epoch: int) -> None:
         """Write when a thread is free; dropped and counted if too much waits.
@@ -152,6 +159,8 @@ class DiskWorker:
             left, self._namespace = self._namespace, None
             self._epoch = epoch
             self._news = DiskNews(errors=self._news.errors)
+            self._found = None
+            self._overtaken.clear()
             self._repairs = 0
         if left is not None:
             self._submit_write(left.leave)
@@ -186,6 +195,7 @@ class DiskWorker:
         self._reads = running
         with self._lock:
             news, self._news = self._news, DiskNews()
+            self._tell_found(news)
         return news
 
     def close(self, last: Iterable[tuple[RecordKey, Blob]], seconds: float) -> None:
@@ -298,7 +308,7 @@ class DiskWorker:
             return
         with self._lock:
             if epoch == self._epoch:
-                self._news.found += found
+                self._found = iter(found)
 
     def _touch(self, namespace: Namespace, keys: Sequence[RecordKey]) -> None:
         gone = namespace.store.touch(keys)
@@ -357,6 +367,18 @@ class DiskWorker:
             self._writers.submit(counted, WRITE_SECONDS, give_up)
         except DiskError as error:
             give_up(error)
+
+    def _tell_found(self, news: DiskNews) -> None:
+        """Some of what was found, but nothing of which there is later news. Under the lock."""
+        if self._found is None:
+            return
+        self._overtaken |= {key for key, _ in news.stored} | set(news.lost)
+        self._overtaken |= {one.key for one in news.halved}
+        some = list(islice(self._found, FOUND_AT_ONCE))
+        news.found += [entry for entry in some if entry[0] not in self._overtaken]
+        if len(some) < FOUND_AT_ONCE:
+            self._found = None
+            self._overtaken.clear()
 
     def _fail(self, key: RecordKey, error: Exception) -> None:
         with self._lock:

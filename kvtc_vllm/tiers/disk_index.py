@@ -10,14 +10,18 @@ index hears of it afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from kvtc_vllm.tiers.keys import RecordKey
 from kvtc_vllm.tiers.policies import EvictionPolicy
 from kvtc_vllm.tiers.rank_sizes import RankSizes
+from kvtc_vllm.tiers.sharded_dict import ShardedDict
 
 HEADROOM = 64
 """One part in so many of the capacity is left to writes that are under way."""
+
+REMOVED_AT_ONCE = 4096
+"""Keys a step: after a start with a smaller capacity there may be a million."""
 
 
 class DiskIndex:
@@ -33,18 +37,18 @@ class DiskIndex:
         self._policy = policy
         self._packing = RankSizes(ranks)
         # Of what is complete there may be millions: nothing here is a container.
-        self._complete: dict[RecordKey, bytes] = {}
+        self._complete: ShardedDict[bytes] = ShardedDict()
         self._partial: dict[RecordKey, dict[int, int]] = {}
         self._removed: list[RecordKey] = []
         self.used = 0
         self.evictions = 0
 
-    def restore(self, inventories: Mapping[int, Sequence[tuple[RecordKey, int]]]) -> None:
+    def restore(self, inventories: Mapping[int, Iterable[tuple[RecordKey, int]]]) -> None:
         """Take over what each rank found at start, (key, bytes), least recently used first.
 
         Records that not every rank holds are of no use and are removed.
         """
-        others: dict[RecordKey, dict[int, int]] = {}
+        others: ShardedDict[dict[int, int]] = ShardedDict()
         first, *more = inventories or (0,)
         for rank in more:
             for key, size in inventories[rank]:
@@ -56,7 +60,7 @@ class DiskIndex:
                 continue
             for rank, part in parts.items():
                 self.add(key, rank, part)
-        self._removed += others
+        self._removed += map(RecordKey, others)
 
     def add(self, key: RecordKey, rank: int, size: int) -> None:
         """Take note that a rank has its part on disk, `size` bytes of it.
@@ -108,7 +112,7 @@ class DiskIndex:
 
     def is_ready(self, key: RecordKey) -> bool:
         """True if every rank has its part."""
-        return key in self._complete
+        return key in self._complete.shards[key[0]]
 
     def part_bytes(self, key: RecordKey) -> int:
         """The largest rank's part in bytes; 0 if not every rank has one."""
@@ -123,8 +127,12 @@ class DiskIndex:
         return touched
 
     def take_removed(self) -> list[RecordKey]:
-        """Keys that workers must delete, since the last call."""
-        removed, self._removed = self._removed, []
+        """Keys that workers must delete, those first that were told first.
+
+        At most `REMOVED_AT_ONCE`, the others with the next calls.
+        """
+        removed = self._removed[:REMOVED_AT_ONCE]
+        del self._removed[:REMOVED_AT_ONCE]
         return removed
 
     def clear(self) -> None:

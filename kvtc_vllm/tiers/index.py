@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from kvtc_vllm.tiers.keys import RecordKey
 from kvtc_vllm.tiers.policies import EvictionPolicy
 from kvtc_vllm.tiers.rank_sizes import RankSizes
+from kvtc_vllm.tiers.sharded_dict import ShardedDict
 
 
 @dataclass
@@ -42,7 +43,7 @@ class TierIndex:
         self._policy = policy
         self._packing = RankSizes(ranks)
         # Of what is ready there may be millions: nothing here is a container.
-        self._ready: dict[RecordKey, bytes] = {}
+        self._ready: ShardedDict[bytes] = ShardedDict()
         self._pending: dict[RecordKey, _Pending] = {}
         self._pins: dict[RecordKey, int] = {}
         self._doomed: dict[RecordKey, bytes] = {}  # bad, but still pinned
@@ -81,7 +82,8 @@ class TierIndex:
                 self._used[rank] += size - pending.sizes[rank]
                 pending.sizes[rank] = size
             return
-        found = self._ready if key in self._ready else self._doomed
+        ready = self.is_ready(key)
+        found = self._ready.shards[key[0]] if ready else self._doomed
         if key not in found:
             return
         sizes = list(self._packing.unpack(found[key]))
@@ -89,7 +91,7 @@ class TierIndex:
         sizes[rank] = size
         found[key] = self._packing.pack(sizes)
         self._used[rank] += change
-        if found is self._ready:
+        if ready:
             self._ready_bytes += change
 
     def abandon(self, key: RecordKey, rank: int) -> None:
@@ -111,7 +113,7 @@ class TierIndex:
 
     def is_ready(self, key: RecordKey) -> bool:
         """True if every rank holds the record."""
-        return key in self._ready
+        return key in self._ready.shards[key[0]]
 
     def bytes_of(self, key: RecordKey) -> int:
         """Real bytes of a ready record over all ranks; 0 for any other."""

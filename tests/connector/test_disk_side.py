@@ -300,7 +300,7 @@ def test_a_listing_that_fails_starts_empty(tmp_path: Path) -> None:
     filesystem = NoListing()
     side = open_side(tmp_path, filesystem)
     filesystem.broken = True
-    assert side.inventory() == []
+    assert list(side.inventory()) == []
     assert side.take_news().errors == {"io": 1}
     side.close((), 5)
 
@@ -314,7 +314,7 @@ def test_a_disk_that_hangs_at_the_start_does_not_hold_the_engine(
     filesystem.hang = False
     side = open_side(tmp_path, filesystem)
     filesystem.hang = True
-    assert side.inventory() == []
+    assert list(side.inventory()) == []
     filesystem.release()
     side.close((), 5)
     again = HangingFileSystem("mkdir")
