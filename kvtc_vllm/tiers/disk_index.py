@@ -38,6 +38,7 @@ class DiskIndex:
         self._packing = RankSizes(ranks)
         # Of what is complete there may be millions: nothing here is a container.
         self._complete: ShardedDict[bytes] = ShardedDict()
+        self._complete_records = 0
         self._partial: dict[RecordKey, dict[int, int]] = {}
         self._removed: list[RecordKey] = []
         self.used = 0
@@ -72,6 +73,7 @@ class DiskIndex:
             self._removed.append(key)
             return
         packed = self._complete.pop(key, None)
+        self._complete_records -= packed is not None
         parts = self._partial.get(key, {}) if packed is None else self._unpack(packed)
         self.used += size - parts.get(rank, 0)
         parts[rank] = size
@@ -81,6 +83,7 @@ class DiskIndex:
             self._partial.pop(key, None)
             sizes = [parts[number] for number in range(self.ranks)]
             self._complete[key] = self._packing.pack(sizes)
+            self._complete_records += 1
             self._policy.insert(key, sum(sizes))
         if self.used > self._limit:
             self._make_room(key)
@@ -141,10 +144,11 @@ class DiskIndex:
         self._partial.clear()
         self._policy.clear()
         self._removed.clear()
+        self._complete_records = 0
         self.used = 0
 
     def __len__(self) -> int:
-        return len(self._complete) + len(self._partial)
+        return self._complete_records + len(self._partial)
 
     def _make_room(self, newest: RecordKey) -> None:
         """Parts that wait for other ranks go first: their write may have failed there."""
@@ -166,6 +170,7 @@ class DiskIndex:
             packed = self._complete.pop(key, None)
             if packed is None:
                 return False
+            self._complete_records -= 1
             parts = self._unpack(packed)
             self._policy.remove(key)
         self.used -= sum(parts.values())

@@ -49,6 +49,7 @@ class TierIndex:
         self._doomed: dict[RecordKey, bytes] = {}  # bad, but still pinned
         self._used = [0] * ranks
         self._ready_bytes = 0
+        self._ready_records = 0
         self._evicted: list[RecordKey] = []
         self._victims: list[RecordKey] = []
         self.evictions = 0
@@ -104,6 +105,7 @@ class TierIndex:
         if packed is None:
             return
         self._policy.remove(key)
+        self._ready_records -= 1
         sizes = self._packing.unpack(packed)
         self._ready_bytes -= sum(sizes)
         if key in self._pins:
@@ -187,6 +189,7 @@ class TierIndex:
         self._victims.clear()
         self._used = [0] * self.ranks
         self._ready_bytes = 0
+        self._ready_records = 0
 
     @property
     def pending(self) -> int:
@@ -204,7 +207,7 @@ class TierIndex:
         return self._ready_bytes
 
     def __len__(self) -> int:
-        return len(self._ready) + len(self._pending) + len(self._doomed)
+        return self._ready_records + len(self._pending) + len(self._doomed)
 
     def _report(self, key: RecordKey, rank: int, size: int, failed: bool) -> None:
         entry = self._pending.get(key)
@@ -222,6 +225,7 @@ class TierIndex:
         else:
             total = sum(entry.sizes)
             self._ready[key] = self._packing.pack(entry.sizes)
+            self._ready_records += 1
             self._ready_bytes += total
             self._policy.insert(key, total)
 
@@ -230,6 +234,7 @@ class TierIndex:
         if victim is None:
             return False
         sizes = self._packing.unpack(self._ready.pop(victim))
+        self._ready_records -= 1
         self._ready_bytes -= sum(sizes)
         self.evictions += 1
         self.evicted_bytes += sum(sizes)

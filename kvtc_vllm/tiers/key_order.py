@@ -74,7 +74,7 @@ class KeyOrder:
         return key in self._slots.shards[key[0]]
 
     def __len__(self) -> int:
-        return len(self._slots)
+        return len(self._after) - 1 - len(self._free)
 
     def __iter__(self) -> Iterator[RecordKey]:
         """Oldest first; nothing may change meanwhile."""

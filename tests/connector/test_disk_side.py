@@ -416,6 +416,27 @@ def test_what_a_namespace_holds_already_is_told_when_it_is_entered(
     assert news.stored == []
 
 
+def test_what_is_found_is_told_in_pieces_and_never_after_later_news(
+    side: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A million chunks in one step would take the scheduler seconds."""
+    monkeypatch.setattr(disk_module, "FOUND_AT_ONCE", 2)
+    store = DiskStore(tmp_path, OTHER_NAMESPACE, capacity=1 << 20, min_free=0)
+    for key in KEYS[:5]:
+        store.write(key, other(key))
+    side.leave(1)
+    side.enter(namespace(tmp_path, OTHER_NAMESPACE))
+    wait_until(lambda: side._side._found is not None)
+    assert [key for key, _ in side.take_news().found] == KEYS[:2]
+    store.remove(KEYS[3:4])
+    store.close()
+    side._side._note_removed(side._side._namespace, 1)  # found out before the next piece is told
+    news = side.take_news()
+    assert (news.lost, [key for key, _ in news.found]) == (KEYS[3:4], KEYS[2:3])
+    assert [key for key, _ in side.take_news().found] == KEYS[4:5]
+    assert (side.take_news().found, side._side._found) == ([], None)
+
+
 def test_a_namespace_that_nobody_else_can_name_goes_with_its_generation(tmp_path: Path) -> None:
     side = open_side(tmp_path)
     write(side, KEYS[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,13 +11,17 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
+from kvtc_vllm.offload.seen_counter import SeenCounter
 from kvtc_vllm.tiers import policies, sharded_dict
 from kvtc_vllm.tiers.blob_store import StoreError
 from kvtc_vllm.tiers.disk_index import REMOVED_AT_ONCE, DiskIndex
 from kvtc_vllm.tiers.index import TierIndex
 from kvtc_vllm.tiers.key_order import KeyOrder
+from kvtc_vllm.tiers.keys import ChunkKey
 from kvtc_vllm.tiers.memory import MemoryArena
-from kvtc_vllm.tiers.sharded_dict import FREED_AT_ONCE, SHARDS, ShardedDict
+from kvtc_vllm.tiers.once_store import OnceStore
+from kvtc_vllm.tiers.sharded_dict import FREED_AT_ONCE, SHARDS, NumberDict, ShardedDict
+from kvtc_vllm.tiers.token_windows import TOKEN_BYTES, TokenWindows
 
 MANY = 20_000
 LARGEST_SHARE = 64
@@ -60,6 +65,23 @@ def test_it_is_a_dictionary(steps: list[tuple[str, bytes, int]]) -> None:
         made[b"nowhere"]
 
 
+@given(st.lists(st.tuples(st.sampled_from("spdc"), st.integers(-600, 600)), max_size=50))
+def test_one_of_numbers_is_a_dictionary(steps: list[tuple[str, int]]) -> None:
+    made: NumberDict[str] = NumberDict()
+    model: dict[int, str] = {}
+    for operation, key in steps:
+        if operation == "s":
+            made[key] = model[key] = operation
+        elif operation == "p":
+            assert made.pop(key, None) == model.pop(key, None)
+        elif operation == "d" and key in model:
+            del made[key], model[key]
+        elif operation == "c" and key % 8 == 0:
+            made.clear()
+            model.clear()
+        assert (dict(made), len(made), made.get(key)) == (model, len(model), model.get(key))
+
+
 def dictionaries(thing: Any, seen: set[int]) -> list[dict[Any, Any]]:
     """All that hang on an object of ours, but for those of its attributes."""
     if id(thing) in seen:
@@ -94,8 +116,30 @@ def _arena(policy: str) -> MemoryArena:
     return arena
 
 
+def _once(policy: str) -> OnceStore:
+    store = OnceStore(MemoryArena(1 << 40), 4, 4)
+    for number in range(MANY):
+        store.write(key_of(number), b"head%d tail" % number, b"tenant")
+    return store
+
+
+def _windows(policy: str) -> TokenWindows:
+    windows = TokenWindows()
+    chance = random.Random(1)
+    for number in range(MANY // 8):
+        windows.add(key_of(number), b"tenant", chance.randbytes(TOKEN_BYTES * 128))
+    return windows
+
+
+def _seen(policy: str) -> SeenCounter:
+    seen = SeenCounter(2)
+    for number in range(MANY):
+        seen.admits(ChunkKey(key_of(number)))
+    return seen
+
+
 @pytest.mark.parametrize("policy", sorted(policies.REGISTRY))
-@pytest.mark.parametrize("make", [_memory, _disk, _arena])
+@pytest.mark.parametrize("make", [_memory, _disk, _arena, _once, _windows, _seen])
 def test_no_dictionary_has_many_of_the_records(make: Callable[[str], Any], policy: str) -> None:
     """What is full moves all that it has, and keeps Python's lock meanwhile."""
     sizes = [len(found) for found in dictionaries(make(policy), set())]
@@ -103,7 +147,7 @@ def test_no_dictionary_has_many_of_the_records(make: Callable[[str], Any], polic
     assert max(sizes) <= MANY / LARGEST_SHARE
 
 
-@pytest.mark.parametrize("make", [_memory, _disk, _arena])
+@pytest.mark.parametrize("make", [_memory, _disk, _arena, _windows])
 def test_what_is_cleared_goes_in_small_pieces(
     make: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
