@@ -8,10 +8,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import islice
 
 from kvtc_vllm.codec.errors import CodecError, ContainerError
-from kvtc_vllm.offload.disk_news import DiskHalved, DiskNews
+from kvtc_vllm.offload.disk_news import DiskHalved, DiskNews, Found
 from kvtc_vllm.offload.halver import Halver
 from kvtc_vllm.offload.namespace import START_SECONDS, Namespace
 from kvtc_vllm.offload.pace import Pace, PaceMeter
@@ -32,9 +31,6 @@ FIRST_LIST_SECONDS = 60.0
 """After the start, so that the engine has its requests first."""
 LIST_SECONDS = 600.0
 """Between two lists of the files: what changed since the last is asked for at a start."""
-FOUND_AT_ONCE = 1024
-"""Of what the namespace of a new name has already, told in one step: some milliseconds of the
-scheduler's."""
 LOST = frozenset({"missing", "corrupt", "foreign", "representative"})
 """Reasons of a failed read after which the chunk is not on disk any more."""
 
@@ -66,8 +62,7 @@ class DiskWorker:
         # What follows is read and changed under the lock.
         self._lock = threading.Lock()
         self._news = DiskNews()
-        self._found: Iterator[tuple[RecordKey, int]] | None = None
-        self._overtaken: set[RecordKey] = set()
+        self._found = Found()
         self._epoch = 0
         self._writing: dict[tuple[int, RecordKey], int] = {}
         self._queued = 0
@@ -159,8 +154,7 @@ class DiskWorker:
             left, self._namespace = self._namespace, None
             self._epoch = epoch
             self._news = DiskNews(errors=self._news.errors)
-            self._found = None
-            self._overtaken.clear()
+            self._found = Found()
             self._repairs = 0
         if left is not None:
             self._submit_write(left.leave)
@@ -195,7 +189,7 @@ class DiskWorker:
         self._reads = running
         with self._lock:
             news, self._news = self._news, DiskNews()
-            self._tell_found(news)
+            self._found.tell(news)
         return news
 
     def close(self, last: Iterable[tuple[RecordKey, Blob]], seconds: float) -> None:
@@ -308,7 +302,7 @@ class DiskWorker:
             return
         with self._lock:
             if epoch == self._epoch:
-                self._found = iter(found)
+                self._found = Found(found)
 
     def _touch(self, namespace: Namespace, keys: Sequence[RecordKey]) -> None:
         gone = namespace.store.touch(keys)
@@ -367,18 +361,6 @@ class DiskWorker:
             self._writers.submit(counted, WRITE_SECONDS, give_up)
         except DiskError as error:
             give_up(error)
-
-    def _tell_found(self, news: DiskNews) -> None:
-        """Some of what was found, but nothing of which there is later news. Under the lock."""
-        if self._found is None:
-            return
-        self._overtaken |= {key for key, _ in news.stored} | set(news.lost)
-        self._overtaken |= {one.key for one in news.halved}
-        some = list(islice(self._found, FOUND_AT_ONCE))
-        news.found += [entry for entry in some if entry[0] not in self._overtaken]
-        if len(some) < FOUND_AT_ONCE:
-            self._found = None
-            self._overtaken.clear()
 
     def _fail(self, key: RecordKey, error: Exception) -> None:
         with self._lock:
