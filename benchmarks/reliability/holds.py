@@ -118,9 +118,9 @@ def scan(table: Table, size: int, root: Path) -> None:
     store: Any = DiskStore(root, NAMESPACE, capacity=1 << 50, min_free=0)
     namespace = Namespace(lambda: store)
     until = time.monotonic() + 3600
-    _let_go(table.measure("start without a list", lambda: namespace.listed(until)))
+    table.measure("start without a list", lambda: namespace.listed(until))
     table.measure("list of files", lambda: store.keep_list(until))
-    _let_go(table.measure("start with a list", lambda: namespace.listed(until)))
+    table.measure("start with a list", lambda: namespace.listed(until))
     store.close()
 
 
@@ -146,14 +146,14 @@ def handshake(table: Table, size: int, root: Path) -> None:
     from kvtc_vllm.connector.messages import DiskInventory
     from kvtc_vllm.tiers import policies
     from kvtc_vllm.tiers.disk_index import DiskIndex
+    from kvtc_vllm.tiers.inventory import Inventory
 
     capacity = 2 * size * CHUNK_BYTES
     index: Any = DiskIndex(capacity, 1, policies.REGISTRY["lru"](capacity))
-    sent = DiskInventory([(key_of(number), CHUNK_BYTES) for number in range(size)])
-    content = table.measure("inventory packed", lambda: pickle.dumps(sent))
-    _let_go(sent.entries)
-    found = table.measure("inventory unpacked", lambda: pickle.loads(content))
-    table.measure("inventory into the index", lambda: index.restore({0: found.entries}))
+    sent = DiskInventory(Inventory((key_of(number), CHUNK_BYTES) for number in range(size)))
+    content = table.measure("handshake pickled", lambda: pickle.dumps(sent))
+    found = table.measure("handshake unpickled", lambda: pickle.loads(content))
+    table.measure("handshake into the index", lambda: index.restore({0: found.entries}))
 
 
 def index(table: Table, size: int, root: Path) -> None:

@@ -72,9 +72,13 @@ class DiskIndex:
             self._drop(key)
             self._removed.append(key)
             return
-        packed = self._complete.pop(key, None)
-        self._complete_records -= packed is not None
-        parts = self._partial.get(key, {}) if packed is None else self._unpack(packed)
+        shard = self._complete.shards[key[0]]
+        packed = shard.pop(key, None)
+        if packed is None:
+            parts = self._partial.get(key, {})
+        else:
+            self._complete_records -= 1
+            parts = self._unpack(packed)
         self.used += size - parts.get(rank, 0)
         parts[rank] = size
         if len(parts) < self.ranks:
@@ -82,7 +86,7 @@ class DiskIndex:
         else:
             self._partial.pop(key, None)
             sizes = [parts[number] for number in range(self.ranks)]
-            self._complete[key] = self._packing.pack(sizes)
+            shard[key] = self._packing.pack(sizes)
             self._complete_records += 1
             self._policy.insert(key, sum(sizes))
         if self.used > self._limit:

@@ -124,7 +124,7 @@ class TierIndex:
 
     def is_known(self, key: RecordKey) -> bool:
         """True if the record is ready or pending, or bad and still pinned."""
-        return key in self._ready or key in self._pending or key in self._doomed
+        return self.is_ready(key) or key in self._pending or key in self._doomed
 
     def is_pending(self, key: RecordKey) -> bool:
         """True until every rank has reported its part."""
@@ -132,7 +132,7 @@ class TierIndex:
 
     def pin(self, keys: Iterable[RecordKey]) -> list[RecordKey]:
         """Protect ready records from eviction; returns those that were, to be unpinned."""
-        pinned = [key for key in keys if key in self._ready]
+        pinned = [key for key in keys if self.is_ready(key)]
         for key in pinned:
             pins = self._pins.get(key, 0)
             if not pins:
@@ -224,7 +224,7 @@ class TierIndex:
             self._forget(key, entry.sizes)
         else:
             total = sum(entry.sizes)
-            self._ready[key] = self._packing.pack(entry.sizes)
+            self._ready.shards[key[0]][key] = self._packing.pack(entry.sizes)
             self._ready_records += 1
             self._ready_bytes += total
             self._policy.insert(key, total)
@@ -233,7 +233,7 @@ class TierIndex:
         victim = self._policy.evict()
         if victim is None:
             return False
-        sizes = self._packing.unpack(self._ready.pop(victim))
+        sizes = self._packing.unpack(self._ready.shards[victim[0]].pop(victim))
         self._ready_records -= 1
         self._ready_bytes -= sum(sizes)
         self.evictions += 1

@@ -41,7 +41,7 @@ class KeyOrder:
 
     def discard(self, key: RecordKey) -> bool:
         """Take a key out; False if it was not in."""
-        slot = self._slots.pop(key, None)
+        slot = self._slots.shards[key[0]].pop(key, None)
         if slot is None:
             return False
         del self._keys[slot % SHARDS][slot]

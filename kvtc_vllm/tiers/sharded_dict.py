@@ -23,6 +23,10 @@ FREED_AT_ONCE = 256
 PAUSE_SECONDS = 0.0005
 """Between two of these, so that freeing takes a few per cent of a core and no lock for long."""
 
+_lock = threading.Lock()
+_waiting: list[dict[Any, Any]] = []
+_thread: threading.Thread | None = None
+
 
 class ShardedDict(MutableMapping[bytes, V]):
     """A dictionary whose keys are hashes: bytes, at least one of them.
@@ -100,16 +104,30 @@ class NumberDict(MutableMapping[int, V]):
 
 
 def let_go(parts: list[dict[Any, Any]]) -> None:
-    """Free dictionaries and what only they hold, by and by. They must be nobody else's."""
-    if sum(map(len, parts)) > FREED_AT_ONCE:
-        threading.Thread(target=_free, args=(parts,), name="kvtc-free", daemon=True).start()
+    """Free dictionaries and what only they hold, by and by. They must be nobody else's.
+
+    One thread does it for the whole process. Thread-safe.
+    """
+    global _thread
+    if sum(map(len, parts)) <= FREED_AT_ONCE:
+        return
+    with _lock:
+        _waiting.extend(parts)
+        if _thread is None or not _thread.is_alive():  # as after a fork
+            _thread = threading.Thread(target=_free, name="kvtc-free", daemon=True)
+            _thread.start()
 
 
-def _free(parts: list[dict[Any, Any]]) -> None:
-    while parts:
-        part = parts[-1]
-        for _ in range(min(FREED_AT_ONCE, len(part))):
-            part.popitem()
-        if not part:
-            parts.pop()
+def _free() -> None:
+    global _thread
+    while True:
+        with _lock:
+            if not _waiting:
+                _thread = None
+                return
+            part = _waiting[-1]
+            for _ in range(min(FREED_AT_ONCE, len(part))):
+                part.popitem()
+            if not part:
+                _waiting.pop()
         time.sleep(PAUSE_SECONDS)

@@ -25,12 +25,12 @@ class _SizedList:
         return key in self._sizes.shards[key[0]]
 
     def push(self, key: RecordKey, size: int) -> None:
-        self._sizes[key] = size
+        self._sizes.shards[key[0]][key] = size
         self._order.push(key)
         self.bytes += size
 
     def pop(self, key: RecordKey) -> int:
-        size: int = self._sizes.pop(key)
+        size = self._sizes.shards[key[0]].pop(key)
         self._order.discard(key)
         self.bytes -= size
         return size
