@@ -10,6 +10,9 @@ after 5 ms at the soonest, so up to 6 ms are not the tiers'. Loops that ask for 
 (`tiers/disk/turns.py`) show less on a machine that has a core for the probe. Run as root, the probe
 has priority over other programs; else its own waiting for a core is counted too.
 
+Of the indexes no hold is told but the longest call, in processor time of its thread: the scheduler
+is single-threaded, and its step waits for the whole of it.
+
 `--places` prints where the working thread was at the end of the longest holds: the call just before
 is the one that took so long. Each part runs in a process of its own. Results are added to
 holds.json under the label.
@@ -81,7 +84,7 @@ class Holds:
 
 def _place(frame: Any) -> str:
     """Innermost functions and lines of ours."""
-    found = []
+    found: list[str] = []
     while frame is not None and len(found) < 4:
         found.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
         frame = frame.f_back
@@ -107,6 +110,11 @@ class Table(dict[str, Row]):
         self[name] = row
         print(f"{name}: {json.dumps(row)}", file=sys.stderr, flush=True)
         return found
+
+    def note(self, name: str, seconds: float) -> None:
+        """The longest of many calls."""
+        self[name] = {"longest call, ms": round(1e3 * seconds, 2)}
+        print(f"{name}: {json.dumps(self[name])}", file=sys.stderr, flush=True)
 
 
 def scan(table: Table, size: int, root: Path) -> None:
@@ -147,10 +155,12 @@ def handshake(table: Table, size: int, root: Path) -> None:
     from kvtc_vllm.tiers import policies
     from kvtc_vllm.tiers.disk_index import DiskIndex
     from kvtc_vllm.tiers.inventory import Inventory
+    from kvtc_vllm.tiers.keys import RecordKey
 
     capacity = 2 * size * CHUNK_BYTES
     index: Any = DiskIndex(capacity, 1, policies.REGISTRY["lru"](capacity))
-    sent = DiskInventory(Inventory((key_of(number), CHUNK_BYTES) for number in range(size)))
+    listed = ((RecordKey(key_of(number)), CHUNK_BYTES) for number in range(size))
+    sent = DiskInventory(Inventory(listed))
     content = table.measure("handshake pickled", lambda: pickle.dumps(sent))
     found = table.measure("handshake unpickled", lambda: pickle.loads(content))
     table.measure("handshake into the index", lambda: index.restore({0: found.entries}))
@@ -175,27 +185,16 @@ def index(table: Table, size: int, root: Path) -> None:
             disk.add(key_of(number), 0, CHUNK_BYTES)
 
         for name, tier, call in (("memory", memory, store), ("disk", disk, add)):
-            each = f"{name} index, {policy}: stores"
-            worst = table.measure(each, lambda call=call: _longest_call(call, size))
-            table[each]["longest call, ms"] = round(1e3 * worst, 2)
-            began = time.thread_time()
-            table.measure(f"{name} index, {policy}: reset", tier.clear)
-            table[f"{name} index, {policy}: reset"]["longest call, ms"] = round(
-                1e3 * (time.thread_time() - began), 2
-            )
+            worst = max(_took(call, number) for number in range(size))
+            table.note(f"{name} index, {policy}: store", worst)
+            table.note(f"{name} index, {policy}: reset", _took(tier.clear))
 
 
-def _longest_call(call: Callable[[int], None], size: int) -> float:
-    """Processor seconds of the longest of `size` calls: what a step of the scheduler waits."""
-    longest = 0.0
-    clock = time.thread_time
-    for number in range(size):
-        began = clock()
-        call(number)
-        took = clock() - began
-        if took > longest:
-            longest = took
-    return longest
+def _took(call: Callable[..., None], *arguments: int) -> float:
+    """Processor seconds of one call."""
+    began = time.thread_time()
+    call(*arguments)
+    return time.thread_time() - began
 
 
 def _let_go(items: list[Any]) -> None:
