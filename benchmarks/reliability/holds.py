@@ -224,6 +224,28 @@ def run(part: str, size: int, places: int, parent: str | None) -> Table:
     return table
 
 
+def markdown(labels: dict[str, dict[str, Any]]) -> str:
+    """Longest hold or call in ms: a line per row, a column per label."""
+    names = dict.fromkeys(
+        (part, name)
+        for parts in labels.values()
+        for part, table in parts.items()
+        for name, row in table.items()
+        if isinstance(row, dict)
+    )
+    lines = [f"| ms, at most | chunks | {' | '.join(labels)} |", "|---" * (len(labels) + 2) + "|"]
+    for part, name in names:
+        tables = [parts[part] for parts in labels.values() if name in parts.get(part, {})]
+        cells = [_cell(parts.get(part, {}).get(name, {})) for parts in labels.values()]
+        lines.append(f"| {name} | {tables[0]['chunks']:,} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: Row) -> str:
+    longest = row.get("longest, ms", row.get("longest call, ms"))
+    return "" if longest is None else f"{longest:.3g}"
+
+
 def main() -> None:
     """Measure and write, or measure one part and print it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -258,6 +280,7 @@ def main() -> None:
             **json.loads(done.stdout),
         }
         args.out.write_text(json.dumps(labels, indent=1) + "\n")
+    print(markdown(labels), end="")
 
 
 if __name__ == "__main__":
