@@ -18,6 +18,7 @@ from benchmarks.demo.__main__ import BUDGET_SHARE, BUDGET_UNIT, RECOMPUTE, ROOMY
 from benchmarks.demo.conversations import RunReport
 from benchmarks.demo.report import markdown, side_by_side
 from benchmarks.equal_kl import Factor, factors, read_curve
+from benchmarks.reliability import holds
 from kvtc_vllm.cli import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -242,6 +243,12 @@ def test_the_table_of_store_policies_is_the_committed_one() -> None:
     for memory, cells in bursts.items():
         assert f"| {memory} chunks | {' | '.join(cells)} |" in page
     assert all(row["lost_chunks"] == 0 for row in rows)
+
+
+def test_the_table_of_python_s_lock_is_the_committed_one() -> None:
+    found = json.loads((ROOT / "benchmarks/reliability/holds.json").read_text())
+    assert set(found) == {"before", "after"}
+    assert holds.markdown(found) in (ROOT / "docs" / "disk.md").read_text()
 
 
 def test_the_table_of_differences_is_the_committed_one() -> None:

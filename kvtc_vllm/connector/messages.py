@@ -11,7 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvtc_vllm.offload.messages import StepMetadata, WorkerReport
-from kvtc_vllm.tiers.keys import RecordKey
+from kvtc_vllm.tiers.inventory import Inventory
 
 
 @dataclass
@@ -37,4 +37,4 @@ class ReportMessage(KVConnectorWorkerMetadata):
 class DiskInventory(KVConnectorHandshakeMetadata):
     """A worker -> the scheduler, once at start: (key, bytes) on disk, least recent first."""
 
-    entries: list[tuple[RecordKey, int]]
+    entries: Inventory

@@ -6,7 +6,7 @@ Runs in the engine core's thread only. It never sees a byte of KV.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.offload.block_tables import BlockTables
@@ -349,7 +349,7 @@ class KVTCScheduler:
         self._check_due = self._check_due or seen
         return seen
 
-    def restore(self, inventories: Mapping[int, Sequence[tuple[RecordKey, int]]]) -> None:
+    def restore(self, inventories: Mapping[int, Iterable[tuple[RecordKey, int]]]) -> None:
         """Take over what workers found on disk when they started, by rank."""
         if self.disk is not None:
             self.disk.restore(inventories)

@@ -42,6 +42,7 @@ from kvtc_vllm.offload.stats import Stats
 from kvtc_vllm.offload.storing import StorePipeline
 from kvtc_vllm.offload.transfer import Transfer
 from kvtc_vllm.tiers.blob_store import Blob, MemoryStore, StoreError
+from kvtc_vllm.tiers.inventory import Inventory
 from kvtc_vllm.tiers.keys import RecordKey
 from kvtc_vllm.tiers.memory import MemoryArena
 from kvtc_vllm.tiers.once_store import OnceStore
@@ -290,7 +291,7 @@ class KVTCWorker:
             self._disk.close(chain(last, held), started + SHUTDOWN_SECONDS - time.monotonic())
         self._names.release()
 
-    def inventory(self) -> list[tuple[RecordKey, int]] | None:
+    def inventory(self) -> Inventory | None:
         """(key, bytes) of what this rank has on disk; None without a disk tier."""
         return None if self._disk is None else self._disk.inventory()
 

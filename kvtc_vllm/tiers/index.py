@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from kvtc_vllm.tiers.keys import RecordKey
 from kvtc_vllm.tiers.policies import EvictionPolicy
 from kvtc_vllm.tiers.rank_sizes import RankSizes
+from kvtc_vllm.tiers.sharded_dict import ShardedDict
 
 
 @dataclass
@@ -42,12 +43,13 @@ class TierIndex:
         self._policy = policy
         self._packing = RankSizes(ranks)
         # Of what is ready there may be millions: nothing here is a container.
-        self._ready: dict[RecordKey, bytes] = {}
+        self._ready: ShardedDict[bytes] = ShardedDict()
         self._pending: dict[RecordKey, _Pending] = {}
         self._pins: dict[RecordKey, int] = {}
         self._doomed: dict[RecordKey, bytes] = {}  # bad, but still pinned
         self._used = [0] * ranks
         self._ready_bytes = 0
+        self._ready_records = 0
         self._evicted: list[RecordKey] = []
         self._victims: list[RecordKey] = []
         self.evictions = 0
@@ -81,7 +83,8 @@ class TierIndex:
                 self._used[rank] += size - pending.sizes[rank]
                 pending.sizes[rank] = size
             return
-        found = self._ready if key in self._ready else self._doomed
+        ready = self.is_ready(key)
+        found = self._ready.shards[key[0]] if ready else self._doomed
         if key not in found:
             return
         sizes = list(self._packing.unpack(found[key]))
@@ -89,7 +92,7 @@ class TierIndex:
         sizes[rank] = size
         found[key] = self._packing.pack(sizes)
         self._used[rank] += change
-        if found is self._ready:
+        if ready:
             self._ready_bytes += change
 
     def abandon(self, key: RecordKey, rank: int) -> None:
@@ -102,6 +105,7 @@ class TierIndex:
         if packed is None:
             return
         self._policy.remove(key)
+        self._ready_records -= 1
         sizes = self._packing.unpack(packed)
         self._ready_bytes -= sum(sizes)
         if key in self._pins:
@@ -111,7 +115,7 @@ class TierIndex:
 
     def is_ready(self, key: RecordKey) -> bool:
         """True if every rank holds the record."""
-        return key in self._ready
+        return key in self._ready.shards[key[0]]
 
     def bytes_of(self, key: RecordKey) -> int:
         """Real bytes of a ready record over all ranks; 0 for any other."""
@@ -120,7 +124,7 @@ class TierIndex:
 
     def is_known(self, key: RecordKey) -> bool:
         """True if the record is ready or pending, or bad and still pinned."""
-        return key in self._ready or key in self._pending or key in self._doomed
+        return self.is_ready(key) or key in self._pending or key in self._doomed
 
     def is_pending(self, key: RecordKey) -> bool:
         """True until every rank has reported its part."""
@@ -128,7 +132,7 @@ class TierIndex:
 
     def pin(self, keys: Iterable[RecordKey]) -> list[RecordKey]:
         """Protect ready records from eviction; returns those that were, to be unpinned."""
-        pinned = [key for key in keys if key in self._ready]
+        pinned = [key for key in keys if self.is_ready(key)]
         for key in pinned:
             pins = self._pins.get(key, 0)
             if not pins:
@@ -185,6 +189,7 @@ class TierIndex:
         self._victims.clear()
         self._used = [0] * self.ranks
         self._ready_bytes = 0
+        self._ready_records = 0
 
     @property
     def pending(self) -> int:
@@ -202,7 +207,7 @@ class TierIndex:
         return self._ready_bytes
 
     def __len__(self) -> int:
-        return len(self._ready) + len(self._pending) + len(self._doomed)
+        return self._ready_records + len(self._pending) + len(self._doomed)
 
     def _report(self, key: RecordKey, rank: int, size: int, failed: bool) -> None:
         entry = self._pending.get(key)
@@ -219,7 +224,8 @@ class TierIndex:
             self._forget(key, entry.sizes)
         else:
             total = sum(entry.sizes)
-            self._ready[key] = self._packing.pack(entry.sizes)
+            self._ready.shards[key[0]][key] = self._packing.pack(entry.sizes)
+            self._ready_records += 1
             self._ready_bytes += total
             self._policy.insert(key, total)
 
@@ -227,7 +233,8 @@ class TierIndex:
         victim = self._policy.evict()
         if victim is None:
             return False
-        sizes = self._packing.unpack(self._ready.pop(victim))
+        sizes = self._packing.unpack(self._ready.shards[victim[0]].pop(victim))
+        self._ready_records -= 1
         self._ready_bytes -= sum(sizes)
         self.evictions += 1
         self.evicted_bytes += sum(sizes)
