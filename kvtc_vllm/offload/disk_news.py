@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from kvtc_vllm.offload.messages import Halved
 from kvtc_vllm.offload.outbox import News
+from kvtc_vllm.tiers.blob_store import BlobStore, StoreError
 from kvtc_vllm.tiers.keys import RecordKey
 
 
@@ -50,6 +51,17 @@ class DiskNews:
 
 
 NO_NEWS = DiskNews()
+
+
+def keep(news: DiskNews, memory: BlobStore) -> tuple[list[tuple[RecordKey, int]], list[RecordKey]]:
+    """Put what was read into memory: (key, bytes there) of what it holds, and what it does not."""
+    kept, failed = [], list(news.failed)
+    for key, blob in news.read:
+        try:
+            kept.append((key, memory.write(key, blob)))
+        except StoreError:
+            failed.append(key)
+    return kept, failed
 
 
 def tell(
