@@ -38,7 +38,7 @@ REFUSED: dict[str, tuple[Any, CacheGeometry]] = {
     "degrade": (settings(codec="kvtc2", degrade="memory"), latents()),
     "disk_write": (settings(disk_path="/nowhere", disk_write="behind"), latents()),
     "stage": (settings(), replace(latents(), pp_size=2)),
-    "groups": (settings(), replace(latents(), groups=latents().groups * 2)),
+    "group": (settings(), replace(latents(), groups=latents().groups * 2)),
 }
 
 
