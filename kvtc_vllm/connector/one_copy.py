@@ -116,6 +116,8 @@ def share_memory(
     the user insists.
     """
     shared, why = _try(config.memory_capacity, rank, gather)
+    if shared is not None and rank == 0:
+        logger.info("kvtc: latents are kept once for all ranks, by the first one")
     if shared is None and config.latent_copies == "one":
         raise ConfigError(f"latent_copies='one' can't be: {why}; set 'auto' or 'each'")
     if shared is None and rank == 0:
@@ -162,8 +164,12 @@ class _Door:
         self._directory = next(_directories())
         self.path = os.path.join(self._directory, "kvtc")
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.bind(self.path)
-        self._socket.listen(64)
+        try:
+            self._socket.bind(self.path)
+            self._socket.listen(64)
+        except OSError:
+            self._leave()
+            raise
         self._closed = False
         self._thread = threading.Thread(target=self._serve, args=(fd,), name="kvtc-door")
         self._thread.start()
@@ -181,6 +187,9 @@ class _Door:
         with suppress(OSError), _connected(self.path):
             pass  # wakes the thread
         self._thread.join(SECONDS)
+        self._leave()
+
+    def _leave(self) -> None:
         self._socket.close()
         shutil.rmtree(self._directory, ignore_errors=True)
 
@@ -213,4 +222,5 @@ def _receive(path: str) -> int:
         _, fds, _, _ = socket.recv_fds(client, 1, 1)
     if not fds:
         raise OSError("it was not handed over")
+    os.set_inheritable(fds[0], False)
     return fds[0]
