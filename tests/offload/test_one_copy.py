@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from kvtc_vllm.offload.messages import StepMetadata, StoreItem
 from kvtc_vllm.offload.names import Names, Proof
+from kvtc_vllm.tiers.keys import RecordKey
 from kvtc_vllm.tiers.shared_arena import PAGE, SharedView, page_bytes
 from tests.connector.fakes import BLOCK
-from tests.offload.two_ranks import BLOCKS, CHUNK, RAW_BYTES, TwoRanks
+from tests.offload.two_ranks import BLOCKS, CHUNK, PATIENCE, RAW_BYTES, TwoRanks
 
 Make = Callable[..., TwoRanks]
 
@@ -196,7 +199,7 @@ def test_nothing_is_evicted_that_a_rank_still_reads(
     assert engine.found("a") == 0
 
 
-@pytest.mark.parametrize("then", ["a", "b"])
+@pytest.mark.parametrize("then", ["a", "b", "ba"])
 def test_a_read_that_a_reset_overtook_takes_nothing_else(
     make: Make, monkeypatch: pytest.MonkeyPatch, then: str
 ) -> None:
@@ -209,18 +212,21 @@ def test_a_read_that_a_reset_overtook_takes_nothing_else(
     engine.scheduler.reset()
     untouched = engine.ranks[1].page(20).clone()
     place = engine.arena.places(engine.arena.keys())[0][1]
-    engine.compute(then, block=8)
-    for _ in range(20):
-        engine.step()
+    for number, name in enumerate(then):
+        engine.compute(name, block=8 + number * BLOCKS)
+        for _ in range(20):
+            engine.step()
     assert engine.arena.places(engine.arena.keys())[0][1] == place
     held.go_on.set()
     engine.settle()
-    assert engine.bad == (set(range(20, 20 + BLOCKS)) if then == "b" else set())
-    expected = untouched if then == "b" else engine.ranks[0].page(8)
+    wrong = then[0] == "b"
+    assert engine.bad == (set(range(20, 20 + BLOCKS)) if wrong else set())
+    expected = untouched if wrong else engine.ranks[0].page(8)
     assert torch.equal(engine.ranks[1].page(20), expected)
-    # The new chunk is as good as it was.
-    assert engine.load(then, block=30) == set()
-    assert torch.equal(engine.ranks[1].page(30), engine.ranks[0].page(8))
+    # What was stored since is as good as it was, of the same key as well.
+    for number, name in enumerate(then):
+        assert engine.load(name, block=30) == set()
+        assert torch.equal(engine.ranks[1].page(30), engine.ranks[0].page(8 + number * BLOCKS))
 
 
 @pytest.mark.parametrize("wrong", ["other", "beyond", "none", "shorter"])
@@ -280,13 +286,32 @@ def test_other_weights_on_the_second_rank_are_another_name(make: Make, tmp_path:
         again.close()
 
 
-def test_a_chunk_put_off_needs_both_ranks_weights_of_then(make: Make) -> None:
-    engine = make(store_policy="on_evict")
-    engine.compute("a")
+@pytest.mark.parametrize("changed", [0, 1])
+def test_a_chunk_put_off_needs_the_weights_of_both_steps(make: Make, changed: int) -> None:
+    """Of the one that completed it, too, although they are right again when it is stored."""
+    engine = make()
+    item = StoreItem(RecordKey(b"k"), 0, list(range(BLOCKS)))
+    weight = engine.ranks[changed].model.weight
+    original = weight.detach().clone()
     with torch.no_grad():
-        engine.ranks[1].model.weight.add_(1.0)
-    engine.store("b", block=8)
-    assert engine.found("a") == engine.found("b") == 0
+        weight.add_(1.0)
+    kept = StepMetadata(number=1, tokens=1, kept=[item])
+    engine.both(lambda rank: rank.turn(kept))
+    with torch.no_grad():
+        weight.copy_(original)
+    due = StepMetadata(number=2, tokens=1, stage_first=[item])
+    reports = [report for _, _, report in engine.both(lambda rank: rank.turn(due))]
+    until = time.monotonic() + PATIENCE
+    while not all(report and (report.stored or report.dropped) for report in reports):
+        assert time.monotonic() < until
+        more = engine.both(lambda rank: rank.turn(StepMetadata(number=3)))
+        for number, (_, _, report) in enumerate(more):
+            before = reports[number]
+            if report is not None:
+                reports[number] = report if before is None else before.aggregate(report)
+    told = {number: report for number, report in enumerate(reports) if report is not None}
+    assert told[changed].dropped == [(b"k", changed)]
+    assert [key for key, _, _ in told[1 - changed].stored] == [b"k"]
 
 
 def test_names_of_all_ranks_depend_on_each() -> None:
