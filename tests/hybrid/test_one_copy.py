@@ -31,13 +31,17 @@ RAW_BYTES = 2 * HIT * 4 * (64 + 512) * 4
 """Of one copy of two prompts: one latent and one rotated key per layer, in float32."""
 
 SCRIPT = """
-import json, os, sys
+import json, os, sys, time
 sys.path.insert(0, {root!r})
 
 def caches(worker):
     import xxhash
     pages = [cache for cache in worker.model_runner.kv_caches]
     return [xxhash.xxh3_64_hexdigest(page.contiguous().numpy().tobytes()) for page in pages]
+
+def held(worker):
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+    return len(get_kv_transfer_group()._worker.arena)
 
 def main():
     from tests.connector.engine import metrics
@@ -49,6 +53,11 @@ def main():
     options = dict(tensor_parallel_size=2, block_size=16)
     with start(Path({model!r}), extra, **options) as llm:
         computed = ask(llm, texts, tokens=1)
+        until = time.monotonic() + 120
+        while sum(llm.collective_rpc(held)) < {chunks}:
+            assert time.monotonic() < until
+            time.sleep(0.2)
+        time.sleep(2)  # for the report of the last one
         before = metrics(llm)
         pages = llm.collective_rpc(caches)
         loaded = ask(llm, texts, tokens=1)
@@ -62,8 +71,8 @@ if __name__ == "__main__":
 """
 
 
-def run(model: Path, directory: Path, **extra: Any) -> dict[str, Any]:
-    """Two visits of two prompts, in a process of their own."""
+def run(model: Path, directory: Path, copies: int = 1, **extra: Any) -> dict[str, Any]:
+    """Two visits of two prompts, in a process of their own. copies: that ranks keep."""
     directory.mkdir(exist_ok=True)
     out, script = directory / "out.json", directory / "run.py"
     out.unlink(missing_ok=True)
@@ -73,6 +82,7 @@ def run(model: Path, directory: Path, **extra: Any) -> dict[str, Any]:
             model=str(model),
             extra=json.dumps({"codec": "raw", "memory_bytes": "64MiB", **extra}),
             tokens=TOKENS,
+            chunks=copies * CHUNKS,
             out=str(out),
         )
     )
@@ -97,7 +107,7 @@ def run(model: Path, directory: Path, **extra: Any) -> dict[str, Any]:
 
 def test_two_ranks_keep_what_one_does(family_model: Callable[[str], Path], tmp_path: Path) -> None:
     model, disk = family_model("deepseek"), tmp_path / "disk"
-    each = run(model, tmp_path / "each", latent_copies="each")
+    each = run(model, tmp_path / "each", copies=2, latent_copies="each")
     # Said in docs/models.md; the connector does not count on it.
     assert each["pages"][0] == each["pages"][1]
     one = run(model, tmp_path / "one", disk_path=str(disk))
