@@ -55,10 +55,10 @@ def wants_one_copy(
     foreign: chunks are coded by something else than the configured codec. says: log why not, where
     there is something to share. Raises ConfigError if the user insists on what can't be.
     """
-    if config.latent_copies == "each":
+    if config.latent_copies == "each" or geometry.tp_size == 1:
         return False
-    same = geometry.tp_size > 1 and any(group.latent for group in geometry.groups)
-    why = _why_not(config, geometry, foreign) if same else "only latents of several ranks are alike"
+    same = any(group.latent for group in geometry.groups)
+    why = _why_not(config, geometry, foreign) if same else "ranks have alike latents only (MLA)"
     if why is not None and config.latent_copies == "one":
         raise ConfigError(f"latent_copies='one' can't be: {why}; set 'auto' or 'each'")
     if why is not None and same and says:

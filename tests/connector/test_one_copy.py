@@ -50,8 +50,10 @@ def test_latents_of_several_ranks_are_kept_once() -> None:
     assert not one_copy.wants_one_copy(settings(), latents(), foreign=True)
     for other in (latents(1), geometry(2), geometry(1)):
         assert not one_copy.wants_one_copy(settings(), other)
-        with pytest.raises(ConfigError, match="alike"):
-            one_copy.wants_one_copy(settings(latent_copies="one"), other)
+    # One rank has one copy.
+    assert not one_copy.wants_one_copy(settings(latent_copies="one"), latents(1))
+    with pytest.raises(ConfigError, match="alike"):
+        one_copy.wants_one_copy(settings(latent_copies="one"), geometry(2))
 
 
 @pytest.mark.parametrize("what", REFUSED)
