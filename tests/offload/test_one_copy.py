@@ -175,9 +175,11 @@ def test_a_rank_that_fails_costs_the_chunk(
     assert engine.found("a") == CHUNK
 
 
+@pytest.mark.parametrize("aborted", [False, True])
 def test_nothing_is_evicted_that_a_rank_still_reads(
-    make: Make, monkeypatch: pytest.MonkeyPatch
+    make: Make, monkeypatch: pytest.MonkeyPatch, aborted: bool
 ) -> None:
+    """Nor if the request has ended meanwhile: vLLM keeps its blocks until the load ends."""
     engine = make(room=3)
     engine.store("a")
     held = Held(engine, monkeypatch)
@@ -185,6 +187,8 @@ def test_nothing_is_evicted_that_a_rank_still_reads(
     (item,) = step.loads[0].items
     engine.apply(step)
     assert held.reading.wait(20)
+    if aborted:
+        engine.abort(step)
     for number in range(6):
         engine.compute(f"other{number}", block=4 * (number % 4))
         for _ in range(20):

@@ -220,6 +220,14 @@ class TwoRanks:
         self.scheduler.plan_load(request, (blocks,), tokens)
         return self.scheduler.plan_step(FakeOutput())
 
+    def abort(self, step: StepMetadata) -> None:
+        """The request of a load ends before its load does."""
+        (job,) = step.loads
+        state = self.scheduler._requests.get(job.request_id)
+        assert state is not None
+        self.scheduler.finish(state.request)
+        self.apply(self.scheduler.plan_step(FakeOutput(finished_req_ids={job.request_id})))
+
     def load(self, name: str, block: int, chunks: int = 1) -> set[int]:
         """Load what is offered into blocks from `block` on; returns the bad ones."""
         self.bad = set()
