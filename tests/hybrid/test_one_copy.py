@@ -18,6 +18,7 @@ from tests.hybrid.running import Answer, difference
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.slow,
+    pytest.mark.timeout(900),
     pytest.mark.skipif(
         os.environ.get("KVTC_FAMILIES") != "all", reason="make test-families runs them"
     ),
