@@ -151,7 +151,7 @@ def write(table: Table, size: int, root: Path) -> None:
 
 def handshake(table: Table, size: int, root: Path) -> None:
     """What a start found, on its way from the worker to the scheduler's index."""
-    from kvtc_vllm.connector.messages import DiskInventory
+    from kvtc_vllm.connector.messages import WorkerStart
     from kvtc_vllm.tiers import policies
     from kvtc_vllm.tiers.disk_index import DiskIndex
     from kvtc_vllm.tiers.inventory import Inventory
@@ -160,7 +160,7 @@ def handshake(table: Table, size: int, root: Path) -> None:
     capacity = 2 * size * CHUNK_BYTES
     index: Any = DiskIndex(capacity, 1, policies.REGISTRY["lru"](capacity))
     listed = ((RecordKey(key_of(number)), CHUNK_BYTES) for number in range(size))
-    sent = DiskInventory(Inventory(listed))
+    sent = WorkerStart(Inventory(listed))
     content = table.measure("handshake pickled", lambda: pickle.dumps(sent))
     found = table.measure("handshake unpickled", lambda: pickle.loads(content))
     table.measure("handshake into the index", lambda: index.restore({0: found.entries}))

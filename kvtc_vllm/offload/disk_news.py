@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from kvtc_vllm.offload.messages import Halved
 from kvtc_vllm.offload.outbox import News
+from kvtc_vllm.tiers.blob_store import BlobStore, StoreError
 from kvtc_vllm.tiers.keys import RecordKey
 
 
@@ -75,6 +76,17 @@ class Found:
         if len(some) < FOUND_AT_ONCE:
             self.told = True
             self._overtaken.clear()
+
+
+def keep(news: DiskNews, memory: BlobStore) -> tuple[list[tuple[RecordKey, int]], list[RecordKey]]:
+    """Put what was read into memory: (key, bytes there) of what it holds, and what it does not."""
+    kept, failed = [], list(news.failed)
+    for key, blob in news.read:
+        try:
+            kept.append((key, memory.write(key, blob)))
+        except StoreError:
+            failed.append(key)
+    return kept, failed
 
 
 def tell(

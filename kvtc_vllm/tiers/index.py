@@ -26,6 +26,7 @@ class _Pending:
     sizes: list[int]
     reported: list[bool]
     doomed: bool = False
+    place: int | None = None
 
 
 class TierIndex:
@@ -34,20 +35,28 @@ class TierIndex:
     vLLM's words: `reserve` is `prepare_store`; `commit` and `abandon` are `complete_store`, well
     or not; `pin` and `unpin` are `prepare_load` and `complete_load`; `hit` and `refresh` are
     `touch`. capacity: bytes over all ranks; each rank gets an equal share.
+
+    keepers: the first so many ranks keep parts, None for all. The others report like them, so that
+    a record is ready when nothing on any rank speaks against it, and sizes of theirs don't count.
     """
 
-    def __init__(self, capacity: int, ranks: int, policy: EvictionPolicy) -> None:
+    def __init__(
+        self, capacity: int, ranks: int, policy: EvictionPolicy, keepers: int | None = None
+    ) -> None:
+        keepers = ranks if keepers is None else keepers
         self.capacity = capacity
         self.ranks = ranks
-        self.rank_capacity = capacity // ranks
+        self.keepers = keepers
+        self.rank_capacity = capacity // keepers
         self._policy = policy
-        self._packing = RankSizes(ranks)
+        self._packing = RankSizes(keepers)
         # Of what is ready there may be millions: nothing here is a container.
         self._ready: ShardedDict[bytes] = ShardedDict()
         self._pending: dict[RecordKey, _Pending] = {}
         self._pins: dict[RecordKey, int] = {}
         self._doomed: dict[RecordKey, bytes] = {}  # bad, but still pinned
-        self._used = [0] * ranks
+        self._places: ShardedDict[int] = ShardedDict()
+        self._used = [0] * keepers
         self._ready_bytes = 0
         self._ready_records = 0
         self._evicted: list[RecordKey] = []
@@ -66,10 +75,20 @@ class TierIndex:
         while max(self._used) + bound > self.rank_capacity:
             if not self._evict_one():
                 return False
-        self._pending[key] = _Pending([bound] * self.ranks, [False] * self.ranks)
-        for rank in range(self.ranks):
+        self._pending[key] = _Pending([bound] * self.keepers, [False] * self.ranks)
+        for rank in range(self.keepers):
             self._used[rank] += bound
         return True
+
+    def put(self, key: RecordKey, place: int) -> None:
+        """Take note of where the one part of a record lies. Before `commit`."""
+        pending = self._pending.get(key)
+        if pending is not None:
+            pending.place = place
+
+    def place_of(self, key: RecordKey) -> int | None:
+        """Where the one part of a ready record lies; None if it is not ready, or nobody told."""
+        return self._places.get(key) if self.is_ready(key) else None
 
     def commit(self, key: RecordKey, rank: int, size: int) -> None:
         """Take note that a rank stored its part; when all have, the record is ready."""
@@ -184,10 +203,11 @@ class TierIndex:
         self._pending.clear()
         self._pins.clear()
         self._doomed.clear()
+        self._places.clear()
         self._policy.clear()
         self._evicted.clear()
         self._victims.clear()
-        self._used = [0] * self.ranks
+        self._used = [0] * self.keepers
         self._ready_bytes = 0
         self._ready_records = 0
 
@@ -213,8 +233,9 @@ class TierIndex:
         entry = self._pending.get(key)
         if entry is None or entry.reported[rank]:
             return
-        self._used[rank] += size - entry.sizes[rank]
-        entry.sizes[rank] = size
+        if rank < self.keepers:
+            self._used[rank] += size - entry.sizes[rank]
+            entry.sizes[rank] = size
         entry.reported[rank] = True
         entry.doomed |= failed
         if not all(entry.reported):
@@ -226,6 +247,8 @@ class TierIndex:
             total = sum(entry.sizes)
             self._ready.shards[key[0]][key] = self._packing.pack(entry.sizes)
             self._ready_records += 1
+            if entry.place is not None:
+                self._places[key] = entry.place
             self._ready_bytes += total
             self._policy.insert(key, total)
 
@@ -245,4 +268,5 @@ class TierIndex:
     def _forget(self, key: RecordKey, sizes: Sequence[int]) -> None:
         for rank, size in enumerate(sizes):
             self._used[rank] -= size
+        self._places.pop(key, None)
         self._evicted.append(key)
