@@ -112,10 +112,16 @@ class ReCalKV(LowRankProjection):
     Followed: key heads are reordered so that similar ones (by centred kernel alignment) share a
     group of four, each group has one decomposition; values of a layer have one of all heads,
     calibrated on data. Keys before RoPE.
+    Ranks of all layers, keys and values together, are in proportion to the Fisher information of
+    their projections, none above its width, as the authors' code has it (`fisher_uniform` in
+    palu/rank_search.py of github.com/XIANGLONGYAN/ReCalKV); groups of one projection get equal
+    shares.
     Departures: decompositions are of the second moments of calibration rows, for keys as well,
     where the paper decomposes weights that such moments whiten: the best approximation of the
-    same data by that rank. Ranks are the same in every layer; the paper allots them by Fisher
-    information. Similarity is taken without removing the mean.
+    same data by that rank, so there is nothing left for the paper's refinement of values. The
+    authors round ranks to multiples of 32, here they are exact. Similarity is that of rows, and
+    the first head left takes those most like it; the authors' code compares centred weights and
+    pairs the most alike first. With four KV heads or fewer there is one group either way.
     """
 
     name = "recalkv"
@@ -125,13 +131,18 @@ class ReCalKV(LowRankProjection):
     settings: ClassVar[Settings] = {"share": Setting(0.5, 0.01, 1)}
 
     def bases(self, kind: Kind) -> list[torch.Tensor]:
-        g = self.geometry
-        share = self.values["share"]
+        known, layers = self.statistics, self.geometry.num_layers
+        widths = [
+            rows.shape[-1] for rows in (known.key_rows, known.value_rows) for _ in range(layers)
+        ]
+        information = torch.cat((known.key_fisher, known.value_fisher)).tolist()
+        ranks = fisher_ranks(information, widths, self.values["share"])
         if kind == "v":
-            rank = max(1, round(share * self.statistics.value_rows.shape[-1]))
-            return list(leading(self.statistics.value_rows, rank))
+            pairs = zip(known.value_rows, ranks[layers:], strict=True)
+            return [leading(moments, rank) for moments, rank in pairs]
         return [
-            _grouped_basis(moments, g.num_kv_heads, share) for moments in self.statistics.key_rows
+            _grouped_basis(moments, self.geometry.num_kv_heads, rank)
+            for moments, rank in zip(known.key_rows, ranks[:layers], strict=True)
         ]
 
 
@@ -156,6 +167,26 @@ def progressive_shares(log_conditions: torch.Tensor | int) -> torch.Tensor:
     return largest - (cumulative.max() - cumulative) / spread * (largest - least)
 
 
+def fisher_ranks(information: Sequence[float], widths: Sequence[int], share: float) -> list[int]:
+    """Ranks in proportion to information, whose sum is a share of all widths.
+
+    None is above its width or below 1. What that and rounding leave goes one by one, in turns,
+    first to those that are furthest below their proportion.
+    """
+    total = round(share * sum(widths))
+    scale = total / max(sum(information), torch.finfo(torch.float64).tiny)
+    wanted = [scale * own for own in information]
+    ranks = [max(1, min(int(own), width)) for own, width in zip(wanted, widths, strict=True)]
+    order = sorted(range(len(ranks)), key=lambda n: (ranks[n] - wanted[n], n))
+    left = total - sum(ranks)
+    while left > 0:
+        for number in order:
+            if left > 0 and ranks[number] < widths[number]:
+                ranks[number] += 1
+                left -= 1
+    return ranks
+
+
 def head_groups(moments: torch.Tensor, heads: int) -> list[list[int]]:
     """Heads in groups of at most `GROUP_HEADS`, similar ones together.
 
@@ -176,14 +207,18 @@ def head_groups(moments: torch.Tensor, heads: int) -> list[list[int]]:
     return groups
 
 
-def _grouped_basis(moments: torch.Tensor, heads: int, share: float) -> torch.Tensor:
+def _grouped_basis(moments: torch.Tensor, heads: int, rank: int) -> torch.Tensor:
     """Columns [H*D, rank] of one layer, each within one group of heads."""
     width = moments.shape[-1]
     size = width // heads
-    columns = []
+    columns: list[torch.Tensor] = []
+    done = 0
     for group in head_groups(moments, heads):
         rows = torch.cat([torch.arange(head * size, (head + 1) * size) for head in group])
-        basis = leading(moments[rows][:, rows], max(1, round(share * len(rows))))
+        done += len(rows)
+        # Shares by width whose sum is the rank.
+        own = round(rank * done / width) - sum(column.shape[1] for column in columns)
+        basis = leading(moments[rows][:, rows], own)
         column = torch.zeros(width, basis.shape[1])
         column[rows] = basis
         columns.append(column)

@@ -83,7 +83,8 @@ def statistics(geometry: Geometry = GEOMETRY) -> ModelStatistics:
         [normal(heads * size, hidden) for _ in range(geometry.num_layers)]
         for size in (geometry.head_size, geometry.head_size_v)
     )
-    return tally.result(*weights)
+    fisher = torch.rand(2, geometry.num_layers, generator=generator).tolist()
+    return tally.result(*weights, *fisher)
 
 
 def views(parts: list[bytes]) -> list[memoryview]:

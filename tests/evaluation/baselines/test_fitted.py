@@ -13,13 +13,14 @@ from kvtc_vllm.evaluation.baselines import BASELINES
 from kvtc_vllm.evaluation.baselines.deltakv import DeltaKV, nearest_references
 from kvtc_vllm.evaluation.baselines.low_rank_projection import (
     LORC_SHARES,
+    fisher_ranks,
     head_groups,
     log_condition,
     progressive_shares,
 )
 from kvtc_vllm.evaluation.baselines.statistics import ModelStatistics
 from kvtc_vllm.evaluation.methods import find
-from kvtc_vllm.evaluation.processes.profiles import with_profile
+from kvtc_vllm.evaluation.processes.profiles import fisher_information, with_profile
 from tests.evaluation.baselines.samples import (
     GEOMETRY,
     START,
@@ -136,6 +137,39 @@ def test_recalkv_takes_half_of_the_width() -> None:
     assert stored("recalkv", 10) == 10 * 5 * (SIZE + SIZE_V) * 2
 
 
+def test_recalkv_gives_ranks_where_the_information_is() -> None:
+    """Of 4 + 4 + 4 columns half: proportions 6 : 1 : 5 of six, one of which is above its width."""
+    assert fisher_ranks([1.0, 1.0, 1.0], [4, 4, 4], 0.5) == [2, 2, 2]
+    assert fisher_ranks([3.0, 2.0, 1.0], [4, 4, 4], 0.5) == [3, 2, 1]
+    # 4.5 of 4: what is above goes round again, the furthest below its proportion first.
+    assert fisher_ranks([9.0, 2.0, 1.0], [4, 4, 4], 0.5) == [4, 1, 1]
+    assert fisher_ranks([90.0, 6.0, 4.0], [4, 4, 4], 0.5) == [4, 1, 1]
+    assert fisher_ranks([0.0, 1.0, 0.0], [4, 4, 4], 0.75) == [3, 4, 2]
+    known = statistics()
+    loud = replace(known, value_fisher=known.value_fisher * 50, key_fisher=known.key_fisher / 50)
+    method = BASELINES["recalkv"](GEOMETRY, torch.bfloat16, statistics=loud)
+    widths = [basis.shape[1] for kind in ("k", "v") for basis in method._bases[kind]]
+    assert sum(widths) == 5 * (SIZE + SIZE_V)
+    assert min(widths[5:]) > max(widths[:5])
+
+
+def test_information_is_of_gradients_of_the_loss() -> None:
+    """A network whose loss is w . x: the gradient is x, of two prompts 3 and 4 or 4 and 3."""
+    from types import SimpleNamespace
+
+    class Network(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(2))
+
+        def forward(self, input_ids: torch.Tensor, **_: object) -> SimpleNamespace:
+            return SimpleNamespace(loss=(self.weight * input_ids[0].float()).sum())
+
+    network = Network()
+    (found,) = fisher_information(network, [network.weight], [[3, 4], [4, 3]])
+    assert found == pytest.approx(12.5**0.5)
+
+
 def test_deltakv_finds_the_nearest_earlier_references() -> None:
     references = torch.tensor([[0.0], [10.0], [20.0], [30.0], [40.0], [50.0]])
     rows = torch.tensor([[1.0], [49.0], [24.0]])
@@ -199,5 +233,8 @@ def test_statistics_are_those_of_the_cache(
         )
     weight = network.model.layers[1].self_attn.k_proj.weight.double()
     torch.testing.assert_close(known.key_weights[1], weight @ weight.T, rtol=1e-6, atol=1e-6)
+    # Layers that come late see gradients as well, and no two are alike.
+    assert float(known.key_fisher.min()) > 0
+    assert len(set(known.value_fisher.tolist())) == len(known.value_fisher)
     assert known.queries.shape == known.keys.shape
     assert float(known.queries[1, 0].trace()) > 0
