@@ -39,6 +39,8 @@ TASKS: dict[Task, str] = {
     ("maths", 640): "maths",
     ("kv-retrieval", 416): "retrieval",
     ("essay-variables", 360): "variables",
+    ("essay-needle", 640): "needle",
+    ("essay-chats", 1100): "chats",
 }
 RUNNING: tuple[Task, ...] = (("essays", 640), ("library", 640), ("maths", 640))
 CURVE = tuple(f"kvtc2-{ratio}x ordinary" for ratio in (8, 16, 32, 64))
@@ -74,8 +76,9 @@ def page(rows: Sequence[Row]) -> str:
         "# Leaderboard",
         "",
         f"{len(table)} methods and settings on SmolLM2-135M-Instruct, over the same prompts: 8 of "
-        "prose, code and maths, 16 of retrieval and variables, of documents that no calibration "
-        "and no tuning saw. A cell is KL to the exact run in nats per token, and the share of "
+        "prose, code, maths and needle, 16 of retrieval and variables, two chats of four answers, "
+        "of documents that no calibration and no tuning saw. A cell is KL to the exact run in nats "
+        "per token, and the share of "
         f"right answers where there are some (exactly: {answers}). **Bold**: no other method has "
         "less KL at the same real ratio or more. How it is measured: [quality](quality.md).",
         "",
