@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
@@ -109,9 +110,9 @@ class Lorc(LowRankProjection):
 class ReCalKV(LowRankProjection):
     """ReCalKV (arXiv 2505.24357) at half of the rank (setting `share`).
 
-    Followed: key heads are reordered so that similar ones (by centred kernel alignment) share a
-    group of four, each group has one decomposition; values of a layer have one of all heads,
-    calibrated on data. Keys before RoPE.
+    Followed: key heads are reordered so that similar ones (by centred kernel alignment, the most
+    alike first) share a group of four, each group has one decomposition; values of a layer have
+    one of all heads, calibrated on data. Keys before RoPE.
     Ranks of all layers, keys and values together, are in proportion to the Fisher information of
     their projections, none above its width, as the authors' code has it (`fisher_uniform` in
     palu/rank_search.py of github.com/XIANGLONGYAN/ReCalKV); groups of one projection get equal
@@ -119,9 +120,8 @@ class ReCalKV(LowRankProjection):
     Departures: decompositions are of the second moments of calibration rows, for keys as well,
     where the paper decomposes weights that such moments whiten: the best approximation of the
     same data by that rank, so there is nothing left for the paper's refinement of values. The
-    authors round ranks to multiples of 32, here they are exact. Similarity is that of rows, and
-    the first head left takes those most like it; the authors' code compares centred weights and
-    pairs the most alike first. With four KV heads or fewer there is one group either way.
+    authors round ranks to multiples of 32, here they are exact. Similarity is that of rows, which
+    is that of the authors' whitened weights but for their means.
     """
 
     name = "recalkv"
@@ -188,22 +188,33 @@ def fisher_ranks(information: Sequence[float], widths: Sequence[int], share: flo
 
 
 def head_groups(moments: torch.Tensor, heads: int) -> list[list[int]]:
-    """Heads in groups of at most `GROUP_HEADS`, similar ones together.
+    """Heads in as few groups of at most `GROUP_HEADS` as hold them, similar ones together.
 
-    moments: [H*D, H*D] of rows. The first free head takes the most similar free ones.
+    moments: [H*D, H*D] of rows. Pairs are gone through from the most similar on: two free heads
+    open a group or join one with room for both, a free one joins the other's. What is left fills
+    the groups.
     """
     blocks = moments.reshape(heads, -1, heads, moments.shape[-1] // heads)
     products = blocks.square().sum(dim=(1, 3))
     own = products.diagonal().clamp_min(torch.finfo(products.dtype).tiny).sqrt()
-    similarity = products / (own[:, None] * own)
-    free = list(range(heads))
-    groups = []
-    while free:
-        first = free[0]
-        nearest = sorted(free[1:], key=lambda head: (-float(similarity[first, head]), head))
-        group = [first, *nearest[: GROUP_HEADS - 1]]
-        groups.append(group)
-        free = [head for head in free if head not in group]
+    similarity = (products / (own[:, None] * own)).tolist()
+    groups: list[list[int]] = [[] for _ in range(-(-heads // GROUP_HEADS))]
+    home: dict[int, list[int]] = {}
+    pairs = sorted(
+        itertools.combinations(range(heads), 2), key=lambda p: (-similarity[p[0]][p[1]], p)
+    )
+    for pair in pairs:
+        free = [head for head in pair if head not in home]
+        known = [home[head] for head in pair if head in home]
+        for group in known if len(free) == 1 else groups:
+            if free and len(group) + len(free) <= GROUP_HEADS:
+                group.extend(free)
+                home |= dict.fromkeys(free, group)
+                break
+    for head in range(heads):
+        if head not in home:
+            group = next(group for group in groups if len(group) < GROUP_HEADS)
+            group.append(head)
     return groups
 
 

@@ -124,13 +124,19 @@ def test_lorc_is_exact_where_its_directions_are_enough() -> None:
 
 
 def test_recalkv_groups_heads_that_are_alike() -> None:
-    """Of five heads, 0, 2 and 4 are the same; 1 and 3 are others. The first four share a group."""
+    """Of nine heads, 0, 2 and 4 are the same, and 1 and 8; the others are like none."""
     generator = torch.Generator().manual_seed(0)
-    one, two, three = (torch.randn(200, 8, generator=generator) for _ in range(3))
-    rows = torch.cat((one, two, one, three, one), dim=1).double()
-    groups = head_groups(rows.T @ rows, 5)
-    assert [len(group) for group in groups] == [4, 1]
-    assert groups[0][:3] == [0, 2, 4]
+    one, two, *others = (torch.randn(200, 8, generator=generator) for _ in range(6))
+    heads = [one, two, one, others[0], one, others[1], others[2], others[3], two]
+    rows = torch.cat(heads, dim=1).double()
+    groups = head_groups(rows.T @ rows, 9)
+    assert sorted(head for group in groups for head in group) == list(range(9))
+    assert max(map(len, groups)) <= 4
+    assert len(groups) == 3
+    of = {head: number for number, group in enumerate(groups) for head in group}
+    assert of[0] == of[2] == of[4]
+    assert of[1] == of[8]
+    assert head_groups(rows[:, :24].T @ rows[:, :24], 3) == [[0, 2, 1]]
 
 
 def test_recalkv_takes_half_of_the_width() -> None:
