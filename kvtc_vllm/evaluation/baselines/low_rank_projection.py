@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
@@ -110,18 +109,18 @@ class Lorc(LowRankProjection):
 class ReCalKV(LowRankProjection):
     """ReCalKV (arXiv 2505.24357) at half of the rank (setting `share`).
 
-    Followed: key heads are reordered so that similar ones (by centred kernel alignment, the most
-    alike first) share a group of four, each group has one decomposition; values of a layer have
-    one of all heads, calibrated on data. Keys before RoPE.
-    Ranks of all layers, keys and values together, are in proportion to the Fisher information of
-    their projections, none above its width, as the authors' code has it (`fisher_uniform` in
-    palu/rank_search.py of github.com/XIANGLONGYAN/ReCalKV); groups of one projection get equal
-    shares.
+    Followed: key heads are reordered so that similar ones (by centred kernel alignment) share a
+    group of four, each group has one decomposition; values of a layer have one of all heads,
+    calibrated on data. Keys before RoPE.
     Departures: decompositions are of the second moments of calibration rows, for keys as well,
     where the paper decomposes weights that such moments whiten: the best approximation of the
-    same data by that rank, so there is nothing left for the paper's refinement of values. The
-    authors round ranks to multiples of 32, here they are exact. Similarity is that of rows, which
-    is that of the authors' whitened weights but for their means.
+    same data by that rank. Ranks are the same in every layer; the authors (`fisher_uniform` in
+    palu/rank_search.py of github.com/XIANGLONGYAN/ReCalKV) allot the ranks of all key and value
+    projections together in proportion to their Fisher information, the root mean square gradient
+    of a weight averaged over weights, and round them to multiples of 32. Similarity is that of
+    rows, which is that of the authors' whitened weights but for their means; they group the most
+    alike pairs first, here the first head left takes those most like it. With four KV heads or
+    fewer there is one group either way.
     """
 
     name = "recalkv"
@@ -131,18 +130,13 @@ class ReCalKV(LowRankProjection):
     settings: ClassVar[Settings] = {"share": Setting(0.5, 0.01, 1)}
 
     def bases(self, kind: Kind) -> list[torch.Tensor]:
-        known, layers = self.statistics, self.geometry.num_layers
-        widths = [
-            rows.shape[-1] for rows in (known.key_rows, known.value_rows) for _ in range(layers)
-        ]
-        information = torch.cat((known.key_fisher, known.value_fisher)).tolist()
-        ranks = fisher_ranks(information, widths, self.values["share"])
+        g = self.geometry
+        share = self.values["share"]
         if kind == "v":
-            pairs = zip(known.value_rows, ranks[layers:], strict=True)
-            return [leading(moments, rank) for moments, rank in pairs]
+            rank = max(1, round(share * self.statistics.value_rows.shape[-1]))
+            return list(leading(self.statistics.value_rows, rank))
         return [
-            _grouped_basis(moments, self.geometry.num_kv_heads, rank)
-            for moments, rank in zip(known.key_rows, ranks[:layers], strict=True)
+            _grouped_basis(moments, g.num_kv_heads, share) for moments in self.statistics.key_rows
         ]
 
 
@@ -167,69 +161,34 @@ def progressive_shares(log_conditions: torch.Tensor | int) -> torch.Tensor:
     return largest - (cumulative.max() - cumulative) / spread * (largest - least)
 
 
-def fisher_ranks(information: Sequence[float], widths: Sequence[int], share: float) -> list[int]:
-    """Ranks in proportion to information, whose sum is a share of all widths.
-
-    None is above its width or below 1. What that and rounding leave goes one by one, in turns,
-    first to those that are furthest below their proportion.
-    """
-    total = round(share * sum(widths))
-    scale = total / max(sum(information), torch.finfo(torch.float64).tiny)
-    wanted = [scale * own for own in information]
-    ranks = [max(1, min(int(own), width)) for own, width in zip(wanted, widths, strict=True)]
-    order = sorted(range(len(ranks)), key=lambda n: (ranks[n] - wanted[n], n))
-    left = total - sum(ranks)
-    while left > 0:
-        for number in order:
-            if left > 0 and ranks[number] < widths[number]:
-                ranks[number] += 1
-                left -= 1
-    return ranks
-
-
 def head_groups(moments: torch.Tensor, heads: int) -> list[list[int]]:
-    """Heads in as few groups of at most `GROUP_HEADS` as hold them, similar ones together.
+    """Heads in groups of at most `GROUP_HEADS`, similar ones together.
 
-    moments: [H*D, H*D] of rows. Pairs are gone through from the most similar on: two free heads
-    open a group or join one with room for both, a free one joins the other's. What is left fills
-    the groups.
+    moments: [H*D, H*D] of rows. The first free head takes the most similar free ones.
     """
     blocks = moments.reshape(heads, -1, heads, moments.shape[-1] // heads)
     products = blocks.square().sum(dim=(1, 3))
     own = products.diagonal().clamp_min(torch.finfo(products.dtype).tiny).sqrt()
-    similarity = (products / (own[:, None] * own)).tolist()
-    groups: list[list[int]] = [[] for _ in range(-(-heads // GROUP_HEADS))]
-    home: dict[int, list[int]] = {}
-    pairs = sorted(
-        itertools.combinations(range(heads), 2), key=lambda p: (-similarity[p[0]][p[1]], p)
-    )
-    for pair in pairs:
-        free = [head for head in pair if head not in home]
-        known = [home[head] for head in pair if head in home]
-        for group in known if len(free) == 1 else groups:
-            if free and len(group) + len(free) <= GROUP_HEADS:
-                group.extend(free)
-                home |= dict.fromkeys(free, group)
-                break
-    for head in range(heads):
-        if head not in home:
-            group = next(group for group in groups if len(group) < GROUP_HEADS)
-            group.append(head)
+    similarity = products / (own[:, None] * own)
+    free = list(range(heads))
+    groups = []
+    while free:
+        first = free[0]
+        nearest = sorted(free[1:], key=lambda head: (-float(similarity[first, head]), head))
+        group = [first, *nearest[: GROUP_HEADS - 1]]
+        groups.append(group)
+        free = [head for head in free if head not in group]
     return groups
 
 
-def _grouped_basis(moments: torch.Tensor, heads: int, rank: int) -> torch.Tensor:
+def _grouped_basis(moments: torch.Tensor, heads: int, share: float) -> torch.Tensor:
     """Columns [H*D, rank] of one layer, each within one group of heads."""
     width = moments.shape[-1]
     size = width // heads
-    columns: list[torch.Tensor] = []
-    done = 0
+    columns = []
     for group in head_groups(moments, heads):
         rows = torch.cat([torch.arange(head * size, (head + 1) * size) for head in group])
-        done += len(rows)
-        # Shares by width whose sum is the rank.
-        own = round(rank * done / width) - sum(column.shape[1] for column in columns)
-        basis = leading(moments[rows][:, rows], own)
+        basis = leading(moments[rows][:, rows], max(1, round(share * len(rows))))
         column = torch.zeros(width, basis.shape[1])
         column[rows] = basis
         columns.append(column)

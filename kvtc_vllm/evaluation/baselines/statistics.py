@@ -21,8 +21,6 @@ class ModelStatistics:
     key_rows: [L, H*D, H*D], of keys before RoPE, all heads side by side.
     value_rows: [L, H*Dv, H*Dv].
     key_weights, value_weights: W W^T of the projections, [L, H*D, H*D] and [L, H*Dv, H*Dv].
-    key_fisher, value_fisher: [L], Fisher information of the projections: of each weight the root
-    mean square over calibration prompts of the gradient of the mean loss, averaged over weights.
     """
 
     queries: torch.Tensor
@@ -32,8 +30,6 @@ class ModelStatistics:
     value_rows: torch.Tensor
     key_weights: torch.Tensor
     value_weights: torch.Tensor
-    key_fisher: torch.Tensor
-    value_fisher: torch.Tensor
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -49,11 +45,10 @@ class ModelStatistics:
         layers, heads = geometry.num_layers, geometry.num_kv_heads
         for kind, size in (("key", geometry.head_size), ("value", geometry.head_size_v)):
             width = heads * size
-            wanted: dict[str, tuple[int, ...]] = {
+            wanted = {
                 f"{kind}s": (layers, heads, size, size),
                 f"{kind}_rows": (layers, width, width),
                 f"{kind}_weights": (layers, width, width),
-                f"{kind}_fisher": (layers,),
             }
             for name, shape in wanted.items():
                 found = tuple(getattr(self, name).shape)
@@ -96,24 +91,14 @@ class StatisticsTally:
             sums = self._sums[layer]
             sums[name] = sums[name] + moments if name in sums else moments
 
-    def result(
-        self,
-        key_weights: list[Any],
-        value_weights: list[Any],
-        key_fisher: list[float],
-        value_fisher: list[float],
-    ) -> ModelStatistics:
+    def result(self, key_weights: list[Any], value_weights: list[Any]) -> ModelStatistics:
         """The statistics; weights: projections [H*D, hidden] of each layer."""
         grams = {
             "key_weights": torch.stack([w.double() @ w.double().T for w in key_weights]),
             "value_weights": torch.stack([w.double() @ w.double().T for w in value_weights]),
         }
         moments = {name: torch.stack([sums[name] for sums in self._sums]) for name in self._sums[0]}
-        information = {
-            "key_fisher": torch.tensor(key_fisher, dtype=torch.float64),
-            "value_fisher": torch.tensor(value_fisher, dtype=torch.float64),
-        }
-        return ModelStatistics(**moments, **grams, **information)
+        return ModelStatistics(**moments, **grams)
 
 
 def leading(moments: torch.Tensor, rank: int) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,6 @@ from kvtc_vllm.evaluation.tasks.base import encode_prompt
 
 PROMPTS = 8
 PROMPT_TOKENS = 1024
-FISHER_TOKENS = 256
-"""Of each prompt, for gradients, which cost twice as much again as the forward pass."""
 _COUNTED = "kvtc-counted"
 """Name of attention that is watched, in transformers."""
 
@@ -74,6 +72,7 @@ def cachegen_profile(model: str, path: Path, bins: float = 1.0) -> None:
     profile.save(path)
 
 
+@torch.inference_mode()
 def model_statistics(model: str, path: Path) -> None:
     """`ModelStatistics` over the same prose and code, saved to `path`.
 
@@ -105,38 +104,14 @@ def model_statistics(model: str, path: Path) -> None:
     for module in attention:
         module.k_proj.kvtc_layer = module.layer_idx
         module.k_proj.register_forward_hook(keep)
-    pairs = [[getattr(m, name).weight for m in attention] for name in ("k_proj", "v_proj")]
     AttentionInterface.register(_COUNTED, counted)
     network.set_attn_implementation(_COUNTED)
-    prompts = _prompts(tokenizer)
-    with torch.inference_mode():
-        for ids in prompts:
-            network(input_ids=torch.tensor([ids]), use_cache=False)
+    for ids in _prompts(tokenizer):
+        network(input_ids=torch.tensor([ids]), use_cache=False)
     if len(seen) != len(attention):
         raise ValueError(f"{model}: its attention can't be watched in transformers")
-    network.set_attn_implementation("sdpa")
-    information = fisher_information(network, [w for own in pairs for w in own], prompts)
-    key_fisher, value_fisher = information[: len(attention)], information[len(attention) :]
-    with torch.no_grad():
-        tally.result(*pairs, key_fisher, value_fisher).save(path)
-
-
-def fisher_information(
-    network: Any, weights: Sequence[torch.Tensor], prompts: Sequence[Sequence[int]]
-) -> list[float]:
-    """Of each weight matrix: root mean square gradient over the beginnings of the prompts, averaged
-    over its elements. As in ReCalKV's and Palu's code."""
-    network.requires_grad_(False)
-    squares = [torch.zeros_like(weight) for weight in weights]
-    for weight in weights:
-        weight.requires_grad_(True)
-    for ids in prompts:
-        tokens = torch.tensor([ids[:FISHER_TOKENS]])
-        loss = network(input_ids=tokens, labels=tokens, use_cache=False).loss
-        for square, gradient in zip(squares, torch.autograd.grad(loss, weights), strict=True):
-            square += gradient.square()
-    network.requires_grad_(False)
-    return [float((square / len(prompts)).sqrt().mean()) for square in squares]
+    weights = ([getattr(m, name).weight for m in attention] for name in ("k_proj", "v_proj"))
+    tally.result(*weights).save(path)
 
 
 def _load(model: str) -> tuple[Any, Any]:

@@ -83,8 +83,7 @@ def statistics(geometry: Geometry = GEOMETRY) -> ModelStatistics:
         [normal(heads * size, hidden) for _ in range(geometry.num_layers)]
         for size in (geometry.head_size, geometry.head_size_v)
     )
-    fisher = torch.rand(2, geometry.num_layers, generator=generator).tolist()
-    return tally.result(*weights, *fisher)
+    return tally.result(*weights)
 
 
 def views(parts: list[bytes]) -> list[memoryview]:
