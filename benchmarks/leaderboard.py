@@ -95,10 +95,11 @@ def page(rows: Sequence[Row]) -> str:
         "in the results.",
         "",
     ]
-    head = ["method", "real ratio", "read", *TASKS.values(), "codec 2"]
     for title, own in _groups(table):
+        tasks = [task for task in TASKS if any(task in line.kl for line in own)]
+        head = ["method", "real ratio", "read", *(TASKS[task] for task in tasks), "codec 2"]
         text += [f"## {title}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-        text += [_line(line) for line in own]
+        text += [_line(line, tasks) for line in own]
         text += [""]
     text += [
         "## The picture",
@@ -153,11 +154,12 @@ def _groups(table: Sequence[Line]) -> list[tuple[str, list[Line]]]:
     return [(title, own) for title, own in kinds.items() if own]
 
 
-def _line(line: Line) -> str:
+def _line(line: Line, tasks: Sequence[Task]) -> str:
+    """tasks: which have a column."""
     low, high = f"{line.low:.1f}", f"{line.high:.1f}"
     cells = [line.method, low if low == high else f"{low}-{high}"]
     cells.append(f"{line.read:.1f}" if line.read else "")
-    for task in TASKS:
+    for task in tasks:
         texts = [f"{line.kl[task]:.4f}"] if task in line.kl else []
         if task in line.accuracy:
             texts.append(f"{line.accuracy[task]:.0%}")

@@ -133,3 +133,16 @@ def test_the_command_writes_picture_and_page(tmp_path: Path) -> None:
     assert (tmp_path / "results.png").stat().st_size > 5000
     with pytest.raises(SystemExit):
         quality_front.main([str(tmp_path), "--together", "maths:640"])
+
+
+def test_the_committed_page_is_that_of_the_results() -> None:
+    directory = quality_front.ROOT / "benchmarks/quality/smollm2/methods"
+    found = report.read(directory / "results.json")
+    running = [("essays", 640), ("library", 640), ("maths", 640)]
+    tasks = list(dict.fromkeys((row.task, row.context) for row in found))
+    page = (directory / "front.md").read_text()
+    assert quality_front.markdown(found, tasks, [running]) == page
+    pairs = neighbours([point for point in pooled(found, running) if point.method != "raw"])
+    apart = sum(pair.apart for pair in pairs)
+    text = (quality_front.ROOT / "docs/quality.md").read_text()
+    assert f"{apart} of {len(pairs)} neighbours are told apart" in text
