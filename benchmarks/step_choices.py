@@ -84,12 +84,12 @@ class Choice:
     marked: bool = True
     chunk: int = 128
     parts: int = 1
-    turned: int = TURNED
+    turned: float = TURNED
     measured_gain: bool = False
 
 
-def _of_parts(parts: int, turned: int, bits: float = StepSettings.column_bits) -> Choice:
-    name = "whole" if parts == 1 else f"{parts} parts, {turned} of all"
+def _of_parts(parts: int, turned: float, bits: float = StepSettings.column_bits) -> Choice:
+    name = "whole" if parts == 1 else f"{parts} parts, {turned:.3f} of all"
     return Choice(
         name if bits == StepSettings.column_bits else f"{name}, {bits:g} bits",
         StepSettings(column_bits=bits),
@@ -123,9 +123,9 @@ CHOICES: dict[str, tuple[Choice, ...]] = {
     ),
     "parts": (
         *(_of_parts(1, TURNED, bits) for bits in (1.0, 2.0, 3.0, 4.0, 6.0)),
-        *(_of_parts(2, turned) for turned in (900, 1500)),
-        *(_of_parts(3, turned, bits) for turned in (450, 900, 1500) for bits in (1.0, 3.0)),
-        *(_of_parts(5, turned) for turned in (900,)),
+        *(_of_parts(2, turned) for turned in (1 / 24, 1 / 12, 1 / 6)),
+        *(_of_parts(3, turned, bits) for turned in (1 / 24, 1 / 12, 1 / 6) for bits in (1.0, 3.0)),
+        *(_of_parts(parts, TURNED) for parts in (5, 10)),
     ),
 }
 
@@ -231,7 +231,7 @@ def fit_bases(
     )
     index = sample_index(source, settings, torch.Generator().manual_seed(settings.seed))
     marks = sink_marks(source, geometry, index, rule)
-    of_parts = "" if choice.parts == 1 else f"-{choice.parts}-{choice.turned}"
+    of_parts = "" if choice.parts == 1 else f"-{choice.parts}-{choice.turned:.3f}"
     kept = work / f"bases-{'-'.join(names)}-{layers or 'all'}-{lowest:g}{of_parts}.pt"
     if not kept.exists():
         fitters = {

@@ -61,11 +61,11 @@ class FitSettings:
     protect_sinks: the artifact has the rule that tells floating sinks, if there are any and the
     codec marks them.
     paired: K and V of a layer group share a basis, of a codec that allows it; without a key share.
-    parts, turned: bases in so many parts, with so many columns of all parts, see
-    `calibration.parts`; 1: all columns are of all layers. method is that of whole bases.
+    parts: bases in so many, see `calibration.parts`; 1: all columns are of all layers. method is
+    that of whole bases. turned: columns of all parts, over the elements of a row.
 
     Raises ValueError for a codec without artifacts, for pairs that it does not allow, for pairs
-    with a key share, and for less than a part or no column of all parts.
+    with a key share, and for less than a part and a share outside 0 to 1.
     """
 
     method: Method = "auto"
@@ -84,7 +84,7 @@ class FitSettings:
     protect_sinks: bool = True
     paired: bool = False
     parts: int = 1
-    turned: int = TURNED
+    turned: float = TURNED
 
     def __post_init__(self) -> None:
         fitted = [name for name, spec in CODECS.items() if spec.needs_artifact]
@@ -96,8 +96,8 @@ class FitSettings:
             raise ValueError(
                 f"key share {self.key_share}: K and V that share a basis have no shares"
             )
-        if self.parts < 1 or self.turned < 1:
-            raise ValueError(f"{self.parts} parts, {self.turned} columns of all: 1 is the least")
+        if self.parts < 1 or not 0 < self.turned <= 1:
+            raise ValueError(f"{self.parts} parts, {self.turned:g} turned: 1 and 0 to 1 are right")
 
     @property
     def marks_sinks(self) -> bool:

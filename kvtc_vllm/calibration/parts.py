@@ -20,8 +20,8 @@ from kvtc_vllm.calibration.pca import PrincipalBasis, Progress, Rows, fix_signs,
 from kvtc_vllm.calibration.solvers import product_dtype
 from kvtc_vllm.codec.artifact import Geometry, SectionName
 
-TURNED = 900
-"""Columns of all layers by default."""
+TURNED = 1 / 12
+"""Columns of all layers by default, over the elements of a row."""
 
 
 def part_elements(

@@ -194,7 +194,7 @@ class SectionFitter:
             return fit_in_parts(
                 rows,
                 self._parts,
-                self._settings.turned,
+                max(1, round(self._settings.turned * self.row_size)),
                 rank_cap=rank,
                 device=self._device,
                 progress=self._report,

@@ -6,7 +6,6 @@ import argparse
 import math
 from typing import TYPE_CHECKING, get_args
 
-from kvtc_vllm.calibration.parts import TURNED
 from kvtc_vllm.calibration.solvers import RANK_CAP, Method
 from kvtc_vllm.calibration.step_classes import StepSettings
 from kvtc_vllm.calibration.weights import Metric, Tokens
@@ -87,9 +86,9 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help=f"{TURNED} columns of the basis are of all layers, each of the others of one of N "
-        "runs of layers alone, so that products on a CPU take less time; of kvtc2 (default 1: all "
-        "columns are of all layers)",
+        help="few columns of the basis are of all layers, each of the others of one of N runs of "
+        "layers alone, so that products on a CPU take less time; of kvtc2 (default 1: all columns "
+        "are of all layers)",
     )
     add("--rank-cap", type=int, default=RANK_CAP, help="most basis columns kept")
     add(

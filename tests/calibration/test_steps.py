@@ -73,7 +73,7 @@ def paired(reader: SpoolReader) -> RankFit:
 @pytest.fixture(scope="module")
 def in_parts(reader: SpoolReader) -> RankFit:
     """Each layer of a layer group, K and V of it, is a part."""
-    return fitted(reader, settings={"paired": True, "parts": 2, "turned": TURNED})
+    return fitted(reader, settings={"paired": True, "parts": 2, "turned": TURNED / 48})
 
 
 @pytest.fixture(scope="module", params=["apart", "paired", "in_parts"])

@@ -82,16 +82,16 @@ def blocks_of(matrix: torch.Tensor, elements: int) -> list[Block]:
 
 def by_blocks(
     blocks: Sequence[Block],
-    parts: Sequence[Callable[[T], torch.Tensor]],
+    parts: Sequence[Callable[[T, Integers], torch.Tensor]],
     rows: T,
     columns: int,
 ) -> torch.Tensor:
-    """float32 [T, columns] from what each block makes of its columns of rows [T, m]."""
+    """float32 [T, columns] from what parts make of rows [T, m], of which each takes its runs."""
     if [block.size for block in blocks] == [rows.shape[1] * columns]:
-        return parts[0](rows)
+        return parts[0](rows, blocks[0].rows)
     found = np.zeros((len(rows), columns), np.float32)
     for block, part in zip(blocks, parts, strict=True):
-        _put(part(_taken(rows, block.rows)).numpy(), block.columns, found)
+        _put(part(rows, block.rows).numpy(), block.columns, found)
     return torch.from_numpy(found)
 
 
@@ -102,8 +102,10 @@ def _runs(used: npt.NDArray[np.bool_]) -> Integers:
     return np.stack((firsts, ends - firsts), axis=1).astype(np.int64)
 
 
-def _taken(rows: T, runs: Integers) -> T:
-    """Columns of rows [T, m]."""
+def taken(rows: T, runs: Integers) -> T:
+    """Columns of rows [T, m]; the rows themselves where that is all of them."""
+    if runs.tolist() == [[0, rows.shape[1]]]:
+        return rows
     out = np.empty((len(rows), int(runs[:, 1].sum())), rows.dtype)
     _take(rows, runs, out)
     return out

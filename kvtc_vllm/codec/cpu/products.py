@@ -17,13 +17,15 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from kvtc_vllm.codec.cpu.blocks import blocks_of, by_blocks
+from kvtc_vllm.codec.cpu.blocks import blocks_of, by_blocks, taken
 from kvtc_vllm.codec.cpu.rows import ZERO_POINT, Bytes, Floats, Integers, to_int8
 
 INT8_ERROR = 0.008
 LEADING_ERROR = 0.001
 """Least expected errors of plans for which int8 is exact enough: alone, beside leading columns."""
 _INT8_MAX = 127
+_MOST_VIEWS = 4
+"""Runs of columns that are multiplied where they are, one after the other."""
 
 
 class Precision(Enum):
@@ -121,8 +123,16 @@ class Float32Product:
         return by_blocks(self._blocks, self._parts, operand.rows, self._columns)
 
 
-def _times(rows: Floats, matrix: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(rows) @ matrix
+def _times(rows: Floats, runs: Integers, matrix: torch.Tensor) -> torch.Tensor:
+    """Some columns of rows, those of the runs, times matrix."""
+    if len(runs) > _MOST_VIEWS:
+        return torch.from_numpy(taken(rows, runs)) @ matrix
+    views = [torch.from_numpy(rows[:, first : first + n]) for first, n in runs.tolist()]
+    pieces = matrix.split(runs[:, 1].tolist())
+    product = views[0] @ pieces[0]
+    for view, piece in zip(views[1:], pieces[1:], strict=True):
+        product.addmm_(view, piece)
+    return product
 
 
 class Int8Product:
@@ -178,10 +188,10 @@ class _Codes:
         self._packed: Any = torch.ops.onednn.qlinear_prepack(codes, None)
         self.nbytes = codes.nbytes + steps.nbytes + self._zeros.nbytes
 
-    def of(self, rows: Bytes) -> torch.Tensor:
-        """float32 [T, n]. rows: [T, m], steps plus `ZERO_POINT`."""
+    def of(self, rows: Bytes, runs: Integers) -> torch.Tensor:
+        """float32 [T, n]. rows: steps plus `ZERO_POINT`; runs: of their columns, m in all."""
         product: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
-            torch.from_numpy(rows),
+            torch.from_numpy(taken(rows, runs)),
             1.0,
             ZERO_POINT,
             self._packed,
