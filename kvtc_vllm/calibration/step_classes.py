@@ -232,6 +232,6 @@ class _Tables:
         return torch.from_numpy(chosen)
 
 
-MOST_ESCAPES = {2: 0.2, 4: 0.2}
+MOST_ESCAPES = {2: 0.2, 4: 0.1}
 """Width -> share of codes that may be escapes. DEFLATE makes as many bytes of narrow codes with
 many escapes as of wide ones with few, but there are fewer bytes to inflate, which bounds a GPU."""
