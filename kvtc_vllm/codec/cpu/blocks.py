@@ -63,7 +63,7 @@ def blocks_of(matrix: torch.Tensor, elements: int) -> list[Block]:
     size = len(along)
     padded = torch.nn.functional.pad(along, (0, 0, 0, -size % RUN))
     # [coefficients, runs of elements]
-    runs = padded.unflatten(0, (-1, RUN)).any(1).T.numpy()
+    runs = padded.reshape(-1, RUN, along.shape[1]).any(1).T.numpy()
     grouped = runs if elements == 0 else runs.T
     patterns, number = np.unique(grouped, axis=0, return_inverse=True)
     if len(patterns) > MOST_BLOCKS:

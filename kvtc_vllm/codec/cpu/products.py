@@ -127,11 +127,12 @@ def _times(rows: Floats, runs: Integers, matrix: torch.Tensor) -> torch.Tensor:
     """Some columns of rows, those of the runs, times matrix."""
     if len(runs) > _MOST_VIEWS:
         return torch.from_numpy(taken(rows, runs)) @ matrix
-    views = [torch.from_numpy(rows[:, first : first + n]) for first, n in runs.tolist()]
-    pieces = matrix.split(runs[:, 1].tolist())
-    product = views[0] @ pieces[0]
-    for view, piece in zip(views[1:], pieces[1:], strict=True):
-        product.addmm_(view, piece)
+    product = torch.zeros(len(rows), matrix.shape[1])
+    at = 0
+    for i, (first, length) in enumerate(runs.tolist()):
+        view = torch.from_numpy(rows[:, first : first + length])
+        product.addmm_(view, matrix[at : at + length], beta=1 if i else 0)
+        at += length
     return product
 
 

@@ -53,7 +53,7 @@ def test_what_is_not_zero_is_multiplied(basis: torch.Tensor) -> None:
 @pytest.mark.parametrize("shift", [0, RUN // 2])
 def test_products(wrap: object, elements: int, shift: int, basis: torch.Tensor) -> None:
     matrix = basis.roll(shift, dims=0)
-    matrix = matrix if elements == 0 else matrix.T
+    matrix = matrix if elements == 0 else matrix.T.contiguous()
     rows = torch.randn(9, len(matrix), generator=torch.Generator().manual_seed(2))
     product: Product = wrap(matrix, elements)  # type: ignore[operator]
     operand = product.operand(rows.numpy())
