@@ -62,8 +62,6 @@ WAYS = (
     Way(parts=2),
     Way(bits=2.0),
     Way(bits=4.0),
-    Way(parts=5),
-    Way(parts=2, turned=1 / 6),
 )
 
 
