@@ -196,7 +196,7 @@ def test_rows_that_need_fewer_bytes_than_there_are_get_fewer(reader: SpoolReader
     fit = fitted(reader, ratios=(1.05, 6.0), settings={"paired": True})
     row = sum(fit.artifact.geometry.row_size(*key) for key in fit.artifact.sections)
     assert sum(plan.token_bytes for plan in plans(fit, 1.05)) < 2 * row / 1.1
-    assert all(plan.expected_error < 1e-5 for plan in plans(fit, 1.05))
+    assert all(plan.expected_error < 1e-4 for plan in plans(fit, 1.05))
     codec = open_codec("kvtc2", torch.bfloat16, artifact=fit.artifact, ratio=1.05)
     k, v = (reader.cache_rows(kind, torch.arange(128), 0, LAYERS) for kind in KINDS)
     # Four times what was calibrated.
