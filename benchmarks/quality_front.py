@@ -4,8 +4,9 @@
                                        [--together essays:640,library:640,maths:640]
 
 Reads results.json of `kvtc eval --out`. Draws results.png anew, with the Pareto front of each
-task, and writes front.md: which methods are on the fronts, and how many times fewer bytes our
-codecs store at the KL of every other method and of plain version 1. Tasks given by `--together`
+task, and writes front.md: which methods are on the fronts, how many times fewer bytes our codecs
+store at the KL of every other method and of plain version 1, and which methods that are next to
+each other in KL are told apart by these prompts. Tasks given by `--together`
 are taken as one, all their sessions alike. Nothing is measured again.
 """
 
@@ -22,6 +23,7 @@ from kvtc_vllm.evaluation.reporting.front import (
     curve_of,
     equal_kl,
     kl_rows,
+    neighbours,
     pareto_front,
     pooled,
 )
@@ -87,8 +89,19 @@ def markdown(found: Sequence[Row], tasks: Sequence[Task], together: Sequence[lis
         "lowest has more. Brackets: 95 % intervals, sessions drawn anew for both at once.",
         "",
     ]
-    for group in [*together, *([task] for task in tasks)]:
+    groups = [*together, *([task] for task in tasks)]
+    for group in groups:
         lines += _equal_kl_table(pooled(found, group), group)
+    lines += [
+        "## Neighbours",
+        "",
+        "Methods by rising KL, and how many times the KL of the one before each has. Brackets: "
+        "95 % intervals, sessions drawn anew for both at once, so that hard prompts are hard for "
+        "both. **Bold**: these prompts do not tell the two apart.",
+        "",
+    ]
+    for group in groups:
+        lines += _neighbours_table(pooled(found, group), group)
     return "\n".join(lines)
 
 
@@ -106,10 +119,8 @@ def _equal_kl_table(points: Sequence[Point], group: Sequence[Task]) -> list[str]
     references = [point for point in references if point.method != BIT_EXACT]
     if not curves or not references:
         return []
-    title = ", ".join(f"{task} {context}" for task, context in group)
-    sessions = len(references[0].sessions)
     lines = [
-        f"### {title} ({sessions} sessions)",
+        _title(references, group),
         "",
         "| at the KL of | real ratio | KL | " + " | ".join(curves) + " |",
         "|" + "---|" * (3 + len(curves)),
@@ -124,6 +135,24 @@ def _equal_kl_table(points: Sequence[Point], group: Sequence[Task]) -> list[str]
             f"| {point.method} | {point.real_ratio:.1f} | {kl:.4f} | " + " | ".join(cells) + " |"
         )
     return [*lines, ""]
+
+
+def _neighbours_table(points: Sequence[Point], group: Sequence[Task]) -> list[str]:
+    """A line per method but the one with the least KL."""
+    points = [point for point in points if point.method != BIT_EXACT]
+    if len(points) < 2:
+        return []
+    lines = [_title(points, group), "", "| method | KL | before it | times |", "|---|---|---|---|"]
+    for own in neighbours(points):
+        times = f"{own.times:.2f} [{own.low:.2f}, {own.high:.2f}]"
+        cell = times if own.apart else f"**{times}**"
+        lines.append(f"| {own.method} | {own.kl:.4f} | {own.before} | {cell} |")
+    return [*lines, ""]
+
+
+def _title(points: Sequence[Point], group: Sequence[Task]) -> str:
+    names = ", ".join(f"{task} {context}" for task, context in group)
+    return f"### {names} ({len(points[0].sessions)} sessions)"
 
 
 def _cell(factor: Factor) -> str:

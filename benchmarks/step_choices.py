@@ -10,13 +10,16 @@ NAME is one of
     gain     floating sinks quantised 2, 4 and 8 times finer
     chunk    64, 128 and 256 tokens per blob
     columns  bits that a column must save per token for its time, 0 to 8; columns of sinks alone
+    parts    columns of all layers, others of two, three or five runs of layers alone; with a price
+             of columns besides
 
-With --layers a layer group has so many layers. Bases are fitted once to the rows of a spool, with
-weights by its sensitivity.json, and kept in --work, as are the documents' caches; variants differ
-in their plans. Documents and KL are those of `benchmarks.sensitivity`, by default of the part for
-choosing. Ratios are of whole blobs; every variant meets the target ratio on calibration rows with
-all that it stores. *products* are millions of multiplications with an addition per token, of
-encoding and again of decoding. *basis* is the room of all plans' columns in an artifact.
+With --layers a layer group has so many layers, with --kv-basis shared K and V have one basis.
+Bases are fitted once to the rows of a spool, with weights by its sensitivity.json, and kept in
+--work, as are the documents' caches; variants differ in their plans. Documents and KL are those of
+`benchmarks.sensitivity`, by default of the part for choosing. Ratios are of whole blobs; every
+variant meets the target ratio on calibration rows with all that it stores. *products* are millions
+of multiplications with an addition per token, of encoding and again of decoding, zeros of the basis
+left out. *basis* is the room of all plans' columns in an artifact.
 """
 
 from __future__ import annotations
@@ -45,7 +48,8 @@ from kvtc_vllm.calibration.cache_replay import (
     round_trip,
     score,
 )
-from kvtc_vllm.calibration.fit_settings import FitSettings
+from kvtc_vllm.calibration.fit_settings import FitSettings, lowest_own_ratio
+from kvtc_vllm.calibration.parts import TURNED
 from kvtc_vllm.calibration.section_fit import SectionFitter
 from kvtc_vllm.calibration.sensitivity import SENSITIVITY_NAME, load_sensitivity
 from kvtc_vllm.calibration.shards import RankRows
@@ -54,8 +58,15 @@ from kvtc_vllm.calibration.spool import SpoolReader
 from kvtc_vllm.calibration.step_classes import Sample, StepSettings
 from kvtc_vllm.calibration.step_fit import overhead_bytes, sample_index, sink_marks
 from kvtc_vllm.calibration.step_plans import make_step_plans
-from kvtc_vllm.calibration.weights import RowWeights
-from kvtc_vllm.codec.artifact import APART, RankArtifact, SectionBasis, SectionKey
+from kvtc_vllm.calibration.weights import RowWeights, finer_steps
+from kvtc_vllm.codec.artifact import (
+    APART,
+    PAIRED,
+    RankArtifact,
+    SectionBasis,
+    SectionKey,
+    SectionName,
+)
 from kvtc_vllm.codec.registry import open_codec
 from kvtc_vllm.codec.sink_rule import SinkRule
 from kvtc_vllm.codec.v2.codec import ENTROPY
@@ -63,13 +74,29 @@ from kvtc_vllm.codec.v2.codec import ENTROPY
 
 @dataclass(frozen=True)
 class Choice:
-    """sink_tokens: exact first positions. marked: floating sinks are. chunk: tokens per blob."""
+    """sink_tokens: exact first positions. marked: floating sinks are. chunk: tokens per blob.
+    parts, turned: of bases, see `FitSettings`. measured_gain: sinks have the gain that
+    sensitivities say, not that of steps."""
 
     name: str
     steps: StepSettings = field(default_factory=StepSettings)
     sink_tokens: int = 4
     marked: bool = True
     chunk: int = 128
+    parts: int = 1
+    turned: float = TURNED
+    measured_gain: bool = False
+
+
+def _of_parts(parts: int, turned: float, bits: float = StepSettings.column_bits) -> Choice:
+    name = "whole" if parts == 1 else f"{parts} parts, {turned:.3f} of all"
+    return Choice(
+        name if bits == StepSettings.column_bits else f"{name}, {bits:g} bits",
+        StepSettings(column_bits=bits),
+        parts=parts,
+        turned=turned,
+        measured_gain=True,
+    )
 
 
 CHOICES: dict[str, tuple[Choice, ...]] = {
@@ -94,17 +121,25 @@ CHOICES: dict[str, tuple[Choice, ...]] = {
             for bits in (1.0, 2.0, 4.0, 8.0)
         ),
     ),
+    "parts": (
+        *(_of_parts(1, TURNED, bits) for bits in (1.0, 2.0, 3.0, 4.0, 6.0)),
+        *(_of_parts(2, turned) for turned in (1 / 24, 1 / 12, 1 / 6)),
+        *(_of_parts(3, turned, bits) for turned in (1 / 24, 1 / 12, 1 / 6) for bits in (1.0, 3.0)),
+        *(_of_parts(parts, TURNED) for parts in (5, 10)),
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """Bases and samples of all sections; marks of the samples, and what told them."""
+    """Bases and samples of all sections; marks of the samples, what told them, and the
+    gain that sensitivities give them."""
 
     source: RankRows
     sections: dict[SectionKey, tuple[SectionBasis, Sample]]
     marks: torch.Tensor
     rule: SinkRule | None
+    gain: float | None
 
 
 def main() -> None:
@@ -120,9 +155,10 @@ def main() -> None:
     add("--spool", type=Path, required=True, help="of kvtc calibrate --sensitivity gradient")
     add("--data", type=Path, required=True, help="directory of the public documents")
     add("--work", type=Path, required=True, help="directory for bases, which are kept")
+    add("--kv-basis", choices=("each", "shared"), default="each")
     add("--layers", type=int, help="per layer group; default: all")
     add("--ratios", default="8,16,32,64", help="target ratios")
-    add("--choices", help='these alone, such as "gain 4,gain 8"')
+    add("--choices", help='these alone, such as "gain 4;gain 8"')
     add("--documents", type=int, default=10, help="at most 10")
     add("--part", choices=("tune", "report"), default="tune")
     add("--threads", type=int, default=1, help="of torch")
@@ -131,12 +167,12 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     ratios = [float(ratio) for ratio in args.ratios.split(",")]
     out = args.out or ROOT / f"benchmarks/results/step-{args.name}.json"
-    names = [choice.name for choice in CHOICES[args.name]]
-    asked = args.choices.split(",") if args.choices else names
-    if unknown := set(asked) - set(names):
-        parser.error(f"--choices {', '.join(sorted(unknown))}: {args.name} has {', '.join(names)}")
+    known = [choice.name for choice in CHOICES[args.name]]
+    asked = args.choices.split(";") if args.choices else known
+    if unknown := set(asked) - set(known):
+        parser.error(f"--choices {'; '.join(sorted(unknown))}: {args.name} has {'; '.join(known)}")
     wanted = [choice for choice in CHOICES[args.name] if choice.name in asked]
-    fitted = fit_bases(args.spool, args.layers, min(ratios), args.work)
+    names = PAIRED if args.kv_basis == "shared" else APART
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     kept = args.work / f"prefixes-{args.part}.pt"
@@ -147,7 +183,9 @@ def main() -> None:
     prefixes = torch.load(kept, weights_only=False)[: args.documents]
     about = {
         "command": f"python -m benchmarks.step_choices {args.name} --model DIR --spool DIR "
-        f"--data DIR --work DIR --part {args.part} --documents {args.documents}"
+        f"--data DIR --work DIR --part {args.part} --documents {args.documents} "
+        f"--ratios {args.ratios}"
+        + ("" if args.kv_basis == "each" else f" --kv-basis {args.kv_basis}")
         + ("" if args.layers is None else f" --layers {args.layers}")
         + ("" if args.choices is None else f' --choices "{args.choices}"'),
         "model": args.model.name,
@@ -159,6 +197,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     out.parent.mkdir(parents=True, exist_ok=True)
     for choice in wanted:
+        fitted = fit_bases(args.spool, args.layers, min(ratios), args.work, names, choice)
         artifact = artifact_of(choice, fitted, ratios)
         for ratio in ratios:
             rows.append(measure(choice, artifact, ratio, model, prefixes))
@@ -166,7 +205,14 @@ def main() -> None:
         out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
 
 
-def fit_bases(spool: Path, layers: int | None, lowest: float, work: Path) -> Fitted:
+def fit_bases(
+    spool: Path,
+    layers: int | None,
+    lowest: float,
+    work: Path,
+    names: Sequence[SectionName],
+    choice: Choice,
+) -> Fitted:
     """Bases of all sections by the codec's own fit, and their coefficients of sample rows."""
     reader = SpoolReader(spool / "rank0")
     source = RankRows([reader], 1, 0, layers)
@@ -176,42 +222,50 @@ def fit_bases(spool: Path, layers: int | None, lowest: float, work: Path) -> Fit
     path = spool / SENSITIVITY_NAME
     found = load_sensitivity(path, geometry.num_layers, reader.header.total_kv_heads)
     weights = RowWeights(found, "ordinary" if rule is not None else "all")
-    settings = FitSettings(codec="kvtc2", weights=weights)
+    settings = FitSettings(
+        codec="kvtc2",
+        weights=weights,
+        paired=names == PAIRED,
+        parts=choice.parts,
+        turned=choice.turned,
+    )
     index = sample_index(source, settings, torch.Generator().manual_seed(settings.seed))
     marks = sink_marks(source, geometry, index, rule)
-    kept = work / f"bases-{layers or 'all'}-{lowest:g}.pt"
+    of_parts = "" if choice.parts == 1 else f"-{choice.parts}-{choice.turned:.3f}"
+    kept = work / f"bases-{'-'.join(names)}-{layers or 'all'}-{lowest:g}{of_parts}.pt"
     if not kept.exists():
-        keys = geometry.section_keys(APART)
-        both = sum(geometry.row_size(*key) for key in keys)
         fitters = {
             key: SectionFitter(
                 source,
                 geometry,
                 *key,
-                max(1.0, lowest * geometry.row_size(*key) / both),
+                lowest_own_ratio(geometry, *key, [lowest], settings),
                 settings,
                 None,
             )
-            for key in keys
+            for key in geometry.section_keys(names)
         }
         work.mkdir(parents=True, exist_ok=True)
         sections = {key: (fitter.basis, fitter.sample(index)) for key, fitter in fitters.items()}
         torch.save(sections, kept)
     # Our own file.
-    return Fitted(source, torch.load(kept, weights_only=False), marks, rule)
+    return Fitted(source, torch.load(kept, weights_only=False), marks, rule, finer_steps(found))
 
 
 def artifact_of(choice: Choice, fitted: Fitted, ratios: Sequence[float]) -> RankArtifact:
     """With plans by a choice."""
     source = fitted.source
     rule = fitted.rule if choice.marked else None
+    steps = choice.steps
+    if choice.measured_gain and fitted.gain is not None:
+        steps = replace(steps, sink_gain=fitted.gain)
     plans = make_step_plans(
         [sample for _, sample in fitted.sections.values()],
         fitted.marks & torch.tensor(choice.marked),
         ratios,
         overhead_bytes(source, source.geometry, choice.sink_tokens, rule, ENTROPY),
         ENTROPY,
-        choice.steps,
+        steps,
         lambda stage, done, total: None,
     )
     sections: dict[SectionKey, SectionBasis] = {}
@@ -255,7 +309,7 @@ def measure(
         "interval": [round(low, 6), round(high, 6)],
         "marked_percent": round(100 * marked / sum(len(p.k) for p in prefixes), 2),
         "columns": sum(plan.rank for _, plan in parts),
-        "products": round(sum(basis.shape[0] * plan.rank for basis, plan in parts) / 1e6, 1),
+        "products": round(sum(int((b[:, : p.rank] != 0).sum()) for b, p in parts) / 1e6, 1),
         "basis_mb": round(sum(basis.nbytes for basis, _ in parts) / 1e6, 1),
         "by_document": [round(value, 6) for value in divergence],
     }

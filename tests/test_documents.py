@@ -18,6 +18,7 @@ from benchmarks.demo.__main__ import BUDGET_SHARE, BUDGET_UNIT, RECOMPUTE, ROOMY
 from benchmarks.demo.conversations import RunReport
 from benchmarks.demo.report import markdown, side_by_side
 from benchmarks.equal_kl import Factor, factors, read_curve
+from benchmarks.reliability import holds
 from kvtc_vllm.cli import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -244,6 +245,12 @@ def test_the_table_of_store_policies_is_the_committed_one() -> None:
     assert all(row["lost_chunks"] == 0 for row in rows)
 
 
+def test_the_table_of_python_s_lock_is_the_committed_one() -> None:
+    found = json.loads((ROOT / "benchmarks/reliability/holds.json").read_text())
+    assert set(found) == {"before", "after"}
+    assert holds.markdown(found) in (ROOT / "docs" / "disk.md").read_text()
+
+
 def test_the_table_of_differences_is_the_committed_one() -> None:
     page = (ROOT / "docs" / "configuration.md").read_text()
     found = json.loads((ROOT / "benchmarks/results/joint_delta.json").read_text())["rows"]
@@ -305,3 +312,21 @@ def test_metrics_and_log_lines_of_the_page_on_serving_are_in_the_source() -> Non
     for words in ("kvtc: self-test %d tokens: ratio", "kvtc: rank %d/%d codec %s %gx"):
         assert words in source
         assert any(line.startswith(words.split(" %")[0]) for line in lines)
+
+
+def test_launches_on_the_page_of_the_gpu_are_those_counted() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/gpu/launches.json").read_text())
+    page = (ROOT / "docs/gpu.md").read_text()
+    table = re.findall(r"^\| (kvtc2?), (\d) layers per group.*? \| (.+) \|$", page, re.MULTILINE)
+    assert len(table) == 3
+    for codec, layers, cells in table:
+        wanted = [row for row in rows if (row["codec"], row["layers"]) == (codec, int(layers))]
+        assert [row["tree"] for row in wanted] == ["before", "after"]
+        counted = [
+            [row[f"{way}_launches"]["all"] for row in wanted]
+            if sort == "triton"
+            else [row[f"{way}_torch_calls"][sort] for row in wanted]
+            for way in ("load", "store")
+            for sort in ("triton", "products", "work")
+        ]
+        assert cells.split(" | ") == [f"{before}, {after}" for before, after in counted]

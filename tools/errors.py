@@ -76,6 +76,7 @@ PLACES = (
         "calibrate again with the settings that serve: `kvtc calibrate MODEL --data TEXT`",
         (
             "connector/memory_tier.py",
+            "connector/one_copy.py",
             "connector/startup.py",
             "connector/halver.py",
             "codec/cpu/requantise.py",

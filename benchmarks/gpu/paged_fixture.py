@@ -8,7 +8,7 @@ from benchmarks.gpu.models import SHAPES, Shape, deviations, synthetic_artifact
 from kvtc_vllm.codec.base import Blob
 from kvtc_vllm.codec.errors import CodecError
 from kvtc_vllm.codec.kernels.numeric import Precision, product
-from kvtc_vllm.codec.kernels.paged import PagedCache, block_slots, within
+from kvtc_vllm.codec.kernels.paged import PagedCache, block_slots
 from kvtc_vllm.codec.kernels.paged_codec import PAGED_CODECS, PagedCodec
 from kvtc_vllm.codec.kernels.paged_io import scatter_rows
 from kvtc_vllm.codec.kernels.resident import ordered
@@ -98,6 +98,7 @@ class PagedFixture:
         for first in range(0, self.tokens, _FILL_TOKENS):
             part = slots[first : first + _FILL_TOKENS]
             positions = torch.arange(first, first + len(part), device=part.device)
+            rows = torch.empty(len(part), resident.row, device=part.device)
             for key in resident.keys:
                 basis, order = resident.synthesis[key], resident.orders[key]
                 p, rank = basis.shape[0], int(order.sources.max()) + 1
@@ -106,17 +107,6 @@ class PagedFixture:
                 )
                 laplace = -(uniform - 0.5).sign() * torch.log1p(-2 * (uniform - 0.5).abs())
                 x = laplace / 2**0.5 * deviations(p, rank, part.device)
-                rows = torch.empty(len(part), p, device=part.device)
                 own = ordered(order.unit * x, order.sources)
-                product(own.to(basis.dtype), basis.T, rows)
-                start, end = resident.geometry.layer_groups[key[0]]
-                for kind, place in resident.geometry.row_parts(*key).items():
-                    scatter_rows(
-                        self.cache.tensor(kind),
-                        part,
-                        positions,
-                        within(resident.rotations[kind], start, end),
-                        resident.means[kind][resident.columns(key[0], kind)],
-                        rows[:, place],
-                        first_layer=start,
-                    )
+                product(own.to(basis.dtype), basis.T, rows[:, resident.columns[key]])
+            scatter_rows(self.codec.rows, part, positions, resident.mean, rows)

@@ -24,9 +24,13 @@ from benchmarks.gpu.offline.served import CHUNK, Case, ServedCodec  # isort: ski
 from benchmarks.gpu.offline.step_tile_costs import step_instructions_per_code  # isort: skip
 from benchmarks.gpu.offline.tile_costs import instructions_per_code  # isort: skip
 from benchmarks.gpu.report import add_codec, append, parser
+from kvtc_vllm.codec.artifact import KINDS
 from kvtc_vllm.codec.entropy import DEFLATE
 from kvtc_vllm.codec.kernels.paged_codec import PagedCodec
+from kvtc_vllm.codec.kernels.paged_io import gather_rows, scatter_rows
 from kvtc_vllm.codec.kernels.paged_reader import LARGEST_WAVE
+from kvtc_vllm.codec.kernels.resident import layer_places
+from kvtc_vllm.codec.kernels.row_table import RowTable
 from kvtc_vllm.codec.kernels.step_payloads import StepPlanPayloads
 from kvtc_vllm.codec.payload import BitPlan, encode_payload
 from kvtc_vllm.codec.quantizers import REGISTRY
@@ -105,14 +109,19 @@ def main() -> None:
 def kernel_instructions(served: ServedCodec) -> dict[str, float]:
     """Instructions of warps: of a program of gather and scatter, for K and for V, and per code by
     way and bits."""
-    launches = compiled.record(_CAPABILITY)
-    blobs = served.store([0, 1])
-    served.load([0, 1], blobs)
     found: dict[str, float] = {}
-    for code in launches.machine_code():
-        # Those without a mean are for sinks.
-        if code.constants.get("HAS_MEAN"):
-            tensor = "k" if code.constants["HALF"] else "v"
+    codec, slots = served.codec, torch.zeros(1, dtype=torch.int64)
+    for tensor in KINDS:
+        # Serving's kernels have both branches; those of one tensor alone have what a program runs.
+        launches = compiled.record(_CAPABILITY)
+        places = layer_places(codec.artifact, codec.resident.columns)
+        own = [place for place in places if place.tensor == tensor]
+        table = RowTable.of(codec.cache, own, codec.resident.row)
+        rows = torch.empty(1, codec.resident.row, dtype=codec.row_dtype)
+        gather_rows(table, slots, slots, codec.resident.mean, rows.to(codec.resident.operand))
+        flags = torch.zeros(1, dtype=torch.int32) if codec.row_dtype == torch.float16 else None
+        scatter_rows(table, slots, slots, codec.resident.mean, rows, flags)
+        for code in launches.machine_code():
             found[f"{code.name} {tensor}"] = code.instructions * code.threads / _WARP
     codec2 = isinstance(served.codec.coding, StepPlanPayloads)
     tiles = step_instructions_per_code if codec2 else instructions_per_code
@@ -222,7 +231,6 @@ def _stages(
     ]
     store = [
         Stage("gather", bytes=cache + 2 * elements, instructions=gathering),
-        *([Stage("join", bytes=4 * elements)] if case.paired else []),
         Stage("encode product", bytes=2 * elements + bases + 4 * columns, flops=flops),
         Stage("range", bytes=4 * columns),
         Stage("pack", bytes=4 * columns + payload, instructions=pack),

@@ -20,8 +20,9 @@ from benchmarks.gpu.paged_fixture import PagedFixture
 from benchmarks.gpu.report import machine, parser
 from kvtc_vllm.codec.entropy import DEFLATE
 from kvtc_vllm.codec.kernels.deflate_nvcomp import NVCOMP, NvcompDeflate
-from kvtc_vllm.codec.kernels.paged import PagedTensor, block_slots, rotations
+from kvtc_vllm.codec.kernels.paged import PagedCache, PagedTensor, block_slots
 from kvtc_vllm.codec.kernels.paged_io import gather_rows, scatter_rows
+from kvtc_vllm.codec.kernels.row_table import LayerPlace, RowTable
 from kvtc_vllm.codec.registry import open_codec
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.codec.streams import SideStream
@@ -85,12 +86,13 @@ def check_rope(device: torch.device) -> str:
     size = SHAPES["llama-3.1-8b"].head_size
     keys = (torch.randn(4, 2, 16, size) * 5).bfloat16().to(device)
     before = keys.clone()
-    tensor = PagedTensor.of([keys])
-    spans = rotations([Rope(rope_table(size, 4096))], keys.device)
+    cache = PagedCache(PagedTensor.of([keys]), PagedTensor.of([keys.clone()]))
+    rope = Rope(rope_table(size, 4096))
+    table = RowTable.of(cache, [LayerPlace("k", 0, rope, 0)], 2 * size)
     slots = torch.arange(64, device=device)
     rows = torch.empty(64, 2 * size, device=device)
-    gather_rows(tensor, slots, slots + 4000, spans, None, rows)
-    scatter_rows(tensor, slots, slots + 4000, spans, None, rows)
+    gather_rows(table, slots, slots + 4000, None, rows)
+    scatter_rows(table, slots, slots + 4000, None, rows)
     changed = int((keys != before).sum())
     assert changed <= 1e-3 * keys.numel(), changed
     return f"{changed} of {keys.numel()} elements changed"

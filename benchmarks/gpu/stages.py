@@ -9,13 +9,12 @@ import torch
 
 from benchmarks.gpu.paged_fixture import PagedFixture
 from benchmarks.gpu.report import seconds
-from kvtc_vllm.codec.artifact import KINDS
 from kvtc_vllm.codec.base import Blob
 from kvtc_vllm.codec.container import parse
 from kvtc_vllm.codec.kernels.bit_payloads import BitPayloads
 from kvtc_vllm.codec.kernels.chunks import RowLayout
-from kvtc_vllm.codec.kernels.numeric import product
-from kvtc_vllm.codec.kernels.paged import block_slots, within
+from kvtc_vllm.codec.kernels.numeric import products
+from kvtc_vllm.codec.kernels.paged import block_slots
 from kvtc_vllm.codec.kernels.paged_io import scatter_rows
 from kvtc_vllm.codec.kernels.payload_kernels import decode_payloads, encode_payloads
 from kvtc_vllm.codec.kernels.unit_coders import PlacedSections, unit_coder
@@ -49,63 +48,37 @@ def stage_ms(fixture: PagedFixture, chunk_tokens: int, rounds: int) -> dict[str,
         "verify": seconds(lambda: [parse(blob) for blob in blobs], device, rounds),
     }
 
-    def add(stage: str, call: Callable[[], object]) -> None:
-        ms[stage] = ms.get(stage, 0.0) + seconds(call, device, rounds)
-
+    tables = coding.tables(layout.lengths)
+    x = torch.zeros(tokens, resident.row, dtype=resident.operand, device=device)
+    x[: len(staged.rows)] = staged.rows
+    raw = coding.encode(layout, x, {})
+    payloads = raw.data.view(chunks, tables.payload_stride)
+    coefficients = torch.empty(tokens, tables.width, device=device)
+    operand = torch.zeros(tokens, tables.width, dtype=resident.operand, device=device)
+    rows = torch.empty(tokens, resident.row, dtype=codec.row_dtype, device=device)
     magnitudes = torch.zeros(chunks, dtype=torch.int32, device=device)
     flags = torch.zeros(tokens, dtype=torch.int32, device=device)
-    for group, (first, end) in enumerate(resident.geometry.layer_groups):
-        for kind in KINDS:
-            tables = coding.tables(group, kind, layout.lengths)
-            columns = resident.columns(group, kind)
-            x = torch.zeros(tokens, columns.stop - columns.start, device=device)
-            x = x.to(resident.operand)
-            own = staged.rows[kind][:tokens, columns]
-            x[: len(own)] = own
-            coefficients = torch.empty(tokens, tables.width, device=device)
-            basis, inverse = resident.analysis[group, kind], resident.synthesis[group, kind].T
-            product(x, basis, coefficients)
-            payloads = torch.empty(chunks, tables.payload_stride, dtype=torch.uint8, device=device)
-            operand = torch.zeros(tokens, tables.width, dtype=basis.dtype, device=device)
-            rows = torch.empty(tokens, x.shape[1], dtype=codec.row_dtype, device=device)
-            overflowed = flags if codec.row_dtype == torch.float16 else None
-            units = np.array(tables.unit_lengths[0] * chunks, np.int64)
-            starts = np.concatenate(
-                [
-                    np.array(tables.unit_lengths[0], np.int64).cumsum()
-                    - np.array(tables.unit_lengths[0], np.int64)
-                    + place * tables.payload_stride
-                    for place in range(chunks)
-                ]
-            )
-            tensor = fixture.cache.tensor(kind)
-            layers = within(resident.rotations[kind], first, end)
+    overflowed = flags if codec.row_dtype == torch.float16 else None
 
-            # Called before the loop goes on.
-            add("encode_product", lambda: product(x, basis, coefficients))  # noqa: B023
-            add(
-                "quantise_pack",
-                lambda: encode_payloads(coefficients, tables, table, payloads, magnitudes),  # noqa: B023
-            )
-            add("deflate", lambda: coder.deflate(payloads.flatten(), starts, units))  # noqa: B023
-            add(
-                "unpack_dequantise",
-                lambda: decode_payloads(payloads, tables, table, operand, magnitudes),  # noqa: B023
-            )
-            add("decode_product", lambda: product(operand, inverse, rows))  # noqa: B023
-            add(
-                "scatter",
-                lambda: scatter_rows(
-                    tensor,  # noqa: B023
-                    slots,
-                    positions,
-                    layers,  # noqa: B023
-                    resident.means[kind][columns],  # noqa: B023
-                    rows,  # noqa: B023
-                    first_layer=first,  # noqa: B023
-                    overflowed=overflowed,  # noqa: B023
-                ),
-            )
+    def project() -> None:
+        for batch, part in coding.parts(coefficients):
+            products(batch.rows(x), batch.analysis, part)
+
+    def restore() -> None:
+        for batch, part in coding.parts(operand):
+            products(part, batch.synthesis.transpose(1, 2), batch.rows(rows))
+
+    stages: dict[str, Callable[[], object]] = {
+        "encode_product": project,
+        "quantise_pack": lambda: encode_payloads(coefficients, tables, table, payloads, magnitudes),
+        "deflate": lambda: coder.deflate(raw.data, raw.starts, raw.lengths),
+        "unpack_dequantise": lambda: decode_payloads(payloads, tables, table, operand, magnitudes),
+        "decode_product": restore,
+        "scatter": lambda: scatter_rows(
+            codec.rows, slots, positions, resident.mean, rows, overflowed
+        ),
+    }
+    ms |= {stage: seconds(call, device, rounds) for stage, call in stages.items()}
     ms["upload_inflate"] = _inflate_seconds(fixture, blobs, rounds)
     return {stage: round(value * 1e3, 4) for stage, value in ms.items()}
 

@@ -17,8 +17,8 @@ _DEAD_ZONE, _OFFSET = 0.6, 0.4
 _LEAST_DEVIATION = 0.65
 """Columns of a smaller deviation, in steps, are not coded: they save less than they cost and one
 bit, which is what calibration asks for. Marked tokens have half as many more."""
-_WIDTHS = ((0.9, 2), (4.0, 4), (math.inf, 8))
-"""Bits of packed codes up to a deviation in steps."""
+_WIDTHS = ((1.4, 2), (4.7, 4), (math.inf, 8))
+"""Bits of packed codes up to a deviation in steps: as many escape as calibration allows."""
 
 
 @lru_cache(maxsize=64)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 
 from benchmarks.gpu.paged_fixture import PagedFixture
 from benchmarks.gpu.report import seconds
-from kvtc_vllm.codec.artifact import Kind
 from kvtc_vllm.codec.container import parse
 from kvtc_vllm.codec.kernels.chunks import RowLayout
-from kvtc_vllm.codec.kernels.numeric import product
-from kvtc_vllm.codec.kernels.paged import block_slots, within
+from kvtc_vllm.codec.kernels.numeric import products
+from kvtc_vllm.codec.kernels.paged import block_slots
 from kvtc_vllm.codec.kernels.paged_io import scatter_rows
 from kvtc_vllm.codec.kernels.payload_coding import StepPayloads
 from kvtc_vllm.codec.kernels.unit_coders import unit_coder
@@ -79,47 +76,43 @@ def step_stage_ms(fixture: PagedFixture, chunk_tokens: int, rounds: int) -> dict
         torch.from_numpy(plan.numbers).to(device),
         data,
         torch.zeros(len(views), dtype=torch.int32, device=device),
-        coding.memory(len(views), chunk_tokens, codec.row_dtype, device),
+        coding.memory(len(views), chunk_tokens, device),
         plan.marked,
     )
     size = coding.coefficients(plain.num_rows, plan.marked)
     room = torch.empty(size, dtype=resident.operand, device=device)
-    out = torch.empty(plain.num_rows * resident.longest_row, dtype=codec.row_dtype, device=device)
+    shape = plain.num_rows + plan.marked, resident.row
+    out = torch.empty(shape, dtype=codec.row_dtype, device=device)
 
     def decode() -> None:
-        coding.begin(step, room)
-        for section, key in enumerate(resident.keys):
-            size = resident.geometry.row_size(*key)
-            own = out[: plain.num_rows * size].view(plain.num_rows, size)
-            coding.rows(step, section, key, room, own)
+        coding.decode(step, room, out)
 
     taken["unpack_dequantise"] = seconds(decode, device, rounds) - taken["decode_product"]
     assert not step.flags.any()
-    taken["scatter"] = _scatter(fixture, stores, plain, out, rounds)
+    taken["scatter"] = _scatter(fixture, stores, plain, out, coding.others(step), rounds)
     return {stage: round(value * 1e3, 4) for stage, value in taken.items()}
 
 
 def _products(
-    fixture: PagedFixture, layout: RowLayout, rows: Mapping[Kind, torch.Tensor], rounds: int
+    fixture: PagedFixture, layout: RowLayout, rows: torch.Tensor, rounds: int
 ) -> dict[str, float]:
-    """Of a pair, the copy of its rows is in that of encoding. rows: staged."""
+    """rows: staged."""
     codec = fixture.codec
     device, resident = codec.device, codec.resident
     taken = {"encode_product": 0.0, "decode_product": 0.0}
-    for key in resident.keys:
-        width, size = resident.width(*key), resident.geometry.row_size(*key)
-        coefficients = torch.empty(layout.num_rows, width, device=device)
-        basis = resident.analysis[key][:, :width]
+    out = torch.empty(layout.num_rows, resident.row, dtype=codec.row_dtype, device=device)
+    for batch in resident.batches:
+        width, shape = batch.shape.width, (len(batch.keys), layout.num_rows, batch.shape.width)
+        coefficients = torch.empty(shape, device=device)
+        operand = torch.zeros(shape, dtype=resident.operand, device=device)
+        basis, inverse = batch.analysis[:, :, :width], batch.synthesis.transpose(1, 2)[:, :width]
         taken["encode_product"] += seconds(
-            lambda: product(resident.section_rows(key, rows), basis, coefficients),  # noqa: B023
+            lambda: products(batch.rows(rows), basis, coefficients),  # noqa: B023
             device,
             rounds,
         )
-        operand = torch.zeros(layout.num_rows, width, dtype=resident.operand, device=device)
-        out = torch.empty(layout.num_rows, size, dtype=codec.row_dtype, device=device)
-        inverse = resident.synthesis[key][:, :width].T
         taken["decode_product"] += seconds(
-            lambda: product(operand, inverse, out),  # noqa: B023
+            lambda: products(operand, inverse, batch.rows(out)),  # noqa: B023
             device,
             rounds,
         )
@@ -127,30 +120,20 @@ def _products(
 
 
 def _scatter(
-    fixture: PagedFixture, stores: list[Store], layout: RowLayout, out: torch.Tensor, rounds: int
+    fixture: PagedFixture,
+    stores: list[Store],
+    layout: RowLayout,
+    rows: torch.Tensor,
+    others: torch.Tensor | None,
+    rounds: int,
 ) -> float:
     codec = fixture.codec
-    device, resident = codec.device, codec.resident
+    device, mean = codec.device, codec.resident.mean
     blocks = np.concatenate([np.array(store.block_ids) for store in stores[1:]])
     slots = block_slots(blocks.tolist(), fixture.block_size).to(device)
     positions = torch.arange(layout.num_rows, device=device)
-    taken = 0.0
-    for key in resident.keys:
-        first, end = resident.geometry.layer_groups[key[0]]
-        size = resident.geometry.row_size(*key)
-        rows = out[: layout.num_rows * size].view(layout.num_rows, size)
-        for kind, part in resident.geometry.row_parts(*key).items():
-            taken += seconds(
-                lambda: scatter_rows(
-                    fixture.cache.tensor(kind),  # noqa: B023
-                    slots,
-                    positions,
-                    within(resident.rotations[kind], first, end),  # noqa: B023
-                    resident.means[kind][resident.columns(key[0], kind)],  # noqa: B023
-                    rows[:, part],  # noqa: B023
-                    first_layer=first,  # noqa: B023
-                ),
-                device,
-                rounds,
-            )
-    return taken
+    return seconds(
+        lambda: scatter_rows(codec.rows, slots, positions, mean, rows, others=others),
+        device,
+        rounds,
+    )

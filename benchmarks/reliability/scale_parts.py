@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def _memory(size: int, policy: str) -> Row:
     row["store that evicts, us"] = 1e6 * cpu(lambda: _store(tier, fresh), 1999)
     for pins in PINNED:
         if pins < size // 2 and size <= 1_000_000:
-            row[f"store with {pins} pinned cold, us"] = 1e6 * _with_pins(tier, fresh, pins)
+            row[f"store with {pins} pinned cold, us"] = 1e6 * _with_pins(tier, fresh, pins, size)
     row["full collection, ms"] = 1e3 * full_collection()
     row["clear, ms"] = 1e3 * cpu(tier.clear)
     return row
@@ -128,19 +129,14 @@ def _store(tier: Any, fresh: Any) -> None:
     tier.take_victims()
 
 
-def _with_pins(tier: Any, fresh: Any, pins: int) -> float:
+def _with_pins(tier: Any, fresh: Any, pins: int, size: int) -> float:
     """Seconds of a store while what would go next is pinned."""
-    pinned = tier.pin(_oldest(tier, pins))
+    # Keys are stored in the order of their numbers.
+    oldest = (key for key in map(key_of, range(2 * size)) if tier.is_ready(key))
+    pinned = tier.pin(islice(oldest, pins))
     seconds = cpu(lambda: _store(tier, fresh), 49)
     tier.unpin(pinned)
     return seconds
-
-
-def _oldest(tier: Any, number: int) -> list[bytes]:
-    """Keys of the records that have been in the index for longest."""
-    entries = getattr(tier, "_ready", None)
-    known = tier._entries if entries is None else entries
-    return [key for key, _ in zip(known, range(number), strict=False) if tier.is_ready(key)]
 
 
 def _disk(size: int, policy: str) -> Row:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from kvtc_vllm.calibration.parts import TURNED
 from kvtc_vllm.calibration.rows import READING_BYTES
 from kvtc_vllm.calibration.solvers import (
     RANK_CAP,
@@ -60,9 +61,11 @@ class FitSettings:
     protect_sinks: the artifact has the rule that tells floating sinks, if there are any and the
     codec marks them.
     paired: K and V of a layer group share a basis, of a codec that allows it; without a key share.
+    parts: bases in so many, see `calibration.parts`; 1: all columns are of all layers. method is
+    that of whole bases. turned: columns of all parts, over the elements of a row.
 
-    Raises ValueError for a codec without artifacts, for pairs that it does not allow, and for pairs
-    with a key share.
+    Raises ValueError for a codec without artifacts, for pairs that it does not allow, for pairs
+    with a key share, and for less than a part and a share outside 0 to 1.
     """
 
     method: Method = "auto"
@@ -80,6 +83,8 @@ class FitSettings:
     steps: StepSettings = field(default_factory=StepSettings)
     protect_sinks: bool = True
     paired: bool = False
+    parts: int = 1
+    turned: float = TURNED
 
     def __post_init__(self) -> None:
         fitted = [name for name, spec in CODECS.items() if spec.needs_artifact]
@@ -91,6 +96,8 @@ class FitSettings:
             raise ValueError(
                 f"key share {self.key_share}: K and V that share a basis have no shares"
             )
+        if self.parts < 1 or not 0 < self.turned <= 1:
+            raise ValueError(f"{self.parts} parts, {self.turned:g} turned: 1 and 0 to 1 are right")
 
     @property
     def marks_sinks(self) -> bool:
@@ -175,6 +182,7 @@ class FitEstimate:
 
     peak_bytes: host and device memory together, the program itself left out.
     pca_seconds: of all sections, at the rates in `solvers`; reading and allocation come on top.
+    Both are of whole bases; those in parts take less.
     solvers: those that will be used.
     """
 

@@ -103,7 +103,7 @@ def fit_basis(
     )
     report = progress or (lambda stage, done, total: None)
     if solver == "rsvd":
-        mean = _mean(source, where, report)
+        mean = rows_mean(source, where, report)
         basis, variance, total = _iterate_rows(source, mean, rank, where, seed, report)
     else:
         mean, covariance = _covariance(source, where, report)
@@ -120,7 +120,7 @@ def fit_basis(
             basis, variance = _iterate_covariance(covariance, rank, seed, report)
     return PrincipalBasis(
         mean=mean.float().cpu(),
-        basis=_fix_signs(basis).float().cpu().contiguous(),
+        basis=fix_signs(basis).float().cpu().contiguous(),
         variance=variance.clamp_min(0.0).double().cpu(),
         total_variance=total,
         method=solver,
@@ -132,7 +132,7 @@ def _check_finite(mean: torch.Tensor) -> None:
         raise ValueError("rows contain NaN or infinity; PCA needs finite rows")
 
 
-def _mean(rows: Rows, device: torch.device, report: Progress) -> torch.Tensor:
+def rows_mean(rows: Rows, device: torch.device, report: Progress) -> torch.Tensor:
     """float64 [p] on the device."""
     total = torch.zeros(rows.row_size, dtype=torch.float64, device=device)
     done = 0
@@ -251,7 +251,7 @@ def _iterate_rows(
     return basis, variance, total / rows.count
 
 
-def _fix_signs(basis: torch.Tensor) -> torch.Tensor:
+def fix_signs(basis: torch.Tensor) -> torch.Tensor:
     """In place: of each column the entry of largest magnitude becomes positive."""
     largest = basis.abs().argmax(dim=0, keepdim=True)
     signs = torch.sign(basis.gather(0, largest))

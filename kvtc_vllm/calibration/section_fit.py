@@ -16,6 +16,7 @@ import torch
 
 from kvtc_vllm.calibration.allocation import make_table
 from kvtc_vllm.calibration.fit_settings import FitSettings, choose_solver
+from kvtc_vllm.calibration.parts import fit_in_parts, part_elements
 from kvtc_vllm.calibration.pca import PrincipalBasis, Rows, fit_basis
 from kvtc_vllm.calibration.solvers import Solver, block_rows
 from kvtc_vllm.calibration.step_classes import Sample
@@ -118,9 +119,11 @@ class SectionFitter:
         index = source.select(heldout=False, limit=settings.train_rows, generator=self._generator)
         self._train_rows = len(index)
         self.row_size = geometry.row_size(group, name)
+        self._parts = part_elements(geometry, group, name, settings.parts)
         self._solver, rank = choose_solver(len(index), self.row_size, lowest_ratio, settings)
         principal = self._fit_basis(index, rank)
         self._variance, self._total_variance = principal.variance, principal.total_variance
+        self._method = principal.method
         mean = principal.mean if self._weights is None else principal.mean / self._weights
         weights = None if self._weights is None else self._weights.to(self._device)
         self._full = SectionBasis(
@@ -175,7 +178,7 @@ class SectionFitter:
             variance=self._variance,
             total_variance=self._total_variance,
             orthonormality_defect=orthonormality_defect(section.basis),
-            method=self._solver,
+            method=self._method,
             train_rows=self._train_rows,
             heldout_rows=len(unseen),
             seconds=time.monotonic() - self._started,
@@ -184,16 +187,22 @@ class SectionFitter:
         return section, detail
 
     def _fit_basis(self, index: torch.Tensor, rank: int) -> PrincipalBasis:
-        # Only this solver passes over the rows more than once.
-        if self._solver == "rsvd":
-            rows: torch.Tensor | Rows = self._weighted_rows(index)
-        else:
-            count = len(index)
-            size = block_rows(count, self.row_size)
-            rows = Rows(count, self.row_size, lambda: map(self._weighted_rows, index.split(size)))
+        count = len(index)
+        size = block_rows(count, self.row_size)
+        rows = Rows(count, self.row_size, lambda: map(self._weighted_rows, index.split(size)))
+        if len(self._parts) > 1:
+            return fit_in_parts(
+                rows,
+                self._parts,
+                max(1, round(self._settings.turned * self.row_size)),
+                rank_cap=rank,
+                device=self._device,
+                progress=self._report,
+            )
         solver: Solver = self._solver
+        # Only this one passes over the rows more often than twice.
         return fit_basis(
-            rows,
+            self._weighted_rows(index) if solver == "rsvd" else rows,
             method=solver,
             rank_cap=rank,
             device=self._device,

@@ -125,6 +125,8 @@ def _layers(model: str, ratio: float, checks: Checks) -> None:
         return
     for kind in kinds:
         size = f"{kind.token_bytes:,} bytes per token"
+        if kind.kind == "latent":
+            size += ", kept once for all tensor-parallel ranks (latent_copies)"
         if not kind.coded:
             size = f"{kind.state_bytes:,} bytes per boundary, kept exactly"
         checks.add(None, "layers", f"{kind.layers} x {kind.kind}: {size}")

@@ -81,6 +81,15 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
         "token, such as 0.002; measures the curve",
     )
     add("--layers-per-group", default="all", help='layers coded together, or "all"')
+    add(
+        "--basis-parts",
+        type=int,
+        default=1,
+        metavar="N",
+        help="few columns of the basis are of all layers, each of the others of one of N runs of "
+        "layers alone, so that products on a CPU take less time; of kvtc2 (default 1: all columns "
+        "are of all layers)",
+    )
     add("--rank-cap", type=int, default=RANK_CAP, help="most basis columns kept")
     add(
         "--method",
@@ -139,6 +148,7 @@ def artifact_settings(args: argparse.Namespace) -> ArtifactSettings:
         codec=args.codec,
         protect_sinks=args.sinks == "finer",
         paired=CODECS[args.codec].pairs and args.kv_basis != "each",
+        parts=_parts(args),
         steps=StepSettings(halvings=args.halvings),
     )
     return ArtifactSettings(
@@ -167,6 +177,13 @@ def _check_halvings(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"--halvings {given} contradicts --quality {args.quality:g}, which keeps one plan alone"
         )
+
+
+def _parts(args: argparse.Namespace) -> int:
+    given = positive("--basis-parts", args.basis_parts)
+    if given > 1 and args.codec != Kvtc2Codec.name:
+        raise ConfigError(f"--basis-parts {given}: of --codec {Kvtc2Codec.name} alone")
+    return given
 
 
 def wants_curve(args: argparse.Namespace) -> bool:

@@ -32,7 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", type=Path, help="directory with config.json, or that file")
-    what.add_argument("--kv-bytes-per-token", type=int, help="uncompressed, over all ranks")
+    what.add_argument(
+        "--kv-bytes-per-token",
+        type=int,
+        help="uncompressed, over all ranks; of latents (MLA) one rank's",
+    )
     parser.add_argument("--ratio", type=float, default=1.0, help="bytes of KV over bytes stored")
     parser.add_argument("--memory", default="4GiB", help="memory tier, such as 64GiB")
     parser.add_argument("--disk", default="0", help="disk tier, 0: none")

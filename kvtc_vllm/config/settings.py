@@ -100,6 +100,14 @@ class KVTCConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             extra={"default": "the artifact's last"},
         ),
     ] = None
+    latent_copies: Annotated[
+        Literal["auto", "one", "each"],
+        Meta(
+            description="Of latents (MLA), which all tensor-parallel ranks have alike. `one`: the "
+            "first rank keeps them for all, in memory that the others read, and on disk. `each`: "
+            "every rank keeps all of them. `auto`: `one` where it can be."
+        ),
+    ] = "auto"
     chunk_tokens: Annotated[
         int,
         Meta(

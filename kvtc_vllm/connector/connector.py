@@ -7,7 +7,8 @@ worker (role WORKER, after the model was loaded). Methods only translate.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,8 +30,9 @@ from kvtc_vllm.connector.artifact_lookup import look_up, record_bounds
 from kvtc_vllm.connector.block_reuse import block_reuse
 from kvtc_vllm.connector.latent_ratio import with_latent_ratio
 from kvtc_vllm.connector.memory_tier import with_joint
-from kvtc_vllm.connector.messages import DiskInventory, ReportMessage, StepMessage
+from kvtc_vllm.connector.messages import ReportMessage, StepMessage, WorkerStart
 from kvtc_vllm.connector.metrics import KVTCPromMetrics, KVTCStats
+from kvtc_vllm.connector.one_copy import wants_one_copy
 from kvtc_vllm.connector.stages import world_rank
 from kvtc_vllm.connector.startup import CodecFactory, build_worker
 from kvtc_vllm.offload.geometry import check_budget, check_chunks, with_whole_blocks
@@ -94,14 +96,24 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
         self._lookup = look_up(vllm_config.model_config, self._config, self._geometry)
         self._config = self._lookup.config
         bounds = record_bounds(vllm_config.model_config, self._lookup, self._geometry)
-        check_budget(self._config, self._geometry.ranks, sum(bounds))
+        self._one_copy = wants_one_copy(
+            self._config,
+            self._geometry,
+            foreign=codec_factory is not None,
+            says=role == KVConnectorRole.WORKER,
+        )
+        self._bound = sum(bounds)
+        check_budget(self._config, 1 if self._one_copy else self._geometry.ranks, self._bound)
         self._scheduler: KVTCScheduler | None = None
+        self._make_scheduler: Callable[..., KVTCScheduler] | None = None
+        self._block_pool: Any = None
         self._worker: KVTCWorker | None = None
         source = source_of_hits()
         if source is not None:
             self._cache_hit_source = source
         if role == KVConnectorRole.SCHEDULER:
-            self._scheduler = KVTCScheduler(
+            self._make_scheduler = partial(
+                KVTCScheduler,
                 self._config,
                 self._geometry,
                 bounds,
@@ -111,6 +123,8 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
                 stores=transfer.is_kv_producer,
                 reuse=block_reuse(vllm_config, kv_cache_config, self._geometry),
             )
+            if not self._one_copy:  # else workers tell whether they have memory for it
+                self._begin_scheduling(one_copy=False)
             if transfer.kv_load_failure_policy != "recompute":
                 # Read by vLLM's scheduler after it has made its connector.
                 transfer.kv_load_failure_policy = "recompute"
@@ -129,13 +143,18 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Start-up of a worker: artifact, codec, self-test."""
         self._worker = build_worker(
-            self._vllm_config, self._lookup, self._geometry, kv_caches, self._codec_factory
+            self._vllm_config,
+            self._lookup,
+            self._geometry,
+            kv_caches,
+            self._codec_factory,
+            self._one_copy,
         )
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         """What this rank has on disk. Called once, after the caches were registered."""
-        entries = self._live_worker.inventory()
-        return None if entries is None else DiskInventory(entries)
+        entries, one_copy = self._live_worker.inventory(), self._live_worker.one_copy
+        return WorkerStart(entries, one_copy) if entries is not None or one_copy else None
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         """Stage what this step's forward is going to overwrite: vLLM calls it before, always."""
@@ -192,20 +211,31 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
         """What all ranks of one stage have on disk, before the first request."""
-        self._live_scheduler.restore({rank: found.entries for rank, found in metadata.items()})
+        self._restore(metadata)
 
     def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], Any]) -> None:
         """The same of all pipeline stages, by stage and rank in it."""
-        self._live_scheduler.restore(
+        self._restore(
             {
-                world_rank(self._geometry, stage, rank): found.entries
+                world_rank(self._geometry, stage, rank): found
                 for (stage, rank), found in metadata.items()
             }
         )
 
+    def _restore(self, starts: Mapping[int, WorkerStart]) -> None:
+        """starts: by rank of all."""
+        if self._scheduler is None:
+            self._begin_scheduling(any(found.one_copy for found in starts.values()))
+        entries = {rank: found.entries for rank, found in starts.items()}
+        self._live_scheduler.restore(
+            {r: found for r, found in entries.items() if found is not None}
+        )
+
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
         """Lets the scheduler's side see what vLLM's own prefix cache evicts, and its resets."""
-        self._live_scheduler.bind_gpu_blocks(gpu_block_pool)
+        self._block_pool = gpu_block_pool
+        if self._scheduler is not None:
+            self._scheduler.bind_gpu_blocks(gpu_block_pool)
 
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
@@ -264,10 +294,10 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         """Counters of this side since the last call."""
         stats: Stats | None
-        if self._scheduler is not None:
-            stats = self._scheduler.take_stats()
+        if self._worker is not None:
+            stats = self._worker.take_stats()
         else:
-            stats = self._live_worker.take_stats()
+            stats = self._live_scheduler.take_stats()
         return None if stats is None else KVTCStats(data=stats.data)
 
     @classmethod
@@ -297,8 +327,18 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
 
     @property
     def _live_scheduler(self) -> KVTCScheduler:
-        assert self._scheduler is not None, "scheduler method called on a worker"
+        if self._scheduler is None:
+            self._begin_scheduling(one_copy=False)  # no worker told that it shares anything
+        assert self._scheduler is not None
         return self._scheduler
+
+    def _begin_scheduling(self, one_copy: bool) -> None:
+        assert self._make_scheduler is not None, "scheduler method called on a worker"
+        if not one_copy:
+            check_budget(self._config, self._geometry.ranks, self._bound)
+        self._scheduler = self._make_scheduler(one_copy=one_copy)
+        if self._block_pool is not None:
+            self._scheduler.bind_gpu_blocks(self._block_pool)
 
     @property
     def _step(self) -> StepMetadata:

@@ -154,13 +154,14 @@ def setup_identity(
     layer_rope: tuple[int | None, ...] = (),
     scales: Mapping[Kind, torch.Tensor] | None = None,
     only_ratio: float | None = None,
+    one_copy: bool = False,
 ) -> SetupIdentity:
     """What computed the KV of this rank, and what its chunks and their keys are.
 
     Called in a worker after the model was loaded, which completes vLLM's configuration. files:
     fingerprint of configuration and weight files. ropes, layer_rope: live tables and which layer
     uses which. scales: of an fp8 cache. only_ratio: of the chunks that this rank can read; None if
-    it reads those of any ratio of the artifact.
+    it reads those of any ratio of the artifact. one_copy: the first rank keeps it for all.
     """
     inside = set()
     if any(load.load_format == "dummy" for load in _load_configs(vllm_config)):
@@ -191,6 +192,8 @@ def setup_identity(
     }
     if only_ratio is not None:
         own["only_ratio"] = only_ratio
+    if one_copy:
+        own["latent_copies"] = "one"
     if geometry.has_states:
         own["state_codec"] = config.state_codec
     for name, find in (("draft_files", _draft_files), ("model_code", _model_code)):

@@ -19,6 +19,7 @@ from kvtc_vllm.tiers.blob_store import MemoryStore
 from kvtc_vllm.tiers.delta_store import DeltaStore
 from kvtc_vllm.tiers.memory import MemoryArena
 from kvtc_vllm.tiers.once_store import OnceStore
+from kvtc_vllm.tiers.shared_arena import SharedArena, SharedView
 
 logger = logging.getLogger("vllm.kvtc")
 
@@ -57,9 +58,19 @@ def _why_not(config: KVTCConfig, groups: int, device: str, foreign: bool) -> str
 
 
 def make_memory(
-    config: KVTCConfig, geometry: CacheGeometry, codecs: Sequence[ChunkCodec]
+    config: KVTCConfig,
+    geometry: CacheGeometry,
+    codecs: Sequence[ChunkCodec],
+    shared: SharedArena | SharedView | None = None,
 ) -> MemoryStore:
-    """A rank's memory tier. codecs: by cache group. Raises ConfigError where `joint` can't be."""
+    """A rank's memory tier. codecs: by cache group. shared: of ranks that keep one copy.
+
+    Raises ConfigError where `joint` can't be.
+    """
+    if isinstance(shared, SharedArena):
+        return shared
+    if shared is not None:
+        return MemoryArena(0)  # the first rank keeps all
     arena = MemoryArena(config.memory_capacity // geometry.ranks)
     if config.joint == "exact":
         return OnceStore(arena, HEADER_BYTES, CHECKSUM_BYTES)

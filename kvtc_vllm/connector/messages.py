@@ -11,7 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvtc_vllm.offload.messages import StepMetadata, WorkerReport
-from kvtc_vllm.tiers.keys import RecordKey
+from kvtc_vllm.tiers.inventory import Inventory
 
 
 @dataclass
@@ -34,7 +34,12 @@ class ReportMessage(KVConnectorWorkerMetadata):
 
 
 @dataclass
-class DiskInventory(KVConnectorHandshakeMetadata):
-    """A worker -> the scheduler, once at start: (key, bytes) on disk, least recent first."""
+class WorkerStart(KVConnectorHandshakeMetadata):
+    """A worker -> the scheduler, once at start.
 
-    entries: list[tuple[RecordKey, int]]
+    entries: (key, bytes) on disk, least recent first; None without a disk. one_copy: whether the
+    first rank keeps what all have, for all of them; the same from every rank.
+    """
+
+    entries: Inventory | None = None
+    one_copy: bool = False

@@ -22,6 +22,7 @@ from kvtc_vllm.connector.artifact_lookup import Lookup
 from kvtc_vllm.connector.halver import make_halver
 from kvtc_vllm.connector.identity import setup_identity
 from kvtc_vllm.connector.memory_tier import make_memory
+from kvtc_vllm.connector.one_copy import NameRounds, share_memory
 from kvtc_vllm.connector.rank_artifacts import load_artifacts
 from kvtc_vllm.connector.scales import find_scales, joined_scales
 from kvtc_vllm.connector.sizing import log_plan, plan_memory
@@ -40,6 +41,7 @@ from kvtc_vllm.offload.transfer import Transfer
 from kvtc_vllm.offload.weights import WeightsWatch
 from kvtc_vllm.offload.worker import KVTCWorker
 from kvtc_vllm.tiers.disk import DiskError, DiskStore, NamespaceRecord
+from kvtc_vllm.tiers.shared_arena import SharedArena, SharedView
 from kvtc_vllm.vllm_cache.compat import vllm_version
 from kvtc_vllm.vllm_cache.layout import paged_layouts
 from kvtc_vllm.vllm_cache.live_model import LiveModel
@@ -63,15 +65,41 @@ def build_worker(
     geometry: CacheGeometry,
     kv_caches: dict[str, torch.Tensor],
     codec_factory: CodecFactory | None = None,
+    one_copy: bool = False,
 ) -> KVTCWorker:
     """Everything a rank needs before its first step.
 
+    one_copy: the first rank is to keep what all have, for all, if it has memory that they can read.
     Raises ArtifactError or UnsupportedError, one clear line, if it can't serve.
     """
+    shared = None
+    if one_copy:
+        shared = share_memory(lookup.config, worker_rank(geometry).tensor)
+    rounds = None if shared is None else NameRounds()
+    try:
+        return _build(vllm_config, lookup, geometry, kv_caches, codec_factory, shared, rounds)
+    except BaseException:
+        if rounds is not None:
+            rounds.leave()
+        raise
+
+
+def _build(
+    vllm_config: VllmConfig,
+    lookup: Lookup,
+    geometry: CacheGeometry,
+    kv_caches: dict[str, torch.Tensor],
+    codec_factory: CodecFactory | None,
+    shared: SharedArena | SharedView | None,
+    rounds: NameRounds | None,
+) -> KVTCWorker:
     config, place = lookup.config, worker_rank(geometry)
     layers = None
     if geometry.pp_size > 1:
         layers = stage_layers(vllm_config.model_config, geometry)[place.stage]
+    view = shared if isinstance(shared, SharedView) else None
+    # What the first rank keeps is coded by its artifact, whoever reads it.
+    coder = place.tensor if shared is None else 0
     device = next(iter(kv_caches.values())).device
     step_tokens = vllm_config.scheduler_config.max_num_batched_tokens
     measured = partial(plan_memory, config, geometry, device, step_tokens)
@@ -79,7 +107,7 @@ def build_worker(
     live = LiveModel(vllm_config, [n for group in geometry.groups for n in group.layer_names])
     rotations = [find_ropes(vllm_config, group.layer_names, live) for group in groups]
     scales = [find_scales(vllm_config, group) for group in groups]
-    found = load_artifacts(lookup.directory, groups, place.tensor, layers, rotations, scales)
+    found = load_artifacts(lookup.directory, groups, coder, layers, rotations, scales)
     served = [
         build_transfer(part, config, layout, group, measured, share=len(groups))
         for part, layout, group in zip(found, layouts, groups, strict=True)
@@ -119,6 +147,7 @@ def build_worker(
         scales=joined_scales(scales, groups),
         # On a GPU the bases of no other are resident: those chunks must not be offered.
         only_ratio=config.target_ratio if any(found) and device.type != "cpu" else None,
+        one_copy=shared is not None,
     )
     check_digested(setup, config)
     record = _record(vllm_config, config, geometry, place.world, fingerprint, setup)
@@ -127,8 +156,11 @@ def build_worker(
         setup,
         _watch(live, vllm_config),
         LoadedAdapters(live.lora_manager),
-        partial(_open_store, config, record) if config.disk_path is not None else None,
+        partial(_open_store, config, record)
+        if config.disk_path is not None and view is None
+        else None,
         may_sleep=bool(vllm_config.model_config.enable_sleep_mode),
+        gather=rounds,
     )
     names.rename(b"")
     disk = _open_disk(config, geometry, names, place.world, plan.staging)
@@ -141,8 +173,9 @@ def build_worker(
         place.world,
         names,
         disk,
-        make_memory(config, geometry, codecs),
+        make_memory(config, geometry, codecs, shared),
         make_halver(config, codecs, device),
+        view,
     )
     if device.type == "cuda":
         of_group = [n for n, group in enumerate(geometry.groups) if not group.state_bytes]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
 from kvtc_vllm.offload.messages import Halved
 from kvtc_vllm.offload.outbox import News
+from kvtc_vllm.tiers.blob_store import BlobStore, StoreError
 from kvtc_vllm.tiers.keys import RecordKey
 
 
@@ -50,6 +52,41 @@ class DiskNews:
 
 
 NO_NEWS = DiskNews()
+FOUND_AT_ONCE = 1024
+"""Chunks told in one step: they take some milliseconds of the scheduler's."""
+
+
+class Found:
+    """What a namespace had when it was entered, perhaps a million chunks. Not thread-safe."""
+
+    def __init__(self, entries: Iterable[tuple[RecordKey, int]] = ()) -> None:
+        self._rest = iter(entries)
+        self._overtaken: set[RecordKey] = set()
+        self.told = False
+        """Whether that was all."""
+
+    def tell(self, news: DiskNews) -> None:
+        """Add some to the news of a step, but nothing of which there was later news."""
+        if self.told:
+            return
+        self._overtaken |= {key for key, _ in news.stored}.union(news.lost)
+        self._overtaken |= {one.key for one in news.halved}
+        some = list(islice(self._rest, FOUND_AT_ONCE))
+        news.found += [entry for entry in some if entry[0] not in self._overtaken]
+        if len(some) < FOUND_AT_ONCE:
+            self.told = True
+            self._overtaken.clear()
+
+
+def keep(news: DiskNews, memory: BlobStore) -> tuple[list[tuple[RecordKey, int]], list[RecordKey]]:
+    """Put what was read into memory: (key, bytes there) of what it holds, and what it does not."""
+    kept, failed = [], list(news.failed)
+    for key, blob in news.read:
+        try:
+            kept.append((key, memory.write(key, blob)))
+        except StoreError:
+            failed.append(key)
+    return kept, failed
 
 
 def tell(

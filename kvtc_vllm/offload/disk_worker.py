@@ -10,12 +10,13 @@ from contextlib import suppress
 from functools import partial
 
 from kvtc_vllm.codec.errors import CodecError, ContainerError
-from kvtc_vllm.offload.disk_news import DiskHalved, DiskNews
+from kvtc_vllm.offload.disk_news import DiskHalved, DiskNews, Found
 from kvtc_vllm.offload.halver import Halver
 from kvtc_vllm.offload.namespace import START_SECONDS, Namespace
 from kvtc_vllm.offload.pace import Pace, PaceMeter
 from kvtc_vllm.tiers.blob_store import Blob
 from kvtc_vllm.tiers.disk import DiskError, IoHandle, IoPool, disk_bytes
+from kvtc_vllm.tiers.inventory import Inventory
 from kvtc_vllm.tiers.keys import RecordKey
 
 logger = logging.getLogger("vllm.kvtc")
@@ -61,6 +62,7 @@ class DiskWorker:
         # What follows is read and changed under the lock.
         self._lock = threading.Lock()
         self._news = DiskNews()
+        self._found = Found()
         self._epoch = 0
         self._writing: dict[tuple[int, RecordKey], int] = {}
         self._queued = 0
@@ -75,7 +77,7 @@ class DiskWorker:
         """
         self._tenant_of = tenant_of
 
-    def inventory(self) -> list[tuple[RecordKey, int]]:
+    def inventory(self) -> Inventory:
         """(key, bytes) of what is on disk, least recently used first; clears leftovers.
 
         Called once, before the first step. Nothing if the disk fails: that is no reason not
@@ -89,7 +91,7 @@ class DiskWorker:
         except Exception as error:
             logger.warning("kvtc: what is on disk can't be listed, starting empty: %s", error)
             self._count(error)
-            return []
+            return Inventory()
 
     def write(self, key: RecordKey, blob: Blob, epoch: int) -> None:
         """Write when a thread is free; dropped and counted if too much waits.
@@ -152,6 +154,7 @@ class DiskWorker:
             left, self._namespace = self._namespace, None
             self._epoch = epoch
             self._news = DiskNews(errors=self._news.errors)
+            self._found = Found()
             self._repairs = 0
         if left is not None:
             self._submit_write(left.leave)
@@ -186,6 +189,7 @@ class DiskWorker:
         self._reads = running
         with self._lock:
             news, self._news = self._news, DiskNews()
+            self._found.tell(news)
         return news
 
     def close(self, last: Iterable[tuple[RecordKey, Blob]], seconds: float) -> None:
@@ -298,7 +302,7 @@ class DiskWorker:
             return
         with self._lock:
             if epoch == self._epoch:
-                self._news.found += found
+                self._found = Found(found)
 
     def _touch(self, namespace: Namespace, keys: Sequence[RecordKey]) -> None:
         gone = namespace.store.touch(keys)

@@ -20,7 +20,6 @@ from kvtc_vllm.offload.rank_context import RankContext, batches
 from kvtc_vllm.offload.threads import on_every_thread, thread_pool
 from kvtc_vllm.tiers.blob_store import StoreError
 from kvtc_vllm.tiers.delta_store import LOST
-from kvtc_vllm.tiers.keys import RecordKey
 
 logger = logging.getLogger("vllm.kvtc")
 
@@ -77,6 +76,7 @@ class LoadPipeline:
         self._transfers = context.transfers
         self._groups = context.geometry.groups
         self._memory = context.memory
+        self._view = context.view
         self._outbox = context.outbox
         self._times_halved = context.times_halved
         self._device = context.device
@@ -206,7 +206,8 @@ class LoadPipeline:
                 if reason is None:
                     continue
                 self._fail(out, request, [item])
-                if reason not in _SOUND:
+                # A load of before a reset says nothing of what has the same key now.
+                if reason not in _SOUND and request.proof.epoch == out.report.epoch:
                     out.report.bad.append(item.key)
                     if reason not in ("missing", LOST):
                         # What is on disk is the same blob: offered again, it would fail again.
@@ -236,7 +237,7 @@ class LoadPipeline:
         for item in items:
             if request.is_late:  # a slow tier: nothing was written yet
                 return [LATE] * len(items)
-            blobs.append(self._read(item.key))
+            blobs.append(self._read(item))
         found = [
             (item, blob)
             for item, blob in zip(items, blobs, strict=True)
@@ -270,9 +271,13 @@ class LoadPipeline:
                 )
         return reasons
 
-    def _read(self, key: RecordKey) -> Blob | StoreError:
+    def _read(self, item: LoadItem) -> Blob | StoreError:
         try:
-            return self._memory.read(key)
+            if self._view is None:
+                return self._memory.read(item.key)
+            if item.place is None:
+                raise StoreError("missing", "the record is not in the first rank's memory")
+            return self._view.read_at(item.place)
         except StoreError as error:
             return error
 

@@ -66,6 +66,8 @@ class LoadItem:
     first_block: int
     block_ids: list[int]
     group: int = 0
+    place: int | None = None
+    """Where the first rank keeps it for all; None where each has its own, or if it is gone."""
 
 
 @dataclass
@@ -128,7 +130,8 @@ class StepMetadata:
     kept: list[StoreItem] = field(default_factory=list)
     """Stores of what this step completes that are put off, until a later step's `stage_first`."""
     demote: list[RecordKey] = field(default_factory=list)
-    """Evicted from memory, to be written to disk first."""
+    """To be written to disk, before `evict`: what leaves memory, or what all ranks that share one
+    copy have settled."""
     disk_remove: list[RecordKey] = field(default_factory=list)
     """To be deleted from disk."""
     touch: list[RecordKey] = field(default_factory=list)
@@ -155,7 +158,10 @@ class WorkerReport:
 
     epoch: int
     stored: list[tuple[RecordKey, int, int]] = field(default_factory=list)
-    """(key, rank, bytes) that memory holds now."""
+    """(key, rank, bytes) that memory holds now. From a rank that keeps nothing, since another one
+    does for all: that nothing speaks against it here."""
+    placed: list[tuple[RecordKey, int]] = field(default_factory=list)
+    """(key, place) of what is stored and other ranks will read, see `tiers/shared_arena.py`."""
     dropped: list[tuple[RecordKey, int]] = field(default_factory=list)
     """(key, rank) of stores and promotions that were given up."""
     bad: list[RecordKey] = field(default_factory=list)
@@ -214,6 +220,7 @@ class WorkerReport:
         if other.epoch != self.epoch:
             return self if self.epoch > other.epoch else other
         self.stored += other.stored
+        self.placed += other.placed
         self.resized += other.resized
         self.halved += other.halved
         self.disk_halved += other.disk_halved

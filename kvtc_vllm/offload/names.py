@@ -25,6 +25,11 @@ from kvtc_vllm.tiers.disk import DiskStore
 OpenStore = Callable[[bytes, bytes], DiskStore]
 """(identity, generation) -> the store of that namespace. Raises DiskError."""
 
+Gather = Callable[[bytes], Sequence[bytes]]
+"""What every rank gives, in the order of ranks. All ranks call it, in the same step."""
+
+_DIGEST_BYTES = 16
+
 
 @dataclass(frozen=True)
 class Proof:
@@ -45,8 +50,9 @@ class Names:
 
     codecs: they write and read blobs of the present name. setup: None where nothing tells set-ups
     apart, in tests. open_store: None without a disk tier. may_sleep: the weights' memory may be
-    taken away while no step computes, and must not be read then. changes: times that other
-    weights were found than those of the name before.
+    taken away while no step computes, and must not be read then. gather: where one copy is kept
+    for all ranks; the name is then one for all, of what computes on every one of them. changes:
+    times that other weights were found than those of the name before.
     """
 
     def __init__(
@@ -57,8 +63,10 @@ class Names:
         adapters: LoadedAdapters | None = None,
         open_store: OpenStore | None = None,
         may_sleep: bool = False,
+        gather: Gather | None = None,
     ) -> None:
         self._codecs = codecs
+        self._gather = gather
         self._identity = b""
         self._setup = setup
         self._weights = weights if weights is not None else Unwatched()
@@ -71,18 +79,20 @@ class Names:
     def rename(self, generation: bytes) -> bool:
         """Make the name of what computes now; False if the weights are those of the last name.
 
-        Blobs that are being made under the last one meanwhile belong to an older epoch and are
-        dropped.
+        With `gather` all ranks must do so in the same step, and wait for each other. Blobs that are
+        being made under the last one meanwhile belong to an older epoch and are dropped.
         """
         digest = self._weights.digest()
         self.adapters.forget()
-        changed = self._digest is not None and digest != self._digest
-        self._digest = digest
-        self.changes += changed
         if self._setup is not None:
             self._identity = self._setup.digest(digest, generation)
         else:
             self._identity = xxhash.xxh3_128_digest(digest + generation)
+        if self._gather is not None:
+            digest, self._identity = _joined(self._gather(_padded(digest) + self._identity))
+        changed = self._digest is not None and digest != self._digest
+        self._digest = digest
+        self.changes += changed
         for codec in self._codecs:
             codec.identity = self._identity
         return changed
@@ -105,3 +115,15 @@ class Names:
     def release(self) -> None:
         """Let go of the model: nothing computes any more."""
         self._weights, self.adapters = Unwatched(), LoadedAdapters(None)
+
+
+def _padded(digest: bytes) -> bytes:
+    """Unwatched weights have none."""
+    return digest.ljust(_DIGEST_BYTES, b"\0")
+
+
+def _joined(parts: Sequence[bytes]) -> tuple[bytes, bytes]:
+    """Digests over the weights and over the identities of all ranks."""
+    weights = b"".join(part[:_DIGEST_BYTES] for part in parts)
+    identities = b"".join(part[_DIGEST_BYTES:] for part in parts)
+    return xxhash.xxh3_128_digest(weights), xxhash.xxh3_128_digest(identities)

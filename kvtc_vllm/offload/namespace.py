@@ -9,9 +9,7 @@ from functools import partial
 from typing import TypeVar
 
 from kvtc_vllm.tiers.disk import DiskError, DiskStore, IoPool
-from kvtc_vllm.tiers.disk.scan import without_collector
-from kvtc_vllm.tiers.disk.sorting import taken
-from kvtc_vllm.tiers.disk.turns import short_turns
+from kvtc_vllm.tiers.inventory import Inventory
 from kvtc_vllm.tiers.keys import RecordKey
 
 T = TypeVar("T")
@@ -74,12 +72,9 @@ class Namespace:
                 self._store.drop()
             self._store.close()
 
-    def listed(self, until: float) -> list[tuple[RecordKey, int]]:
+    def listed(self, until: float) -> Inventory:
         """Key and bytes of every chunk, least recently used first. Uses the disk."""
-        found = _patiently(self.store.scan, until)
-        found.reverse()
-        with without_collector(), short_turns():
-            return [(entry.key, entry.size) for entry in taken(found)]
+        return _patiently(self.store.inventory, until)
 
     def read(self, key: RecordKey) -> bytes:
         """A chunk, verified. Uses the disk; raises DiskError."""

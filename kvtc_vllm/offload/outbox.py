@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from kvtc_vllm.offload.messages import WorkerReport
@@ -76,6 +76,13 @@ class Outbox:
             if epoch == self._news.report.epoch:
                 self._news.report.found_stale(step)
         self._waiting.set()
+
+    def tell_adapters(self, digests: Mapping[int, bytes | None], rank: int) -> None:
+        """Report what a rank's LoRA adapters are, see `WorkerReport`."""
+        if digests:
+            with self._lock:
+                for number, digest in digests.items():
+                    self._news.report.adapters[number] = {rank: digest}
 
     def take_report(self, step: int) -> WorkerReport:
         """All that is for the scheduler, in the given step.

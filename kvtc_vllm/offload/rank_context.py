@@ -17,6 +17,7 @@ from kvtc_vllm.offload.messages import LoadItem, StoreItem
 from kvtc_vllm.offload.outbox import Outbox
 from kvtc_vllm.offload.transfer import Transfer
 from kvtc_vllm.tiers.blob_store import BlobStore
+from kvtc_vllm.tiers.shared_arena import SharedView
 
 Item = TypeVar("Item", StoreItem, LoadItem)
 
@@ -41,6 +42,15 @@ class RankContext:
     outbox: Outbox
     times_halved: Callable[[Blob], int] | None = None
     """How often a blob of memory was halved; None where none ever is."""
+    one_copy: bool = False
+    """The first rank keeps what all have the same, for all."""
+    view: SharedView | None = None
+    """What the first rank keeps, as another one reads it; such a rank keeps nothing."""
+
+    @property
+    def keepers(self) -> int:
+        """Ranks that keep something."""
+        return 1 if self.one_copy else self.geometry.ranks
 
 
 def batches(items: Sequence[Item], sizes: Sequence[int]) -> Iterator[Sequence[Item]]:

@@ -6,7 +6,7 @@ Runs in the engine core's thread only. It never sees a byte of KV.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.offload.block_tables import BlockTables
@@ -28,6 +28,7 @@ from kvtc_vllm.offload.tier_stats import TierStats
 from kvtc_vllm.offload.tier_view import TierView
 from kvtc_vllm.offload.vllm_types import BlockPool, Request, SchedulerOutput
 from kvtc_vllm.tiers.keys import RecordKey
+from kvtc_vllm.tiers.shared_arena import page_bytes
 
 NONCE_BYTES = 8
 """Of a generation."""
@@ -42,7 +43,7 @@ class KVTCScheduler:
     bounds: by cache group, most bytes of a record on any rank. prompt_only: never store blocks
     filled while generating. loads, stores: what the engine's role among others allows.
     store_policy: instead of what the configuration asks for. reuse: what the engine does with
-    blocks.
+    blocks. one_copy: the first rank keeps what all have the same, for all of them.
     """
 
     def __init__(
@@ -55,13 +56,17 @@ class KVTCScheduler:
         stores: bool = True,
         store_policy: StorePolicy | None = None,
         reuse: BlockReuse | None = None,
+        one_copy: bool = False,
     ) -> None:
         self._loads_allowed = loads
         self._config = config
         self._chunk_tokens = config.chunk_tokens
         self._demotes = config.disk_write == "behind"
         ranks = geometry.ranks
-        tiers = tier_indexes(config, ranks)
+        keepers = 1 if one_copy else ranks
+        if one_copy:
+            bounds = [page_bytes(bound) for bound in bounds]
+        tiers = self._indexes = tier_indexes(config, ranks, keepers)
         self.index, self.disk = tiers.memory, tiers.disk
         self._spare, self._halving = tiers.spare, tiers.halving
         self._load_policy = LoadPolicy(config.load_gate, ranks, keeps_part=geometry.keeps_all)
@@ -84,7 +89,7 @@ class KVTCScheduler:
                 self._tiers,
                 reuse or BlockReuse(step_blocks=0),
                 lambda name, amount, label: self._stats.add(name, amount, label),
-                stored_at_once(config, geometry, bounds),
+                stored_at_once(config, geometry, bounds, keepers),
                 loads=loads,
             ),
         )
@@ -227,6 +232,9 @@ class KVTCScheduler:
         items = self._lookup.load_items(self._lookup.records(chunks), start, end, tables)
         # vLLM may defer this call by a step; what was evicted since is reported as missing.
         pinned = self.index.pin(item.key for item in items)
+        if self.index.keepers < self.index.ranks:
+            for item in items:
+                item.place = self.index.place_of(item.key)
         self._loads.begin(request, [item.key for item in items], pinned)
         last = -(-end // self._chunk_tokens)
         self._stores.loaded(request.request_id, chunks[start // self._chunk_tokens : last])
@@ -267,6 +275,7 @@ class KVTCScheduler:
         self._check_due = self._check_due and not check
         self._told_epoch = self._epoch
         evicted, victims = self.index.take_evicted(), self.index.take_victims()
+        to_disk = victims if self._demotes else self._indexes.take_settled()
         loads, self._new_loads = self._new_loads, []
         touched, self._touched = self._touched, []
         return StepMetadata(
@@ -278,7 +287,7 @@ class KVTCScheduler:
             adapters=self._requests.adapters.take_wanted(),
             stage_first=due,
             gone=gone,
-            demote=self._tiers.not_on_disk(victims) if self._demotes else [],
+            demote=self._tiers.not_on_disk(to_disk),
             disk_remove=self.disk.take_removed() if self.disk is not None else [],
             touch=touched,
             promote=self._promotions.take_orders() if self._promotions is not None else [],
@@ -298,19 +307,7 @@ class KVTCScheduler:
             self._load_policy.step_ended(report.step)
         if report is not None and report.epoch == self._epoch:
             self._load_policy.observe_loads(report.loading)
-            if self.disk is not None:
-                for key, rank, size in report.disk_stored:
-                    self.disk.add(key, rank, size)
-                for key in report.disk_lost:
-                    self.disk.lose(key)
-            for key, rank, size in report.stored:
-                self.index.commit(key, rank, size)
-            for key, rank, size in report.resized:
-                self.index.resize(key, rank, size)
-            self._halving.reported(report)
-            for key, rank in report.dropped:
-                self.index.abandon(key, rank)
-            ended = [key for key, _, _ in report.stored] + [key for key, _ in report.dropped]
+            ended = self._indexes.take(report)
             self._stores.settled(key for key in ended if not self.index.is_pending(key))
             for key in report.bad:
                 self.index.discard(key)
@@ -349,7 +346,7 @@ class KVTCScheduler:
         self._check_due = self._check_due or seen
         return seen
 
-    def restore(self, inventories: Mapping[int, Sequence[tuple[RecordKey, int]]]) -> None:
+    def restore(self, inventories: Mapping[int, Iterable[tuple[RecordKey, int]]]) -> None:
         """Take over what workers found on disk when they started, by rank."""
         if self.disk is not None:
             self.disk.restore(inventories)
@@ -375,9 +372,7 @@ class KVTCScheduler:
 
     def _begin_epoch(self) -> None:
         """Blobs and running work of older epochs are of no use; files are left to others."""
-        self.index.clear()
-        if self.disk is not None:
-            self.disk.clear()
+        self._indexes.clear()
         if self._promotions is not None:
             self._promotions.clear()
         self._halving.clear()
@@ -389,7 +384,7 @@ class KVTCScheduler:
     def has_pending_work(self) -> bool:
         """True while workers have something to report, or to be told, although no request runs."""
         untold = self.disk is not None and self._told_epoch != self._epoch
-        return self.index.pending > 0 or bool(self._loads) or untold
+        return self.index.pending > 0 or bool(self._loads or self._indexes.settled) or untold
 
     def take_stats(self) -> Stats | None:
         """Counters since the last call, with gauges when they moved."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
-from kvtc_vllm.tiers.keys import ChunkKey
+from kvtc_vllm.tiers.key_order import KeyOrder
+from kvtc_vllm.tiers.keys import ChunkKey, RecordKey
+from kvtc_vllm.tiers.sharded_dict import ShardedDict
 
 REMEMBERED = 1 << 17
 """Keys counted at once, about 20 MiB; the least recently seen are forgotten first."""
@@ -19,15 +19,19 @@ class SeenCounter:
     def __init__(self, threshold: int, remembered: int = REMEMBERED) -> None:
         self._threshold = threshold
         self._remembered = remembered
-        self._counts: OrderedDict[ChunkKey, int] = OrderedDict()
+        self._counts: ShardedDict[int] = ShardedDict()
+        self._order = KeyOrder()
 
     def admits(self, key: ChunkKey) -> bool:
         """Count one more request with this chunk; True once there were enough."""
         if self._threshold <= 1:
             return True
         # Kept when admitted, too: the chunk may be dropped or evicted and come back.
-        count = min(self._counts.pop(key, 0) + 1, self._threshold)
+        count: int = min(self._counts.get(key, 0) + 1, self._threshold)
         self._counts[key] = count
-        if len(self._counts) > self._remembered:
-            self._counts.popitem(last=False)
+        self._order.push(RecordKey(key))
+        if len(self._order) > self._remembered:
+            oldest = self._order.pop_oldest()
+            assert oldest is not None
+            del self._counts[oldest]
         return count >= self._threshold

@@ -51,17 +51,18 @@ def chosen_policy(config: KVTCConfig, loads: bool, groups: int = 1) -> str:
 
 
 def stored_at_once(
-    config: KVTCConfig, geometry: CacheGeometry, bounds: Sequence[int]
+    config: KVTCConfig, geometry: CacheGeometry, bounds: Sequence[int], keepers: int
 ) -> int | None:
     """Chunks for whose stores there is room in one step, which may have to store all of them.
 
-    None without a limit. bounds: by cache group, most bytes of a record on any rank. Staging that
+    None without a limit. bounds: by cache group, most bytes of a record on any rank. keepers: ranks
+    that keep a part of it. Staging that
     plans itself holds two of the largest steps. Half of memory may be in use by loads and by stores
     before; but where there is no disk, what finds no room in memory would have left it anyway.
     """
     limits = []
     if config.disk_path is not None:
-        limits.append(config.memory_capacity // geometry.ranks // sum(bounds) // 2)
+        limits.append(config.memory_capacity // keepers // sum(bounds) // 2)
     if config.staging_capacity is not None:
         limits.append(config.staging_capacity // (config.chunk_tokens * geometry.token_bytes))
     return min(limits, default=None)

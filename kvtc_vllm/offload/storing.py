@@ -43,15 +43,16 @@ class StorePipeline:
         self._rank = context.rank
         self._memory = context.memory
         self._delta = context.memory if isinstance(context.memory, DeltaStore) else None
-        self._write_through = context.disk if config.disk_write == "through" else None
+        # One copy is written once all ranks have settled it: the scheduler says when.
+        through = config.disk_write == "through" and not context.one_copy
+        self._write_through = context.disk if through else None
+        self._keeps = context.view is None
         self._outbox = context.outbox
         self._staged = 0
         self._lock = threading.Lock()
         self._stream = SideStream(device)
         self._share = Throttle(
-            share_of_thread(
-                config.encode_share, device, config.encode_threads, context.geometry.ranks
-            )
+            share_of_thread(config.encode_share, device, config.encode_threads, context.keepers)
         )
         self._num_threads = config.encode_threads
         self._threads = thread_pool("kvtc-encode", self._num_threads, device)
@@ -63,8 +64,12 @@ class StorePipeline:
     def store(self, items: Sequence[StoreItem], epoch: int, proof: Proof) -> None:
         """Copy blocks to staging memory and hand them to the encoders. Engine's thread.
 
-        items: first to last of each prefix.
+        items: first to last of each prefix. Where another rank keeps them for all, what is looked
+        at is only whether they are of what computes here.
         """
+        if not self._keeps:
+            self._threads.submit(self._witness, items, epoch, proof)
+            return
         started = time.perf_counter()
         taken = self._with_room(items)
         self.drop(items[len(taken) :], epoch, "staging_full")
@@ -145,6 +150,23 @@ class StorePipeline:
     def _release(self, items: Sequence[StoreItem]) -> None:
         with self._lock:
             self._staged -= self._staged_bytes(items)
+
+    def _witness(self, items: Sequence[StoreItem], epoch: int, proof: Proof) -> None:
+        """Report that nothing speaks against a store of another rank, or that something does."""
+        try:
+            holds = proof.holds
+        except Exception:
+            logger.exception("kvtc: %d chunks not stored", len(items))
+            self.drop(items, epoch, "error")
+            return
+        if not holds:
+            self._outbox.found_stale(proof.step, proof.epoch)
+            self.drop(items, epoch, "changed")
+            return
+        with self._outbox.open() as out:
+            if epoch == out.report.epoch:
+                out.report.stored += [(item.key, self._rank, 0) for item in items]
+        self._outbox.notify()
 
     def _stage(self, items: Sequence[StoreItem], epoch: int, proof: Proof) -> None:
         try:

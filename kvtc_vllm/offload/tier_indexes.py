@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.offload.halving import HalvingOrders, TierHalving
+from kvtc_vllm.offload.messages import WorkerReport
 from kvtc_vllm.tiers import policies
 from kvtc_vllm.tiers.disk_index import DiskIndex
 from kvtc_vllm.tiers.index import TierIndex
+from kvtc_vllm.tiers.keys import RecordKey
 from kvtc_vllm.tiers.policies.base import EvictionPolicy
 from kvtc_vllm.tiers.policies.halving import HalvingOrder
 from kvtc_vllm.tiers.policies.spare_first import SpareFirst
@@ -22,18 +24,60 @@ class TierIndexes:
     spare: SpareFirst | None
     disk: DiskIndex | None
     halving: TierHalving
+    settled: list[RecordKey] = field(default_factory=list)
+    """Stored on all ranks that share one copy, and not yet to be written to disk."""
+
+    def take(self, report: WorkerReport) -> list[RecordKey]:
+        """Take over sizes and failures; returns what a rank has stored, promoted or given up."""
+        memory, disk = self.memory, self.disk
+        if disk is not None:
+            for key, rank, size in report.disk_stored:
+                disk.add(key, rank, size)
+            for key in report.disk_lost:
+                disk.lose(key)
+        for key, place in report.placed:
+            memory.put(key, place)
+        for key, rank, size in report.stored:
+            memory.commit(key, rank, size)
+        for key, rank, size in report.resized:
+            memory.resize(key, rank, size)
+        self.halving.reported(report)
+        for key, rank in report.dropped:
+            memory.abandon(key, rank)
+        ended = [key for key, _, _ in report.stored] + [key for key, _ in report.dropped]
+        if disk is not None and memory.keepers < memory.ranks:
+            self.settled.extend(key for key in dict.fromkeys(ended) if memory.is_ready(key))
+        return ended
+
+    def take_settled(self) -> list[RecordKey]:
+        """What may be written to disk from now on, since the last call.
+
+        What is on disk has one name for all ranks then, so nothing may get there that one of them
+        speaks against.
+        """
+        settled = list(self.settled)
+        self.settled.clear()
+        return settled
+
+    def clear(self) -> None:
+        """Forget everything; files are left where they are."""
+        self.memory.clear()
+        if self.disk is not None:
+            self.disk.clear()
+        self.settled.clear()
 
 
-def tier_indexes(config: KVTCConfig, ranks: int) -> TierIndexes:
-    """As the configuration asks for."""
+def tier_indexes(config: KVTCConfig, ranks: int, keepers: int | None = None) -> TierIndexes:
+    """As the configuration asks for. keepers: ranks that keep something, None for all."""
+    keepers = ranks if keepers is None else keepers
     order, cold = _order(config, config.memory_capacity, config.degrade != "off")
     spare = SpareFirst(order) if config.exclusive else None
-    memory = TierIndex(config.memory_capacity, ranks, spare or order)
+    memory = TierIndex(config.memory_capacity, ranks, spare or order, keepers)
     in_memory, on_disk = HalvingOrders(memory, cold), HalvingOrders(None, None)
     disk = None
     if config.disk_path is not None:
         order, cold = _order(config, config.disk_capacity, config.degrade == "both")
-        disk = DiskIndex(config.disk_capacity, ranks, order)
+        disk = DiskIndex(config.disk_capacity, keepers, order)
         on_disk = HalvingOrders(disk, cold)
     return TierIndexes(memory, spare, disk, TierHalving(in_memory, on_disk))
 

@@ -19,7 +19,7 @@ import torch
 
 from kvtc_vllm.codec.errors import CodecError
 from kvtc_vllm.config import KVTCConfig
-from kvtc_vllm.offload.disk_news import NO_NEWS, tell
+from kvtc_vllm.offload.disk_news import NO_NEWS, keep, tell
 from kvtc_vllm.offload.disk_worker import DiskWorker
 from kvtc_vllm.offload.geometry import CacheGeometry
 from kvtc_vllm.offload.halver import Halver
@@ -42,9 +42,11 @@ from kvtc_vllm.offload.stats import Stats
 from kvtc_vllm.offload.storing import StorePipeline
 from kvtc_vllm.offload.transfer import Transfer
 from kvtc_vllm.tiers.blob_store import Blob, MemoryStore, StoreError
+from kvtc_vllm.tiers.inventory import Inventory
 from kvtc_vllm.tiers.keys import RecordKey
 from kvtc_vllm.tiers.memory import MemoryArena
 from kvtc_vllm.tiers.once_store import OnceStore
+from kvtc_vllm.tiers.shared_arena import SharedArena, SharedView
 
 logger = logging.getLogger("vllm.kvtc")
 
@@ -70,8 +72,10 @@ class KVTCWorker:
     transfers: by cache group. device: where the paged cache is. staging_capacity: bytes that
     records may take between staging and encoding. rank: this worker's number among the engine's
     workers, 0-based. names: of what computes, made once already. disk: its part of the disk tier,
-    if there is one. memory: instead of an arena of this rank's share of the configured bytes.
-    halver: makes blobs of a plain arena smaller; None: nothing does.
+    if there is one. memory: instead of an arena of this rank's share of the configured bytes; a
+    `SharedArena` where this rank keeps what all have the same. view: of that arena, where another
+    rank does; this one then has neither memory nor disk. halver: makes blobs of a plain arena
+    smaller; None: nothing does.
     """
 
     def __init__(
@@ -86,8 +90,10 @@ class KVTCWorker:
         disk: DiskWorker | None = None,
         memory: MemoryStore | None = None,
         halver: Halver | None = None,
+        view: SharedView | None = None,
     ) -> None:
         self._config = config
+        self._view = view
         self._names = names
         self.transfers = transfers
         self._generation = b""
@@ -98,8 +104,9 @@ class KVTCWorker:
         self._disk = disk
         self._rank = rank
         if memory is None:
-            memory = MemoryArena(config.memory_capacity // geometry.ranks)
+            memory = MemoryArena(0 if view else config.memory_capacity // geometry.ranks)
         self.arena: MemoryStore = memory
+        self.one_copy = view is not None or isinstance(memory, SharedArena)
         if disk is not None and isinstance(memory, OnceStore):
             disk.share_bodies(memory.tenant_of)
         self._step = StepMetadata()
@@ -121,6 +128,8 @@ class KVTCWorker:
             disk,
             self._outbox,
             None if halver is None else halver.times_halved,
+            self.one_copy,
+            view,
         )
         self._halver = halver
         self._halving: HalvingPipeline | None = None
@@ -184,6 +193,9 @@ class KVTCWorker:
             self._disk.read(step.promote)
             if self._halver is not None:
                 self._disk.halve(step.disk_halve, self._halver)
+        elif self._view is not None and step.promote:
+            with self._outbox.open() as out:  # the first rank reads for all
+                out.report.stored += [(key, self._rank, 0) for key in step.promote]
         if self._halving is not None:
             self._halving.begin(step.halve, step.epoch)
         self._load(step, [job for job in step.loads if not self._may_begin_early(job)])
@@ -240,7 +252,7 @@ class KVTCWorker:
             self._take_disk_news(self._disk)
         if self._step.adapters:
             # Only now: an adapter that is loaded may take the place of one that just computed.
-            self._tell_adapters(self._names.adapters.load(self._step.adapters))
+            self._outbox.tell_adapters(self._names.adapters.load(self._step.adapters), self._rank)
         resized = self.arena.take_resized()
         if resized:
             with self._outbox.open() as out:
@@ -260,6 +272,8 @@ class KVTCWorker:
         step, self._step = self._step, StepMetadata()  # said once
         report = self._outbox.take_report(step.number)
         report.loading = self._loads.take_pace()
+        if isinstance(self.arena, SharedArena):
+            report.placed = self.arena.places(key for key, _, _ in report.stored)
         if self._disk is not None:
             report.reading = self._disk.take_pace()
         return None if report.is_empty() and not step.tokens else report
@@ -290,7 +304,7 @@ class KVTCWorker:
             self._disk.close(chain(last, held), started + SHUTDOWN_SECONDS - time.monotonic())
         self._names.release()
 
-    def inventory(self) -> list[tuple[RecordKey, int]] | None:
+    def inventory(self) -> Inventory | None:
         """(key, bytes) of what this rank has on disk; None without a disk tier."""
         return None if self._disk is None else self._disk.inventory()
 
@@ -303,10 +317,11 @@ class KVTCWorker:
     def _only_in_pages(self, until: float) -> list[tuple[RecordKey, bytes]]:
         """What was put off and is in the paged cache only, newest first, encoded in time.
 
-        Nothing where the memory of the cache or the weights may have been taken away.
+        Nothing where the memory of the cache or the weights may have been taken away, or where
+        other ranks would have to agree.
         """
         kept = self._kept.take_all()
-        if not kept or self._names.may_sleep:
+        if not kept or self._names.may_sleep or self.one_copy:
             return []
         proof = self._names.prove(self._step.number, self._outbox.epoch)
         return self._stores.encode_now(kept, self._kept.prove(proof), until)
@@ -338,7 +353,7 @@ class KVTCWorker:
             with self._outbox.open() as out:
                 out.report.named_in = step.number
                 out.report.other_weights = other_weights
-        self._tell_adapters(self._names.adapters.refresh())
+        self._outbox.tell_adapters(self._names.adapters.refresh(), self._rank)
         if step.check:
             self._loads.check(self._prove(step))
 
@@ -356,16 +371,10 @@ class KVTCWorker:
             return True
         return self._names.adapters.is_loaded(use.number, use.parts[self._rank])
 
-    def _tell_adapters(self, news: dict[int, bytes | None]) -> None:
-        if news:
-            with self._outbox.open() as out:
-                for number, digest in news.items():
-                    out.report.adapters[number] = {self._rank: digest}
-
     def _check_finished(self, finished: set[str]) -> None:
         """Weights or an adapter that changed while a load ran did not compute what it brought."""
         loads = [self._running.pop(name) for name in finished if name in self._running]
-        self._tell_adapters(self._names.adapters.refresh())
+        self._outbox.tell_adapters(self._names.adapters.refresh(), self._rank)
         numbers = [load.adapter.number for load in loads if load.adapter != NO_ADAPTER]
         holds = True
         if self._step.tokens or not self._names.may_sleep:
@@ -387,12 +396,6 @@ class KVTCWorker:
         news = disk.take_news()
         if news == NO_NEWS:
             return
-        kept: list[tuple[RecordKey, int]] = []
-        failed = list(news.failed)
-        for key, blob in news.read:
-            try:
-                kept.append((key, self.arena.write(key, blob)))
-            except StoreError:
-                failed.append(key)
+        kept, failed = keep(news, self.arena)
         with self._outbox.open() as out:
             tell(out, news, self._rank, kept, failed)

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 
 from kvtc_vllm.tiers.blob_store import Blob, MemoryStore, StoreError
 from kvtc_vllm.tiers.keys import RecordKey
+from kvtc_vllm.tiers.sharded_dict import ShardedDict
 from kvtc_vllm.tiers.token_windows import TokenWindows
 
 logger = logging.getLogger("vllm.kvtc")
@@ -78,8 +79,8 @@ class DeltaStore:
         self._inner = inner
         self._differences = differences
         self._windows = TokenWindows()
-        self._sources: dict[RecordKey, _Source] = {}
-        self._of: dict[RecordKey, tuple[_Source, ...]] = {}
+        self._sources: ShardedDict[_Source] = ShardedDict()
+        self._of: ShardedDict[tuple[_Source, ...]] = ShardedDict()
         self._resized: dict[RecordKey, int] = {}
         self._numbers = itertools.count()
         self._lock = threading.Lock()
@@ -151,8 +152,9 @@ class DeltaStore:
     def clear(self) -> None:
         """Forget everything."""
         with self._lock:
-            for found in (self._sources, self._of, self._resized):
-                found.clear()
+            self._sources.clear()
+            self._of.clear()
+            self._resized.clear()
             self._windows.clear()
             self._inner.clear()
 

@@ -10,14 +10,18 @@ index hears of it afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from kvtc_vllm.tiers.keys import RecordKey
 from kvtc_vllm.tiers.policies import EvictionPolicy
 from kvtc_vllm.tiers.rank_sizes import RankSizes
+from kvtc_vllm.tiers.sharded_dict import ShardedDict
 
 HEADROOM = 64
 """One part in so many of the capacity is left to writes that are under way."""
+
+REMOVED_AT_ONCE = 4096
+"""Keys a step: after a start with a smaller capacity there may be a million."""
 
 
 class DiskIndex:
@@ -33,18 +37,19 @@ class DiskIndex:
         self._policy = policy
         self._packing = RankSizes(ranks)
         # Of what is complete there may be millions: nothing here is a container.
-        self._complete: dict[RecordKey, bytes] = {}
+        self._complete: ShardedDict[bytes] = ShardedDict()
+        self._complete_records = 0
         self._partial: dict[RecordKey, dict[int, int]] = {}
         self._removed: list[RecordKey] = []
         self.used = 0
         self.evictions = 0
 
-    def restore(self, inventories: Mapping[int, Sequence[tuple[RecordKey, int]]]) -> None:
+    def restore(self, inventories: Mapping[int, Iterable[tuple[RecordKey, int]]]) -> None:
         """Take over what each rank found at start, (key, bytes), least recently used first.
 
         Records that not every rank holds are of no use and are removed.
         """
-        others: dict[RecordKey, dict[int, int]] = {}
+        others: ShardedDict[dict[int, int]] = ShardedDict()
         first, *more = inventories or (0,)
         for rank in more:
             for key, size in inventories[rank]:
@@ -56,7 +61,7 @@ class DiskIndex:
                 continue
             for rank, part in parts.items():
                 self.add(key, rank, part)
-        self._removed += others
+        self._removed += map(RecordKey, others)
 
     def add(self, key: RecordKey, rank: int, size: int) -> None:
         """Take note that a rank has its part on disk, `size` bytes of it.
@@ -67,8 +72,13 @@ class DiskIndex:
             self._drop(key)
             self._removed.append(key)
             return
-        packed = self._complete.pop(key, None)
-        parts = self._partial.get(key, {}) if packed is None else self._unpack(packed)
+        shard = self._complete.shards[key[0]]
+        packed = shard.pop(key, None)
+        if packed is None:
+            parts = self._partial.get(key, {})
+        else:
+            self._complete_records -= 1
+            parts = self._unpack(packed)
         self.used += size - parts.get(rank, 0)
         parts[rank] = size
         if len(parts) < self.ranks:
@@ -76,7 +86,8 @@ class DiskIndex:
         else:
             self._partial.pop(key, None)
             sizes = [parts[number] for number in range(self.ranks)]
-            self._complete[key] = self._packing.pack(sizes)
+            shard[key] = self._packing.pack(sizes)
+            self._complete_records += 1
             self._policy.insert(key, sum(sizes))
         if self.used > self._limit:
             self._make_room(key)
@@ -108,7 +119,7 @@ class DiskIndex:
 
     def is_ready(self, key: RecordKey) -> bool:
         """True if every rank has its part."""
-        return key in self._complete
+        return key in self._complete.shards[key[0]]
 
     def part_bytes(self, key: RecordKey) -> int:
         """The largest rank's part in bytes; 0 if not every rank has one."""
@@ -123,8 +134,12 @@ class DiskIndex:
         return touched
 
     def take_removed(self) -> list[RecordKey]:
-        """Keys that workers must delete, since the last call."""
-        removed, self._removed = self._removed, []
+        """Keys that workers must delete, those first that were told first.
+
+        At most `REMOVED_AT_ONCE`, the others with the next calls.
+        """
+        removed = self._removed[:REMOVED_AT_ONCE]
+        del self._removed[:REMOVED_AT_ONCE]
         return removed
 
     def clear(self) -> None:
@@ -133,10 +148,11 @@ class DiskIndex:
         self._partial.clear()
         self._policy.clear()
         self._removed.clear()
+        self._complete_records = 0
         self.used = 0
 
     def __len__(self) -> int:
-        return len(self._complete) + len(self._partial)
+        return self._complete_records + len(self._partial)
 
     def _make_room(self, newest: RecordKey) -> None:
         """Parts that wait for other ranks go first: their write may have failed there."""
@@ -158,6 +174,7 @@ class DiskIndex:
             packed = self._complete.pop(key, None)
             if packed is None:
                 return False
+            self._complete_records -= 1
             parts = self._unpack(packed)
             self._policy.remove(key)
         self.used -= sum(parts.values())

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from kvtc_vllm.tiers.keys import RecordKey
 from kvtc_vllm.tiers.policies import EvictionPolicy
 from kvtc_vllm.tiers.rank_sizes import RankSizes
+from kvtc_vllm.tiers.sharded_dict import ShardedDict
 
 
 @dataclass
@@ -25,6 +26,7 @@ class _Pending:
     sizes: list[int]
     reported: list[bool]
     doomed: bool = False
+    place: int | None = None
 
 
 class TierIndex:
@@ -33,21 +35,30 @@ class TierIndex:
     vLLM's words: `reserve` is `prepare_store`; `commit` and `abandon` are `complete_store`, well
     or not; `pin` and `unpin` are `prepare_load` and `complete_load`; `hit` and `refresh` are
     `touch`. capacity: bytes over all ranks; each rank gets an equal share.
+
+    keepers: the first so many ranks keep parts, None for all. The others report like them, so that
+    a record is ready when nothing on any rank speaks against it, and sizes of theirs don't count.
     """
 
-    def __init__(self, capacity: int, ranks: int, policy: EvictionPolicy) -> None:
+    def __init__(
+        self, capacity: int, ranks: int, policy: EvictionPolicy, keepers: int | None = None
+    ) -> None:
+        keepers = ranks if keepers is None else keepers
         self.capacity = capacity
         self.ranks = ranks
-        self.rank_capacity = capacity // ranks
+        self.keepers = keepers
+        self.rank_capacity = capacity // keepers
         self._policy = policy
-        self._packing = RankSizes(ranks)
+        self._packing = RankSizes(keepers)
         # Of what is ready there may be millions: nothing here is a container.
-        self._ready: dict[RecordKey, bytes] = {}
+        self._ready: ShardedDict[bytes] = ShardedDict()
         self._pending: dict[RecordKey, _Pending] = {}
         self._pins: dict[RecordKey, int] = {}
         self._doomed: dict[RecordKey, bytes] = {}  # bad, but still pinned
-        self._used = [0] * ranks
+        self._places: ShardedDict[int] = ShardedDict()
+        self._used = [0] * keepers
         self._ready_bytes = 0
+        self._ready_records = 0
         self._evicted: list[RecordKey] = []
         self._victims: list[RecordKey] = []
         self.evictions = 0
@@ -64,10 +75,20 @@ class TierIndex:
         while max(self._used) + bound > self.rank_capacity:
             if not self._evict_one():
                 return False
-        self._pending[key] = _Pending([bound] * self.ranks, [False] * self.ranks)
-        for rank in range(self.ranks):
+        self._pending[key] = _Pending([bound] * self.keepers, [False] * self.ranks)
+        for rank in range(self.keepers):
             self._used[rank] += bound
         return True
+
+    def put(self, key: RecordKey, place: int) -> None:
+        """Take note of where the one part of a record lies. Before `commit`."""
+        pending = self._pending.get(key)
+        if pending is not None:
+            pending.place = place
+
+    def place_of(self, key: RecordKey) -> int | None:
+        """Where the one part of a ready record lies; None if it is not ready, or nobody told."""
+        return self._places.get(key) if self.is_ready(key) else None
 
     def commit(self, key: RecordKey, rank: int, size: int) -> None:
         """Take note that a rank stored its part; when all have, the record is ready."""
@@ -81,7 +102,8 @@ class TierIndex:
                 self._used[rank] += size - pending.sizes[rank]
                 pending.sizes[rank] = size
             return
-        found = self._ready if key in self._ready else self._doomed
+        ready = self.is_ready(key)
+        found = self._ready.shards[key[0]] if ready else self._doomed
         if key not in found:
             return
         sizes = list(self._packing.unpack(found[key]))
@@ -89,7 +111,7 @@ class TierIndex:
         sizes[rank] = size
         found[key] = self._packing.pack(sizes)
         self._used[rank] += change
-        if found is self._ready:
+        if ready:
             self._ready_bytes += change
 
     def abandon(self, key: RecordKey, rank: int) -> None:
@@ -102,6 +124,7 @@ class TierIndex:
         if packed is None:
             return
         self._policy.remove(key)
+        self._ready_records -= 1
         sizes = self._packing.unpack(packed)
         self._ready_bytes -= sum(sizes)
         if key in self._pins:
@@ -111,7 +134,7 @@ class TierIndex:
 
     def is_ready(self, key: RecordKey) -> bool:
         """True if every rank holds the record."""
-        return key in self._ready
+        return key in self._ready.shards[key[0]]
 
     def bytes_of(self, key: RecordKey) -> int:
         """Real bytes of a ready record over all ranks; 0 for any other."""
@@ -120,7 +143,7 @@ class TierIndex:
 
     def is_known(self, key: RecordKey) -> bool:
         """True if the record is ready or pending, or bad and still pinned."""
-        return key in self._ready or key in self._pending or key in self._doomed
+        return self.is_ready(key) or key in self._pending or key in self._doomed
 
     def is_pending(self, key: RecordKey) -> bool:
         """True until every rank has reported its part."""
@@ -128,7 +151,7 @@ class TierIndex:
 
     def pin(self, keys: Iterable[RecordKey]) -> list[RecordKey]:
         """Protect ready records from eviction; returns those that were, to be unpinned."""
-        pinned = [key for key in keys if key in self._ready]
+        pinned = [key for key in keys if self.is_ready(key)]
         for key in pinned:
             pins = self._pins.get(key, 0)
             if not pins:
@@ -180,11 +203,13 @@ class TierIndex:
         self._pending.clear()
         self._pins.clear()
         self._doomed.clear()
+        self._places.clear()
         self._policy.clear()
         self._evicted.clear()
         self._victims.clear()
-        self._used = [0] * self.ranks
+        self._used = [0] * self.keepers
         self._ready_bytes = 0
+        self._ready_records = 0
 
     @property
     def pending(self) -> int:
@@ -202,14 +227,15 @@ class TierIndex:
         return self._ready_bytes
 
     def __len__(self) -> int:
-        return len(self._ready) + len(self._pending) + len(self._doomed)
+        return self._ready_records + len(self._pending) + len(self._doomed)
 
     def _report(self, key: RecordKey, rank: int, size: int, failed: bool) -> None:
         entry = self._pending.get(key)
         if entry is None or entry.reported[rank]:
             return
-        self._used[rank] += size - entry.sizes[rank]
-        entry.sizes[rank] = size
+        if rank < self.keepers:
+            self._used[rank] += size - entry.sizes[rank]
+            entry.sizes[rank] = size
         entry.reported[rank] = True
         entry.doomed |= failed
         if not all(entry.reported):
@@ -219,7 +245,10 @@ class TierIndex:
             self._forget(key, entry.sizes)
         else:
             total = sum(entry.sizes)
-            self._ready[key] = self._packing.pack(entry.sizes)
+            self._ready.shards[key[0]][key] = self._packing.pack(entry.sizes)
+            self._ready_records += 1
+            if entry.place is not None:
+                self._places[key] = entry.place
             self._ready_bytes += total
             self._policy.insert(key, total)
 
@@ -227,7 +256,8 @@ class TierIndex:
         victim = self._policy.evict()
         if victim is None:
             return False
-        sizes = self._packing.unpack(self._ready.pop(victim))
+        sizes = self._packing.unpack(self._ready.shards[victim[0]].pop(victim))
+        self._ready_records -= 1
         self._ready_bytes -= sum(sizes)
         self.evictions += 1
         self.evicted_bytes += sum(sizes)
@@ -238,4 +268,5 @@ class TierIndex:
     def _forget(self, key: RecordKey, sizes: Sequence[int]) -> None:
         for rank, size in enumerate(sizes):
             self._used[rank] -= size
+        self._places.pop(key, None)
         self._evicted.append(key)

@@ -3,7 +3,7 @@
 Python's cycle collector visits every container that it knows of: lists, tuples, `OrderedDict`
 with each of its keys. A dictionary of nothing but bytes and numbers is not one of them (until
 Python 3.14), and an `array` never is. So the order is a doubly linked list of slot numbers in
-two arrays.
+two arrays. No operation grows or frees a large dictionary in one go, see `sharded_dict`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Iterator
 
 from kvtc_vllm.tiers.keys import RecordKey
+from kvtc_vllm.tiers.sharded_dict import SHARDS, ShardedDict, let_go
 
 _END = 0
 """The slot that is no key's: before the oldest and after the newest."""
@@ -21,15 +22,17 @@ class KeyOrder:
     """An ordered set of keys. Every operation takes constant time; not thread-safe."""
 
     def __init__(self) -> None:
-        self.clear()
+        self._slots: ShardedDict[int] = ShardedDict()
+        self._begin()
 
     def push(self, key: RecordKey) -> None:
         """Make a key the newest, whether it is in or not."""
-        slot = self._slots.get(key)
+        slots = self._slots.shards[key[0]]
+        slot = slots.get(key)
         if slot is None:
             slot = self._free.pop() if self._free else self._grow()
-            self._slots[key] = slot
-            self._keys[slot] = key
+            slots[key] = slot
+            self._keys[slot % SHARDS][slot] = key
         else:
             self._unlink(slot)
         newest = self._before[_END]
@@ -38,10 +41,10 @@ class KeyOrder:
 
     def discard(self, key: RecordKey) -> bool:
         """Take a key out; False if it was not in."""
-        slot = self._slots.pop(key, None)
+        slot = self._slots.shards[key[0]].pop(key, None)
         if slot is None:
             return False
-        del self._keys[slot]
+        del self._keys[slot % SHARDS][slot]
         self._unlink(slot)
         self._free.append(slot)
         return True
@@ -51,29 +54,33 @@ class KeyOrder:
         slot = self._after[_END]
         if slot == _END:
             return None
-        key = self._keys[slot]
+        key = self._keys[slot % SHARDS][slot]
         self.discard(key)
         return key
 
     def clear(self) -> None:
         """Take all out."""
-        self._slots: dict[RecordKey, int] = {}
-        self._keys: dict[int, RecordKey] = {}
-        self._before = array("q", [_END])
-        self._after = array("q", [_END])
-        self._free = array("q")
+        self._slots.clear()
+        let_go(self._keys)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._keys: list[dict[int, RecordKey]] = [{} for _ in range(SHARDS)]
+        self._before = array("I", [_END])
+        self._after = array("I", [_END])
+        self._free = array("I")
 
     def __contains__(self, key: RecordKey) -> bool:
-        return key in self._slots
+        return key in self._slots.shards[key[0]]
 
     def __len__(self) -> int:
-        return len(self._slots)
+        return len(self._after) - 1 - len(self._free)
 
     def __iter__(self) -> Iterator[RecordKey]:
         """Oldest first; nothing may change meanwhile."""
         slot = self._after[_END]
         while slot != _END:
-            yield self._keys[slot]
+            yield self._keys[slot % SHARDS][slot]
             slot = self._after[slot]
 
     def _grow(self) -> int:

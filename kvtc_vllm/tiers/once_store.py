@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from kvtc_vllm.tiers.blob_store import Blob, MemoryStore, StoreError
 from kvtc_vllm.tiers.keys import RecordKey
+from kvtc_vllm.tiers.sharded_dict import ShardedDict
 
 _NAME_BYTES = 16
 """Of a body; names of records are longer."""
@@ -30,9 +31,9 @@ class OnceStore:
     def __init__(self, inner: MemoryStore, head: int, tail: int) -> None:
         self._inner = inner
         self._head, self._tail = head, tail
-        self._bodies: dict[RecordKey, RecordKey] = {}
-        self._users: dict[RecordKey, dict[RecordKey, None]] = {}
-        self._tenants: dict[RecordKey, bytes] = {}
+        self._bodies: ShardedDict[RecordKey] = ShardedDict()
+        self._users: ShardedDict[dict[RecordKey, None]] = ShardedDict()
+        self._tenants: ShardedDict[bytes] = ShardedDict()
         self._resized: dict[RecordKey, int] = {}
         self._lock = threading.Lock()
 
@@ -74,19 +75,22 @@ class OnceStore:
     def clear(self) -> None:
         """Forget everything."""
         with self._lock:
-            for found in (self._bodies, self._users, self._tenants, self._resized):
+            for found in (self._bodies, self._users, self._tenants):
                 found.clear()
+            self._resized.clear()
             self._inner.clear()
 
     def keys(self) -> list[RecordKey]:
         """Names of all blobs, oldest first."""
         with self._lock:
-            return list(self._bodies)
+            kept = self._inner.keys()
+            return [key for key in kept if key in self._bodies]
 
     def tenant_of(self, key: RecordKey) -> bytes:
         """Whose a blob is, as `write` was told; nobody's if there is none."""
         with self._lock:
-            return self._tenants.get(key, b"")
+            tenant: bytes = self._tenants.get(key, b"")
+            return tenant
 
     def take_resized(self) -> list[tuple[RecordKey, int]]:
         """Blobs that are charged for a body now and were not, with all that they take."""

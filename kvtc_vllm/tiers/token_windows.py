@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from kvtc_vllm.tiers.keys import RecordKey
+from kvtc_vllm.tiers.sharded_dict import NumberDict, ShardedDict
 
 TOKEN_BYTES = 4
 """Of a token id, as they are handed over."""
@@ -45,9 +46,9 @@ class TokenWindows:
     """
 
     def __init__(self) -> None:
-        self._chunks: dict[RecordKey, tuple[bytes, bytes]] = {}
-        self._windows: dict[int, tuple[RecordKey, int]] = {}
-        self._edges: dict[int, tuple[RecordKey, int]] = {}
+        self._chunks: ShardedDict[tuple[bytes, bytes]] = ShardedDict()
+        self._windows: NumberDict[tuple[RecordKey, int]] = NumberDict()
+        self._edges: NumberDict[tuple[RecordKey, int]] = NumberDict()
 
     def __len__(self) -> int:
         return len(self._chunks)

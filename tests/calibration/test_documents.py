@@ -135,6 +135,8 @@ def test_little_text_still_gives_one_document_of_each_sort() -> None:
         ("--key-share", "1.5", ["--key-share 1.5", "below 1"]),
         ("--halvings", "9", ["--halvings 9", "0 to 4"]),
         ("--halvings", "1", ["--halvings 1", "give --codec kvtc2"]),
+        ("--basis-parts", "0", ["--basis-parts 0", "at least 1"]),
+        ("--basis-parts", "3", ["--basis-parts 3", "--codec kvtc2"]),
         ("--engine", "[1]", ["--engine", "object"]),
         ("--device", "gpu", ["--device 'gpu'", "cuda:N"]),
         ("--tp", "0", ["--tp 0", "at least 1"]),

@@ -14,6 +14,7 @@ from kvtc_vllm.artifact.directory import load_rank_artifact
 from kvtc_vllm.artifact.registry import find
 from kvtc_vllm.calibration.fit import RankFit, fit_rank
 from kvtc_vllm.calibration.fit_settings import FitSettings, estimate_fit
+from kvtc_vllm.calibration.parts import part_elements
 from kvtc_vllm.calibration.sinks import SinkFit
 from kvtc_vllm.calibration.spool import SpoolReader
 from kvtc_vllm.calibration.step_classes import PRICE_OF_A_BIT, Sample, StepSettings, make_step_plan
@@ -30,6 +31,8 @@ from kvtc_vllm.codec.v2.plan import StepPlan
 from tests.calibration.toy import DATA, DOC_TOKENS, DOCS, IDENTITY, LAYERS
 
 RATIOS = (3.0, 6.0)
+TURNED = 12
+"""Columns of all layers of a basis in parts, of 48."""
 LAYERS_OF_RULE = (0, 2)
 SHARE = 0.02
 """Of the toy's tokens, none of which is a sink, marked as if they were."""
@@ -67,10 +70,28 @@ def paired(reader: SpoolReader) -> RankFit:
     return fitted(reader, settings={"paired": True})
 
 
-@pytest.fixture(scope="module", params=["apart", "paired"])
+@pytest.fixture(scope="module")
+def in_parts(reader: SpoolReader) -> RankFit:
+    """Each layer of a layer group, K and V of it, is a part."""
+    return fitted(reader, settings={"paired": True, "parts": 2, "turned": TURNED / 48})
+
+
+@pytest.fixture(scope="module", params=["apart", "paired", "in_parts"])
 def steps(request: pytest.FixtureRequest) -> RankFit:
     found: RankFit = request.getfixturevalue(request.param)
     return found
+
+
+def test_columns_of_one_part_are_zero_in_the_other(in_parts: RankFit, paired: RankFit) -> None:
+    """At a somewhat larger error, and with the same bytes."""
+    for (group, name), section in in_parts.artifact.sections.items():
+        parts = part_elements(in_parts.artifact.geometry, group, name, 2)
+        used = torch.stack([(section.basis[part] != 0).any(dim=0) for part in parts])
+        assert int(used.all(dim=0).sum()) == TURNED < section.basis.shape[1]
+        assert bool(used.any(dim=0).all())
+        whole = paired.artifact.sections[group, name]
+        for ratio in RATIOS:
+            assert 1 < section.heldout_error[ratio] / whole.heldout_error[ratio] < 2
 
 
 def plans(fit: RankFit, ratio: float) -> list[StepPlan]:
@@ -175,7 +196,7 @@ def test_rows_that_need_fewer_bytes_than_there_are_get_fewer(reader: SpoolReader
     fit = fitted(reader, ratios=(1.05, 6.0), settings={"paired": True})
     row = sum(fit.artifact.geometry.row_size(*key) for key in fit.artifact.sections)
     assert sum(plan.token_bytes for plan in plans(fit, 1.05)) < 2 * row / 1.1
-    assert all(plan.expected_error < 1e-5 for plan in plans(fit, 1.05))
+    assert all(plan.expected_error < 1e-4 for plan in plans(fit, 1.05))
     codec = open_codec("kvtc2", torch.bfloat16, artifact=fit.artifact, ratio=1.05)
     k, v = (reader.cache_rows(kind, torch.arange(128), 0, LAYERS) for kind in KINDS)
     # Four times what was calibrated.

@@ -17,6 +17,7 @@ from kvtc_vllm.codec.errors import CONTAINER_REASONS
 from kvtc_vllm.codec.raw import RawCodec
 from kvtc_vllm.config import load_config
 from kvtc_vllm.connector.torch_transfer import TorchTransfer
+from kvtc_vllm.offload import disk_news
 from kvtc_vllm.offload import disk_worker as disk_module
 from kvtc_vllm.offload import namespace as namespace_module
 from kvtc_vllm.offload.disk_news import DiskNews
@@ -300,7 +301,7 @@ def test_a_listing_that_fails_starts_empty(tmp_path: Path) -> None:
     filesystem = NoListing()
     side = open_side(tmp_path, filesystem)
     filesystem.broken = True
-    assert side.inventory() == []
+    assert list(side.inventory()) == []
     assert side.take_news().errors == {"io": 1}
     side.close((), 5)
 
@@ -314,7 +315,7 @@ def test_a_disk_that_hangs_at_the_start_does_not_hold_the_engine(
     filesystem.hang = False
     side = open_side(tmp_path, filesystem)
     filesystem.hang = True
-    assert side.inventory() == []
+    assert list(side.inventory()) == []
     filesystem.release()
     side.close((), 5)
     again = HangingFileSystem("mkdir")
@@ -414,6 +415,28 @@ def test_what_a_namespace_holds_already_is_told_when_it_is_entered(
     news = gather(side, lambda news: bool(news.found))
     assert [key for key, _ in news.found] == KEYS[4:5]
     assert news.stored == []
+
+
+def test_what_is_found_is_told_in_pieces_and_never_after_later_news(
+    side: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A million chunks in one step would take the scheduler seconds."""
+    monkeypatch.setattr(disk_news, "FOUND_AT_ONCE", 2)
+    store = DiskStore(tmp_path, OTHER_NAMESPACE, capacity=1 << 20, min_free=0)
+    for key in KEYS[:5]:
+        store.write(key, other(key))
+    side.leave(1)
+    side.take_news()
+    side.enter(namespace(tmp_path, OTHER_NAMESPACE))
+    wait_until(lambda: not side._side._found.told)
+    assert [key for key, _ in side.take_news().found] == KEYS[:2]
+    store.remove(KEYS[3:4])
+    store.close()
+    side._side._note_removed(side._side._namespace, 1)  # found out before the next piece is told
+    news = side.take_news()
+    assert (news.lost, [key for key, _ in news.found]) == (KEYS[3:4], KEYS[2:3])
+    assert [key for key, _ in side.take_news().found] == KEYS[4:5]
+    assert (side.take_news().found, side._side._found.told) == ([], True)
 
 
 def test_a_namespace_that_nobody_else_can_name_goes_with_its_generation(tmp_path: Path) -> None:

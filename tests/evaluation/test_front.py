@@ -9,7 +9,14 @@ import pytest
 
 from benchmarks import quality_front
 from kvtc_vllm.evaluation.reporting import report
-from kvtc_vllm.evaluation.reporting.front import Point, curve_of, equal_kl, pareto_front, pooled
+from kvtc_vllm.evaluation.reporting.front import (
+    Point,
+    curve_of,
+    equal_kl,
+    neighbours,
+    pareto_front,
+    pooled,
+)
 from kvtc_vllm.evaluation.reporting.results import Row
 
 CONTEXT = 640
@@ -97,6 +104,20 @@ def test_methods_of_other_sessions_are_left_out() -> None:
     assert [point.method for point in points(rows)] == ["a"]
 
 
+def test_neighbours_are_compared_prompt_by_prompt() -> None:
+    """Prompts differ by far more than methods; one method is always worse, one by chance."""
+    prompts = np.array([1.0, 2.0, 4.0, 8.0, 16.0])
+    chance = prompts * [3.0, 1.0, 2.5, 1.0, 1.5]
+    found = neighbours(
+        [Point("worse", 8, 1.2 * prompts), Point("best", 4, prompts), Point("chance", 4, chance)]
+    )
+    assert [(own.method, own.before) for own in found] == [("worse", "best"), ("chance", "worse")]
+    assert (found[0].times, found[0].low, found[0].high) == pytest.approx((1.2, 1.2, 1.2))
+    assert found[0].apart
+    assert found[1].low < 1 < found[1].high
+    assert not found[1].apart
+
+
 def test_the_command_writes_picture_and_page(tmp_path: Path) -> None:
     rows = [
         *square_law("kvtc-{:g}x", 2e-5),
@@ -108,6 +129,20 @@ def test_the_command_writes_picture_and_page(tmp_path: Path) -> None:
     page = (tmp_path / "front.md").read_text()
     assert "| essays 640 | kvtc2-8x, kvtc2-16x, kvtc2-32x, kvtc2-64x |" in page
     assert "| kvtc-16x | 16.0 | 0.0051 |  | 1.41 [1.41, 1.41] |" in page
+    assert "| kvtc-8x | 0.0013 | kvtc2-8x | 2.00 [2.00, 2.00] |" in page
     assert (tmp_path / "results.png").stat().st_size > 5000
     with pytest.raises(SystemExit):
         quality_front.main([str(tmp_path), "--together", "maths:640"])
+
+
+def test_the_committed_page_is_that_of_the_results() -> None:
+    directory = quality_front.ROOT / "benchmarks/quality/smollm2/methods"
+    found = report.read(directory / "results.json")
+    running = [("essays", 640), ("library", 640), ("maths", 640)]
+    tasks = list(dict.fromkeys((row.task, row.context) for row in found))
+    page = (directory / "front.md").read_text()
+    assert quality_front.markdown(found, tasks, [running]) == page
+    pairs = neighbours([point for point in pooled(found, running) if point.method != "raw"])
+    apart = sum(pair.apart for pair in pairs)
+    text = (quality_front.ROOT / "docs/quality.md").read_text()
+    assert f"{apart} of {len(pairs)} neighbours are told apart" in text

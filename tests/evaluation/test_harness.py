@@ -163,6 +163,31 @@ def test_rows_say_what_they_count(outcome: HarnessOutcome) -> None:
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(outcome), type=HarnessOutcome) == outcome
 
 
+def test_a_change_is_between_runs_of_the_same_document() -> None:
+    """Documents differ by far more than runs do, and lm-eval may give them in any order."""
+    from kvtc_vllm.evaluation.processes.harness import changes
+
+    def sample(number: int, nll: float, right: float) -> dict[str, Any]:
+        values = {"nll": nll, "acc": right, "word_perplexity": (nll, 7)}
+        return {"doc_id": number, "filter": "none", "metrics": list(values), **values}
+
+    exact = [sample(0, 100.0, 1.0), sample(1, 200.0, 0.0), sample(2, 50.0, 1.0)]
+    replayed = [sample(2, 51.0, 1.0), sample(0, 100.5, 0.0), sample(1, 200.5, 0.0)]
+    found = changes(exact, replayed)
+    assert {name: sorted(values.tolist()) for name, values in found.items()} == {
+        "nll_change": [0.5, 0.5, 1.0],
+        "acc_change": [-1.0, 0.0, 0.0],
+    }
+
+
+@pytest.mark.vllm
+def test_changes_have_intervals_of_differences(outcome: HarnessOutcome) -> None:
+    rows = {(row.task, row.metric): row for row in outcome.replay}
+    change = rows["lm-eval/kvtc_choice", "acc_change"]
+    assert (change.value, change.ci95, change.n) == (0.0, (0.0, 0.0), DOCUMENTS)
+    assert not any(row.metric.endswith("_change") for row in outcome.exact)
+
+
 @pytest.mark.vllm
 def test_a_task_of_which_nothing_is_reloaded_is_called_out(outcome: HarnessOutcome) -> None:
     (warning,) = outcome.warnings

@@ -145,4 +145,5 @@ def test_bytes_are_those_of_the_parts(steps: list[tuple[int, int, int, bool]]) -
         partial = sum(sum(parts.values()) for parts in index._partial.values())
         complete = sum(sum(index._packing.unpack(p)) for p in index._complete.values())
         assert index.used == partial + complete
+        assert len(index) == len(index._partial) + len(index._complete)
         assert index.used <= index.capacity

@@ -193,6 +193,8 @@ class IndexMachine(RuleBasedStateMachine):
         assert self.index.used <= self.capacity
         assert self.index.ready_bytes == sum(self.ready.values())
         assert self.index.pending == len(self.pending)
+        held = len(self.index._ready) + len(self.index._pending) + len(self.index._doomed)
+        assert len(self.index) == held
         for key in self.ready:
             assert self.index.is_ready(key)
 

@@ -3,9 +3,9 @@
     python -m benchmarks.gpu.offline.host_path [--layers 8] [--tokens 8192] [--out FILE]
     python -m benchmarks.gpu.offline.host_path --codec kvtc2 --kv-basis shared --layers 4
 
-Kernels are compiled and not run, matrix products left out, nvCOMP takes no time: what remains is
-the host's work, which a GPU would wait for or hide. Best of several rounds; the machine's cores
-differ, so only ratios of rows of one machine mean something.
+Kernels are compiled and not run, products and copies of rows counted and left out, nvCOMP takes no
+time: what remains is the host's work, which a GPU would wait for or hide. Best of several rounds;
+cores of machines differ, so only ratios of rows of one machine mean something.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ from benchmarks.gpu.offline.idle_nvcomp import IdleNvcomp  # isort: skip
 from benchmarks.gpu.offline.served import (  # isort: skip
     CHUNK,
     Case,
+    LeftOut,
     ServedCodec,
     without_products,
 )
+from benchmarks.gpu.offline.torch_calls import TorchCalls  # isort: skip
 from benchmarks.gpu.report import add_codec  # isort: skip
 from kvtc_vllm.codec.kernels import deflate_nvcomp, unit_coders, uploads  # isort: skip
 from kvtc_vllm.codec.kernels.unit_coders import NvcompUnitCoder  # isort: skip
@@ -81,7 +83,7 @@ def idle_device() -> NvcompUnitCoder:
 
 def measure(case: Case, tokens: int, rounds: int) -> dict[str, Any]:
     """Milliseconds: wall time, CPU time of all threads and of the calling one, the longest stretch
-    without another thread. Kernel launches by name."""
+    without another thread. Kernel launches by name, calls of torch by sort."""
     served = ServedCodec(case, tokens, idle_device())
     chunks = range(tokens // CHUNK)
     blobs = served.store(chunks)
@@ -92,16 +94,23 @@ def measure(case: Case, tokens: int, rounds: int) -> dict[str, Any]:
     found |= {"load_first_upload_ms": wall, "load_first_upload_cpu_ms": cpu}
     found |= _timed("store", lambda: served.store(chunks), rounds)
     found["store_after_device_ms"] = _after_device(served, chunks, rounds)
-    found["load_launches"] = _launches(lambda: served.load(chunks, blobs))
-    found["store_launches"] = _launches(lambda: served.store(chunks))
+    found |= _launches("load", lambda: served.load(chunks, blobs))
+    found |= _launches("store", lambda: served.store(chunks))
     return found
 
 
-def _launches(call: Callable[[], object]) -> dict[str, int]:
-    """Of Triton's kernels, by name; `all` of them together."""
+def _launches(way: str, call: Callable[[], object]) -> dict[str, dict[str, int]]:
+    """Of Triton's kernels by name, `all` of them together; what the calling thread has torch do."""
     launches = compiled.record(_CAPABILITY)
-    call()
-    return {"all": len(launches.names), **Counter(launches.names)}
+    LeftOut.products = LeftOut.copies = 0
+    with TorchCalls() as torch_calls:
+        call()
+    calls = torch_calls.by_sort()
+    calls["work"] += LeftOut.copies
+    return {
+        f"{way}_launches": {"all": len(launches.names), **Counter(launches.names)},
+        f"{way}_torch_calls": {**calls, "products": LeftOut.products},
+    }
 
 
 def _after_device(served: ServedCodec, chunks: range, rounds: int) -> float:

@@ -5,7 +5,7 @@ Matrix products and what kernels would compute are left out: numbers are whateve
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from benchmarks.gpu.models import (
 )
 from kvtc_vllm.codec.artifact import KINDS, RankArtifact, SectionBasis
 from kvtc_vllm.codec.base import Blob
-from kvtc_vllm.codec.kernels import bit_payloads, resident, step_encoder, step_payloads
+from kvtc_vllm.codec.kernels import bit_payloads, step_encoder, step_payloads
 from kvtc_vllm.codec.kernels.deflate_nvcomp import copy_ranges
 from kvtc_vllm.codec.kernels.paged import PagedCache
 from kvtc_vllm.codec.kernels.paged_codec import PAGED_CODECS, PagedCodec
@@ -112,21 +112,29 @@ def artifact(case: Case) -> RankArtifact:
     )
 
 
-def without_products() -> None:
-    """Leave matrix products, and copies of their operands, out of the serving code, for the rest of
-    this process."""
+class LeftOut:
+    """How much `without_products` has left out."""
 
-    def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    products = 0
+    copies = 0
+
+
+def without_products() -> None:
+    """Leave matrix products, and copies of rows, out of the serving code, for the rest of this
+    process: a device does them."""
+
+    def left_out(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        LeftOut.products += 1
         return out
 
-    def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.empty(
-            len(parts[0]), sum(part.shape[1] for part in parts), dtype=parts[0].dtype
-        )
+    def selected(self: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
+        LeftOut.copies += 1
+        return self.new_empty((len(index), *self.shape[1:]))
 
-    vars(resident)["joined"] = joined
+    torch.Tensor.index_select = selected  # type: ignore[method-assign, assignment]
+
     for module in (bit_payloads, step_encoder, step_payloads):
-        vars(module)["product"] = product
+        vars(module)["products"] = left_out
 
 
 class ServedCodec:
@@ -158,8 +166,8 @@ class ServedCodec:
         stores = [Store(self._own(chunk), chunk * CHUNK) for chunk in chunks]
         if isinstance(codec, PagedCodec):
             staged = codec.stage(stores)
-            for rows in staged.sink_rows.values():
-                rows.zero_()  # else they are whatever memory held, and refused if it is no number
+            # Else they are whatever memory held, and refused if it is no number.
+            staged.sink_rows.zero_()
             if staged.squares is not None:
                 staged.squares.zero_()
             results = codec.encode_staged(staged)

@@ -26,7 +26,7 @@ class DeflatedProduct:
     def __init__(self, matrix: torch.Tensor, leading: torch.Tensor) -> None:
         self._leading = leading.contiguous()
         self._of_leading = leading.T @ matrix
-        self._rest = Int8Product(matrix)
+        self._rest = Int8Product(matrix, elements=0)
 
     @property
     def nbytes(self) -> int:
@@ -56,7 +56,7 @@ class BandedProduct:
     def __init__(self, matrix: torch.Tensor, leading: int) -> None:
         self._cut = min(BAND * leading, len(matrix))
         bands = (matrix[: self._cut], leading), (matrix[self._cut :], 0)
-        self._bands = [Int8Product(own, columns) for own, columns in bands if len(own)]
+        self._bands = [Int8Product(own, 1, columns) for own, columns in bands if len(own)]
         self._rows = len(matrix)
 
     @property

@@ -96,15 +96,15 @@ class FastSection(ABC):
 
     def _forward(self, matrix: torch.Tensor) -> Product:
         if self.precision is Precision.FLOAT32 or matrix.numel() == 0:
-            return Float32Product(matrix)
+            return Float32Product(matrix, elements=0)
         if self.precision is Precision.INT8:
-            return Int8Product(matrix)
+            return Int8Product(matrix, elements=0)
         return DeflatedProduct(matrix, self.leading)
 
     def _inverse(self, matrix: torch.Tensor) -> Product:
         if self.precision is Precision.FLOAT32 or matrix.numel() == 0:
-            return Float32Product(matrix)
+            return Float32Product(matrix, elements=1)
         leading = self.live // COLUMNS_PER_LEADING
         if self.precision is Precision.INT8:
-            return Int8Product(matrix, leading)
+            return Int8Product(matrix, 1, leading)
         return BandedProduct(matrix, leading)

@@ -1,4 +1,4 @@
-"""Verified blobs -> paged cache: step by step, and in a step one layer group after the other."""
+"""Verified blobs -> paged cache, step by step: rows of all layers are written by one launch."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kvtc_vllm.codec.artifact import SectionKey
 from kvtc_vllm.codec.errors import ContainerError
 from kvtc_vllm.codec.kernels.chunks import RowLayout
-from kvtc_vllm.codec.kernels.paged import PagedCache, within
 from kvtc_vllm.codec.kernels.paged_io import scatter_rows
 from kvtc_vllm.codec.kernels.payload_coding import PayloadCoding, PayloadPlan, StepPayloads
+from kvtc_vllm.codec.kernels.row_table import RowTable
 from kvtc_vllm.codec.kernels.unit_coders import UnitReader
 from kvtc_vllm.codec.streams import Event, SideStream
 
@@ -47,7 +46,7 @@ class DecodeWorkspace:
     coefficients: torch.Tensor
     """Operand dtype, see `PayloadCoding.coefficients`."""
     rows: torch.Tensor
-    """float16 or float32, for the widest section."""
+    """float16 or float32, of all sections, see `PayloadCoding.decode`."""
     flags: torch.Tensor
     """int32, zero. Of every step one after the other: damaged payloads by chunk, rows out of range
     by row."""
@@ -70,27 +69,31 @@ class DecodeWorkspace:
         """
         resident = coding.resident
         payload = coding.payload_room(most_chunks, tokens)
-        most = most_chunks * tokens
-        coefficients = coding.coefficients(most, coding.marked_room(most_chunks, tokens))
+        most, marked = most_chunks * tokens, coding.marked_room(most_chunks, tokens)
+        coefficients = coding.coefficients(most, marked)
         return cls(
             (
                 torch.empty(payload, dtype=torch.uint8, device=device),
                 torch.empty(payload, dtype=torch.uint8, device=device),
             ),
             torch.empty(coefficients, dtype=resident.operand, device=device),
-            torch.empty(most * resident.longest_row, dtype=row_dtype, device=device),
+            torch.empty((most + marked) * resident.row, dtype=row_dtype, device=device),
             torch.zeros(chunks * (1 + tokens), dtype=torch.int32, device=device),
-            coding.memory(most_chunks, tokens, row_dtype, device),
+            coding.memory(most_chunks, tokens, device),
         )
 
 
 def chunks_that_fit(coding: PayloadCoding, row_dtype: torch.dtype, tokens: int, free: int) -> int:
     """Chunks of a step for which a workspace takes at most `free` bytes; none may do."""
     resident = coding.resident
-    each = coding.memory_bytes(tokens, row_dtype)
-    each += tokens * resident.longest_row * row_dtype.itemsize
-    each += coding.coefficients(tokens, 0) * resident.operand.itemsize
-    free -= coding.coefficients(0, coding.marked_room(1, tokens)) * resident.operand.itemsize
+
+    def taken(coded: int, marked: int) -> int:
+        rows = (coded + marked) * resident.row * row_dtype.itemsize
+        return rows + coding.coefficients(coded, marked) * resident.operand.itemsize
+
+    # Marked tokens find room for one chunk of nothing else, or for what a rule allows in all.
+    free -= taken(0, coding.marked_room(1, tokens))
+    each = coding.memory_bytes(tokens) + taken(tokens, coding.usual_marked(tokens))
     usual, most = coding.chunk_room(tokens)
     return min(free // (each + 2 * usual), (free - 2 * most) // each)
 
@@ -99,7 +102,8 @@ class Decoder:
     """Decodes the steps of one load and writes the wanted tokens.
 
     While the current stream works on one step, `inflating` decodes the payloads of the next; two
-    buffers go to and fro between them. The host does not wait until `damaged`. point: see
+    buffers go to and fro between them. The host does not wait until `damaged`. table: of the cache,
+    with the layers where the resident artifact's rows have them. point: see
     `PagedKvtcCodec.load`. Whoever gives up in between must wait for `inflating`: its buffers go
     back to the current stream's memory.
     """
@@ -107,17 +111,17 @@ class Decoder:
     def __init__(
         self,
         coding: PayloadCoding,
-        cache: PagedCache,
+        table: RowTable,
         workspace: DecodeWorkspace,
         inflating: SideStream,
         point: Event | None,
     ) -> None:
         self._coding = coding
-        self._cache = cache
+        self._table = table
         self._workspace = workspace
         self._inflating = inflating
         self._point = point
-        self._begin = Event(cache.k.device)
+        self._begin = Event(coding.resident.device)
         self._free: list[Event | None] = [None, None]
         self._steps: list[DecodeStep] = []
         self._readers: list[UnitReader] = []
@@ -151,9 +155,7 @@ class Decoder:
             self._workspace.own,
             step.payloads.marked,
         )
-        self._coding.begin(payloads, self._workspace.coefficients)
-        for section, key in enumerate(self._coding.resident.keys):
-            self._decode_section(step, payloads, section, key, flags[count:])
+        self._write(step, payloads, flags[count:])
         self._free[side] = Event(device)
         self._steps.append(step)
         self._readers.append(reader)
@@ -176,32 +178,20 @@ class Decoder:
             found |= reader.damaged()
         return found
 
-    def _decode_section(
-        self,
-        step: DecodeStep,
-        payloads: StepPayloads,
-        section: int,
-        key: SectionKey,
-        overflowed: torch.Tensor,
-    ) -> None:
-        """Decode K, V or both of a layer group. overflowed: int32, set for rows out of range."""
+    def _write(self, step: DecodeStep, payloads: StepPayloads, overflowed: torch.Tensor) -> None:
+        """Decode all sections. overflowed: int32, set for rows out of range."""
         resident, workspace = self._coding.resident, self._workspace
-        tokens = step.layout.num_rows
-        layer_group = key[0]
-        row = resident.geometry.row_size(*key)
-        rows = workspace.rows[: tokens * row].view(tokens, row)
-        self._coding.rows(payloads, section, key, workspace.coefficients, rows)
+        count = step.layout.num_rows + step.payloads.marked
+        rows = workspace.rows[: count * resident.row].view(count, resident.row)
+        self._coding.decode(payloads, workspace.coefficients, rows)
         if self._point is not None:
             self._point.wait()
-        first, end_layer = resident.geometry.layer_groups[layer_group]
-        for tensor, part in resident.geometry.row_parts(*key).items():
-            scatter_rows(
-                self._cache.tensor(tensor),
-                step.slots,
-                step.positions,
-                within(resident.rotations[tensor], first, end_layer),
-                resident.means[tensor][resident.columns(layer_group, tensor)],
-                rows[:, part],
-                first_layer=first,
-                overflowed=overflowed if rows.dtype == torch.float16 else None,
-            )
+        scatter_rows(
+            self._table,
+            step.slots,
+            step.positions,
+            resident.mean,
+            rows,
+            overflowed if rows.dtype == torch.float16 else None,
+            self._coding.others(payloads),
+        )

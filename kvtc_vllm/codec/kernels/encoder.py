@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kvtc_vllm.codec.artifact import Kind
 from kvtc_vllm.codec.container import SectionKind, section_rows
 from kvtc_vllm.codec.entropy import UNIT_BYTES, UnitList, aligned
 from kvtc_vllm.codec.entropy.unit_table import Lengths
@@ -28,10 +27,10 @@ class StagedChunks:
     """Exact leading tokens of each chunk."""
     layout: RowLayout
     """Of the chunks' coded tokens."""
-    rows: dict[Kind, torch.Tensor]
-    """K and V [R, P] of all layers, pre-RoPE and without mean, in the operand dtype."""
-    sink_rows: dict[Kind, torch.Tensor]
-    """K and V float32 [sum of sinks, P] as they are in the cache."""
+    rows: torch.Tensor
+    """[R, P] of all sections, pre-RoPE and without mean, in the operand dtype."""
+    sink_rows: torch.Tensor
+    """float32 [sum of sinks, P] as they are in the cache, K of all layers and then V."""
     squares: torch.Tensor | None
     """What the sink rule looks at, float32 [R, its layers]: sums of the squares of V, in the
     model's units. None if blobs do not say which tokens are marked."""
@@ -42,7 +41,7 @@ class StagedChunks:
     def tensors(self) -> list[torch.Tensor]:
         """What the allocator must be told about when another stream encodes."""
         squares = [] if self.squares is None else [self.squares]
-        return [*self.rows.values(), *self.sink_rows.values(), *squares]
+        return [self.rows, self.sink_rows, *squares]
 
     @property
     def nbytes(self) -> int:
@@ -92,13 +91,13 @@ def encode_rows(
     for places in steps([cost(tokens) for tokens in layout.tokens], workspace_bytes):
         first = layout.first_rows[places.start]
         part = layout.part(places)
-        rows = {tensor: x[first : first + part.num_rows] for tensor, x in staged.rows.items()}
+        rows = staged.rows[first : first + part.num_rows]
         yield from _encode_step(part, rows, marks, coding, coder)
 
 
 def _encode_step(
     layout: RowLayout,
-    rows: Mapping[Kind, torch.Tensor],
+    rows: torch.Tensor,
     marks: Mapping[int, Marks],
     coding: PayloadCoding,
     coder: UnitCoder,
@@ -110,8 +109,8 @@ def _encode_step(
         yield _in_chunk_order(raw, coded, largest, coding.sections)
     for place in raw.left_out:
         first, end = layout.first_rows[place : place + 2]
-        own = {tensor: x[first:end] for tensor, x in rows.items()}
-        yield from _encode_step(layout.part(slice(place, place + 1)), own, marks, coding, coder)
+        own = layout.part(slice(place, place + 1))
+        yield from _encode_step(own, rows[first:end], marks, coding, coder)
 
 
 def _in_chunk_order(

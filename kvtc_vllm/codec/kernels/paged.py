@@ -1,4 +1,4 @@
-"""The paged KV cache as kernels address it: a pointer per layer, strides, and the layers' RoPE.
+"""The paged KV cache as kernels address it: a pointer per layer, and strides.
 
 A *slot* is the place of one token: page * page_tokens + offset. It does not depend on the memory
 layout, and a scheduler block that a backend splits into several pages has consecutive slots.
@@ -17,7 +17,6 @@ import numpy.typing as npt
 import torch
 
 from kvtc_vllm.codec.artifact import Geometry, Kind
-from kvtc_vllm.codec.rope import Rope, rope_spans
 
 SKIP = -1
 """Slot of a token that is not wanted: nothing is written."""
@@ -121,9 +120,9 @@ class PagedCache:
         return self.k if tensor == "k" else self.v
 
     def scaled(self, scales: Mapping[Kind, torch.Tensor] | None) -> PagedCache:
-        """The same memory with `RankArtifact.scales`."""
+        """The same memory with `RankArtifact.scales`, or without any."""
         if scales is None:
-            return self
+            return PagedCache(self.k.scaled(None), self.v.scaled(None))
         return PagedCache(self.k.scaled(scales["k"]), self.v.scaled(scales["v"]))
 
 
@@ -164,38 +163,3 @@ def block_slots(block_ids: Sequence[int], block_size: int) -> torch.Tensor:
     """Slots of whole blocks in order: int64 [len(block_ids) * block_size], on the CPU."""
     ids = torch.tensor(list(block_ids), dtype=torch.int64)
     return (ids.unsqueeze(1) * block_size + torch.arange(block_size)).flatten()
-
-
-@dataclass(frozen=True)
-class Rotation:
-    """A span of layers first .. end - 1 that one launch covers: they are rotated alike.
-
-    rope: its table on the cache's device; None where keys are not rotated.
-    """
-
-    first: int
-    end: int
-    rope: Rope | None
-
-    @property
-    def half(self) -> int:
-        """Number of rotated pairs per head."""
-        return 0 if self.rope is None else self.rope.rotary_dim // 2
-
-
-def rotations(ropes: Sequence[Rope | None], device: torch.device) -> tuple[Rotation, ...]:
-    """Spans of all layers (one entry of `ropes` per layer), each table on `device` once."""
-    resident: dict[int, Rope] = {
-        id(rope): Rope(rope.cos_sin.to(device).contiguous(), rope.neox)
-        for rope in ropes
-        if rope is not None
-    }
-    return tuple(
-        Rotation(first, end, resident.get(id(rope))) for first, end, rope in rope_spans(ropes)
-    )
-
-
-def within(spans: Sequence[Rotation], first: int, end: int) -> list[Rotation]:
-    """The parts of `spans` that lie in layers first .. end - 1, still numbered from layer 0."""
-    clipped = [Rotation(max(span.first, first), min(span.end, end), span.rope) for span in spans]
-    return [span for span in clipped if span.first < span.end]

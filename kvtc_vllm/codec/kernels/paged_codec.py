@@ -22,7 +22,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from kvtc_vllm.codec.artifact import Kind, RankArtifact
+from kvtc_vllm.codec.artifact import RankArtifact
 from kvtc_vllm.codec.base import Blob
 from kvtc_vllm.codec.container import Header, NewSection
 from kvtc_vllm.codec.errors import CodecError
@@ -109,9 +109,8 @@ class PagedCodec(PagedReader):
         Waits for the device.
         """
         ends = list(accumulate(staged.sinks, initial=0))
-        exact = {tensor: x.to(self.dtype).cpu() for tensor, x in staged.sink_rows.items()}
-        finite = torch.stack([x.isfinite().all(dim=1) for x in staged.sink_rows.values()])
-        sound = finite.all(dim=0).cpu().numpy()
+        exact = staged.sink_rows.to(self.dtype).cpu()
+        sound = staged.sink_rows.isfinite().all(dim=1).cpu().numpy()
         results: dict[int, Blob | CodecError] = {
             index: CodecError("position", why) for index, why in staged.refused.items()
         }
@@ -155,35 +154,27 @@ class PagedCodec(PagedReader):
         squared_norms(self.cache.v, slots, self._rule_layers, squares)
         return squares
 
-    def _gather(self, slots: torch.Tensor, positions: torch.Tensor) -> dict[Kind, torch.Tensor]:
+    def _gather(self, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Rows of coded tokens in the operand dtype. slots: on the device."""
+        shape = len(slots), self.resident.row
+        rows = torch.empty(shape, dtype=self._operand, device=self.device)
         positions = upload(positions, self.device)
-        rows: dict[Kind, torch.Tensor] = {}
-        for tensor, mean in self.resident.means.items():
-            rows[tensor] = mean.new_empty((len(slots), len(mean)), dtype=self._operand)
-            spans = self.resident.rotations[tensor]
-            gather_rows(self.cache.tensor(tensor), slots, positions, spans, mean, rows[tensor])
+        gather_rows(self.rows, slots, positions, self.resident.mean, rows)
         return rows
 
-    def _gather_exact(self, slots: torch.Tensor) -> dict[Kind, torch.Tensor]:
+    def _gather_exact(self, slots: torch.Tensor) -> torch.Tensor:
         """Cache rows as they are, without scales, float32."""
         slots = upload(slots, self.device)
-        rows: dict[Kind, torch.Tensor] = {}
-        for tensor, mean in self.resident.means.items():
-            rows[tensor] = mean.new_empty((len(slots), len(mean)))
-            exact = self._exact.tensor(tensor)
-            gather_rows(exact, slots, slots, self._unrotated, None, rows[tensor])
+        rows = torch.empty((len(slots), self.resident.row), device=self.device)
+        gather_rows(self.exact_rows, slots, slots, None, rows)
         return rows
 
-    def _begin_sinks(
-        self, exact: dict[Kind, torch.Tensor], first: int, end: int
-    ) -> Future[NewSection] | None:
+    def _begin_sinks(self, exact: torch.Tensor, first: int, end: int) -> Future[NewSection] | None:
         """The section of one chunk's sinks; None if it has none."""
         if first == end:
             return None
-        return host_threads().submit(
-            self._sink_section, exact["k"][first:end], exact["v"][first:end]
-        )
+        k, v = exact[first:end].split(self._exact_parts, dim=1)
+        return host_threads().submit(self._sink_section, k, v)
 
     def _blobs(
         self,

@@ -65,9 +65,8 @@ def _squares_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     layer = tl.load(layers + tl.program_id(1))
     slot = tl.load(slots + row)
-    page = token_page(
-        pointers, layer, slot, page_tokens, page_stride, token_stride, TYPE, ALIGNMENT
-    )
+    address = tl.load(pointers + layer)
+    page = token_page(address, slot, page_tokens, page_stride, token_stride, TYPE, ALIGNMENT)
     head = tl.arange(0, HEAD_TILE)[:, None]
     dim = tl.arange(0, DIM_TILE)[None, :]
     place = page + head.to(tl.int64) * head_stride + dim * dim_stride

@@ -1,7 +1,8 @@
-"""The codec `raw` in batches: pages <-> blobs by two launches, whatever the number of layers."""
+"""The codec `raw` in batches: pages <-> blobs by one launch, whatever the number of layers."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,6 +34,7 @@ from kvtc_vllm.codec.kernels.paged import (
     chunk_slots,
 )
 from kvtc_vllm.codec.kernels.paged_io import token_page
+from kvtc_vllm.codec.kernels.row_table import compiled_for
 from kvtc_vllm.codec.raw import RawCodec
 from kvtc_vllm.codec.streams import DeviceThreads, Event, upload
 
@@ -79,7 +81,7 @@ class PagedRawCodec(RawCodec):
         check_geometry(cache, geometry)
         self.block_size = block_size
         self.workspace_bytes = workspace_bytes
-        self._cache = PagedCache(_words(cache.k), _words(cache.v))
+        self._layers = _AlikePages.of(PagedCache(_words(cache.k), _words(cache.v)))
         self._own = DeviceThreads(device, HOST_BYTES)
         self._token_bytes: dict[Kind, int] = {
             tensor: geometry.num_layers * cache.tensor(tensor).layer_elements * self.dtype.itemsize
@@ -99,7 +101,7 @@ class PagedRawCodec(RawCodec):
         return tokens * sum(self._token_bytes.values())
 
     def stage(self, chunks: Sequence[StoreChunk]) -> StagedPages:
-        """Read chunks of equal length out of the paged cache: two kernels on the current stream.
+        """Read chunks of equal length out of the paged cache: one kernel on the current stream.
 
         Does not wait.
         """
@@ -198,14 +200,8 @@ class PagedRawCodec(RawCodec):
     def _move(self, data: torch.Tensor, slots: npt.NDArray[np.int64], write: bool) -> None:
         """Between the cache and `StagedPages.data`; slots: [chunks, tokens]."""
         table = upload(torch.from_numpy(slots), self.device)
-        chunks, tokens = table.shape
-        per_chunk = data.view(chunks, -1)
-        first = 0
-        for tensor in KINDS:
-            size = tokens * self._token_bytes[tensor]
-            part = per_chunk[:, first : first + size].view(_WORDS[self.dtype.itemsize])
-            move_rows(self._cache.tensor(tensor), table, part, write)
-            first += size
+        per_chunk = data.view(len(slots), -1).view(_WORDS[self.dtype.itemsize])
+        move_rows(self._layers, table, per_chunk, write)
 
 
 def _words(tensor: PagedTensor) -> PagedTensor:
@@ -213,31 +209,72 @@ def _words(tensor: PagedTensor) -> PagedTensor:
     return PagedTensor.of([view.view(_WORDS[view.dtype.itemsize]) for view in tensor.views])
 
 
-def move_rows(tensor: PagedTensor, slots: torch.Tensor, data: torch.Tensor, write: bool) -> None:
+@dataclass(frozen=True)
+class _AlikePages:
+    """Layers of K and V that one launch covers.
+
+    like: one of them. alignment: of all, in bytes. table: int64 [n, 4] on the device: address of
+    the layer, elements of a token that lie before its tensor in a chunk, elements before the layer
+    in a token of its tensor, and elements of such a token.
+    """
+
+    like: PagedTensor
+    alignment: int
+    table: torch.Tensor
+
+    @classmethod
+    def of(cls, cache: PagedCache) -> list[_AlikePages]:
+        """K and V together if they are alike, else one after the other."""
+        rows: list[list[tuple[int, int, int, int]]] = []
+        before = 0
+        for own in (cache.k, cache.v):
+            size, token = own.layer_elements, own.num_layers * own.layer_elements
+            rows.append(
+                [
+                    (view.data_ptr(), before, layer * size, token)
+                    for layer, view in enumerate(own.views)
+                ]
+            )
+            before += token
+        if compiled_for(cache.k) == compiled_for(cache.v):
+            return [cls._of(cache.k, rows[0] + rows[1])]
+        return [cls._of(own, table) for own, table in zip((cache.k, cache.v), rows, strict=True)]
+
+    @classmethod
+    def _of(cls, like: PagedTensor, rows: list[tuple[int, int, int, int]]) -> _AlikePages:
+        alignment = math.gcd(16, *(address for address, *_ in rows))
+        return cls(like, alignment, torch.tensor(rows, dtype=torch.int64).to(like.device))
+
+
+def move_rows(
+    layers: Sequence[_AlikePages], slots: torch.Tensor, data: torch.Tensor, write: bool
+) -> None:
     """Copy tokens of all layers between the cache and `data`, bit for bit.
 
-    tensor: of int8, int16 or int32. slots: int64 [chunks, T] on its device, `SKIP` for tokens
-    that are not wanted. data: of the same type, [chunks, T * L * H * D], columns contiguous.
-    write: into the cache.
+    layers: of int8, int16 or int32. slots: int64 [chunks, T] on their device, `SKIP` for tokens
+    that are not wanted. data: of the same type, [chunks, T * (K and V of a token)], columns
+    contiguous: K [T, L, H, D], then V. write: into the cache.
     """
     chunks, tokens = slots.shape
-    _move_kernel[(chunks * tokens, tensor.num_layers)](
-        tensor.pointers,
-        *tensor.strides,
-        slots,
-        data,
-        data.stride(0),
-        tokens,
-        tensor.page_tokens,
-        TYPE=_TYPES[tensor.dtype],
-        HEADS=tensor.num_heads,
-        HEAD_SIZE=tensor.head_size,
-        LAYERS=tensor.num_layers,
-        ALIGNMENT=tensor.alignment,
-        HEAD_TILE=triton.next_power_of_2(tensor.num_heads),
-        SIZE_TILE=triton.next_power_of_2(tensor.head_size),
-        WRITE=write,
-    )
+    for part in layers:
+        like = part.like
+        _move_kernel[(chunks * tokens, len(part.table))](
+            part.table,
+            *like.strides,
+            slots,
+            data,
+            data.stride(0),
+            tokens,
+            like.page_tokens,
+            TYPE=_TYPES[like.dtype],
+            HEADS=like.num_heads,
+            HEAD_SIZE=like.head_size,
+            ALIGNMENT=part.alignment,
+            COLUMN_ALIGNMENT=math.gcd(16, like.layer_elements),
+            HEAD_TILE=triton.next_power_of_2(like.num_heads),
+            SIZE_TILE=triton.next_power_of_2(like.head_size),
+            WRITE=write,
+        )
 
 
 _TYPES = {torch.int8: tl.int8, torch.int16: tl.int16, torch.int32: tl.int32}
@@ -245,7 +282,7 @@ _TYPES = {torch.int8: tl.int8, torch.int16: tl.int16, torch.int32: tl.int32}
 
 @jit(do_not_specialize=("tokens", "page_tokens"))
 def _move_kernel(  # type: ignore[no-untyped-def]
-    pointers,
+    table,
     page_stride,
     head_stride,
     token_stride,
@@ -258,27 +295,27 @@ def _move_kernel(  # type: ignore[no-untyped-def]
     TYPE: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
-    LAYERS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
+    COLUMN_ALIGNMENT: tl.constexpr,
     HEAD_TILE: tl.constexpr,
     SIZE_TILE: tl.constexpr,
     WRITE: tl.constexpr,
 ):
     """One program: one token of one layer."""
     row = tl.program_id(0)
-    layer = tl.program_id(1)
+    layer = table + tl.program_id(1) * 4
     slot = tl.load(slots + row)
     if slot >= 0:
-        page = token_page(
-            pointers, layer, slot, page_tokens, page_stride, token_stride, TYPE, ALIGNMENT
-        )
+        address = tl.load(layer)
+        page = token_page(address, slot, page_tokens, page_stride, token_stride, TYPE, ALIGNMENT)
         head = tl.arange(0, HEAD_TILE)[:, None]
         dim = tl.arange(0, SIZE_TILE)[None, :]
         inside = (head < HEADS) & (dim < HEAD_SIZE)
         cached = page + head.to(tl.int64) * head_stride + dim * dim_stride
         chunk = (row // tokens).to(tl.int64)
         token = (row % tokens).to(tl.int64)
-        staged = data + chunk * chunk_stride + (token * LAYERS + layer) * (HEADS * HEAD_SIZE)
+        first = tl.load(layer + 1) * tokens + token * tl.load(layer + 3) + tl.load(layer + 2)
+        staged = data + chunk * chunk_stride + tl.multiple_of(first, COLUMN_ALIGNMENT)
         staged += head * HEAD_SIZE + dim
         if WRITE:
             tl.store(cached, tl.load(staged, mask=inside, other=0), mask=inside)

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvtc_vllm.codec.artifact import KINDS, Kind, RankArtifact, at_ratio
+from kvtc_vllm.codec.artifact import RankArtifact, at_ratio
 from kvtc_vllm.codec.base import Blob, read_section
 from kvtc_vllm.codec.container import NO_FINGERPRINT
 from kvtc_vllm.codec.errors import ContainerError
@@ -25,9 +25,11 @@ from kvtc_vllm.codec.kernels.chunks import LoadChunk, RowLayout, shares, steps, 
 from kvtc_vllm.codec.kernels.decoder import Decoder, DecodeStep, DecodeWorkspace
 from kvtc_vllm.codec.kernels.deflate_nvcomp import host_threads
 from kvtc_vllm.codec.kernels.numeric import OPERAND, Precision
-from kvtc_vllm.codec.kernels.paged import PagedCache, check_geometry, chunk_slots, rotations
+from kvtc_vllm.codec.kernels.paged import PagedCache, check_geometry, chunk_slots
 from kvtc_vllm.codec.kernels.paged_io import scatter_rows
 from kvtc_vllm.codec.kernels.payload_coding import PayloadCoding, StoredPayloads
+from kvtc_vllm.codec.kernels.resident import layer_places
+from kvtc_vllm.codec.kernels.row_table import RowTable
 from kvtc_vllm.codec.kernels.unit_coders import UnitCoder, unit_coder
 from kvtc_vllm.codec.kernels.uploads import UploadedBlobs
 from kvtc_vllm.codec.kernels.verified import ExpectedHead, VerifiedBlob, has_checksum
@@ -76,7 +78,6 @@ class PagedReader(TransformCodec):
         geometry = artifact.geometry
         check_geometry(cache, geometry)
         self.cache = cache.scaled(artifact.scales)
-        self._exact = cache
         self.block_size = block_size
         self._operand = OPERAND[precision]
         # The operands' precision is more than enough for what ends in 16 bits or fewer.
@@ -90,7 +91,12 @@ class PagedReader(TransformCodec):
         rule = self.artifact.sink_rule if self._has_marks else None
         layers = () if rule is None else rule.layers
         self._rule_layers = torch.tensor(layers, dtype=torch.int32, device=device)
-        self._unrotated = rotations([None] * geometry.num_layers, device)
+        places = layer_places(artifact, self.resident.columns)
+        self.rows = RowTable.of(self.cache, places, self.resident.row)
+        self.exact_rows = RowTable.exact(cache, self.resident.row)
+        self._exact_parts = [
+            own.num_layers * own.layer_elements for own in (self.cache.k, self.cache.v)
+        ]
         self._expected_head = lru_cache(_HEADS)(self._head_of)
 
     @abstractmethod
@@ -99,7 +105,7 @@ class PagedReader(TransformCodec):
 
     @property
     def resident_bytes(self) -> int:
-        return self.resident.nbytes
+        return self.resident.nbytes + self.rows.nbytes
 
     def load(
         self,
@@ -141,7 +147,7 @@ class PagedReader(TransformCodec):
         workspace = DecodeWorkspace.of(
             self.coding, self.row_dtype, len(chunks), largest, tokens, self.device
         )
-        decoding = Decoder(self.coding, self.cache, workspace, thread.stream, point)
+        decoding = Decoder(self.coding, self.rows, workspace, thread.stream, point)
         begin = Event(self.device)
         slots = chunk_slots(
             [chunk.block_ids for chunk, _ in chunks],
@@ -183,10 +189,12 @@ class PagedReader(TransformCodec):
             sinks, sink_slots, damaged = reading.result()
             failed |= damaged
             # Last: all that follows on this stream would wait for the point, too.
-            if len(sink_slots):
+            if sinks is not None:
                 if point is not None:
                     point.wait()
-                self._write_sinks(sinks, sink_slots)
+                slots_there = upload(sink_slots, self.device)
+                exact = upload(sinks, self.device).float()
+                scatter_rows(self.exact_rows, slots_there, slots_there, None, exact)
             return decoding.damaged() | failed
         except BaseException:
             # What is begun writes into memory of this thread that the next load uses again.
@@ -263,13 +271,14 @@ class PagedReader(TransformCodec):
 
     def _read_sinks(
         self, verified: Mapping[int, VerifiedBlob], slots: npt.NDArray[np.int64]
-    ) -> tuple[dict[Kind, torch.Tensor], torch.Tensor, dict[int, ContainerError]]:
-        """Sinks of all chunks, cache dtype [S, p], and their slots [S], on the host.
+    ) -> tuple[torch.Tensor | None, torch.Tensor, dict[int, ContainerError]]:
+        """Sinks of all chunks, cache dtype [S, P], and their slots [S], on the host.
 
-        Those of damaged sections are left out, and told by place.
+        K of all layers comes before V. None if there are none. Those of damaged sections are left
+        out, and told by place.
         """
         failed: dict[int, ContainerError] = {}
-        parts: dict[Kind, list[torch.Tensor]] = {tensor: [] for tensor in KINDS}
+        parts: list[torch.Tensor] = []
         own_slots: list[torch.Tensor] = []
         for place, blob in verified.items():
             if not blob.sinks:
@@ -280,23 +289,11 @@ class PagedReader(TransformCodec):
                 failed[place] = error
                 continue
             sinks = self._decode_sinks(payload, blob.sinks, torch.device("cpu"))
-            for tensor, values in zip(KINDS, sinks, strict=True):
-                parts[tensor].append(values.flatten(1))
+            parts.append(torch.cat([values.flatten(1) for values in sinks], dim=1))
             own_slots.append(torch.from_numpy(slots[place, : blob.sinks]))
         if not own_slots:
-            return {}, torch.empty(0, dtype=torch.int64), failed
-        together = {
-            tensor: values[0] if len(values) == 1 else torch.cat(values)
-            for tensor, values in parts.items()
-        }
-        return together, torch.cat(own_slots), failed
-
-    def _write_sinks(self, sinks: dict[Kind, torch.Tensor], slots: torch.Tensor) -> None:
-        slots = upload(slots, self.device)
-        for tensor, values in sinks.items():
-            rows = upload(values, self.device).float()
-            exact = self._exact.tensor(tensor)
-            scatter_rows(exact, slots, slots, self._unrotated, None, rows)
+            return None, torch.empty(0, dtype=torch.int64), failed
+        return torch.cat(parts), torch.cat(own_slots), failed
 
 
 def that_fit(

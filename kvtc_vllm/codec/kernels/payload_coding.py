@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvtc_vllm.codec.artifact import Kind, SectionKey
+from kvtc_vllm.codec.artifact import SectionKey
 from kvtc_vllm.codec.container import SectionKind
 from kvtc_vllm.codec.entropy.unit_table import Lengths
 from kvtc_vllm.codec.errors import CodecError
@@ -155,17 +155,19 @@ class PayloadCoding(ABC):
         """Marked tokens of a step of a load; more are in another step. As `payload_room`."""
 
     @abstractmethod
-    def memory(
-        self, chunks: int, tokens: int, row_dtype: torch.dtype, device: torch.device
-    ) -> tuple[torch.Tensor, ...]:
+    def usual_marked(self, tokens: int) -> int:
+        """Marked tokens of a chunk with so many coded tokens, as a rule at most."""
+
+    @abstractmethod
+    def memory(self, chunks: int, tokens: int, device: torch.device) -> tuple[torch.Tensor, ...]:
         """Device memory of a step of a load beside payloads, coefficients and rows.
 
         Raises torch.OutOfMemoryError.
         """
 
     @abstractmethod
-    def memory_bytes(self, tokens: int, row_dtype: torch.dtype) -> int:
-        """Bytes of `memory` and of marked tokens' coefficients for each chunk of a step, about."""
+    def memory_bytes(self, tokens: int) -> int:
+        """Bytes of `memory` for each chunk of a step."""
 
     @abstractmethod
     def plan(self, layout: RowLayout, stored: Sequence[StoredPayloads]) -> PayloadPlan:
@@ -179,26 +181,16 @@ class PayloadCoding(ABC):
         """
 
     @abstractmethod
-    def begin(self, step: StepPayloads, coefficients: torch.Tensor) -> None:
-        """What comes before the first section of a step; launches and does not wait.
+    def decode(self, step: StepPayloads, coefficients: torch.Tensor, rows: torch.Tensor) -> None:
+        """Rows without mean of all tokens of a step. Launches and does not wait.
 
-        coefficients: room for `PayloadCoding.coefficients` in the operand dtype.
+        coefficients: room for `PayloadCoding.coefficients` in the operand dtype. rows: out, [R + M,
+        P] of all sections: of R coded tokens, then of the M marked ones among them, see `others`.
         """
 
-    @abstractmethod
-    def rows(
-        self,
-        step: StepPayloads,
-        section: int,
-        key: SectionKey,
-        coefficients: torch.Tensor,
-        out: torch.Tensor,
-    ) -> None:
-        """Rows without mean of all tokens of a step: out, [R, p]. Launches and does not wait.
-
-        section: place of `key` among the resident artifact's keys. coefficients: those that
-        `begin` had.
-        """
+    def others(self, step: StepPayloads) -> torch.Tensor | None:
+        """int64 [R]: i > 0 for a token whose row is row R + i - 1; None if there are none."""
+        return None
 
     @property
     @abstractmethod
@@ -217,13 +209,13 @@ class PayloadCoding(ABC):
     def encode(
         self,
         layout: RowLayout,
-        rows: Mapping[Kind, torch.Tensor],
+        rows: torch.Tensor,
         marks: Mapping[int, Marks],
     ) -> RawPayloads:
         """Payloads of a step's chunks.
 
-        rows: K and V [R, P] of all layers, without mean, in the operand dtype. marks: bool [N] of
-        each member of the layout; empty if blobs do not say.
+        rows: [R, P] of all sections, without mean, in the operand dtype. marks: bool [N] of each
+        member of the layout; empty if blobs do not say.
         """
 
     @abstractmethod

@@ -47,7 +47,7 @@ def encode_payloads(
     out: torch.Tensor,
     magnitudes: torch.Tensor,
 ) -> None:
-    """Quantise and pack chunks.
+    """Quantise and pack chunks, all sections of the tables: two launches.
 
     coefficients: float32 [R, tables.width], contiguous, aligned to 16 bytes, in the order of
     `Columns`, all within +-65504, else only `magnitudes` means anything. chunks: int64 [n, 3] on
@@ -82,7 +82,7 @@ def decode_payloads(
     out: torch.Tensor,
     damaged: torch.Tensor,
 ) -> None:
-    """Unpack chunks.
+    """Unpack chunks, all sections of the tables: one launch.
 
     payloads: uint8 [n, tables.payload_stride], contiguous. chunks: as for `encode_payloads`. out:
     float32 or float16 [R, tables.width], contiguous, aligned to 16 bytes; every element is
@@ -173,8 +173,9 @@ def _range_kernel(  # type: ignore[no-untyped-def]
         reach = tl.maximum(high - shift.to(tl.float32), 0.0)
         step = tl.div_rn(reach, tl.where(type_id == _INT2, TOP2, TOP4))
     scale = saturate_fp16(tl.where(high > low, step, 0.0))
-    scales = payloads + chunk * payload_stride + group * tokens
-    _store_scales(scales + token, inside, num_groups * tokens, shift, scale)
+    place, stream = _scales(groups, length, num_groups, group)
+    scales = payloads + chunk * payload_stride + place
+    _store_scales(scales + token, inside, stream, shift, scale)
 
 
 @jit()
@@ -215,8 +216,8 @@ def _codes_kernel(  # type: ignore[no-untyped-def]
         column = tl.load(tile + 3)
         rows += tl.multiple_of(start + column, _COLUMNS)
         codes = payload + offset
-        scales = payload + group * tokens
-        stream = num_groups * tokens
+        begin, stream = _scales(groups, length, num_groups, group)
+        scales = payload + begin
         token = tl.load(tile + 2) + tl.arange(0, TOKENS)
         flag = damaged + chunk
         if type_id == _INT2:
@@ -240,8 +241,8 @@ def _codes_kernel(  # type: ignore[no-untyped-def]
         payload = payloads + chunk * payload_stride
         rows += start
         codes = payload + offset
-        scales = payload + group * tokens
-        stream = num_groups * tokens
+        begin, stream = _scales(groups, length, num_groups, group)
+        scales = payload + begin
         byte = tl.load(tile + 2) + tl.arange(0, BYTES)
         flag = damaged + chunk
         if type_id == _INT2:
@@ -274,8 +275,15 @@ def _chunk(chunks, chunk):  # type: ignore[no-untyped-def]
 @jit()
 def _group(groups, length, num_groups, group):  # type: ignore[no-untyped-def]
     """A row of `PlanTables.groups`: first column, size, type id, offset of the codes."""
-    row = groups + 4 * (length * num_groups + group)
+    row = groups + 6 * (length * num_groups + group)
     return tl.load(row), tl.load(row + 1).to(tl.int32), tl.load(row + 2), tl.load(row + 3)
+
+
+@jit()
+def _scales(groups, length, num_groups, group):  # type: ignore[no-untyped-def]
+    """The rest of such a row: offset of the scales, bytes from one stream of them to the next."""
+    row = groups + 6 * (length * num_groups + group) + 4
+    return tl.load(row), tl.load(row + 1).to(tl.int32)
 
 
 @jit()

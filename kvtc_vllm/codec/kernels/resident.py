@@ -1,4 +1,4 @@
-"""What of an artifact stays on the device: bases, means and rotary tables.
+"""What of an artifact stays on the device: bases and means, for rows of all layers.
 
 Only one target ratio is resident, and its bases have a column order that suits how the codec lays
 out codes. Matrix products have rows that begin at multiples of 128 bytes, as the fast tensor-core
@@ -13,9 +13,10 @@ from typing import TypeVar
 
 import torch
 
-from kvtc_vllm.codec.artifact import KINDS, Kind, RankArtifact, SectionKey, SectionName
+from kvtc_vllm.codec.artifact import RankArtifact, SectionKey, SectionName
 from kvtc_vllm.codec.entropy.unit_table import Lengths
-from kvtc_vllm.codec.kernels.paged import Rotation, rotations
+from kvtc_vllm.codec.kernels.batches import BasisShape, Batch
+from kvtc_vllm.codec.kernels.row_table import LayerPlace
 
 COLUMNS = 64
 """Columns of a tile of codes; widths of resident matrices are multiples."""
@@ -44,19 +45,40 @@ class ColumnOrder:
         return len(self.sources)
 
 
+@dataclass(frozen=True)
+class ResidentBatch:
+    """Sections whose products are one launch.
+
+    columns: of all of them in a row. shape: of each. analysis, synthesis: [G, p, total width].
+    """
+
+    keys: tuple[SectionKey, ...]
+    columns: slice
+    shape: BasisShape
+    analysis: torch.Tensor
+    synthesis: torch.Tensor
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Their part of rows [R, P]: [G, R, p], a view."""
+        own = x[:, self.columns]
+        return own.view(len(x), len(self.keys), self.shape.row).transpose(0, 1)
+
+
 class ResidentArtifact:
     """An artifact at one target ratio as kernels take it, on one device. Thread-safe.
 
     sections: the artifact's, on any device. analysis, synthesis: what rows and coefficients are
     multiplied by, [p, total width] in the operand dtype: the bases in the order of `orders`, with
-    the rows' weights in them where there are some. means: float32 [P], of a row of all layers.
-    keys: of all sections, in the order of the container.
+    the rows' weights in them where there are some; views of those of `batches`. keys: of all
+    sections, in the order of the container. row: P, elements of a row, in which sections follow one
+    another in the order of the batches. columns: of each section in it. mean: float32 [P].
     """
 
     def __init__(
         self,
         artifact: RankArtifact,
         orders: Mapping[SectionKey, ColumnOrder],
+        batches: Sequence[Batch],
         device: torch.device,
         operand: torch.dtype,
     ) -> None:
@@ -64,91 +86,76 @@ class ResidentArtifact:
         self.operand = operand
         self.orders = orders
         self.device = device
-        self.analysis: dict[SectionKey, torch.Tensor] = {}
-        self.synthesis: dict[SectionKey, torch.Tensor] = {}
-        for key, section in artifact.sections.items():
-            basis = ordered(section.basis, orders[key].sources)
-            unit, weights = orders[key].unit, section.weights
-            self.analysis[key] = _scaled(basis, weights, unit, operand).to(device)
-            inverse = None if weights is None else 1 / weights
-            self.synthesis[key] = (
-                self.analysis[key]
-                if inverse is None and unit == 1
-                else _scaled(basis, inverse, 1 / unit, operand).to(device)
-            )
-        layers = artifact.geometry.num_layers
-        ropes = [None if i is None else artifact.ropes[i] for i in artifact.layer_rope]
-        self.rotations: dict[Kind, tuple[Rotation, ...]] = {
-            "k": rotations(ropes, device),
-            "v": rotations([None] * layers, device),
-        }
         self.keys = artifact.section_keys()
-        means: dict[Kind, list[torch.Tensor]] = {tensor: [] for tensor in KINDS}
-        for key in self.keys:
-            for tensor, part in self.geometry.row_parts(*key).items():
-                means[tensor].append(artifact.sections[key].mean[part].float())
-        self.means: Mapping[Kind, torch.Tensor] = {
-            tensor: torch.cat(parts).to(device) for tensor, parts in means.items()
-        }
-
-    @property
-    def layer_groups(self) -> range:
-        return range(len(self.geometry.layer_groups))
-
-    def section_rows(self, key: SectionKey, rows: Mapping[Kind, torch.Tensor]) -> torch.Tensor:
-        """Rows of a section, [R, p]: a view, or of a pair a copy.
-
-        rows: K and V [R, P] of all layers.
-        """
-        group, name = key
-        tensors = self.geometry.row_parts(group, name)
-        parts = [rows[tensor][:, self.columns(group, tensor)] for tensor in tensors]
-        return parts[0] if len(parts) == 1 else joined(parts)
-
-    def joined_bytes(self, tokens: int) -> int:
-        """Device memory that `section_rows` takes for so many tokens, at most."""
-        pairs = [self.geometry.row_size(*key) for key in self.keys if key[1] == "kv"]
-        return tokens * max(pairs, default=0) * self.operand.itemsize
-
-    def columns(self, layer_group: int, tensor: Kind) -> slice:
-        """Where the layer group lies in a row of all layers."""
-        first, end = self.geometry.layer_groups[layer_group]
-        per_layer = self.geometry.row_size(layer_group, tensor) // (end - first)
-        return slice(first * per_layer, end * per_layer)
+        self.columns: dict[SectionKey, slice] = {}
+        made: list[ResidentBatch] = []
+        means: list[torch.Tensor] = []
+        first = 0
+        for batch in batches:
+            made.append(_resident(artifact, batch, orders, first, device, operand))
+            for key in batch.keys:
+                self.columns[key] = slice(first, first + batch.shape.row)
+                first += batch.shape.row
+                means.append(artifact.sections[key].mean.float())
+        self.batches = tuple(made)
+        self.row = first
+        self.mean = torch.cat(means).to(device)
+        in_batches = [(key, batch, i) for batch in made for i, key in enumerate(batch.keys)]
+        self.analysis = {key: batch.analysis[i] for key, batch, i in in_batches}
+        self.synthesis = {key: batch.synthesis[i] for key, batch, i in in_batches}
 
     def width(self, layer_group: int, name: SectionName) -> int:
         """Columns of the section's coefficients."""
         return self.orders[layer_group, name].width
 
     @property
-    def widest(self) -> int:
-        """Largest `width` of a section."""
-        return max(order.width for order in self.orders.values())
-
-    @property
-    def longest_row(self) -> int:
-        """Most elements of a section's row."""
-        return max(self.geometry.row_size(*key) for key in self.keys)
-
-    @property
     def nbytes(self) -> int:
-        """Device memory of bases, means and rotary tables."""
+        """Device memory of bases and means."""
+        bases = [basis for batch in self.batches for basis in (batch.analysis, batch.synthesis)]
         # Without weights both bases are one.
-        bases = [*self.analysis.values(), *self.synthesis.values()]
-        tensors = list({id(basis): basis for basis in bases}.values())
-        tensors += self.means.values()
-        tables = {id(span.rope): span.rope.cos_sin for span in self.rotations["k"] if span.rope}
-        return sum(x.nbytes for x in tensors) + sum(x.nbytes for x in tables.values())
+        tensors = {basis.data_ptr(): basis for basis in bases}.values()
+        return sum(x.nbytes for x in (*tensors, self.mean))
 
 
-def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """K and V [R, pieces of p] -> rows of a pair [R, p], a copy.
+def _resident(
+    artifact: RankArtifact,
+    batch: Batch,
+    orders: Mapping[SectionKey, ColumnOrder],
+    first: int,
+    device: torch.device,
+    operand: torch.dtype,
+) -> ResidentBatch:
+    """first: column of a row where the batch begins."""
+    analysis: list[torch.Tensor] = []
+    synthesis: list[torch.Tensor] = []
+    for key in batch.keys:
+        section, unit = artifact.sections[key], orders[key].unit
+        basis = ordered(section.basis, orders[key].sources)
+        analysis.append(_scaled(basis, section.weights, unit, operand))
+        inverse = None if section.weights is None else 1 / section.weights
+        synthesis.append(_scaled(basis, inverse, 1 / unit, operand))
+    plain = all(artifact.sections[k].weights is None and orders[k].unit == 1 for k in batch.keys)
+    forth = torch.stack(analysis).to(device)
+    back = forth if plain else torch.stack(synthesis).to(device)
+    columns = slice(first, first + len(batch.keys) * batch.shape.row)
+    return ResidentBatch(batch.keys, columns, batch.shape, forth, back)
 
-    Two products whose results are added in float32 would do without it. But not every torch adds
-    a product of float16 operands to float32, and the sum would be another one than the codec
-    without kernels has.
-    """
-    return torch.cat(list(parts), dim=1)
+
+def layer_places(artifact: RankArtifact, columns: Mapping[SectionKey, slice]) -> list[LayerPlace]:
+    """Where each layer's K and V lie in a row. columns: of each section in it."""
+    geometry = artifact.geometry
+    places: list[LayerPlace] = []
+    for group, name in artifact.section_keys():
+        first = columns[group, name].start
+        begin, end = geometry.layer_groups[group]
+        for tensor, part in geometry.row_parts(group, name).items():
+            size = (part.stop - part.start) // (end - begin)
+            for layer in range(begin, end):
+                table = artifact.layer_rope[layer] if tensor == "k" else None
+                rope = None if table is None else artifact.ropes[table]
+                column = first + part.start + (layer - begin) * size
+                places.append(LayerPlace(tensor, layer, rope, column))
+    return places
 
 
 def padded_payload(length: Bytes) -> Bytes:

@@ -45,9 +45,10 @@ def columns_of(counts, section):  # type: ignore[no-untyped-def]
 @jit()
 def target_of(targets, section):  # type: ignore[no-untyped-def]
     """A row of `StepTables.targets`."""
-    row = targets + 4 * section
-    first = tl.load(row + 1).to(tl.int64)
-    return tl.load(row).to(tl.int64), first, tl.load(row + 2).to(tl.int64), tl.load(row + 3)
+    row = targets + 5 * section
+    first, key_width = tl.load(row + 1).to(tl.int64), tl.load(row + 2).to(tl.int64)
+    width = tl.multiple_of(tl.load(row + 3), TILE_COLUMNS).to(tl.int64)
+    return tl.load(row).to(tl.int64), first, key_width, width, tl.load(row + 4)
 
 
 @jit()

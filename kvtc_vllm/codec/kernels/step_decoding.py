@@ -256,8 +256,7 @@ def _unpack_kernel(  # type: ignore[no-untyped-def]
     high = begin + tl.load(totals + section * chunks + chunk) + tl.load(wides + place) * PER_WIDE
     own = index + lane
     values += tl.load(known + first + column + lane) - 1
-    earlier, key_first, key_width, listed = target_of(targets, section)
-    width = (filled(two) + filled(four) + filled(eight)).to(tl.int64)
+    earlier, key_first, key_width, width, listed = target_of(targets, section)
     beyond = (section & 1).to(tl.int32) if MARKED else 0
     marked_at = own_columns.to(tl.int64) * num_rows + key_first * marked_rows
     target = earlier * num_rows

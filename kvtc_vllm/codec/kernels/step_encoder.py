@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from kvtc_vllm.codec.artifact import Kind, SectionKey
 from kvtc_vllm.codec.entropy import DEFLATE, RAW
 from kvtc_vllm.codec.entropy.unit_table import Lengths
 from kvtc_vllm.codec.kernels.chunks import RowLayout
-from kvtc_vllm.codec.kernels.numeric import product
+from kvtc_vllm.codec.kernels.numeric import products
 from kvtc_vllm.codec.kernels.payload_coding import Marks, RawPayloads, row_magnitudes
 from kvtc_vllm.codec.kernels.resident import ResidentArtifact, padded_payload
 from kvtc_vllm.codec.kernels.step_encoding import PLACE, PayloadPool, encode_sections
@@ -77,7 +76,7 @@ def encode_step(
     resident: ResidentArtifact,
     tables: StepTables,
     layout: RowLayout,
-    rows: Mapping[Kind, torch.Tensor],
+    rows: torch.Tensor,
     marks: Sequence[Marks],
 ) -> RawPayloads:
     """See `PayloadCoding.encode`. marks: of each chunk of the layout.
@@ -110,27 +109,24 @@ def encode_step(
         magnitudes,
     )
     space = torch.empty(count_coefficients(resident, num_rows, len(marked_rows)), device=device)
+    marked_x = rows.index_select(0, marked_rows) if len(marked_rows) else rows[:0]
     taken = [0, num_rows * tables.own_columns]
 
     def multiply(x: torch.Tensor, basis: torch.Tensor, sort: int) -> None:
         """sort: 0 for all coded tokens, 1 for what is beyond."""
-        shape = len(x), basis.shape[1]
+        shape = *x.shape[:2], basis.shape[2]
         first, taken[sort] = taken[sort], taken[sort] + math.prod(shape)
-        product(x, basis, space[first : taken[sort]].view(shape))
+        products(x, basis, space[first : taken[sort]].view(shape))
 
-    def project(key: SectionKey) -> None:
-        x = resident.section_rows(key, rows)
-        width, basis = resident.width(*key), resident.analysis[key]
+    for batch in resident.batches:
+        width = batch.shape.width
         if width:
-            multiply(x, basis[:, :width], 0)
+            multiply(batch.rows(rows), batch.analysis[:, :, :width], 0)
         else:
-            bits = row_magnitudes(x, layout)
+            bits = row_magnitudes(rows[:, batch.columns], layout)
             torch.maximum(magnitudes, bits * (bits >= _INFINITE), out=magnitudes)
-        if len(marked_rows) and basis.shape[1] > width:
-            multiply(x.index_select(0, marked_rows), basis[:, width:], 1)
-
-    for key in resident.keys:
-        project(key)  # a function, so that rows of one pair are gone before those of the next
+        if len(marked_rows) and batch.shape.beyond:
+            multiply(batch.rows(marked_x), batch.analysis[:, :, width:], 1)
     encode_sections(space, (num_rows, len(marked_rows)), tables, pool, row_marks)
     found = places.cpu().numpy().swapaxes(0, 1)
     return _cut(tables, layout, sizes, data, found, magnitudes.cpu())

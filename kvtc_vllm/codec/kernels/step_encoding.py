@@ -188,8 +188,7 @@ def _encode_kernel(  # type: ignore[no-untyped-def]
     known = rounding + first + column + lane
     dead, shift = tl.load(known), tl.load(known + num_columns)
     counted = chunk * num_columns + first + column + lane
-    earlier, _, _, _ = target_of(targets, section)
-    row_stride = (filled(two) + filled(four) + filled(eight)).to(tl.int64)
+    earlier, _, _, row_stride, _ = target_of(targets, section)
     beyond = (section & 1).to(tl.int32) if MARKED else 0
     begin = earlier * num_rows
     if MARKED:

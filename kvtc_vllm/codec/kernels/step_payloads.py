@@ -8,14 +8,15 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from kvtc_vllm.codec.artifact import Kind, RankArtifact, SectionKey
+from kvtc_vllm.codec.artifact import RankArtifact, SectionKey
 from kvtc_vllm.codec.base import read_section
 from kvtc_vllm.codec.container import SectionKind
 from kvtc_vllm.codec.entropy import UNIT_BYTES
 from kvtc_vllm.codec.entropy.unit_table import Lengths
 from kvtc_vllm.codec.frame import SECTION_KIND
+from kvtc_vllm.codec.kernels.batches import batches
 from kvtc_vllm.codec.kernels.chunks import RowLayout
-from kvtc_vllm.codec.kernels.numeric import product
+from kvtc_vllm.codec.kernels.numeric import products
 from kvtc_vllm.codec.kernels.payload_coding import (
     DEFLATE_SCRATCH,
     CodedSizes,
@@ -33,6 +34,7 @@ from kvtc_vllm.codec.kernels.step_encoder import count_coefficients, encode_step
 from kvtc_vllm.codec.kernels.step_tables import (
     StepColumns,
     StepTables,
+    basis_shape,
     bytes_per_column,
     column_order,
 )
@@ -53,7 +55,7 @@ class StepPlanPayloads(PayloadCoding):
     """Of step plans: a payload's length follows from its escapes, and some tokens are marked.
 
     Marked tokens have a product of their own, of all that they have; the rows that the others'
-    product gives for them are written over.
+    product gives for them are not looked at.
     """
 
     failures: ClassVar[Mapping[int, str]] = {UNEVEN: str(uneven_escapes())}
@@ -64,8 +66,14 @@ class StepPlanPayloads(PayloadCoding):
     ) -> None:
         found = {key: step_plan(s, ratio) for key, s in artifact.sections.items()}
         marks = artifact.sink_rule is not None
-        orders = {key: column_order(plan, marks) for key, plan in found.items()}
-        super().__init__(ResidentArtifact(artifact, orders, device, operand))
+        row = artifact.geometry.row_size
+        shared = batches({key: basis_shape(p, row(*key), marks) for key, p in found.items()})
+        orders = {
+            key: column_order(found[key], batch.shape, marks)
+            for batch in shared
+            for key in batch.keys
+        }
+        super().__init__(ResidentArtifact(artifact, orders, shared, device, operand))
         self.plans = {key: found[key] for key in self.resident.keys}
         self.rule = artifact.sink_rule
         self._per_key = 1 if self.rule is None else 2
@@ -73,7 +81,7 @@ class StepPlanPayloads(PayloadCoding):
         beyond = [plan.beyond for plan in self.plans.values()]
         self._has_beyond = np.array([plan is not None for plan in beyond])
         self._columns_beyond = np.array([StepColumns.of(plan).counts for plan in beyond], np.int64)
-        self.tables = StepTables.build(self.plans, marks, operand, device)
+        self.tables = StepTables.build(self.plans, shared, marks, operand, device)
 
     def stored(self, blob: VerifiedBlob, coded: int) -> StoredPayloads:
         first = int(blob.sinks > 0)
@@ -100,30 +108,22 @@ class StepPlanPayloads(PayloadCoding):
     def marked_room(self, chunks: int, tokens: int) -> int:
         if self.rule is None:
             return 0
-        return max(tokens, self.rule.most(tokens) * chunks)
+        return max(tokens, self.usual_marked(tokens) * chunks)
 
-    def memory(
-        self, chunks: int, tokens: int, row_dtype: torch.dtype, device: torch.device
-    ) -> tuple[torch.Tensor, ...]:
-        """Escapes, wide escapes, totals; rows of marked tokens."""
-        resident = self.resident
+    def usual_marked(self, tokens: int) -> int:
+        return 0 if self.rule is None else self.rule.most(tokens)
+
+    def memory(self, chunks: int, tokens: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """Escapes, wide escapes, totals."""
         counted = chunks * self.tables.num_columns
-        marked = self.marked_room(chunks, tokens)
         totals = chunks * len(self.tables.sections)
-        counts = (
+        return tuple(
             torch.empty(size, dtype=torch.int32, device=device)
             for size in (counted, counted, totals)
         )
-        return (
-            *counts,
-            torch.empty(marked * resident.longest_row, dtype=row_dtype, device=device),
-        )
 
-    def memory_bytes(self, tokens: int, row_dtype: torch.dtype) -> int:
-        marked = self.coefficients(0, 1) * self.resident.operand.itemsize
-        marked += self.resident.longest_row * row_dtype.itemsize
-        most = 0 if self.rule is None else self.rule.most(tokens)
-        return 2 * _COUNT_BYTES * self.tables.num_columns + most * marked
+    def memory_bytes(self, tokens: int) -> int:
+        return _COUNT_BYTES * (2 * self.tables.num_columns + len(self.tables.sections))
 
     def plan(self, layout: RowLayout, stored: Sequence[StoredPayloads]) -> PayloadPlan:
         """Chunk after chunk, and in it section after section."""
@@ -141,7 +141,7 @@ class StepPlanPayloads(PayloadCoding):
         if per_key == 2:
             parts[1::2, :, 2], parts[1::2, :, 3] = marks, marks.cumsum() - marks
             marked = np.concatenate([own.marks for own in stored])
-            numbers += [np.where(marked, marked.cumsum(), 0), np.flatnonzero(marked)]
+            numbers.append(np.where(marked, marked.cumsum(), 0))
         there = lengths.ravel() > 0
         first = np.array([own.first for own in stored], np.int64)
         sections = first[:, None] + np.arange(lengths.shape[1])
@@ -157,43 +157,36 @@ class StepPlanPayloads(PayloadCoding):
         """Of all sections together: a launch costs more than their memory."""
         return tokens * self.tables.own_columns + marked * self.tables.num_columns
 
-    def begin(self, step: StepPayloads, coefficients: torch.Tensor) -> None:
+    def decode(self, step: StepPayloads, coefficients: torch.Tensor, rows: torch.Tensor) -> None:
         chunks, parts = len(step.layout.members), self._parts(step)
-        found = self._found(step)
+        escapes, wides, totals = step.own
+        found = escapes, wides, totals
         find_escapes(step.data, parts, chunks, self.tables, *found, damaged=step.flags)
-        rows = step.layout.num_rows, step.marked
-        marks = None if self.tables.all_coded else step.numbers[parts.numel() :][: rows[0]]
         here = step.data, parts, chunks, self.tables
-        decode_sections(*here, found, coefficients, rows, marks)
+        counts = step.layout.num_rows, step.marked
+        decode_sections(*here, found, coefficients, counts, self.others(step))
+        self._multiply(step, coefficients, rows)
 
-    def rows(
-        self,
-        step: StepPayloads,
-        section: int,
-        key: SectionKey,
-        coefficients: torch.Tensor,
-        out: torch.Tensor,
-    ) -> None:
-        tokens, marked = len(out), step.marked
-        order, synthesis = self.resident.orders[key], self.resident.synthesis[key]
-        before = [self.resident.orders[other] for other in self.resident.keys[:section]]
-        first = tokens * sum(other.width for other in before)
-        own = coefficients[first:][: tokens * order.width].view(tokens, order.width)
-        product(own, synthesis[:, : order.width].T, out)
-        if not marked:
-            return
-        first = tokens * self.tables.own_columns
-        first += marked * sum(other.total_width for other in before)
-        more = coefficients[first:][: marked * order.total_width].view(marked, order.total_width)
-        rows = step.own[3][: marked * out.shape[1]].view(marked, out.shape[1])
-        product(more, synthesis.T, rows)
-        out.index_copy_(0, step.numbers[self._parts(step).numel() + tokens :], rows)
+    def others(self, step: StepPayloads) -> torch.Tensor | None:
+        if self.tables.all_coded:
+            return None
+        return step.numbers[self._parts(step).numel() :][: step.layout.num_rows]
 
-    @staticmethod
-    def _found(step: StepPayloads) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Escapes, wide ones and totals, see `find_escapes`."""
-        escapes, wides, totals, *_ = step.own
-        return escapes, wides, totals
+    def _multiply(self, step: StepPayloads, coefficients: torch.Tensor, rows: torch.Tensor) -> None:
+        tokens, marked = step.layout.num_rows, step.marked
+        first, first_marked = 0, tokens * self.tables.own_columns
+        for batch in self.resident.batches:
+            count, shape = len(batch.keys), batch.shape
+            inverse, out = batch.synthesis.transpose(1, 2), batch.rows(rows)
+            size = count * tokens * shape.width
+            own = coefficients[first : first + size].view(count, tokens, shape.width)
+            products(own, inverse[:, : shape.width], out[:, :tokens])
+            first += size
+            if marked:
+                size = count * marked * shape.total
+                more = coefficients[first_marked : first_marked + size]
+                products(more.view(count, marked, shape.total), inverse, out[:, tokens:])
+                first_marked += size
 
     def _parts(self, step: StepPayloads) -> torch.Tensor:
         count = len(self.tables.sections) * len(step.layout.members)
@@ -217,16 +210,17 @@ class StepPlanPayloads(PayloadCoding):
         return int(self._packed_bytes(tokens) * _ROOM_FOR_ESCAPES)
 
     def encode_bytes(self, tokens: int) -> int:
-        most = 0 if self.rule is None else self.rule.most(tokens)
+        most = self.usual_marked(tokens)
         space = count_coefficients(self.resident, tokens, most) * torch.float32.itemsize
+        # Rows of marked tokens are copied.
+        space += most * self.resident.row * self.resident.operand.itemsize
         counts = 2 * _COUNT_BYTES * self.tables.num_columns
-        joined = self.resident.joined_bytes(tokens)
-        return space + joined + counts + DEFLATE_SCRATCH * self.payload_bytes(tokens)
+        return space + counts + DEFLATE_SCRATCH * self.payload_bytes(tokens)
 
     def encode(
         self,
         layout: RowLayout,
-        rows: Mapping[Kind, torch.Tensor],
+        rows: torch.Tensor,
         marks: Mapping[int, Marks],
     ) -> RawPayloads:
         own = [marks[member] for member in layout.members]

@@ -12,7 +12,7 @@ too.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,7 @@ import torch
 from kvtc_vllm.codec.artifact import SectionKey
 from kvtc_vllm.codec.entropy.unit_table import Lengths
 from kvtc_vllm.codec.errors import ArtifactError
+from kvtc_vllm.codec.kernels.batches import BasisShape, Batch
 from kvtc_vllm.codec.kernels.resident import COLUMNS, ColumnOrder
 from kvtc_vllm.codec.quantizers.base import FP16_MAX
 from kvtc_vllm.codec.v2.codes import WIDTHS
@@ -44,12 +45,16 @@ class StepColumns:
     sources: torch.Tensor
 
     @classmethod
-    def of(cls, plan: StepPlan | None) -> StepColumns:
+    def of(cls, plan: StepPlan | None, width: int = 0) -> StepColumns:
+        """width: columns to fill them up to with zeros, if they are fewer."""
         by_width = {} if plan is None else {part.width: part.columns for part in plan.packed}
         none = torch.empty(0, dtype=torch.int64)
         found = [by_width.get(width, none) for width in WIDTHS]
         parts = [torch.nn.functional.pad(own, (0, -len(own) % COLUMNS), value=-1) for own in found]
-        return cls(tuple(map(len, found)), torch.cat(parts))
+        sources = torch.cat(parts)
+        more = max(width - len(sources), 0)
+        sources = torch.nn.functional.pad(sources, (0, more), value=-1)
+        return cls(tuple(map(len, found)), sources)
 
     @property
     def width(self) -> int:
@@ -70,9 +75,16 @@ def unit_of(plan: StepPlan) -> float:
     return math.ldexp(1.0, -exponent)
 
 
-def column_order(plan: StepPlan, marks: bool) -> ColumnOrder:
-    """Of a plan and, if blobs have marks, what is beyond it."""
-    own, beyond = StepColumns.of(plan), StepColumns.of(plan.beyond if marks else None)
+def basis_shape(plan: StepPlan, row: int, marks: bool) -> BasisShape:
+    """Of a plan and, if blobs have marks, what is beyond it, as narrow as may be."""
+    beyond = StepColumns.of(plan.beyond if marks else None)
+    return BasisShape(row, StepColumns.of(plan).width, beyond.width)
+
+
+def column_order(plan: StepPlan, shape: BasisShape, marks: bool) -> ColumnOrder:
+    """Of a plan and, if blobs have marks, what is beyond it, filled up to a shape."""
+    own = StepColumns.of(plan, shape.width)
+    beyond = StepColumns.of(plan.beyond if marks else None, shape.beyond)
     moved = torch.where(beyond.sources < 0, -1, beyond.sources + plan.rank)
     return ColumnOrder(own.width, torch.cat((own.sources, moved)), unit_of(plan))
 
@@ -95,14 +107,15 @@ class StepTables:
     counts: torch.Tensor
     """int32 [S, 4]: columns of each width, first column among all."""
     targets: torch.Tensor
-    """int32 [S, 4], where coefficients go: columns of the sections before it that are of as many
-    tokens; among all, the first column of its key; columns of its key, what is beyond included; and
-    how many levels have a value of their own."""
+    """int32 [S, 5], where coefficients go: columns of the sections before it that are of as many
+    tokens; columns of the keys before its own, what is beyond included; columns of its key, the
+    same; columns of the section; and how many levels have a value of their own. Sections come in
+    the order of `batches`."""
     own_columns: int
     """Of all sections of all coded tokens."""
     tiles: torch.Tensor
     """int32 [m, 4]: section, bits, first column in the section, and in the stored order of the
-    width. They cover all columns."""
+    width; beyond the end of that where there are only zeros. They cover all columns."""
     known: torch.Tensor
     """int32 [G], of every column: place in `values` of what level 1 stands for."""
     values: torch.Tensor
@@ -120,6 +133,7 @@ class StepTables:
     def build(
         cls,
         plans: Mapping[SectionKey, StepPlan],
+        batches: Sequence[Batch],
         marks: bool,
         operand: torch.dtype,
         device: torch.device,
@@ -137,41 +151,57 @@ class StepTables:
         numbers: list[torch.Tensor] = []
         rounding: list[torch.Tensor] = []
         first = placed = 0
-        before = [0, 0]
-        for plan in plans.values():
+        begins = _begins(batches)
+        for key, plan in plans.items():
+            begin, shape = begins[key]
             parts = (plan, plan.beyond) if marks else (plan,)
-            columns = [StepColumns.of(own) for own in parts]
-            key_first, key_width = first, sum(own.width for own in columns)
-            for sort, (own, order) in enumerate(zip(parts, columns, strict=True)):
+            earlier, widths = (begin.width, begin.beyond), (shape.width, shape.beyond)
+            for own, before, width in zip(parts, earlier, widths, strict=False):
+                order = StepColumns.of(own, width)
                 column = 0
                 for bits, count in zip(WIDTHS, order.counts, strict=True):
                     for index in range(0, count, COLUMNS):
                         tiles.append((len(sections), bits, column, index))
                         column += COLUMNS
+                # Only zeros: beyond what is packed in the last of the widths.
+                end = order.counts[-1] + COLUMNS
+                tiles += [
+                    (len(sections), WIDTHS[-1], more, end) for more in range(column, width, COLUMNS)
+                ]
                 counts.append((*order.counts, first))
                 table, scalars = _values(own, operand)
-                targets.append((before[sort], key_first, key_width, table.shape[1]))
+                targets.append((before, begin.total, shape.total, width, table.shape[1]))
                 classes = _classes(own, order)
                 known.append(placed + table.shape[1] * classes)
-                rounding.append(torch.zeros(0, 2) if own is None else own.rounding[classes])
+                rounding.append(torch.zeros(width, 2) if own is None else own.rounding[classes])
                 values.append(table.flatten())
                 numbers.append(scalars)
                 sections.append(SectionTable(own, order))
                 placed += table.numel()
-                before[sort] += order.width
-                first += order.width
+                first += width
         return cls(
             tuple(sections),
             not marks,
             torch.tensor(counts, dtype=torch.int32).to(device),
             torch.tensor(targets, dtype=torch.int32).to(device),
-            before[0],
+            sum(len(batch.keys) * batch.shape.width for batch in batches),
             torch.tensor(tiles, dtype=torch.int32).view(-1, 4).to(device),
             torch.cat(known).int().to(device),
             torch.cat(values).to(device),
             torch.stack(numbers).to(device),
             torch.cat(rounding).float().T.contiguous().to(device),
         )
+
+
+def _begins(batches: Sequence[Batch]) -> dict[SectionKey, tuple[BasisShape, BasisShape]]:
+    """Of every section: columns of those before it, and its own."""
+    found: dict[SectionKey, tuple[BasisShape, BasisShape]] = {}
+    width = beyond = 0
+    for batch in batches:
+        for key in batch.keys:
+            found[key] = BasisShape(0, width, beyond), batch.shape
+            width, beyond = width + batch.shape.width, beyond + batch.shape.beyond
+    return found
 
 
 def _classes(plan: StepPlan | None, columns: StepColumns) -> torch.Tensor:

@@ -37,9 +37,13 @@ class DeltaKV(Baseline):
     tokens can be alike.
     Charged: references in 16 bits, the number of each token's references per layer, 2-bit codes
     of residuals with a float16 zero point and scale per 32 elements of a head.
-    Departures: the paper codes residuals by a small network that is trained on each model, here
-    they are quantised as KIVI quantises values; so this says what retrieval is worth, not what
-    that network is. Residuals are taken to references as stored. Nothing is dropped.
+    The authors' code (github.com/CURRENTF/Sparse-vLLM) chooses the same way: fixed stride, squared
+    distance of K before RoPE and V side by side, the mean of what was chosen.
+    Departures: the paper codes residuals by a small network that is trained on each model (public
+    ones are of Qwen2.5-7B and 32B and Llama-3.1-8B), here they are quantised as KIVI quantises
+    values; so this says what retrieval is worth, not what that network is. Residuals are taken to
+    references as stored. The authors keep the first 8 tokens and some layers whole (five or six of
+    28) and read only some tokens when they decode; here all layers are coded and all tokens read.
     """
 
     name = "deltakv"

@@ -114,8 +114,13 @@ class ReCalKV(LowRankProjection):
     calibrated on data. Keys before RoPE.
     Departures: decompositions are of the second moments of calibration rows, for keys as well,
     where the paper decomposes weights that such moments whiten: the best approximation of the
-    same data by that rank. Ranks are the same in every layer; the paper allots them by Fisher
-    information. Similarity is taken without removing the mean.
+    same data by that rank. Ranks are the same in every layer; the authors (`fisher_uniform` in
+    palu/rank_search.py of github.com/XIANGLONGYAN/ReCalKV) allot the ranks of all key and value
+    projections together in proportion to their Fisher information, the root mean square gradient
+    of a weight averaged over weights, and round them to multiples of 32. Similarity is that of
+    rows, which is that of the authors' whitened weights but for their means; they group the most
+    alike pairs first, here the first head left takes those most like it. With four KV heads or
+    fewer there is one group either way.
     """
 
     name = "recalkv"

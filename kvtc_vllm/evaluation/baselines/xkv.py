@@ -22,9 +22,10 @@ class Xkv(Baseline):
     Followed: the rows of 4 consecutive layers side by side, [T, 4 * H * D], are
     replaced by their best approximation of lower rank, computed from the prompt itself.
     Keys pre-RoPE, as in xKV's code (given `ropes`; without them, as they are).
-    Not centred. Ranks 512 for keys and 768 for values at a width of 4096; here 1/8 and
-    3/16 of the width of the model at hand (settings `keys` and `values`). A last group of fewer
-    layers gets the same shares.
+    Not centred. Ranks 512 for keys and 768 for values at a width of 4096, which its code calls 6x
+    (examples/lm_eval_gsm8k.sh of github.com/abdelfattah-lab/xKV; its 8x has 384 and 576); here
+    1/8 and 3/16 of the width of the model at hand (settings `keys` and `values`). A last group of
+    fewer layers gets the same shares.
     Charged: both factors in float16, [T, r] and [r, 4 * H * D]: the basis travels with
     the prompt, so short prompts gain little or lose.
     Departures: xKV's code keeps the product of float32 factors and stores nothing;

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
@@ -48,18 +49,19 @@ def measure(
             num_fewshot=job.few_shot,
             limit=job.limit,
             bootstrap_iters=BOOTSTRAP,
-            log_samples=False,
+            log_samples=True,
         )
         assert results is not None
         return dict(results)
 
     # Whatever the method, the same tokens are reloaded.
     tallies = model.tallies[names[0]]
-    exact = list(_rows(evaluate(), tallies, None))
+    exactly = evaluate()
+    exact = list(_rows(exactly, tallies, None))
     replayed: list[Row] = []
     for method in job.methods:
         model.mode = method.name
-        replayed += _rows(evaluate(), model.tallies[method.name], method)
+        replayed += _rows(evaluate(), model.tallies[method.name], method, exactly)
     warnings = [_too_short(engine, *item) for item in tallies.items()]
     warnings = [text for text in warnings if text]
     for text in warnings:
@@ -78,9 +80,15 @@ def _too_short(engine: ReplayEngine, task: str, tally: Tally) -> str:
 
 
 def _rows(
-    results: dict[str, Any], tallies: dict[str, Tally], method: Method | None
+    results: dict[str, Any],
+    tallies: dict[str, Tally],
+    method: Method | None,
+    exact: dict[str, Any] | None = None,
 ) -> Iterator[Row]:
-    """Rows of every task and group. method: that of the replays, None for the exact runs."""
+    """Rows of every task and group. method: that of the replays, None for the exact runs.
+
+    exact: what the exact runs gave; tasks then have what a method changes as well.
+    """
     for name, figures in results["results"].items():
         leaves = _leaves(name, results["group_subtasks"])
         tally = sum((tallies[leaf] for leaf in leaves), Tally())
@@ -105,11 +113,43 @@ def _rows(
                 ci95=(value - margin, value + margin),
                 n=figures["sample_len"],
             )
+        if exact is not None and name in results["samples"]:
+            for metric, change in changes(exact["samples"][name], results["samples"][name]).items():
+                value, margin = change.mean(), float("inf")
+                if len(change) > 1:
+                    margin = 1.96 * change.std(ddof=1) / len(change) ** 0.5
+                yield Row(
+                    **common,
+                    metric=metric,
+                    value=float(value),
+                    ci95=(float(value - margin), float(value + margin)),
+                    n=len(change),
+                )
         if metrics and method is not None:
             share = tally.reloaded_tokens / tally.prompt_tokens
             yield Row(
                 **common, metric="reloaded_share", value=share, ci95=(share, share), n=tally.prompts
             )
+
+
+def changes(
+    exact: Sequence[dict[str, Any]], replayed: Sequence[dict[str, Any]]
+) -> dict[str, np.ndarray]:
+    """Of each metric that every document has a number of, replayed minus exact: float64
+    [documents], by the name of the metric with `_change`.
+
+    exact, replayed: lm-eval's samples of one task, which has the same documents in both.
+    """
+    before = {(sample["doc_id"], sample["filter"]): sample for sample in exact}
+    found: dict[str, list[float]] = {}
+    for sample in replayed:
+        own = before[sample["doc_id"], sample["filter"]]
+        plain = sample["filter"] == "none"
+        for metric in sample["metrics"]:
+            if isinstance(sample[metric], int | float):
+                name = f"{metric}_change" if plain else f"{metric}_change,{sample['filter']}"
+                found.setdefault(name, []).append(float(sample[metric]) - float(own[metric]))
+    return {name: np.array(values) for name, values in found.items()}
 
 
 def _is_metric(key: str, value: object) -> bool:

@@ -97,7 +97,8 @@ def markdown(about: dict[str, Any], found: Sequence[Row]) -> str:
     lines += [
         "",
         "Every prompt was computed exactly and stored, the GPU cache dropped, and the prompt "
-        "replayed with its prefix from the tier. Brackets: lm-eval's standard error times 1.96. "
+        "replayed with its prefix from the tier. Brackets: lm-eval's standard error times 1.96; "
+        "of a change, that of the differences to the exact run, document by document. "
         "Reloaded share: prompt tokens that came from the tier. The order of sums in a replay "
         "is not that of the exact run, so raw shows how far figures move by rounding alone.",
         "",

@@ -24,6 +24,9 @@ class ClusterKV(Recall):
     Charged as stored: K and V of all tokens, centroids in 16 bits, and a cluster number per token
     and KV head. Charged as read: the centroids, the numbers, and K and V of the tokens that any
     query head of a KV head reads, as measured over the queries.
+    The authors' code (github.com/sjtu-zhao-lab/ClusterKV, accuracy/) has the same: 16 sinks within
+    the budget, 20 rounds, centroids that are means of keys and compared by cosine, a choice per
+    query head, the last cluster cut; and 400 clusters, one per 80 tokens of 32K.
     Departures: rounds of k-means start from evenly spaced tokens, so that nothing is random.
     Every query after the prefix recalls, where the paper computes the prompt with all tokens;
     recent tokens are the replay's window. The paper's budgets are 1K to 2K of 32K tokens.

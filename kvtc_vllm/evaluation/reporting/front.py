@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -75,6 +76,43 @@ def pooled(found: Iterable[Row], tasks: Sequence[tuple[str, int]]) -> list[Point
     return sorted(
         (point for point in points if len(point.sessions) == most), key=lambda p: p.real_ratio
     )
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A method and the one with the next less KL. times: KL over its KL, with a 95 % interval."""
+
+    method: str
+    before: str
+    kl: float
+    times: float
+    low: float
+    high: float
+
+    @property
+    def apart(self) -> bool:
+        """Whether the order of the two is beyond the interval."""
+        return self.low > 1
+
+
+def neighbours(points: Sequence[Point]) -> list[Neighbour]:
+    """Methods by rising KL but the first. Sessions are drawn anew for both of a pair together.
+
+    points: of the same sessions.
+    """
+    ordered = sorted(points, key=lambda point: float(point.sessions.mean()))
+    generator = np.random.default_rng(0)
+    found = []
+    for before, point in itertools.pairwise(ordered):
+        count = len(point.sessions)
+        drawn = generator.integers(0, count, (RESAMPLES, count))
+        less = np.maximum(before.sessions, 1e-12)
+        times = point.sessions[drawn].mean(axis=1) / less[drawn].mean(axis=1)
+        low, high = np.percentile(times, (2.5, 97.5))
+        kl = float(point.sessions.mean())
+        ratio = kl / float(less.mean())
+        found.append(Neighbour(point.method, before.method, kl, ratio, float(low), float(high)))
+    return found
 
 
 @dataclass(frozen=True)

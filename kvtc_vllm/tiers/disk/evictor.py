@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
@@ -16,7 +15,7 @@ from kvtc_vllm.tiers.disk.layout import chunk_path, disk_bytes
 from kvtc_vllm.tiers.disk.ledger import LedgerState
 from kvtc_vllm.tiers.disk.recency import Recency
 from kvtc_vllm.tiers.disk.scan import ChunkFile, without_collector
-from kvtc_vllm.tiers.disk.sorting import in_order
+from kvtc_vllm.tiers.disk.sorting import Queue, in_order
 from kvtc_vllm.tiers.disk.turns import short_turns
 from kvtc_vllm.tiers.keys import RecordKey
 
@@ -70,7 +69,7 @@ class Evictor:
         self._take_away = take_away
         self._evicted = evicted
         self._surveying = threading.Lock()
-        self.candidates: deque[ChunkFile] = deque()
+        self.candidates: Queue[ChunkFile] = Queue()
         """The next to go, least recently used first."""
 
     def room(self, size: int) -> Room:
@@ -110,7 +109,7 @@ class Evictor:
                 return True  # another thread was faster
             with without_collector(), short_turns():
                 found = self.look_through()
-                self.candidates = deque(_oldest(found, missing))
+                self.candidates = Queue(_oldest(found, missing))
             return bool(self.candidates)
 
     def count(self, namespace: str, known: Known | None = None) -> list[ChunkFile]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -39,7 +40,10 @@ from kvtc_vllm.tiers.disk.sorting import in_order
 from kvtc_vllm.tiers.disk.space import Space
 from kvtc_vllm.tiers.disk.turns import short_turns
 from kvtc_vllm.tiers.disk.writing import ChunkWriter
+from kvtc_vllm.tiers.inventory import Inventory
 from kvtc_vllm.tiers.keys import RecordKey
+
+T = TypeVar("T")
 
 logger = logging.getLogger("vllm.kvtc")
 
@@ -208,12 +212,20 @@ class DiskStore:
         return gone
 
     def scan(self) -> list[DiskEntry]:
-        """All chunks, least recently used first.
+        """All chunks, least recently used first; see `inventory`."""
+        return self._scanned(list)
+
+    def inventory(self) -> Inventory:
+        """Key and bytes on disk of all chunks, least recently used first.
 
         Also removes the temporaries of dead writers and corrects the ledger, so
         this is all that a restart needs. Gives the root's lock back now and then: what others
         remove meanwhile is told by `take_removed`.
         """
+        return self._scanned(lambda found: Inventory((entry.key, entry.size) for entry in found))
+
+    def _scanned(self, take: Callable[[Iterator[DiskEntry]], T]) -> T:
+        """take: makes of the entries what is returned, before the collector may look at them."""
         with self._counted("scan"), without_collector(), short_turns():
             with self._removals_lock:
                 self._removals.skip()
@@ -225,10 +237,10 @@ class DiskStore:
             if files.damage:
                 self._note_repair(f"{self._directory}/{LIST_FILE}: {files.damage}")
             self._number = len(found)
-            return [
+            return take(
                 DiskEntry(chunk.key, disk_bytes(chunk.length), chunk.mtime_ns / 1e9)
                 for chunk in in_order(found)
-            ]
+            )
 
     def keep_list(self, until: float) -> bool:
         """Write down what is known of the files, so that the next `scan` need not ask for each.

@@ -10,26 +10,27 @@ from __future__ import annotations
 
 from kvtc_vllm.tiers.key_order import KeyOrder
 from kvtc_vllm.tiers.keys import RecordKey
+from kvtc_vllm.tiers.sharded_dict import ShardedDict
 
 
 class _SizedList:
     """Keys in order of recency, some held, with the sum of the sizes of all."""
 
     def __init__(self) -> None:
-        self._sizes: dict[RecordKey, int] = {}
+        self._sizes: ShardedDict[int] = ShardedDict()
         self._order = KeyOrder()
         self.bytes = 0
 
     def __contains__(self, key: RecordKey) -> bool:
-        return key in self._sizes
+        return key in self._sizes.shards[key[0]]
 
     def push(self, key: RecordKey, size: int) -> None:
-        self._sizes[key] = size
+        self._sizes.shards[key[0]][key] = size
         self._order.push(key)
         self.bytes += size
 
     def pop(self, key: RecordKey) -> int:
-        size = self._sizes.pop(key)
+        size = self._sizes.shards[key[0]].pop(key)
         self._order.discard(key)
         self.bytes -= size
         return size

@@ -36,7 +36,7 @@ def test_rows_without_their_leading_part(coefficients: torch.Tensor, basis: torc
     rows = coefficients @ basis.T
     wanted = rows @ basis
     leading = DeflatedProduct(basis, basis[:, :LEADING])
-    assert error(leading, rows, wanted) < error(Int8Product(basis), rows, wanted) / 3
+    assert error(leading, rows, wanted) < error(Int8Product(basis, 0), rows, wanted) / 3
 
 
 def test_a_basis_that_is_not_orthonormal(coefficients: torch.Tensor, basis: torch.Tensor) -> None:
@@ -54,7 +54,7 @@ def test_leading_columns_may_be_another_matrix_s(
     own = basis[:, RANK // 2 :]
     wanted = rows @ own
     beyond = DeflatedProduct(own, basis[:, :LEADING])
-    assert error(beyond, rows, wanted) < error(Int8Product(own), rows, wanted) / 3
+    assert error(beyond, rows, wanted) < error(Int8Product(own, 0), rows, wanted) / 3
 
 
 @pytest.mark.parametrize("leading", [0, 4, 100])
@@ -62,7 +62,7 @@ def test_bands_of_columns(coefficients: torch.Tensor, basis: torch.Tensor, leadi
     """Without leading columns there is one band; with many there is no second."""
     wanted = coefficients @ basis.T
     banded = BandedProduct(basis.T, leading)
-    plain = Int8Product(basis.T, leading)
+    plain = Int8Product(basis.T, 1, leading)
     limit = error(plain, coefficients, wanted)
     found = error(banded, coefficients, wanted)
     assert found < limit / 2 if leading == 4 else found < 1.5 * limit + 1e-9

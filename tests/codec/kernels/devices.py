@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -19,3 +21,14 @@ DEVICES = [
     ),
     pytest.param("cuda", marks=pytest.mark.gpu),
 ]
+
+
+class Counted:
+    """A kernel that notes its launches in `names`."""
+
+    def __init__(self, names: list[str], name: str, kernel: Any) -> None:
+        self._names, self._name, self._kernel = names, name, kernel
+
+    def __getitem__(self, grid: Any) -> Any:
+        self._names.append(self._name)
+        return self._kernel[grid]

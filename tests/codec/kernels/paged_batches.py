@@ -14,9 +14,10 @@ from tests.codec.kernels.paged_caches import paged_cache
 from tests.codec.kernels.requests import Store
 from tests.codec.synthetic import SyntheticModel
 
-from kvtc_vllm.codec.kernels.paged import block_slots, rotations  # isort: skip
+from kvtc_vllm.codec.kernels.paged import block_slots  # isort: skip
 from kvtc_vllm.codec.kernels.paged_codec import PAGED_CODECS  # isort: skip
 from kvtc_vllm.codec.kernels.paged_io import scatter_rows  # isort: skip
+from kvtc_vllm.codec.kernels.row_table import RowTable  # isort: skip
 
 MODEL = SyntheticModel(
     num_layers=3, num_kv_heads=2, head_size=8, head_size_v=12, layer_groups=((0, 1), (1, 3))
@@ -37,11 +38,9 @@ SECOND = pytest.mark.parametrize(
 
 def write(cache, slots, k, v):
     """Fill slots with K and V [T, L, H, D] in the cache dtype, exactly."""
-    plain = rotations([None] * MODEL.num_layers, cache.k.device)
     slots = slots.to(cache.k.device)
-    for side, x in ((cache.k.scaled(None), k), (cache.v.scaled(None), v)):
-        rows = x.flatten(1).float().to(side.device)
-        scatter_rows(side, slots, slots, plain, None, rows)
+    rows = torch.cat((k.flatten(1), v.flatten(1)), dim=1).float().to(cache.k.device)
+    scatter_rows(RowTable.exact(cache.scaled(None), rows.shape[1]), slots, slots, None, rows)
 
 
 def make(artifact, device, dtype=torch.bfloat16, precision="float32", layout="NHD", **options):

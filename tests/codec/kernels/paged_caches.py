@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from kvtc_vllm.codec.artifact import Kind
 from kvtc_vllm.codec.kernels.paged import PagedCache, PagedTensor
+from kvtc_vllm.codec.kernels.row_table import LayerPlace, RowTable
+from kvtc_vllm.codec.rope import Rope
 
 LAYOUTS = ("NHD", "HND", "apart", "interleaved layers")
 
@@ -45,3 +50,15 @@ def read_slots(tensor: PagedTensor, slots: torch.Tensor) -> torch.Tensor:
     """[T, L, H, D] by plain indexing: what a kernel must read."""
     page, offset = slots // tensor.page_tokens, slots % tensor.page_tokens
     return torch.stack([view[page, :, offset] for view in tensor.views], dim=1)
+
+
+def rows_of(
+    cache: PagedCache, tensor: Kind, ropes: Sequence[Rope | None], first_layer: int = 0
+) -> RowTable:
+    """A row of neighbouring layers of K or V, one after the other."""
+    own = cache.tensor(tensor)
+    places = [
+        LayerPlace(tensor, first_layer + i, rope, i * own.layer_elements)
+        for i, rope in enumerate(ropes)
+    ]
+    return RowTable.of(cache, places, len(ropes) * own.layer_elements)

@@ -30,6 +30,7 @@ from tests.codec.kernels.paged_caches import paged_cache, read_slots
 from tests.codec.kernels.requests import Load
 
 from kvtc_vllm.codec.kernels.chunks import RowLayout, shares, steps, waves  # isort: skip
+from kvtc_vllm.codec.kernels.decoder import DecodeWorkspace, chunks_that_fit  # isort: skip
 from kvtc_vllm.codec.kernels.deflate_nvcomp import NvcompDeflate  # isort: skip
 from kvtc_vllm.codec.kernels.paged import block_slots  # isort: skip
 from kvtc_vllm.codec.kernels.paged_codec import PAGED_CODECS  # isort: skip
@@ -233,6 +234,21 @@ def test_sizes_are_reported(artifact, device):
     )
     tables = artifact.ropes[0].cos_sin.nbytes
     assert codec.resident.nbytes <= bases + tables + 4 * artifact.geometry.token_elements()
+
+
+@EACH
+@pytest.mark.parametrize("row_dtype", [torch.float16, torch.float32])
+def test_what_a_step_takes_fits_the_memory_that_it_is_given(artifact, row_dtype):
+    """Rows and coefficients of all sections lie in memory at a time."""
+    codec, _ = make(artifact, "cpu")
+    coding, cpu = codec.coding, torch.device("cpu")
+    for free in (1 << 20, 5 << 20):
+        chunks = chunks_that_fit(coding, row_dtype, TOKENS, free)
+        assert chunks > 1
+        room = DecodeWorkspace.of(coding, row_dtype, chunks, chunks, TOKENS, cpu)
+        assert room.rows.numel() >= chunks * TOKENS * coding.resident.row
+        taken = (*room.payloads, room.coefficients, room.rows, *room.own)
+        assert 0.5 * free < sum(x.nbytes for x in taken) <= free
 
 
 def test_every_codec_that_says_so_has_kernels():

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from kvtc_vllm.codec.entropy import MAX_UNIT_BYTES, DeflateCoder
 from kvtc_vllm.codec.payload import BitPlan, CoefficientGroup, decode_payload, encode_payload
-from tests.codec.kernels.devices import DEVICES
+from tests.codec.kernels.devices import DEVICES, Counted
 
+from kvtc_vllm.codec.kernels import payload_kernels  # isort: skip
 from kvtc_vllm.codec.kernels.payload_kernels import decode_payloads, encode_payloads  # isort: skip
 from kvtc_vllm.codec.kernels.chunks import RowLayout  # isort: skip
 from kvtc_vllm.codec.kernels.bit_tables import Columns, PlanTables  # isort: skip
@@ -56,7 +57,7 @@ class Kernels:
         self.columns = Columns.of(plan)
         self.layout = RowLayout.of(lengths)
         self.device = torch.device(device)
-        self.tables = PlanTables.build(plan, self.columns, self.layout.lengths, self.device)
+        self.tables = PlanTables.build([(plan, self.columns, 0)], self.layout.lengths, self.device)
         self.chunks = self.layout.table.to(device)
 
     def encode(self, x: torch.Tensor) -> list[bytes]:
@@ -67,7 +68,7 @@ class Kernels:
         out = out.to(self.device)
         rows = ordered(x, self.columns.sources).to(self.device)
         encode_payloads(rows, self.tables, self.chunks, out, self.magnitudes)
-        sizes = [self.tables.payload_bytes[self._which(t)] for t in self.layout.tokens]
+        sizes = [sum(self.tables.payload_bytes[self._which(t)]) for t in self.layout.tokens]
         return [row[:size].cpu().numpy().tobytes() for row, size in zip(out, sizes, strict=True)]
 
     def decode(
@@ -107,7 +108,7 @@ def test_payloads_are_those_of_the_reference(device, plan, lengths, seed):
     x = hard_coefficients(sum(lengths), plan.rank, seed)
     kernels = Kernels(plan, tuple(lengths), device)
     if not plan.groups:
-        assert set(kernels.tables.payload_bytes) == {0}
+        assert set(kernels.tables.payload_bytes) == {(0,)}
         return
     expected = expected_payloads(x, plan, tuple(lengths))
     assert kernels.encode(x) == expected
@@ -198,15 +199,63 @@ def test_float16_coefficients_saturate(device):
     assert kernels.damaged.tolist() == [0]
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_sections_share_their_launches(device, monkeypatch):
+    """Columns of the second come first in a row, and are filled up with zeros."""
+    names = []
+    for name in ("_range_kernel", "_codes_kernel"):
+        kernel = Counted(names, name, getattr(payload_kernels, name))
+        monkeypatch.setattr(payload_kernels, name, kernel)
+    types = [("int4", "fp8"), ("fp8", "int2", "int2")]
+    sizes = [(64, 3), (1, 128, 64)]
+    both = []
+    for own, widths in zip(types, sizes, strict=True):
+        starts = [sum(widths[:i]) for i in range(len(widths))]
+        groups = map(CoefficientGroup, starts, widths, own)
+        both.append(BitPlan(8.0, tuple(groups), 0.0))
+    columns = [Columns.of(both[0]), Columns.of(both[1], 384)]
+    lengths, firsts = (35, 3), (384, 0)
+    layout = RowLayout.of(lengths)
+    sections = list(zip(both, columns, firsts, strict=True))
+    tables = PlanTables.build(sections, layout.lengths, torch.device(device))
+    assert (tables.width, columns[1].width) == (512, 384)
+    xs = [hard_coefficients(sum(lengths), plan.rank, i) for i, plan in enumerate(both)]
+    rows = torch.cat([ordered(xs[i], columns[i].sources) for i in (1, 0)], dim=1).to(device)
+    shape = len(lengths), tables.payload_stride
+    payloads = torch.full(shape, 0xA5, dtype=torch.uint8, device=device)
+    flags = torch.zeros(len(lengths), dtype=torch.int32, device=device)
+    table = layout.table.to(device)
+    encode_payloads(rows, tables, table, payloads, flags)
+    decoded = torch.full_like(rows, 7.0)
+    decode_payloads(payloads, tables, table, decoded, flags.zero_())
+    assert names == ["_range_kernel", "_codes_kernel", "_codes_kernel"]
+    assert flags.tolist() == [0, 0]
+    for plan, own, first, x, start in zip(
+        both, columns, firsts, xs, tables.payload_starts, strict=True
+    ):
+        expected = expected_payloads(x, plan, lengths)
+        for row, payload in zip(payloads.cpu(), expected, strict=True):
+            assert row[start : start + len(payload)].numpy().tobytes() == payload
+        wanted = torch.cat(
+            [
+                decode_payload(bytearray(payload), plan, tokens)
+                for payload, tokens in zip(expected, lengths, strict=True)
+            ]
+        )
+        part = decoded[:, first : first + own.width].cpu()
+        assert torch.equal(part, ordered(wanted, own.sources))
+
+
 @given(plan=plans(), tokens=st.integers(1, 3000))
 @settings(max_examples=30)
 def test_units_are_cut_as_the_cpu_writer_cuts_them(plan, tokens):
-    tables = PlanTables.build(plan, Columns.of(plan), (tokens,), torch.device("cpu"))
+    tables = PlanTables.build([(plan, Columns.of(plan), 0)], (tokens,), torch.device("cpu"))
     streams = encode_payload(torch.zeros(tokens, plan.rank), plan)
     units = DeflateCoder(level=0).encode(streams).units
-    assert list(tables.unit_lengths[0]) == [unit.raw_length for unit in units]
-    assert sum(tables.unit_lengths[0]) == tables.payload_bytes[0]
-    assert max(tables.unit_lengths[0], default=0) <= MAX_UNIT_BYTES
+    (lengths,), (size,) = tables.unit_lengths[0], tables.payload_bytes[0]
+    assert list(lengths) == [unit.raw_length for unit in units]
+    assert sum(lengths) == size
+    assert max(lengths, default=0) <= MAX_UNIT_BYTES
 
 
 @given(plan=plans())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +14,16 @@ from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.sink_rule import SinkRule
 from kvtc_vllm.codec.v2.codes import encode_codes
 from kvtc_vllm.codec.v2.plan import StepPlan
-from tests.codec.kernels.devices import DEVICES
+from tests.codec.kernels.devices import DEVICES, Counted
 
-from kvtc_vllm.codec.kernels import step_decoding, step_encoder, step_encoding  # isort: skip
+from kvtc_vllm.codec.kernels import (  # isort: skip
+    step_decoding,
+    step_encoder,
+    step_encoding,
+    step_payloads,
+)
 from kvtc_vllm.codec.kernels.chunks import RowLayout  # isort: skip
+from kvtc_vllm.codec.kernels.numeric import products  # isort: skip
 from kvtc_vllm.codec.kernels.payload_coding import (  # isort: skip
     NO_MARKS,
     RawPayloads,
@@ -52,20 +57,23 @@ def coding_of(
     widths=MANY,
     paired: bool = False,
     rule: SinkRule | None = RULE,
+    alike: bool = False,
 ):
-    """Bases are unit vectors: rows are coefficients, of K beyond the plan's, too.
+    """Bases are unit vectors: rows begin with coefficients, of K beyond the plan's, too.
 
-    paired: what K has without it are the rows of a pair.
+    paired: what K has without it are the rows of a pair. alike: rows of V are as long as those of
+    K, so that they share products.
     """
     of_k, beyond, of_v = widths
     first = plan_of(of_k, step, plan_of(beyond, step))
     plans = {(0, "kv"): first} if paired else {(0, "k"): first, (0, "v"): plan_of(of_v, step)}
     sections = {}
-    for key, plan in plans.items():
-        basis = torch.eye(plan.total_rank, dtype=torch.float16)
-        sections[key] = SectionBasis(torch.zeros(plan.total_rank), basis, {8.0: plan})
     size = first.total_rank
-    sizes = (size - size // 3, size // 3) if paired else (size, len(of_v))
+    for key, plan in plans.items():
+        row = size if alike else plan.total_rank
+        basis = torch.eye(row, plan.total_rank, dtype=torch.float16)
+        sections[key] = SectionBasis(torch.zeros(row), basis, {8.0: plan})
+    sizes = (size - size // 3, size // 3) if paired else (size, size if alike else len(of_v))
     geometry = Geometry(1, 1, *sizes, ((0, 1),))
     artifact = RankArtifact(
         geometry, sections, (), (None,), bytes(16), codec="kvtc2", sink_rule=rule
@@ -127,12 +135,11 @@ def payloads_of(raw: RawPayloads) -> list[bytes]:
 
 
 def encode(coding, layout, rows, marks) -> RawPayloads:
-    geometry, device = coding.resident.geometry, coding.resident.device
-    there = {
-        tensor: rows[name][:, part].to(device)
-        for group, name in coding.resident.keys
-        for tensor, part in geometry.row_parts(group, name).items()
-    }
+    resident = coding.resident
+    there = torch.zeros(layout.num_rows, resident.row, device=resident.device)
+    for key, columns in resident.columns.items():
+        own = rows[key[1]].to(resident.device)
+        there[:, columns][:, : own.shape[1]] = own
     return coding.encode(layout, there, dict(zip(layout.members, marks, strict=True)))
 
 
@@ -159,18 +166,22 @@ def decode(coding, layout, payloads, marks) -> tuple[dict[str, torch.Tensor], li
         torch.from_numpy(plan.numbers).to(device),
         data.to(device),
         flags,
-        coding.memory(len(layout.members), longest, torch.float32, device),
+        coding.memory(len(layout.members), longest, device),
         plan.marked,
     )
     room = torch.full((coding.coefficients(layout.num_rows, plan.marked),), float("nan"))
     room = room.to(device, coding.resident.operand)
-    coding.begin(step, room)
-    found = {}
-    for section, key in enumerate(coding.resident.keys):
-        size = coding.resident.geometry.row_size(*key)
-        out = torch.empty((layout.num_rows, size), device=device)
-        coding.rows(step, section, key, room, out)
-        found[key[1]] = out.cpu()
+    tokens, resident = layout.num_rows, coding.resident
+    out = torch.full((tokens + plan.marked, resident.row), float("nan"), device=device)
+    coding.decode(step, room, out)
+    others = coding.others(step)
+    if others is not None:
+        marked = others > 0
+        out[:tokens][marked] = out[tokens - 1 + others[marked]]
+    found = {
+        key[1]: out[:tokens, resident.columns[key]][:, : plan.total_rank].cpu()
+        for key, plan in coding.plans.items()
+    }
     return found, flags.tolist()
 
 
@@ -195,14 +206,26 @@ def restored(coding, layout, rows, marks) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    ("step", "tokens", "paired"),
-    [(0.1, [35, 0, 3], False), (2.0**-20, [5], False), (0.1, [5, 3], True)],
+    ("step", "tokens", "rows_are"),
+    [
+        (0.1, [35, 0, 3], "apart"),
+        (2.0**-20, [5], "apart"),
+        (0.1, [5, 3], "paired"),
+        (0.1, [5, 3], "alike"),
+    ],
 )
 def test_payloads_are_those_of_the_reference(
-    device: str, step: float, tokens: list[int], paired: bool
+    device: str, step: float, tokens: list[int], rows_are: str
 ) -> None:
-    """Chunks of several lengths, one without marks; steps that float16 holds and others."""
-    coding = coding_of(device, step, paired=paired)
+    """Chunks of several lengths, one without marks; steps that float16 holds and others; sections
+    that share products, filled up with zeros."""
+    coding = coding_of(device, step, paired=rows_are == "paired", alike=rows_are == "alike")
+    if rows_are == "alike":
+        (batch,) = coding.resident.batches
+        assert [order.width for order in coding.resident.orders.values()] == [batch.shape.width] * 2
+        assert sum(len(table.columns.sources) for table in coding.tables.sections) == len(
+            coding.tables.known
+        )
     layout = RowLayout.of(tokens)
     rows, marks = hard_rows(coding, layout.num_rows, 1), marks_of(layout, 2)
     marks[-1][:] = False
@@ -313,17 +336,6 @@ def test_uneven_escapes_are_told_and_read_nothing_outside(device: str) -> None:
         assert torch.equal(found[kind][-4:], wanted)
 
 
-class Counted:
-    """A kernel that notes its launches in `names`."""
-
-    def __init__(self, names: list[str], name: str, kernel: Any) -> None:
-        self._names, self._name, self._kernel = names, name, kernel
-
-    def __getitem__(self, grid: Any) -> Any:
-        self._names.append(self._name)
-        return self._kernel[grid]
-
-
 def test_sections_share_their_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     names: list[str] = []
     for module, own in (
@@ -332,15 +344,23 @@ def test_sections_share_their_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         for name in own:
             monkeypatch.setattr(module, name, Counted(names, name, getattr(module, name)))
-    coding = coding_of("cuda" if torch.cuda.is_available() else "cpu", widths=FEW)
+
+    def counted(*matrices: torch.Tensor) -> torch.Tensor:
+        names.append("products")
+        return products(*matrices)
+
+    monkeypatch.setattr(step_encoder, "products", counted)
+    monkeypatch.setattr(step_payloads, "products", counted)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    coding = coding_of(device, widths=FEW, alike=True)
     assert len(coding.tables.sections) == 4
     layout = RowLayout.of([2])
     rows, marks = hard_rows(coding, 2, 8), [np.array([True, False])]
     payloads = payloads_of(encode(coding, layout, rows, marks))
-    assert names == ["_encode_kernel", "_take_kernel", "_encode_kernel"]
+    assert names == [*["products"] * 2, "_encode_kernel", "_take_kernel", "_encode_kernel"]
     names.clear()
     decode(coding, layout, payloads, marks)
-    assert names == [*("_count_kernel", "_place_kernel") * 2, "_unpack_kernel"]
+    assert names == [*("_count_kernel", "_place_kernel") * 2, "_unpack_kernel", *["products"] * 2]
 
 
 def test_a_step_has_room_for_whatever_one_chunk_may_have() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Callable
 from itertools import islice
@@ -9,7 +10,7 @@ from itertools import islice
 import pytest
 
 from kvtc_vllm.tiers.disk import sorting
-from kvtc_vllm.tiers.disk.sorting import in_order
+from kvtc_vllm.tiers.disk.sorting import Queue, in_order
 
 MANY = 20 * sorting.RUN
 
@@ -51,3 +52,23 @@ def test_no_call_sorts_much(shape: str, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(sorting, "sorted", recorded, raising=False)
     assert len(list(in_order(SHAPES[shape](random.Random(2))))) == MANY
     assert max(lengths) <= 2 * sorting.RUN
+
+
+@pytest.mark.parametrize("number", [0, 1, sorting.RUN, 3 * sorting.RUN + 7])
+def test_a_queue_is_first_in_first_out(number: int) -> None:
+    queue = Queue(iter(range(number)))
+    for place in range(number):
+        assert (len(queue), bool(queue)) == (number - place, True)
+        assert queue.popleft() == place
+    assert (len(queue), bool(queue)) == (0, False)
+    with pytest.raises(IndexError):
+        queue.popleft()
+
+
+def test_a_queue_holds_no_more_in_one_object_than_is_freed_in_one_go() -> None:
+    """And after its first look the collector does not go through them again."""
+    queue = Queue(range(MANY))
+    queue.popleft()
+    assert max(map(len, [queue._first, *queue._runs])) <= sorting.RUN
+    gc.collect()
+    assert not any(gc.is_tracked(run) for run in queue._runs)
