@@ -173,7 +173,7 @@ class PagedCodec(PagedReader):
         """The section of one chunk's sinks; None if it has none."""
         if first == end:
             return None
-        k, v = exact[first:end].split(self._exact_parts, dim=1)
+        k, v = torch.split(exact[first:end], self._exact_parts, dim=1)
         return host_threads().submit(self._sink_section, k, v)
 
     def _blobs(
