@@ -170,6 +170,17 @@ def codec_geometry(
     )
 
 
+def writes_settled(config: KVTCConfig, ranks: int) -> bool:
+    """Whether what is stored is written to disk only once all ranks have stored it.
+
+    So with several ranks: if the weights of one have changed, the others know nothing of it, and
+    what they computed together must not get on disk under names that are still theirs. Not with
+    `joint: delta`, of which making a chunk whole takes too long in a step.
+    """
+    through = config.disk_path is not None and config.disk_write == "through"
+    return through and ranks > 1 and config.joint != "delta"
+
+
 def check_budget(config: KVTCConfig, ranks: int, bound: int) -> None:
     """Raise ConfigError if the memory tier can't hold a chunk of `bound` bytes on every rank."""
     if bound > config.memory_capacity // ranks:

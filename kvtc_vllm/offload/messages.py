@@ -130,8 +130,8 @@ class StepMetadata:
     kept: list[StoreItem] = field(default_factory=list)
     """Stores of what this step completes that are put off, until a later step's `stage_first`."""
     demote: list[RecordKey] = field(default_factory=list)
-    """To be written to disk, before `evict`: what leaves memory, or what all ranks that share one
-    copy have settled."""
+    """To be written to disk, before `evict`: what leaves memory, or what all of several ranks have
+    settled."""
     disk_remove: list[RecordKey] = field(default_factory=list)
     """To be deleted from disk."""
     touch: list[RecordKey] = field(default_factory=list)

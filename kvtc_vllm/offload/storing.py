@@ -12,6 +12,7 @@ import torch
 from kvtc_vllm.codec.base import Blob
 from kvtc_vllm.codec.errors import CodecError
 from kvtc_vllm.codec.streams import Event, SideStream
+from kvtc_vllm.offload.geometry import writes_settled
 from kvtc_vllm.offload.messages import StoreItem
 from kvtc_vllm.offload.names import Proof
 from kvtc_vllm.offload.rank_context import RankContext, batches
@@ -43,8 +44,8 @@ class StorePipeline:
         self._rank = context.rank
         self._memory = context.memory
         self._delta = context.memory if isinstance(context.memory, DeltaStore) else None
-        # One copy is written once all ranks have settled it: the scheduler says when.
-        through = config.disk_write == "through" and not context.one_copy
+        settled = writes_settled(config, context.geometry.ranks)  # else the scheduler says when
+        through = config.disk_write == "through" and not settled
         self._write_through = context.disk if through else None
         self._keeps = context.view is None
         self._outbox = context.outbox

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kvtc_vllm.config import KVTCConfig
+from kvtc_vllm.offload.geometry import writes_settled
 from kvtc_vllm.offload.halving import HalvingOrders, TierHalving
 from kvtc_vllm.offload.messages import WorkerReport
 from kvtc_vllm.tiers import policies
@@ -24,8 +25,10 @@ class TierIndexes:
     spare: SpareFirst | None
     disk: DiskIndex | None
     halving: TierHalving
+    writes_settled: bool
+    """What all of several ranks have stored is written to disk, by orders."""
     settled: list[RecordKey] = field(default_factory=list)
-    """Stored on all ranks that share one copy, and not yet to be written to disk."""
+    """Stored on all ranks, and not yet to be written to disk."""
 
     def take(self, report: WorkerReport) -> list[RecordKey]:
         """Take over sizes and failures; returns what a rank has stored, promoted or given up."""
@@ -45,15 +48,15 @@ class TierIndexes:
         for key, rank in report.dropped:
             memory.abandon(key, rank)
         ended = [key for key, _, _ in report.stored] + [key for key, _ in report.dropped]
-        if disk is not None and memory.keepers < memory.ranks:
+        if self.writes_settled:
             self.settled.extend(key for key in dict.fromkeys(ended) if memory.is_ready(key))
         return ended
 
     def take_settled(self) -> list[RecordKey]:
         """What may be written to disk from now on, since the last call.
 
-        What is on disk has one name for all ranks then, so nothing may get there that one of them
-        speaks against.
+        Nothing may get there that one rank speaks against: if only its weights have changed, the
+        others' names are what they were, and so is theirs if its weights ever come back.
         """
         settled = list(self.settled)
         self.settled.clear()
@@ -79,7 +82,8 @@ def tier_indexes(config: KVTCConfig, ranks: int, keepers: int | None = None) -> 
         order, cold = _order(config, config.disk_capacity, config.degrade == "both")
         disk = DiskIndex(config.disk_capacity, keepers, order)
         on_disk = HalvingOrders(disk, cold)
-    return TierIndexes(memory, spare, disk, TierHalving(in_memory, on_disk))
+    halving = TierHalving(in_memory, on_disk)
+    return TierIndexes(memory, spare, disk, halving, writes_settled(config, ranks))
 
 
 def _order(

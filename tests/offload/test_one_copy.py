@@ -39,6 +39,16 @@ def files(root: Path) -> list[Path]:
     return [path for path in root.rglob("*") if path.is_file() and path.stat().st_size > RAW_BYTES]
 
 
+def until_files(engine: TwoRanks, root: Path, number: int) -> list[Path]:
+    """Step until there are so many; returns them."""
+    until = time.monotonic() + PATIENCE
+    while len(found := files(root)) < number:
+        assert time.monotonic() < until
+        engine.step()
+    assert len(found) == number
+    return found
+
+
 class Held:
     """A rank's reads wait until they may go on."""
 
@@ -118,6 +128,25 @@ def test_a_store_fails_if_any_rank_has_other_weights(
     engine.settle()
     engine.store("again", block=32)
     assert [rank.codec.identity for rank in engine.ranks] == before
+
+
+@pytest.mark.parametrize("changed", [0, 1])
+def test_what_one_rank_rejects_no_rank_writes_with_a_copy_each_either(
+    make: Make, tmp_path: Path, changed: int
+) -> None:
+    """The other rank's name is still its own, but what it computed is not of that name."""
+    engine = make(tmp_path, one_copy=False)
+    engine.store("before")
+    written = until_files(engine, tmp_path, 2)
+    with torch.no_grad():
+        engine.ranks[changed].model.weight.add_(1.0)
+    engine.compute("between", block=8)
+    engine.settle()
+    assert engine.found("between") == 0
+    assert files(tmp_path) == written
+    engine.store("after", block=16)
+    until_files(engine, tmp_path, 4)
+    assert engine.found("after") == CHUNK
 
 
 @pytest.mark.parametrize("changed", [0, 1])

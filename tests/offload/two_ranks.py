@@ -1,4 +1,4 @@
-"""Two ranks that share one copy, and their scheduler: threads stand for processes."""
+"""Two ranks that share one copy, or not, and their scheduler: threads stand for processes."""
 
 from __future__ import annotations
 
@@ -59,10 +59,16 @@ class Meeting:
 
 
 class Rank:
-    """Rank 0 keeps, rank 1 reads. Each has weights and pages of its own."""
+    """Rank 0 keeps, rank 1 reads; or each keeps, where there is no arena of both. Each has weights
+    and pages of its own."""
 
     def __init__(
-        self, number: int, meeting: Meeting, arena: SharedArena, config: Any, root: Path | None
+        self,
+        number: int,
+        meeting: Meeting,
+        arena: SharedArena | None,
+        config: Any,
+        root: Path | None,
     ) -> None:
         generator = torch.Generator().manual_seed(number)
         self.caches = {
@@ -75,11 +81,12 @@ class Rank:
             self.model.bias.fill_(number)
         self.codec = RawCodec(codec_geometry(GROUP), torch.bfloat16)
         layout = PagedLayout(self.caches, GROUP)
+        keeps = number == 0 or arena is None
         self.names = Names(
             [self.codec],
             weights=WeightsWatch([self.model]),
-            open_store=partial(_open_store, root) if root is not None and number == 0 else None,
-            gather=partial(meeting, number),
+            open_store=partial(_open_store, root) if root is not None and keeps else None,
+            gather=None if arena is None else partial(meeting, number),
         )
         self.disk: DiskWorker | None = None
         self.make = lambda: KVTCWorker(
@@ -92,7 +99,7 @@ class Rank:
             self.names,
             self.disk,
             memory=arena if number == 0 else None,
-            view=SharedView(os.dup(arena.fd), arena.capacity) if number else None,
+            view=SharedView(os.dup(arena.fd), arena.capacity) if arena and number else None,
         )
 
     def begin(self) -> None:
@@ -119,9 +126,11 @@ def _open_store(root: Path, identity: bytes, generation: bytes) -> DiskStore:
 
 
 class TwoRanks:
-    """An engine in small. room: of memory, in chunks."""
+    """An engine in small. room: of memory, in chunks. one_copy: else each rank has its own."""
 
-    def __init__(self, root: Path | None = None, room: int = 16, **extra: Any) -> None:
+    def __init__(
+        self, root: Path | None = None, room: int = 16, one_copy: bool = True, **extra: Any
+    ) -> None:
         self.root = root
         disk = {} if root is None else {"disk_path": str(root)}
         config = load_config(
@@ -134,10 +143,11 @@ class TwoRanks:
                 **extra,
             }
         )
-        self.arena = SharedArena(config.memory_capacity)
-        self.scheduler = KVTCScheduler(config, SHAPE, [BOUND], False, one_copy=True)
+        arena = SharedArena(config.memory_capacity) if one_copy else None
+        self._arena = arena
+        self.scheduler = KVTCScheduler(config, SHAPE, [BOUND], False, one_copy=one_copy)
         meeting = Meeting()
-        self.ranks = [Rank(number, meeting, self.arena, config, root) for number in range(2)]
+        self.ranks = [Rank(number, meeting, arena, config, root) for number in range(2)]
         self._threads = ThreadPoolExecutor(2)
         self.both(Rank.begin)
         self.bad: set[int] = set()
@@ -146,8 +156,14 @@ class TwoRanks:
         self._ended: Counter[str] = Counter()
         self._requests = 0
         self._closed = False
-        inventories = {0: self.ranks[0].worker.inventory()}
+        inventories = {rank: each.worker.inventory() for rank, each in enumerate(self.ranks)}
         self.scheduler.restore({r: found for r, found in inventories.items() if found is not None})
+
+    @property
+    def arena(self) -> SharedArena:
+        """Of both ranks."""
+        assert self._arena is not None
+        return self._arena
 
     def both(self, call: Callable[[Rank], Result]) -> list[Result]:
         """On both ranks at once."""
