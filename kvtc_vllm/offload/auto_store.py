@@ -13,6 +13,10 @@ from kvtc_vllm.tiers.keys import ChunkKey, RecordKey
 
 PATIENCE_SECONDS = 2.0
 """An encoder that has not done after so long what it was given does not keep up."""
+REPORTED_AFTER = 3
+"""Steps. What one step orders is encoded during the next at the earliest, whose report is there
+when the third is planned, as vLLM plans a step ahead. Steps may take longer than `PATIENCE_SECONDS`
+each, which says nothing of the encoder."""
 
 
 class Auto(Around):
@@ -36,7 +40,9 @@ class Auto(Around):
         self._at_once = at_once
         self._put_off: set[ChunkKey] = set()
         self._clock = clock
-        self._ordered: deque[tuple[float, ChunkKey]] = deque()
+        self._ordered: deque[tuple[float, int, ChunkKey]] = deque()
+        """(when, in which step, what)."""
+        self._step = 0
 
     def completed(self, chunks: Sequence[Candidate]) -> Sequence[Candidate]:
         if not self._keeps_up():
@@ -50,6 +56,7 @@ class Auto(Around):
         return [*self._put_off_all(later), *self._at_once_all(now)]
 
     def due(self) -> Sequence[Storable]:
+        self._step += 1
         due = self._inner.due()
         self._put_off.difference_update(chunk.key for chunk in due if chunk.block_ids[0])
         return due
@@ -72,7 +79,7 @@ class Auto(Around):
             self._on_evict.follow(chunk)  # the tier may evict it before the engine does
             self._put_off.discard(chunk.key)
             if not chunk.stored:
-                self._ordered.append((now, chunk.key))
+                self._ordered.append((now, self._step, chunk.key))
         return chunks
 
     def clear(self) -> None:
@@ -82,6 +89,8 @@ class Auto(Around):
 
     def _keeps_up(self) -> bool:
         ordered = self._ordered
-        while ordered and not self._tier.is_waiting(ordered[0][1]):
+        while ordered and not self._tier.is_waiting(ordered[0][2]):
             ordered.popleft()
-        return not ordered or self._clock() - ordered[0][0] < PATIENCE_SECONDS
+        if not ordered or self._step - ordered[0][1] < REPORTED_AFTER:
+            return True
+        return self._clock() - ordered[0][0] < PATIENCE_SECONDS

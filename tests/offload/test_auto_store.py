@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.store_policy.engine import BLOCK, SimEngine
 from kvtc_vllm.config import load_config
-from kvtc_vllm.offload.auto_store import PATIENCE_SECONDS, Auto
+from kvtc_vllm.offload.auto_store import PATIENCE_SECONDS, REPORTED_AFTER, Auto
 from kvtc_vllm.offload.geometry import CacheGeometry
 from kvtc_vllm.offload.messages import NO_ADAPTER, AdapterUse, WorkerReport
 from kvtc_vllm.offload.on_evict import BlockReuse, OnEvict
@@ -60,7 +60,7 @@ def test_an_encoder_that_does_not_keep_up_is_left_alone() -> None:
     running = engine(64)
     inner.bind(running.pool)  # type: ignore[arg-type]
     policy = Auto(inner, tier, 8, clock)
-    blocks = running.pool.get_new_blocks(3 * PER_CHUNK)
+    blocks = running.pool.get_new_blocks(4 * PER_CHUNK)
     for number, block in enumerate(blocks):
         running.pool.cache(block, bytes([number]))
 
@@ -73,14 +73,39 @@ def test_an_encoder_that_does_not_keep_up_is_left_alone() -> None:
             assert index.reserve(found.key, 100)  # type: ignore[arg-type]
         return bool(chosen)
 
+    def step(seconds: float) -> None:
+        clock.now += seconds
+        policy.due()
+
+    policy.due()
     assert completes(0)
-    clock.now += PATIENCE_SECONDS / 2
+    step(PATIENCE_SECONDS / 2)
     assert completes(1)
-    clock.now += PATIENCE_SECONDS / 2
-    assert not completes(2)
-    assert [bytes(kept.key) for kept in policy.take_kept()] == [b"chunk 2"]
-    index.commit(b"chunk 0", 0, 50)  # type: ignore[arg-type]
+    for _ in range(1, REPORTED_AFTER):
+        step(0)
     assert completes(2)
+    step(PATIENCE_SECONDS / 2)
+    assert not completes(3)
+    assert [bytes(kept.key) for kept in policy.take_kept()] == [b"chunk 3"]
+    index.commit(b"chunk 0", 0, 50)  # type: ignore[arg-type]
+    assert completes(3)
+
+
+def test_slow_steps_say_nothing_of_the_encoder() -> None:
+    """What it has done is told in a report, which comes with the end of a step."""
+    index, clock = TierIndex(1 << 20, 1, LRUPolicy(1 << 20)), Clock()
+    inner = OnEvict(TierView(index, None, 1), BlockReuse(0), 0, lambda *counted: None)
+    running = engine(64)
+    inner.bind(running.pool)  # type: ignore[arg-type]
+    policy = Auto(inner, TierView(index, None, 1), 8, clock)
+    blocks = [block.block_id for block in running.pool.get_new_blocks(PER_CHUNK)]
+    for number in range(8):
+        policy.due()
+        if number >= REPORTED_AFTER:
+            index.commit(f"chunk {number - REPORTED_AFTER}".encode(), 0, 50)  # type: ignore[arg-type]
+        (chosen,) = policy.completed([candidate(number, blocks)])
+        assert index.reserve(chosen.key, 100)  # type: ignore[arg-type]
+        clock.now += 5 * PATIENCE_SECONDS
 
 
 def candidate(number: int, blocks: list[int], adapter: AdapterUse = NO_ADAPTER) -> Candidate:
