@@ -74,8 +74,7 @@ class KVTCWorker:
     workers, 0-based. names: of what computes, made once already. disk: its part of the disk tier,
     if there is one. memory: instead of an arena of this rank's share of the configured bytes; a
     `SharedArena` where this rank keeps what all have the same. view: of that arena, where another
-    rank does; this one then has neither memory nor disk. halver: makes blobs of a plain arena
-    smaller; None: nothing does.
+    rank does; this one has no memory or disk then. halver: makes blobs of a plain arena smaller.
     """
 
     def __init__(
