@@ -213,7 +213,7 @@ def test_a_load_that_is_late_is_given_up_and_the_slow_tier_shows(rig: Rig) -> No
     slow.set()
     finished: set[str] = set()
     report = WorkerReport(0)
-    while "r" not in finished:
+    while len(finished) < 1 + threads:
         finished |= wait_for(lambda: rig.worker.poll(idle=True))
         report = report.aggregate(rig.worker.take_report() or WorkerReport(0))
     assert rig.worker.take_bad_blocks() == set(range(20, 28))

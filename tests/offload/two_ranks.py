@@ -99,7 +99,9 @@ class Rank:
             self.names,
             self.disk,
             memory=arena if number == 0 else None,
-            view=SharedView(os.dup(arena.fd), arena.capacity) if arena and number else None,
+            view=SharedView(os.dup(arena.fd), arena.capacity)
+            if arena is not None and number
+            else None,
         )
 
     def begin(self) -> None:
