@@ -201,7 +201,8 @@ def test_a_hung_disk_costs_a_request_its_deadline_and_others_nothing(
                         assert list(output.outputs[0].token_ids) == expected[0]
         times = next(times for name, times in asked.items() if name.startswith("hung"))
         print("waited", times[-1] - times[0], "s in", len(times), "steps")
-        assert DEADLINE <= times[-1] - times[0] <= DEADLINE * 1.1
+        # The step after the deadline tells it, which may take long on a busy machine.
+        assert DEADLINE <= times[-1] - times[0] <= DEADLINE * 2
         assert max(ended["other"], ended["another"]) < times[-1], "the others had to wait"
         assert len(times) > 20 * DEADLINE, "the engine did not go on stepping"
 
