@@ -31,7 +31,7 @@ from benchmarks.demo.conversations import Answers, RunReport, hold, summarise
 from benchmarks.demo.report import markdown, plot, side_by_side, table
 from benchmarks.demo.server import end_on_sigterm, serve
 from benchmarks.models import ModelError, smollm2
-from benchmarks.models.served_dtype import BYTES, FLOAT32_NOTE, served_dtype
+from benchmarks.models.served_dtype import BYTES, served_dtype
 from kvtc_vllm.artifact.registry import user_registry
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.config import kv_transfer_config, load_config
@@ -113,8 +113,6 @@ class Demo:
         )
         started = self._took("artifact", started)
         print(describe(artifact), flush=True)
-        if self._dtype == "float32":
-            print(FLOAT32_NOTE, flush=True)
         budget: int | str = ROOM
         for name in RUNS:
             self._hold(name, model, artifact, budget, chats)

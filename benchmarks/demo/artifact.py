@@ -50,9 +50,8 @@ def find_or_calibrate(
 
     model: directory that vLLM serves. codec, ratios: whose artifact, with plans for which target
     ratios. dtype: in which a calibration runs the model. registry: keeps what is made. log: file
-    for what a calibration says. shipped: take the
-    artifact that comes with this package, if it has one of this model. Raises RuntimeError with
-    the end of the log if a calibration fails.
+    for what a calibration says. shipped: take the artifact that comes with this package, if it has
+    one of this model. Raises RuntimeError with the end of the log if a calibration fails.
     """
     if shipped and (found := _shipped(model, codec, ratios)):
         print(f"artifact: {found.parent.name}/{found.name}, shipped", flush=True)

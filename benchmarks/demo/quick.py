@@ -25,7 +25,7 @@ import msgspec
 from benchmarks.demo.conversations import Answers, RunReport, hold, summarise
 from benchmarks.demo.report import plot, table
 from benchmarks.demo.server import end_on_sigterm, serve
-from benchmarks.models.served_dtype import BYTES, FLOAT32_NOTE, served_dtype
+from benchmarks.models.served_dtype import BYTES, served_dtype
 from kvtc_vllm.config import kv_transfer_config, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,8 +52,6 @@ def main() -> int:
     started = time.monotonic()
     chats = _chats(args.chats, args.turns)
     dtype = served_dtype()
-    if dtype == "float32":
-        print(FLOAT32_NOTE, flush=True)
     reports: dict[str, RunReport] = {}
     reference: Answers | None = None
     for name in args.runs.split(","):

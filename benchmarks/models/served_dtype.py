@@ -15,7 +15,7 @@ _TOKENS, _IN, _OUT = 512, 576, 1536
 _SECONDS = 0.2
 SLOWER = 2.0
 """float32 caches are twice as large, so bfloat16 is kept unless it is this much slower."""
-FLOAT32_NOTE = (
+_FLOAT32_NOTE = (
     "This CPU multiplies bfloat16 much slower than float32, so the model runs in float32. "
     "Uncompressed KV is counted as 16 bits an element all the same."
 )

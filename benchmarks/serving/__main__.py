@@ -27,7 +27,7 @@ import msgspec
 from benchmarks.demo.artifact import describe, find_or_calibrate
 from benchmarks.demo.server import Server, end_on_sigterm, serve
 from benchmarks.models import ModelError, smollm2
-from benchmarks.models.served_dtype import FLOAT32_NOTE, served_dtype
+from benchmarks.models.served_dtype import served_dtype
 from benchmarks.serving.measure import Row, measure, table
 from benchmarks.serving.prompts import NEW_TOKENS, prompts
 from kvtc_vllm.artifact.registry import user_registry
@@ -91,8 +91,6 @@ def run(
     load = os.getloadavg()[0]
     model = (model or smollm2()).absolute()
     dtype = served_dtype()
-    if dtype == "float32":
-        print(FLOAT32_NOTE, flush=True)
     with tempfile.TemporaryDirectory(prefix="kvtc-serving-") as directory:
         logs = Path(directory)
         if artifact is None:
