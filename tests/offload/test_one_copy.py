@@ -40,9 +40,9 @@ def files(root: Path) -> list[Path]:
 
 
 def until_files(engine: TwoRanks, root: Path, number: int) -> list[Path]:
-    """Step until there are so many; returns them."""
+    """Step until so many are written to their end; returns them."""
     until = time.monotonic() + PATIENCE
-    while len(found := files(root)) < number:
+    while len(found := files(root)) < number or any(path.suffix == ".tmp" for path in found):
         assert time.monotonic() < until
         engine.step()
     assert len(found) == number
