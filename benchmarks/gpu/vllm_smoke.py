@@ -194,7 +194,7 @@ def reload(llm: Any, prompts: list[list[int]], codec: str) -> dict[str, Any]:
         assert found["blocks_equal"], f"KV blocks differ: {found}"
         assert found["words_equal_to_prefix_hit"] == 1, f"words differ: {found}"
     else:
-        from kvtc_vllm.connector.selftest import GROSS_FACTOR, GROSS_SLACK, held_out_error
+        from kvtc_vllm.artifact.round_trip import held_out_error, largest_error
 
         transfer = _worker_connector()._worker.transfers[0]
         names = transfer.codec.artifact.section_names
@@ -206,8 +206,7 @@ def reload(llm: Any, prompts: list[list[int]], codec: str) -> dict[str, Any]:
         for name in names:
             sides = [side for side, tensor in enumerate(KINDS) if tensor in name]
             own = [pair for side in sides for pair in pairs[side::2]]
-            limit = GROSS_FACTOR * promised[name] + GROSS_SLACK
-            assert 0 < _error(own) <= limit, f"{name} is off: {found}"
+            assert 0 < _error(own) <= largest_error(promised[name]), f"{name} is off: {found}"
     return found
 
 

@@ -29,6 +29,7 @@ from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.config import ConfigError
 
 PACKAGES = ("kvtc-vllm", "torch", "vllm", "isal", "xxhash", "safetensors", "msgspec")
+ROUND_TRIP_TOKENS = 128
 DEFAULT_RATIO = 16.0
 LENGTHS = (4096, 32768)
 """Tokens of prefixes that a ratio is told for."""
@@ -196,16 +197,25 @@ def _registry(args: argparse.Namespace, checks: Checks) -> tuple[Path | None, fl
 
 
 def _round_trip(directory: Path, ratio: float, checks: Checks) -> None:
-    """Encode and decode the artifact's probe on the CPU."""
+    """Encode and decode the artifact's probe on the CPU, and hold it against what it promises."""
     from kvtc_vllm.artifact.directory import load_rank_artifact
+    from kvtc_vllm.artifact.round_trip import (
+        all_rows,
+        held_out_error,
+        largest_error,
+        probe_chunk,
+        squared_error,
+    )
+    from kvtc_vllm.codec.frame import TransformCodec
     from kvtc_vllm.codec.registry import open_codec
 
     artifact, _, probe = load_rank_artifact(directory, 0)
     if ratio not in artifact.ratios():
         ratio = artifact.ratios()[0]
     codec = open_codec(artifact.codec, torch.bfloat16, artifact=artifact, ratio=ratio)
-    k, v = probe.k.to(torch.bfloat16), probe.v.to(torch.bfloat16)
-    start = artifact.sink_tokens
+    assert isinstance(codec, TransformCodec)
+    k, v, start = probe_chunk(codec, probe, ROUND_TRIP_TOKENS)
+    k, v = k.to(torch.bfloat16), v.to(torch.bfloat16)
     codec.encode(k, v, start)
     began = time.perf_counter()
     blob = codec.encode(k, v, start)
@@ -213,11 +223,20 @@ def _round_trip(directory: Path, ratio: float, checks: Checks) -> None:
     chunk = codec.decode(blob)
     decoded = time.perf_counter()
     raw = k.nbytes + v.nbytes
-    error = float((chunk.v.float() - v.float()).square().sum() / v.float().square().sum())
+    good, errors = True, []
+    for name in artifact.section_names:
+        rows = all_rows(artifact, (k, v), start, name)
+        error = squared_error(
+            codec, rows, all_rows(artifact, (chunk.k, chunk.v), start, name), name
+        )
+        held_out = held_out_error(codec, name)
+        good = good and error <= largest_error(held_out)
+        errors.append(f"{name.upper()} {error:.4f} (held-out {held_out:.4f})")
     checks.add(
-        error < 0.5,
+        good,
         "round trip",
-        f"{directory.name} at {ratio:g}x: {k.shape[0]} tokens, {raw} -> {len(blob)} bytes "
+        f"{directory.name} at {ratio:g}x: {len(k)} tokens, {raw} -> {len(blob)} bytes "
         f"(ratio {raw / len(blob):.1f}), encode {raw / 1e6 / (encoded - began):.0f} MB/s, "
-        f"decode {raw / 1e6 / (decoded - encoded):.0f} MB/s, squared error of V {error:.4f}",
+        f"decode {raw / 1e6 / (decoded - encoded):.0f} MB/s, relative squared error "
+        + " ".join(errors),
     )

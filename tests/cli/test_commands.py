@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from kvtc_vllm.artifact.card import CurveCard, CurvePoint, load_card, save_card
+from kvtc_vllm.artifact.directory import checksum, load_rank_artifact
 from kvtc_vllm.artifact.identity import model_identity
+from kvtc_vllm.artifact.rank_file import rank_file_name, write_rank_file
 from kvtc_vllm.artifact.registry import find
 from kvtc_vllm.cli import main
+from kvtc_vllm.cli.checks import Checks
+from kvtc_vllm.cli.doctor import _round_trip
 
+SHIPPED = sorted(
+    path.parent for path in (Path(__file__).parents[2] / "calibrations").rglob("card.json")
+)
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.kvtc"))
 
 
@@ -58,6 +66,32 @@ def test_doctor_finds_the_model_s_artifact_and_measures(
     printed = capsys.readouterr().out
     for words in ("ok   match", "ok   round trip", "MB/s", "ok   plugin", "supported range"):
         assert words in printed
+
+
+@pytest.mark.parametrize("artifact", SHIPPED, ids=lambda p: f"{p.parent.name}-{p.name}")
+def test_doctor_holds_every_shipped_artifact_against_what_it_promises(
+    artifact: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checks = Checks(as_json=False)
+    _round_trip(artifact, load_card(artifact).ratios[0], checks)
+    assert "ok   round trip" in capsys.readouterr().out
+
+
+def test_doctor_tells_an_artifact_that_loses_more_than_it_promises(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Rows of a layer in another's place: every checksum is right."""
+    original, _, probe = load_rank_artifact(SHIPPED[0], 0)
+    damaged = tmp_path / SHIPPED[0].name
+    shutil.copytree(SHIPPED[0], damaged)
+    swapped = replace(probe, v=probe.v.flip(1))
+    name = rank_file_name(0, 1)
+    write_rank_file(damaged / name, original, swapped, 0, 1)
+    card = load_card(damaged)
+    save_card(damaged, msgspec.structs.replace(card, checksums={name: checksum(damaged / name)}))
+    checks = Checks(as_json=False)
+    _round_trip(damaged, 16.0, checks)
+    assert "BAD  round trip" in capsys.readouterr().out
 
 
 def test_doctor_says_which_ratio_a_quality_is(

@@ -49,6 +49,14 @@ def until_files(engine: TwoRanks, root: Path, number: int) -> list[Path]:
     return found
 
 
+def until_kept(engine: TwoRanks, number: int) -> None:
+    """Step until memory holds so many chunks and the scheduler knows."""
+    until = time.monotonic() + PATIENCE
+    while len(engine.arena.keys()) < number or engine.scheduler.index.pending:
+        assert time.monotonic() < until
+        engine.step()
+
+
 class Held:
     """A rank's reads wait until they may go on."""
 
@@ -247,8 +255,7 @@ def test_a_read_that_a_reset_overtook_takes_nothing_else(
     place = engine.arena.places(engine.arena.keys())[0][1]
     for number, name in enumerate(then):
         engine.compute(name, block=8 + number * BLOCKS)
-        for _ in range(20):
-            engine.step()
+        until_kept(engine, number + 1)
     assert engine.arena.places(engine.arena.keys())[0][1] == place
     held.go_on.set()
     engine.settle()
