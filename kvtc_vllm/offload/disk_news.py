@@ -52,8 +52,8 @@ class DiskNews:
 
 
 NO_NEWS = DiskNews()
-FOUND_AT_ONCE = 1024
-"""Chunks told in one step: they take some milliseconds of the scheduler's."""
+TOLD_AT_ONCE = 128
+"""Found and lost chunks in a step, by all ranks: one to two milliseconds of the scheduler."""
 
 
 class Found:
@@ -65,17 +65,45 @@ class Found:
         self.told = False
         """Whether that was all."""
 
-    def tell(self, news: DiskNews) -> None:
+    def tell(self, news: DiskNews, most: int) -> None:
         """Add some to the news of a step, but nothing of which there was later news."""
         if self.told:
             return
         self._overtaken |= {key for key, _ in news.stored}.union(news.lost)
         self._overtaken |= {one.key for one in news.halved}
-        some = list(islice(self._rest, FOUND_AT_ONCE))
+        some = list(islice(self._rest, most))
         news.found += [entry for entry in some if entry[0] not in self._overtaken]
-        if len(some) < FOUND_AT_ONCE:
+        if len(some) < most:
             self.told = True
             self._overtaken.clear()
+
+
+class Lost:
+    """What left the disk and was not told yet, perhaps many thousand chunks. Not thread-safe.
+
+    Until a chunk is told, a read of it fails.
+    """
+
+    def __init__(self) -> None:
+        self._keys: dict[RecordKey, None] = {}
+
+    def add(self, keys: Iterable[RecordKey]) -> None:
+        """These are not on disk any more."""
+        self._keys.update(dict.fromkeys(keys))
+
+    def written_again(self, key: RecordKey) -> None:
+        """This one is there."""
+        self._keys.pop(key, None)
+
+    def tell(self, news: DiskNews, most: int) -> None:
+        """Add some to the news of a step: what reads did not find, then what left first."""
+        some = [key for key in news.failed if key in self._keys]
+        for key in some:
+            self._keys.pop(key, None)
+        rest = list(islice(self._keys, max(0, most - len(some))))
+        for key in rest:
+            del self._keys[key]
+        news.lost += dict.fromkeys(some + rest)
 
 
 def keep(news: DiskNews, memory: BlobStore) -> tuple[list[tuple[RecordKey, int]], list[RecordKey]]:
