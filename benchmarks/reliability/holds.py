@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.reliability.scale_parts import CHUNK_BYTES, _make_files, key_of
 
 if TYPE_CHECKING:
-    from kvtc_vllm.offload.disk_news import Lost
+    from kvtc_vllm.offload.disk_losses import DiskLosses
     from kvtc_vllm.offload.tier_indexes import TierIndexes
 
 HERE = Path(__file__).resolve().parent
@@ -200,6 +200,7 @@ def lost(table: Table, size: int, root: Path) -> None:
     """Others removed 60,000 chunks: what a step takes that is told, of a full index."""
     from kvtc_vllm.config import load_config
     from kvtc_vllm.offload import disk_news
+    from kvtc_vllm.offload.disk_losses import DiskLosses
     from kvtc_vllm.offload.messages import WorkerReport
     from kvtc_vllm.offload.tier_indexes import tier_indexes
     from kvtc_vllm.tiers.keys import RecordKey
@@ -212,10 +213,10 @@ def lost(table: Table, size: int, root: Path) -> None:
             assert tiers.disk is not None
             for key in keys:
                 tiers.disk.add(key, 0, CHUNK_BYTES)
-            gone = disk_news.Lost()
+            gone = DiskLosses()
             gone.add(keys[:: size // LOST][:LOST])
 
-            def step(tiers: TierIndexes = tiers, gone: Lost = gone, most: int = most) -> None:
+            def step(tiers: TierIndexes = tiers, gone: DiskLosses = gone, most: int = most) -> None:
                 news = disk_news.DiskNews()
                 gone.tell(news, most)
                 tiers.take(WorkerReport(0, disk_lost=news.lost))

@@ -78,34 +78,6 @@ class Found:
             self._overtaken.clear()
 
 
-class Lost:
-    """What left the disk and was not told yet, perhaps many thousand chunks. Not thread-safe.
-
-    Until a chunk is told, a read of it fails.
-    """
-
-    def __init__(self) -> None:
-        self._keys: dict[RecordKey, None] = {}
-
-    def add(self, keys: Iterable[RecordKey]) -> None:
-        """These are not on disk any more."""
-        self._keys.update(dict.fromkeys(keys))
-
-    def written_again(self, key: RecordKey) -> None:
-        """This one is there."""
-        self._keys.pop(key, None)
-
-    def tell(self, news: DiskNews, most: int) -> None:
-        """Add some to the news of a step: what reads did not find, then what left first."""
-        some = [key for key in news.failed if key in self._keys]
-        for key in some:
-            self._keys.pop(key, None)
-        rest = list(islice(self._keys, max(0, most - len(some))))
-        for key in rest:
-            del self._keys[key]
-        news.lost += dict.fromkeys(some + rest)
-
-
 def keep(news: DiskNews, memory: BlobStore) -> tuple[list[tuple[RecordKey, int]], list[RecordKey]]:
     """Put what was read into memory: (key, bytes there) of what it holds, and what it does not."""
     kept, failed = [], list(news.failed)

@@ -11,7 +11,8 @@ from functools import partial
 
 from kvtc_vllm.codec.errors import CodecError, ContainerError
 from kvtc_vllm.offload.disk_asides import DiskAsides
-from kvtc_vllm.offload.disk_news import TOLD_AT_ONCE, DiskHalved, DiskNews, Found, Lost
+from kvtc_vllm.offload.disk_losses import DiskLosses
+from kvtc_vllm.offload.disk_news import TOLD_AT_ONCE, DiskHalved, DiskNews, Found
 from kvtc_vllm.offload.halver import Halver
 from kvtc_vllm.offload.namespace import START_SECONDS, Namespace
 from kvtc_vllm.offload.pace import Pace, PaceMeter
@@ -32,8 +33,6 @@ FIRST_LIST_SECONDS = 60.0
 """After the start, so that the engine has its requests first."""
 LIST_SECONDS = 600.0
 """Between two lists of the files: what changed since the last is asked for at a start."""
-LOST = frozenset({"missing", "corrupt", "foreign", "representative"})
-"""Reasons of a failed read after which the chunk is not on disk any more."""
 
 
 class DiskWorker:
@@ -72,7 +71,7 @@ class DiskWorker:
         self._news = DiskNews()
         self._told_at_once = max(1, TOLD_AT_ONCE // ranks)
         self._found = Found()
-        self._lost = Lost()
+        self._losses = DiskLosses()
         self._epoch = 0
         self._writing: dict[tuple[int, RecordKey], int] = {}
         self._queued = 0
@@ -126,12 +125,13 @@ class DiskWorker:
 
     def read(self, keys: Sequence[RecordKey]) -> None:
         """Begin to read chunks; `take_news` tells the outcome."""
-        namespace = self._namespace
+        namespace, losses = self._namespace, self._losses
         for key in keys:
             try:
                 if namespace is None:
                     raise DiskError("closed", "no namespace is open since the last reset")
-                handle = self._readers.submit(partial(self._read, namespace, key), self._deadline)
+                read = partial(self._read, namespace, losses, key)
+                handle = self._readers.submit(read, self._deadline)
             except DiskError as error:
                 self._fail(key, error)
             else:
@@ -164,7 +164,7 @@ class DiskWorker:
             left, self._namespace = self._namespace, None
             self._epoch = epoch
             self._news = DiskNews(errors=self._news.errors)
-            self._found, self._lost = Found(), Lost()
+            self._found, self._losses = Found(), DiskLosses()
             self._repairs = 0
         if left is not None:
             self._submit_write(left.leave)
@@ -199,7 +199,7 @@ class DiskWorker:
         self._reads = running
         with self._lock:
             news, self._news = self._news, DiskNews()
-            self._lost.tell(news, self._told_at_once)
+            self._losses.tell(news, self._told_at_once)
             self._found.tell(news, self._told_at_once)
         return news
 
@@ -232,8 +232,8 @@ class DiskWorker:
 
     # ------------------------------------------------------- on the pools' threads
 
-    def _read(self, namespace: Namespace, key: RecordKey) -> bytes:
-        with self._meter.piece(1, self._threads) as piece:
+    def _read(self, namespace: Namespace, losses: DiskLosses, key: RecordKey) -> bytes:
+        with losses.reading(key), self._meter.piece(1, self._threads) as piece:
             blob = namespace.read(key)
             piece.counts = True
         return blob
@@ -245,7 +245,8 @@ class DiskWorker:
         try:
             if epoch != self._epoch:
                 return
-            size = namespace.store.write(key, blob, tenant)
+            with self._losses.writing(key):
+                size = namespace.store.write(key, blob, tenant)
             saved = disk_bytes(len(blob)) - size
             with self._lock:
                 if epoch == self._epoch:
@@ -253,7 +254,6 @@ class DiskWorker:
                     self._news.written_bytes += min(len(blob), size)
                     self._news.shared_chunks += saved > 0
                     self._news.shared_bytes += saved
-                    self._lost.written_again(key)
         except Exception as error:
             if epoch == self._epoch:
                 self._count(error)
@@ -274,13 +274,13 @@ class DiskWorker:
             blob = namespace.read(key)
             new = halver.halve(blob, key)
             if len(new) < len(blob):
-                size, times = namespace.store.write(key, new), halver.times_halved(new)
+                with self._losses.writing(key):
+                    size, times = namespace.store.write(key, new), halver.times_halved(new)
                 done = DiskHalved(key, times, times >= halver.most_times, size)
         except Exception as error:
             with self._lock:
                 damaged = isinstance(error, DiskError | ContainerError) and epoch == self._epoch
-                if damaged:
-                    self._lost.add((key,))
+                self._losses.add((key,) if damaged else ())
             if damaged or not isinstance(error, CodecError):
                 self._count(error)
         finally:
@@ -317,22 +317,24 @@ class DiskWorker:
                 self._found = Found(found)
 
     def _touch(self, namespace: Namespace, keys: Sequence[RecordKey]) -> None:
-        gone = namespace.store.touch(keys)
-        with self._lock:
-            if namespace is self._namespace:
-                self._lost.add(gone)
+        losses = self._losses
+        if namespace is self._namespace:  # then these are its losses
+            with losses.looking() as gone:
+                gone += namespace.store.touch(keys)
 
     def _note_removed(self, namespace: Namespace, epoch: int) -> None:
         """Take over what left the disk, whoever removed it, and what was repaired."""
+        losses = self._losses
+        if epoch != self._epoch:
+            return
         with suppress(DiskError):
             store = namespace.store
-            evicted = store.take_evicted()
-            gone = store.take_removed()
+            with losses.looking() as gone:
+                gone += store.take_removed()
+                gone += store.take_evicted()
             repairs = store.counts().get("repairs", 0)
             with self._lock:
                 if epoch == self._epoch:
-                    self._lost.add(evicted)
-                    self._lost.add(gone)
                     self._news.repairs += repairs - self._repairs
                     self._repairs = repairs
 
@@ -381,8 +383,6 @@ class DiskWorker:
     def _fail(self, key: RecordKey, error: Exception) -> None:
         with self._lock:
             self._news.failed.append(key)
-            if isinstance(error, DiskError) and error.reason in LOST:
-                self._lost.add((key,))
         self._count(error)
 
     def _count(self, error: Exception) -> None:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from kvtc_vllm.offload import disk_asides
 from kvtc_vllm.offload.disk_asides import DiskAsides
-from kvtc_vllm.offload.disk_news import DiskNews, Lost
+from kvtc_vllm.offload.disk_losses import DiskLosses
+from kvtc_vllm.offload.disk_news import DiskNews
 from kvtc_vllm.offload.disk_worker import DiskWorker
 from kvtc_vllm.offload.namespace import Namespace
+from kvtc_vllm.tiers.blob_store import Blob
 from kvtc_vllm.tiers.disk import DiskError, DiskStore
 from kvtc_vllm.tiers.keys import RecordKey
 from tests.reliability.blobs import NAMESPACE, OTHER_NAMESPACE, blob_of, key_of
@@ -85,14 +89,14 @@ def test_many_losses_are_told_in_pieces(side: DiskWorker, tmp_path: Path) -> Non
     assert sorted(key for step in steps for key in step) == sorted(KEYS[:5])
 
 
-def told(lost: Lost, most: int, *failed: RecordKey) -> list[RecordKey]:
+def told(lost: DiskLosses, most: int, *failed: RecordKey) -> list[RecordKey]:
     news = DiskNews(failed=list(failed))
     lost.tell(news, most)
     return news.lost
 
 
 def test_a_loss_that_a_read_met_is_told_with_it() -> None:
-    lost = Lost()
+    lost = DiskLosses()
     lost.add(KEYS)
     assert told(lost, 2, KEYS[6], KEYS[7], KEYS[6], RecordKey(b"?")) == [KEYS[6], KEYS[7]]
     assert told(lost, 2) == KEYS[:2]
@@ -102,11 +106,87 @@ def test_a_loss_that_a_read_met_is_told_with_it() -> None:
 
 
 def test_what_is_written_again_before_its_loss_is_told_is_not_lost() -> None:
-    lost = Lost()
+    lost = DiskLosses()
     lost.add(KEYS[:3])
-    lost.written_again(KEYS[1])
-    lost.written_again(KEYS[5])
+    for key in (KEYS[1], KEYS[5]):
+        with lost.writing(key):
+            pass
     assert told(lost, 9) == [KEYS[0], KEYS[2]]
+
+
+def test_what_is_being_written_is_lost_only_if_that_fails() -> None:
+    lost = DiskLosses()
+    with lost.writing(KEYS[0]):
+        lost.add(KEYS[:2])
+        with lost.looking() as gone:
+            gone += KEYS[:3]
+        assert told(lost, 9) == KEYS[1:3]
+    assert told(lost, 9) == []
+    for seen in (KEYS[:1], []):
+        with suppress(DiskError), lost.writing(KEYS[0]):
+            lost.add(seen)
+            raise DiskError("full", "no room")
+        assert told(lost, 9) == seen
+
+
+def test_what_is_written_while_a_look_is_under_way_is_not_lost() -> None:
+    lost = DiskLosses()
+
+    with lost.looking() as gone:
+        with lost.writing(KEYS[1]):
+            pass
+        gone += KEYS[:3]
+    assert told(lost, 9) == [KEYS[0], KEYS[2]]
+    with suppress(DiskError), lost.reading(KEYS[0]), lost.reading(KEYS[1]):
+        with lost.writing(KEYS[1]):
+            pass
+        raise DiskError("missing", "it is not there")
+    assert told(lost, 9) == KEYS[:1]
+
+
+class Smaller:
+    """Halves any blob, once."""
+
+    most_times = 1
+
+    def times_halved(self, blob: Blob) -> int:
+        return 1
+
+    def halve(self, blob: Blob, key: bytes) -> bytes:
+        content = bytes(blob)[: len(blob) - 17]
+        return content + xxhash.xxh3_128_digest(content)
+
+
+def test_a_look_while_a_smaller_chunk_takes_the_place_of_another_tells_no_loss(
+    tmp_path: Path,
+) -> None:
+    """With two threads one in eight was told as lost, and its new file removed."""
+    place = namespace(tmp_path)
+    side = DiskWorker(place, 2, 5.0, 1 << 20)
+    side.write(KEYS[0], blob_of(KEYS[0]), 0)
+    in_steps(side, lambda news: [key for key, _ in news.stored], 1)
+    store = place.store
+    write = store.write
+
+    def slowly(key: RecordKey, blob: Blob) -> int:
+        store.remove([key])  # as `write` does, before it publishes the other
+        side._note_removed(place, 0)
+        side.read([key])
+        assert side._readers.wait_idle(20)
+        return write(key, blob)
+
+    store.write = slowly  # type: ignore[assignment, method-assign]
+    side.halve([KEYS[0]], Smaller())
+    lost: list[RecordKey] = []
+
+    def halved(news: DiskNews) -> list[RecordKey]:
+        lost.extend(news.lost)
+        return [one.key for one in news.halved if one.size is not None]
+
+    in_steps(side, halved, 1)
+    assert side.take_news().lost + lost == []
+    assert [entry.key for entry in store.scan()] == KEYS[:1]
+    side.close((), 5)
 
 
 class Calls:
