@@ -1,7 +1,7 @@
 """How long Python's lock is held at once where the tiers go through very many chunks.
 
     python -m benchmarks.reliability.holds --label after [--files 1000000] [--records 5000000]
-        [--parts scan,write,handshake,index] [--root DIR] [--places 3] [--out FILE]
+        [--parts scan,write,handshake,index,lost] [--root DIR] [--places 3] [--out FILE]
 
 A thread sleeps a millisecond again and again and wants the lock each time. A *hold* is the
 processor time of the working thread between two of its turns: so other programs do not count, and
@@ -11,7 +11,8 @@ after 5 ms at the soonest, so up to 6 ms are not the tiers'. Loops that ask for 
 has priority over other programs; else its own waiting for a core is counted too.
 
 Of the indexes no hold is told but the longest call, in processor time of its thread: the scheduler
-is single-threaded, and its step waits for the whole of it.
+is single-threaded, and its step waits for the whole of it. So is "lost": the longest step of those
+that take over that chunks left the disk, all in one or in the pieces in which a worker tells them.
 
 `--places` prints where the working thread was at the end of the longest holds: the call just before
 is the one that took so long. Each part runs in a process of its own. Results are added to
@@ -34,13 +35,18 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.reliability.scale_parts import CHUNK_BYTES, _make_files, key_of
+
+if TYPE_CHECKING:
+    from kvtc_vllm.offload.disk_losses import DiskLosses
+    from kvtc_vllm.offload.tier_indexes import TierIndexes
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SLEEP_SECONDS = 0.001
+LOST = 60_000
 LONG_SECONDS = 0.006
 """Above this a hold is not Python's own interval."""
 Row = dict[str, Any]
@@ -190,6 +196,38 @@ def index(table: Table, size: int, root: Path) -> None:
             table.note(f"{name} index, {policy}: reset", _took(tier.clear))
 
 
+def lost(table: Table, size: int, root: Path) -> None:
+    """Others removed 60,000 chunks: what a step takes that is told, of a full index."""
+    from kvtc_vllm.config import load_config
+    from kvtc_vllm.offload import disk_news
+    from kvtc_vllm.offload.disk_losses import DiskLosses
+    from kvtc_vllm.offload.messages import WorkerReport
+    from kvtc_vllm.offload.tier_indexes import tier_indexes
+    from kvtc_vllm.tiers.keys import RecordKey
+
+    keys = [RecordKey(key_of(number)) for number in range(size)]
+    for policy in ("lru", "arc"):
+        for name, most in (("in one step", LOST), ("in pieces", disk_news.TOLD_AT_ONCE)):
+            settings = {"disk_path": str(root), "disk_bytes": 2 * size * CHUNK_BYTES}
+            tiers = tier_indexes(load_config({"codec": "raw", "eviction": policy, **settings}), 1)
+            assert tiers.disk is not None
+            for key in keys:
+                tiers.disk.add(key, 0, CHUNK_BYTES)
+            gone = DiskLosses()
+            gone.add(keys[:: size // LOST][:LOST])
+
+            def step(tiers: TierIndexes = tiers, gone: DiskLosses = gone, most: int = most) -> None:
+                news = disk_news.DiskNews()
+                gone.tell(news, most)
+                tiers.take(WorkerReport(0, disk_lost=news.lost))
+                assert tiers.disk is not None
+                tiers.disk.take_removed()
+
+            worst = max(_took(step) for _ in range(-(-LOST // most)))
+            assert len(tiers.disk) == size - LOST
+            table.note(f"{LOST:,} lost, {policy}: {name}", worst)
+
+
 def _took(call: Callable[..., None], *arguments: int) -> float:
     """Processor seconds of one call."""
     began = time.thread_time()
@@ -203,7 +241,7 @@ def _let_go(items: list[Any]) -> None:
         items.pop()
 
 
-PARTS = {"scan": scan, "write": write, "handshake": handshake, "index": index}
+PARTS = {"scan": scan, "write": write, "handshake": handshake, "index": index, "lost": lost}
 ON_FILES = ("scan", "write")
 
 

@@ -268,7 +268,8 @@ def _open_disk(
         config.disk_capacity / 2**30,
         config.disk_write,
     )
-    return DiskWorker(namespace, config.disk_threads, config.load_deadline, queue_bytes)
+    threads, deadline = config.disk_threads, config.load_deadline
+    return DiskWorker(namespace, threads, deadline, queue_bytes, geometry.ranks)
 
 
 def _raw_model_fingerprint(model: ModelConfig, config: KVTCConfig) -> str:

@@ -52,8 +52,8 @@ class DiskNews:
 
 
 NO_NEWS = DiskNews()
-FOUND_AT_ONCE = 1024
-"""Chunks told in one step: they take some milliseconds of the scheduler's."""
+TOLD_AT_ONCE = 128
+"""Found and lost chunks in a step, by all ranks: one to two milliseconds of the scheduler."""
 
 
 class Found:
@@ -65,15 +65,15 @@ class Found:
         self.told = False
         """Whether that was all."""
 
-    def tell(self, news: DiskNews) -> None:
+    def tell(self, news: DiskNews, most: int) -> None:
         """Add some to the news of a step, but nothing of which there was later news."""
         if self.told:
             return
         self._overtaken |= {key for key, _ in news.stored}.union(news.lost)
         self._overtaken |= {one.key for one in news.halved}
-        some = list(islice(self._rest, FOUND_AT_ONCE))
+        some = list(islice(self._rest, most))
         news.found += [entry for entry in some if entry[0] not in self._overtaken]
-        if len(some) < FOUND_AT_ONCE:
+        if len(some) < most:
             self.told = True
             self._overtaken.clear()
 

@@ -10,7 +10,9 @@ from contextlib import suppress
 from functools import partial
 
 from kvtc_vllm.codec.errors import CodecError, ContainerError
-from kvtc_vllm.offload.disk_news import DiskHalved, DiskNews, Found
+from kvtc_vllm.offload.disk_asides import DiskAsides
+from kvtc_vllm.offload.disk_losses import DiskLosses
+from kvtc_vllm.offload.disk_news import TOLD_AT_ONCE, DiskHalved, DiskNews, Found
 from kvtc_vllm.offload.halver import Halver
 from kvtc_vllm.offload.namespace import START_SECONDS, Namespace
 from kvtc_vllm.offload.pace import Pace, PaceMeter
@@ -25,14 +27,12 @@ WRITE_SECONDS = 30.0
 """A write that has not begun by then is given up."""
 QUEUE = 1 << 16
 """Calls that may wait for a thread; blobs that wait are bounded by their bytes."""
-LOOK_SECONDS = 1.0
-"""Between two looks at what other processes removed, while the engine makes steps."""
+LOOK_SECONDS = 0.1
+"""Between two looks at what others removed, while the engine makes steps: a `stat` if nothing."""
 FIRST_LIST_SECONDS = 60.0
 """After the start, so that the engine has its requests first."""
 LIST_SECONDS = 600.0
 """Between two lists of the files: what changed since the last is asked for at a start."""
-LOST = frozenset({"missing", "corrupt", "foreign", "representative"})
-"""Reasons of a failed read after which the chunk is not on disk any more."""
 
 
 class DiskWorker:
@@ -40,15 +40,21 @@ class DiskWorker:
 
     Called by the engine's thread, `write` also by encoders; no call waits for the disk, but
     for `inventory` and `close`. Reads and writes have pools of their own: a write may wait
-    for the root's lock. threads: of each pool. deadline_seconds: after which a read counts
-    as failed. queue_bytes: of blobs that may wait to be written.
+    for the root's lock. Looks and touches have `DiskAsides`. threads: of each pool.
+    deadline_seconds: after which a read counts as failed. queue_bytes: of blobs that may wait to
+    be written. ranks: that tell the scheduler their news in the same step.
 
     After a reset or a change of weights the chunks of before are left where they are and never
     read again: the engine goes on in another namespace.
     """
 
     def __init__(
-        self, namespace: Namespace, threads: int, deadline_seconds: float, queue_bytes: int
+        self,
+        namespace: Namespace,
+        threads: int,
+        deadline_seconds: float,
+        queue_bytes: int,
+        ranks: int = 1,
     ) -> None:
         self._namespace: Namespace | None = namespace
         self._threads = threads
@@ -56,13 +62,16 @@ class DiskWorker:
         self._queue_bytes = queue_bytes
         self._readers = IoPool(threads, QUEUE, "kvtc-disk-read")
         self._writers = IoPool(threads, QUEUE, "kvtc-disk-write")
+        self._asides = DiskAsides(self._touch, self._look_now, self._count)
         self._reads: list[tuple[RecordKey, IoHandle[bytes]]] = []
         self._meter = PaceMeter()
         self._tenant_of: Callable[[RecordKey], bytes] = _nobody
         # What follows is read and changed under the lock.
         self._lock = threading.Lock()
         self._news = DiskNews()
+        self._told_at_once = max(1, TOLD_AT_ONCE // ranks)
         self._found = Found()
+        self._losses = DiskLosses()
         self._epoch = 0
         self._writing: dict[tuple[int, RecordKey], int] = {}
         self._queued = 0
@@ -116,12 +125,13 @@ class DiskWorker:
 
     def read(self, keys: Sequence[RecordKey]) -> None:
         """Begin to read chunks; `take_news` tells the outcome."""
-        namespace = self._namespace
+        namespace, losses = self._namespace, self._losses
         for key in keys:
             try:
                 if namespace is None:
                     raise DiskError("closed", "no namespace is open since the last reset")
-                handle = self._readers.submit(partial(self._read, namespace, key), self._deadline)
+                read = partial(self._read, namespace, losses, key)
+                handle = self._readers.submit(read, self._deadline)
             except DiskError as error:
                 self._fail(key, error)
             else:
@@ -145,7 +155,7 @@ class DiskWorker:
     def touch(self, keys: Sequence[RecordKey]) -> None:
         """Mark records as used, the last one most recently."""
         if keys and self._namespace is not None:
-            self._submit_write(partial(self._touch, self._namespace, keys))
+            self._asides.touch(self._namespace, keys)
 
     def leave(self, epoch: int) -> None:
         """Forget what was begun before `epoch`; nothing is read or written until `enter`."""
@@ -154,7 +164,7 @@ class DiskWorker:
             left, self._namespace = self._namespace, None
             self._epoch = epoch
             self._news = DiskNews(errors=self._news.errors)
-            self._found = Found()
+            self._found, self._losses = Found(), DiskLosses()
             self._repairs = 0
         if left is not None:
             self._submit_write(left.leave)
@@ -189,7 +199,8 @@ class DiskWorker:
         self._reads = running
         with self._lock:
             news, self._news = self._news, DiskNews()
-            self._found.tell(news)
+            self._losses.tell(news, self._told_at_once)
+            self._found.tell(news, self._told_at_once)
         return news
 
     def close(self, last: Iterable[tuple[RecordKey, Blob]], seconds: float) -> None:
@@ -205,6 +216,7 @@ class DiskWorker:
                     drain = partial(self._drain, namespace, source, lock, until)
                     self._writers.submit(drain, seconds)
             if self._writers.wait_idle(seconds) and namespace is not None:
+                self._asides.wait_idle((until - time.monotonic()) / 2)
                 with suppress(DiskError):
                     listing = partial(namespace.keep_list, (time.monotonic() + until) / 2)
                     self._writers.submit(listing, until - time.monotonic()).wait()
@@ -212,6 +224,7 @@ class DiskWorker:
                 self._writers.submit(namespace.leave, until - time.monotonic()).wait()
         self._readers.close(0.0)
         self._writers.close(0.0)
+        self._asides.close()
 
     def take_pace(self) -> Pace:
         """How the threads read since the last call, in records."""
@@ -219,8 +232,8 @@ class DiskWorker:
 
     # ------------------------------------------------------- on the pools' threads
 
-    def _read(self, namespace: Namespace, key: RecordKey) -> bytes:
-        with self._meter.piece(1, self._threads) as piece:
+    def _read(self, namespace: Namespace, losses: DiskLosses, key: RecordKey) -> bytes:
+        with losses.reading(key), self._meter.piece(1, self._threads) as piece:
             blob = namespace.read(key)
             piece.counts = True
         return blob
@@ -232,7 +245,8 @@ class DiskWorker:
         try:
             if epoch != self._epoch:
                 return
-            size = namespace.store.write(key, blob, tenant)
+            with self._losses.writing(key):
+                size = namespace.store.write(key, blob, tenant)
             saved = disk_bytes(len(blob)) - size
             with self._lock:
                 if epoch == self._epoch:
@@ -240,8 +254,6 @@ class DiskWorker:
                     self._news.written_bytes += min(len(blob), size)
                     self._news.shared_chunks += saved > 0
                     self._news.shared_bytes += saved
-                    if key in self._news.lost:  # and was written again
-                        self._news.lost.remove(key)
         except Exception as error:
             if epoch == self._epoch:
                 self._count(error)
@@ -262,13 +274,13 @@ class DiskWorker:
             blob = namespace.read(key)
             new = halver.halve(blob, key)
             if len(new) < len(blob):
-                size, times = namespace.store.write(key, new), halver.times_halved(new)
+                with self._losses.writing(key):
+                    size, times = namespace.store.write(key, new), halver.times_halved(new)
                 done = DiskHalved(key, times, times >= halver.most_times, size)
         except Exception as error:
             with self._lock:
                 damaged = isinstance(error, DiskError | ContainerError) and epoch == self._epoch
-                if damaged:
-                    self._news.lost.append(key)
+                self._losses.add((key,) if damaged else ())
             if damaged or not isinstance(error, CodecError):
                 self._count(error)
         finally:
@@ -305,24 +317,32 @@ class DiskWorker:
                 self._found = Found(found)
 
     def _touch(self, namespace: Namespace, keys: Sequence[RecordKey]) -> None:
-        gone = namespace.store.touch(keys)
-        with self._lock:
-            if namespace is self._namespace:
-                self._news.lost += gone
+        losses = self._losses
+        if namespace is self._namespace:  # then these are its losses
+            with losses.looking() as gone:
+                gone += namespace.store.touch(keys)
 
     def _note_removed(self, namespace: Namespace, epoch: int) -> None:
         """Take over what left the disk, whoever removed it, and what was repaired."""
+        losses = self._losses
+        if epoch != self._epoch:
+            return
         with suppress(DiskError):
             store = namespace.store
-            evicted = store.take_evicted()
-            gone = store.take_removed()
+            with losses.looking() as gone:
+                gone += store.take_removed()
+                gone += store.take_evicted()
             repairs = store.counts().get("repairs", 0)
             with self._lock:
                 if epoch == self._epoch:
-                    self._news.lost += evicted
-                    self._news.lost += gone
                     self._news.repairs += repairs - self._repairs
                     self._repairs = repairs
+
+    def _look_now(self) -> None:
+        with self._lock:
+            namespace, epoch = self._namespace, self._epoch
+        if namespace is not None:
+            self._note_removed(namespace, epoch)
 
     # -------------------------------------------------------------- on any thread
 
@@ -331,9 +351,7 @@ class DiskWorker:
         namespace, now = self._namespace, time.monotonic()
         if namespace is not None and now >= self._next_look:
             self._next_look = now + LOOK_SECONDS
-            with suppress(DiskError):  # hung or full: the next look will tell
-                look = partial(self._note_removed, namespace, self._epoch)
-                self._writers.submit(look, WRITE_SECONDS)
+            self._asides.look()
         if namespace is not None and now >= self._next_list:
             self._next_list = now + LIST_SECONDS
             self._submit_write(partial(namespace.keep_list, now + LIST_SECONDS))
@@ -365,8 +383,6 @@ class DiskWorker:
     def _fail(self, key: RecordKey, error: Exception) -> None:
         with self._lock:
             self._news.failed.append(key)
-            if isinstance(error, DiskError) and error.reason in LOST:
-                self._news.lost.append(key)
         self._count(error)
 
     def _count(self, error: Exception) -> None:

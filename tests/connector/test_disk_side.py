@@ -17,7 +17,6 @@ from kvtc_vllm.codec.errors import CONTAINER_REASONS
 from kvtc_vllm.codec.raw import RawCodec
 from kvtc_vllm.config import load_config
 from kvtc_vllm.connector.torch_transfer import TorchTransfer
-from kvtc_vllm.offload import disk_news
 from kvtc_vllm.offload import disk_worker as disk_module
 from kvtc_vllm.offload import namespace as namespace_module
 from kvtc_vllm.offload.disk_news import DiskNews
@@ -421,7 +420,7 @@ def test_what_is_found_is_told_in_pieces_and_never_after_later_news(
     side: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A million chunks in one step would take the scheduler seconds."""
-    monkeypatch.setattr(disk_news, "FOUND_AT_ONCE", 2)
+    side._side._told_at_once = 2
     store = DiskStore(tmp_path, OTHER_NAMESPACE, capacity=1 << 20, min_free=0)
     for key in KEYS[:5]:
         store.write(key, other(key))

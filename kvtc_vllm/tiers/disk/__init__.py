@@ -93,8 +93,9 @@ touches take no lock; writes, removals and scans share one, and wait for it at m
 10 s. A file system call may hang for ever, so a caller with a deadline goes through an
 `IoPool`: its threads are daemons, waiting for them ends at the deadline, and once all
 of them hang it refuses work at once. Give reads and writes a pool each: a write may wait for
-the lock. (A thread that the kernel will not interrupt, as on a dead hard NFS mount, may delay
-the end of a killed process; nothing in user space can prevent that.)
+the lock. So may touches and `take_removed`, if they are made behind writes. (A thread that the
+kernel will not interrupt, as on a dead hard NFS mount, may delay the end of a killed process;
+nothing in user space can prevent that.)
 """
 
 from kvtc_vllm.tiers.disk.checked import DISK_REASONS, DiskError
