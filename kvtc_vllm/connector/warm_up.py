@@ -20,7 +20,7 @@ logger = logging.getLogger("vllm.kvtc")
 
 
 def try_kernels(transfer: Transfer, layout: PagedLayout, chunk_tokens: int) -> None:
-    """Store and load a chunk with sinks and one without, together. Raises what fails."""
+    """Store a chunk with sinks and one without, load them together and alone. Raises what fails."""
     stores, loads = _items(layout, chunk_tokens, 2)
     # A sink rule takes zeros for sinks: what only marked tokens need is then compiled, too.
     layout.zero(stores[0].block_ids)
@@ -31,9 +31,11 @@ def try_kernels(transfer: Transfer, layout: PagedLayout, chunk_tokens: int) -> N
         for load, blob in zip(loads, blobs, strict=True)
         if not isinstance(blob, CodecError)
     ]
-    for error in transfer.load(found):
-        if error is not None:
-            raise error
+    # Tables on the device are made for the lengths that a step has, and making them waits for it.
+    for part in (found, found[:1], found[1:]):
+        for error in transfer.load(part):
+            if error is not None:
+                raise error
     layout.zero(stores[0].block_ids)
 
 

@@ -98,12 +98,12 @@ class StorePipeline:
 
     def encode_now(
         self, items: Sequence[StoreItem], proof: Proof, until: float
-    ) -> list[tuple[RecordKey, bytes]]:
+    ) -> list[tuple[RecordKey, Blob]]:
         """Encode records on the engine's thread, the first first; what fails is left out.
 
         until: on the monotonic clock, after which no more are begun. None if the proof fails.
         """
-        blobs: list[tuple[RecordKey, bytes]] = []
+        blobs: list[tuple[RecordKey, Blob]] = []
         if not items or not proof.holds:
             return blobs
         for batch in batches(items, [LAST_BATCH] * len(self._transfers)):
@@ -115,8 +115,11 @@ class StorePipeline:
             except Exception as error:  # what is left can still be written
                 logger.warning("kvtc: %d chunks not stored: %s", len(batch), error)
                 continue
-            pairs = zip(batch, found, strict=True)
-            blobs += [(item.key, blob) for item, blob in pairs if isinstance(blob, bytes)]
+            for item, blob in zip(batch, found, strict=True):
+                if isinstance(blob, CodecError):
+                    logger.warning("kvtc: chunk at token %d not stored: %s", item.start, blob)
+                else:
+                    blobs.append((item.key, blob))
         return blobs
 
     def shutdown(self, until: float | None = None) -> None:

@@ -313,7 +313,7 @@ class KVTCWorker:
             with suppress(StoreError):
                 yield key, self.arena.read(key)
 
-    def _only_in_pages(self, until: float) -> list[tuple[RecordKey, bytes]]:
+    def _only_in_pages(self, until: float) -> list[tuple[RecordKey, Blob]]:
         """What was put off and is in the paged cache only, newest first, encoded in time.
 
         Nothing where the memory of the cache or the weights may have been taken away, or where

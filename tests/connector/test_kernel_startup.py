@@ -18,6 +18,7 @@ from kvtc_vllm.config import load_config
 from kvtc_vllm.connector import transfers
 from kvtc_vllm.connector.sizing import MemoryPlan
 from kvtc_vllm.connector.transfers import FoundArtifact, build_transfer, on_own_thread
+from kvtc_vllm.offload.messages import LoadItem, StoreItem
 from kvtc_vllm.vllm_cache.layout import PagedLayout
 from tests.codec.kernels.codecs import ALL, artifact_of
 from tests.codec.kernels.fake_cuda import CUDA, FakeCuda
@@ -121,6 +122,25 @@ def test_kernels_are_tried_with_what_serving_has(
     served = build_transfer(found, config, layout(), SHAPE.only_group, lambda: PLAN)
     assert type(served.transfer).__name__ == "KernelTransfer", caplog.text
     assert (max(launched, default=0) > 0) == (name == "kvtc2")
+
+
+@pytest.mark.slow
+def test_a_request_finds_its_tables(artifact: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are made under a lock, and the thread that makes them waits for its stream."""
+    monkeypatch.setattr(transfers, "has_kernels", lambda device: True)
+    config = load_config({"ratio": 8, "chunk_tokens": BLOCK, "self_test": False})
+    found = FoundArtifact(artifact, None, Path())  # type: ignore[arg-type]
+    pages = layout()
+    transfer = build_transfer(found, config, pages, SHAPE.only_group, lambda: PLAN).transfer
+    monkeypatch.setattr(bit_payloads.PlanTables, "build", None)
+    for starts in ([0], [BLOCK], [0, BLOCK], [0, BLOCK, BLOCK]):
+        stores = [StoreItem(b"", start, [1 + i]) for i, start in enumerate(starts)]
+        blobs = transfer.encode(transfer.stage(stores))
+        loads = [
+            (LoadItem(b"", s.start, 0, s.block_ids), blob)
+            for s, blob in zip(stores, blobs, strict=True)
+        ]
+        assert transfer.load(loads) == [None] * len(starts)  # type: ignore[arg-type]
 
 
 def test_raw_goes_through_kernels_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -223,4 +224,20 @@ def test_a_chunk_that_cannot_be_coded_costs_only_itself(pages: Pages, way: str) 
     stats = worker.take_stats()
     assert stats is not None
     assert stats.data["dropped_stores/non_finite"] == 1
+    worker.shutdown()
+
+
+@pytest.mark.parametrize("way", ["torch", "kernels"])
+def test_the_end_encodes_what_only_the_pages_hold(
+    pages: Pages, way: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for cache in pages.caches.values():
+        cache[1] = float("nan")
+    worker = pages.worker(way)
+    run(worker, StepMetadata(kept=ITEMS))
+    blobs = dict(worker._only_in_pages(time.monotonic() + 60))
+    assert sorted(blobs) == [b"a", b"c"]
+    assert f"chunk at token {CHUNK} not stored" in caplog.text
+    loads = [(load, blobs[load.key]) for load in LOADS if load.key in blobs]
+    assert pages.ways[way].load(loads) == [None] * 2
     worker.shutdown()

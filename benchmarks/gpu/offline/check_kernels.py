@@ -22,6 +22,7 @@ from benchmarks.gpu.offline.served import (  # isort: skip
     Case,
     ServedCodec,
     copy_units,
+    waves_of,
     without_products,
 )
 from benchmarks.gpu.offline.step_tile_costs import step_instructions_per_code  # isort: skip
@@ -82,12 +83,17 @@ def serve(case: Case, launches: compiled.Launches) -> list[str]:
     blobs = codec.store([0, 1])
     codec.load([0, 1], blobs)
     codec.through_raw([0, 1])
-    copy_units()
+    copy_units(8)
     ready = set(launches.kernels)
     for chunks in ([0], [1], [1, 2, 3], [0, 1, 2]):
         codec.load(chunks, codec.store(chunks))
         codec.through_raw(chunks)
-    codec.load([1, 2, 3], codec.store([1, 2, 3]), first_block=3)
+    blobs = codec.store([1, 2, 3])
+    codec.load([1, 2, 3], blobs, first_block=3)
+    # What kernels get of a later wave, or of odd numbers of units, begins anywhere.
+    with waves_of(1):
+        codec.load([1, 2, 3], blobs)
+    copy_units(7)
     late = [launches.kernels[key][0] for key in set(launches.kernels) - ready]
     return [f"{case.name}: {name} is compiled by a request" for name in late]
 

@@ -5,7 +5,8 @@ Matrix products and what kernels would compute are left out: numbers are whateve
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ from benchmarks.gpu.models import (
 )
 from kvtc_vllm.codec.artifact import KINDS, RankArtifact, SectionBasis
 from kvtc_vllm.codec.base import Blob
-from kvtc_vllm.codec.kernels import bit_payloads, step_encoder, step_payloads
+from kvtc_vllm.codec.kernels import bit_payloads, paged_reader, step_encoder, step_payloads
 from kvtc_vllm.codec.kernels.deflate_nvcomp import copy_ranges
 from kvtc_vllm.codec.kernels.paged import PagedCache
 from kvtc_vllm.codec.kernels.paged_codec import PAGED_CODECS, PagedCodec
@@ -200,7 +201,19 @@ class ServedCodec:
         return list(range(first, first + self._blocks))
 
 
-def copy_units() -> None:
+@contextlib.contextmanager
+def waves_of(chunks: int) -> Iterator[None]:
+    """Loads are cut as in an engine with memory for so many chunks at a time."""
+    names = vars(paged_reader)
+    most = names["LARGEST_WAVE"]
+    names["LARGEST_WAVE"] = chunks * CHUNK
+    try:
+        yield
+    finally:
+        names["LARGEST_WAVE"] = most
+
+
+def copy_units(units: int) -> None:
     """The launch by which `NvcompDeflate` moves units."""
-    table = torch.zeros(3, 8, dtype=torch.int64)
+    table = torch.zeros(3, units, dtype=torch.int64)
     copy_ranges(table[0], table[1], table[2])

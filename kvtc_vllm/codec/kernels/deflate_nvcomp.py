@@ -225,7 +225,8 @@ def copy_ranges(sources: torch.Tensor, targets: torch.Tensor, lengths: torch.Ten
         _copy_kernel[grid](sources, targets, lengths, TILE=_COPY_TILE)
 
 
-@jit()
+# Rows of a table: with an odd number of units the second begins anywhere.
+@jit(any_alignment=("sources", "targets", "lengths"))
 def _copy_kernel(sources, targets, lengths, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     index = tl.program_id(0)
     place = tl.program_id(1) * TILE + tl.arange(0, TILE)

@@ -188,7 +188,8 @@ def _extremes(x, least, most, low, high, bits):  # type: ignore[no-untyped-def]
     return low, high, bits
 
 
-@jit(do_not_specialize=_SIZES)
+# Flags of a wave of a load lie behind those of the wave before.
+@jit(do_not_specialize=_SIZES, any_alignment=("damaged",))
 def _codes_kernel(  # type: ignore[no-untyped-def]
     coefficients,
     row_stride,

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from kvtc_vllm.codec.errors import CodecError, ContainerError
+from kvtc_vllm.codec.kvtc import KvtcCodec
+from kvtc_vllm.codec.payload import BitPlan, CoefficientGroup
 from kvtc_vllm.codec.registry import CODECS
 from tests.codec.kernels import fake_nvcomp
 from tests.codec.kernels.codecs import EVERY, LATER, PAIRED
@@ -25,9 +27,11 @@ from tests.codec.kernels.paged_batches import (
     encoded,
     filled,
     make,
+    write,
 )
 from tests.codec.kernels.paged_caches import paged_cache, read_slots
-from tests.codec.kernels.requests import Load
+from tests.codec.kernels.requests import Load, Store
+from tests.codec.synthetic import SyntheticModel
 
 from kvtc_vllm.codec.kernels.chunks import RowLayout, shares, steps, waves  # isort: skip
 from kvtc_vllm.codec.kernels.decoder import DecodeWorkspace, chunks_that_fit  # isort: skip
@@ -100,6 +104,50 @@ def test_weights_are_in_the_matrices(artifact, device):
         loaded = [read_slots(side, slots) for side in (codec.cache.k, codec.cache.v)]
         assert differing(loaded[0], wanted.k) < 0.02
         assert differing(loaded[1], wanted.v) < 0.02
+
+
+WIDE = (CoefficientGroup(0, 64, "int4"), CoefficientGroup(64, 64, "int2"))
+NARROW = (CoefficientGroup(0, 1, "fp8"), CoefficientGroup(1, 30, "int4"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_sections_of_different_ranks_share_products(device):
+    """Of 128 columns, of 64, and of none: zeros fill up those in the middle."""
+    model = SyntheticModel(
+        num_layers=3, num_kv_heads=2, head_size=64, layer_groups=((0, 1), (1, 2), (2, 3))
+    )
+
+    artifact = model.artifact((8.0,), 512)
+    sections = {
+        key: replace(section, plans={8.0: BitPlan(8.0, groups, 0.0)})
+        for (key, section), groups in zip(
+            artifact.sections.items(), [WIDE, NARROW, (), WIDE, NARROW, WIDE], strict=True
+        )
+    }
+    artifact = replace(artifact, sections=sections)
+    cache = paged_cache("NHD", 3, 8, 2, BLOCK, 64, 64, torch.bfloat16, device)
+    codec = PAGED_CODECS["kvtc"](artifact, 8.0, cache, BLOCK, precision="float32")
+    shapes = [(len(batch.keys), batch.shape.width) for batch in codec.resident.batches]
+    assert shapes == [(5, 128), (1, 0)]
+    reference = KvtcCodec(artifact, 8.0, torch.bfloat16)
+    starts = (0, TOKENS)
+    chunks = [model.chunk(TOKENS, start, 3) for start in starts]
+    for start, (k, v) in zip(starts, chunks, strict=True):
+        write(cache, torch.arange(start, start + TOKENS), k, v)
+    blocks = [[2 * i, 2 * i + 1] for i in range(len(starts))]
+    stores = [Store(own, start) for own, start in zip(blocks, starts, strict=True)]
+    blobs = codec.encode_staged(codec.stage(stores))
+    loads = [
+        Load(start, [own[0] + 4, own[1] + 4]) for own, start in zip(blocks, starts, strict=True)
+    ]
+    assert codec.load(list(zip(loads, blobs, strict=True)), TOKENS) == [None, None]
+    for load, (k, v), blob in zip(loads, chunks, blobs, strict=True):
+        wanted = reference.decode(reference.encode(k, v, load.start), load.start, TOKENS)
+        decoded = reference.decode(blob, load.start, TOKENS)
+        slots = block_slots(load.block_ids, BLOCK).to(device)
+        for side, own, exact in ((cache.k, decoded.k, wanted.k), (cache.v, decoded.v, wanted.v)):
+            assert differing(own, exact) < 0.02
+            assert differing(read_slots(side, slots), exact) < 0.02
 
 
 @pytest.mark.parametrize("device", DEVICES)
