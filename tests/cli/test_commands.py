@@ -15,7 +15,7 @@ from kvtc_vllm.artifact.directory import checksum, load_rank_artifact
 from kvtc_vllm.artifact.identity import model_identity
 from kvtc_vllm.artifact.rank_file import rank_file_name, write_rank_file
 from kvtc_vllm.artifact.registry import find
-from kvtc_vllm.cli import main
+from kvtc_vllm.cli import doctor, main
 from kvtc_vllm.cli.checks import Checks
 from kvtc_vllm.cli.doctor import _round_trip
 
@@ -66,6 +66,19 @@ def test_doctor_finds_the_model_s_artifact_and_measures(
     printed = capsys.readouterr().out
     for words in ("ok   match", "ok   round trip", "MB/s", "ok   plugin", "supported range"):
         assert words in printed
+    assert "info serve       kvtc config kvtc-16x\n" in printed
+
+
+def test_doctor_says_with_which_codec_an_engine_takes_the_artifact(
+    reference_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine asks for one codec, and the one that an artifact is of may not be the default."""
+    monkeypatch.setattr(doctor, "_round_trip", lambda *arguments: None)
+    command = ["doctor", str(reference_model)]
+    assert main([*command, "--codec", "kvtc2"]) == 1
+    assert "this is kvtc2; codec='kvtc' serves it" in capsys.readouterr().out
+    assert main([*command, "--codec", "kvtc", "--ratio", "64"]) == 0
+    assert "kvtc config kvtc-16x ratio=64\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("artifact", SHIPPED, ids=lambda p: f"{p.parent.name}-{p.name}")
