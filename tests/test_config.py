@@ -219,7 +219,7 @@ def test_described_defaults_and_limits_are_those_that_hold() -> None:
         low, high = key.values.split(" to ")
         for value in (low.split()[-1], high):
             if not low.startswith("above"):
-                load_config({name: yaml.safe_load(value)})
+                load_config({"disk_path": "/cache", name: yaml.safe_load(value)})
         with pytest.raises(ConfigError, match=re.escape(key.values)):
             load_config({name: -1})
 
