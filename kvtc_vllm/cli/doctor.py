@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     if args.model is not None and ratio is not None:
         _layers(args.model, ratio, checks)
     if directory is not None and ratio is not None:
-        _round_trip(directory, ratio, checks)
+        _round_trips(directory, ratio, checks)
     return checks.close("everything needed is there", "something needed is missing, see above")
 
 
@@ -212,7 +212,21 @@ def _served_by(codec: str, quality: float | None, ratio: float | None) -> str:
     return preset if preset in preset_names() else f"{any_ratio} ratio={ratio:g}"
 
 
-def _round_trip(directory: Path, ratio: float, checks: Checks) -> None:
+def _round_trips(directory: Path, ratio: float, checks: Checks) -> None:
+    """Of every part that an engine would load: each rank's, of each cache group."""
+    from kvtc_vllm.artifact.card import cache_groups, load_card
+    from kvtc_vllm.artifact.directory import group_directory
+
+    for number in range(max(1, len(cache_groups(load_card(directory))))):
+        part = group_directory(directory, number)
+        try:
+            for rank in range(load_card(part).tp_size):
+                _round_trip(part, ratio, checks, rank)
+        except ArtifactError as error:
+            checks.add(False, "round trip", str(error))
+
+
+def _round_trip(directory: Path, ratio: float, checks: Checks, rank: int = 0) -> None:
     """Encode and decode the artifact's probe on the CPU, and hold it against what it promises."""
     from kvtc_vllm.artifact.directory import load_rank_artifact
     from kvtc_vllm.artifact.round_trip import (
@@ -225,7 +239,7 @@ def _round_trip(directory: Path, ratio: float, checks: Checks) -> None:
     from kvtc_vllm.codec.frame import TransformCodec
     from kvtc_vllm.codec.registry import open_codec
 
-    artifact, _, probe = load_rank_artifact(directory, 0)
+    artifact, _, probe = load_rank_artifact(directory, rank)
     if ratio not in artifact.ratios():
         ratio = artifact.ratios()[0]
     codec = open_codec(artifact.codec, torch.bfloat16, artifact=artifact, ratio=ratio)
@@ -251,7 +265,7 @@ def _round_trip(directory: Path, ratio: float, checks: Checks) -> None:
     checks.add(
         good,
         "round trip",
-        f"{directory.name} at {ratio:g}x: {len(k)} tokens, {raw} -> {len(blob)} bytes "
+        f"{directory.name} at {ratio:g}x, rank {rank}: {len(k)} tokens, {raw} -> {len(blob)} bytes "
         f"(ratio {raw / len(blob):.1f}), encode {raw / 1e6 / (encoded - began):.0f} MB/s, "
         f"decode {raw / 1e6 / (decoded - encoded):.0f} MB/s, relative squared error "
         + " ".join(errors),
