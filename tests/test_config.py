@@ -70,6 +70,11 @@ def test_defaults_depend_on_the_codec() -> None:
         ({"codec": "raw", "ratio": 8}, ["ratio=8", "contradicts", "raw"]),
         ({"codec": "raw", "artifact": "x"}, ["artifact", "contradicts"]),
         ({"codec": "raw", "quality": 0.002}, ["quality=0.002", "contradicts", "raw"]),
+        ({"disk_bytes": "1TiB"}, ["disk_bytes='1TiB'", "disk_path is not set"]),
+        ({"disk_write": "behind"}, ["disk_write='behind'", "disk_path is not set"]),
+        ({"disk_min_free": 0}, ["disk_min_free=0", "disk_path is not set"]),
+        ({"disk_threads": 8}, ["disk_threads=8", "disk_path is not set"]),
+        ({"store_policy": "eager", "store_horizon": 4}, ["store_horizon=4", "eager"]),
         ({"ratio": 8, "quality": 0.002}, ["ratio=8", "quality=0.002", "remove either"]),
         ({"quality": 0}, ["quality=0", "above 0"]),
         ({"artifact": "x", "registry": ["y"]}, ["artifact", "registry"]),
@@ -214,7 +219,7 @@ def test_described_defaults_and_limits_are_those_that_hold() -> None:
         low, high = key.values.split(" to ")
         for value in (low.split()[-1], high):
             if not low.startswith("above"):
-                load_config({name: yaml.safe_load(value)})
+                load_config({"disk_path": "/cache", name: yaml.safe_load(value)})
         with pytest.raises(ConfigError, match=re.escape(key.values)):
             load_config({name: -1})
 

@@ -119,7 +119,7 @@ PARTS = (
     Part(
         "planning",
         "hit rates, conversations that fit and bytes per second: Che's approximation, simulation",
-        "load_test",
+        "artifact, load_test",
         "msgspec",
     ),
     Part(

@@ -68,10 +68,24 @@ class LayerKind:
 
 
 def layer_kinds(config: Mapping[str, Any]) -> list[LayerKind]:
-    """The kinds of a model by its configuration. Raises UnknownLayersError."""
-    text = config.get("text_config", config)
-    counts = Counter(_layer_types(text))
-    kinds = [_kind(text, name, layers) for name, layers in counts.items()]
+    """The kinds of a model by its configuration.
+
+    Raises UnknownLayersError for one that lacks something, is damaged, or has layers of a kind that
+    is not known.
+    """
+    try:
+        text = config.get("text_config", config)
+        counts = Counter(_layer_types(text))
+        kinds = [_kind(text, name, layers) for name, layers in counts.items()]
+    except UnknownLayersError:
+        raise
+    except Exception as error:  # a file from anywhere: any field may hold anything
+        problem = f"{type(error).__name__}: {error}"
+        raise UnknownLayersError(f"config.json can't be understood ({problem})") from error
+    if any(kind.layers < 1 or kind.token_bytes < 0 or kind.state_bytes < 0 for kind in kinds):
+        raise UnknownLayersError("config.json has sizes below 0")
+    if not any(kind.token_bytes or kind.state_bytes for kind in kinds):
+        raise UnknownLayersError("config.json has no layer that keeps anything")
     return sorted(kinds, key=lambda kind: (kind.kind == "state", kind.reach is not None))
 
 

@@ -170,7 +170,10 @@ def mismatches(card: ArtifactCard, wanted: Wanted) -> list[str]:
     if card.tp_size != wanted.tp_size:
         reasons.append(f"calibrated for TP {card.tp_size}, this is TP {wanted.tp_size}")
     if wanted.codec not in (None, card.codec_name):
-        reasons.append(f"calibrated for codec {card.codec_name}, this is {wanted.codec}")
+        reasons.append(
+            f"calibrated for codec {card.codec_name}, this is {wanted.codec}; "
+            f"codec={card.codec_name!r} serves it"
+        )
     if wanted.groups is not None and cache_groups(card) != wanted.groups:
         there, here = _groups(cache_groups(card)), _groups(wanted.groups)
         reasons.append(f"calibrated for {there}, this engine has {here}")

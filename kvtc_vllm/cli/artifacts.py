@@ -56,6 +56,7 @@ def _artifact(name: str, card: ArtifactCard, wanted: registry.Wanted | None) -> 
         "artifact": name,
         "model": card.model_name,
         "identity": card.identity,
+        "codec": card.codec_name,
         "tp_size": card.tp_size,
         "ratios": list(card.ratios),
         "created": card.created,

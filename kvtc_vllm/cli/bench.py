@@ -97,6 +97,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.clients < 1:
         raise LoadTestError(f"--clients is {args.clients}, 1 or more is right")
+    if not args.timeout > 0:
+        raise LoadTestError(f"--timeout is {args.timeout:g}, more than 0 is right")
     _check_files(args)
     said, traffic = _conversations(args)
     servers = [

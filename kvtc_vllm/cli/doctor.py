@@ -26,11 +26,14 @@ import torch
 from kvtc_vllm.cli.checks import Checks
 from kvtc_vllm.cli.server_checks import check_server, is_url, read_page
 from kvtc_vllm.codec.errors import ArtifactError
-from kvtc_vllm.config import ConfigError
+from kvtc_vllm.codec.registry import CODECS
+from kvtc_vllm.config import ConfigError, preset_names
 
 PACKAGES = ("kvtc-vllm", "torch", "vllm", "isal", "xxhash", "safetensors", "msgspec")
 ROUND_TRIP_TOKENS = 128
 DEFAULT_RATIO = 16.0
+CODED = [name for name, codec in CODECS.items() if codec.needs_artifact]
+"""Codecs that have artifacts."""
 LENGTHS = (4096, 32768)
 """Tokens of prefixes that a ratio is told for."""
 OPTIONAL_PACKAGES = ("lmcache", "nvidia-nvcomp-cu13", "nvidia-nvcomp-cu12", "transformers")
@@ -47,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="instead of a ratio, most KL in nats per token: says which ratio an engine would take",
     )
+    parser.add_argument("--codec", choices=CODED, help="of the artifact; default: any")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--registry", action="append", default=[], help="further directories")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -65,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     if args.model is not None and ratio is not None:
         _layers(args.model, ratio, checks)
     if directory is not None and ratio is not None:
-        _round_trip(directory, ratio, checks)
+        _round_trips(directory, ratio, checks)
     return checks.close("everything needed is there", "something needed is missing, see above")
 
 
@@ -183,6 +187,7 @@ def _registry(args: argparse.Namespace, checks: Checks) -> tuple[Path | None, fl
             args.tp,
             ratio,
             model_name=args.model,
+            codec=args.codec,
             quality=args.quality,
             registries=args.registry,
         )
@@ -190,13 +195,38 @@ def _registry(args: argparse.Namespace, checks: Checks) -> tuple[Path | None, fl
         checks.add(False, "match", str(error))
         return None, ratio
     checks.add(True, "match", f"{identity.identity} -> {match}")
+    card = load_card(match)
     if args.quality is not None:
-        ratio = ratio_within(load_card(match), args.quality)
+        ratio = ratio_within(card, args.quality)
         checks.add(True, "quality", f"{args.quality:g} is {ratio:g}x of {match.name}")
+    checks.add(None, "serve", f"kvtc config {_served_by(card.codec_name, args.quality, ratio)}")
     return match, ratio
 
 
-def _round_trip(directory: Path, ratio: float, checks: Checks) -> None:
+def _served_by(codec: str, quality: float | None, ratio: float | None) -> str:
+    """Arguments of `kvtc config` with which an engine takes an artifact of this codec."""
+    any_ratio = f"{codec}-{DEFAULT_RATIO:g}x"
+    if quality is not None:
+        return f"{any_ratio} quality={quality:g}"
+    preset = f"{codec}-{ratio:g}x"
+    return preset if preset in preset_names() else f"{any_ratio} ratio={ratio:g}"
+
+
+def _round_trips(directory: Path, ratio: float, checks: Checks) -> None:
+    """Of every part that an engine would load: each rank's, of each cache group."""
+    from kvtc_vllm.artifact.card import cache_groups, load_card
+    from kvtc_vllm.artifact.directory import group_directory
+
+    for number in range(max(1, len(cache_groups(load_card(directory))))):
+        part = group_directory(directory, number)
+        try:
+            for rank in range(load_card(part).tp_size):
+                _round_trip(part, ratio, checks, rank)
+        except ArtifactError as error:
+            checks.add(False, "round trip", str(error))
+
+
+def _round_trip(directory: Path, ratio: float, checks: Checks, rank: int = 0) -> None:
     """Encode and decode the artifact's probe on the CPU, and hold it against what it promises."""
     from kvtc_vllm.artifact.directory import load_rank_artifact
     from kvtc_vllm.artifact.round_trip import (
@@ -209,7 +239,7 @@ def _round_trip(directory: Path, ratio: float, checks: Checks) -> None:
     from kvtc_vllm.codec.frame import TransformCodec
     from kvtc_vllm.codec.registry import open_codec
 
-    artifact, _, probe = load_rank_artifact(directory, 0)
+    artifact, _, probe = load_rank_artifact(directory, rank)
     if ratio not in artifact.ratios():
         ratio = artifact.ratios()[0]
     codec = open_codec(artifact.codec, torch.bfloat16, artifact=artifact, ratio=ratio)
@@ -235,7 +265,7 @@ def _round_trip(directory: Path, ratio: float, checks: Checks) -> None:
     checks.add(
         good,
         "round trip",
-        f"{directory.name} at {ratio:g}x: {len(k)} tokens, {raw} -> {len(blob)} bytes "
+        f"{directory.name} at {ratio:g}x, rank {rank}: {len(k)} tokens, {raw} -> {len(blob)} bytes "
         f"(ratio {raw / len(blob):.1f}), encode {raw / 1e6 / (encoded - began):.0f} MB/s, "
         f"decode {raw / 1e6 / (decoded - encoded):.0f} MB/s, relative squared error "
         + " ".join(errors),

@@ -1,7 +1,11 @@
 """Expect hit rates, conversations that fit and bytes per second, before anything is rolled out.
 
     kvtc plan --model DIR --ratio 16 --memory 64GiB --gpu-cache-tokens 400000 --clients 500
+    kvtc plan --model DIR --tp 8 --latent-copies each --ratio 8 --memory 512GiB
     kvtc plan --kv-bytes-per-token 131072 --memory 64GiB --disk 2TiB --clients 2000
+
+Of latents (MLA) one copy is planned for all --tp ranks, as `latent_copies` keeps them; or a copy
+per rank, with --latent-copies each.
 
 Traffic is described as for `kvtc bench`. Hit rates are those of LRU in the long run, by Che's
 approximation; --simulate holds the finite traffic of `kvtc bench` with the same seed instead, cold
@@ -23,7 +27,7 @@ from kvtc_vllm.config import parse_bytes
 from kvtc_vllm.load_test.traffic import Traffic
 from kvtc_vllm.planning.errors import PlanError
 from kvtc_vllm.planning.lookups import Rules
-from kvtc_vllm.planning.model_shape import kv_bytes_per_token
+from kvtc_vllm.planning.model_shape import TokenBytes, token_bytes
 from kvtc_vllm.planning.plan import Hardware, Plan, plan
 from kvtc_vllm.planning.simulation import Fleet, Service, simulate
 
@@ -37,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="uncompressed, over all ranks; of latents (MLA) one rank's",
     )
+    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks, for latents")
+    parser.add_argument(
+        "--latent-copies",
+        choices=("one", "each"),
+        help="of a model with latents: one copy for all ranks (default), or each its own",
+    )
     parser.add_argument("--ratio", type=float, default=1.0, help="bytes of KV over bytes stored")
     parser.add_argument("--memory", default="4GiB", help="memory tier, such as 64GiB")
     parser.add_argument("--disk", default="0", help="disk tier, 0: none")
@@ -46,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decode-rate", type=float, default=50.0, help="tokens per second of one answer"
     )
-    parser.add_argument("--codec-rate", default="10GB", help="KV bytes decoded per second")
+    parser.add_argument(
+        "--codec-rate", default="10GB", help="KV bytes decoded per second, by all ranks"
+    )
     parser.add_argument("--disk-rate", default="2GB", help="bytes read per second")
     parser.add_argument("--chunk-tokens", type=int, default=128)
     parser.add_argument("--recent-window", type=int, default=128)
@@ -72,11 +84,10 @@ def run(args: argparse.Namespace) -> int:
         raise PlanError(
             "--chunk-tokens must be 1 or more, --recent-window and --template-tokens 0 or more"
         )
-    per_token = args.kv_bytes_per_token
-    if args.model is not None:
-        per_token = kv_bytes_per_token(args.model)
+    per_token, decoders = _token_bytes(args)
     hardware = Hardware(
         kv_bytes_per_token=per_token,
+        decoders=decoders,
         gpu_cache_tokens=args.gpu_cache_tokens,
         memory_bytes=parse_bytes("--memory", args.memory),
         disk_bytes=parse_bytes("--disk", args.disk),
@@ -95,6 +106,24 @@ def run(args: argparse.Namespace) -> int:
         raise PlanError(f"--engines is {args.engines}: more than one needs --simulate")
     print_facts(described if args.json else _rounded(described), args.json)
     return 0
+
+
+def _token_bytes(args: argparse.Namespace) -> tuple[int, int]:
+    """Uncompressed bytes of a token in the tiers, and ranks that decode each of them."""
+    if args.tp < 1:
+        raise PlanError(f"--tp is {args.tp}, 1 or more is right")
+    found = TokenBytes(args.kv_bytes_per_token or 0, latent=False)
+    if args.model is not None:
+        found = token_bytes(args.model)
+    elif args.latent_copies is not None or args.tp > 1:
+        raise PlanError("--tp and --latent-copies are for --model, whose kind of cache they need")
+    if not found.latent:
+        if args.latent_copies is not None:
+            raise PlanError(f"--latent-copies {args.latent_copies}: the model has no latents (MLA)")
+        return found.size, 1  # ranks divide it
+    if args.latent_copies == "each":
+        return found.size * args.tp, 1
+    return found.size, args.tp
 
 
 def _simulated(

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from kvtc_vllm.config.settings import KVTCConfig
-from kvtc_vllm.config.values import ConfigError
+from kvtc_vllm.config.values import ConfigError, shown
+
+_OF_DISK = ("disk_bytes", "disk_min_free", "disk_write", "disk_threads")
+"""Keys that nothing but the disk tier reads."""
+_DEFAULTS = KVTCConfig()
 
 
 def check_contradictions(config: KVTCConfig) -> None:
@@ -36,11 +40,30 @@ def check_contradictions(config: KVTCConfig) -> None:
             "exclusive=True contradicts store_policy='eager', which does not watch what the engine "
             "evicts; remove exclusive or set store_policy='on_evict'"
         )
+    if config.store_horizon is not None and config.store_policy == "eager":
+        raise ConfigError(
+            f"store_horizon={config.store_horizon!r} contradicts store_policy='eager', which puts "
+            "nothing off; remove store_horizon or set store_policy='on_evict'"
+        )
+    _check_disk(config)
     if config.artifact is not None and config.registry:
         raise ConfigError(
             "artifact and registry contradict each other: artifact names one directory, "
             "registry is where to look for one; remove either"
         )
+
+
+def _check_disk(config: KVTCConfig) -> None:
+    """Who says something of the disk tier wants one."""
+    if config.disk_path is not None:
+        return
+    for key in _OF_DISK:
+        value = getattr(config, key)
+        if value != getattr(_DEFAULTS, key):
+            raise ConfigError(
+                f"{key}={shown(value)} says nothing without a disk tier, and disk_path is not set; "
+                f"set it, or remove {key}"
+            )
 
 
 def _check_degrade(config: KVTCConfig) -> None:

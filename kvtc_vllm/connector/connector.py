@@ -84,11 +84,18 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
         self._config = with_latent_ratio(
             self._config, self._geometry, transfer.kv_connector_extra_config
         )
+        self._one_copy = wants_one_copy(
+            self._config,
+            self._geometry,
+            foreign=codec_factory is not None,
+            says=role == KVConnectorRole.WORKER,
+        )
         self._config = with_joint(
             self._config,
             len(self._geometry.groups),
             vllm_config.device_config.device_type,
             foreign=codec_factory is not None,
+            one_copy=self._one_copy,
             says=role == KVConnectorRole.WORKER,
         )
         # Both sides check, so that the worker, made first, fails before it loads an artifact.
@@ -96,12 +103,6 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
         self._lookup = look_up(vllm_config.model_config, self._config, self._geometry)
         self._config = self._lookup.config
         bounds = record_bounds(vllm_config.model_config, self._lookup, self._geometry)
-        self._one_copy = wants_one_copy(
-            self._config,
-            self._geometry,
-            foreign=codec_factory is not None,
-            says=role == KVConnectorRole.WORKER,
-        )
         self._bound = sum(bounds)
         check_budget(self._config, 1 if self._one_copy else self._geometry.ranks, self._bound)
         self._scheduler: KVTCScheduler | None = None

@@ -25,16 +25,25 @@ logger = logging.getLogger("vllm.kvtc")
 
 
 def with_joint(
-    config: KVTCConfig, groups: int, device: str, foreign: bool = False, *, says: bool = False
+    config: KVTCConfig,
+    groups: int,
+    device: str,
+    foreign: bool = False,
+    *,
+    one_copy: bool = False,
+    says: bool = False,
 ) -> KVTCConfig:
     """`joint: auto` as what it comes to; anything else as it is. The same on both sides.
 
     groups: cache groups of the model. device: type of the device that the model is on. foreign:
-    chunks are coded by something else than the configured codec. says: log a line.
+    chunks are coded by something else than the configured codec. one_copy: ranks are to share one
+    copy of all chunks, which saves more. says: log a line.
     """
     if config.joint != "auto":
         return config
     why = _why_not(config, groups, device, foreign)
+    if why is None and one_copy:
+        why = "latents are kept once for all ranks, of which differences can't be"
     if says and why is None:
         logger.info("kvtc: joint is delta: chunks of the same text are kept as differences")
     elif says:

@@ -137,7 +137,8 @@ def _try(
         except Exception as error:  # the others wait to be told
             why = f"the first rank can't make memory that others read: {error}"
     host = socket.gethostname()
-    told = gather((host, None if door is None else door.path, capacity))
+    fit = 0 if shared is None else shared.capacity  # where the pages begin depends on it
+    told = gather((host, None if door is None else door.path, fit))
     first_host, path, capacity = told[0]
     try:
         if rank and path is not None:

@@ -174,11 +174,9 @@ def writes_settled(config: KVTCConfig, ranks: int) -> bool:
     """Whether what is stored is written to disk only once all ranks have stored it.
 
     So with several ranks: if the weights of one have changed, the others know nothing of it, and
-    what they computed together must not get on disk under names that are still theirs. Not with
-    `joint: delta`, of which making a chunk whole takes too long in a step.
+    what they computed together must not get on disk under names that are still theirs.
     """
-    through = config.disk_path is not None and config.disk_write == "through"
-    return through and ranks > 1 and config.joint != "delta"
+    return config.disk_path is not None and ranks > 1
 
 
 def check_budget(config: KVTCConfig, ranks: int, bound: int) -> None:

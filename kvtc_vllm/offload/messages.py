@@ -117,8 +117,9 @@ class StepMetadata:
     """How often all names were given up so far, for a reset or for other weights. Work of older
     epochs is dropped."""
     generation: bytes = b""
-    """A nonce in the names, new with every reset. Empty before the first, so that an engine that
-    starts again finds what it left."""
+    """A nonce in the names, new with every reset, and where several ranks keep parts with every
+    change of weights. Empty before the first, so that an engine that starts again finds what it
+    left."""
     check: bool = False
     """Compare the weights in this step."""
     adapters: list[Any] = field(default_factory=list)
@@ -132,6 +133,8 @@ class StepMetadata:
     demote: list[RecordKey] = field(default_factory=list)
     """To be written to disk, before `evict`: what leaves memory, or what all of several ranks have
     settled."""
+    settled: list[RecordKey] = field(default_factory=list)
+    """With a disk and several ranks: what all of them have stored by now."""
     disk_remove: list[RecordKey] = field(default_factory=list)
     """To be deleted from disk."""
     touch: list[RecordKey] = field(default_factory=list)

@@ -16,6 +16,7 @@ from kvtc_vllm.offload.geometry import CacheGeometry
 from kvtc_vllm.offload.messages import LoadItem, StoreItem
 from kvtc_vllm.offload.outbox import Outbox
 from kvtc_vllm.offload.transfer import Transfer
+from kvtc_vllm.offload.unsettled import Unsettled
 from kvtc_vllm.tiers.blob_store import BlobStore
 from kvtc_vllm.tiers.shared_arena import SharedView
 
@@ -40,6 +41,8 @@ class RankContext:
     disk: DiskWorker | None
     """This rank's part of the disk tier, if there is one."""
     outbox: Outbox
+    unsettled: Unsettled
+    """What this rank has stored and others may not have."""
     times_halved: Callable[[Blob], int] | None = None
     """How often a blob of memory was halved; None where none ever is."""
     one_copy: bool = False

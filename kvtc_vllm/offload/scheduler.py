@@ -275,7 +275,8 @@ class KVTCScheduler:
         self._check_due = self._check_due and not check
         self._told_epoch = self._epoch
         evicted, victims = self.index.take_evicted(), self.index.take_victims()
-        to_disk = victims if self._demotes else self._indexes.take_settled()
+        settled = self._indexes.take_settled()
+        to_disk = victims if self._demotes else settled
         loads, self._new_loads = self._new_loads, []
         touched, self._touched = self._touched, []
         return StepMetadata(
@@ -288,6 +289,7 @@ class KVTCScheduler:
             stage_first=due,
             gone=gone,
             demote=self._tiers.not_on_disk(to_disk),
+            settled=settled,
             disk_remove=self.disk.take_removed() if self.disk is not None else [],
             touch=touched,
             promote=self._promotions.take_orders() if self._promotions is not None else [],
@@ -336,6 +338,10 @@ class KVTCScheduler:
 
     def _take_change(self, step: int) -> None:
         """Give up all names: the weights were found to be others, first in `step`."""
+        if self.index.keepers > 1:
+            # A rank whose own weights are what they were would go on under its name of before, and
+            # what it stored then would be found beside what the others store now.
+            self._generation = os.urandom(NONCE_BYTES)
         self._requests.take_change(step)
         self._requests.start_again()
         self._begin_epoch()

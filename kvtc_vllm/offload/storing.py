@@ -12,7 +12,6 @@ import torch
 from kvtc_vllm.codec.base import Blob
 from kvtc_vllm.codec.errors import CodecError
 from kvtc_vllm.codec.streams import Event, SideStream
-from kvtc_vllm.offload.geometry import writes_settled
 from kvtc_vllm.offload.messages import StoreItem
 from kvtc_vllm.offload.names import Proof
 from kvtc_vllm.offload.rank_context import RankContext, batches
@@ -44,9 +43,9 @@ class StorePipeline:
         self._rank = context.rank
         self._memory = context.memory
         self._delta = context.memory if isinstance(context.memory, DeltaStore) else None
-        settled = writes_settled(config, context.geometry.ranks)  # else the scheduler says when
-        through = config.disk_write == "through" and not settled
-        self._write_through = context.disk if through else None
+        self._unsettled = context.unsettled
+        through = config.disk_write == "through" and not self._unsettled.matters
+        self._write_through = context.disk if through else None  # else the scheduler says when
         self._keeps = context.view is None
         self._outbox = context.outbox
         self._staged = 0
@@ -222,6 +221,7 @@ class StorePipeline:
         with self._outbox.open() as out:  # against a reset between the check and the write
             size = self._write(item, new) if epoch == out.report.epoch else None
             if size is not None:
+                self._unsettled.add(item.key, None if self._delta is None else blob)
                 group = self._groups[item.group]
                 out.report.stored.append((item.key, self._rank, size))
                 out.stats.add("stored_chunks")

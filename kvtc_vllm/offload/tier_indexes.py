@@ -26,9 +26,9 @@ class TierIndexes:
     disk: DiskIndex | None
     halving: TierHalving
     writes_settled: bool
-    """What all of several ranks have stored is written to disk, by orders."""
+    """Ranks are told what all of them have stored, as nothing else may get on disk."""
     settled: list[RecordKey] = field(default_factory=list)
-    """Stored on all ranks, and not yet to be written to disk."""
+    """Stored on all ranks, which have not been told so."""
 
     def take(self, report: WorkerReport) -> list[RecordKey]:
         """Take over sizes and failures; returns what a rank has stored, promoted or given up."""
@@ -53,7 +53,7 @@ class TierIndexes:
         return ended
 
     def take_settled(self) -> list[RecordKey]:
-        """What may be written to disk from now on, since the last call.
+        """What all of several ranks have stored since the last call, where there is a disk.
 
         Nothing may get there that one rank speaks against: if only its weights have changed, the
         others' names are what they were, and so is theirs if its weights ever come back.

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ from kvtc_vllm.codec.errors import CodecError
 from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.offload.disk_news import NO_NEWS, keep, tell
 from kvtc_vllm.offload.disk_worker import DiskWorker
-from kvtc_vllm.offload.geometry import CacheGeometry
+from kvtc_vllm.offload.geometry import CacheGeometry, writes_settled
 from kvtc_vllm.offload.halver import Halver
 from kvtc_vllm.offload.halving import HalvingPipeline
 from kvtc_vllm.offload.kept_back import KeptBack
@@ -41,7 +40,8 @@ from kvtc_vllm.offload.rank_context import RankContext
 from kvtc_vllm.offload.stats import Stats
 from kvtc_vllm.offload.storing import StorePipeline
 from kvtc_vllm.offload.transfer import Transfer
-from kvtc_vllm.tiers.blob_store import Blob, MemoryStore, StoreError
+from kvtc_vllm.offload.unsettled import Unsettled
+from kvtc_vllm.tiers.blob_store import Blob, MemoryStore
 from kvtc_vllm.tiers.inventory import Inventory
 from kvtc_vllm.tiers.keys import RecordKey
 from kvtc_vllm.tiers.memory import MemoryArena
@@ -106,6 +106,7 @@ class KVTCWorker:
             memory = MemoryArena(0 if view else config.memory_capacity // geometry.ranks)
         self.arena: MemoryStore = memory
         self.one_copy = view is not None or isinstance(memory, SharedArena)
+        self._unsettled = Unsettled(writes_settled(config, geometry.ranks), staging_capacity)
         if disk is not None and isinstance(memory, OnceStore):
             disk.share_bodies(memory.tenant_of)
         self._step = StepMetadata()
@@ -126,6 +127,7 @@ class KVTCWorker:
             self.arena,
             disk,
             self._outbox,
+            self._unsettled,
             None if halver is None else halver.times_halved,
             self.one_copy,
             view,
@@ -203,8 +205,9 @@ class KVTCWorker:
         """Forget what the scheduler evicted, after what is to be kept on disk went there."""
         if self._disk is not None:
             self._disk.remove(step.disk_remove)
-            for key, blob in self._held(step.demote):
+            for key, blob in self._unsettled.held(step.demote, self.arena):
                 self._disk.write(key, blob, step.epoch)
+        self._unsettled.forget((*step.settled, *step.evict))
         self.arena.remove(step.evict)
 
     def _load(self, step: StepMetadata, jobs: Iterable[LoadJob]) -> None:
@@ -299,19 +302,14 @@ class KVTCWorker:
             last = self._only_in_pages(started + SHUTDOWN_SECONDS * 2 / 3)
             behind = self._config.disk_write == "behind"
             # The newest first: what does not fit into the time is the least likely to return.
-            held = self._held(reversed(self.arena.keys()) if behind else ())
+            settled = self._unsettled.settled_in(self.arena) if behind else ()
+            held = self._unsettled.held(settled, self.arena)
             self._disk.close(chain(last, held), started + SHUTDOWN_SECONDS - time.monotonic())
         self._names.release()
 
     def inventory(self) -> Inventory | None:
         """(key, bytes) of what this rank has on disk; None without a disk tier."""
         return None if self._disk is None else self._disk.inventory()
-
-    def _held(self, keys: Iterable[RecordKey]) -> Iterator[tuple[RecordKey, Blob]]:
-        """Those of the records that are in memory."""
-        for key in keys:
-            with suppress(StoreError):
-                yield key, self.arena.read(key)
 
     def _only_in_pages(self, until: float) -> list[tuple[RecordKey, Blob]]:
         """What was put off and is in the paged cache only, newest first, encoded in time.
@@ -320,7 +318,7 @@ class KVTCWorker:
         other ranks would have to agree.
         """
         kept = self._kept.take_all()
-        if not kept or self._names.may_sleep or self.one_copy:
+        if not kept or self._names.may_sleep or self._unsettled.matters:
             return []
         proof = self._names.prove(self._step.number, self._outbox.epoch)
         return self._stores.encode_now(kept, self._kept.prove(proof), until)
@@ -328,6 +326,7 @@ class KVTCWorker:
     def _begin_epoch(self, step: StepMetadata) -> None:
         self._outbox.begin_epoch(step.epoch)
         self.arena.clear()
+        self._unsettled.clear()
         self._kept.clear()
         if self._disk is not None:
             self._disk.leave(step.epoch)

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from kvtc_vllm.artifact.cache_kinds import ELEMENT_BYTES, UnknownLayersError, layer_kinds
 from kvtc_vllm.planning.errors import PlanError
 
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "auto": 2}
-_OTHER_CACHES = ("kv_lora_rank", "layer_types", "sliding_window", "layers_block_type")
+_OF_ALL_TOKENS = {"full", "latent"}
+"""Kinds of layers that keep something of every token."""
 
 
-def kv_bytes_per_token(config: Path) -> int:
-    """Uncompressed, over all layers and tensor-parallel ranks.
+class TokenBytes(NamedTuple):
+    """What all layers keep of one token."""
 
-    config: a model directory or its `config.json`. Raises PlanError for a model whose cache is not
-    K and V of every layer for every token; the caller may give the number itself.
+    size: int
+    """Bytes, uncompressed: of K and V over all tensor-parallel ranks, of latents one copy."""
+    latent: bool
+    """Whether it is latents (MLA), which every rank holds whole."""
+
+
+def token_bytes(config: Path) -> TokenBytes:
+    """Of a model. config: its directory or `config.json`.
+
+    Raises PlanError for a model that does not keep something of every token in every layer; the
+    caller may give the number itself.
     """
     path = config / "config.json" if config.is_dir() else config
     try:
@@ -27,29 +38,25 @@ def kv_bytes_per_token(config: Path) -> int:
         ) from error
     if not isinstance(found, dict):
         raise PlanError(f"{path}: holds {type(found).__name__}, an object is right")
-    text = found.get("text_config", found)
-    for name in _OTHER_CACHES:
-        if _matters(name, text.get(name), text):
-            raise PlanError(
-                f"{path}: {name} says that not every layer caches K and V of every token; "
-                "give the bytes yourself: --kv-bytes-per-token"
-            )
     try:
-        layers, heads = int(text["num_hidden_layers"]), int(text["num_attention_heads"])
-        kv_heads = int(text.get("num_key_value_heads") or heads)
-        size = int(text.get("head_dim") or text["hidden_size"] // heads)
-    except (KeyError, TypeError, ValueError) as error:
-        raise PlanError(f"{path}: {error} is missing or no number") from error
-    dtype = str(text.get("dtype") or text.get("torch_dtype") or found.get("torch_dtype") or "auto")
+        kinds = layer_kinds(found)
+    except UnknownLayersError as error:
+        raise PlanError(f"{path}: {error}; give the bytes: --kv-bytes-per-token") from error
+    if found.get("text_config", found).get("index_topk"):
+        raise PlanError(f"{path}: index_topk: caches of sparse attention are not served")
+    others = [f"{kind.layers} x {kind.kind}" for kind in kinds if kind.kind not in _OF_ALL_TOKENS]
+    if others:
+        raise PlanError(
+            f"{path}: not every layer keeps something of every token: {', '.join(others)}; give "
+            "the bytes: --kv-bytes-per-token"
+        )
+    size = sum(kind.token_bytes for kind in kinds) * _element_bytes(path, found) // ELEMENT_BYTES
+    return TokenBytes(size, any(kind.kind == "latent" for kind in kinds))
+
+
+def _element_bytes(path: Path, config: dict[str, Any]) -> int:
+    text = config.get("text_config", config)
+    dtype = str(text.get("dtype") or text.get("torch_dtype") or config.get("torch_dtype") or "auto")
     if dtype not in _BYTES:
         raise PlanError(f"{path}: dtype is {dtype!r}, one of {', '.join(_BYTES)} is right")
-    return 2 * layers * kv_heads * size * _BYTES[dtype]
-
-
-def _matters(name: str, value: Any, config: dict[str, Any]) -> bool:
-    if name == "layer_types":
-        return bool(value) and set(value) != {"full_attention"}
-    if name == "sliding_window":
-        # Several models name a window that they do not use.
-        return bool(value) and config.get("use_sliding_window", True) is True
-    return bool(value)
+    return _BYTES[dtype]

@@ -15,10 +15,11 @@ _ROUNDS = 60
 class Hardware(msgspec.Struct, frozen=True, kw_only=True):
     """One engine. Raises PlanError, naming the field, for values out of range.
 
-    kv_bytes_per_token: uncompressed. gpu_cache_tokens: of vLLM's own cache. memory_bytes,
-    disk_bytes: of the tiers; 0: none. prefill_rate: tokens per second. decode_rate: tokens per
-    second of one answer. codec_rate: uncompressed bytes per second that are decoded. disk_rate:
-    stored bytes per second that are read.
+    kv_bytes_per_token: uncompressed, of all that the tiers keep of it. gpu_cache_tokens: of vLLM's
+    own cache. memory_bytes, disk_bytes: of the tiers; 0: none. prefill_rate: tokens per second.
+    decode_rate: tokens per second of one answer. codec_rate: uncompressed bytes per second that all
+    ranks together decode. disk_rate: stored bytes per second that are read. decoders: ranks that
+    decode each byte; more than 1 where one copy is kept for several.
     """
 
     kv_bytes_per_token: int
@@ -29,9 +30,11 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True):
     decode_rate: float = 50.0
     codec_rate: float = 10e9
     disk_rate: float = 2e9
+    decoders: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("kv_bytes_per_token", "prefill_rate", "decode_rate", "codec_rate"):
+        positive = ("kv_bytes_per_token", "prefill_rate", "decode_rate", "codec_rate", "decoders")
+        for name in positive:
             if not 0 < getattr(self, name) < float("inf"):
                 raise PlanError(f"{name} is {getattr(self, name)}, more than 0 is right")
         for name in ("gpu_cache_tokens", "memory_bytes", "disk_bytes", "disk_rate"):
@@ -112,8 +115,8 @@ def plan(traffic: Traffic, rules: Rules, hardware: Hardware, clients: int, ratio
             stored_bytes_per_second=0.0 if name == "gpu" else pace.starts * new * per_token,
         )
     context = length.prompts[-1]
-    stored, raw = context * per_token, context * hardware.kv_bytes_per_token
-    load = raw / hardware.codec_rate
+    stored = context * per_token
+    load = context * hardware.kv_bytes_per_token * hardware.decoders / hardware.codec_rate
     disk = stored / hardware.disk_rate + load if hardware.disk_rate else float("inf")
     return Plan(
         kv_bytes_per_token=hardware.kv_bytes_per_token,

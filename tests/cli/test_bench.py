@@ -35,6 +35,7 @@ def test_the_command_writes_table_json_and_plot(
         (["http://127.0.0.1:9"], "cannot be read"),
         (["http://a", "http://b", "http://c"], "3 servers are named"),
         (["http://a", "--clients", "0"], "--clients is 0"),
+        (["http://a", "--timeout", "-1"], "--timeout is -1"),
         (["http://a", "--turns", "0"], "turns is 0"),
         (["http://a", "--out", "gone/r.json"], "there is no directory"),
         (["http://a", "--plot", "r.txt"], "must end in .png"),

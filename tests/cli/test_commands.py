@@ -15,7 +15,7 @@ from kvtc_vllm.artifact.directory import checksum, load_rank_artifact
 from kvtc_vllm.artifact.identity import model_identity
 from kvtc_vllm.artifact.rank_file import rank_file_name, write_rank_file
 from kvtc_vllm.artifact.registry import find
-from kvtc_vllm.cli import main
+from kvtc_vllm.cli import doctor, main
 from kvtc_vllm.cli.checks import Checks
 from kvtc_vllm.cli.doctor import _round_trip
 
@@ -66,6 +66,19 @@ def test_doctor_finds_the_model_s_artifact_and_measures(
     printed = capsys.readouterr().out
     for words in ("ok   match", "ok   round trip", "MB/s", "ok   plugin", "supported range"):
         assert words in printed
+    assert "info serve       kvtc config kvtc-16x\n" in printed
+
+
+def test_doctor_says_with_which_codec_an_engine_takes_the_artifact(
+    reference_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine asks for one codec, and the one that an artifact is of may not be the default."""
+    monkeypatch.setattr(doctor, "_round_trips", lambda *arguments: None)
+    command = ["doctor", str(reference_model)]
+    assert main([*command, "--codec", "kvtc2"]) == 1
+    assert "this is kvtc2; codec='kvtc' serves it" in capsys.readouterr().out
+    assert main([*command, "--codec", "kvtc", "--ratio", "64"]) == 0
+    assert "kvtc config kvtc-16x ratio=64\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("artifact", SHIPPED, ids=lambda p: f"{p.parent.name}-{p.name}")
@@ -94,6 +107,28 @@ def test_doctor_tells_an_artifact_that_loses_more_than_it_promises(
     assert "BAD  round trip" in capsys.readouterr().out
 
 
+def test_doctor_holds_every_rank_s_part_against_what_it_promises(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine loads them all, and one that is damaged does not start."""
+    (shipped,) = [path for path in SHIPPED if load_card(path).tp_size == 2]
+    place = tmp_path / "model" / "artifact"
+    shutil.copytree(shipped, place)
+    monkeypatch.setattr(doctor, "_environment", lambda checks: None)
+    command = ["doctor", "--registry", str(tmp_path), "--ratio", "16"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "ok   round trip  artifact at 16x, rank 0: " in printed
+    assert "ok   round trip  artifact at 16x, rank 1: " in printed
+    second = place / rank_file_name(1, 2)
+    second.write_bytes(second.read_bytes()[:-1])
+    assert main(command) == 1
+    printed = capsys.readouterr().out
+    assert "ok   round trip  artifact at 16x, rank 0: " in printed
+    assert "BAD  round trip" in printed
+    assert second.name in printed
+
+
 def test_doctor_says_which_ratio_a_quality_is(
     reference_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,7 +154,7 @@ def test_doctor_says_which_ratio_a_quality_is(
     assert main([*command, "--quality", "0.002"]) == 0
     printed = capsys.readouterr().out
     assert f"0.002 is {wanted:g}x of curved" in printed
-    assert f"curved at {wanted:g}x: " in printed
+    assert f"curved at {wanted:g}x, rank 0: " in printed
     assert main([*command, "--quality", "0.00001"]) == 1
     assert "no plan with a KL of at most 1e-05" in capsys.readouterr().out
 

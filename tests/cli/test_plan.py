@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -40,6 +41,63 @@ def test_bytes_of_a_model_are_those_of_its_shape(
     assert found["stored_bytes_per_token"] == 8192
     assert found["tiers"]["memory"]["capacity_tokens"] == 4 * 2**30 // 8192
     assert main(["plan", "--model", str(reference_model)]) == 0
+
+
+LATENTS = {
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "hidden_size": 7168,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "torch_dtype": "bfloat16",
+}
+"""DeepSeek-V3's."""
+
+
+def of_latents(
+    directory: Path, capsys: pytest.CaptureFixture[str], *more: str, **config: object
+) -> dict[str, Any]:
+    (directory / "config.json").write_text(json.dumps({**LATENTS, **config}))
+    command = ["plan", "--model", str(directory), "--ratio", "8", "--json", *more]
+    assert main(command) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert isinstance(found, dict)
+    return found
+
+
+def test_latents_are_planned_once_or_once_per_rank(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of_one = of_latents(tmp_path, capsys)
+    assert of_one["kv_bytes_per_token"] == 61 * (512 + 64) * 2
+    assert of_one["stored_bytes_per_token"] == 8784
+    shared = of_latents(tmp_path, capsys, "--tp", "8")
+    each = of_latents(tmp_path, capsys, "--tp", "8", "--latent-copies", "each")
+    assert shared["stored_bytes_per_token"] == 8784
+    assert each["stored_bytes_per_token"] == 8 * 8784
+    tokens = [plan["tiers"]["memory"]["capacity_tokens"] for plan in (shared, each)]
+    assert tokens == [4 * 2**30 // 8784, 4 * 2**30 // (8 * 8784)]
+    # Every rank decodes all of it, whoever keeps it; a disk is read once per copy.
+    assert shared["load_seconds"] == each["load_seconds"] == 8 * of_one["load_seconds"]
+    read = [plan["disk_load_seconds"] - plan["load_seconds"] for plan in (shared, each)]
+    assert read[1] == pytest.approx(8 * read[0])
+
+
+def test_latents_have_the_model_s_element_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = of_latents(tmp_path, capsys, torch_dtype="float32")
+    assert wide["kv_bytes_per_token"] == 61 * (512 + 64) * 4
+
+
+def test_ranks_divide_k_and_v(reference_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = []
+    for tp in ("1", "2"):
+        assert main(["plan", "--model", str(reference_model), "--tp", tp, "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1]
+    assert main(["plan", "--model", str(reference_model), "--latent-copies", "one"]) == 2
+    assert "the model has no latents" in capsys.readouterr().err
 
 
 def test_a_higher_ratio_holds_more_and_hits_more(capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,6 +163,9 @@ def test_a_fleet_finds_in_the_remote_storage_what_another_engine_computed(
         (["--kv-bytes-per-token", "9", "--chunk-tokens", "0"], "--chunk-tokens must be"),
         (["--kv-bytes-per-token", "9", "--engines", "3"], "needs --simulate"),
         (["--kv-bytes-per-token", "9", "--engines", "0", "--simulate"], "--engines is 0"),
+        (["--kv-bytes-per-token", "9", "--tp", "2"], "are for --model"),
+        (["--kv-bytes-per-token", "9", "--latent-copies", "one"], "are for --model"),
+        (["--model", "gone", "--tp", "0"], "--tp is 0"),
         (["--model", "gone"], "gone"),
     ],
 )
@@ -119,10 +180,17 @@ def test_bad_input_is_one_line(
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({"kv_lora_rank": 512}, "kv_lora_rank"),
-        ({"layer_types": ["sliding_attention"]}, "layer_types"),
+        ({"kv_lora_rank": 512}, "no qk_rope_head_dim"),
+        ({"kv_lora_rank": 512, "qk_rope_head_dim": 64, "index_topk": 2048}, "index_topk"),
+        ({"layer_types": ["sliding_attention"], "sliding_window": 512}, "1 x window 512"),
         ({"torch_dtype": "int7"}, "int7"),
-        ({"num_hidden_layers": None}, "no number"),
+        ({"num_hidden_layers": None}, "no num_hidden_layers"),
+        ({"head_dim": -2}, "sizes below 0"),
+        ({"num_hidden_layers": 0}, "no layer that keeps anything"),
+        ({"layer_types": 5}, "can't be understood"),
+        ({"num_key_value_heads": "two"}, "can't be understood"),
+        ({"num_attention_heads": 0}, "can't be understood"),
+        ({"text_config": []}, "can't be understood"),
     ],
 )
 def test_other_models_are_named(

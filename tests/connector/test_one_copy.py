@@ -17,6 +17,7 @@ from kvtc_vllm.connector import one_copy
 from kvtc_vllm.connector.connector import KVTCConnector
 from kvtc_vllm.connector.messages import WorkerStart
 from kvtc_vllm.offload.geometry import CacheGeometry
+from kvtc_vllm.tiers import shared_arena
 from kvtc_vllm.tiers.shared_arena import SharedArena, SharedView
 from tests.connector.fakes import geometry
 from tests.offload.two_ranks import Meeting
@@ -110,6 +111,19 @@ def test_the_others_get_the_first_ranks_memory(
     assert view.read_at(place) == b"all that there is"
     # Nobody can come later.
     assert list(directory.iterdir()) == []
+    arena.close()
+    view.close()
+
+
+def test_pages_begin_where_the_first_rank_has_them(
+    ranks: Callable[..., list[Any]], directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have made fewer than were asked for, behind a smaller table."""
+    monkeypatch.setattr(shared_arena, "_MOST_PAGES", 3)
+    arena, view = ranks(sharing(settings(memory_bytes=64 * MIB)))
+    arena.write(b"a", b"all that there is")
+    ((_, place),) = arena.places([b"a"])
+    assert view.read_at(place) == b"all that there is"
     arena.close()
     view.close()
 

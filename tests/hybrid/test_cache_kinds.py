@@ -74,3 +74,20 @@ def test_what_a_configuration_does_not_say_is_named() -> None:
         layer_kinds({})
     with pytest.raises(UnknownLayersError, match="layer type 'wavelet' is not known"):
         layer_kinds({**GEMMA, "layer_types": ["wavelet"]})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"layer_types": 5},
+        {"layer_types": None, "num_attention_heads": 0, "head_dim": None, "hidden_size": 8},
+        {"num_key_value_heads": "one"},
+        {"num_kv_shared_layers": "all"},
+        {"head_dim": -256},
+        {"text_config": "gemma"},
+        {"layer_types": ["mlp"]},
+    ],
+)
+def test_a_damaged_configuration_is_one_error(damage: dict[str, object]) -> None:
+    with pytest.raises(UnknownLayersError):
+        layer_kinds({**GEMMA, **damage})

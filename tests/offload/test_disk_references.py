@@ -39,7 +39,7 @@ class Tiers:
         self.root = root
         self.disk_write = disk_write
         codec = RawCodec(codec_geometry(GROUP), torch.bfloat16)
-        extra = {"joint": joint, "disk_write": disk_write}
+        extra = {"joint": joint, "disk_path": str(root), "disk_write": disk_write}
         config = load_config({"codec": "raw", "memory_bytes": "1MiB", **extra})
         namespace = Namespace(
             lambda: DiskStore(root, codec.identity, capacity=CAPACITY, min_free=0)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+import time
 from array import array
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,14 +20,19 @@ from kvtc_vllm.codec.v2.codec import ENTROPY
 from kvtc_vllm.config import ConfigError, load_config
 from kvtc_vllm.connector import memory_tier
 from kvtc_vllm.connector.memory_tier import with_joint
+from kvtc_vllm.offload.disk_worker import DiskWorker
 from kvtc_vllm.offload.messages import StepMetadata, StoreItem
+from kvtc_vllm.offload.namespace import Namespace
 from kvtc_vllm.tiers.delta_store import LOST, DeltaStore
+from kvtc_vllm.tiers.disk import DiskStore
 from kvtc_vllm.tiers.keys import RecordKey
 from kvtc_vllm.tiers.memory import MemoryArena
 from tests.codec.synthetic import SyntheticModel
 from tests.codec.v2.made_up import step_artifact
+from tests.connector import test_worker
 from tests.connector.fakes import FakeRequest, scheduler, start
 from tests.connector.test_worker import Rig
+from tests.reliability.disk import chunk_files
 
 MODEL = SyntheticModel(num_layers=2, num_kv_heads=2, head_size=64)
 A, B = RecordKey(b"a" * 32), RecordKey(b"b" * 32)
@@ -39,11 +47,17 @@ def rig(request: pytest.FixtureRequest) -> tuple[Rig, DeltaStore, MemoryArena]:
 
     Its parameter: whether K and V share a basis.
     """
-    artifact = step_artifact(MODEL, (8.0,), paired=getattr(request, "param", False))
+    return make_rig(getattr(request, "param", False))
+
+
+def make_rig(
+    paired: bool = False, disk: DiskWorker | None = None, **extra: Any
+) -> tuple[Rig, DeltaStore, MemoryArena]:
+    artifact = step_artifact(MODEL, (8.0,), paired=paired)
     codec: TransformCodec = open_codec("kvtc2", torch.bfloat16, artifact=artifact, ratio=8.0)
     inner = MemoryArena(1 << 20)
     store = DeltaStore(inner, DeltaCoder(artifact, ENTROPY))
-    made = Rig(codec, memory=store)
+    made = Rig(codec, memory=store, disk=disk, **extra)
     k, v = MODEL.chunk(128, 128, seed=3)
     noise = torch.Generator().manual_seed(0)
     for key, share in ((A, 0.0), (B, 0.02)):
@@ -127,6 +141,37 @@ def test_without_its_representative_a_chunk_is_recomputed(rig: Any, altered: boo
     made.worker.shutdown()
 
 
+def test_of_several_ranks_whole_blobs_are_written_once_all_have_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a step, so none is made whole there."""
+    monkeypatch.setattr(test_worker, "SHAPE", replace(test_worker.SHAPE, tp_size=2))
+
+    def opened() -> DiskStore:
+        return DiskStore(tmp_path, made.codec.identity, capacity=1 << 22, min_free=0)
+
+    disk = DiskWorker(Namespace(opened), 1, 5.0, 1 << 22)
+    made, store, _ = make_rig(disk=disk, disk_path=str(tmp_path))
+    blobs = {key: bytes(store.read(key)) for key in (A, B)}
+    assert made.counters()["delta_chunks"] == 1
+    assert chunk_files(tmp_path) == []
+
+    def no_read(key: RecordKey) -> bytes:
+        raise AssertionError("a difference is made whole within a step")
+
+    monkeypatch.setattr(store, "read", no_read)
+    made.worker.begin_step(StepMetadata(number=2, demote=[A, B], settled=[A, B]))
+    until = time.monotonic() + 20
+    while len(chunk_files(tmp_path)) < 2:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    monkeypatch.undo()
+    made.worker.shutdown()
+    again = opened()
+    assert {key: bytes(again.read(key)) for key in (A, B)} == blobs
+    again.close()
+
+
 def test_the_scheduler_tells_the_tokens_where_they_are_wanted() -> None:
     for joint, length in (("delta", 4 * 128), ("off", 0)):
         side = scheduler(codec="kvtc2", joint=joint)
@@ -168,6 +213,7 @@ BEHIND = {"disk_path": "/cache", "disk_write": "behind"}
         ({}, {"groups": 2}, "off: differences are for one cache group, the model has 2"),
         ({}, {"device": "cuda"}, "off: differences are made on a CPU, and the codec runs on cuda"),
         (BEHIND, {}, "off: disk_write is behind"),
+        ({}, {"one_copy": True}, "off: latents are kept once for all ranks"),
         ({"degrade": "memory"}, {}, "off: degrade is memory"),
     ],
 )

@@ -158,6 +158,61 @@ def test_what_one_rank_rejects_no_rank_writes_with_a_copy_each_either(
 
 
 @pytest.mark.parametrize("changed", [0, 1])
+def test_what_one_rank_s_weights_changed_is_found_under_no_rank_s_old_name(
+    make: Make, tmp_path: Path, changed: int
+) -> None:
+    """Every rank's KV depends on all ranks' weights, and its name on its own alone."""
+    engine = make(tmp_path, one_copy=False, room=4)
+    engine.store("a")
+    until_files(engine, tmp_path, 2)
+    with torch.no_grad():
+        engine.ranks[changed].model.weight.add_(1.0)
+    engine.compute("between", block=8)
+    engine.settle()
+    assert engine.found("a") == 0
+    engine.store("a", block=16)
+    assert engine.written(1) >= 1
+    for name in "bcd":  # which take its place in memory
+        engine.store(name, block=24)
+    assert engine.load("a", block=40) == set()
+    for rank in engine.ranks:
+        assert torch.equal(rank.page(40), rank.page(16))
+
+
+@pytest.mark.parametrize("changed", [0, 1])
+def test_the_end_writes_nothing_that_other_ranks_may_reject(
+    make: Make, tmp_path: Path, changed: int
+) -> None:
+    """What only pages hold is of all ranks' weights, and this one knows its own."""
+    engine = make(tmp_path, one_copy=False)
+    with torch.no_grad():
+        engine.ranks[changed].model.weight.add_(1.0)
+    kept = StepMetadata(number=1, tokens=1, kept=[StoreItem(RecordKey(b"k"), 0, [0, 1, 2, 3])])
+    engine.both(lambda rank: rank.turn(kept))
+    engine.close()
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("changed", [0, 1])
+def test_the_end_writes_of_memory_what_all_ranks_have_stored(
+    make: Make, tmp_path: Path, changed: int
+) -> None:
+    engine = make(tmp_path, one_copy=False, disk_write="behind")
+    engine.store("before")
+    assert files(tmp_path) == []
+    with torch.no_grad():
+        engine.ranks[changed].model.weight.add_(1.0)
+    engine.compute("between", block=8)
+    sound = engine.ranks[1 - changed].worker
+    until = time.monotonic() + PATIENCE
+    while len(sound.arena.keys()) < 2:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    engine.close()
+    assert len(files(tmp_path)) == 2  # of the first chunk, a part from each rank
+
+
+@pytest.mark.parametrize("changed", [0, 1])
 def test_a_load_fails_if_any_rank_has_other_weights(make: Make, changed: int) -> None:
     engine = make()
     engine.store("a")

@@ -19,6 +19,7 @@ from kvtc_vllm.offload.names import Proof
 from kvtc_vllm.offload.outbox import Outbox
 from kvtc_vllm.offload.rank_context import RankContext
 from kvtc_vllm.offload.storing import StorePipeline
+from kvtc_vllm.offload.unsettled import Unsettled
 from kvtc_vllm.tiers.memory import MemoryArena
 from tests.codec.kernels.fake_cuda import CUDA, FakeCuda
 from tests.connector.fakes import geometry
@@ -64,7 +65,8 @@ def context(work: Work) -> RankContext:
     config = load_config({"codec": "raw", "load_threads": 2, "encode_threads": 3})
     arena = MemoryArena(1 << 20)
     arena.write(KEY, b"blob")  # type: ignore[arg-type]
-    return RankContext(config, geometry(), [work], CUDA, 100, 0, arena, None, Outbox())
+    unsettled = Unsettled(False, 0)
+    return RankContext(config, geometry(), [work], CUDA, 100, 0, arena, None, Outbox(), unsettled)
 
 
 @pytest.fixture

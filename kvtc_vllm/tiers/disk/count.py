@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 
 from kvtc_vllm.tiers.disk import reference, scan
 from kvtc_vllm.tiers.disk.checked import CheckedFileSystem
-from kvtc_vllm.tiers.disk.layout import FAN_OUTS, disk_bytes
+from kvtc_vllm.tiers.disk.layout import FAN_OUTS, disk_bytes, fan_out_path
 from kvtc_vllm.tiers.disk.ledger import LONGEST_PAUSE_SECONDS, Account, LedgerState
 from kvtc_vllm.tiers.disk.scan import ChunkFile, KnownFile
 from kvtc_vllm.tiers.keys import RecordKey
@@ -109,4 +109,5 @@ class NamespaceCount:
     def _kept(self, namespace: str, directory: str, place: int) -> int:
         """Bytes of representatives that have only links left; links of nobody go."""
         most = self._most_bytes(namespace)
-        return reference.kept_bytes(self._fs, directory, place, most, self._fs.unlink)
+        names = self._fs.names(fan_out_path(directory, place))
+        return reference.kept_bytes(self._fs, directory, place, names, most, self._fs.unlink)

@@ -29,7 +29,7 @@ File of a reference, little-endian::
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -139,17 +139,19 @@ def kept_bytes(
     fs: CheckedFileSystem,
     directory: str,
     number: int,
+    names: Iterable[tuple[str, int]],
     most_bytes: int,
     remove: Callable[[str], object] | None = None,
 ) -> int:
     """Bytes of representatives in a fan-out directory that have only links left.
 
-    most_bytes: of a chunk; a larger file is none. remove: called with the path of links of
-    theirs that no chunk is read through, all of them if no other is left. Raises DiskError.
+    names: of its files, with their inodes. most_bytes: of a chunk; a larger file is none. remove:
+    called with the path of links of theirs that no chunk is read through, all of them if no other
+    is left. Raises DiskError.
     """
     # By what the directory says: nothing is asked for a link whose representative is there, and no
     # more of a representative than one link that is read.
-    inodes = dict(fs.names(fan_out_path(directory, number)))
+    inodes = dict(names)
     kept: dict[int, int] = {}
     for name, inode in inodes.items():
         keys = link_keys(name)

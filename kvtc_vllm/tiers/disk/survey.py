@@ -174,11 +174,12 @@ class Survey:
         directory = self._directory(namespace)
         number = kept = 0
         for place in sorted(scan.fan_outs(self._fs, directory)):
-            names = [name for name, _ in self._fs.names(fan_out_path(directory, place))]
-            users = [keys[1] for keys in map(link_keys, names) if keys is not None]
+            names = list(self._fs.names(fan_out_path(directory, place)))
+            users = [keys[1] for name, _ in names if (keys := link_keys(name)) is not None]
             number += sum(is_read(self._fs, directory, key) for key in users)
             if users:
-                kept += kept_bytes(self._fs, directory, place, self._most_bytes(namespace))
+                most = self._most_bytes(namespace)
+                kept += kept_bytes(self._fs, directory, place, names, most)
         return number, kept
 
     def _record(self, namespace: str) -> record.NamespaceRecord | None:
