@@ -30,7 +30,12 @@ SOURCES = (
     "field/below",
     "field/tokens",
     "field/composed",
+    "field/float32",
 )
+FLOAT32 = "field/float32"
+"""Through the tier like the codecs before it, with the model in float32; see `page`."""
+MARK = "\\*"
+"""Behind cells of `FLOAT32`."""
 PAGE = ROOT / "docs/leaderboard.md"
 PICTURE = RESULTS / "field/leaderboard.png"
 TASKS: dict[Task, str] = {
@@ -63,9 +68,16 @@ def read() -> list[Row]:
     return [row for row in rows if row.method != BIT_EXACT]
 
 
+def of_float32(rows: Sequence[Row]) -> frozenset[tuple[str, Task]]:
+    """Methods and tasks of `rows` whose figures are those of `FLOAT32`."""
+    own = [row for row in report.read(RESULTS / FLOAT32 / "results.json") if not row.label]
+    return frozenset((row.method, (row.task, row.context)) for row in rows if row in own)
+
+
 def page(rows: Sequence[Row]) -> str:
     """The page. rows: as `read` gives them."""
-    table = lines(rows, list(TASKS), RUNNING, CURVE)
+    marked = of_float32(rows)
+    table = lines(rows, list(TASKS), RUNNING, CURVE, marked)
     exact = {
         (row.task, row.context): row.value
         for row in rows
@@ -99,7 +111,7 @@ def page(rows: Sequence[Row]) -> str:
         tasks = [task for task in TASKS if any(task in line.kl for line in own)]
         head = ["method", "real ratio", "read", *(TASKS[task] for task in tasks), "codec 2"]
         text += [f"## {title}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-        text += [_line(line, tasks) for line in own]
+        text += [_line(line, tasks, marked) for line in own]
         text += [""]
     text += [
         "## The picture",
@@ -154,8 +166,8 @@ def _groups(table: Sequence[Line]) -> list[tuple[str, list[Line]]]:
     return [(title, own) for title, own in kinds.items() if own]
 
 
-def _line(line: Line, tasks: Sequence[Task]) -> str:
-    """tasks: which have a column."""
+def _line(line: Line, tasks: Sequence[Task], marked: frozenset[tuple[str, Task]]) -> str:
+    """tasks: which have a column. marked: as `of_float32` gives them."""
     low, high = f"{line.low:.1f}", f"{line.high:.1f}"
     cells = [line.method, low if low == high else f"{low}-{high}"]
     cells.append(f"{line.read:.1f}" if line.read else "")
@@ -163,7 +175,7 @@ def _line(line: Line, tasks: Sequence[Task]) -> str:
         texts = [f"{line.kl[task]:.4f}"] if task in line.kl else []
         if task in line.accuracy:
             texts.append(f"{line.accuracy[task]:.0%}")
-        text = ", ".join(texts)
+        text = ", ".join(texts) + (MARK if texts and (line.method, task) in marked else "")
         cells.append(f"**{text}**" if task in line.on_front and text else text)
     cells.append("".join((a[0], f"{a[1]:.1f}x")) if (a := line.advantage) else "")
     return f"| {' | '.join(cells)} |"
