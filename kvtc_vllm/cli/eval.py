@@ -16,6 +16,7 @@ import argparse
 import shlex
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from kvtc_vllm.config import ConfigError
 if TYPE_CHECKING:
     from kvtc_vllm.evaluation.ablations import Plan
     from kvtc_vllm.evaluation.data.public import Source
+    from kvtc_vllm.evaluation.methods import Method
     from kvtc_vllm.evaluation.reporting.results import Row
 
 DEFAULT_METHODS = "raw,kvtc-8x,kvtc-16x,kvtc-32x,kvtc-64x,fp8-e4m3,kivi-2bit,gear-2bit"
@@ -52,7 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lm-eval-path", type=Path, metavar="DIR", help="further task definitions for --lm-eval")
     add("--limit", type=int, help="documents of each --lm-eval task; default: all")
     add("--few-shot", type=int, help="examples before each --lm-eval question")
-    add("--calibration-data", nargs="+", metavar="PATH", help="text for ablations that fit anew")
+    add(
+        "--calibration-data",
+        nargs="+",
+        metavar="PATH",
+        help="text for ablations that fit anew, and for baselines that are fitted once per model "
+        "(default of these: prose and code of Python's standard library)",
+    )
     add("--spool", type=Path, metavar="DIR", help="rows for them that kvtc calibrate --spool kept")
     add("--fits", type=Path, metavar="DIR", help="keep their fits here, and use those there")
     add(
@@ -187,7 +195,7 @@ def _run_harness(args: argparse.Namespace, engine: dict[str, Any], command: str)
     from kvtc_vllm.evaluation import methods
     from kvtc_vllm.evaluation.processes.harness_suite import HarnessJob, run_harness
 
-    found = [methods.find(name, _artifacts(args)) for name in args.methods.split(",")]
+    found = _methods(args)
     jobs = [
         HarnessJob(
             model=args.model,
@@ -210,7 +218,7 @@ def _plan(
     engine: dict[str, Any],
     work: Path,
 ) -> Plan:
-    from kvtc_vllm.evaluation import ablations, methods
+    from kvtc_vllm.evaluation import ablations
     from kvtc_vllm.evaluation.job import Workload
 
     if args.spool is not None and not args.spool.is_dir():
@@ -236,8 +244,20 @@ def _plan(
         Workload(task=task, context=length, count=_sessions(task, args.count))
         for task, length in tasks
     ]
-    chosen = [methods.find(name, _artifacts(args)) for name in args.methods.split(",")]
-    return [(method, workloads) for method in chosen]
+    return [(method, workloads) for method in _methods(args)]
+
+
+def _methods(args: argparse.Namespace) -> list[Method]:
+    from kvtc_vllm.calibration.documents import DataError, read_texts
+    from kvtc_vllm.evaluation import methods
+
+    found = [methods.find(name, _artifacts(args)) for name in args.methods.split(",")]
+    texts = tuple(args.calibration_data or ())
+    try:
+        read_texts(texts, 1)  # so that a bad file costs nothing
+    except DataError as error:
+        raise ConfigError(f"--calibration-data: {error}") from None
+    return [replace(method, texts=texts) for method in found]
 
 
 def _artifacts(args: argparse.Namespace) -> dict[str, str]:

@@ -52,6 +52,9 @@ class Method:
     coded."""
     settings: dict[str, float] = field(default_factory=dict)
     """Of the baseline, eviction or recall; others have its own values."""
+    texts: tuple[str, ...] = ()
+    """Calibration text of what is fitted once per model beside our codec, as `kvtc calibrate
+    --data` takes it; empty: prose and code of the standard library."""
     window: int = DEFAULT_RECENT_WINDOW
     """Recent window in tokens."""
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS

@@ -45,6 +45,7 @@ from tests.evaluation.public_data import write_public_data
         (["--methods", "gear-2bit+kvtc-8x"], ["'gear-2bit+kvtc-8x'", "single chunks"]),
         (["--methods", "swan-8bit+kvtc-8x"], ["'swan-8bit+kvtc-8x'", "fit nothing"]),
         (["--methods", "kvtc-8x@mine"], ["'kvtc-8x@mine'", "--artifact mine=DIR"]),
+        (["--methods", "lorc", "--calibration-data", "none"], ["--calibration-data", "none"]),
         (["--artifact", "a=x", "--artifact", "a=y"], ["--artifact 'a=y'", "'x'", "NAME=DIR"]),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +17,16 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.connector import connector as served
+from kvtc_vllm.evaluation.baselines import BASELINES
 from kvtc_vllm.evaluation.replay import connector as replayed
-from kvtc_vllm.evaluation.replay.connector import KVTCEvaluationConnector
-from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup
+from kvtc_vllm.evaluation.replay.baseline_codec import BaselineCodec
+from kvtc_vllm.evaluation.replay.connector import (
+    CodecOverride,
+    KVTCEvaluationConnector,
+    override_codec,
+)
+from kvtc_vllm.evaluation.replay.round_trips import TURN
+from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup, codec_geometry
 
 GROUP = CacheGroup(("layers.0", "layers.1"), 32, 2, 64, 64, torch.bfloat16)
 GEOMETRY = CacheGeometry((GROUP,), 1)
@@ -79,3 +87,29 @@ def test_every_cache_group_has_its_own_part_of_an_artifact(
         with pytest.raises(ArtifactError):
             factory(number, GROUP, (), (None, None))
     assert read == [tmp_path / "rank0of1.safetensors", tmp_path / "group1" / "rank0of1.safetensors"]
+
+
+def test_a_float32_cache_stands_for_one_of_bfloat16() -> None:
+    """The method gets, is charged for and gives back what it does in a bfloat16 cache; the engine
+    gets its own element type, and exact chunks lose nothing."""
+    group = replace(GROUP, dtype=torch.float32)
+    wanted = CodecOverride(round_trips={"kivi-2bit": CodecOverride(baseline="kivi-2bit")})
+    shared = override_codec(wanted, 0, group, (), (None, None))
+    generator = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(72, 2, 2, 64, generator=generator) for _ in range(2))
+    blob = shared.encode(k, v, 0, b"name")
+    try:
+        TURN.begin(None)
+        assert torch.equal(shared.decode(blob, 0, 72, b"name").k, k)
+        TURN.begin("kivi-2bit")
+        loaded = shared.decode(blob, 0, 72, b"name")
+        counted = TURN.bytes()
+    finally:
+        TURN.begin(None)
+    kivi = BaselineCodec(BASELINES["kivi-2bit"](codec_geometry(GROUP), torch.bfloat16))
+    coded = kivi.encode(k.bfloat16(), v.bfloat16(), 0, b"name")
+    alone = kivi.decode(coded, 0, 72, b"name")
+    assert loaded.k.dtype == loaded.v.dtype == torch.float32
+    assert torch.equal(loaded.k, alone.k.float())
+    assert torch.equal(loaded.v, alone.v.float())
+    assert counted == (2 * 72 * 2 * 2 * 64 * 2, len(coded))

@@ -110,3 +110,13 @@ def test_bytes_of_several_tasks_are_taken_together() -> None:
     # 4x and 12x of as much KV are 6x together.
     assert table["both"] == ("", pytest.approx(8 / 6))
     assert table["one"] is None
+
+
+def test_what_was_measured_in_another_way_is_on_no_front() -> None:
+    """It has its cell, and takes no place on a front from what it can't be compared with."""
+    rows = [exact(2.0), row("a", 0.10, 8), row("b", 0.05, 9), row("b", 0.2, 9, task=OTHER)]
+    marked = frozenset({("b", TASK)})
+    table = {line.method: line for line in lines(rows, [TASK, OTHER], [TASK], (), marked)}
+    assert table["a"].on_front == {TASK}
+    assert table["b"].on_front == {OTHER}
+    assert table["b"].kl == {TASK: 0.05, OTHER: 0.2}

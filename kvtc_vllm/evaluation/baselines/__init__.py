@@ -15,6 +15,7 @@ from kvtc_vllm.evaluation.baselines.quantspec import QuantSpec4, QuantSpec8
 from kvtc_vllm.evaluation.baselines.swan import Swan8, Swan16
 from kvtc_vllm.evaluation.baselines.think import Think, ThinkKivi
 from kvtc_vllm.evaluation.baselines.turboquant import TurboQuant3, TurboQuant4
+from kvtc_vllm.evaluation.baselines.turboquant_outliers import TurboQuant25, TurboQuant35
 from kvtc_vllm.evaluation.baselines.xkv import Xkv
 
 _METHODS: tuple[type[Baseline], ...] = (
@@ -30,6 +31,8 @@ _METHODS: tuple[type[Baseline], ...] = (
     JointFusionStrict,
     TurboQuant4,
     TurboQuant3,
+    TurboQuant35,
+    TurboQuant25,
     QuantSpec8,
     QuantSpec4,
     Think,

@@ -19,6 +19,8 @@ from kvtc_vllm.evaluation.baselines.formats import (
     unpack_positions,
 )
 
+PARTS = 2
+"""Byte strings of a set of vectors: codes, norms."""
 _SEED = 0
 _GRID = 1 << 16
 _ITERATIONS = 2000
@@ -36,43 +38,25 @@ class TurboQuant(Baseline):
     of the method, not of a prompt, and cost nothing.
     Departures: no second step of one bit (QJL), which removes the bias of inner products and
     takes a bit from the codebook: vLLM leaves it out as well, as harmful behind a softmax. No
-    layer is exempt, as in the paper; vLLM keeps the first two and the last two in 16 bits.
+    layer is exempt, as in the paper; vLLM keeps the first two and the last two in 16 bits. All
+    channels have the same bits, as in vLLM; the paper's results on LongBench give more to outliers
+    (`turboquant_outliers.py`).
     """
 
     source = "TurboQuant, arXiv 2504.19874: random rotation, Lloyd-Max codebook, float16 norms"
     bits: ClassVar[int]
 
     def compress(self, k: torch.Tensor, v: torch.Tensor, start: int) -> list[bytes]:
-        return [part for x in (k, v) for part in self._compress(x.float())]
+        return [part for x in (k, v) for part in code_vectors(x.float(), self.bits)]
 
     def restore(
         self, parts: Sequence[memoryview], tokens: int, start: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         g = self.geometry
         outer = (tokens, g.num_layers, g.num_kv_heads)
-        return (
-            self._restore(parts[:2], (*outer, g.head_size)),
-            self._restore(parts[2:], (*outer, g.head_size_v)),
-        )
-
-    def _compress(self, x: torch.Tensor) -> list[bytes]:
-        """float32 [..., D] -> codes and norms."""
-        size = x.shape[-1]
-        norms = to_fp16(x.norm(dim=-1))
-        unit = x / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        codebook = codebook_of(size, self.bits)
-        borders = (codebook[1:] + codebook[:-1]) / 2
-        codes = torch.bucketize(unit @ rotation_of(size), borders)
-        return [pack_positions(codes, len(codebook)), to_bytes(norms)]
-
-    def _restore(self, parts: Sequence[memoryview], shape: tuple[int, ...]) -> torch.Tensor:
-        """Inverse of `_compress`, in the cache dtype."""
-        size = shape[-1]
-        codebook = codebook_of(size, self.bits)
-        rotated = codebook[unpack_positions(parts[0], len(codebook), shape)]
-        norms = from_bytes(parts[1], torch.float16, shape[:-1]).float()
-        scale = norms / rotated.norm(dim=-1)
-        return to_cache((rotated * scale.unsqueeze(-1)) @ rotation_of(size).T, self.dtype)
+        k = read_vectors(parts[:PARTS], (*outer, g.head_size), self.bits)
+        v = read_vectors(parts[PARTS:], (*outer, g.head_size_v), self.bits)
+        return to_cache(k, self.dtype), to_cache(v, self.dtype)
 
 
 class TurboQuant4(TurboQuant):
@@ -87,6 +71,26 @@ class TurboQuant3(TurboQuant):
 
     name = "turboquant-3bit"
     bits = 3
+
+
+def code_vectors(x: torch.Tensor, bits: int) -> list[bytes]:
+    """float32 [..., D], vectors along the last dimension -> `PARTS` byte strings."""
+    size = x.shape[-1]
+    norms = to_fp16(x.norm(dim=-1))
+    unit = x / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    codebook = codebook_of(size, bits)
+    borders = (codebook[1:] + codebook[:-1]) / 2
+    codes = torch.bucketize(unit @ rotation_of(size), borders)
+    return [pack_positions(codes, len(codebook)), to_bytes(norms)]
+
+
+def read_vectors(parts: Sequence[memoryview], shape: tuple[int, ...], bits: int) -> torch.Tensor:
+    """Inverse of `code_vectors`: float32 of the given shape [..., D]."""
+    codebook = codebook_of(shape[-1], bits)
+    rotated = codebook[unpack_positions(parts[0], len(codebook), shape)]
+    norms = from_bytes(parts[1], torch.float16, shape[:-1]).float()
+    scale = norms / rotated.norm(dim=-1)
+    return (rotated * scale.unsqueeze(-1)) @ rotation_of(shape[-1]).T
 
 
 @cache

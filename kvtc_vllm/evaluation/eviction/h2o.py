@@ -16,6 +16,9 @@ class H2O(Eviction):
     Half of the budget is the newest tokens (setting `recent`), the other half (and the odd one)
     those of the rest with the largest sum of attention, chosen by each KV head for itself. Of
     equals the oldest stays.
+    Departures: tokens go when the prefix is stored, all at once, where the paper drops one with
+    each new one. So sums are over attention to all tokens, and nothing that went early is missing
+    in what was computed after it: this favours the method. Query heads of a KV head share a sum.
     """
 
     name: ClassVar[str] = "h2o"

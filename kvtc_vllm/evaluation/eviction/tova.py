@@ -14,6 +14,9 @@ class Tova(Eviction):
 
     One decision per layer: the newest query's attention, averaged over the query heads.
     Nothing protects recent tokens. Of equals the oldest stays.
+    Departures: tokens go when the prefix is stored, all at once, by the last query of the prefix,
+    where the paper drops one with each new one. This favours the method on what the last query
+    looks at, and what earlier queries would have dropped can still be chosen.
     """
 
     name: ClassVar[str] = "tova"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import torch
 
+from kvtc_vllm.calibration.documents import read_texts
 from kvtc_vllm.evaluation.baselines import BASELINES
 from kvtc_vllm.evaluation.baselines.cachegen import CacheGen
 from kvtc_vllm.evaluation.baselines.cachegen_profile import CacheGenProfile
@@ -22,6 +25,8 @@ from kvtc_vllm.evaluation.tasks.base import encode_prompt
 
 PROMPTS = 8
 PROMPT_TOKENS = 1024
+TEXT_PROMPTS = 16
+"""Of text that is given: as many texts, each cut to `PROMPT_TOKENS`."""
 _COUNTED = "kvtc-counted"
 """Name of attention that is watched, in transformers."""
 
@@ -29,8 +34,9 @@ _COUNTED = "kvtc-counted"
 def with_profile(method: Method, model: str, directory: Path) -> Method:
     """The method with what it fits once per model, as our basis is fitted; made if need be.
 
-    directory: keeps it, so that methods that need the same share it. Raises ValueError for a
-    model of which it can't be made.
+    directory: keeps it, so that methods that need the same share it; all of them have the same
+    `texts`. Raises ValueError for a model of which it can't be made, DataError for text that
+    can't be read.
     """
     name = method.override.get("baseline")
     make: Callable[[str, Path], None]
@@ -39,11 +45,11 @@ def with_profile(method: Method, model: str, directory: Path) -> Method:
         bins = float(resolve(name, CacheGen.settings, given)["bins"])
         path = directory / f"profile-{bins:g}.safetensors"
         options = {"profile": str(path)}
-        make = partial(cachegen_profile, bins=bins)
+        make = partial(cachegen_profile, bins=bins, texts=method.texts)
     elif name is not None and issubclass(BASELINES[name], FittedBaseline):
         path = directory / "statistics.safetensors"
         options = {"statistics": str(path)}
-        make = model_statistics
+        make = partial(model_statistics, texts=method.texts)
     else:
         return method
     if not path.exists():
@@ -52,14 +58,14 @@ def with_profile(method: Method, model: str, directory: Path) -> Method:
 
 
 @torch.inference_mode()
-def cachegen_profile(model: str, path: Path, bins: float = 1.0) -> None:
-    """Symbol counts over prose and code that no task uses, saved to `path`.
+def cachegen_profile(model: str, path: Path, bins: float = 1.0, texts: Sequence[str] = ()) -> None:
+    """Symbol counts over `texts`, or prose and code that no task uses, saved to `path`.
 
-    bins: factor of the widths.
+    bins: factor of the widths. texts: as in `Method`.
     """
     tokenizer, network = _load(model)
     profile: CacheGenProfile | None = None
-    for ids in _prompts(tokenizer):
+    for ids in _prompts(tokenizer, texts):
         layers = network(input_ids=torch.tensor([ids]), use_cache=True).past_key_values.layers
         # [1, H, T, D] per layer -> [T, L, H, D]
         k, v = (
@@ -73,8 +79,8 @@ def cachegen_profile(model: str, path: Path, bins: float = 1.0) -> None:
 
 
 @torch.inference_mode()
-def model_statistics(model: str, path: Path) -> None:
-    """`ModelStatistics` over the same prose and code, saved to `path`.
+def model_statistics(model: str, path: Path, texts: Sequence[str] = ()) -> None:
+    """`ModelStatistics` over the same text, saved to `path`.
 
     Raises ValueError for a model whose attention layers have no `k_proj` and `v_proj`, or that
     computes attention its own way.
@@ -106,7 +112,7 @@ def model_statistics(model: str, path: Path) -> None:
         module.k_proj.register_forward_hook(keep)
     AttentionInterface.register(_COUNTED, counted)
     network.set_attn_implementation(_COUNTED)
-    for ids in _prompts(tokenizer):
+    for ids in _prompts(tokenizer, texts):
         network(input_ids=torch.tensor([ids]), use_cache=False)
     if len(seen) != len(attention):
         raise ValueError(f"{model}: its attention can't be watched in transformers")
@@ -125,7 +131,9 @@ def _load(model: str) -> tuple[Any, Any]:
     return AutoTokenizer.from_pretrained(model), network.eval()
 
 
-def _prompts(tokenizer: Any) -> list[list[int]]:
+def _prompts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    if texts:
+        return _given_prompts(tokenizer, texts)
     streams = (corpus.prose_documents("train"), corpus.code_documents("train"))
     prompts = []
     for documents in streams:
@@ -134,4 +142,19 @@ def _prompts(tokenizer: Any) -> list[list[int]]:
         ids = encode_prompt(tokenizer, text)
         half = PROMPTS // len(streams)
         prompts += [ids[i * PROMPT_TOKENS : (i + 1) * PROMPT_TOKENS] for i in range(half)]
+    return prompts
+
+
+def _given_prompts(tokenizer: Any, sources: Sequence[str]) -> list[list[int]]:
+    """Prompts of texts of all kinds, though a file may have one kind after the other."""
+    texts = read_texts(sources, sys.maxsize)
+    random.Random(0).shuffle(texts)
+    prompts = []
+    for text in texts[:TEXT_PROMPTS]:
+        plain = (
+            text
+            if isinstance(text, str)
+            else str(tokenizer.apply_chat_template(text, tokenize=False))
+        )
+        prompts.append(encode_prompt(tokenizer, plain[: 8 * PROMPT_TOKENS])[:PROMPT_TOKENS])
     return prompts

@@ -19,7 +19,7 @@ from kvtc_vllm.connector.connector import KVTCConnector
 from kvtc_vllm.evaluation.baselines import BASELINES, Baseline
 from kvtc_vllm.evaluation.replay.baseline_codec import BaselineCodec, FormCodec
 from kvtc_vllm.evaluation.replay.noise import Noise, NoiseCodec
-from kvtc_vllm.evaluation.replay.round_trips import RoundTripCodec
+from kvtc_vllm.evaluation.replay.round_trips import RoundTripCodec, held_dtype
 from kvtc_vllm.evaluation.replay.variants import VARIANTS, VariantContext
 from kvtc_vllm.offload.geometry import CacheGroup, codec_geometry
 
@@ -95,8 +95,9 @@ def override_codec(
     """What takes the codec's place; a `CodecFactory` for what is wanted."""
     exact = open_codec("raw", group.dtype, geometry=codec_geometry(group))
     if wanted.round_trips:
+        held = replace(group, dtype=held_dtype(group.dtype))
         methods = {
-            name: override_codec(method, number, group, ropes, layer_rope)
+            name: override_codec(method, number, held, ropes, layer_rope)
             for name, method in wanted.round_trips.items()
         }
         return RoundTripCodec(exact, methods)

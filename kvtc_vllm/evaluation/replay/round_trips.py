@@ -4,6 +4,9 @@ An exact pass costs as much for every method as for one. So it is run once. Its 
 the tier as they are, and whenever one is loaded, it goes through the encoder and the decoder of
 the method whose turn it is. The KV that a replay sees is what it would be if the encoder had run
 when the chunk was stored, since a codec is a function of the chunk alone.
+
+A cache of float32 stands for one of bfloat16, on CPUs that multiply bfloat16 slowly: methods get
+chunks rounded to it, and bytes are of those.
 """
 
 from __future__ import annotations
@@ -52,10 +55,16 @@ TURN = Turn()
 """Of this process: vLLM makes the codec, out of reach of who owns the engine."""
 
 
+def held_dtype(cache: torch.dtype) -> torch.dtype:
+    """Of the elements that methods store, for a cache's: bfloat16 in the place of float32."""
+    return torch.bfloat16 if cache == torch.float32 else cache
+
+
 class RoundTripCodec(Coder):
     """`encode` and `decode` as `ChunkCodec` has them; blobs are exact.
 
-    exact: the bit-exact codec. methods: by name, codecs whose round trip a load makes.
+    exact: the bit-exact codec. methods: by name, codecs whose round trip a load makes, of
+    elements of `held_dtype` of the cache's.
     """
 
     def __init__(self, exact: ChunkCodec, methods: Mapping[str, Coder]) -> None:
@@ -77,7 +86,9 @@ class RoundTripCodec(Coder):
         chunk = self._exact.decode(blob, expect_start, expect_tokens, key)
         if TURN.method is None:
             return chunk
-        codec = self._methods[TURN.method]
-        coded = codec.encode(chunk.k, chunk.v, chunk.start, key)
-        TURN.count(key, chunk.k.nbytes + chunk.v.nbytes, len(coded))
-        return codec.decode(coded, chunk.start, chunk.k.shape[0], key)
+        codec, cache = self._methods[TURN.method], chunk.k.dtype
+        k, v = chunk.k.to(held_dtype(cache)), chunk.v.to(held_dtype(cache))
+        coded = codec.encode(k, v, chunk.start, key)
+        TURN.count(key, k.nbytes + v.nbytes, len(coded))
+        found = codec.decode(coded, chunk.start, chunk.k.shape[0], key)
+        return DecodedChunk(found.k.to(cache), found.v.to(cache), found.start)

@@ -70,11 +70,20 @@ class Line:
 
 
 def lines(
-    rows: Sequence[Row], tasks: Sequence[Task], running: Sequence[Task], curve: Sequence[str]
+    rows: Sequence[Row],
+    tasks: Sequence[Task],
+    running: Sequence[Task],
+    curve: Sequence[str],
+    unranked: frozenset[tuple[str, Task]] = frozenset(),
 ) -> list[Line]:
-    """A line per method, by falling real ratio. curve: methods, by rising ratio."""
+    """A line per method, by falling real ratio. curve: methods, by rising ratio.
+
+    unranked: methods and tasks whose figures are no part of a front, as they were measured in
+    another way.
+    """
     silent = unanswered(rows)
-    fronts = {task: {row.method for row in pareto_front(kl_rows(rows, *task))} for task in tasks}
+    ranked = [r for r in rows if (r.method, (r.task, r.context)) not in unranked]
+    fronts = {task: {row.method for row in pareto_front(kl_rows(ranked, *task))} for task in tasks}
     methods = dict.fromkeys(row.method for row in rows if row.method != EXACT)
     points = {method: _point(rows, method, running) for method in methods}
     measured = [point for name in curve if (point := points.get(name)) is not None]

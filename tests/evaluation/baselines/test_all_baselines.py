@@ -33,6 +33,8 @@ NOISE_LOST = {
     "joint-fusion-strict": 0.0001,
     "turboquant-4bit": 0.015,
     "turboquant-3bit": 0.05,
+    "turboquant-3.5bit": 0.04,
+    "turboquant-2.5bit": 0.12,
     "quantspec-8bit": 0.0001,
     "quantspec-4bit": 0.01,
     "think-40": 0.5,

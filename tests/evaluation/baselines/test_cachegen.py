@@ -123,7 +123,7 @@ def test_a_profile_is_counted_with_the_bins_it_is_used_with(tmp_path, monkeypatc
     """Other bins make another alphabet: each setting has a file of its own."""
     made = []
 
-    def count(model, path, bins):
+    def count(model, path, bins, texts):
         made.append(bins)
         CacheGenProfile.fit(*structured_cache(100), bins).save(path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from kvtc_vllm.evaluation.baselines.low_rank_projection import (
 )
 from kvtc_vllm.evaluation.baselines.statistics import ModelStatistics
 from kvtc_vllm.evaluation.methods import find
+from kvtc_vllm.evaluation.processes import profiles
 from kvtc_vllm.evaluation.processes.profiles import with_profile
 from tests.evaluation.baselines.samples import (
     GEOMETRY,
@@ -166,6 +168,32 @@ def test_statistics_of_another_shape_are_refused(name: str) -> None:
         BASELINES[name](other, torch.bfloat16, statistics=statistics())
 
 
+def test_text_that_is_given_takes_the_place_of_our_own(tmp_path: Path) -> None:
+    """Plain text and chats of all files, cut to one length, in an order that mixes kinds."""
+    plain = [f"text {number} " + "x" * 2000 for number in range(profiles.TEXT_PROMPTS)]
+    chats = [f"chat {number}" for number in range(profiles.TEXT_PROMPTS)]
+    lines = [json.dumps({"text": text}) for text in plain]
+    lines += [json.dumps({"messages": [{"role": "user", "content": text}]}) for text in chats]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("\n".join(lines))
+
+    class Characters:
+        bos_token_id = None
+
+        def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+            return list(map(ord, text))
+
+        def apply_chat_template(self, messages: list[dict[str, str]], tokenize: bool) -> str:
+            return f"user: {messages[0]['content']}"
+
+    found = ["".join(map(chr, ids)) for ids in profiles._prompts(Characters(), [str(path)])]
+    assert len(found) == profiles.TEXT_PROMPTS
+    assert max(map(len, found)) == profiles.PROMPT_TOKENS
+    whole = [text[: profiles.PROMPT_TOKENS] for text in plain] + [f"user: {t}" for t in chats]
+    assert set(found) < set(whole)
+    assert {text.split()[0] for text in found} == {"text", "user:"}
+
+
 def test_statistics_are_those_of_the_cache(
     reference_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,7 +202,8 @@ def test_statistics_are_those_of_the_cache(
 
     prompt = list(range(5, 45))
     monkeypatch.setattr(
-        "kvtc_vllm.evaluation.processes.profiles._prompts", lambda tokenizer: [prompt, prompt[:9]]
+        "kvtc_vllm.evaluation.processes.profiles._prompts",
+        lambda tokenizer, texts: [prompt, prompt[:9]],
     )
     method = with_profile(find("lorc"), str(reference_model), tmp_path)
     again = with_profile(find("think-40"), str(reference_model), tmp_path)

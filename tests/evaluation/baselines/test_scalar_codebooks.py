@@ -10,9 +10,12 @@ from kvtc_vllm.evaluation.baselines.quantspec import QuantSpec4, QuantSpec8
 from kvtc_vllm.evaluation.baselines.turboquant import (
     TurboQuant3,
     TurboQuant4,
+    code_vectors,
     codebook_of,
+    read_vectors,
     rotation_of,
 )
+from kvtc_vllm.evaluation.baselines.turboquant_outliers import TurboQuant25, TurboQuant35
 from tests.evaluation.baselines.samples import GEOMETRY, START, random_cache, reload, views
 
 LAYER_HEADS = 5 * 2
@@ -56,6 +59,38 @@ def test_turboquant_gives_norms_back_and_what_lies_on_the_codebook():
     # These codes are spread evenly, so their norm is not 1 and some fall next to a border.
     assert ((back - k).norm(dim=-1) < 2.0).all()
     assert torch.allclose(back_v.norm(dim=-1), v.norm(dim=-1), rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", [TurboQuant25, TurboQuant35])
+@pytest.mark.parametrize("tokens", [1, 100, 128])
+def test_size_with_outlier_channels(method, tokens):
+    """The paper's shares: 2.25 and 3.5 bits per element, two norms, a bit per channel."""
+    per_element = {TurboQuant25: 9, TurboQuant35: 14}[method]
+    vectors = LAYER_HEADS * tokens
+    codes = sum(vectors * size * per_element // 32 for size in (SIZE, SIZE_V))
+    masks = LAYER_HEADS * (SIZE + SIZE_V) // 8
+    assert stored(method(GEOMETRY, torch.bfloat16), tokens) == codes + 2 * 2 * vectors * 2 + masks
+
+
+def test_outlier_channels_are_a_code_of_their_own():
+    """Channels 1, 5, 6 of 12 are ten times as large. They come back as TurboQuant in 3 bits has a
+    vector of these three, the others as it has one of nine in 2 bits."""
+    size, large = 12, [1, 5, 6]
+    small = [channel for channel in range(size) if channel not in large]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 1, 1, size, generator=generator)
+    x[..., large] *= 10.0
+    back, _ = reload(TurboQuant25(Geometry(1, 1, size, size, ((0, 1),)), torch.float32), x, x)
+    for channels, bits in ((large, 3), (small, 2)):
+        alone = x[..., channels]
+        parts = code_vectors(alone, bits)
+        expected = read_vectors(views(parts), tuple(alone.shape), bits)
+        assert torch.allclose(back[..., channels], expected)
+
+
+def test_heads_too_small_for_outlier_channels_are_refused():
+    with pytest.raises(ValueError, match="too small"):
+        TurboQuant25(Geometry(1, 1, 8, 8, ((0, 1),)), torch.float32)
 
 
 @pytest.mark.parametrize("method", [QuantSpec8, QuantSpec4])

@@ -45,6 +45,22 @@ def test_snapkv_keeps_the_window_and_clusters_of_each_head() -> None:
     assert chosen == [[*range(17, 22), *newest], [*range(5), *newest]]
 
 
+def test_snapkv_pools_by_the_largest_vote_if_asked() -> None:
+    """One vote of 4 against five of 1 in a row: the average over five prefers the row."""
+    votes = torch.zeros(1, 40, dtype=torch.float64)
+    votes[0, 8], votes[0, 20:25] = 4.0, 1.0
+    newest = list(range(35, 40))
+
+    def kept(**settings: float) -> list[int]:
+        eviction = EVICTIONS["snapkv"](pooling=5, **settings)
+        (chosen,) = eviction.select(observed(votes), 10).tolist()
+        return chosen
+
+    assert kept(max=1) == [*range(6, 11), *newest]
+    # Means: .8 around token 8; 1 at token 22, .8 at its neighbours, of which older ones stay.
+    assert kept() == [6, 7, 8, 9, 22, *newest]
+
+
 def test_chunkkv_keeps_whole_runs_of_a_layer() -> None:
     """62 tokens, budget 24: twelve newest stay, one run of ten fits, two newest more."""
     votes = torch.zeros(2, 62, dtype=torch.float64)
