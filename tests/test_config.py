@@ -74,7 +74,6 @@ def test_defaults_depend_on_the_codec() -> None:
         ({"disk_write": "behind"}, ["disk_write='behind'", "disk_path is not set"]),
         ({"disk_min_free": 0}, ["disk_min_free=0", "disk_path is not set"]),
         ({"disk_threads": 8}, ["disk_threads=8", "disk_path is not set"]),
-        ({"store_policy": "eager", "store_horizon": 4}, ["store_horizon=4", "eager"]),
         ({"ratio": 8, "quality": 0.002}, ["ratio=8", "quality=0.002", "remove either"]),
         ({"quality": 0}, ["quality=0", "above 0"]),
         ({"artifact": "x", "registry": ["y"]}, ["artifact", "registry"]),

@@ -40,11 +40,6 @@ def check_contradictions(config: KVTCConfig) -> None:
             "exclusive=True contradicts store_policy='eager', which does not watch what the engine "
             "evicts; remove exclusive or set store_policy='on_evict'"
         )
-    if config.store_horizon is not None and config.store_policy == "eager":
-        raise ConfigError(
-            f"store_horizon={config.store_horizon!r} contradicts store_policy='eager', which puts "
-            "nothing off; remove store_horizon or set store_policy='on_evict'"
-        )
     _check_disk(config)
     if config.artifact is not None and config.registry:
         raise ConfigError(

@@ -132,13 +132,13 @@ def _try(
     door, why = None, None
     if rank == 0:
         try:
-            shared = SharedArena(capacity)
-            door = _Door(shared.fd)
+            shared = arena = SharedArena(capacity)
+            capacity = arena.capacity  # where its pages begin depends on it
+            door = _Door(arena.fd)
         except Exception as error:  # the others wait to be told
             why = f"the first rank can't make memory that others read: {error}"
     host = socket.gethostname()
-    fit = 0 if shared is None else shared.capacity  # where the pages begin depends on it
-    told = gather((host, None if door is None else door.path, fit))
+    told = gather((host, None if door is None else door.path, capacity))
     first_host, path, capacity = told[0]
     try:
         if rank and path is not None:

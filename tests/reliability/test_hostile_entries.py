@@ -358,3 +358,30 @@ def test_what_another_process_has_just_made_does_not_go_aside(tier: Path) -> Non
     assert all(filesystem.seen.values())
     assert list(tier.glob("set-aside-*")) == []
     assert {entry.key for entry in store.scan()} == {A, B}
+
+
+@pytest.mark.parametrize("name", [".kvtc", f"{'ab' * 101}.kvtc", f"{'ab' * 120}.kvtc"])
+@pytest.mark.parametrize("place", ["ab", A.hex()[:2]])
+def test_a_name_that_no_key_has_is_left_alone(
+    tmp_path: Path, name: str, place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An empty one has no first byte, by which keys are sorted everywhere."""
+    store = open_store(tmp_path)
+    store.write(A, blob(A))
+    store.close()
+    strange = tmp_path / NAME / place / name
+    strange.parent.mkdir(mode=0o700, exist_ok=True)
+    strange.write_bytes(blob(B))
+    for _ in range(2):  # the second time with a list of the files
+        again = open_store(tmp_path)
+        assert [key for key, _ in again.inventory()] == [A]
+        assert again.read(A) == blob(A)
+        again.keep_list(time.monotonic() + 20)
+        again.close()
+    assert [chunk.key for chunk in Survey(tmp_path).chunks(NAME)] == [A]
+    assert main(["verify", str(tmp_path)]) == 1  # what is in the files is no container
+    assert "1 chunks, 1 bad" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert main(["gc", str(tmp_path)]) == 0
+    capsys.readouterr()
+    assert strange.read_bytes() == blob(B)

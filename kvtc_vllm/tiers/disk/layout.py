@@ -89,6 +89,8 @@ def chunk_key(name: str) -> RecordKey | None:
         key = bytes.fromhex(stem)
     except ValueError:
         return None
+    if not 1 <= len(key) <= MAX_KEY_BYTES:
+        return None  # a file of somebody else's
     return RecordKey(key) if key.hex() == stem else None  # fromhex takes spaces and capitals too
 
 
