@@ -55,6 +55,8 @@ class Method:
     texts: tuple[str, ...] = ()
     """Calibration text of what is fitted once per model beside our codec, as `kvtc calibrate
     --data` takes it; empty: prose and code of the standard library."""
+    sixteen_bits: bool = False
+    """Where it shares an exact pass, a cache of float32 stands for one of bfloat16."""
     window: int = DEFAULT_RECENT_WINDOW
     """Recent window in tokens."""
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS

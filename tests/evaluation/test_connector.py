@@ -93,7 +93,8 @@ def test_a_float32_cache_stands_for_one_of_bfloat16() -> None:
     """The method gets, is charged for and gives back what it does in a bfloat16 cache; the engine
     gets its own element type, and exact chunks lose nothing."""
     group = replace(GROUP, dtype=torch.float32)
-    wanted = CodecOverride(round_trips={"kivi-2bit": CodecOverride(baseline="kivi-2bit")})
+    kivi_alone = CodecOverride(baseline="kivi-2bit")
+    wanted = CodecOverride(round_trips={"kivi-2bit": kivi_alone}, sixteen_bits=True)
     shared = override_codec(wanted, 0, group, (), (None, None))
     generator = torch.Generator().manual_seed(0)
     k, v = (torch.randn(72, 2, 2, 64, generator=generator) for _ in range(2))

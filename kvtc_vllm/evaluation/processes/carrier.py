@@ -30,7 +30,7 @@ def carrier(methods: Sequence[Method], model: str, directory: Path) -> Method:
         plan="bit-exact",
         ratio=None,
         artifact=None,
-        override={"round_trips": trips},
+        override={"round_trips": trips, "sixteen_bits": methods[0].sixteen_bits},
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import torch
 
 from kvtc_vllm.artifact.directory import group_directory
 from kvtc_vllm.artifact.rank_file import read_rank_file
@@ -19,7 +20,7 @@ from kvtc_vllm.connector.connector import KVTCConnector
 from kvtc_vllm.evaluation.baselines import BASELINES, Baseline
 from kvtc_vllm.evaluation.replay.baseline_codec import BaselineCodec, FormCodec
 from kvtc_vllm.evaluation.replay.noise import Noise, NoiseCodec
-from kvtc_vllm.evaluation.replay.round_trips import RoundTripCodec, held_dtype
+from kvtc_vllm.evaluation.replay.round_trips import RoundTripCodec
 from kvtc_vllm.evaluation.replay.variants import VARIANTS, VariantContext
 from kvtc_vllm.offload.geometry import CacheGroup, codec_geometry
 
@@ -54,6 +55,8 @@ class CodecOverride(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Chunks are stored exact, and records of one cache group are loaded with noise."""
     round_trips: dict[str, CodecOverride] = {}
     """By name, methods that share exact chunks; then nothing else is given."""
+    sixteen_bits: bool = False
+    """A cache of float32 stands for one of bfloat16; with `round_trips` only."""
 
 
 class KVTCEvaluationConnector(KVTCConnector):
@@ -95,12 +98,13 @@ def override_codec(
     """What takes the codec's place; a `CodecFactory` for what is wanted."""
     exact = open_codec("raw", group.dtype, geometry=codec_geometry(group))
     if wanted.round_trips:
-        held = replace(group, dtype=held_dtype(group.dtype))
+        stands = wanted.sixteen_bits and group.dtype == torch.float32
+        held = torch.bfloat16 if stands else group.dtype
         methods = {
-            name: override_codec(method, number, held, ropes, layer_rope)
+            name: override_codec(method, number, replace(group, dtype=held), ropes, layer_rope)
             for name, method in wanted.round_trips.items()
         }
-        return RoundTripCodec(exact, methods)
+        return RoundTripCodec(exact, methods, held)
     if wanted == CodecOverride():
         return exact
     if wanted.noise is not None:

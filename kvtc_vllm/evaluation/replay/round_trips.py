@@ -5,8 +5,8 @@ the tier as they are, and whenever one is loaded, it goes through the encoder an
 the method whose turn it is. The KV that a replay sees is what it would be if the encoder had run
 when the chunk was stored, since a codec is a function of the chunk alone.
 
-A cache of float32 stands for one of bfloat16, on CPUs that multiply bfloat16 slowly: methods get
-chunks rounded to it, and bytes are of those.
+A cache of float32 can stand for one of bfloat16, on CPUs that multiply bfloat16 slowly: methods
+then get chunks rounded to it, and bytes are of those.
 """
 
 from __future__ import annotations
@@ -55,21 +55,22 @@ TURN = Turn()
 """Of this process: vLLM makes the codec, out of reach of who owns the engine."""
 
 
-def held_dtype(cache: torch.dtype) -> torch.dtype:
-    """Of the elements that methods store, for a cache's: bfloat16 in the place of float32."""
-    return torch.bfloat16 if cache == torch.float32 else cache
-
-
 class RoundTripCodec(Coder):
     """`encode` and `decode` as `ChunkCodec` has them; blobs are exact.
 
-    exact: the bit-exact codec. methods: by name, codecs whose round trip a load makes, of
-    elements of `held_dtype` of the cache's.
+    exact: the bit-exact codec. methods: by name, codecs whose round trip a load makes. held:
+    element type that they get and give, to which chunks are rounded; None: the cache's own.
     """
 
-    def __init__(self, exact: ChunkCodec, methods: Mapping[str, Coder]) -> None:
+    def __init__(
+        self,
+        exact: ChunkCodec,
+        methods: Mapping[str, Coder],
+        held: torch.dtype | None = None,
+    ) -> None:
         self._exact = exact
         self._methods = methods
+        self._held = held
 
     def encode(self, k: torch.Tensor, v: torch.Tensor, start: int, key: bytes = b"") -> bytes:
         """One chunk, bit-exact."""
@@ -87,7 +88,8 @@ class RoundTripCodec(Coder):
         if TURN.method is None:
             return chunk
         codec, cache = self._methods[TURN.method], chunk.k.dtype
-        k, v = chunk.k.to(held_dtype(cache)), chunk.v.to(held_dtype(cache))
+        held = cache if self._held is None else self._held
+        k, v = chunk.k.to(held), chunk.v.to(held)
         coded = codec.encode(k, v, chunk.start, key)
         TURN.count(key, k.nbytes + v.nbytes, len(coded))
         found = codec.decode(coded, chunk.start, chunk.k.shape[0], key)
