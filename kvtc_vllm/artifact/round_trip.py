@@ -55,6 +55,18 @@ def all_rows(
     )
 
 
+def round_trip_error(
+    codec: TransformCodec,
+    before: tuple[torch.Tensor, torch.Tensor],
+    after: tuple[torch.Tensor, torch.Tensor],
+    start: int,
+    name: SectionName,
+) -> float:
+    """`squared_error` of a chunk, K and V as the cache has them. start: of its first token."""
+    rows, other = (all_rows(codec.artifact, chunk, start, name) for chunk in (before, after))
+    return squared_error(codec, rows, other, name)
+
+
 def squared_error(
     codec: TransformCodec, rows: torch.Tensor, other: torch.Tensor, name: SectionName
 ) -> float:

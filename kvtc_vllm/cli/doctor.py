@@ -230,11 +230,10 @@ def _round_trip(directory: Path, ratio: float, checks: Checks, rank: int = 0) ->
     """Encode and decode the artifact's probe on the CPU, and hold it against what it promises."""
     from kvtc_vllm.artifact.directory import load_rank_artifact
     from kvtc_vllm.artifact.round_trip import (
-        all_rows,
         held_out_error,
         largest_error,
         probe_chunk,
-        squared_error,
+        round_trip_error,
     )
     from kvtc_vllm.codec.frame import TransformCodec
     from kvtc_vllm.codec.registry import open_codec
@@ -255,10 +254,7 @@ def _round_trip(directory: Path, ratio: float, checks: Checks, rank: int = 0) ->
     raw = k.nbytes + v.nbytes
     good, errors = True, []
     for name in artifact.section_names:
-        rows = all_rows(artifact, (k, v), start, name)
-        error = squared_error(
-            codec, rows, all_rows(artifact, (chunk.k, chunk.v), start, name), name
-        )
+        error = round_trip_error(codec, (k, v), (chunk.k, chunk.v), start, name)
         held_out = held_out_error(codec, name)
         good = good and error <= largest_error(held_out)
         errors.append(f"{name.upper()} {error:.4f} (held-out {held_out:.4f})")

@@ -20,6 +20,7 @@ from kvtc_vllm.artifact.round_trip import (
     held_out_error,
     largest_error,
     probe_chunk,
+    round_trip_error,
     squared_error,
 )
 from kvtc_vllm.codec.artifact import KINDS, PAIRED, SectionName
@@ -68,10 +69,7 @@ def run_self_test(
     rounding: dict[SectionName, float] = {}
     names = codec.artifact.section_names
     for name in names:
-        rows = all_rows(codec.artifact, before, start, name)
-        measured[name] = squared_error(
-            codec, rows, all_rows(codec.artifact, after, start, name), name
-        )
+        measured[name] = round_trip_error(codec, before, after, start, name)
         exact = all_rows(unscaled, (k, v), start, name)
         rounding[name] = squared_error(
             codec, exact, all_rows(codec.artifact, stored, start, name), name
@@ -119,10 +117,8 @@ def _check_parts(
     decoded = codec.decode(codec.encode(*before, start), start, len(before[0]))
     alone = decoded.k.to(before[0].device), decoded.v.to(before[1].device)
     for kind in KINDS:
-        rows = all_rows(codec.artifact, before, start, kind)
         found, promised = (
-            squared_error(codec, rows, all_rows(codec.artifact, chunk, start, kind), kind)
-            for chunk in (after, alone)
+            round_trip_error(codec, before, chunk, start, kind) for chunk in (after, alone)
         )
         if not found <= largest_error(promised):
             raise ArtifactError(

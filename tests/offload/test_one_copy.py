@@ -41,20 +41,22 @@ def files(root: Path) -> list[Path]:
 
 def until_files(engine: TwoRanks, root: Path, number: int) -> list[Path]:
     """Step until so many are written to their end; returns them."""
-    until = time.monotonic() + PATIENCE
-    while len(found := files(root)) < number or any(path.suffix == ".tmp" for path in found):
-        assert time.monotonic() < until
-        engine.step()
+
+    def written() -> bool:
+        found = files(root)
+        return len(found) >= number and all(path.suffix != ".tmp" for path in found)
+
+    engine.step_until(written)
+    found = files(root)
     assert len(found) == number
     return found
 
 
 def until_kept(engine: TwoRanks, number: int) -> None:
     """Step until memory holds so many chunks and the scheduler knows."""
-    until = time.monotonic() + PATIENCE
-    while len(engine.arena.keys()) < number or engine.scheduler.index.pending:
-        assert time.monotonic() < until
-        engine.step()
+    engine.step_until(
+        lambda: len(engine.arena.keys()) >= number and not engine.scheduler.index.pending
+    )
 
 
 class Held:

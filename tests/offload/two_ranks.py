@@ -189,21 +189,23 @@ class TwoRanks:
         """One in which nothing is computed."""
         self.apply(self.scheduler.plan_step(FakeOutput()))
 
-    def settle(self) -> None:
-        """Steps until nothing is under way."""
+    def step_until(self, reached: Callable[[], bool]) -> None:
+        """Step until it is so; fails if that takes too long."""
         until = time.monotonic() + PATIENCE
-        while self.scheduler.has_pending_work():
+        while not reached():
             assert time.monotonic() < until
             self.step()
 
+    def settle(self) -> None:
+        """Steps until nothing is under way."""
+        self.step_until(lambda: not self.scheduler.has_pending_work())
+
     def written(self, chunks: int) -> int:
         """Step until so many chunks are known to be on disk; returns the files that there are."""
-        until = time.monotonic() + PATIENCE
-        assert self.scheduler.disk is not None
+        disk = self.scheduler.disk
+        assert disk is not None
         assert self.root is not None
-        while len(self.scheduler.disk) < chunks:
-            assert time.monotonic() < until
-            self.step()
+        self.step_until(lambda: len(disk) >= chunks)
         return len(list(self.root.rglob("*.kvtc")))
 
     def compute(self, name: str, block: int = 0, chunks: int = 1) -> None:

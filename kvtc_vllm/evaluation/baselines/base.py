@@ -48,6 +48,13 @@ class Baseline(ABC):
         self.geometry = geometry
         self.dtype = dtype
         self.ropes: tuple[Rope | None, ...] = tuple(ropes) or (None,) * geometry.num_layers
+        self.prepare()
+
+    def prepare(self) -> None:  # noqa: B027 - many have nothing to prepare
+        """Make, once, of geometry, settings and statistics what every chunk needs.
+
+        The constructor calls it last. Raises ValueError for a geometry that the method can't take.
+        """
 
     @abstractmethod
     def compress(self, k: torch.Tensor, v: torch.Tensor, start: int) -> list[bytes]:

@@ -7,8 +7,6 @@ from typing import ClassVar
 
 import torch
 
-from kvtc_vllm.codec.artifact import Geometry
-from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.codec.shuffle import to_bytes
 from kvtc_vllm.codec.transform import keys_from_rows, rows_from_keys
 from kvtc_vllm.evaluation.baselines.base import Baseline
@@ -54,16 +52,9 @@ class DeltaKV(Baseline):
         "references": Setting(4, 1, 64, whole=True),
     }
 
-    def __init__(
-        self,
-        geometry: Geometry,
-        dtype: torch.dtype,
-        ropes: Sequence[Rope | None] = (),
-        **given: float,
-    ) -> None:
-        super().__init__(geometry, dtype, ropes, **given)
+    def prepare(self) -> None:
         self._stride, self._references = (int(self.values[n]) for n in ("stride", "references"))
-        for size in (geometry.head_size, geometry.head_size_v):
+        for size in (self.geometry.head_size, self.geometry.head_size_v):
             if size % GROUP:
                 raise ValueError(f"a head of {size} elements is no whole groups of {GROUP}")
 

@@ -28,13 +28,9 @@ class FittedBaseline(Baseline):
         statistics: ModelStatistics | str,
         **given: float,
     ) -> None:
-        super().__init__(geometry, dtype, ropes, **given)
         # A path, because the options of a run are JSON.
         if isinstance(statistics, str):
             statistics = ModelStatistics.load(Path(statistics))
         statistics.check(geometry)
         self.statistics = statistics
-        self.prepare()
-
-    def prepare(self) -> None:
-        """Make of the statistics, once, what every chunk needs."""
+        super().__init__(geometry, dtype, ropes, **given)

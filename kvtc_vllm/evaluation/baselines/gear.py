@@ -7,9 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from kvtc_vllm.codec.artifact import Geometry
 from kvtc_vllm.codec.quantizers.uniform import INT2, INT4, UniformQuantizer
-from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.codec.shuffle import to_bytes
 from kvtc_vllm.evaluation.baselines.base import Baseline
 from kvtc_vllm.evaluation.baselines.formats import (
@@ -63,16 +61,9 @@ class Gear(Baseline):
         "outliers": Setting(0.02, 0, 0.5),
     }
 
-    def __init__(
-        self,
-        geometry: Geometry,
-        dtype: torch.dtype,
-        ropes: Sequence[Rope | None] = (),
-        **given: float,
-    ) -> None:
-        super().__init__(geometry, dtype, ropes, **given)
+    def prepare(self) -> None:
         self._rank = int(self.values["rank"])
-        self._value_channels = geometry.num_kv_heads * geometry.head_size_v
+        self._value_channels = self.geometry.num_kv_heads * self.geometry.head_size_v
         if self._value_channels % GROUP:
             raise ValueError(
                 f"{self._value_channels} values per token are no whole groups of {GROUP}"

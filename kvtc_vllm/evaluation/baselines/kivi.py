@@ -7,9 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from kvtc_vllm.codec.artifact import Geometry
 from kvtc_vllm.codec.quantizers.uniform import INT2, INT4, UniformQuantizer
-from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.codec.shuffle import to_bytes
 from kvtc_vllm.evaluation.baselines.base import Baseline
 from kvtc_vllm.evaluation.baselines.formats import (
@@ -44,18 +42,11 @@ class Kivi(Baseline):
     quantizer: ClassVar[UniformQuantizer] = INT2
     settings: ClassVar[Settings] = {"group": Setting(GROUP, 8, 256, whole=True)}
 
-    def __init__(
-        self,
-        geometry: Geometry,
-        dtype: torch.dtype,
-        ropes: Sequence[Rope | None] = (),
-        **given: float,
-    ) -> None:
-        super().__init__(geometry, dtype, ropes, **given)
+    def prepare(self) -> None:
         self._group = int(self.values["group"])
-        if geometry.head_size_v % self._group:
+        if self.geometry.head_size_v % self._group:
             raise ValueError(
-                f"a value head of {geometry.head_size_v} elements is no whole groups of "
+                f"a value head of {self.geometry.head_size_v} elements is no whole groups of "
                 f"{self._group}"
             )
 

@@ -7,10 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from kvtc_vllm.codec.artifact import Geometry
 from kvtc_vllm.codec.packing import pack, packed_size, unpack
 from kvtc_vllm.codec.quantizers.uniform import INT4
-from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.codec.shuffle import to_bytes
 from kvtc_vllm.evaluation.baselines.base import Baseline
 from kvtc_vllm.evaluation.baselines.formats import from_bytes, to_cache
@@ -39,14 +37,7 @@ class QuantSpec(Baseline):
     source = "QuantSpec, arXiv 2502.10424: hierarchical INT4 levels, keys per channel, group 128"
     levels: ClassVar[int]
 
-    def __init__(
-        self,
-        geometry: Geometry,
-        dtype: torch.dtype,
-        ropes: Sequence[Rope | None] = (),
-        **given: float,
-    ) -> None:
-        super().__init__(geometry, dtype, ropes, **given)
+    def prepare(self) -> None:
         self._parts = self.levels + 2
 
     def compress(self, k: torch.Tensor, v: torch.Tensor, start: int) -> list[bytes]:

@@ -8,8 +8,6 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from kvtc_vllm.codec.artifact import Geometry
-from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.evaluation.baselines.base import Baseline
 from kvtc_vllm.evaluation.baselines.formats import to_cache
 from kvtc_vllm.evaluation.baselines.turboquant import PARTS, code_vectors, read_vectors
@@ -38,15 +36,8 @@ class TurboQuantOutliers(Baseline):
     divisor: ClassVar[int]
     """One in so many channels is an outlier."""
 
-    def __init__(
-        self,
-        geometry: Geometry,
-        dtype: torch.dtype,
-        ropes: Sequence[Rope | None] = (),
-        **given: float,
-    ) -> None:
-        super().__init__(geometry, dtype, ropes, **given)
-        for size in (geometry.head_size, geometry.head_size_v):
+    def prepare(self) -> None:
+        for size in (self.geometry.head_size, self.geometry.head_size_v):
             if size // self.divisor < _LEAST_CHANNELS:
                 raise ValueError(f"a head of {size} elements is too small to be split")
 
