@@ -77,9 +77,10 @@ def _engine() -> Any:
     from vllm.config import KVTransferConfig
 
     from kvtc_vllm.config import kv_transfer_config
+    from kvtc_vllm.evaluation.replay.in_process import rest_in_idle_steps
 
     extra = {"preset": "raw", "memory_bytes": "256MiB", "load_gate": False, "encode_share": 1}
-    return LLM(
+    llm = LLM(
         model=str(MODEL),
         dtype="float32",
         enforce_eager=True,
@@ -91,6 +92,8 @@ def _engine() -> Any:
         disable_log_stats=False,
         kv_transfer_config=KVTransferConfig(**kv_transfer_config(extra)),
     )
+    rest_in_idle_steps(llm)
+    return llm
 
 
 class Bench:

@@ -115,6 +115,7 @@ def engine(keys: dict[str, Any], gpu_chunks: int) -> Iterator[Any]:
     from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 
     from kvtc_vllm.config import kv_transfer_config
+    from kvtc_vllm.evaluation.replay.in_process import rest_in_idle_steps
 
     extra = {"preset": "kvtc-16x", "load_gate": False, **keys}
     llm = LLM(
@@ -129,6 +130,7 @@ def engine(keys: dict[str, Any], gpu_chunks: int) -> Iterator[Any]:
         disable_log_stats=False,
         kv_transfer_config=KVTransferConfig(**kv_transfer_config(extra)),
     )
+    rest_in_idle_steps(llm)
     try:
         yield llm
     finally:

@@ -77,3 +77,8 @@ def _fp8_dtype(config: CacheConfig, name: str, stored: torch.dtype) -> torch.dty
             "use scales from the checkpoint, or none"
         )
     return FP8[name]
+
+
+def movable(x: torch.Tensor) -> torch.Tensor:
+    """fp8 as bytes: few operations take it on every device."""
+    return x.view(torch.uint8) if is_fp8(x.dtype) else x

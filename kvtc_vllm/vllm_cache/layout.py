@@ -13,109 +13,15 @@ every tensor operation can do on every device, and are fp8 outside.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 
-from kvtc_vllm.codec.kernels.paged import PagedCache, PagedTensor
+from kvtc_vllm.codec.kernels.paged import PagedCache
 from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup
-from kvtc_vllm.vllm_cache.cache_dtype import is_fp8
+from kvtc_vllm.vllm_cache.cache_dtype import is_fp8, movable
 from kvtc_vllm.vllm_cache.compat import UnsupportedError
-
-
-class _PageOrder(Protocol):
-    """Converts pages [n, H, N, D + Dv] to and from K [n, H, N, D], V [n, H, N, Dv]."""
-
-    def split(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
-
-    def join(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor: ...
-
-    def sides(self, tensors: Sequence[torch.Tensor]) -> PagedCache:
-        """Views of K and V. Raises UnsupportedError if strides can't express the order."""
-        ...
-
-
-class _PackedOrder:
-    """K in the first head_size elements of the last dimension, V in the rest."""
-
-    def __init__(self, head_size: int) -> None:
-        self._head_size = head_size
-
-    def split(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return pages[..., : self._head_size], pages[..., self._head_size :]
-
-    def join(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return torch.cat((k, v), dim=-1)
-
-    def sides(self, tensors: Sequence[torch.Tensor]) -> PagedCache:
-        return PagedCache.packed(tensors, self._head_size)
-
-
-class _LatentOrder:
-    """V in the first elements of the last dimension, K in the rest."""
-
-    def __init__(self, head_size_v: int) -> None:
-        self._head_size_v = head_size_v
-
-    def split(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return pages[..., self._head_size_v :], pages[..., : self._head_size_v]
-
-    def join(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return torch.cat((v, k), dim=-1)
-
-    def sides(self, tensors: Sequence[torch.Tensor]) -> PagedCache:
-        keys, values = zip(*map(self.split, tensors), strict=True)
-        return PagedCache(PagedTensor.of(keys), PagedTensor.of(values))
-
-
-class _PermutedOrder:
-    """A head's page is K in one order of its elements, then V in another.
-
-    k_source[f] = token * head_size + dim of the element at place f of the K half.
-    """
-
-    def __init__(self, tokens: int, head_size: int, k_source: torch.Tensor, v_source: torch.Tensor):
-        self._tokens, self._head_size = tokens, head_size
-        self._sources = (k_source, v_source)
-        self._places = (torch.argsort(k_source), torch.argsort(v_source))
-
-    def split(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        n, heads = pages.shape[:2]
-        halves = pages.reshape(n, heads, 2, self._tokens * self._head_size)
-        shape = (n, heads, self._tokens, self._head_size)
-        k, v = (halves[:, :, i].index_select(2, self._places[i]).view(shape) for i in (0, 1))
-        return k, v
-
-    def join(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        n, heads = k.shape[:2]
-        halves = [
-            x.reshape(n, heads, -1).index_select(2, source)
-            for x, source in zip((k, v), self._sources, strict=True)
-        ]
-        return torch.stack(halves, dim=2).view(n, heads, self._tokens, 2 * self._head_size)
-
-    def sides(self, tensors: Sequence[torch.Tensor]) -> PagedCache:
-        k_place, v_place = self._places
-        return PagedCache(
-            PagedTensor.of([self._view(x, k_place, 0) for x in tensors]),
-            PagedTensor.of(
-                [self._view(x, v_place, self._tokens * self._head_size) for x in tensors]
-            ),
-        )
-
-    def _view(self, pages: torch.Tensor, places: torch.Tensor, first: int) -> torch.Tensor:
-        """One half of every head's page as [n, H, N, D], without copying."""
-        place = places.view(self._tokens, self._head_size)
-        token, dim = int(place[1, 0]), int(place[0, 1])
-        strides = torch.arange(self._tokens)[:, None] * token + torch.arange(self._head_size) * dim
-        if not torch.equal(place, strides) or not pages[0, 0].is_contiguous():
-            raise UnsupportedError("the CPU backend's page order has no strides")
-        n, heads = pages.shape[:2]
-        return pages.as_strided(
-            (n, heads, self._tokens, self._head_size),
-            (*pages.stride()[:2], token, dim),
-            pages.storage_offset() + first,
-        )
+from kvtc_vllm.vllm_cache.cpu_pages import cpu_page_order
+from kvtc_vllm.vllm_cache.page_order import LatentOrder, PackedOrder, PageOrder
 
 
 class PagedLayout:
@@ -150,7 +56,7 @@ class PagedLayout:
                     f"layer {name}: KV cache {tuple(tensor.shape)} {tensor.dtype} is not "
                     f"[blocks, {group.num_kv_heads}, tokens, {width}] {group.dtype}"
                 )
-        self._tensors = [_movable(tensor) for tensor in self.tensors]
+        self._tensors = [movable(tensor) for tensor in self.tensors]
         self.tables = len(group.tables)
         """Block tables of the group."""
         # Of each layer, counted within the group.
@@ -160,13 +66,13 @@ class PagedLayout:
         # A backend may split one scheduler block into several kernel blocks.
         self._kernel_tokens = int(first.shape[2])
         self._split = group.block_size // self._kernel_tokens
-        self._order: _PageOrder
+        self._order: PageOrder
         if group.latent:
-            self._order = _LatentOrder(group.head_size_v)
+            self._order = LatentOrder(group.head_size_v)
         elif first.device.type == "cpu":
-            self._order = _cpu_page_order(self._kernel_tokens, group)
+            self._order = cpu_page_order(self._kernel_tokens, group)
         else:
-            self._order = _PackedOrder(group.head_size)
+            self._order = PackedOrder(group.head_size)
 
     @property
     def device(self) -> torch.device:
@@ -209,20 +115,23 @@ class PagedLayout:
 
     def unpack(self, copied: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """K [T, L, H, D] and V [T, L, H, Dv] of what `copy` returned; on any thread."""
-        keys, values = [], []
-        for pages in copied:
-            k, v = self._order.split(pages)
-            keys.append(k.transpose(1, 2).flatten(0, 1))
-            values.append(v.transpose(1, 2).flatten(0, 1))
-        dtype = self._group.dtype
-        return torch.stack(keys, dim=1).view(dtype), torch.stack(values, dim=1).view(dtype)
+        group = self._group
+        layers, pages, heads, tokens = copied.shape[:4]
+        k = copied.new_empty((pages, tokens, layers, heads, group.head_size))
+        v = copied.new_empty((pages, tokens, layers, heads, group.head_size_v))
+        for layer, source in enumerate(copied):
+            # A layer's pages stay in the processor's cache between the two copies.
+            keys, values = self._order.split(source)
+            k[:, :, layer] = keys.transpose(1, 2)
+            v[:, :, layer] = values.transpose(1, 2)
+        return k.flatten(0, 1).view(group.dtype), v.flatten(0, 1).view(group.dtype)
 
     def scatter(
         self, block_ids: Sequence[int], k: torch.Tensor, v: torch.Tensor, first_layer: int = 0
     ) -> None:
         """Write K [T, l, H, D] and V [T, l, H, Dv] of layers first_layer.. into blocks."""
         pages = self._pages(block_ids)
-        k, v = _movable(k.to(self.device)), _movable(v.to(self.device))
+        k, v = movable(k.to(self.device)), movable(v.to(self.device))
         for i in range(k.shape[1]):
             layer = first_layer + i
             self._tensors[layer][pages[self._table[layer]]] = self._order.join(
@@ -280,74 +189,3 @@ def _elements(tensor: torch.Tensor, group: CacheGroup) -> torch.Tensor:
         tensor = tensor.unsqueeze(1)
     fp8 = tensor.dtype == torch.uint8 and is_fp8(group.dtype)
     return tensor.view(group.dtype) if fp8 else tensor
-
-
-def _movable(x: torch.Tensor) -> torch.Tensor:
-    """fp8 as bytes: few operations take it on every device."""
-    return x.view(torch.uint8) if is_fp8(x.dtype) else x
-
-
-def _cpu_page_order(tokens: int, group: CacheGroup) -> _PermutedOrder:
-    """Learn the CPU backend's order of one head's page.
-
-    Element (token, dim) carries the integer token * head_size + dim, so reading
-    integers back gives the order. Where the operator only copies elements, they
-    carry its bits. Into an fp8 cache it converts them, and they carry one octal
-    digit after the other: both fp8 types hold 0 to 7 exactly.
-    """
-    size, dtype = group.head_size, group.dtype
-    if group.head_size_v != size:
-        raise UnsupportedError(
-            f"head_size_v={group.head_size_v} differs from head_size={size} on the CPU backend"
-        )
-    everything = torch.arange(tokens * size)
-    if is_fp8(dtype):
-        halves = torch.zeros(2, tokens * size, dtype=torch.long)
-        for shift in range(0, len(everything).bit_length(), 3):
-            digits = (everything >> shift & 7).to(group.model_dtype or torch.float32)
-            halves += _written_by_cpu(digits, tokens, group).float().long() << shift
-    else:
-        if dtype.itemsize == 2 and tokens * size > 1 << 15:
-            raise UnsupportedError(
-                f"a page of {tokens} tokens x {size} is too large to probe; use a smaller block "
-                "size"
-            )
-        as_int = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
-        pattern = everything.to(as_int).view(dtype)
-        halves = _written_by_cpu(pattern, tokens, group).view(as_int).long()
-    for half in halves:
-        if not torch.equal(half.sort().values, everything):
-            raise UnsupportedError("the CPU backend's page order is not a permutation")
-    return _PermutedOrder(tokens, size, halves[0], halves[1])
-
-
-def _written_by_cpu(values: torch.Tensor, tokens: int, group: CacheGroup) -> torch.Tensor:
-    """One head's page after vLLM's operator wrote `values` [tokens * D] as K and as V.
-
-    Returns [2, tokens * D] of the cache dtype, in the order of memory.
-    """
-    from vllm import _custom_ops as ops
-    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
-
-    size, dtype = group.head_size, group.dtype
-    page = _movable(torch.zeros(2, 1, tokens, 2 * size, dtype=dtype))
-    # As `CPUAttentionBackendImpl.do_kv_cache_update` divides the registered tensor.
-    k_half, v_half = page.view(2, 1, 2 * tokens, size).chunk(2, dim=2)
-    pattern = values.view(tokens, 1, size)
-    name: str = "auto"
-    isa_options: tuple[str, ...] = ()
-    if is_fp8(dtype):
-        name = "fp8_e5m2" if dtype == torch.float8_e5m2 else "fp8_e4m3"
-        isa_options = (name,)
-    ops.cpu_attn_reshape_and_cache(
-        pattern,
-        pattern,
-        k_half,
-        v_half,
-        torch.arange(tokens) + tokens,
-        _get_attn_isa(values.dtype, tokens, size, *isa_options),
-        k_scale=1.0,
-        v_scale=1.0,
-        kv_cache_dtype=name,
-    )
-    return page[1, 0].reshape(2, tokens * size).view(dtype)

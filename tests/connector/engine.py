@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvtc_vllm.config import kv_transfer_config
+from kvtc_vllm.evaluation.replay.in_process import rest_in_idle_steps
 
 # One process: start-up takes seconds instead of half a minute, and the worker is reachable.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -51,6 +52,7 @@ def engine(model: Path, extra: dict[str, Any] | None, **options: Any) -> Iterato
     try:
         llm = LLM(model=str(model), **settings)
         _count_every_step(llm.llm_engine)
+        rest_in_idle_steps(llm)
         yield llm
     finally:
         if llm is not None:

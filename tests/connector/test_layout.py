@@ -10,7 +10,8 @@ import torch
 from kvtc_vllm.offload.geometry import CacheGroup
 from kvtc_vllm.vllm_cache.compat import UnsupportedError, check_version
 from kvtc_vllm.vllm_cache.geometry import layer_number
-from kvtc_vllm.vllm_cache.layout import PagedLayout, _PackedOrder
+from kvtc_vllm.vllm_cache.layout import PagedLayout
+from kvtc_vllm.vllm_cache.page_order import PackedOrder
 
 GEOMETRY = CacheGroup(
     layer_names=("layers.0", "layers.1", "layers.2"),
@@ -25,7 +26,7 @@ GEOMETRY = CacheGroup(
 def packed(caches: dict[str, torch.Tensor], geometry: CacheGroup = GEOMETRY) -> PagedLayout:
     """A layout that reads pages as on GPU, on CPU tensors."""
     layout = PagedLayout(caches, geometry)
-    layout._order = _PackedOrder(geometry.head_size)
+    layout._order = PackedOrder(geometry.head_size)
     return layout
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from kvtc_vllm.evaluation.methods import Method
 from kvtc_vllm.evaluation.replay.connector import MODULE, NAME
+from kvtc_vllm.evaluation.replay.in_process import rest_in_idle_steps
 from kvtc_vllm.evaluation.replay.scoring import PROCESSOR, forced
 from kvtc_vllm.evaluation.scores import Scores
 from kvtc_vllm.evaluation.tasks import Example
@@ -75,6 +76,7 @@ class ReplayEngine:
             ),
             **settings,
         )
+        rest_in_idle_steps(self._llm)
         settled = self._llm.llm_engine.vllm_config
         scheduler = self._llm.llm_engine.engine_core.engine_core.scheduler
         self.chunk_tokens = int(scheduler.connector.chunk_tokens)
