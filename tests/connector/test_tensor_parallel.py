@@ -203,10 +203,10 @@ def test_two_stages_and_their_restart(reference_model: Path, tmp_path: Path) -> 
 @FAMILIES
 def test_kvtc_on_two_stages(reference_model: Path, tmp_path: Path) -> None:
     """Each stage codes its layers by its layer group of one artifact."""
-    options = {"--codec": "kvtc", "--ratios": "4", "--layers-per-group": "4"}
-    calibrate(reference_model, tmp_path, 100_000, 1024, options)
+    options = {"--codec": "kvtc", "--ratios": "4", "--layers-per-group": "4", "--tokens": "4000"}
+    calibrate(reference_model, tmp_path, 40_000, 1024, options)
     extra = {"codec": "kvtc", "ratio": 4, "registry": [str(tmp_path)], "memory_bytes": "64MiB"}
-    found = run(reference_model, extra, tmp_path / "run", STAGES, prompts=4)
+    found = run(reference_model, extra, tmp_path / "run", STAGES, prompts=4, tokens=32)
     assert loads_are_good(found)
     assert agreement(*found["tokens"]) > AGREEMENT
     values = found["metrics"]
