@@ -35,6 +35,10 @@ class UnknownLayersError(ValueError):
     """A configuration that does not say what its layers keep; the message says what lacks."""
 
 
+class RefusedLayersError(ValueError):
+    """A configuration with layers that an engine refuses; the message says which."""
+
+
 @dataclass(frozen=True)
 class LayerKind:
     """Layers of one kind.
@@ -70,14 +74,19 @@ class LayerKind:
 def layer_kinds(config: Mapping[str, Any]) -> list[LayerKind]:
     """The kinds of a model by its configuration.
 
-    Raises UnknownLayersError for one that lacks something, is damaged, or has layers of a kind that
-    is not known.
+    Raises RefusedLayersError for one with caches that an engine refuses, UnknownLayersError for one
+    that lacks something, is damaged, or has layers of a kind that is not known.
     """
     try:
         text = config.get("text_config", config)
+        # As vLLM tells these models: the field is there, whatever it says.
+        if "index_topk" in text:
+            raise RefusedLayersError(
+                "index_topk: caches of sparse attention are refused, KVTC does not read them"
+            )
         counts = Counter(_layer_types(text))
         kinds = [_kind(text, name, layers) for name, layers in counts.items()]
-    except UnknownLayersError:
+    except (RefusedLayersError, UnknownLayersError):
         raise
     except Exception as error:  # a file from anywhere: any field may hold anything
         problem = f"{type(error).__name__}: {error}"

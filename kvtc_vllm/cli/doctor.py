@@ -119,12 +119,15 @@ def _plugin(checks: Checks) -> None:
 
 def _layers(model: str, ratio: float, checks: Checks) -> None:
     """What the model keeps of a prefix, and the ratio that is to be expected of all of it."""
-    from kvtc_vllm.artifact.cache_kinds import expected_ratio, layer_kinds
+    from kvtc_vllm.artifact.cache_kinds import RefusedLayersError, expected_ratio, layer_kinds
     from kvtc_vllm.artifact.identity import model_directory
 
     try:
         config = json.loads((model_directory(model) / "config.json").read_text())
         kinds = layer_kinds(config)
+    except RefusedLayersError as error:
+        checks.add(False, "layers", str(error))
+        return
     except (ArtifactError, OSError, ValueError) as error:
         checks.add(None, "layers", f"not known: {error}")
         return

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ from kvtc_vllm.connector.memory_tier import with_joint
 from kvtc_vllm.connector.messages import ReportMessage, StepMessage, WorkerStart
 from kvtc_vllm.connector.metrics import KVTCPromMetrics, KVTCStats
 from kvtc_vllm.connector.one_copy import wants_one_copy
+from kvtc_vllm.connector.rounds import rounds_of_engine
 from kvtc_vllm.connector.stages import world_rank
 from kvtc_vllm.connector.startup import CodecFactory, build_worker
 from kvtc_vllm.offload.geometry import check_budget, check_chunks, with_whole_blocks
@@ -69,42 +71,12 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
         codec_factory: CodecFactory | None = None,
     ) -> None:
         """vLLM gives the first three. config: instead of what the user's JSON says."""
-        version = vllm_version()
-        check_version(version)
+        check_version(vllm_version())
         super().__init__(vllm_config, role, kv_cache_config)
-        transfer = self._kv_transfer_config
-        self._config = config or load_config(transfer.kv_connector_extra_config)
         self._codec_factory = codec_factory
-        if self._config.disk_path is not None:
-            algorithm = str(vllm_config.cache_config.prefix_caching_hash_algo)
-            check_stable_hashes(version, algorithm)
-        self._geometry = read_geometry(vllm_config, kv_cache_config)
-        if "chunk_tokens" not in transfer.kv_connector_extra_config:
-            self._config = with_whole_blocks(self._config, self._geometry)
-        self._config = with_latent_ratio(
-            self._config, self._geometry, transfer.kv_connector_extra_config
-        )
-        self._one_copy = wants_one_copy(
-            self._config,
-            self._geometry,
-            foreign=codec_factory is not None,
-            says=role == KVConnectorRole.WORKER,
-        )
-        self._config = with_joint(
-            self._config,
-            len(self._geometry.groups),
-            vllm_config.device_config.device_type,
-            foreign=codec_factory is not None,
-            one_copy=self._one_copy,
-            says=role == KVConnectorRole.WORKER,
-        )
-        # Both sides check, so that the worker, made first, fails before it loads an artifact.
-        check_chunks(self._config, self._geometry)
-        self._lookup = look_up(vllm_config.model_config, self._config, self._geometry)
-        self._config = self._lookup.config
-        bounds = record_bounds(vllm_config.model_config, self._lookup, self._geometry)
-        self._bound = sum(bounds)
-        check_budget(self._config, 1 if self._one_copy else self._geometry.ranks, self._bound)
+        self._rounds = rounds_of_engine() if role == KVConnectorRole.WORKER else None
+        with self._rounds or nullcontext():
+            bounds = self._read_set_up(vllm_config, kv_cache_config, config, codec_factory, role)
         self._scheduler: KVTCScheduler | None = None
         self._make_scheduler: Callable[..., KVTCScheduler] | None = None
         self._block_pool: Any = None
@@ -113,6 +85,7 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
         if source is not None:
             self._cache_hit_source = source
         if role == KVConnectorRole.SCHEDULER:
+            transfer = self._kv_transfer_config
             self._make_scheduler = partial(
                 KVTCScheduler,
                 self._config,
@@ -143,14 +116,16 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Start-up of a worker: artifact, codec, self-test."""
-        self._worker = build_worker(
-            self._vllm_config,
-            self._lookup,
-            self._geometry,
-            kv_caches,
-            self._codec_factory,
-            self._one_copy,
-        )
+        with self._rounds or nullcontext():
+            self._worker = build_worker(
+                self._vllm_config,
+                self._lookup,
+                self._geometry,
+                kv_caches,
+                self._codec_factory,
+                self._one_copy,
+                self._rounds,
+            )
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         """What this rank has on disk. Called once, after the caches were registered."""
@@ -320,6 +295,49 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
         return KVTCPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     # ----------------------------------------------------------------- private
+
+    def _read_set_up(
+        self,
+        vllm_config: VllmConfig,
+        kv_cache_config: KVCacheConfig,
+        config: KVTCConfig | None,
+        codec_factory: CodecFactory | None,
+        role: KVConnectorRole,
+    ) -> list[int]:
+        """Configuration, geometry and artifact; returns the most bytes of a record by group."""
+        transfer = self._kv_transfer_config
+        self._config = config or load_config(transfer.kv_connector_extra_config)
+        if self._config.disk_path is not None:
+            algorithm = str(vllm_config.cache_config.prefix_caching_hash_algo)
+            check_stable_hashes(vllm_version(), algorithm)
+        self._geometry = read_geometry(vllm_config, kv_cache_config)
+        if "chunk_tokens" not in transfer.kv_connector_extra_config:
+            self._config = with_whole_blocks(self._config, self._geometry)
+        self._config = with_latent_ratio(
+            self._config, self._geometry, transfer.kv_connector_extra_config
+        )
+        self._one_copy = wants_one_copy(
+            self._config,
+            self._geometry,
+            foreign=codec_factory is not None,
+            says=role == KVConnectorRole.WORKER,
+        )
+        self._config = with_joint(
+            self._config,
+            len(self._geometry.groups),
+            vllm_config.device_config.device_type,
+            foreign=codec_factory is not None,
+            one_copy=self._one_copy,
+            says=role == KVConnectorRole.WORKER,
+        )
+        # Both sides check, so that the worker, made first, fails before it loads an artifact.
+        check_chunks(self._config, self._geometry)
+        self._lookup = look_up(vllm_config.model_config, self._config, self._geometry)
+        self._config = self._lookup.config
+        bounds = record_bounds(vllm_config.model_config, self._lookup, self._geometry)
+        self._bound = sum(bounds)
+        check_budget(self._config, 1 if self._one_copy else self._geometry.ranks, self._bound)
+        return bounds
 
     @property
     def _live_worker(self) -> KVTCWorker:

@@ -13,15 +13,12 @@ import shutil
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
-from vllm.distributed import get_tp_group
+from typing import TYPE_CHECKING
 
 from kvtc_vllm.config import ConfigError, KVTCConfig
+from kvtc_vllm.connector.rounds import Gather
 from kvtc_vllm.offload.geometry import CacheGeometry
 from kvtc_vllm.tiers.shared_arena import SharedArena, SharedView
 
@@ -30,21 +27,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.kvtc")
 
-Gather = Callable[[Any], Sequence[Any]]
-"""What every rank of the group gives, in the order of ranks; all of them call it."""
-
 SECONDS = 30.0
 """For a rank to get the file."""
 _PATH_BYTES = 100
 """Of a socket's path, which the system limits."""
-
-
-def among_ranks(value: Any) -> list[Any]:
-    """A `Gather` of this worker's tensor-parallel ranks."""
-    group = get_tp_group()
-    found: list[Any] = [None] * group.world_size
-    torch.distributed.all_gather_object(found, value, group=group.cpu_group)
-    return found
 
 
 def wants_one_copy(
@@ -82,34 +68,7 @@ def _why_not(config: KVTCConfig, geometry: CacheGeometry, foreign: bool) -> str 
     return None
 
 
-class NameRounds:
-    """A `Gather` for the names of what computes, which ranks make together.
-
-    A rank that can't start leaves, so that the others do not wait for it.
-    """
-
-    def __init__(self, gather: Gather = among_ranks) -> None:
-        self._gather = gather
-        self._met = False
-
-    def __call__(self, own: bytes) -> Sequence[bytes]:
-        """Raises RuntimeError if another rank has left."""
-        self._met = True
-        parts = self._gather(own)
-        if not all(parts):
-            raise RuntimeError("kvtc: another rank could not start; its own message says why")
-        return parts
-
-    def leave(self) -> None:
-        """Tell the others, if they were not met yet, that this rank won't start."""
-        if not self._met:
-            self._met = True
-            self._gather(b"")
-
-
-def share_memory(
-    config: KVTCConfig, rank: int, gather: Gather = among_ranks
-) -> SharedArena | SharedView | None:
+def share_memory(config: KVTCConfig, rank: int, gather: Gather) -> SharedArena | SharedView | None:
     """The common memory: the first rank's to write, the others' to read; None if it can't be.
 
     All ranks call it together, and all get it or none does. Raises ConfigError instead of None if

@@ -22,8 +22,9 @@ from kvtc_vllm.connector.artifact_lookup import Lookup
 from kvtc_vllm.connector.halver import make_halver
 from kvtc_vllm.connector.identity import setup_identity
 from kvtc_vllm.connector.memory_tier import make_memory
-from kvtc_vllm.connector.one_copy import NameRounds, share_memory
+from kvtc_vllm.connector.one_copy import share_memory
 from kvtc_vllm.connector.rank_artifacts import load_artifacts
+from kvtc_vllm.connector.rounds import Rounds
 from kvtc_vllm.connector.scales import find_scales, joined_scales
 from kvtc_vllm.connector.sizing import log_plan, plan_memory
 from kvtc_vllm.connector.stages import stage_layers, worker_rank
@@ -41,7 +42,7 @@ from kvtc_vllm.offload.transfer import Transfer
 from kvtc_vllm.offload.weights import WeightsWatch
 from kvtc_vllm.offload.worker import KVTCWorker
 from kvtc_vllm.tiers.disk import DiskError, DiskStore, NamespaceRecord
-from kvtc_vllm.tiers.shared_arena import SharedArena, SharedView
+from kvtc_vllm.tiers.shared_arena import SharedView
 from kvtc_vllm.vllm_cache.compat import vllm_version
 from kvtc_vllm.vllm_cache.layout import paged_layouts
 from kvtc_vllm.vllm_cache.live_model import LiveModel
@@ -66,33 +67,18 @@ def build_worker(
     kv_caches: dict[str, torch.Tensor],
     codec_factory: CodecFactory | None = None,
     one_copy: bool = False,
+    rounds: Rounds | None = None,
 ) -> KVTCWorker:
     """Everything a rank needs before its first step.
 
     one_copy: the first rank is to keep what all have, for all, if it has memory that they can read.
-    Raises ArtifactError or UnsupportedError, one clear line, if it can't serve.
+    rounds: of an engine with several ranks, all of which start together. Raises ArtifactError or
+    UnsupportedError, one clear line, if it can't serve.
     """
     shared = None
     if one_copy:
-        shared = share_memory(lookup.config, worker_rank(geometry).tensor)
-    rounds = None if shared is None else NameRounds()
-    try:
-        return _build(vllm_config, lookup, geometry, kv_caches, codec_factory, shared, rounds)
-    except BaseException:
-        if rounds is not None:
-            rounds.leave()
-        raise
-
-
-def _build(
-    vllm_config: VllmConfig,
-    lookup: Lookup,
-    geometry: CacheGeometry,
-    kv_caches: dict[str, torch.Tensor],
-    codec_factory: CodecFactory | None,
-    shared: SharedArena | SharedView | None,
-    rounds: NameRounds | None,
-) -> KVTCWorker:
+        assert rounds is not None
+        shared = share_memory(lookup.config, worker_rank(geometry).tensor, rounds)
     config, place = lookup.config, worker_rank(geometry)
     layers = None
     if geometry.pp_size > 1:
@@ -161,8 +147,11 @@ def _build(
         else None,
         may_sleep=bool(vllm_config.model_config.enable_sleep_mode),
         gather=rounds,
+        one_name=shared is not None,
     )
     names.rename(b"")
+    if rounds is not None:
+        rounds.started()
     disk = _open_disk(config, geometry, names, place.world, plan.staging)
     worker = KVTCWorker(
         config,

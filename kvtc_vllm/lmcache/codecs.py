@@ -11,7 +11,7 @@ import torch
 import xxhash
 
 from kvtc_vllm.artifact import registry
-from kvtc_vllm.artifact.cache_kinds import UnknownLayersError, layer_kinds
+from kvtc_vllm.artifact.cache_kinds import RefusedLayersError, UnknownLayersError, layer_kinds
 from kvtc_vllm.artifact.card import load_card
 from kvtc_vllm.artifact.directory import load_rank_artifact
 from kvtc_vllm.artifact.identity import model_directory, model_identity
@@ -46,6 +46,7 @@ class CodecBook:
         self._settings = settings
         self._identity = model_identity(settings.model)
         _check_kinds(settings.model)
+        self._page_order = _page_order(settings)
         self._lock = threading.Lock()
         self._codecs: dict[tuple[int, torch.dtype], RankCodecs] = {}
         self._fingerprints: dict[int, str] = {}
@@ -60,7 +61,8 @@ class CodecBook:
             return found
 
     def fingerprint(self, kv_rank: int) -> str:
-        """Names the artifact of this worker and its peers: 16 hexadecimal digits.
+        """Names the artifact of this worker and its peers, and how chunks are read: 16 hexadecimal
+        digits.
 
         Raises ArtifactError if there is none.
         """
@@ -68,8 +70,8 @@ class CodecBook:
         with self._lock:
             if tp_size not in self._fingerprints:
                 card = load_card(find_artifact(self._settings, tp_size))
-                name = xxhash.xxh3_64_hexdigest("".join(card.fingerprints).encode())
-                self._fingerprints[tp_size] = name
+                facts = "".join(card.fingerprints) + self._page_order
+                self._fingerprints[tp_size] = xxhash.xxh3_64_hexdigest(facts.encode())
             return self._fingerprints[tp_size]
 
     def _load(self, shard: Shard, dtype: torch.dtype) -> RankCodecs:
@@ -87,6 +89,7 @@ class CodecBook:
         digest.update(artifact.fingerprint)
         for rope in artifact.ropes:
             digest.update(rope.fingerprint())
+        digest.update(self._page_order.encode())
         identity = digest.digest()
         codec = open_codec(
             artifact.codec,
@@ -100,11 +103,24 @@ class CodecBook:
         return RankCodecs(codec, raw, Recognition(artifact, probe))
 
 
+def _page_order(settings: LMCacheSettings) -> str:
+    """What a setting says of the order of bytes in a chunk; empty for the packed one.
+
+    A chunk that was read in a wrong order is kept raw, and is itself again in that order only.
+    """
+    if settings.page_order == "packed":
+        return ""
+    return f" {settings.page_order} {settings.block_size}"
+
+
 def _check_kinds(model: str) -> None:
-    """Raise ArtifactError for latents, whose chunks would be taken for K and V of one head."""
+    """Raise ArtifactError for latents, whose chunks would be taken for K and V of one head, and
+    for what an engine refuses."""
     config = json.loads((model_directory(model) / "config.json").read_text())
     try:
         kinds = layer_kinds(config)
+    except RefusedLayersError as error:
+        raise ArtifactError(f"model={model!r}: {error}") from error
     except UnknownLayersError:
         return  # an artifact of it decides
     if any(kind.kind == "latent" for kind in kinds):

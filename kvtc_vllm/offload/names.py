@@ -26,7 +26,7 @@ OpenStore = Callable[[bytes, bytes], DiskStore]
 """(identity, generation) -> the store of that namespace. Raises DiskError."""
 
 Gather = Callable[[bytes], Sequence[bytes]]
-"""What every rank gives, in the order of ranks. All ranks call it, in the same step."""
+"""What every rank gives, in the order of ranks. All ranks call it, at the same point."""
 
 _DIGEST_BYTES = 16
 
@@ -50,9 +50,12 @@ class Names:
 
     codecs: they write and read blobs of the present name. setup: None where nothing tells set-ups
     apart, in tests. open_store: None without a disk tier. may_sleep: the weights' memory may be
-    taken away while no step computes, and must not be read then. gather: where one copy is kept
-    for all ranks; the name is then one for all, of what computes on every one of them. changes:
-    times that other weights were found than those of the name before.
+    taken away while no step computes, and must not be read then. gather: of an engine with several
+    ranks, each of which computes with what the others give it. So its name is of what computes on
+    all of them, and ranks meet to make one. one_name: for all of them, since one copy is kept for
+    all; they meet for every name then. Else each has its own, and they meet for those without a
+    generation, which outlive the engine. changes: times that other weights were found than those of
+    the name before.
     """
 
     def __init__(
@@ -64,9 +67,11 @@ class Names:
         open_store: OpenStore | None = None,
         may_sleep: bool = False,
         gather: Gather | None = None,
+        one_name: bool = False,
     ) -> None:
         self._codecs = codecs
         self._gather = gather
+        self._one_name = one_name
         self._identity = b""
         self._setup = setup
         self._weights = weights if weights is not None else Unwatched()
@@ -79,7 +84,7 @@ class Names:
     def rename(self, generation: bytes) -> bool:
         """Make the name of what computes now; False if the weights are those of the last name.
 
-        With `gather` all ranks must do so in the same step, and wait for each other. Blobs that are
+        Where ranks meet all must do so in the same step, and wait for each other. Blobs that are
         being made under the last one meanwhile belong to an older epoch and are dropped.
         """
         digest = self._weights.digest()
@@ -88,8 +93,12 @@ class Names:
             self._identity = self._setup.digest(digest, generation)
         else:
             self._identity = xxhash.xxh3_128_digest(digest + generation)
-        if self._gather is not None:
-            digest, self._identity = _joined(self._gather(_padded(digest) + self._identity))
+        if self._gather is not None and (self._one_name or not generation):
+            weights, all_ranks = _joined(self._gather(_padded(digest) + self._identity))
+            if self._one_name:
+                digest, self._identity = weights, all_ranks
+            else:
+                self._identity = xxhash.xxh3_128_digest(self._identity + all_ranks)
         changed = self._digest is not None and digest != self._digest
         self._digest = digest
         self.changes += changed

@@ -6,7 +6,12 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kvtc_vllm.artifact.cache_kinds import ELEMENT_BYTES, UnknownLayersError, layer_kinds
+from kvtc_vllm.artifact.cache_kinds import (
+    ELEMENT_BYTES,
+    RefusedLayersError,
+    UnknownLayersError,
+    layer_kinds,
+)
 from kvtc_vllm.planning.errors import PlanError
 
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "auto": 2}
@@ -40,10 +45,10 @@ def token_bytes(config: Path) -> TokenBytes:
         raise PlanError(f"{path}: holds {type(found).__name__}, an object is right")
     try:
         kinds = layer_kinds(found)
+    except RefusedLayersError as error:
+        raise PlanError(f"{path}: {error}") from error
     except UnknownLayersError as error:
         raise PlanError(f"{path}: {error}; give the bytes: --kv-bytes-per-token") from error
-    if found.get("text_config", found).get("index_topk"):
-        raise PlanError(f"{path}: index_topk: caches of sparse attention are not served")
     others = [f"{kind.layers} x {kind.kind}" for kind in kinds if kind.kind not in _OF_ALL_TOKENS]
     if others:
         raise PlanError(

@@ -69,6 +69,19 @@ def test_doctor_finds_the_model_s_artifact_and_measures(
     assert "info serve       kvtc config kvtc-16x\n" in printed
 
 
+def test_doctor_says_of_sparse_attention_what_an_engine_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "index_topk": 2048}
+    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 2, **config}))
+    assert main(["doctor", str(tmp_path)]) == 1
+    printed = capsys.readouterr().out
+    (line,) = [line for line in printed.splitlines() if line[5:].startswith("layers")]
+    assert line.startswith("BAD")
+    assert "index_topk: caches of sparse attention are refused" in line
+    assert "net ratio" not in printed
+
+
 def test_doctor_says_with_which_codec_an_engine_takes_the_artifact(
     reference_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from kvtc_vllm.offload.geometry import CacheGeometry
 from kvtc_vllm.tiers import shared_arena
 from kvtc_vllm.tiers.shared_arena import SharedArena, SharedView
 from tests.connector.fakes import geometry
-from tests.offload.two_ranks import Meeting
+from tests.offload.two_ranks import Meeting, at_once
 
 MIB = 1 << 20
 
@@ -78,18 +77,6 @@ def _given(what: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def ranks() -> Iterator[Callable[..., list[Any]]]:
-    """Calls a function on two ranks at once; gives what each returned or raised."""
-    with ThreadPoolExecutor(2) as threads:
-
-        def both(call: Callable[[int], Any]) -> list[Any]:
-            running = [threads.submit(call, rank) for rank in range(2)]
-            return [one.exception() or one.result() for one in running]
-
-        yield both
-
-
-@pytest.fixture
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
@@ -101,9 +88,9 @@ def sharing(config: Any) -> Callable[[int], Any]:
 
 
 def test_the_others_get_the_first_ranks_memory(
-    ranks: Callable[..., list[Any]], directory: Path
+    directory: Path,
 ) -> None:
-    arena, view = ranks(sharing(settings()))
+    arena, view = at_once(sharing(settings()))
     assert isinstance(arena, SharedArena)
     assert isinstance(view, SharedView)
     arena.write(b"a", b"all that there is")
@@ -116,11 +103,11 @@ def test_the_others_get_the_first_ranks_memory(
 
 
 def test_pages_begin_where_the_first_rank_has_them(
-    ranks: Callable[..., list[Any]], directory: Path, monkeypatch: pytest.MonkeyPatch
+    directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may have made fewer than were asked for, behind a smaller table."""
     monkeypatch.setattr(shared_arena, "_MOST_PAGES", 3)
-    arena, view = ranks(sharing(settings(memory_bytes=64 * MIB)))
+    arena, view = at_once(sharing(settings(memory_bytes=64 * MIB)))
     arena.write(b"a", b"all that there is")
     ((_, place),) = arena.places([b"a"])
     assert view.read_at(place) == b"all that there is"
@@ -129,12 +116,12 @@ def test_pages_begin_where_the_first_rank_has_them(
 
 
 def test_a_long_path_for_temporary_files_is_no_obstacle(
-    ranks: Callable[..., list[Any]], directory: Path, monkeypatch: pytest.MonkeyPatch
+    directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deep = directory / ("d" * 100)
     deep.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(deep))
-    arena, view = ranks(sharing(settings()))
+    arena, view = at_once(sharing(settings()))
     assert isinstance(view, SharedView)
     assert list(deep.iterdir()) == []
     arena.close()
@@ -143,7 +130,6 @@ def test_a_long_path_for_temporary_files_is_no_obstacle(
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_if_one_rank_can_not_all_keep_their_own(
-    ranks: Callable[..., list[Any]],
     directory: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -154,39 +140,15 @@ def test_if_one_rank_can_not_all_keep_their_own(
 
     monkeypatch.setattr(one_copy, ("SharedArena", "_receive")[rank], fail)
     with caplog.at_level("WARNING", logger="vllm.kvtc"):
-        assert ranks(sharing(settings())) == [None, None]
+        assert at_once(sharing(settings())) == [None, None]
     (record,) = caplog.records
     assert "every rank keeps a copy of its own of all latents" in record.getMessage()
     assert "no such thing here" in record.getMessage()
     assert list(directory.iterdir()) == []
 
-    refused = ranks(sharing(settings(latent_copies="one")))
+    refused = at_once(sharing(settings(latent_copies="one")))
     assert all(isinstance(error, ConfigError) for error in refused)
     assert "no such thing here" in str(refused[0])
-
-
-def test_a_rank_that_can_not_start_tells_the_others(ranks: Callable[..., list[Any]]) -> None:
-    meeting = Meeting()
-
-    def name(rank: int) -> Any:
-        rounds = one_copy.NameRounds(partial(meeting, rank))
-        if rank == 1:
-            rounds.leave()
-            rounds.leave()  # once only
-            return None
-        return rounds(b"own")
-
-    failed, left = ranks(name)
-    assert isinstance(failed, RuntimeError)
-    assert left is None
-
-    def both(rank: int) -> Any:
-        rounds = one_copy.NameRounds(partial(meeting, rank))
-        parts = rounds(b"%d" % rank)
-        rounds.leave()  # of no concern to the others any more
-        return parts
-
-    assert ranks(both) == [[b"0", b"1"], [b"0", b"1"]]
 
 
 class Scheduler:

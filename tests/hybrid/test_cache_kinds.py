@@ -6,6 +6,7 @@ import pytest
 
 from kvtc_vllm.artifact.cache_kinds import (
     LayerKind,
+    RefusedLayersError,
     UnknownLayersError,
     expected_ratio,
     layer_kinds,
@@ -67,6 +68,14 @@ def test_latents_and_local_chunks() -> None:
         }
     )
     assert [(kind.kind, kind.reach) for kind in kinds] == [("full", None), ("local 8192", 8191)]
+
+
+def test_what_an_engine_refuses_is_refused() -> None:
+    """vLLM makes a cache of another kind as soon as the field is there."""
+    latents = {"num_hidden_layers": 61, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
+    for topk in (2048, None):
+        with pytest.raises(RefusedLayersError, match="index_topk: caches of sparse attention"):
+            layer_kinds({"text_config": {**latents, "index_topk": topk}})
 
 
 def test_what_a_configuration_does_not_say_is_named() -> None:

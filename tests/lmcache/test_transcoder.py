@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,29 @@ def test_what_does_not_fit_is_kept_raw(layout: Any, basis: dict[str, Any]) -> No
     coder.decode(blob, out, KEY)
     assert torch.equal(out, source)
     assert coder.counters.snapshot()["stored_raw_chunks"] == 1
+
+
+def test_chunks_that_were_read_in_another_order_are_not_offered() -> None:
+    """A server whose setting was wrong kept them raw, and its log says to set it right."""
+    settings: list[dict[str, Any]] = [
+        {},
+        {"page_order": "cpu", "block_size": 32},
+        {"page_order": "cpu", "block_size": 16},
+    ]
+    source = torch.randn(chunk(0).shape).bfloat16()
+    blobs = [make(**one).encode(source, KEY) for one in settings]
+    for number, one in enumerate(settings):
+        coder, out = make(**one), torch.zeros_like(source)
+        for blob in blobs[:number] + blobs[number + 1 :]:
+            for call in (coder.verify, partial(coder.decode, chunk=out)):
+                with pytest.raises(Refused) as refused:
+                    call(blob, key=KEY)
+                assert refused.value.reason == "fingerprint"
+        assert not out.any()
+        coder.decode(blobs[number], out, KEY)
+        assert torch.equal(out, source)
+    # So one server's are not looked at, and not deleted, by another.
+    assert len({make(**one).namespace(KEY) for one in settings}) == len(settings)
 
 
 def test_a_chunk_between_multiples_is_not_guessed(basis: dict[str, Any]) -> None:
@@ -223,6 +247,10 @@ def test_latents_are_refused_at_start(tmp_path: Path) -> None:
     """A chunk of theirs has the shape of one head's K and V, in another order."""
     (tmp_path / "config.json").write_text(json.dumps(PUBLIC["DeepSeek-V3"]))
     with pytest.raises(ArtifactError, match=r"latent attention .MLA.*serve it with KVTCConnector"):
+        make(model=str(tmp_path))
+    sparse = {**PUBLIC["DeepSeek-V3"], "index_topk": 2048}
+    (tmp_path / "config.json").write_text(json.dumps(sparse))
+    with pytest.raises(ArtifactError, match="caches of sparse attention are refused"):
         make(model=str(tmp_path))
 
 

@@ -362,23 +362,48 @@ def test_a_restart_offers_what_the_first_rank_finds(make: Make, tmp_path: Path) 
     assert again.counters()["disk_written_chunks"] == 0
 
 
-def test_other_weights_on_the_second_rank_are_another_name(make: Make, tmp_path: Path) -> None:
-    engine = make(tmp_path)
-    engine.store("a")
-    assert engine.written(1) == 1
+def test_a_restart_offers_what_each_rank_finds(make: Make, tmp_path: Path) -> None:
+    engine = make(tmp_path, one_copy=False)
+    engine.store("a", chunks=2)
+    until_files(engine, tmp_path, 4)
     engine.close()
-    original = torch.nn.init.zeros_
+    again = make(tmp_path, one_copy=False)
+    assert again.load("a", block=20, chunks=2) == set()
+    for old, new in zip(engine.ranks, again.ranks, strict=True):
+        assert old.codec.identity == new.codec.identity
+        assert all(torch.equal(new.page(20 + n), old.page(n)) for n in range(2 * BLOCKS))
 
-    class Other(TwoRanks):
-        def both(self, call: Any) -> list[Any]:
-            if not hasattr(self, "bad"):  # before the first name is made
-                original(self.ranks[1].model.weight)
-            return super().both(call)
 
-    again = Other(tmp_path)
+class StartsOtherwise(TwoRanks):
+    """One rank starts with other weights than the same files give the same engine elsewhere."""
+
+    changed = 0
+
+    def both(self, call: Any) -> list[Any]:
+        if not hasattr(self, "bad"):  # before the first name is made
+            torch.nn.init.zeros_(self.ranks[self.changed].model.weight)
+        return super().both(call)
+
+
+@pytest.mark.parametrize("one_copy", [True, False])
+@pytest.mark.parametrize("changed", [0, 1])
+def test_other_weights_on_one_rank_are_another_name_of_every_rank(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: int, one_copy: bool
+) -> None:
+    """What a rank keeps was computed by the weights of all."""
+    engine = make(tmp_path, one_copy=one_copy)
+    engine.store("a")
+    until_files(engine, tmp_path, 1 if one_copy else 2)
+    engine.close()
+    monkeypatch.setattr(StartsOtherwise, "changed", changed)
+    again = StartsOtherwise(tmp_path, one_copy=one_copy)
     try:
+        for old, new in zip(engine.ranks, again.ranks, strict=True):
+            assert old.codec.identity != new.codec.identity
         assert again.found("a") == 0
-        assert again.ranks[0].codec.identity != engine.ranks[0].codec.identity
+        again.store("a", block=8)
+        # Beside the others, which stay: of no rank is one in the place of another.
+        until_files(again, tmp_path, 2 if one_copy else 4)
     finally:
         again.close()
 
@@ -411,20 +436,28 @@ def test_a_chunk_put_off_needs_the_weights_of_both_steps(make: Make, changed: in
     assert [key for key, _, _ in told[1 - changed].stored] == [b"k"]
 
 
-def test_names_of_all_ranks_depend_on_each() -> None:
+@pytest.mark.parametrize("one_name", [True, False])
+def test_names_of_all_ranks_depend_on_each(one_name: bool) -> None:
     parts = {"weights": [b"a" * 16, b"b" * 16], "identity": [b"c" * 16, b"d" * 16]}
+    meetings = []
 
-    def name(ranks: int = 2) -> bytes:
-        told = [w + i for w, i in zip(parts["weights"], parts["identity"], strict=True)]
+    def name(ranks: int = 2, generation: bytes = b"") -> bytes:
+        def gather(own: bytes) -> list[bytes]:
+            meetings.append(own)
+            return [w + i for w, i in zip(*parts.values(), strict=True)][:ranks]
+
         codec = type("Codec", (), {"identity": b""})()
-        Names([codec], gather=lambda own: told[:ranks]).rename(b"")  # type: ignore[list-item]
+        Names([codec], gather=gather, one_name=one_name).rename(generation)  # type: ignore[list-item]
         return bytes(codec.identity)
 
-    before = name()
-    assert len(before) == 16
-    assert name(ranks=1) != before
-    parts["identity"][1] = b"e" * 16
-    assert name() != before
+    names = {name(), name(ranks=1)}
+    parts["identity"][1] = b"e" * 16  # which the rank's weights are in
+    names.add(name())
+    assert [len(found) for found in names] == [16] * 3
+    # A generation is of this engine alone: stages of a pipeline are not in one step together.
+    meetings.clear()
+    name(generation=b"nonce")
+    assert bool(meetings) == one_name
 
 
 def test_bounds_are_whole_pages(make: Make) -> None:

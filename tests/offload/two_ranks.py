@@ -58,6 +58,13 @@ class Meeting:
         return parts
 
 
+def at_once(call: Callable[[int], Any]) -> list[Any]:
+    """Call a function on two ranks at once; gives what each returned or raised."""
+    with ThreadPoolExecutor(2) as threads:
+        running = [threads.submit(call, rank) for rank in range(2)]
+        return [one.exception() or one.result() for one in running]
+
+
 class Rank:
     """Rank 0 keeps, rank 1 reads; or each keeps, where there is no arena of both. Each has weights
     and pages of its own."""
@@ -86,7 +93,8 @@ class Rank:
             [self.codec],
             weights=WeightsWatch([self.model]),
             open_store=partial(_open_store, root) if root is not None and keeps else None,
-            gather=None if arena is None else partial(meeting, number),
+            gather=partial(meeting, number),
+            one_name=arena is not None,
         )
         self.disk: DiskWorker | None = None
         self.make = lambda: KVTCWorker(
