@@ -16,6 +16,9 @@ recomputing would have taken from then on in its place in the queue: the time in
 burst of the same round had computed as many tokens as the request's and those of all before it,
 loaded or computed. Above 1 the request should have been computed. First tokens are compared place
 by place: the n-th of a burst with the n-th of the computed one.
+
+The file is written after every burst, `complete` says whether it was the last one: a run that is
+cut short leaves what it measured. A way is compared with the computed bursts of its own rounds.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +64,8 @@ class Bench:
             num_gpu_blocks_override=64 * (requests + 4),
         )
 
-    def run(self, rounds: int) -> dict[str, Any]:
-        """Store, then let the three ways take turns."""
+    def run(self, rounds: int, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        """Store, then let the three ways take turns; `save` gets what is known after each burst."""
         with self._engine as llm:
             scheduler = llm.llm_engine.engine_core.engine_core.scheduler.connector._scheduler
             policy = scheduler._load_policy
@@ -89,7 +94,8 @@ class Bench:
                             "given up": watch.given_up,
                         }
                         bursts[way].append(burst)
-                found[tier] = _summary(bursts)
+                        found[tier] = _summary(bursts)
+                        save(found)
             return found
 
     def _prompt(self) -> list[int]:
@@ -183,7 +189,7 @@ def _first_tokens(rounds: list[dict[str, Any]]) -> list[float]:
 def _waits(rounds: list[dict[str, Any]], computed: list[dict[str, Any]]) -> list[list[float]]:
     """Of each round, the waits as multiples of recomputing, see above."""
     waits = []
-    for burst, other in zip(rounds, computed, strict=True):
+    for burst, other in zip(rounds, computed[: len(rounds)], strict=True):
         first = sorted(other["first"])
         places = [min(-(-int(tokens) // TOKENS), len(first)) - 1 for tokens, _, _ in burst["loads"]]
         waits.append(
@@ -197,9 +203,11 @@ def _waits(rounds: list[dict[str, Any]], computed: list[dict[str, Any]]) -> list
 
 def _summary(bursts: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Medians over the rounds; waits of all rounds together, longest of each."""
-    computed = _first_tokens(bursts["computed"])
     found: dict[str, Any] = {}
     for way, rounds in bursts.items():
+        if not rounds:
+            continue
+        computed = _first_tokens(bursts["computed"][: len(rounds)])
         first = _first_tokens(rounds)
         ratios = [mine / theirs for mine, theirs in zip(first, computed, strict=True)]
         row: dict[str, Any] = {
@@ -239,10 +247,18 @@ def main() -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    result = {"requests": args.requests, "prompt_tokens": TOKENS, "rounds": args.rounds}
-    result |= Bench(args.requests).run(args.rounds)
-    print(json.dumps(result, indent=1), flush=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    about = {"requests": args.requests, "prompt_tokens": TOKENS, "rounds": args.rounds}
+    result = Bench(args.requests).run(args.rounds, partial(_save, args.out, about, False))
+    print(_save(args.out, about, True, result), flush=True)
+
+
+def _save(out: Path, about: dict[str, Any], complete: bool, result: dict[str, Any]) -> str:
+    """Write what is known to a file beside `out` that takes its place, and return the text."""
+    text = json.dumps(about | {"complete": complete} | result, indent=1)
+    part = out.with_name(f"{out.name}.part")
+    part.write_text(f"{text}\n")
+    part.replace(out)
+    return text
 
 
 if __name__ == "__main__":

@@ -7,12 +7,20 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 
+from kvtc_vllm.codec.errors import ContainerError
 from kvtc_vllm.offload.disk_news import DiskNews
 from kvtc_vllm.tiers.disk import DiskError
 from kvtc_vllm.tiers.keys import RecordKey
 
 LOST = frozenset({"missing", "corrupt", "foreign", "representative"})
 """Reasons of a failed read after which the chunk is not on disk any more."""
+
+
+def reason_of(error: Exception) -> str:
+    """Under which an exception of the tier is counted, whether a store declares it or not."""
+    if isinstance(error, ContainerError):
+        return "corrupt"
+    return error.reason if isinstance(error, DiskError) else "other"
 
 
 class DiskLosses:

@@ -11,7 +11,7 @@ from functools import partial
 
 from kvtc_vllm.codec.errors import CodecError, ContainerError
 from kvtc_vllm.offload.disk_asides import DiskAsides
-from kvtc_vllm.offload.disk_losses import DiskLosses
+from kvtc_vllm.offload.disk_losses import DiskLosses, reason_of
 from kvtc_vllm.offload.disk_news import TOLD_AT_ONCE, DiskHalved, DiskNews, Found
 from kvtc_vllm.offload.halver import Halver
 from kvtc_vllm.offload.namespace import START_SECONDS, Namespace
@@ -280,7 +280,8 @@ class DiskWorker:
         except Exception as error:
             with self._lock:
                 damaged = isinstance(error, DiskError | ContainerError) and epoch == self._epoch
-                self._losses.add((key,) if damaged else ())
+                if damaged:
+                    self._losses.add((key,))
             if damaged or not isinstance(error, CodecError):
                 self._count(error)
         finally:
@@ -387,11 +388,8 @@ class DiskWorker:
 
     def _count(self, error: Exception) -> None:
         """Whatever the exception is: one that a store does not declare is counted and logged."""
-        reason = error.reason if isinstance(error, DiskError) else "other"
-        if isinstance(error, ContainerError):
-            reason = "corrupt"
         with self._lock:
-            self._news.errors[reason] += 1
+            self._news.errors[reason_of(error)] += 1
         if not isinstance(error, DiskError):
             logger.error("kvtc: the disk tier failed", exc_info=error)
 
