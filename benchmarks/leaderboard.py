@@ -11,6 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from kvtc_vllm.evaluation.baselines import BASELINES
 from kvtc_vllm.evaluation.eviction import EVICTIONS
@@ -19,6 +22,7 @@ from kvtc_vllm.evaluation.reporting import report
 from kvtc_vllm.evaluation.reporting.leaderboard import Line, Task, joined, lines
 from kvtc_vllm.evaluation.reporting.plot import plot
 from kvtc_vllm.evaluation.reporting.results import EXACT, Row
+from kvtc_vllm.evaluation.reporting.seconds import told
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/quality/smollm2"
@@ -69,6 +73,14 @@ def read() -> list[Row]:
     found = [report.read(RESULTS / source / "results.json") for source in SOURCES]
     rows = joined(found, list(TASKS))
     return [row for row in rows if row.method != BIT_EXACT and not row.method.endswith(AGAIN)]
+
+
+def abouts() -> list[dict[str, Any]]:
+    """What the results of all sources say of themselves."""
+    return [
+        msgspec.json.decode((RESULTS / source / "results.json").read_bytes())["about"]
+        for source in SOURCES
+    ]
 
 
 def of_float32(rows: Sequence[Row]) -> frozenset[tuple[str, Task]]:
@@ -141,6 +153,9 @@ def page(rows: Sequence[Row]) -> str:
         "beside the settings of the method's paper; where there is none, these are the best. "
         "`kvtc eval MODEL --quick` measures every method on any model, on few short prompts: for "
         "[the stand-in](../benchmarks/quality/quick/results.md) in two minutes of one core.",
+        "",
+        f"Seconds that these results took, with CPUs alone: {told(abouts())}. The others were "
+        "measured before `kvtc eval` recorded them.",
         "",
     ]
     return "\n".join(text)
