@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from kvtc_vllm.evaluation.reporting import report
@@ -55,6 +56,20 @@ def test_methods_are_added_and_replaced(directory: Path) -> None:
     assert joined["command"] == "kvtc eval small; kvtc eval small --methods xkv"
     assert joined["documents"].endswith("for reports: essays 3, 11, 15; maths 7")
     assert rows == [FIRST[0], FIRST[1], FIRST[3], now[1], now[2]]
+
+
+def test_seconds_are_kept_by_command_and_told_with_how_many_have_none(tmp_path: Path) -> None:
+    first, second = "kvtc eval small --count 4", "kvtc eval small --count 8"
+    taken = {first: {"wall": 30, "processor": 20}, second: {"wall": 7, "processor": 5}}
+    report.write_rows(tmp_path, ABOUT, FIRST)  # Before seconds were recorded.
+    for command, seconds in taken.items():
+        about = {**ABOUT, "command": command, "seconds": {command: seconds}}
+        report.write_rows(tmp_path, *Earlier(tmp_path, about).joined(about, FIRST))
+    joined = msgspec.json.decode((tmp_path / "results.json").read_bytes())["about"]
+    assert joined["seconds"] == taken
+    line = "- seconds: 37 on the clock, 25 of processors, 2 of 3 commands"
+    assert line in report.head(joined)
+    assert not any("seconds" in line for line in report.head(ABOUT))
 
 
 def test_the_same_command_is_named_once(directory: Path) -> None:

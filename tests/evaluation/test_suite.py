@@ -74,6 +74,8 @@ def test_what_a_process_measured_before_it_failed_is_reported(
     assert path.exists() == wrote
     if wrote:
         assert {row.method for row in report.read(path)} == {"exact", *NAMES}
+        about = msgspec.json.decode(path.read_bytes())["about"]
+        assert set(about["seconds"]) == {about["command"]}
 
 
 def test_methods_with_the_same_workloads_run_together() -> None:

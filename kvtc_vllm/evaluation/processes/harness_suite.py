@@ -19,6 +19,7 @@ from kvtc_vllm.evaluation.processes.suite import (
 )
 from kvtc_vllm.evaluation.reporting import report
 from kvtc_vllm.evaluation.reporting.results import Row
+from kvtc_vllm.evaluation.reporting.seconds import Stopwatch
 from kvtc_vllm.evaluation.tasks import Source
 
 
@@ -64,6 +65,7 @@ def run_harness(
     found: list[Row] = []
     # lm-eval's own seed for few-shot examples, so that figures compare with other people's.
     about = describe(jobs[0].model, command, seed=1234)
+    stopwatch = Stopwatch(command)
     about["versions"]["lm-eval"] = version("lm-eval")
     about["warnings"] = []
     if jobs[0].source is not None:
@@ -82,6 +84,7 @@ def run_harness(
         found += [row for row in outcome.exact if row.task not in known]
         found += outcome.replay
         about["warnings"] += [text for text in outcome.warnings if text not in about["warnings"]]
+        about["seconds"] = stopwatch.read()
         everything = earlier.joined(about, found) if earlier else (about, found)
         report.write_rows(out, *everything)
         (out / "results.md").write_text(markdown(*everything), encoding="utf-8")
@@ -93,7 +96,7 @@ def run_harness(
 def markdown(about: dict[str, Any], found: Sequence[Row]) -> str:
     """A table per task, a line per method, with lm-eval's metrics."""
     lines = ["# lm-eval tasks over reloaded prefixes", ""]
-    lines += [f"- {key}: {value}" for key, value in about.items() if key != "warnings"]
+    lines += report.head({key: value for key, value in about.items() if key != "warnings"})
     lines += [
         "",
         "Every prompt was computed exactly and stored, the GPU cache dropped, and the prompt "

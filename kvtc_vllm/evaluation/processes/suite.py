@@ -19,6 +19,7 @@ from kvtc_vllm.evaluation.methods import Method
 from kvtc_vllm.evaluation.reporting import report
 from kvtc_vllm.evaluation.reporting.earlier import Earlier
 from kvtc_vllm.evaluation.reporting.results import Row, exact_rows, rows
+from kvtc_vllm.evaluation.reporting.seconds import Stopwatch
 from kvtc_vllm.evaluation.tasks import Source
 
 CPU_CACHE, CPU_CACHE_GIB = "VLLM_CPU_KVCACHE_SPACE", "2"
@@ -66,6 +67,7 @@ def run_suite(
     failures: list[str] = []
     used: dict[str, None] = {}
     about = describe(model, command, seed)
+    stopwatch = Stopwatch(command)
     earlier = open_earlier(out, about) if add else None
     groups = _groups(plan, share)
     for number, (methods, workloads) in enumerate(groups, start=1):
@@ -104,6 +106,7 @@ def run_suite(
             about["documents"] = describe_documents(source, used)
         if share:
             about["exact passes"] = SHARED_PASSES
+        about["seconds"] = stopwatch.read()
         report.write(out, *(earlier.joined(about, found) if earlier else (about, found)))
     if failures:
         raise SuiteError("; ".join(failures))

@@ -75,6 +75,8 @@ class Earlier:
         joined = {**self._about, **about, "command": "; ".join(commands)}
         if "documents" in self._about and "documents" in about:
             joined["documents"] = _joined_documents(self._about["documents"], about["documents"])
+        if "seconds" in about:
+            joined["seconds"] = {**self._about.get("seconds", {}), **about["seconds"]}
         if "warnings" in about:
             warnings = [*self._about.get("warnings", ()), *about["warnings"]]
             joined["warnings"] = list(dict.fromkeys(warnings))

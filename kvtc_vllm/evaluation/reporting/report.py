@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from kvtc_vllm.evaluation.reporting import seconds
 from kvtc_vllm.evaluation.reporting.plot import plot
 from kvtc_vllm.evaluation.reporting.results import EXACT, Row, damaged, unanswered
 
@@ -42,10 +43,16 @@ def read(path: Path) -> list[Row]:
     return msgspec.convert(rows, list[Row])
 
 
+def head(about: dict[str, Any]) -> list[str]:
+    """Lines that say what was run: an item for each part of `about`."""
+    shown = {**about, "seconds": seconds.told([about])} if "seconds" in about else about
+    return [f"- {key}: {value}" for key, value in shown.items()]
+
+
 def markdown(about: dict[str, Any], found: Sequence[Row]) -> str:
     """A table per task and context: a line per method, in order of real ratio."""
     lines = ["# Quality of reloaded prefixes", ""]
-    lines += [f"- {key}: {value}" for key, value in about.items()]
+    lines += head(about)
     lines += [
         "",
         "Every prompt was computed exactly and stored, the GPU cache dropped, and the prompt "
