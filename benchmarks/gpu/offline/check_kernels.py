@@ -1,19 +1,25 @@
 """Compiles every kernel that serving launches, for GPUs that need not be there, and inspects it.
 
-    python -m benchmarks.gpu.offline.check_kernels [80 90 100] [--quick]
+    python -m benchmarks.gpu.offline.check_kernels [80 90 100] [--quick] [--jobs 2]
 
 Launches are those of the serving code itself on the shapes of `served.SERVED`. Fails if a kernel
 spills registers, uses a fused multiply-add or flushes subnormals where results must equal the
 CPU's, reads or writes the cache in pieces of less than a word, needs more instructions per code
-than `MOST_PER_CODE`, or if serving compiles something that start-up has not. --quick: the first
-case only, and no tiles of codec 2.
+than `MOST_PER_CODE`, or if serving compiles something that start-up has not. A line per case tells
+how long it took. --quick: the first case only, and no tiles of codec 2.
 """
 
 from __future__ import annotations
 
+import argparse
+import multiprocessing
+import os
 import re
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 
 from benchmarks.gpu.offline import compiled  # isort: skip
 
@@ -49,31 +55,81 @@ MOST_PER_STEP_CODE = {
 """Of codec 2, for which no time was measured yet. A part of it runs only for wide escapes."""
 
 
+@dataclass(frozen=True)
+class Task:
+    """What one process compiles. case: None for the tiles alone."""
+
+    capability: int
+    case: Case | None
+    quick: bool
+
+    @property
+    def name(self) -> str:
+        what = "tiles" if self.case is None else self.case.name
+        return f"sm_{self.capability} {what}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """compiled: different specialisations. seconds: wall time."""
+
+    name: str
+    problems: list[str]
+    compiled: int
+    seconds: float
+
+
 def main(arguments: list[str]) -> int:
     """Number of problems found."""
-    capabilities = [int(a) for a in arguments if not a.startswith("-")] or [80, 90, 100]
-    cases = SERVED[:1] if "--quick" in arguments else SERVED
-    without_products()
+    made = argparse.ArgumentParser(prog="benchmarks.gpu.offline.check_kernels", description=__doc__)
+    made.add_argument("capabilities", nargs="*", type=int, help="90 for 9.0; default: 80 90 100")
+    made.add_argument("--quick", action="store_true")
+    made.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    args = made.parse_args(arguments)
+    cases = SERVED[:1] if args.quick else SERVED
+    tasks = [
+        Task(capability, case, args.quick)
+        for capability in args.capabilities or [80, 90, 100]
+        for case in (*cases, None)
+    ]
+    problems = 0
+    started = time.perf_counter()
+    for outcome in outcomes(tasks, args.jobs):
+        what = f", {outcome.compiled} specialisations" if outcome.compiled else ""
+        print(f"{outcome.name}{what}: {outcome.seconds:.0f} s", flush=True)
+        for problem in outcome.problems:
+            print(f"FAILED  {outcome.name}: {problem}", flush=True)
+        problems += len(outcome.problems)
+    print(f"{len(tasks)} cases in {time.perf_counter() - started:.0f} s, {problems} problems")
+    return problems
+
+
+def outcomes(tasks: list[Task], jobs: int) -> Iterator[Outcome]:
+    """As they come, from so many processes; with one, from this process."""
+    if jobs == 1:
+        without_products()
+        yield from map(check, tasks)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, without_products) as pool:
+        for done in as_completed([pool.submit(check, task) for task in tasks]):
+            yield done.result()
+
+
+def check(task: Task) -> Outcome:
+    """Compile and inspect."""
+    started = time.perf_counter()
     problems: list[str] = []
-    for capability in capabilities:
-        started = time.perf_counter()
-        count = 0
-        for case in cases:
-            launches = compiled.record(capability)
-            problems += [f"sm_{capability} {p}" for p in serve(case, launches)]
-            count += len(launches.kernels)
-            problems += [
-                f"sm_{capability} {case.name}: {p}"
-                for code in launches.machine_code()
-                for p in inspect(code)
-            ]
-        checks = [check_tiles] if "--quick" in arguments else [check_tiles, check_step_tiles]
-        problems += [f"sm_{capability} {p}" for check in checks for p in check(capability)]
-        seconds = time.perf_counter() - started
-        print(f"sm_{capability}: {count} specialisations in {seconds:.0f} s", flush=True)
-    for problem in problems:
-        print(f"FAILED  {problem}")
-    return len(problems)
+    launches = compiled.record(task.capability)
+    if task.case is None:
+        problems += check_tiles(task.capability)
+        if not task.quick:
+            problems += check_step_tiles(task.capability)
+    else:
+        problems += serve(task.case, launches)
+        problems += [p for code in launches.machine_code() for p in inspect(code)]
+    seconds = time.perf_counter() - started
+    return Outcome(task.name, problems, len(launches.kernels), seconds)
 
 
 def serve(case: Case, launches: compiled.Launches) -> list[str]:
@@ -95,7 +151,7 @@ def serve(case: Case, launches: compiled.Launches) -> list[str]:
         codec.load([1, 2, 3], blobs)
     copy_units(7)
     late = [launches.kernels[key][0] for key in set(launches.kernels) - ready]
-    return [f"{case.name}: {name} is compiled by a request" for name in late]
+    return [f"{name} is compiled by a request" for name in late]
 
 
 def inspect(code: compiled.MachineCode) -> list[str]:

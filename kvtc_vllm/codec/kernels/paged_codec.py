@@ -151,8 +151,8 @@ class PagedCodec(PagedReader):
             return dict.fromkeys(layout.members, NO_MARKS)
         rule = self.artifact.sink_rule
         measure = rule.measure_of(staged.squares.sqrt()).cpu()
-        parts = torch.split(measure, list(layout.tokens))
-        return {i: rule.marked(x).numpy() for i, x in zip(layout.members, parts, strict=True)}
+        found = rule.marked_in(measure, layout.tokens)
+        return {i: marks.numpy() for i, marks in zip(layout.members, found, strict=True)}
 
     def _squares(self, slots: torch.Tensor) -> torch.Tensor | None:
         """What the sink rule looks at, of coded tokens; None if there is none."""
