@@ -1,6 +1,6 @@
 """Compiles every kernel that serving launches, for GPUs that need not be there, and inspects it.
 
-    python -m benchmarks.gpu.offline.check_kernels [80 90 100] [--quick] [--jobs 2]
+    python -m benchmarks.gpu.offline.check_kernels [80 90 100] [--quick]
 
 Launches are those of the serving code itself on the shapes of `served.SERVED`. Fails if a kernel
 spills registers, uses a fused multiply-add or flushes subnormals where results must equal the
@@ -12,13 +12,9 @@ how long it took. --quick: the first case only, and no tiles of codec 2.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
 import re
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 
 from benchmarks.gpu.offline import compiled  # isort: skip
@@ -57,7 +53,7 @@ MOST_PER_STEP_CODE = {
 
 @dataclass(frozen=True)
 class Task:
-    """What one process compiles. case: None for the tiles alone."""
+    """What is compiled together. case: None for the tiles alone."""
 
     capability: int
     case: Case | None
@@ -84,7 +80,6 @@ def main(arguments: list[str]) -> int:
     made = argparse.ArgumentParser(prog="benchmarks.gpu.offline.check_kernels", description=__doc__)
     made.add_argument("capabilities", nargs="*", type=int, help="90 for 9.0; default: 80 90 100")
     made.add_argument("--quick", action="store_true")
-    made.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     args = made.parse_args(arguments)
     cases = SERVED[:1] if args.quick else SERVED
     tasks = [
@@ -94,7 +89,8 @@ def main(arguments: list[str]) -> int:
     ]
     problems = 0
     started = time.perf_counter()
-    for outcome in outcomes(tasks, args.jobs):
+    without_products()
+    for outcome in map(check, tasks):
         what = f", {outcome.compiled} specialisations" if outcome.compiled else ""
         print(f"{outcome.name}{what}: {outcome.seconds:.0f} s", flush=True)
         for problem in outcome.problems:
@@ -102,18 +98,6 @@ def main(arguments: list[str]) -> int:
         problems += len(outcome.problems)
     print(f"{len(tasks)} cases in {time.perf_counter() - started:.0f} s, {problems} problems")
     return problems
-
-
-def outcomes(tasks: list[Task], jobs: int) -> Iterator[Outcome]:
-    """As they come, from so many processes; with one, from this process."""
-    if jobs == 1:
-        without_products()
-        yield from map(check, tasks)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, without_products) as pool:
-        for done in as_completed([pool.submit(check, task) for task in tasks]):
-            yield done.result()
 
 
 def check(task: Task) -> Outcome:
