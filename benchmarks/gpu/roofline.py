@@ -93,11 +93,10 @@ def main() -> None:
     made.add_argument("--layers", type=int, default=8, help="layers per group")
     add_codec(made)
     made.add_argument("--tokens", type=int, default=8192)
-    made.add_argument("--device-only", action="store_true", help="leave the host out")
     args = made.parse_args()
     paired = args.kv_basis == "shared"
     case = Case(args.shape, args.layers, args.plan, codec=args.codec, paired=paired)
-    host = None if args.device_only else measure(case, args.tokens, args.rounds)
+    host = measure(case, args.tokens, args.rounds)
     served = ServedCodec(case, 4 * CHUNK, idle_device())
     costs = kernel_instructions(served)
     rows = [
@@ -138,12 +137,9 @@ def predict(
     tokens: int,
     codec: PagedCodec,
     costs: dict[str, float],
-    host: dict[str, Any] | None,
+    host: dict[str, Any],
 ) -> dict[str, Any]:
-    """One row: milliseconds by stage, GB/s of raw KV both ways, and what bounds them.
-
-    host: of `host_path.measure`; None for the device alone.
-    """
+    """One row: milliseconds by stage, GB/s of raw KV both ways, and what bounds them."""
     raw = tokens * SHAPES[case.shape].token_bytes
     load, store = _stages(case, tokens, codec, costs, gpu)
     waves = -(-tokens // LARGEST_WAVE)
@@ -153,11 +149,16 @@ def predict(
     inflate = by_name["inflate"]
     beside = max(work, inflate) * (1 - 1 / waves)
     device = (by_name["upload"] + inflate + work) / waves + beside
+    first = host["load_first_upload_cpu_ms"] / 1e3
+    decode = first + max(device, host["load_thread_ms"] / 1e3, _on_others(host, "load"))
     encoding = sum(stage.seconds(gpu)[0] for stage in store)
+    after = host["store_after_device_ms"] / 1e3
+    launching = host["store_thread_ms"] / 1e3 - after
+    encode = max(encoding, launching) + after + _on_others(host, "store")
     for stage in (*load, *store):
         seconds, bound = stage.seconds(gpu)
         print(f"{name} {stage.name:16} {seconds * 1e3:7.3f} ms, bound by {bound}")
-    row: dict[str, Any] = {
+    return {
         "bench": "roofline",
         "codec": case.codec,
         "paired": case.paired,
@@ -170,17 +171,10 @@ def predict(
         "stage_ms": {n: round(s * 1e3, 4) for n, s in by_name.items()},
         "bound_by": {stage.name: stage.seconds(gpu)[1] for stage in (*load, *store)},
         "decode_device_ms": round(device * 1e3, 4),
-        "decode_device_gbps": round(raw / device / 1e9, 1),
-        "encode_device_ms": round(encoding * 1e3, 4),
-        "encode_device_gbps": round(raw / encoding / 1e9, 1),
-    }
-    if host is None:
-        return row
-    decode, encode = _with_host(host, device, encoding)
-    return row | {
         "decode_ms": round(decode * 1e3, 4),
         "decode_gbps": round(raw / decode / 1e9, 1),
         "decode_bound": _largest({"host": decode - device, **_of(load, gpu)}),
+        "encode_device_ms": round(encoding * 1e3, 4),
         "encode_ms": round(encode * 1e3, 4),
         "encode_gbps": round(raw / encode / 1e9, 1),
         "encode_bound": _largest({"host": encode - encoding, **_of(store, gpu)}),
@@ -188,21 +182,9 @@ def predict(
     }
 
 
-def _with_host(host: dict[str, Any], device: float, encoding: float) -> tuple[float, float]:
-    """Seconds of a load and a store. device, encoding: of what the device does for them."""
-    first, load, store = (_threads(host, part) for part in ("load_first_upload", "load", "store"))
-    # Before the first upload the device waits; then it works beside what is left for the host.
-    left = max(own - before for own, before in zip(load, first, strict=True))
-    decode = sum(first) + max(device, left)
-    after = host["store_after_device_ms"] / 1e3
-    encode = max(encoding, store[0] - after) + after + store[1]
-    return decode, encode
-
-
-def _threads(host: dict[str, Any], part: str) -> tuple[float, float]:
-    """Seconds of the calling thread, and of the others, which have cores of their own."""
-    own, everything = host[f"{part}_thread_ms"] / 1e3, host[f"{part}_cpu_ms"] / 1e3
-    return own, (everything - own) / _HOST_THREADS
+def _on_others(host: dict[str, Any], way: str) -> float:
+    """Seconds of the work of the host's other threads, on cores of their own."""
+    return float(host[f"{way}_cpu_ms"] - host[f"{way}_thread_ms"]) / 1e3 / _HOST_THREADS
 
 
 def _of(stages: list[Stage], gpu: Gpu) -> dict[str, float]:

@@ -5,17 +5,15 @@
 Launches are those of the serving code itself on the shapes of `served.SERVED`. Fails if a kernel
 spills registers, uses a fused multiply-add or flushes subnormals where results must equal the
 CPU's, reads or writes the cache in pieces of less than a word, needs more instructions per code
-than `MOST_PER_CODE`, or if serving compiles something that start-up has not. A line per case tells
-how long it took. --quick: the first case only, and no tiles of codec 2.
+than `MOST_PER_CODE`, or if serving compiles something that start-up has not. --quick: the first
+case only, and no tiles of codec 2.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 import time
-from dataclasses import dataclass
 
 from benchmarks.gpu.offline import compiled  # isort: skip
 
@@ -51,69 +49,31 @@ MOST_PER_STEP_CODE = {
 """Of codec 2, for which no time was measured yet. A part of it runs only for wide escapes."""
 
 
-@dataclass(frozen=True)
-class Task:
-    """What is compiled together. case: None for the tiles alone."""
-
-    capability: int
-    case: Case | None
-    quick: bool
-
-    @property
-    def name(self) -> str:
-        what = "tiles" if self.case is None else self.case.name
-        return f"sm_{self.capability} {what}"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """compiled: different specialisations. seconds: wall time."""
-
-    name: str
-    problems: list[str]
-    compiled: int
-    seconds: float
-
-
 def main(arguments: list[str]) -> int:
     """Number of problems found."""
-    made = argparse.ArgumentParser(prog="benchmarks.gpu.offline.check_kernels", description=__doc__)
-    made.add_argument("capabilities", nargs="*", type=int, help="90 for 9.0; default: 80 90 100")
-    made.add_argument("--quick", action="store_true")
-    args = made.parse_args(arguments)
-    cases = SERVED[:1] if args.quick else SERVED
-    tasks = [
-        Task(capability, case, args.quick)
-        for capability in args.capabilities or [80, 90, 100]
-        for case in (*cases, None)
-    ]
-    problems = 0
-    started = time.perf_counter()
+    capabilities = [int(a) for a in arguments if not a.startswith("-")] or [80, 90, 100]
+    cases = SERVED[:1] if "--quick" in arguments else SERVED
     without_products()
-    for outcome in map(check, tasks):
-        what = f", {outcome.compiled} specialisations" if outcome.compiled else ""
-        print(f"{outcome.name}{what}: {outcome.seconds:.0f} s", flush=True)
-        for problem in outcome.problems:
-            print(f"FAILED  {outcome.name}: {problem}", flush=True)
-        problems += len(outcome.problems)
-    print(f"{len(tasks)} cases in {time.perf_counter() - started:.0f} s, {problems} problems")
-    return problems
-
-
-def check(task: Task) -> Outcome:
-    """Compile and inspect."""
-    started = time.perf_counter()
     problems: list[str] = []
-    launches = compiled.record(task.capability)
-    if task.case is None:
-        problems += check_tiles(task.capability)
-        if not task.quick:
-            problems += check_step_tiles(task.capability)
-    else:
-        problems += serve(task.case, launches)
-        problems += [p for code in launches.machine_code() for p in inspect(code)]
-    seconds = time.perf_counter() - started
-    return Outcome(task.name, problems, len(launches.kernels), seconds)
+    for capability in capabilities:
+        started = time.perf_counter()
+        count = 0
+        for case in cases:
+            launches = compiled.record(capability)
+            problems += [f"sm_{capability} {p}" for p in serve(case, launches)]
+            count += len(launches.kernels)
+            problems += [
+                f"sm_{capability} {case.name}: {p}"
+                for code in launches.machine_code()
+                for p in inspect(code)
+            ]
+        checks = [check_tiles] if "--quick" in arguments else [check_tiles, check_step_tiles]
+        problems += [f"sm_{capability} {p}" for check in checks for p in check(capability)]
+        seconds = time.perf_counter() - started
+        print(f"sm_{capability}: {count} specialisations in {seconds:.0f} s", flush=True)
+    for problem in problems:
+        print(f"FAILED  {problem}")
+    return len(problems)
 
 
 def serve(case: Case, launches: compiled.Launches) -> list[str]:
@@ -135,7 +95,7 @@ def serve(case: Case, launches: compiled.Launches) -> list[str]:
         codec.load([1, 2, 3], blobs)
     copy_units(7)
     late = [launches.kernels[key][0] for key in set(launches.kernels) - ready]
-    return [f"{name} is compiled by a request" for name in late]
+    return [f"{case.name}: {name} is compiled by a request" for name in late]
 
 
 def inspect(code: compiled.MachineCode) -> list[str]:
