@@ -56,6 +56,8 @@ _SECTION_ROW = np.dtype(
     ]
 )
 HEADER_BYTES = _HEADER.size
+_START = struct.Struct("<Q")
+_START_OFFSET = struct.calcsize("<4sHHHBBHHHHHHI")
 RATIO_OFFSET = struct.calcsize("<4sHHHBBHHHHHHIQ")
 MIN_BLOB_BYTES = HEADER_BYTES + CHECKSUM_BYTES
 
@@ -237,6 +239,15 @@ def build_header(header: Header, sections: int) -> bytes:
         )
     except struct.error as error:
         raise CodecError("size", f"chunk does not fit the container format: {error}") from error
+
+
+def header_with(header: bytes, start: int, identity: bytes) -> bytes:
+    """The header of another chunk, where nothing else differs, as among the chunks of a step.
+
+    header: of `build_header`. start: 0 to `MAX_POSITION`. identity: 16 bytes.
+    """
+    begin = header[:_START_OFFSET]
+    return begin + _START.pack(start) + header[RATIO_OFFSET:-FINGERPRINT_BYTES] + identity
 
 
 def section_rows(

@@ -58,9 +58,14 @@ def check_room(plan: SectionCoder, tokens: int, coded: CodedSection, beyond: Cod
     check_taken(plan, tokens, taken)
 
 
+def around_marked(tokens: int) -> int:
+    """Bytes of a blob around both sections of so many coded tokens: their entries and the marks."""
+    return 2 * section_bytes(0) + aligned(marks_length(tokens))
+
+
 def check_taken(plan: SectionCoder, tokens: int, taken: int) -> None:
     """As `check_room`. taken: bytes of both sections' units with their table."""
-    taken += 2 * section_bytes(0) + aligned(marks_length(tokens))
+    taken += around_marked(tokens)
     if taken > plan.max_bytes(tokens):
         raise CodecError(
             "size",

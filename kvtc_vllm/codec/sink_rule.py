@@ -9,7 +9,9 @@ is fitted per model and rank at calibration.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -58,6 +60,22 @@ class SinkRule:
             kept = torch.argsort(measure, stable=True)[:most]
             marks = torch.zeros_like(marks).index_fill_(0, kept, True)
         return marks
+
+    def marked_in(self, measure: torch.Tensor, tokens: Sequence[int]) -> list[torch.Tensor]:
+        """`marked` of chunks that lie one behind the other, with one look at all of them.
+
+        measure: float32 [sum of tokens] on the CPU. tokens: of each chunk, at least one.
+        """
+        below = measure < self.threshold
+        ends = list(accumulate(tokens))
+        sums = below.cumsum(0)[torch.tensor(ends, dtype=torch.int64) - 1].tolist()
+        found: list[torch.Tensor] = []
+        first = marked = 0
+        for end, count in zip(ends, sums, strict=True):
+            few = count - marked <= self.most(end - first)
+            found.append(below[first:end] if few else self.marked(measure[first:end]))
+            first, marked = end, count
+        return found
 
     def measure(self, values: torch.Tensor) -> torch.Tensor:
         """Mean log norm of every token: float32 [T]. values: floating [T, L, H, Dv]."""

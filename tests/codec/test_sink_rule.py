@@ -36,6 +36,23 @@ def test_the_share_keeps_the_smallest_norms() -> None:
     assert marks.nonzero().flatten().tolist() == [11, 82]
 
 
+def test_chunks_together_are_marked_as_each_alone() -> None:
+    rule = SinkRule(layers=(0,), threshold=-0.5, max_share=0.2)
+    drawn = torch.Generator().manual_seed(0)
+    tokens = [1, 28, 32, 3, 32, 32]
+    measure = torch.randn(sum(tokens), generator=drawn)
+    # None, a few, and more than the rule allows.
+    measure[1:29] = 1.0
+    measure[29:32] = -1.0
+    measure[32:61] = 1.0
+    together = rule.marked_in(measure, tokens)
+    alone = [rule.marked(part) for part in measure.split(tokens)]
+    assert [marks.tolist() for marks in together] == [marks.tolist() for marks in alone]
+    assert [int(marks.sum()) for marks in together[1:3]] == [0, 3]
+    assert int((measure[-32:] < rule.threshold).sum()) > rule.most(32) == int(together[-1].sum())
+    assert rule.marked_in(measure[:0], []) == []
+
+
 def test_zero_values_have_a_finite_measure() -> None:
     rule = SinkRule(layers=(1, 2), threshold=0.5)
     measure = rule.measure(torch.zeros(3, LAYERS, 2, 8))

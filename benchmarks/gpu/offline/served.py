@@ -170,7 +170,9 @@ class ServedCodec:
             # Else they are whatever memory held, and refused if it is no number.
             staged.sink_rows.zero_()
             if staged.squares is not None:
-                staged.squares.zero_()
+                # Two of 128 tokens are marked, as many as the rule allows.
+                staged.squares.fill_(torch.inf)
+                staged.squares[::64] = 0
             results = codec.encode_staged(staged)
         else:
             results = codec.encode_staged(codec.stage(stores))

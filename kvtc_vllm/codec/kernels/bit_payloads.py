@@ -172,9 +172,13 @@ class BitPayloads(PayloadCoding):
         coder_ids = np.full_like(units, DEFLATE.coder_id)
         return RawPayloads(layout, payloads.flatten(), starts, raw, units, coder_ids, magnitudes)
 
-    def check(self, coded: CodedSizes) -> None:
-        check_finite(coded.magnitude)
-        if coded.magnitude > FP16_MAX:
+    def doubtful(self, coded: CodedSizes) -> Marks:
+        return ~(coded.magnitudes <= FP16_MAX)
+
+    def check(self, coded: CodedSizes, place: int) -> None:
+        magnitude = float(coded.magnitudes[place])
+        check_finite(magnitude)
+        if magnitude > FP16_MAX:
             raise CodecError("range", "a coefficient is outside the float16 range")
 
 

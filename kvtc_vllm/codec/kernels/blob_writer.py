@@ -11,11 +11,9 @@ import torch
 from kvtc_vllm.codec.base import Blob
 from kvtc_vllm.codec.container import (
     CHECKSUM_BYTES,
-    Header,
     NewSection,
     SectionEntry,
     build_entry,
-    build_header,
     checksum,
 )
 from kvtc_vllm.codec.entropy import UnitList, padded, unit_lengths
@@ -38,15 +36,15 @@ class BlobPlan:
     @classmethod
     def of(
         cls,
-        header: Header,
+        header: bytes,
         exact: Sequence[NewSection],
-        coded: int,
         rows: bytes,
         unit_table: bytes,
         body: tuple[int, int],
     ) -> BlobPlan:
-        """exact: sections that are complete. coded: how many others follow, rows, unit_table:
-        theirs. Raises CodecError if a length does not fit its field.
+        """exact: sections that are complete. rows, unit_table: of the others, which follow.
+
+        Raises CodecError if a length does not fit its field.
         """
         entries = [
             SectionEntry(
@@ -62,7 +60,7 @@ class BlobPlan:
         tables = [UnitList.of(unit_lengths(section.encoded.units)).table for section in exact]
         bodies = [padded(section.encoded.body) for section in exact]
         head = (
-            build_header(header, len(exact) + coded),
+            header,
             *map(build_entry, entries),
             rows,
             *tables,

@@ -14,9 +14,10 @@ operand precision.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import accumulate
 
 import numpy as np
@@ -24,7 +25,7 @@ import torch
 
 from kvtc_vllm.codec.artifact import RankArtifact
 from kvtc_vllm.codec.base import Blob
-from kvtc_vllm.codec.container import Header, NewSection
+from kvtc_vllm.codec.container import NewSection, build_header, header_with
 from kvtc_vllm.codec.errors import CodecError
 from kvtc_vllm.codec.frame import NON_FINITE
 from kvtc_vllm.codec.kernels.bit_payloads import BitPayloads
@@ -47,6 +48,9 @@ from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.streams import upload
 from kvtc_vllm.codec.v2.codec import Kvtc2Codec
 
+_HEADS = 64
+"""Kinds of chunks whose headers are remembered, by numbers of tokens, sinks and sections."""
+
 
 @dataclass(frozen=True)
 class ExactParts:
@@ -61,6 +65,10 @@ class PagedCodec(PagedReader):
 
     Made as `PagedReader` is. workspace_bytes bounds what encoding takes, too.
     """
+
+    @cached_property
+    def _headers(self) -> Callable[[int, int, int], bytes]:
+        return lru_cache(_HEADS)(self._header_of)
 
     def staging_bytes(self, tokens: int) -> int:
         """Device memory that `stage` takes for `tokens` tokens, sinks apart."""
@@ -120,8 +128,8 @@ class PagedCodec(PagedReader):
             for index in range(len(staged.chunks))
             if index not in results
         }
-        for index in sinks:
-            if not sound[ends[index] : ends[index + 1]].all():
+        for index, future in sinks.items():
+            if future is not None and not sound[ends[index] : ends[index + 1]].all():
                 results[index] = CodecError("non_finite", NON_FINITE)
         marks = self.marks_of(staged)
         exact_parts = {
@@ -143,8 +151,8 @@ class PagedCodec(PagedReader):
             return dict.fromkeys(layout.members, NO_MARKS)
         rule = self.artifact.sink_rule
         measure = rule.measure_of(staged.squares.sqrt()).cpu()
-        parts = torch.split(measure, list(layout.tokens))
-        return {i: rule.marked(x).numpy() for i, x in zip(layout.members, parts, strict=True)}
+        found = rule.marked_in(measure, layout.tokens)
+        return {i: marks.numpy() for i, marks in zip(layout.members, found, strict=True)}
 
     def _squares(self, slots: torch.Tensor) -> torch.Tensor | None:
         """What the sink rule looks at, of coded tokens; None if there is none."""
@@ -184,51 +192,58 @@ class PagedCodec(PagedReader):
         step: EncodedStep | None,
     ) -> list[Blob | CodecError]:
         """Put the coded units of chunks together with what goes before them."""
+        sizes = None if step is None else self._sizes(staged, members, exact, step)
+        doubtful = np.ones(len(members), np.bool_) if sizes is None else self.coding.doubtful(sizes)
         plans: list[BlobPlan | CodecError] = []
-        for place, index in enumerate(members):
-            chunk = staged.chunks[index]
-            header = self._new_header(
-                staged.tokens[index],
-                chunk.start,
-                staged.sinks[index],
-                self.ratio,
-                self.artifact.fingerprint,
-                chunk.key,
-            )
+        for place, (index, doubt) in enumerate(zip(members, doubtful.tolist(), strict=True)):
             try:
-                if step is not None:
-                    coded = staged.tokens[index] - staged.sinks[index]
-                    marked = int(exact[index].marks.sum())
-                    self.coding.check(
-                        CodedSizes(step.magnitudes[place], step.sizes[place], coded, marked)
-                    )
-                plans.append(self._plan(header, exact[index], step, place))
+                if sizes is not None and doubt:
+                    self.coding.check(sizes, place)
+                plans.append(self._plan(staged, index, exact[index], step, place))
             except CodecError as error:
                 plans.append(error)
         body = None if step is None else step.body
         return write_blobs(plans, body, self._own.mine, self.device)
 
+    @staticmethod
+    def _sizes(
+        staged: StagedChunks,
+        members: Sequence[int],
+        exact: Mapping[int, ExactParts],
+        step: EncodedStep,
+    ) -> CodedSizes:
+        coded = [staged.tokens[index] - staged.sinks[index] for index in members]
+        marks = [exact[index].marks for index in members]
+        marked = [int(own.sum()) if len(own) else 0 for own in marks]
+        counts = np.array(coded, np.int64), np.array(marked, np.int64)
+        return CodedSizes(np.array(step.magnitudes), step.sizes, *counts)
+
     def _plan(
         self,
-        header: Header,
+        staged: StagedChunks,
+        index: int,
         parts: ExactParts,
         step: EncodedStep | None,
         place: int,
     ) -> BlobPlan:
+        """Of chunk `index`, the step's at `place`."""
+        chunk = staged.chunks[index]
         exact = [] if parts.sinks is None else [parts.sinks.result()]
-        if step is None:
-            return BlobPlan.of(header, exact, 0, b"", b"", (0, 0))
         if len(parts.marks):
             exact.append(self._marks_section(torch.from_numpy(parts.marks)))
+        coded = 0 if step is None else step.sizes.shape[1]
+        common = self._headers(staged.tokens[index], staged.sinks[index], len(exact) + coded)
+        header = header_with(common, chunk.start, self._bound_identity(chunk.key))
+        if step is None:
+            return BlobPlan.of(header, exact, b"", b"", (0, 0))
         first = step.ends[place - 1] if place else 0
-        return BlobPlan.of(
-            header,
-            exact,
-            len(self.coding.sections),
-            step.section_rows[place],
-            step.unit_tables[place],
-            (first, step.ends[place]),
-        )
+        tables = step.section_rows[place], step.unit_tables[place]
+        return BlobPlan.of(header, exact, *tables, (first, step.ends[place]))
+
+    def _header_of(self, tokens: int, sinks: int, sections: int) -> bytes:
+        """A header of chunks that have so many in common, see `header_with`."""
+        common = self.ratio, self.artifact.fingerprint, b""
+        return build_header(self._new_header(tokens, 0, sinks, *common), sections)
 
 
 class PagedKvtcCodec(PagedCodec, KvtcCodec):

@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
 from functools import lru_cache, partial
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +29,7 @@ from kvtc_vllm.codec.kernels.numeric import OPERAND, Precision
 from kvtc_vllm.codec.kernels.paged import PagedCache, check_geometry, chunk_slots
 from kvtc_vllm.codec.kernels.paged_io import scatter_rows
 from kvtc_vllm.codec.kernels.payload_coding import PayloadCoding, StoredPayloads
-from kvtc_vllm.codec.kernels.resident import layer_places
+from kvtc_vllm.codec.kernels.resident import layer_places, padded_payload
 from kvtc_vllm.codec.kernels.row_table import RowTable
 from kvtc_vllm.codec.kernels.unit_coders import UnitCoder, unit_coder
 from kvtc_vllm.codec.kernels.uploads import UploadedBlobs
@@ -164,12 +165,16 @@ class PagedReader(TransformCodec):
         limits = self.coding.payload_room(*room), self.coding.marked_room(*room)
         try:
             for wave in parts:
-                for place, good in zip(range(wave.start, wave.stop), sound, strict=False):
+                here = chunks[wave]
+                checked = self._check(here, tokens, list(islice(sound, len(here))))
+                for place, found in enumerate(checked, wave.start):
+                    if isinstance(found, ContainerError):
+                        failed[place] = found
+                        continue
                     try:
-                        blob = self._check(*chunks[place], tokens, good)
-                        if blob.sinks < tokens:
-                            stored[place] = self.coding.stored(blob, tokens - blob.sinks)
-                        verified[place] = blob
+                        if found.sinks < tokens:
+                            stored[place] = self.coding.stored(found, tokens - found.sinks)
+                        verified[place] = found
                     except ContainerError as error:
                         failed[place] = error
                 if wave is parts[-1]:
@@ -219,21 +224,41 @@ class PagedReader(TransformCodec):
 
         return [host_threads().submit(check, places) for places in shares(len(uploads.views))]
 
-    def _check(self, chunk: LoadChunk, blob: Blob, tokens: int, has_checksum: bool) -> VerifiedBlob:
-        """Raises ContainerError if the blob is not that of the chunk, at any ratio."""
-        sinks = self._sinks(chunk.start, tokens)
-        if has_checksum and chunk.start + tokens <= self._max_position:
-            own = partial(
-                self._new_header,
-                *(tokens, chunk.start, sinks, self.ratio, self.artifact.fingerprint, chunk.key),
-            )
-            found = self._expected_head(tokens, sinks).match(blob, sinks, own)
-            if found is not None:
-                return found
-        return VerifiedBlob.of(blob, self._verified(blob, chunk.start, tokens, chunk.key))
+    def _check(
+        self, chunks: Sequence[tuple[LoadChunk, Blob]], tokens: int, sound: Sequence[bool]
+    ) -> list[VerifiedBlob | ContainerError]:
+        """What each blob holds, or why it is not that of its chunk, at any ratio.
+
+        sound: whether each has its checksum.
+        """
+        alike: dict[int, list[int]] = {}
+        for place, (chunk, _) in enumerate(chunks):
+            if sound[place] and chunk.start + tokens <= self._max_position:
+                alike.setdefault(self._sinks(chunk.start, tokens), []).append(place)
+        known: dict[int, VerifiedBlob] = {}
+        for sinks, places in alike.items():
+            blobs = [chunks[place][1] for place in places]
+            own = [chunks[place][0] for place in places]
+            names = [(chunk.start, self._bound_identity(chunk.key)) for chunk in own]
+            matched = self._expected_head(tokens, sinks).match(blobs, names)
+            known |= {i: blob for i, blob in zip(places, matched, strict=True) if blob is not None}
+        return [
+            known[place] if place in known else self._look_closely(chunk, blob, tokens)
+            for place, (chunk, blob) in enumerate(chunks)
+        ]
+
+    def _look_closely(
+        self, chunk: LoadChunk, blob: Blob, tokens: int
+    ) -> VerifiedBlob | ContainerError:
+        try:
+            return VerifiedBlob.of(blob, self._verified(blob, chunk.start, tokens, chunk.key))
+        except ContainerError as error:
+            return error
 
     def _head_of(self, tokens: int, sinks: int) -> ExpectedHead:
-        return ExpectedHead.of(self._sections_of(tokens, sinks, self.ratio))
+        name = self.ratio, self.artifact.fingerprint, b""
+        header = self._new_header(tokens, 0, sinks, *name)
+        return ExpectedHead.of(self._sections_of(tokens, sinks, self.ratio), header)
 
     def _step(
         self,
@@ -301,14 +326,26 @@ def that_fit(
 ) -> list[slice]:
     """A wave cut into parts of which payload bytes and marked tokens fit a step's memory."""
     places = range(wave.start, wave.stop)
+    whole = [stored[place] for place in places if place in stored]
+    if not any(map(operator.gt, total_needs(whole), limits)):
+        return [wave]
     none = StoredPayloads(0, np.zeros(0, np.int64))
     found: list[slice] = []
     first, taken = wave.start, (0, 0)
     for place in places:
         own = stored.get(place, none)
-        needs = own.payload_bytes, int(own.marks.sum())
+        needs = total_needs([own])
         taken = taken[0] + needs[0], taken[1] + needs[1]
         if place > first and any(map(operator.gt, taken, limits)):
             found.append(slice(first, place))
             first, taken = place, needs
     return [*found, slice(first, wave.stop)]
+
+
+def total_needs(stored: Sequence[StoredPayloads]) -> tuple[int, int]:
+    """Payload bytes and marked tokens of blobs in a step of a load."""
+    if not stored:
+        return 0, 0
+    lengths = np.concatenate([own.lengths for own in stored])
+    marks = np.concatenate([own.marks for own in stored])
+    return int(padded_payload(lengths).sum()), int(marks.sum())

@@ -23,7 +23,7 @@ from kvtc_vllm.codec.entropy.unit_table import Lengths
 from kvtc_vllm.codec.errors import CodecError
 from kvtc_vllm.codec.frame import NON_FINITE
 from kvtc_vllm.codec.kernels.chunks import RowLayout
-from kvtc_vllm.codec.kernels.resident import ResidentArtifact, padded_payload
+from kvtc_vllm.codec.kernels.resident import ResidentArtifact
 from kvtc_vllm.codec.kernels.unit_coders import PlacedSections
 from kvtc_vllm.codec.kernels.verified import VerifiedBlob
 from kvtc_vllm.codec.section_coder import SectionCoder
@@ -46,11 +46,6 @@ class StoredPayloads:
     first: int
     lengths: Lengths
     marks: Marks = field(default_factory=lambda: NO_MARKS)
-
-    @property
-    def payload_bytes(self) -> int:
-        """Of a place for each payload, see `padded_payload`."""
-        return int(padded_payload(self.lengths).sum())
 
 
 @dataclass(frozen=True)
@@ -109,16 +104,17 @@ class RawPayloads:
 
 @dataclass(frozen=True)
 class CodedSizes:
-    """What a chunk's coded sections take.
+    """What the coded sections of a step's chunks take.
 
-    magnitude: of `RawPayloads.magnitudes`. sizes: int64 [sections, 3]: units, raw and stored bytes.
-    tokens: coded ones. marked: how many of them are.
+    magnitudes: float64 [chunks], of `RawPayloads.magnitudes`. sizes: int64 [chunks, sections, 3]:
+    units, raw and stored bytes. tokens: coded ones of each chunk, int64. marked: how many of them
+    are.
     """
 
-    magnitude: float
+    magnitudes: npt.NDArray[np.float64]
     sizes: Lengths
-    tokens: int
-    marked: int
+    tokens: Lengths
+    marked: Lengths
 
 
 class PayloadCoding(ABC):
@@ -219,8 +215,12 @@ class PayloadCoding(ABC):
         """
 
     @abstractmethod
-    def check(self, coded: CodedSizes) -> None:
-        """Raise CodecError for a chunk that cannot be stored."""
+    def doubtful(self, coded: CodedSizes) -> Marks:
+        """bool [chunks]: those that `check` may refuse. The others need no look of their own."""
+
+    @abstractmethod
+    def check(self, coded: CodedSizes, place: int) -> None:
+        """Raise CodecError if one of the chunks cannot be stored."""
 
 
 def row_magnitudes(x: torch.Tensor, layout: RowLayout) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
@@ -40,13 +41,16 @@ from kvtc_vllm.codec.kernels.step_tables import (
 )
 from kvtc_vllm.codec.kernels.unit_coders import PlacedSections
 from kvtc_vllm.codec.kernels.verified import VerifiedBlob
-from kvtc_vllm.codec.marks import BEYOND_KIND, check_taken, no_beyond, unpack_marks
+from kvtc_vllm.codec.marks import BEYOND_KIND, around_marked, check_taken, no_beyond, unpack_marks
 from kvtc_vllm.codec.v2.codes import MAX_LEVEL, uneven_escapes
 from kvtc_vllm.codec.v2.plan import StepPlan, step_plan
 
 _ROOM_FOR_ESCAPES = 1.5
 """Payload bytes of a step over those of its packed codes. More only makes smaller steps."""
 _COUNT_BYTES = 4
+_LENGTHS = 64
+"""Numbers of coded or marked tokens whose bounds are remembered."""
+_NO_BOUND = np.iinfo(np.int64).max
 _PART = 4
 """Numbers of a payload: first byte, bytes, tokens, first row."""
 
@@ -82,6 +86,8 @@ class StepPlanPayloads(PayloadCoding):
         self._has_beyond = np.array([plan is not None for plan in beyond])
         self._columns_beyond = np.array([StepColumns.of(plan).counts for plan in beyond], np.int64)
         self.tables = StepTables.build(self.plans, shared, marks, operand, device)
+        self._bounds = lru_cache(_LENGTHS)(self._list_bounds)
+        self._bounds_beyond = lru_cache(_LENGTHS)(self._list_bounds_beyond)
 
     def stored(self, blob: VerifiedBlob, coded: int) -> StoredPayloads:
         first = int(blob.sinks > 0)
@@ -226,16 +232,38 @@ class StepPlanPayloads(PayloadCoding):
         own = [marks[member] for member in layout.members]
         return encode_step(self.resident, self.tables, layout, rows, own)
 
-    def check(self, coded: CodedSizes) -> None:
-        check_finite(coded.magnitude)
-        taken = UNIT_BYTES * coded.sizes[:, 0] + coded.sizes[:, 2]
+    def doubtful(self, coded: CodedSizes) -> Marks:
+        taken = UNIT_BYTES * coded.sizes[..., 0] + coded.sizes[..., 2]
+        own = taken.reshape(len(taken), -1, self._per_key)
+        most = np.array([self._bounds(tokens) for tokens in coded.tokens.tolist()])
+        beyond = np.array([self._bounds_beyond(marked) for marked in coded.marked.tolist()])
+        # Both together are no less than the first, so one bound does for both.
+        large = (own.sum(2) > most) | (own[..., -1] > beyond)
+        return ~(coded.magnitudes < MAX_LEVEL) | large.any(1)
+
+    def check(self, coded: CodedSizes, place: int) -> None:
+        magnitude, tokens = float(coded.magnitudes[place]), int(coded.tokens[place])
+        marked, sizes = int(coded.marked[place]), coded.sizes[place]
+        check_finite(magnitude)
+        taken = UNIT_BYTES * sizes[:, 0] + sizes[:, 2]
         for i, plan in enumerate(self.plans.values()):
-            if not coded.magnitude < MAX_LEVEL:
+            if not magnitude < MAX_LEVEL:
                 raise plan.range_error()
             own = int(taken[self._per_key * i])
-            plan.check_size(own, coded.tokens)
+            plan.check_size(own, tokens)
             if self._per_key == 2:
                 beyond = int(taken[2 * i + 1])
-                if plan.beyond is not None and coded.marked:
-                    plan.beyond.check_size(beyond, coded.marked)
-                check_taken(plan, coded.tokens, own + beyond)
+                if plan.beyond is not None and marked:
+                    plan.beyond.check_size(beyond, marked)
+                check_taken(plan, tokens, own + beyond)
+
+    def _list_bounds(self, tokens: int) -> Lengths:
+        """Bytes that the sections of each key may take together, int64 [keys]."""
+        around = around_marked(tokens) if self._per_key == 2 else 0
+        return np.array([plan.max_bytes(tokens) - around for plan in self.plans.values()], np.int64)
+
+    def _list_bounds_beyond(self, marked: int) -> Lengths:
+        """Bytes that what is beyond may take, int64 [keys]."""
+        plans = [plan.beyond if marked else None for plan in self.plans.values()]
+        most = [_NO_BOUND if plan is None else plan.max_bytes(marked) for plan in plans]
+        return np.array(most, np.int64)

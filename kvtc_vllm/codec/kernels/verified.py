@@ -6,7 +6,7 @@ we write, comparing their head with the expected one is enough and takes a tenth
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,6 +25,7 @@ from kvtc_vllm.codec.container import (
     build_entry,
     build_header,
     checksum,
+    header_with,
     section_tables,
 )
 from kvtc_vllm.codec.entropy import DEFLATE, UNIT_ALIGNMENT, UNIT_BYTES, UnitList, aligned
@@ -78,11 +79,15 @@ def has_checksum(blob: Blob) -> bool:
 
 @dataclass(frozen=True)
 class ExpectedHead:
-    """What does not differ from blob to blob in a section table of ours.
+    """What does not differ from blob to blob in header and section table of ours.
 
     Sections are coded by DEFLATE, if they may be; those that may be empty are raw if they are.
     """
 
+    header: bytes
+    """Of any of the blobs, see `container.header_with`."""
+    sinks: int
+    """Exact leading tokens of each blob."""
     entries: npt.NDArray[np.uint8]
     """Section table with zeros for what differs, uint8 [sections, entry bytes]."""
     fixed: npt.NDArray[np.uint8]
@@ -92,9 +97,8 @@ class ExpectedHead:
     most: npt.NDArray[np.int64]
 
     @classmethod
-    def of(cls, sections: list[ExpectedSection]) -> ExpectedHead:
-        """Of the sections that a blob must have."""
-
+    def of(cls, sections: list[ExpectedSection], header: Header) -> ExpectedHead:
+        """Of the sections that a blob must have. header: of any such blob."""
         least = [section.raw_length for section in sections]
         most = [s.raw_length if s.most_raw_length is None else s.most_raw_length for s in sections]
         varies = [a != b for a, b in zip(least, most, strict=True)]
@@ -117,38 +121,57 @@ class ExpectedHead:
 
         entries = table(0, 0)
         fixed = ~(entries ^ table(0xFFFFFFFF, 0xFF))
-        return cls(entries, fixed, np.array(least, np.int64), np.array(most, np.int64))
+        whole = build_header(header, len(sections))
+        bounds = np.array(least, np.int64), np.array(most, np.int64)
+        return cls(whole, header.sinks, entries, fixed, *bounds)
 
-    def match(self, blob: Blob, sinks: int, header: Callable[[], Header]) -> VerifiedBlob | None:
-        """The tables of a blob if it is as we write it. None: who knows. Its checksum is right.
+    def match(
+        self, blobs: Sequence[Blob], names: Sequence[tuple[int, bytes]]
+    ) -> list[VerifiedBlob | None]:
+        """The tables of each blob if it is as we write it. None: who knows. Checksums are right.
 
-        header: the one that it must have.
+        names: first position and identity that each must have. All at once, because a look at one
+        costs as many calls of numpy as a look at all.
         """
-        view = memoryview(blob)
+        views = [memoryview(blob) for blob in blobs]
         count = len(self.entries)
         end = HEADER_BYTES + count * _ENTRY
-        if len(view) < end + CHECKSUM_BYTES or view[:HEADER_BYTES] != build_header(header(), count):
-            return None
-        found = np.frombuffer(view, np.uint8, count * _ENTRY, HEADER_BYTES).reshape(-1, _ENTRY)
-        if not np.array_equal(found & self.fixed, self.entries):
-            return None
-        tables = section_tables(view, count)
-        rows = tables.sections
-        stored = rows["stored_length"].astype(np.int64)
-        raw = rows["raw_length"].astype(np.int64)
-        known = (rows["coder_id"] == DEFLATE.coder_id) | (self.fixed[:, 1] == 255) | (raw == 0)
-        fits = tables.body + int(stored.sum()) + CHECKSUM_BYTES == len(view)
-        # Sections of ours need no padding: their last unit has its own.
-        if (
-            not (fits and known.all())
-            or (raw < self.least).any()
-            or (raw > self.most).any()
-            or (rows["coder_id"] > DEFLATE.coder_id).any()
-            or (stored % UNIT_ALIGNMENT).any()
-            or (rows["units"] > rows["raw_length"]).any()
-        ):
-            return None
-        return VerifiedBlob(view, sinks, tables)
+        found: list[VerifiedBlob | None] = [None] * len(views)
+        likely = [
+            place
+            for place, (view, name) in enumerate(zip(views, names, strict=True))
+            if len(view) >= end + CHECKSUM_BYTES
+            and view[:HEADER_BYTES] == header_with(self.header, *name)
+        ]
+        if not likely:
+            return found
+        size = end - HEADER_BYTES
+        tables = np.stack([np.frombuffer(views[i], np.uint8, size, HEADER_BYTES) for i in likely])
+        entries = tables.reshape(len(likely), count, _ENTRY)
+        rows = tables.view(SectionTables.row_dtype())
+        raw, stored, units = (
+            rows[name].astype(np.int64) for name in ("raw_length", "stored_length", "units")
+        )
+        coders = rows["coder_id"]
+        bodies = end + UNIT_BYTES * units.sum(1)
+        lengths = np.array([len(views[place]) for place in likely], np.int64)
+        right = (
+            ((entries & self.fixed) == self.entries).all(2)
+            & ((coders == DEFLATE.coder_id) | (self.fixed[:, 1] == 255) | (raw == 0))
+            & (raw >= self.least)
+            & (raw <= self.most)
+            & (coders <= DEFLATE.coder_id)
+            # Sections of ours need no padding: their last unit has its own.
+            & (stored % UNIT_ALIGNMENT == 0)
+            & (units <= raw)
+        ).all(1)
+        right &= bodies + stored.sum(1) + CHECKSUM_BYTES == lengths
+        for number in np.flatnonzero(right).tolist():
+            place, body = likely[number], int(bodies[number])
+            view = views[place]
+            own = SectionTables(rows[number], view[end:body], body)
+            found[place] = VerifiedBlob(view, self.sinks, own)
+        return found
 
 
 def _coder_of(section: ExpectedSection) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -26,13 +28,16 @@ def codec(request):
 
 def quick(codec, blob, start):
     """What the fast path sees in a blob with a right checksum."""
+    (found,) = quick_many(codec, [blob], start)
+    return found
+
+
+def quick_many(codec, blobs, start):
     sinks = codec._sinks(start, TOKENS)
-    head = ExpectedHead.of(codec._sections_of(TOKENS, sinks, 8.0))
-
-    def header():
-        return codec._new_header(TOKENS, start, sinks, 8.0, codec.artifact.fingerprint, KEY)
-
-    return head.match(blob, sinks, header)
+    header = codec._new_header(TOKENS, start, sinks, 8.0, codec.artifact.fingerprint, KEY)
+    other = replace(header, start=1, identity=bytes(16))
+    head = ExpectedHead.of(codec._sections_of(TOKENS, sinks, 8.0), other)
+    return head.match(blobs, [(start, header.identity)] * len(blobs))
 
 
 def sealed(content: bytes) -> bytes:
@@ -74,6 +79,27 @@ def test_whatever_it_accepts_the_thorough_look_accepts(codec, start):
                 sections = [found.section(number) for number in range(len(info.sections))]
                 assert sections == list(info.sections)
     assert refused > 4 * end
+
+
+@pytest.mark.parametrize("start", [0, TOKENS])
+def test_many_are_judged_as_each_alone(codec, start):
+    blob = codec.encode(*MODEL.chunk(TOKENS, start, 3), start, KEY)
+    content = bytearray(blob[:-CHECKSUM_BYTES])
+    blobs = [blob, b"", codec.encode(*MODEL.chunk(TOKENS, start, 4), start, KEY)]
+    for at in range(HEADER_BYTES - 20, HEADER_BYTES + 40):
+        content[at] ^= 1
+        blobs.append(sealed(bytes(content)))
+        content[at] ^= 1
+    together = quick_many(codec, blobs, start)
+    alone = [quick(codec, each, start) for each in blobs]
+    assert [found is None for found in together] == [found is None for found in alone]
+    assert together[0] is not None
+    assert together[1] is None
+    assert together[2] is not None
+    for found, each in zip(together, alone, strict=True):
+        if found is not None:
+            assert found.tables.sections.tobytes() == each.tables.sections.tobytes()
+            assert (found.tables.units, found.tables.body) == (each.tables.units, each.tables.body)
 
 
 def test_lengths_of_any_kind_are_no_error(codec):
