@@ -14,9 +14,12 @@ def rest_in_idle_steps(llm: Any) -> None:
 
     A server's loop sleeps after a step that computed nothing. `LLM` steps at once again; on a CPU
     it then holds Python's lock nearly all of the time, and threads that encode or decode wait up
-    to 5 ms for it again and again: they take some ten times as long as in a server.
+    to 5 ms for it again and again: they take some ten times as long as in a server. An engine
+    whose core has a process of its own is left as it is.
     """
-    core = llm.llm_engine.engine_core.engine_core
+    core = getattr(llm.llm_engine.engine_core, "engine_core", None)
+    if core is None:
+        return
     step = core.step_fn
 
     def step_and_rest() -> Any:
