@@ -25,7 +25,7 @@ class PermutedOrder:
     def __init__(self, tokens: int, head_size: int, k_source: torch.Tensor, v_source: torch.Tensor):
         half = tokens * head_size
         shape = (tokens, head_size)
-        self._halves = tuple(
+        self._halves: tuple[_Half, ...] = tuple(
             _Half.of(source, shape, first) for source, first in ((k_source, 0), (v_source, half))
         )
         self._page = (tokens, 2 * head_size)
