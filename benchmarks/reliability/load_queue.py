@@ -64,7 +64,7 @@ class Bench:
             num_gpu_blocks_override=64 * (requests + 4),
         )
 
-    def run(self, rounds: int, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    def run(self, rounds: int, save: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
         """Store, then let the three ways take turns; `save` gets what is known after each burst."""
         with self._engine as llm:
             scheduler = llm.llm_engine.engine_core.engine_core.scheduler.connector._scheduler

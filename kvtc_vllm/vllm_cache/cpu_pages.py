@@ -51,8 +51,8 @@ class _Half:
 
     places: [N, D], element's place in the half that begins at `first`. tokens, dims: (count,
     stride) of the loops that give it, outermost first, of one or two levels each: backends for
-    matrix units pack pairs of elements. None if no such loops do. Copies through strides take a
-    tenth of the time of copies through a table.
+    matrix units pack pairs of elements. None if no such loops do: then elements are moved one by
+    one through a table, which takes several times as long (`benchmarks.cpu_pages`).
     """
 
     places: torch.Tensor
