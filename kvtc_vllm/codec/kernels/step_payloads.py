@@ -239,7 +239,8 @@ class StepPlanPayloads(PayloadCoding):
         beyond = np.array([self._bounds_beyond(marked) for marked in coded.marked.tolist()])
         # Both together are no less than the first, so one bound does for both.
         large = (own.sum(2) > most) | (own[..., -1] > beyond)
-        return ~(coded.magnitudes < MAX_LEVEL) | large.any(1)
+        doubtful: Marks = ~(coded.magnitudes < MAX_LEVEL) | large.any(1)
+        return doubtful
 
     def check(self, coded: CodedSizes, place: int) -> None:
         magnitude, tokens = float(coded.magnitudes[place]), int(coded.tokens[place])
