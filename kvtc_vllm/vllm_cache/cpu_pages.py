@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -96,8 +97,9 @@ class _Half:
             raise UnsupportedError("the CPU backend's page order has no strides")
         return self._view(pages, tokens, dims)
 
-    @property
+    @cached_property
     def _numbers(self) -> torch.Tensor:
+        """Places in the whole page, token by token: read for every layer of a chunk."""
         return self.places.flatten() + self.first
 
     def _view(self, pages: torch.Tensor, tokens: _Loops, dims: _Loops) -> torch.Tensor:
