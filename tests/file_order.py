@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-SECONDS = {"vllm": 20.0, "slow": 5.0}
+SECONDS = {"long": 100.0, "vllm": 20.0, "slow": 5.0}
 """About what a test takes, by its mark."""
 OTHER_SECONDS = 0.1
 

@@ -20,9 +20,10 @@ def test_a_file_with_engines_comes_before_one_of_many_small_tests() -> None:
     slow = [item("slow.py", "a", "slow"), item("slow.py", "b")]
     engines = [item("engines.py", "a"), item("engines.py", "b", "vllm")]
     both = [item("both.py", "a", "slow", "vllm"), item("both.py", "b", "vllm")]
-    items = [*many, *slow, *engines, *both]
+    long = [item("long.py", "a", "vllm", "long")]
+    items = [*many, *slow, *engines, *both, *long]
     longest_first(items)
-    assert items == [*both, *engines, *slow, *many]
+    assert items == [*long, *both, *engines, *slow, *many]
 
 
 def test_files_that_take_the_same_stay_as_they_are() -> None:

@@ -34,6 +34,7 @@ def replies(model: Path, prompts: list[list[int]]) -> tuple[list[list[int]], dic
         return found, metrics(llm), way
 
 
+@pytest.mark.long
 def test_reloading_through_kernels_says_the_same(
     reference_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -83,6 +83,7 @@ def run(
     return dict(json.loads(out.read_text()))
 
 
+@pytest.mark.long
 def test_raw_and_kvtc_on_two_ranks(reference_model: Path, tmp_path: Path) -> None:
     extra: dict[str, Any] = {"preset": "raw", "memory_bytes": "256MiB"}
     raw = run(reference_model, extra, tmp_path / "raw", tokens=32)
