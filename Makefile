@@ -21,9 +21,10 @@ PYTHON := $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	>/dev/null 2>&1; then echo $$python; break; fi; done)
 endif
 
-# Tests run in so many processes, a file each at a time; tests/conftest.py gives each a core.
+# Tests run in so many processes, a file each at a time; tests/conftest.py gives each a core, and
+# the files the order in which they are taken.
 JOBS ?= 2
-PYTEST := pytest -n $(JOBS) --dist loadfile
+PYTEST := pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 RUN := $(VENV)/bin/python -m
 OLD_TESTS := tests/connector/test_contract.py tests/connector/test_restart.py \

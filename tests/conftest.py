@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.file_order import longest_first
+
 # A pause of a shared machine is not a failure.
 settings.register_profile("no-deadline", deadline=None)
 settings.load_profile("no-deadline")
@@ -49,7 +51,10 @@ REFERENCE_MODEL = Path(__file__).parent / "reference_model" / "model"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Gives engine tests more time, and skips tests marked `gpu` on a machine without CUDA."""
+    """Gives engine tests more time, sorts the files of several test processes, and skips tests
+    marked `gpu` on a machine without CUDA."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        longest_first(items)
     for item in items:
         if item.get_closest_marker("vllm"):
             # Seconds on a quiet machine; a busy neighbour has made some ten times slower.

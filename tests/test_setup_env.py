@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import sys
 from pathlib import Path
 
@@ -81,3 +82,74 @@ def test_check_of_a_missing_environment_fails_and_makes_nothing(
     assert setup_env.main(["--venv", str(target), "--check"]) == 1
     assert "missing, unfinished or out of date" in capsys.readouterr().err
     assert not target.exists()
+
+
+CONFIGURED = """\
+:env:.disable-pip-version-check='1'
+:env:.find-links='/wheels'
+global.cert='/certificates.crt'
+global.constraint='/one.txt /two.txt'
+global.extra-index-url='file:///a/simple file:///b/simple'
+global.find-links='/others'
+list.format='columns'
+"""
+
+
+def test_uv_is_told_what_pip_is_configured_with() -> None:
+    options, variables = setup_env.uv_settings(CONFIGURED)
+    pairs = list(itertools.pairwise(options))
+    assert {value for name, value in pairs if name == "--constraint"} == {"/one.txt", "/two.txt"}
+    indexes = [value for name, value in pairs if name == "--index"]
+    assert indexes == ["file:///a/simple", "file:///b/simple"]
+    # As pip has it, a variable takes the place of what files say.
+    assert [value for name, value in pairs if name == "--find-links"] == ["/wheels"]
+    assert variables == {"SSL_CERT_FILE": "/certificates.crt"}
+    # Best of all indexes, as pip; uv by itself takes the first that has a package.
+    assert ("--index-strategy", "unsafe-best-match") in pairs
+
+
+@pytest.mark.parametrize(
+    "line", ["global.no-binary=':all:'", "install.prefer-binary='1'", ":env:.proxy='p'", "a\nb"]
+)
+def test_what_uv_has_no_word_for_is_left_to_pip(line: str) -> None:
+    with pytest.raises(setup_env.SetupError, match="can't be told"):
+        setup_env.uv_settings(CONFIGURED + line)
+
+
+class Recorded(setup_env.Environment):
+    """Commands are noted; uv's fail."""
+
+    def __init__(self, path: Path, settings: str = "") -> None:
+        super().__init__(path, "0.32.0")
+        self.settings = settings
+        self.commands: list[tuple[str, ...]] = []
+
+    def run(self, *arguments: str, stdin: str | None = None, **variables: str) -> str:
+        self.commands.append(arguments)
+        if arguments[1] == "uv":
+            raise setup_env.SetupError("uv is broken")
+        return self.settings if "list" in arguments else ""
+
+    def site_packages(self) -> Path:
+        return self.path
+
+
+def test_what_uv_cannot_install_pip_does(tmp_path: Path) -> None:
+    env = Recorded(tmp_path)
+    env.find_uv()
+    assert env.uv is not None
+    env.commands.clear()
+    env.install("a==1")
+    env.install("b==1")
+    assert [(command[1], command[-1]) for command in env.commands] == [
+        ("uv", "a==1"),
+        ("pip", "a==1"),
+        ("pip", "b==1"),
+    ]
+
+
+def test_a_setting_unknown_to_uv_means_pip(tmp_path: Path) -> None:
+    env = Recorded(tmp_path, "global.only-binary=':all:'")
+    env.find_uv()
+    env.install("a==1")
+    assert [command[1] for command in env.commands] == ["pip", "pip"]

@@ -199,8 +199,8 @@ def test_real_ratio_with_every_byte_counted(
     for ratio, floor in ((8, 7.0), (16, 14.0), (32, 26.0)):
         extra = {"codec": "kvtc", "ratio": ratio, "memory_bytes": "64MiB"}
         with engine(reference_model, extra, dtype="bfloat16") as llm:
-            long = [prompts[i] + prompts[i + 1] for i in range(0, 6, 2)]
-            greedy(llm, long, 1)
+            # One prompt: a CPU without AVX-512 is many times slower in bfloat16.
+            greedy(llm, [prompts[0] + prompts[1]], 1)
             values = metrics(llm)
-            assert values["kvtc_stored_chunks"] == 3 * 10
+            assert values["kvtc_stored_chunks"] == 10
             assert values["kvtc_stored_raw_bytes"] / values["kvtc_stored_bytes"] >= floor

@@ -133,7 +133,7 @@ def test_a_request_finds_its_tables(artifact: Any, monkeypatch: pytest.MonkeyPat
     pages = layout()
     transfer = build_transfer(found, config, pages, SHAPE.only_group, lambda: PLAN).transfer
     monkeypatch.setattr(bit_payloads.PlanTables, "build", None)
-    for starts in ([0], [BLOCK], [0, BLOCK], [0, BLOCK, BLOCK]):
+    for starts in ([0], [BLOCK], [0, BLOCK, BLOCK]):
         stores = [StoreItem(b"", start, [1 + i]) for i, start in enumerate(starts)]
         blobs = transfer.encode(transfer.stage(stores))
         loads = [

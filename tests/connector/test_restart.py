@@ -51,6 +51,7 @@ def kill(process: subprocess.Popen) -> None:
 
 
 @pytest.mark.crash
+@pytest.mark.long
 def test_conversations_resume_after_kill_9(reference_model: Path, tmp_path: Path) -> None:
     resume_after_kill_9(reference_model, tmp_path)
 

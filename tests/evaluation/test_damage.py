@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from kvtc_vllm.artifact.identity import model_identity
 from kvtc_vllm.artifact.rank_file import rank_file_name
 from kvtc_vllm.codec.base import Coder, DecodedChunk
 from kvtc_vllm.codec.kvtc import KvtcCodec
-from kvtc_vllm.evaluation.job import Job, Workload
+from kvtc_vllm.evaluation.job import SharedJob, Workload
 from kvtc_vllm.evaluation.methods import Method
+from kvtc_vllm.evaluation.processes import run_shared
 from kvtc_vllm.evaluation.replay import variants
+from kvtc_vllm.evaluation.replay.round_trips import TURN
 from kvtc_vllm.evaluation.reporting.results import damaged, rows
 from kvtc_vllm.evaluation.tasks import TASKS
 
@@ -34,10 +37,13 @@ WORKLOADS = [
 ]
 
 
+Damage = Callable[[KvtcCodec, DecodedChunk], DecodedChunk]
+
+
 class Broken(Coder):
     """Encodes as it should; `damage` is done to what is decoded."""
 
-    def __init__(self, sound: KvtcCodec, damage: Callable[[KvtcCodec, DecodedChunk], DecodedChunk]):
+    def __init__(self, sound: KvtcCodec, damage: Damage) -> None:
         self._sound = sound
         self._damage = damage
 
@@ -46,6 +52,13 @@ class Broken(Coder):
 
     def decode(self, *arguments: Any, **named: Any) -> DecodedChunk:
         return self._damage(self._sound, self._sound.decode(*arguments, **named))
+
+
+def broken(damage: Damage, base: variants.VariantContext) -> Broken:
+    """Our codec with the damage; a row of `VARIANTS` once the damage is given."""
+    codec = base.codec()
+    assert isinstance(codec, KvtcCodec)
+    return Broken(codec, damage)
 
 
 def wrong_rope_sign(codec: KvtcCodec, chunk: DecodedChunk) -> DecodedChunk:
@@ -72,27 +85,35 @@ def zeroed_values(codec: KvtcCodec, chunk: DecodedChunk) -> DecodedChunk:
     return replace(chunk, v=torch.zeros_like(chunk.v))
 
 
-def run(model: Path, monkeypatch: pytest.MonkeyPatch, damage: Any) -> set[str]:
-    """Names of the tasks that count as damaged."""
+def sound(codec: KvtcCodec, chunk: DecodedChunk) -> DecodedChunk:
+    """As it was decoded."""
+    return chunk
+
+
+DAMAGES = (wrong_rope_sign, shuffled_basis, zeroed_values)
+
+
+@pytest.fixture(scope="module")
+def damaged_tasks(reference_model: Path) -> dict[str, set[str]]:
+    """Names of the tasks that count as damaged, for each codec; over one exact pass for all."""
     from transformers import AutoTokenizer
 
-    from kvtc_vllm.evaluation.processes import run_method
-
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    if damage is not None:
-        monkeypatch.setitem(
-            variants.VARIANTS, "unchanged", lambda base: Broken(base.codec(), damage)
+    model = str(reference_model)
+    directory = registry.find(model_identity(model), 1, 8.0, model_name="reference")
+    artifact = str(directory / rank_file_name(0, 1))
+    # A short window leaves less to exact recomputation, so that less data tells.
+    methods = [
+        Method(
+            damage.__name__,
+            "8x",
+            override={"variant": damage.__name__, "artifact": artifact, "ratio": 8.0},
+            window=32,
         )
-    directory = registry.find(model_identity(str(model)), 1, 8.0, model_name="reference")
-    override = {
-        "variant": "unchanged",
-        "artifact": str(directory / rank_file_name(0, 1)),
-        "ratio": 8.0,
-    }
-    job = Job(
-        model=str(model),
-        # A short window leaves less to exact recomputation, so that less data tells.
-        method=Method("under test", "8x", override=override, window=32),
+        for damage in (sound, *DAMAGES)
+    ]
+    job = SharedJob(
+        model=model,
+        methods=methods,
         workloads=WORKLOADS,
         seed=1,
         source=None,
@@ -100,23 +121,29 @@ def run(model: Path, monkeypatch: pytest.MonkeyPatch, damage: Any) -> set[str]:
         engine={"block_size": 32, "dtype": "float32"},
         out="",
     )
-    outcome = run_method.run(job, AutoTokenizer.from_pretrained(model))
-    assert not outcome.skipped
-    found = rows(outcome)
-    for row in found:
-        if not row.label and row.metric in ("kl", "nll_change", "accuracy_change"):
-            print(row.task, row.metric, f"{row.value:.3f}", row.ci95)
-    return {task for task, _ in damaged(found)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        for damage in (sound, *DAMAGES):
+            patch.setitem(variants.VARIANTS, damage.__name__, partial(broken, damage))
+        *_, outcomes = run_shared.run(job, AutoTokenizer.from_pretrained(model))
+    TURN.begin(None)
+    found = {}
+    for outcome in outcomes:
+        assert not outcome.skipped
+        of_one = rows(outcome)
+        for row in of_one:
+            if not row.label and row.metric in ("kl", "nll_change", "accuracy_change"):
+                print(row.method, row.task, row.metric, f"{row.value:.3f}", row.ci95)
+        found[outcome.method.name] = {task for task, _ in damaged(of_one)}
+    return found
 
 
-@pytest.mark.parametrize("damage", [wrong_rope_sign, shuffled_basis, zeroed_values])
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_broken_codec_fails_every_task(
-    reference_model: Path, monkeypatch: pytest.MonkeyPatch, damage: Any
+    damaged_tasks: dict[str, set[str]], damage: Damage
 ) -> None:
-    assert run(reference_model, monkeypatch, damage) == set(TASKS)
+    assert damaged_tasks[damage.__name__] == set(TASKS)
 
 
-def test_a_sound_codec_passes_every_task(
-    reference_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert run(reference_model, monkeypatch, None) == set()
+def test_a_sound_codec_passes_every_task(damaged_tasks: dict[str, set[str]]) -> None:
+    assert damaged_tasks[sound.__name__] == set()

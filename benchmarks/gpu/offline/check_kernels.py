@@ -1,12 +1,12 @@
 """Compiles every kernel that serving launches, for GPUs that need not be there, and inspects it.
 
-    python -m benchmarks.gpu.offline.check_kernels [80 90 100] [--quick]
+    python -m benchmarks.gpu.offline.check_kernels [80 90 100] [kvtc kvtc2] [--quick]
 
 Launches are those of the serving code itself on the shapes of `served.SERVED`. Fails if a kernel
 spills registers, uses a fused multiply-add or flushes subnormals where results must equal the
 CPU's, reads or writes the cache in pieces of less than a word, needs more instructions per code
-than `MOST_PER_CODE`, or if serving compiles something that start-up has not. --quick: the first
-case only, and no tiles of codec 2.
+than `MOST_PER_CODE`, or if serving compiles something that start-up has not. kvtc kvtc2: of these
+codecs only. --quick: the first case only, and no tiles of codec 2.
 """
 
 from __future__ import annotations
@@ -51,8 +51,11 @@ MOST_PER_STEP_CODE = {
 
 def main(arguments: list[str]) -> int:
     """Number of problems found."""
-    capabilities = [int(a) for a in arguments if not a.startswith("-")] or [80, 90, 100]
-    cases = SERVED[:1] if "--quick" in arguments else SERVED
+    quick = "--quick" in arguments
+    capabilities = [int(a) for a in arguments if a.isdigit()] or [80, 90, 100]
+    codecs = {a for a in arguments if a in TILES} or set(TILES)
+    cases = [case for case in SERVED if case.codec in codecs][: 1 if quick else None]
+    checks = [TILES[name] for name in TILES if name in codecs and not (quick and name == "kvtc2")]
     without_products()
     problems: list[str] = []
     for capability in capabilities:
@@ -67,7 +70,6 @@ def main(arguments: list[str]) -> int:
                 for code in launches.machine_code()
                 for p in inspect(code)
             ]
-        checks = [check_tiles] if "--quick" in arguments else [check_tiles, check_step_tiles]
         problems += [f"sm_{capability} {p}" for check in checks for p in check(capability)]
         seconds = time.perf_counter() - started
         print(f"sm_{capability}: {count} specialisations in {seconds:.0f} s", flush=True)
@@ -130,6 +132,10 @@ def check_step_tiles(capability: int) -> list[str]:
         for (way, bits), cost in step_instructions_per_code(capability).items()
         if cost > MOST_PER_STEP_CODE[way, bits]
     ]
+
+
+TILES = {"kvtc": check_tiles, "kvtc2": check_step_tiles}
+"""By codec, what checks its tiles."""
 
 
 if __name__ == "__main__":

@@ -26,11 +26,11 @@ def run(program: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", ["80", "90"])
-def test_kernels_of_an_8b_model(capability: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("capability", "codec"), [("80", "kvtc"), ("90", "kvtc"), ("90", "kvtc2")])
+def test_kernels_of_an_8b_model(capability: str, codec: str, tmp_path: Path) -> None:
     ended = run(
         "import sys; from benchmarks.gpu.offline.check_kernels import main; "
-        f"sys.exit(main(['{capability}', '--quick']))",
+        f"sys.exit(main(['{capability}', '{codec}', '--quick']))",
         tmp_path,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr

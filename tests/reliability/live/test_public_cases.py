@@ -115,6 +115,7 @@ def test_prompts_of_embeddings(reference_model: Path, prompts: Tokens, before: T
         assert count(llm, "loaded_tokens") == 2 * 608
 
 
+@pytest.mark.long
 def test_streaming_sessions(reference_model: Path) -> None:
     """A request whose prompt grows while it is answered, as a server takes it."""
     found = []
