@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import time
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -86,6 +89,8 @@ def test_ranks_are_counted_stage_by_stage(monkeypatch: pytest.MonkeyPatch) -> No
     def group(name: str) -> Any:
         return SimpleNamespace(world_size=sizes[name], cpu_group=name)
 
+    arrived = SimpleNamespace(wait=lambda timeout: None)
+    monkeypatch.setattr(rounds.torch.distributed, "barrier", lambda group, async_op: arrived)
     monkeypatch.setattr(rounds.torch.distributed, "all_gather_object", all_gather)
     monkeypatch.setattr(rounds, "model_parallel_is_initialized", lambda: True)
     monkeypatch.setattr(rounds, "get_tp_group", lambda: group("tensor"))
@@ -99,3 +104,62 @@ def test_ranks_are_counted_stage_by_stage(monkeypatch: pytest.MonkeyPatch) -> No
     assert rounds.among_ranks("own") == ["own"]
     assert given == []
     assert rounds.rounds_of_engine() is None
+
+
+def test_a_rank_that_does_not_come_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+    """vLLM failed on it between our constructor and the caches, and its process lives on."""
+    spawn = multiprocessing.get_context("spawn")
+    told, ended = spawn.Queue(), spawn.Event()
+    ranks = [
+        spawn.Process(target=_one_of_two, args=(rank, str(tmp_path / "store"), told, ended))
+        for rank in range(2)
+    ]
+    for process in ranks:
+        process.start()
+    try:
+        first, message, seconds = told.get(timeout=120)
+    finally:
+        ended.set()
+        for process in ranks:
+            process.join(60)
+    assert first == ["from 0", "from 1"]
+    assert "another rank did not come to the start within 2 seconds" in message
+    assert 1 < seconds < 60
+
+
+def _one_of_two(rank: int, store: str, told: Any, ended: Any) -> None:
+    """Rank 1 comes to the first round only."""
+    from torch import distributed
+
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    group: Any = SimpleNamespace(world_size=2, cpu_group=distributed.group.WORLD)
+    first = rounds._gathered(group, f"from {rank}")
+    if rank == 0:
+        rounds.PATIENCE_SECONDS = 2
+        began = time.monotonic()
+        try:
+            with Rounds(partial(rounds._gathered, group)) as own:
+                own("there?")
+        except RuntimeError as error:
+            told.put((first, str(error), time.monotonic() - began))
+    ended.wait(120)
+
+
+@pytest.mark.parametrize(
+    ("engines", "balances", "shared"), [(1, False, False), (2, False, True), (2, True, False)]
+)
+def test_engines_that_share_experts_meet(
+    monkeypatch: pytest.MonkeyPatch, engines: int, balances: bool, shared: bool
+) -> None:
+    parallel = SimpleNamespace(data_parallel_size=engines, enable_eplb=balances)
+    config: Any = SimpleNamespace(parallel_config=parallel)
+    group = SimpleNamespace(world_size=2, cpu_group="data")
+    met: list[Any] = []
+    monkeypatch.setattr(rounds, "get_dp_group", lambda: group)
+    monkeypatch.setattr(rounds, "_gathered", lambda group, own: met.append((group, own)) or [own])
+    assert rounds.shares_experts(config) is shared
+    gather = rounds.among_engines(config)
+    assert (gather is not None) is shared
+    if gather is not None:
+        assert gather("own") == ["own"]
+        assert met == [(group, "own")]
