@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import time
+import threading
+from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import distributed
 
 from kvtc_vllm.config import ConfigError
 from kvtc_vllm.connector import rounds
@@ -106,43 +106,33 @@ def test_ranks_are_counted_stage_by_stage(monkeypatch: pytest.MonkeyPatch) -> No
     assert rounds.rounds_of_engine() is None
 
 
-def test_a_rank_that_does_not_come_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:You are using a Backend")
+def test_a_rank_that_does_not_come_is_not_waited_for_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """vLLM failed on it between our constructor and the caches, and its process lives on."""
-    spawn = multiprocessing.get_context("spawn")
-    told, ended = spawn.Queue(), spawn.Event()
-    ranks = [
-        spawn.Process(target=_one_of_two, args=(rank, str(tmp_path / "store"), told, ended))
-        for rank in range(2)
-    ]
-    for process in ranks:
-        process.start()
-    try:
-        first, message, seconds = told.get(timeout=120)
-    finally:
-        ended.set()
-        for process in ranks:
-            process.join(60)
-    assert first == ["from 0", "from 1"]
-    assert "another rank did not come to the start within 2 seconds" in message
-    assert 1 < seconds < 60
+    monkeypatch.setattr(rounds, "PATIENCE_SECONDS", 60.0)
+    store, ended = distributed.HashStore(), threading.Event()
 
-
-def _one_of_two(rank: int, store: str, told: Any, ended: Any) -> None:
-    """Rank 1 comes to the first round only."""
-    from torch import distributed
-
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    group: Any = SimpleNamespace(world_size=2, cpu_group=distributed.group.WORLD)
-    first = rounds._gathered(group, f"from {rank}")
-    if rank == 0:
-        rounds.PATIENCE_SECONDS = 2
-        began = time.monotonic()
+    def start(rank: int) -> Any:
+        """Rank 1 comes to the first round only."""
+        pair = distributed.ProcessGroupGloo(store, rank, 2, timedelta(minutes=30))
+        group: Any = SimpleNamespace(world_size=2, cpu_group=pair)
+        found = rounds._gathered(group, f"from {rank}")
+        if rank == 1:
+            ended.wait(60)
+            return found
+        monkeypatch.setattr(rounds, "PATIENCE_SECONDS", 1.0)
         try:
             with Rounds(partial(rounds._gathered, group)) as own:
                 own("there?")
-        except RuntimeError as error:
-            told.put((first, str(error), time.monotonic() - began))
-    ended.wait(120)
+        finally:
+            ended.set()
+
+    waited, absent = at_once(start)
+    assert absent == ["from 0", "from 1"]
+    assert isinstance(waited, RuntimeError)
+    assert "another rank did not come to the start within 1 seconds" in str(waited)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import errno
 import fcntl
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from stat import S_IMODE, S_ISDIR, S_ISREG
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -24,9 +23,6 @@ Named = tuple[str, int]
 
 _DIRECTORY = os.O_DIRECTORY | os.O_CLOEXEC
 _WRITABLE_BY_OTHERS = 0o022
-MOST_PLACES = 16
-"""Directories of which a descriptor is kept. A write goes to the root, its namespace, the directory
-of temporaries and one of 256 more, three times; a second write may run beside it."""
 
 
 class FileInfo(NamedTuple):
@@ -140,14 +136,11 @@ class OsFileSystem:
     root: a directory. From there on calls go from descriptor to descriptor, follow no symbolic
     link, and refuse with EACCES a directory that somebody else owns or may write: so no call ends
     up outside, whatever anybody puts inside. The way to the root itself is the caller's choice.
-    Descriptors of directories are kept, and used again as long as their paths lead to them.
     Without a root, paths are taken as they are.
     """
 
     def __init__(self, root: str | None = None) -> None:
         self._root = root
-        self._places: dict[str, _Place] = {}
-        """The last ones used, the latest last."""
 
     def open(self, path: str, flags: int) -> int:
         flags |= os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
@@ -188,7 +181,10 @@ class OsFileSystem:
             return read(path)
         # A descriptor that only stands for a place cannot be read; "." beside it can.
         place = self._directory(path)
-        fd = os.open(".", os.O_RDONLY | _DIRECTORY, dir_fd=place.fd)
+        try:
+            fd = os.open(".", os.O_RDONLY | _DIRECTORY, dir_fd=place)
+        finally:
+            os.close(place)
         try:
             return read(fd)
         finally:
@@ -199,7 +195,7 @@ class OsFileSystem:
             os.makedirs(path, mode=0o700, exist_ok=True)
             return
         os.makedirs(self._root, mode=0o700, exist_ok=True)
-        self._directory(path, make=True)
+        os.close(self._directory(path, make=True))
 
     def rmdir(self, path: str) -> None:
         self._at(path, lambda at, name: os.rmdir(name, dir_fd=at))
@@ -253,58 +249,31 @@ class OsFileSystem:
         directory, _, name = path.rpartition("/")
         if self._root is None:
             return call(None, path)
-        place = self._directory(directory)
-        return call(place.fd, name)
-
-    def _directory(self, path: str, make: bool = False) -> _Place:
-        """A directory at or below the root. make: those missing."""
-        assert self._root is not None
-        if len(path) <= len(self._root):
-            path = self._root
-        place = self._places.pop(path, None)
-        if place is None or not place.is_at(path, follow=path == self._root):
-            place = self._open_directory(path, make)
-        # Of two threads that do this at once, the later one's is kept.
-        self._places[path] = place
-        if len(self._places) > MOST_PLACES:
-            with suppress(StopIteration, RuntimeError):  # of threads that change it meanwhile
-                self._places.pop(next(iter(self._places)), None)
-        return place
-
-    def _open_directory(self, path: str, make: bool) -> _Place:
-        """From descriptor to descriptor."""
-        if path == self._root:
-            return _Place(os.open(path, os.O_PATH | _DIRECTORY), path)
-        above, _, name = path.rpartition("/")
-        outer = self._directory(above, make)
-        if not name:
-            return outer
-        if make:
-            _make(name, outer.fd)
-        inner = os.open(name, os.O_PATH | _DIRECTORY | os.O_NOFOLLOW, dir_fd=outer.fd)
-        return _Place(inner, path)
-
-
-class _Place:
-    """A directory of this user, by a descriptor that is closed when nobody uses it any more."""
-
-    def __init__(self, fd: int, path: str) -> None:
-        """Raises PermissionError if others own or may write it."""
-        self.fd = fd
-        status = os.fstat(fd)
-        _check_private(status, path)
-        self._identity = status.st_dev, status.st_ino
-
-    def __del__(self) -> None:
-        os.close(self.fd)
-
-    def is_at(self, path: str, follow: bool) -> bool:
-        """Whether the path leads to it, and it is still private. follow: a link at its end."""
+        at = self._directory(directory)
         try:
-            status = os.stat(path, follow_symlinks=follow)
-        except OSError:
-            return False
-        return (status.st_dev, status.st_ino) == self._identity and _is_private(status)
+            return call(at, name)
+        finally:
+            os.close(at)
+
+    def _directory(self, path: str, make: bool = False) -> int:
+        """Descriptor that stands for a directory at or below the root. make: those missing."""
+        assert self._root is not None
+        at = os.open(self._root, os.O_PATH | _DIRECTORY)
+        try:
+            _check_private(at, self._root)
+            for name in path[len(self._root) :].split("/"):
+                if not name:
+                    continue
+                if make:
+                    _make(name, at)
+                inner = os.open(name, os.O_PATH | _DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
+                at, outer = inner, at
+                os.close(outer)
+                _check_private(at, path)
+        except BaseException:
+            os.close(at)
+            raise
+        return at
 
 
 def _make(name: str, at: int) -> None:
@@ -315,14 +284,9 @@ def _make(name: str, at: int) -> None:
             raise
 
 
-def _is_private(status: os.stat_result) -> bool:
-    return status.st_uid in (os.geteuid(), 0) and not status.st_mode & _WRITABLE_BY_OTHERS
-
-
-def _check_private(status: os.stat_result, path: str) -> None:
+def _check_private(at: int, path: str) -> None:
     """Raise PermissionError for a directory that others own or may write."""
-    if _is_private(status):
-        return
+    status = os.fstat(at)
     user = os.geteuid()
     if status.st_uid not in (user, 0):
         raise PermissionError(
@@ -330,11 +294,12 @@ def _check_private(status: os.stat_result, path: str) -> None:
             f"{path} belongs to uid {status.st_uid}, and this process runs as uid {user}; run it "
             "as the owner, or name another directory",
         )
-    raise PermissionError(
-        errno.EACCES,
-        f"{path} has mode {S_IMODE(status.st_mode):04o}, so others may write it; chmod go-w it, or "
-        "name a new directory below it, which is then made for this user only",
-    )
+    if status.st_mode & _WRITABLE_BY_OTHERS:
+        raise PermissionError(
+            errno.EACCES,
+            f"{path} has mode {S_IMODE(status.st_mode):04o}, so others may write it; chmod go-w "
+            "it, or name a new directory below it, which is then made for this user only",
+        )
 
 
 def _entries(directory: str | int) -> list[Listed]:
