@@ -34,7 +34,7 @@ from kvtc_vllm.connector.memory_tier import with_joint
 from kvtc_vllm.connector.messages import ReportMessage, StepMessage, WorkerStart
 from kvtc_vllm.connector.metrics import KVTCPromMetrics, KVTCStats
 from kvtc_vllm.connector.one_copy import wants_one_copy
-from kvtc_vllm.connector.rounds import rounds_of_engine
+from kvtc_vllm.connector.rounds import rounds_of_engine, shares_experts
 from kvtc_vllm.connector.stages import world_rank
 from kvtc_vllm.connector.startup import CodecFactory, build_worker
 from kvtc_vllm.offload.geometry import check_budget, check_chunks, with_whole_blocks
@@ -96,6 +96,7 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
                 loads=transfer.is_kv_consumer,
                 stores=transfer.is_kv_producer,
                 reuse=block_reuse(vllm_config, kv_cache_config, self._geometry),
+                shares_experts=shares_experts(vllm_config),
             )
             if not self._one_copy:  # else workers tell whether they have memory for it
                 self._begin_scheduling(one_copy=False)

@@ -190,6 +190,11 @@ def setup_identity(
         # Releases compute the same model in other ways.
         "vllm_version": vllm_version(),
     }
+    parallel = vllm_config.parallel_config
+    for name, alone in (("data_parallel_size", 1), ("enable_expert_parallel", False)):
+        # Only where it is so: how experts are dealt out is how their results are summed.
+        if getattr(parallel, name, alone) != alone:
+            own[name] = getattr(parallel, name)
     if only_ratio is not None:
         own["only_ratio"] = only_ratio
     if one_copy:

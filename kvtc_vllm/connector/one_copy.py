@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvtc_vllm.config import ConfigError, KVTCConfig
-from kvtc_vllm.connector.rounds import Gather
 from kvtc_vllm.offload.geometry import CacheGeometry
+from kvtc_vllm.offload.names import Gather
 from kvtc_vllm.tiers.shared_arena import SharedArena, SharedView
 
 if TYPE_CHECKING:

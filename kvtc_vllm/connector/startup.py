@@ -24,7 +24,7 @@ from kvtc_vllm.connector.identity import setup_identity
 from kvtc_vllm.connector.memory_tier import make_memory
 from kvtc_vllm.connector.one_copy import share_memory
 from kvtc_vllm.connector.rank_artifacts import load_artifacts
-from kvtc_vllm.connector.rounds import Rounds
+from kvtc_vllm.connector.rounds import Rounds, among_engines
 from kvtc_vllm.connector.scales import find_scales, joined_scales
 from kvtc_vllm.connector.sizing import log_plan, plan_memory
 from kvtc_vllm.connector.stages import stage_layers, worker_rank
@@ -148,6 +148,7 @@ def build_worker(
         may_sleep=bool(vllm_config.model_config.enable_sleep_mode),
         gather=rounds,
         one_name=shared is not None,
+        engines=among_engines(vllm_config),
     )
     names.rename(b"")
     if rounds is not None:

@@ -46,6 +46,10 @@ class Freshness:
         if self._first_step is not None and self._first_step < step:
             self._suspects.add(adapter)
 
+    def mixed(self) -> None:
+        """Suspect all blocks until vLLM's prefix cache is emptied."""
+        self._suspects.add(None)
+
     def doubt(self) -> None:
         """Suspect all blocks until `prove`: the weights may have changed."""
         self._unproven = True

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import xxhash
 
@@ -25,7 +26,7 @@ from kvtc_vllm.tiers.disk import DiskStore
 OpenStore = Callable[[bytes, bytes], DiskStore]
 """(identity, generation) -> the store of that namespace. Raises DiskError."""
 
-Gather = Callable[[bytes], Sequence[bytes]]
+Gather = Callable[[Any], Sequence[Any]]
 """What every rank gives, in the order of ranks. All ranks call it, at the same point."""
 
 _DIGEST_BYTES = 16
@@ -54,7 +55,8 @@ class Names:
     ranks, each of which computes with what the others give it. So its name is of what computes on
     all of them, and ranks meet to make one. one_name: for all of them, since one copy is kept for
     all; they meet for every name then. Else each has its own, and they meet for those without a
-    generation, which outlive the engine. changes: times that other weights were found than those of
+    generation, which outlive the engine. engines: among engines with whose weights it computes as
+    well; they meet at the start only. changes: times that other weights were found than those of
     the name before.
     """
 
@@ -68,10 +70,12 @@ class Names:
         may_sleep: bool = False,
         gather: Gather | None = None,
         one_name: bool = False,
+        engines: Gather | None = None,
     ) -> None:
         self._codecs = codecs
         self._gather = gather
         self._one_name = one_name
+        self._engines = engines
         self._identity = b""
         self._setup = setup
         self._weights = weights if weights is not None else Unwatched()
@@ -99,6 +103,9 @@ class Names:
                 digest, self._identity = weights, all_ranks
             else:
                 self._identity = xxhash.xxh3_128_digest(self._identity + all_ranks)
+        if self._engines is not None and not generation:
+            of_all = b"".join(self._engines(self._identity))
+            self._identity = xxhash.xxh3_128_digest(self._identity + of_all)
         changed = self._digest is not None and digest != self._digest
         self._digest = digest
         self.changes += changed

@@ -6,6 +6,7 @@ not by weights of before an update, and not on top of blocks of theirs (`Freshne
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -14,6 +15,8 @@ from kvtc_vllm.offload.freshness import Freshness
 from kvtc_vllm.offload.load_policy import Way
 from kvtc_vllm.offload.messages import AdapterUse, StoreItem
 from kvtc_vllm.offload.vllm_types import Request
+
+logger = logging.getLogger("vllm.kvtc")
 
 
 @dataclass
@@ -55,9 +58,14 @@ class RequestState:
 
 
 class RequestStates:
-    """Requests that vLLM has shown us and that have not ended. Scheduler's thread only."""
+    """Requests that vLLM has shown us and that have not ended. Scheduler's thread only.
 
-    def __init__(self, ranks: int) -> None:
+    shares_experts: with other engines, each of which holds some of them.
+    """
+
+    def __init__(self, ranks: int, shares_experts: bool = False) -> None:
+        self.shares_experts = shares_experts
+        self._mixed = False
         self.adapters = AdapterDigests(ranks)
         self.freshness = Freshness()
         self._states: dict[str, RequestState] = {}
@@ -86,7 +94,7 @@ class RequestStates:
     def begin(self, state: RequestState, step: int) -> None:
         """Note that work for a request, new or preempted, begins in `step` on vLLM's blocks."""
         state.began = step
-        state.tainted = self._is_on_suspects(state)
+        state.tainted = self._mixed or self._is_on_suspects(state)
 
     def take_adapter(self, number: int, news: dict[int, bytes | None], step: int) -> None:
         """Take over what workers told, by rank, of an adapter's contents."""
@@ -108,12 +116,26 @@ class RequestStates:
         self._taint(step)
 
     def start_again(self) -> None:
-        """Have all chunks of all requests considered again, under new names."""
+        """Have all chunks of all requests considered again, under new names.
+
+        None where experts are shared, until `taint_all`: other engines may get their new weights
+        later, and what is computed until then is of both.
+        """
+        if self.shares_experts and not self._mixed:
+            logger.warning(
+                "kvtc: weights have changed, and other engines hold experts of this model: nothing "
+                "is stored until reset_prefix_cache(reset_connector=True)"
+            )
+        self._mixed = self.shares_experts
+        if self._mixed:
+            self.freshness.mixed()
         for state in self._states.values():
             state.next_chunk = 0
+            state.tainted = state.tainted or self._mixed
 
     def taint_all(self) -> None:
-        """Have nothing stored of any request that has begun."""
+        """Have nothing stored of any request that has begun, and all of those that will."""
+        self._mixed = False
         for state in self._states.values():
             state.tainted = state.tainted or state.began is not None
 

@@ -43,7 +43,7 @@ class KVTCScheduler:
     bounds: by cache group, most bytes of a record on any rank. prompt_only: never store blocks
     filled while generating. loads, stores: what the engine's role among others allows.
     store_policy: instead of what the configuration asks for. reuse: what the engine does with
-    blocks. one_copy: the first rank keeps what all have the same, for all of them.
+    blocks. one_copy: the first rank keeps for all of them. shares_experts: with other engines.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class KVTCScheduler:
         store_policy: StorePolicy | None = None,
         reuse: BlockReuse | None = None,
         one_copy: bool = False,
+        shares_experts: bool = False,
     ) -> None:
         self._loads_allowed = loads
         self._config = config
@@ -104,7 +105,7 @@ class KVTCScheduler:
         )
         self._touched: list[RecordKey] = []
         self._step_number = 0
-        self._requests = RequestStates(ranks)
+        self._requests = RequestStates(ranks, shares_experts)
         self._tables = BlockTables(geometry.block_tables)
         self._loads = RunningLoads()
         self._new_loads: list[LoadJob] = []
@@ -338,7 +339,7 @@ class KVTCScheduler:
 
     def _take_change(self, step: int) -> None:
         """Give up all names: the weights were found to be others, first in `step`."""
-        if self.index.keepers > 1:
+        if self.index.keepers > 1 or self._requests.shares_experts:
             # A rank whose own weights are what they were would go on under its name of before, and
             # what it stored then would be found beside what the others store now.
             self._generation = os.urandom(NONCE_BYTES)

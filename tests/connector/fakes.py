@@ -86,11 +86,20 @@ def scheduler(
     prompt_only: bool = False,
     loads: bool = True,
     stores: bool = True,
+    shares_experts: bool = False,
     **extra: Any,
 ) -> KVTCScheduler:
     config = load_config({"codec": "kvtc", "memory_bytes": "1MiB", **extra})
     check_budget(config, ranks, BOUND)
-    return KVTCScheduler(config, geometry(ranks), [BOUND], prompt_only, loads, stores)
+    return KVTCScheduler(
+        config,
+        geometry(ranks),
+        [BOUND],
+        prompt_only,
+        loads,
+        stores,
+        shares_experts=shares_experts,
+    )
 
 
 class FakeBlockPool:

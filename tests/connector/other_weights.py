@@ -1,4 +1,5 @@
-"""An extension of vLLM's workers; where it is named, rank 1 computes with other weights.
+"""An extension of vLLM's workers; where it is named, rank 1 computes with other weights, and so
+does the second of two data-parallel engines.
 
 Behind vLLM's back, before the connector sees the model: as a trainer that writes into the
 parameters, or a fault of memory.
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed.parallel_state import get_dp_group
 
 from kvtc_vllm.connector.connector import KVTCConnector
 from kvtc_vllm.vllm_cache.live_model import LiveModel
@@ -22,7 +24,7 @@ class Extension:
 
 
 def _register_other_weights(connector: KVTCConnector, kv_caches: dict[str, Any]) -> None:
-    if get_tensor_model_parallel_rank() == 1:
+    if get_tensor_model_parallel_rank() == 1 or get_dp_group().rank_in_group == 1:
         with torch.no_grad():
             for root in LiveModel(connector._vllm_config, list(kv_caches)).roots():
                 for name, parameter in root.named_parameters():

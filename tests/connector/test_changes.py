@@ -278,3 +278,44 @@ def test_loads_of_before_a_reset_are_waited_for_by_nobody(engine: Engine) -> Non
     _, metadata = engine.begin("new", 300)
     confirm(engine.side, metadata)
     assert engine.side.match(FakeRequest("second", 300), 0) == 256
+
+
+def test_nothing_is_stored_after_a_change_while_other_engines_hold_experts() -> None:
+    """They get their new weights later: what is computed meanwhile is of both."""
+    engine = Engine(shares_experts=True)
+    old, metadata = engine.begin("old", 300)
+    assert len(metadata.stores) == 2
+    _, metadata = engine.begin("new", 300, prompt="b")
+    engine.found_stale(step=metadata.number)
+    metadata = engine.next_step()
+    assert len(metadata.generation) == 8  # its names are made without the other engines
+    engine.named(metadata.number, other_weights=True)
+    _, metadata = engine.begin("later", 300, prompt="c")
+    assert metadata.stores == []
+    old.grow(500)
+    assert step(engine.side, old, 150, new_blocks=([20, 21, 22, 23, 24, 25],)).stores == []
+
+    # When all have theirs, a reset tells. Blocks of both that vLLM keeps are of no use still.
+    engine.side.reset()
+    reset = engine.next_step()
+    assert reset.generation != metadata.generation
+    engine.named(reset.number, other_weights=False)
+    _, metadata = engine.begin("on old blocks", 300, local=128, prompt="c")
+    assert metadata.stores == []
+    _, metadata = engine.begin("own blocks", 300, prompt="d")
+    assert len(metadata.stores) == 2
+    engine.pool.reset()
+    _, metadata = engine.begin("behind vLLM's reset", 300, local=128, prompt="c")
+    assert len(metadata.stores) == 2
+
+
+def test_weights_that_a_reset_found_need_no_other() -> None:
+    """All engines are given new weights, then all are reset: the usual order."""
+    engine = Engine(shares_experts=True)
+    engine.begin("old", 300)
+    engine.pool.reset()
+    engine.side.reset()
+    metadata = engine.next_step()
+    engine.named(metadata.number, other_weights=True)
+    _, metadata = engine.begin("new", 300, prompt="b")
+    assert len(metadata.stores) == 2

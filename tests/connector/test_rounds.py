@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+from datetime import timedelta
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import distributed
 
 from kvtc_vllm.config import ConfigError
 from kvtc_vllm.connector import rounds
@@ -86,6 +89,8 @@ def test_ranks_are_counted_stage_by_stage(monkeypatch: pytest.MonkeyPatch) -> No
     def group(name: str) -> Any:
         return SimpleNamespace(world_size=sizes[name], cpu_group=name)
 
+    arrived = SimpleNamespace(wait=lambda timeout: None)
+    monkeypatch.setattr(rounds.torch.distributed, "barrier", lambda group, async_op: arrived)
     monkeypatch.setattr(rounds.torch.distributed, "all_gather_object", all_gather)
     monkeypatch.setattr(rounds, "model_parallel_is_initialized", lambda: True)
     monkeypatch.setattr(rounds, "get_tp_group", lambda: group("tensor"))
@@ -99,3 +104,52 @@ def test_ranks_are_counted_stage_by_stage(monkeypatch: pytest.MonkeyPatch) -> No
     assert rounds.among_ranks("own") == ["own"]
     assert given == []
     assert rounds.rounds_of_engine() is None
+
+
+@pytest.mark.filterwarnings("ignore:You are using a Backend")
+def test_a_rank_that_does_not_come_is_not_waited_for_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """vLLM failed on it between our constructor and the caches, and its process lives on."""
+    monkeypatch.setattr(rounds, "PATIENCE_SECONDS", 60.0)
+    store, ended = distributed.HashStore(), threading.Event()
+
+    def start(rank: int) -> Any:
+        """Rank 1 comes to the first round only."""
+        pair = distributed.ProcessGroupGloo(store, rank, 2, timedelta(minutes=30))
+        group: Any = SimpleNamespace(world_size=2, cpu_group=pair)
+        found = rounds._gathered(group, f"from {rank}")
+        if rank == 1:
+            ended.wait(60)
+            return found
+        monkeypatch.setattr(rounds, "PATIENCE_SECONDS", 1.0)
+        try:
+            with Rounds(partial(rounds._gathered, group)) as own:
+                own("there?")
+        finally:
+            ended.set()
+
+    waited, absent = at_once(start)
+    assert absent == ["from 0", "from 1"]
+    assert isinstance(waited, RuntimeError)
+    assert "another rank did not come to the start within 1 seconds" in str(waited)
+
+
+@pytest.mark.parametrize(
+    ("engines", "balances", "shared"), [(1, False, False), (2, False, True), (2, True, False)]
+)
+def test_engines_that_share_experts_meet(
+    monkeypatch: pytest.MonkeyPatch, engines: int, balances: bool, shared: bool
+) -> None:
+    parallel = SimpleNamespace(data_parallel_size=engines, enable_eplb=balances)
+    config: Any = SimpleNamespace(parallel_config=parallel)
+    group = SimpleNamespace(world_size=2, cpu_group="data")
+    met: list[Any] = []
+    monkeypatch.setattr(rounds, "get_dp_group", lambda: group)
+    monkeypatch.setattr(rounds, "_gathered", lambda group, own: met.append((group, own)) or [own])
+    assert rounds.shares_experts(config) is shared
+    gather = rounds.among_engines(config)
+    assert (gather is not None) is shared
+    if gather is not None:
+        assert gather("own") == ["own"]
+        assert met == [(group, "own")]

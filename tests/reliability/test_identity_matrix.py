@@ -72,6 +72,8 @@ ONLY_IN = {
 FACTS_BY_THEMSELVES = {
     "parallel_config.tensor_parallel_size": "a fact of the connector",
     "parallel_config.pipeline_parallel_size": "a fact of the connector",
+    "parallel_config.data_parallel_size": "a fact of the connector where there are several",
+    "parallel_config.enable_expert_parallel": "a fact of the connector where it is so",
     "speculative_config.draft_model_config.model": "where the draft's files are read",
 }
 """Left-out fields that an own fact is made from."""
@@ -346,12 +348,14 @@ def test_every_fact_of_the_connector_changes_the_identity(
     found = {name: digest(plain, **change) for name, change in OWN_CHANGES.items()}
     found["tp"] = digest(with_other(plain, "parallel_config.tensor_parallel_size"))
     found["pp"] = digest(with_other(plain, "parallel_config.pipeline_parallel_size"))
+    found["dp"] = digest(with_other(plain, "parallel_config.data_parallel_size"))
+    found["ep"] = digest(with_other(plain, "parallel_config.enable_expert_parallel"))
     monkeypatch.setattr(identity, "FORMAT_VERSION", identity.FORMAT_VERSION + 1)
     found["format"] = digest(plain)
     monkeypatch.undo()
     monkeypatch.setenv("PYTHONHASHSEED", "5")
     found["seed of the block hashes"] = digest(plain)
-    assert len(set(found.values())) == len(OWN_CHANGES) + 4
+    assert len(set(found.values())) == len(OWN_CHANGES) + 6
 
 
 def test_what_reads_the_same_chunks_shares_them(plain: Any) -> None:
