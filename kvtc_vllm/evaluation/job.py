@@ -70,6 +70,8 @@ class StoredBytes(msgspec.Struct, frozen=True, kw_only=True):
     """What one task stored. raw: the same KV in the cache's dtype.
 
     read: what one query reads of it, on average over the queries of each prompt; 0: all.
+    seconds, exact_seconds: of processors, that its replays took and the exact runs that it was
+    compared with; 0: not measured.
     """
 
     task: str
@@ -77,6 +79,8 @@ class StoredBytes(msgspec.Struct, frozen=True, kw_only=True):
     raw: int
     stored: int
     read: int = 0
+    seconds: float = 0.0
+    exact_seconds: float = 0.0
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):

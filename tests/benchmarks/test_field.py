@@ -72,6 +72,7 @@ def test_the_leaderboard_is_that_of_the_committed_results() -> None:
     assert leaderboard.page(rows) == leaderboard.PAGE.read_text()
     assert leaderboard.PICTURE.is_file()
     assert {row.task for row in rows} == {task for task, _ in leaderboard.TASKS}
+    assert leaderboard.seconds() in leaderboard.QUALITY.read_text()
 
 
 def test_the_table_below_kvtc_is_that_of_the_leaderboard() -> None:

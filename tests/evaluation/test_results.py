@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from kvtc_vllm.evaluation.job import Outcome, Record, StoredBytes
+from kvtc_vllm.evaluation.meter import Meter
 from kvtc_vllm.evaluation.methods import Method, MethodError, find
 from kvtc_vllm.evaluation.reporting import report
 from kvtc_vllm.evaluation.reporting.quality_card import card
-from kvtc_vllm.evaluation.reporting.results import EXACT, damaged, exact_rows, rows, unanswered
+from kvtc_vllm.evaluation.reporting.results import (
+    EXACT,
+    SECONDS,
+    damaged,
+    exact_rows,
+    rows,
+    unanswered,
+)
 
 
 def record(session: int, **changes) -> Record:
@@ -57,6 +67,29 @@ def test_figures_are_ratios_of_sums() -> None:
     exact = exact_rows(outcome([record(0), record(1)]))
     assert value(exact, "accuracy") == 1.0
     assert {row.method for row in exact} == {EXACT}
+
+
+def test_seconds_are_a_figure_of_all_examples_where_they_were_measured() -> None:
+    made = outcome([record(0), record(1)])
+    assert not any(row.metric == SECONDS for row in [*rows(made), *exact_rows(made)])
+    (size,) = made.stored
+    timed = msgspec.structs.replace(size, read=50, seconds=12.345, exact_seconds=3.0)
+    made = msgspec.structs.replace(made, stored=[timed])
+    (own,) = [row for row in rows(made) if row.metric == SECONDS]
+    assert (own.value, own.n, own.label, own.read_ratio) == (12.35, 2, "", 32.0)
+    (exact,) = [row for row in exact_rows(made) if row.metric == SECONDS]
+    assert (exact.method, exact.value, exact.n) == (EXACT, 3.0, 2)
+    assert own.by_session == exact.by_session == []
+
+
+def test_a_meter_adds_up_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter((1.0, 3.0, 10.0, 14.0, 20.0, 21.0))
+    monkeypatch.setattr(time, "process_time", lambda: next(clock))
+    meter = Meter()
+    for name in ("h2o", EXACT, "h2o"):
+        with meter.on(name):
+            pass
+    assert (meter.spent("h2o"), meter.spent(), meter.spent("tova")) == (3.0, 4.0, 0.0)
 
 
 def test_interval_covers_the_spread_and_shrinks_with_examples() -> None:

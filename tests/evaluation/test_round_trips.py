@@ -144,6 +144,9 @@ def test_methods_that_need_whole_prompts_share_too(reference_model: Path) -> Non
     alone = run_child(CHILD, "gear-2bit", Job(method=wanted[1], **common), Outcome)
     together = shared[1]
     assert [size.context for size in together.stored] == [300, 400]
+    for own, others in zip(together.stored, shared[0].stored, strict=True):
+        assert own.seconds > 0
+        assert own.exact_seconds == others.exact_seconds > 0
     for one, other in zip(together.records, alone.records, strict=True):
         assert one.reloaded_tokens == other.reloaded_tokens > 128
         assert one.kl == pytest.approx(other.kl, rel=0.3, abs=0.02)

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kvtc_vllm.evaluation.eviction.tally import AttentionTally
+from kvtc_vllm.evaluation.meter import Meter
 from kvtc_vllm.evaluation.prefixes.base import Left, Prefix, PrefixMethod
 from kvtc_vllm.evaluation.recall import attention
 from kvtc_vllm.evaluation.recall.base import cache_bytes
@@ -47,6 +48,8 @@ class PrefixRunner:
 
     float32 by default: sums of attention are then free of bfloat16's rounding, and
     both runs have the checkpoint's bfloat16 weights without loss.
+
+    meter: what exact runs and each method take; may be replaced between sessions.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class PrefixRunner:
         if any(type(layer) is not DynamicLayer for layer in layers):
             raise ValueError(f"{model}: this needs full attention in every layer")
         self._methods = methods
+        self.meter = Meter()
         self._block_tokens = block_tokens
 
     def score(self, example: Example, prefix_tokens: int, window: int) -> dict[str, Replay]:
@@ -110,13 +114,15 @@ class PrefixRunner:
             if new:
                 states = self._grow(exact, states, new, start=len(stored))
             stored = prefix
-            reference = self._target_logits(exact, example, len(stored), None)
+            with self.meter.on():
+                reference = self._target_logits(exact, example, len(stored), None)
             full = _bytes(exact)
             for name, own in replays.items():
                 found = states.get(name)
                 cache, left = (found[0].cache, found[1]) if found else (exact, Left(0))
                 reads = attention.Reads(left.recalled) if left.recalled else None
-                logits = self._target_logits(cache, example, len(stored), reads)
+                with self.meter.on(name):
+                    logits = self._target_logits(cache, example, len(stored), reads)
                 own.append(
                     Replay(
                         example=example,
@@ -138,22 +144,28 @@ class PrefixRunner:
         The first tokens are the same for all methods, so they are computed once.
         """
         first = AttentionTally(self._model.config.num_key_value_heads)
-        with first.watching(self._model):
+        with self.meter.on(), first.watching(self._model):
             self._run(exact, new, start)
         grown: dict[str, tuple[Prefix, Left]] = {}
         for name, method in self._methods.items():
-            positions = torch.arange(start, start + len(new))
-            if name in states:
-                prefix, left = states[name]
-                reads = attention.Reads(left.recalled) if left.recalled else None
-                with prefix.tally.watching(self._model), attention.recalling(self._model, reads):
-                    self._run(prefix.cache, new, start)
-                prefix.seen = start + len(new)
-                prefix.positions = torch.cat((prefix.positions, positions))
-            else:
-                prefix = Prefix(_copy(exact), first.copy(), start + len(new), positions)
-            grown[name] = (prefix, method.store(prefix))
+            with self.meter.on(name):
+                if name in states:
+                    prefix = self._grown(*states[name], new, start)
+                else:
+                    prefix = Prefix(
+                        _copy(exact), first.copy(), start + len(new), _places(new, start)
+                    )
+                grown[name] = (prefix, method.store(prefix))
         return grown
+
+    def _grown(self, prefix: Prefix, left: Left, new: list[int], start: int) -> Prefix:
+        """The prefix with new tokens, computed over what the method left of it."""
+        reads = attention.Reads(left.recalled) if left.recalled else None
+        with prefix.tally.watching(self._model), attention.recalling(self._model, reads):
+            self._run(prefix.cache, new, start)
+        prefix.seen = start + len(new)
+        prefix.positions = torch.cat((prefix.positions, _places(new, start)))
+        return prefix
 
     def _run(self, cache: Any, ids: list[int], start: int, rows: int = 1) -> torch.Tensor:
         """Append tokens to a DynamicCache; logits of the last `rows` of each block, 0 for all.
@@ -193,6 +205,11 @@ class PrefixRunner:
 def _within(example: Example, tokens: int, window: int) -> int:
     """Tokens that may be stored. At least one is always computed: its output begins the target."""
     return max(0, min(tokens, len(example.prompt) - max(1, window)))
+
+
+def _places(new: list[int], start: int) -> torch.Tensor:
+    """Positions of new tokens in the text."""
+    return torch.arange(start, start + len(new))
 
 
 def _copy(cache: Any) -> Any:

@@ -22,6 +22,7 @@ from kvtc_vllm.evaluation.job import (
     Workload,
     make_record,
 )
+from kvtc_vllm.evaluation.meter import Meter
 from kvtc_vllm.evaluation.methods import Method
 from kvtc_vllm.evaluation.prefixes.base import PrefixMethod
 from kvtc_vllm.evaluation.prefixes.coded import Coded
@@ -75,6 +76,8 @@ def _run(
     task, context = workload.task, workload.context
     records: dict[str, list[Record]] = {}
     sizes: dict[str, tuple[int, int, int]] = {}
+    meter = Meter()
+    runner.meter = meter
     for number, session in enumerate(sessions):
         for name, turns in runner.score_session(session, window, chunk_tokens).items():
             records.setdefault(name, []).extend(
@@ -101,7 +104,13 @@ def _run(
         name: (
             records[name],
             StoredBytes(
-                task=task, context=context, raw=full, stored=kept, read=read if read != kept else 0
+                task=task,
+                context=context,
+                raw=full,
+                stored=kept,
+                read=read if read != kept else 0,
+                seconds=meter.spent(name),
+                exact_seconds=meter.spent(),
             ),
         )
         for name, (full, kept, read) in sizes.items()

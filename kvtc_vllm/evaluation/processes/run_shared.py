@@ -5,6 +5,7 @@ python -m kvtc_vllm.evaluation.processes.run_shared JOB.json
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from kvtc_vllm.evaluation.job import Outcome, Record, SharedJob, StoredBytes, Workload
+from kvtc_vllm.evaluation.meter import Meter
 from kvtc_vllm.evaluation.methods import Method
 from kvtc_vllm.evaluation.processes.carrier import SHARED, carrier
 from kvtc_vllm.evaluation.processes.outcomes import Found, outcomes_so_far, write_outcomes
@@ -69,20 +71,33 @@ def _replay_all(
     task, context = workload.task, workload.context
     records: dict[str, list[Record]] = {name: [] for name in names}
     sizes = dict.fromkeys(names, (0, 0))
+    meter = Meter()
     for batch in batches(sessions):
         TURN.begin(None)
-        with exact_pass(engine, task, context, batch, directory, bar.update) as exact:
+        with contextlib.ExitStack() as stack:
+            with meter.on():
+                exact = stack.enter_context(
+                    exact_pass(engine, task, context, batch, directory, bar.update)
+                )
             for name in names:
                 TURN.begin(name)
-                records[name] += replay_pass(
-                    engine, task, context, batch, directory, exact, bar.update, name
-                )
+                with meter.on(name):
+                    records[name] += replay_pass(
+                        engine, task, context, batch, directory, exact, bar.update, name
+                    )
                 raw, stored = TURN.bytes()
                 sizes[name] = sizes[name][0] + raw, sizes[name][1] + stored
     return {
         name: (
             records[name],
-            StoredBytes(task=task, context=context, raw=sizes[name][0], stored=sizes[name][1]),
+            StoredBytes(
+                task=task,
+                context=context,
+                raw=sizes[name][0],
+                stored=sizes[name][1],
+                seconds=meter.spent(name),
+                exact_seconds=meter.spent(),
+            ),
         )
         for name in names
     }

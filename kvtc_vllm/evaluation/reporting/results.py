@@ -15,6 +15,9 @@ RESAMPLES = 2000
 EXACT = "exact"
 """Method name of the run without any reload."""
 
+SECONDS = "seconds"
+"""Metric: processor seconds that a method's replays of a task took, or its exact runs."""
+
 MAX_KL = 0.02
 """Nats per token of divergence from the exact run above which a task counts as damaged."""
 MAX_ACCURACY_DROP = 0.1
@@ -79,7 +82,10 @@ def rows(outcome: Outcome) -> list[Row]:
     return [
         row
         for stored in outcome.stored
-        for row in _rows(outcome, stored, method.name, method.plan, ratio(stored), _METRICS)
+        for row in _with_seconds(
+            _rows(outcome, stored, method.name, method.plan, ratio(stored), _METRICS),
+            stored.seconds,
+        )
     ]
 
 
@@ -88,8 +94,22 @@ def exact_rows(outcome: Outcome) -> list[Row]:
     return [
         row
         for stored in outcome.stored
-        for row in _rows(outcome, stored, EXACT, "recomputed", 1.0, _EXACT_METRICS)
+        for row in _with_seconds(
+            _rows(outcome, stored, EXACT, "recomputed", 1.0, _EXACT_METRICS),
+            stored.exact_seconds,
+        )
     ]
+
+
+def _with_seconds(found: Iterable[Row], seconds: float) -> Iterable[Row]:
+    """Figures of one method on one task, of which the first is of all examples, and its seconds."""
+    own = list(found)
+    yield from own
+    if own and seconds:
+        value = round(seconds, 2)
+        yield msgspec.structs.replace(
+            own[0], metric=SECONDS, value=value, ci95=(value, value), by_session=[]
+        )
 
 
 def ratio(stored: StoredBytes) -> float:

@@ -140,5 +140,8 @@ def test_the_process_measures_every_kind(reference_model: Path) -> None:
     assert 0 < sizes["clusterkv/tokens=20"].read < sizes["clusterkv/tokens=20"].stored / 2
     assert 7 < ratios["h2o/keep=1+kvtc-8x"] < 10
     assert 12 < ratios["snapkv/keep=0.5+kvtc-8x"] < 20
+    assert all(size.seconds > 0 for size in sizes.values())
+    assert len({size.exact_seconds for size in sizes.values()}) == 1
+    assert sizes["h2o"].exact_seconds > 0
     kl = {name: found[name].records[0].kl for name in names}
     assert kl["h2o/keep=1+kvtc-8x"] < 0.05 < kl["snapkv/keep=0.5+kvtc-8x"]
