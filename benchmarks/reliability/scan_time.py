@@ -27,6 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from kvtc_vllm.artifact.replacing import replacing
 from kvtc_vllm.tiers.disk import DiskStore
 from kvtc_vllm.tiers.disk.layout import LIST_FILE, chunk_path
 from kvtc_vllm.tiers.disk.store import LISTED_FROM
@@ -67,15 +68,19 @@ def main() -> None:
     try:
         if not made:
             make_chunks(root / NAMESPACE.hex(), args.chunks)
-        result["without a list"] = starts(trees, root, args.chunks, args.cold)
-        result["list written"] = write_list(root, args.chunks)
-        result["with a list"] = starts(trees, root, args.chunks, args.cold)
+        for name, measure in (
+            ("without a list", lambda: starts(trees, root, args.chunks, args.cold)),
+            ("list written", lambda: write_list(root, args.chunks)),
+            ("with a list", lambda: starts(trees, root, args.chunks, args.cold)),
+        ):
+            result[name] = measure()
+            if args.out is not None:  # a run that is cut short leaves what it measured
+                with replacing(args.out) as unfinished:
+                    unfinished.write_text(json.dumps(result, indent=1) + "\n")
     finally:
         if not made:
             shutil.rmtree(root)
     print(json.dumps(result, indent=1))
-    if args.out is not None:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def commits(trees: dict[str, Path]) -> dict[str, str]:
