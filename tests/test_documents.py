@@ -251,6 +251,20 @@ def test_the_table_of_python_s_lock_is_the_committed_one() -> None:
     assert holds.markdown(found) in (ROOT / "docs" / "disk.md").read_text()
 
 
+def test_the_table_of_starts_is_the_committed_one() -> None:
+    page = (ROOT / "docs" / "disk.md").read_text()
+    found = json.loads((ROOT / "benchmarks/reliability/scan_time.json").read_text())
+    assert found["chunks"] == 1_000_000
+    for way in ("without a list", "with a list"):
+        for state in ("warm", "cold"):
+            row = found[way][state]
+            cells = [
+                f"{row[tree]['elapsed, s']:.1f} ({row[tree]['processor, s']:.1f})"
+                for tree in ("before", "now")
+            ]
+            assert f"| {way} | {state} | {' | '.join(cells)} |" in page
+
+
 def test_the_table_of_differences_is_the_committed_one() -> None:
     page = (ROOT / "docs" / "configuration.md").read_text()
     found = json.loads((ROOT / "benchmarks/results/joint_delta.json").read_text())["rows"]

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,6 @@ from kvtc_vllm.tiers.keys import RecordKey
 
 HERE = Path(__file__).resolve().parents[2]
 NAMESPACE = bytes(16)
-WARM_ROUNDS = 3
-COLD_ROUNDS = 2
 START = """
 import sys, time
 from kvtc_vllm.tiers.disk import DiskStore
@@ -55,6 +54,7 @@ def main() -> None:
     parser.add_argument("--root", help="where to make a temporary directory")
     parser.add_argument("--make", action="store_true", help="only make the files, in --root itself")
     parser.add_argument("--cold", action="store_true", help="drop the kernel's caches too")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--before", type=Path, help="a checkout to compare with")
     parser.add_argument("--out", type=Path, help="write JSON there")
     args = parser.parse_args()
@@ -64,14 +64,16 @@ def main() -> None:
     made = args.root is not None and (Path(args.root) / NAMESPACE.hex()).is_dir()
     root = Path(args.root if made else tempfile.mkdtemp(prefix="kvtc-scan-", dir=args.root))
     trees = {"now": HERE} | ({"before": args.before.resolve()} if args.before else {})
-    result: dict[str, Any] = {"chunks": args.chunks, "commits": commits(trees)}
+    about = {"chunks": args.chunks, "rounds": args.rounds}
+    result: dict[str, Any] = about | {"commits": commits(trees)}
     try:
         if not made:
             make_chunks(root / NAMESPACE.hex(), args.chunks)
+        (root / NAMESPACE.hex() / LIST_FILE).unlink(missing_ok=True)  # of an earlier run
         for name, measure in (
-            ("without a list", lambda: starts(trees, root, args.chunks, args.cold)),
-            ("list written", lambda: write_list(root, args.chunks)),
-            ("with a list", lambda: starts(trees, root, args.chunks, args.cold)),
+            ("without a list", partial(starts, trees, root, args)),
+            ("list written", partial(write_list, root, args.chunks)),
+            ("with a list", partial(starts, trees, root, args)),
         ):
             result[name] = measure()
             if args.out is not None:  # a run that is cut short leaves what it measured
@@ -95,19 +97,18 @@ def commits(trees: dict[str, Path]) -> dict[str, str]:
 
 
 def starts(
-    trees: dict[str, Path], root: Path, expected: int, cold: bool
+    trees: dict[str, Path], root: Path, args: argparse.Namespace
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Median seconds of starts from warm caches, and from cold ones, of each tree in turns."""
-    rounds = {"warm": WARM_ROUNDS} | ({"cold": COLD_ROUNDS} if cold else {})
     found: dict[str, dict[str, dict[str, float]]] = {}
-    restart(HERE, root, expected)
-    for state, number in rounds.items():
+    restart(HERE, root, args.chunks)
+    for state in ("warm", "cold") if args.cold else ("warm",):
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in trees}
-        for _ in range(number):
+        for _ in range(args.rounds):
             for name, tree in trees.items():
                 if state == "cold":
                     drop_caches()
-                times[name].append(restart(tree, root, expected))
+                times[name].append(restart(tree, root, args.chunks))
         found[state] = {
             name: {
                 "elapsed, s": round(statistics.median(elapsed for elapsed, _ in each), 3),
