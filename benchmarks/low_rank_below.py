@@ -40,6 +40,7 @@ from benchmarks.sensitivity_gradients import KINDS_OF_TEXT, TEXTS
 from benchmarks.sensitivity_texts import PREFIX, SCORED, WINDOW, texts
 from kvtc_vllm.artifact.directory import load_rank_artifact
 from kvtc_vllm.artifact.rank_file import read_rank_file, write_rank_file
+from kvtc_vllm.artifact.replacing import replacing
 from kvtc_vllm.calibration.cache_replay import compute_prefix, kl, round_trip, score
 from kvtc_vllm.calibration.fit import fit_rank
 from kvtc_vllm.calibration.rows import CapturedRows
@@ -127,9 +128,8 @@ def fitted(
         ratios = [float(ratio) for ratio in args.ratios.split(",")]
         fit = fit_rank(rows, rows.geometry, rows.ropes, rows.layer_rope, ratios)
         print(f"{method}: fitted in {fit.seconds:.0f} s", flush=True)
-        unfinished = path.with_suffix(".writing")
-        write_rank_file(unfinished, fit.artifact, rows.probe(), 0, 1)
-        unfinished.replace(path)
+        with replacing(path) as unfinished:
+            write_rank_file(unfinished, fit.artifact, rows.probe(), 0, 1)
     return read_rank_file(path, 0, 1)[0]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from kvtc_vllm.artifact.replacing import replacing
 from kvtc_vllm.calibration.differentiable import CacheShape, Differentiable, PrefixGradients
 from kvtc_vllm.calibration.sensitivity import Average, Sensitivity, SensitivitySource
 from kvtc_vllm.calibration.weights import Metric, RowWeights
@@ -73,9 +74,8 @@ def collect(
     for kind, ids, prefix in tqdm(jobs, unit="document"):
         (gradients,) = runner.gradients(ids, prefix, [shape], generator)
         found.append(reduce(kind, gradients, ropes, rule))
-    unfinished = kept.with_suffix(".writing")
-    torch.save([vars(gradients) for gradients in found], unfinished)
-    unfinished.replace(kept)
+    with replacing(kept) as unfinished:
+        torch.save([vars(gradients) for gradients in found], unfinished)
     return found
 
 

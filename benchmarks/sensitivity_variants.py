@@ -20,6 +20,7 @@ from benchmarks.sensitivity_gradients import (
     weights,
 )
 from kvtc_vllm.artifact.rank_file import read_rank_file, write_rank_file
+from kvtc_vllm.artifact.replacing import replacing
 from kvtc_vllm.calibration.cache_replay import round_trip
 from kvtc_vllm.calibration.fit import fit_rank
 from kvtc_vllm.calibration.fit_settings import FitSettings
@@ -252,9 +253,8 @@ def fitted(
             ),
         )
         print(f"{variant.name}: fitted in {fit.seconds:.0f} s", flush=True)
-        unfinished = path.with_suffix(".writing")
-        write_rank_file(unfinished, fit.artifact, reader.probe(), 0, 1)
-        unfinished.replace(path)
+        with replacing(path) as unfinished:
+            write_rank_file(unfinished, fit.artifact, reader.probe(), 0, 1)
     return read_rank_file(path, 0, 1)[0]
 
 

@@ -251,6 +251,26 @@ def test_the_table_of_python_s_lock_is_the_committed_one() -> None:
     assert holds.markdown(found) in (ROOT / "docs" / "disk.md").read_text()
 
 
+def test_waits_of_an_engine_that_rests_are_the_committed_ones() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text()
+    path = ROOT / "benchmarks/reliability/load_queue_resting.json"
+    found = json.loads(path.read_text())
+    on, off = (found["tier as it is"][f"load_gate {gate}"] for gate in ("on", "off"))
+    waits = [
+        (row["median wait / recomputation"], *row["longest wait / recomputation"])
+        for row in (on, off)
+    ]
+    (median, longest), (median_off, longest_off) = waits
+    said = f"median wait was {median:.2f} and the longest {longest:.2f}, with it off"
+    assert f"{said} {median_off:.2f} and {longest_off:.2f}." in page
+    firsts = [f"{row['mean first token / computed']:.2f}" for row in (on, off)]
+    assert f"first token took {firsts[0]} and {firsts[1]} of the computed burst's" in page
+    for row in (on, off):
+        (loads,) = row["loads"]
+        assert loads == found["requests"] == 32
+        assert round(row["waits above recomputation, %"] * loads / 100) == 2
+
+
 def test_the_table_of_differences_is_the_committed_one() -> None:
     page = (ROOT / "docs" / "configuration.md").read_text()
     found = json.loads((ROOT / "benchmarks/results/joint_delta.json").read_text())["rows"]

@@ -33,6 +33,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kvtc_vllm.artifact.replacing import replacing
+
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "tests" / "reference_model" / "model"
 TOKENS = 1536
@@ -253,11 +255,10 @@ def main() -> None:
 
 
 def _save(out: Path, about: dict[str, Any], complete: bool, result: dict[str, Any]) -> str:
-    """Write what is known to a file beside `out` that takes its place, and return the text."""
+    """Write what is known, whole or not at all, and return the text."""
     text = json.dumps(about | {"complete": complete} | result, indent=1)
-    part = out.with_name(f"{out.name}.part")
-    part.write_text(f"{text}\n")
-    part.replace(out)
+    with replacing(out) as unfinished:
+        unfinished.write_text(f"{text}\n")
     return text
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import xxhash
 
+from kvtc_vllm.artifact.replacing import replacing
 from kvtc_vllm.calibration.documents import Text
 from kvtc_vllm.codec.errors import ArtifactError
 
@@ -78,10 +79,8 @@ class CaptureRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 def save_record(spool: Path, record: CaptureRecord) -> None:
     """Write capture.json, whole or not at all."""
-    path = spool / RECORD_NAME
-    temporary = path.with_suffix(".writing")
-    temporary.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
-    temporary.replace(path)
+    with replacing(spool / RECORD_NAME) as unfinished:
+        unfinished.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
 
 
 def find_record(spool: Path) -> CaptureRecord | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from kvtc_vllm.artifact.identity import model_directory
+from kvtc_vllm.artifact.replacing import replacing
 from kvtc_vllm.calibration.capture import PREFILL_FACTOR, CaptureSettings
 from kvtc_vllm.calibration.capture_record import CaptureRecord
 from kvtc_vllm.calibration.documents import Document, read_texts
@@ -75,10 +76,8 @@ def keep_heldout(
         model=record.source.model,
         documents={d.doc: tuple(d.token_ids[:wanted]) for d in usable[:most]},
     )
-    path = spool / DOCUMENTS_NAME
-    temporary = path.with_suffix(".writing")
-    temporary.write_bytes(msgspec.json.encode(kept))
-    temporary.replace(path)
+    with replacing(spool / DOCUMENTS_NAME) as unfinished:
+        unfinished.write_bytes(msgspec.json.encode(kept))
 
 
 def load_heldout(spool: Path, model: str) -> HeldoutDocuments:

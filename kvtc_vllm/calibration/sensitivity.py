@@ -14,6 +14,7 @@ from typing import Literal
 
 import msgspec
 
+from kvtc_vllm.artifact.replacing import replacing
 from kvtc_vllm.calibration.capture_record import CaptureRecord
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.sink_rule import SinkRule
@@ -129,9 +130,9 @@ def is_measured(
 
 def save_sensitivity(path: Path, sensitivity: Sensitivity) -> None:
     """Write it as JSON, whole or not at all."""
-    temporary = path.with_suffix(".writing")
-    temporary.write_bytes(msgspec.json.format(msgspec.json.encode(sensitivity), indent=1) + b"\n")
-    temporary.replace(path)
+    with replacing(path) as unfinished:
+        content = msgspec.json.format(msgspec.json.encode(sensitivity), indent=1)
+        unfinished.write_bytes(content + b"\n")
 
 
 def load_sensitivity(path: Path, num_layers: int, kv_heads: int) -> Sensitivity:

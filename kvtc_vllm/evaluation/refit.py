@@ -16,6 +16,7 @@ from typing import Any
 import xxhash
 
 from kvtc_vllm.artifact.rank_file import write_rank_file
+from kvtc_vllm.artifact.replacing import replacing
 from kvtc_vllm.calibration.capture import CaptureSettings, capture_rows
 from kvtc_vllm.calibration.fit import fit_rank
 from kvtc_vllm.calibration.fit_settings import FitSettings
@@ -91,9 +92,8 @@ def refit(
         settings=FitSettings(train_rows=rows),
     )
     directory.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_suffix(".part")
-    write_rank_file(unfinished, fit.artifact, reader.probe(), 0, 1)
-    unfinished.replace(out)
+    with replacing(out) as unfinished:
+        write_rank_file(unfinished, fit.artifact, reader.probe(), 0, 1)
     return out
 
 

@@ -43,9 +43,10 @@ class Inventory:
 
 def _pack(entries: list[Entry]) -> bytes:
     """The width of a key, then the entries."""
-    width = max(len(key) for key, _ in entries)
-    pack = _entry(width).pack
-    return bytes((width,)) + b"".join(pack(len(key), key, size) for key, size in entries)
+    keys, sizes = zip(*entries, strict=True)
+    used = [*map(len, keys)]
+    width = max(used)
+    return bytes((width,)) + b"".join(map(_entry(width).pack, used, keys, sizes))
 
 
 def _entry(width: int) -> struct.Struct:

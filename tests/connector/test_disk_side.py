@@ -43,6 +43,9 @@ from tests.reliability.faults import (
 
 KEYS = [key_of(number) for number in range(8)]
 DEADLINE = 1.0
+PATIENCE = 60.0
+"""Seconds that a session with a fault may wait for what comes without a fault: a busy machine has
+stopped one for longer than 20."""
 AT_ONCE = 0.3
 """Seconds that a call of the engine's thread may take: a pause of a busy machine, but no wait
 for a disk; one that hangs takes far longer."""
@@ -580,7 +583,7 @@ def worker_over(root: Path, filesystem: FileSystem, capacity: int = 1 << 20) -> 
     codec = RawCodec(codec_geometry(TINY.only_group), torch.bfloat16, NAMESPACE)
     place = namespace(root, NAMESPACE, False, filesystem, capacity, lock_wait_seconds=0.05)
     open_in_time(place)
-    side = DiskWorker(place, 1, 20.0, 1 << 20)
+    side = DiskWorker(place, 1, PATIENCE, 1 << 20)
     config = load_config({"codec": "raw", "memory_bytes": "4MiB", "disk_path": str(root)})
     layout = PagedLayout(caches, TINY.only_group)
     transfer = TorchTransfer(layout, codec, config.chunk_tokens)
@@ -600,9 +603,9 @@ def session(root: Path, filesystem: FileSystem) -> dict[str, float]:
     counters: dict[str, float] = {"loaded": 0, "missed": 0}
 
     def until(ready: Callable[[], bool]) -> None:
-        ends = time.monotonic() + 20
+        ends = time.monotonic() + PATIENCE
         while not ready():
-            assert time.monotonic() < ends
+            assert time.monotonic() < ends, (settled, there, finished, counters, side._news)
             finished.update(worker.poll(idle=True))
             report = worker.take_report()
             if report is not None:
@@ -617,13 +620,13 @@ def session(root: Path, filesystem: FileSystem) -> dict[str, float]:
     keys = [b"a" * 32, b"b" * 32]
     blocks = {keys[0]: [1, 2, 3, 4], keys[1]: [5, 6, 7, 8]}
     expected = {key: [pages[blocks[key]].clone() for pages in caches.values()] for key in keys}
+    side = worker._disk
     worker.inventory()
     for key in keys:
         step = StepMetadata(stores=[StoreItem(key, 0, blocks[key])])
         worker.begin_step(step)
         worker.store(step)
     until(lambda: settled >= set(keys))
-    side = worker._disk
     until(lambda: not side._writing)
     settled.clear()
     there.clear()

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from kvtc_vllm.artifact.replacing import replacing
 from kvtc_vllm.evaluation.job import Outcome, Record, SharedJob, StoredBytes
 
 Found = dict[str, tuple[list[Record], StoredBytes]]
@@ -44,6 +45,5 @@ def write_outcomes(run: Callable[[SharedJob, Any], Iterable[list[Outcome]]]) -> 
     job = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=SharedJob)
     out = Path(job.out)
     for outcomes in run(job, AutoTokenizer.from_pretrained(job.model)):
-        unfinished = out.with_suffix(".part")
-        unfinished.write_bytes(msgspec.msgpack.encode(outcomes))
-        unfinished.replace(out)
+        with replacing(out) as unfinished:
+            unfinished.write_bytes(msgspec.msgpack.encode(outcomes))

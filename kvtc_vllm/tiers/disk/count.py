@@ -28,8 +28,8 @@ def let_others() -> None:
 class NamespaceCount:
     """Counts namespaces of `root` and lists their chunks.
 
-    locked: the root's lock. sound: called under it for each chunk; False for a file that is none
-    and was removed. most_bytes: of a chunk, by the namespace's directory name.
+    locked: the root's lock. refuse: called under it for each file that is larger than a chunk.
+    most_bytes: of a chunk, by the namespace's directory name.
     """
 
     def __init__(
@@ -37,13 +37,13 @@ class NamespaceCount:
         fs: CheckedFileSystem,
         root: str,
         locked: Callable[[], AbstractContextManager[LedgerState]],
-        sound: Callable[[ChunkFile], bool],
+        refuse: Callable[[ChunkFile], object],
         most_bytes: Callable[[str], int],
     ) -> None:
         self._fs = fs
         self._root = root
         self._locked = locked
-        self._sound = sound
+        self._refuse = refuse
         self._most_bytes = most_bytes
 
     def run(self, namespace: str, found: list[ChunkFile], known: Known | None = None) -> None:
@@ -85,6 +85,7 @@ class NamespaceCount:
         """One step from fan-out directory `place` on; returns where the next begins."""
         directory = f"{self._root}/{namespace}"
         there = scan.fan_outs(self._fs, directory)
+        most = self._most_bytes(namespace)
         looked_at = 0
         while place < FAN_OUTS and looked_at < FILES_AT_ONCE:
             chunks: list[ChunkFile] = []
@@ -93,7 +94,10 @@ class NamespaceCount:
                 files = known(place) if known is not None else None
                 chunks += scan.chunks_in(self._fs, directory, place, files, links)
             looked_at += len(chunks) + len(links)
-            chunks = [chunk for chunk in chunks if self._sound(chunk)]
+            for chunk in chunks:
+                if chunk.length > most:
+                    self._refuse(chunk)
+            chunks = [chunk for chunk in chunks if chunk.length <= most]
             found += chunks
             kept = self._kept(namespace, directory, place) if links else 0
             counts = account.next == place

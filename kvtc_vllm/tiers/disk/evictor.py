@@ -14,7 +14,7 @@ from kvtc_vllm.tiers.disk.filesystem import FileInfo
 from kvtc_vllm.tiers.disk.layout import chunk_path, disk_bytes
 from kvtc_vllm.tiers.disk.ledger import LedgerState
 from kvtc_vllm.tiers.disk.recency import Recency
-from kvtc_vllm.tiers.disk.scan import ChunkFile, without_collector
+from kvtc_vllm.tiers.disk.scan import ChunkFile, last_use, without_collector
 from kvtc_vllm.tiers.disk.sorting import Queue, in_order
 from kvtc_vllm.tiers.disk.turns import short_turns
 from kvtc_vllm.tiers.keys import RecordKey
@@ -156,7 +156,7 @@ class Evictor:
 def _oldest(found: list[ChunkFile], missing: int) -> Iterator[ChunkFile]:
     """A share of the chunks, and more if these are less than `missing` bytes. Empties the list."""
     share = max(MIN_CANDIDATES, len(found) // CANDIDATE_SHARE)
-    for number, chunk in enumerate(in_order(found)):
+    for number, chunk in enumerate(in_order(found, last_use)):
         if number >= share and missing <= 0:
             return
         missing -= disk_bytes(chunk.length)

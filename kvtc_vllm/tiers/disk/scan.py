@@ -6,26 +6,28 @@ import gc
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from operator import attrgetter
 from stat import S_ISDIR, S_ISREG
 
 import msgspec
 
 from kvtc_vllm.tiers.disk.checked import CheckedFileSystem, DiskError
 from kvtc_vllm.tiers.disk.layout import (
+    CHUNK_SUFFIX,
     LINK_SUFFIX,
     TEMPORARY_DIRECTORY,
-    chunk_key,
     disk_bytes,
     fan_out_path,
     is_fan_out,
     is_namespace,
     is_temporary,
+    keys_of_names,
 )
 from kvtc_vllm.tiers.keys import RecordKey
 
 
-class ChunkFile(msgspec.Struct, frozen=True, order=True, gc=False):
-    """A published chunk; the one used longest ago is the least.
+class ChunkFile(msgspec.Struct, frozen=True, gc=False):
+    """A published chunk.
 
     mtime_ns: last use. length: bytes of the blob. namespace: directory name. Python's cycle
     collector does not know of these objects, or a million of them would stop the process.
@@ -37,9 +39,14 @@ class ChunkFile(msgspec.Struct, frozen=True, order=True, gc=False):
     namespace: str
 
 
+last_use = attrgetter("mtime_ns")
+"""Of a `ChunkFile`, as `in_order` takes it."""
+
 KnownFile = tuple[int, int, int]
 """Of a list: inode, length in bytes, last use in nanoseconds since the epoch. A plain tuple of
 integers, which Python's collector soon leaves alone."""
+NAMES_AT_ONCE = 1024
+"""Read in one go, without giving Python's lock away."""
 UNKNOWN_SHARE = 8
 """Where more than one file in so many of a directory is not known, all are asked for."""
 
@@ -94,12 +101,20 @@ def chunks_in(
         yield from found
         return
     namespace = directory.rpartition("/")[2]
-    for name, mode, size, mtime_ns in fs.list(fan_out_path(directory, number)):
-        key = chunk_key(name) if S_ISREG(mode) else None
-        if key is not None and key[0] == number:
-            yield ChunkFile(mtime_ns, key, size, namespace)
-        elif key is None and links is not None and name.endswith(LINK_SUFFIX):
-            links.append(name)
+    entries = []
+    for entry in fs.list(fan_out_path(directory, number)):
+        if S_ISREG(entry[1]) and entry[0].endswith(CHUNK_SUFFIX):
+            entries.append(entry)
+        elif links is not None and entry[0].endswith(LINK_SUFFIX):
+            links.append(entry[0])
+    for start in range(0, len(entries), NAMES_AT_ONCE):
+        some = entries[start : start + NAMES_AT_ONCE]
+        keys = keys_of_names([name for name, _, _, _ in some])
+        yield from [
+            ChunkFile(mtime_ns, key, size, namespace)
+            for key, (_, _, size, mtime_ns) in zip(keys, some, strict=True)
+            if key is not None and key[0] == number
+        ]
 
 
 def _known_chunks(
@@ -114,17 +129,23 @@ def _known_chunks(
     place = fan_out_path(directory, number)
     found, others, linked = [], [], []
     names = fs.names(place)
-    for name, inode in names:
-        key = chunk_key(name)
-        if key is None or key[0] != number:
-            if name.endswith(LINK_SUFFIX):
-                linked.append(name)
-            continue
-        file = known.get(key)
-        if file is not None and file[0] == inode:
-            found.append(ChunkFile(file[2], key, file[1], namespace))
-        else:
-            others.append((name, key))
+    chunk_names = []
+    for entry in names:
+        if entry[0].endswith(CHUNK_SUFFIX):
+            chunk_names.append(entry)
+        elif entry[0].endswith(LINK_SUFFIX):
+            linked.append(entry[0])
+    for start in range(0, len(chunk_names), NAMES_AT_ONCE):
+        some = chunk_names[start : start + NAMES_AT_ONCE]
+        keys = keys_of_names([name for name, _ in some])
+        for key, (name, inode) in zip(keys, some, strict=True):
+            if key is None or key[0] != number:
+                continue
+            file = known.get(key)
+            if file is not None and file[0] == inode:
+                found.append(ChunkFile(file[2], key, file[1], namespace))
+            else:
+                others.append((name, key))
     if len(others) * UNKNOWN_SHARE > len(names):
         return None
     for name, key in others:

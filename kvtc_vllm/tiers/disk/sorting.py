@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
@@ -45,28 +45,31 @@ class Queue(Generic[T]):
         return bool(self._first or self._runs)
 
 
-def in_order(items: list[T]) -> Iterator[T]:
-    """The items, least first, as `sorted` has them. The list is empty afterwards."""
+def in_order(items: list[T], value: Callable[[T], Any]) -> Iterator[T]:
+    """The items, those of the least value first. The list is empty afterwards.
+
+    In no order where values are equal.
+    """
     total = len(items)
-    if total <= RUN:
-        yield from sorted(items)
+    if total <= 2 * RUN:
+        yield from sorted(items, key=value)
         items.clear()
         return
     # A sample tells where about equal parts end.
-    sample = sorted(items[:: max(1, total // RUN)][: 2 * RUN])
+    sample = sorted(map(value, items[:: max(1, total // RUN)][: 2 * RUN]))
     ends = sample[:: max(1, len(sample) * RUN // (2 * total))]
     parts: list[list[T]] = [[] for _ in range(len(ends) + 1)]
     while items:
         item = items.pop()
-        parts[bisect_right(ends, item)].append(item)
+        parts[bisect_right(ends, value(item))].append(item)
     parts.reverse()
     try:
         while parts:
             part = parts.pop()
             if len(part) == total:  # all are equal, or nearly
-                yield from sorted(part)
+                yield from sorted(part, key=value)
             else:
-                yield from in_order(part)
+                yield from in_order(part, value)
     finally:
         while parts:  # where only the first were wanted
             parts.pop()

@@ -64,7 +64,7 @@ class Space:
             capacity,
             min_free,
             recency,
-            NamespaceCount(fs, root, self.locked, self._is_sound, most_bytes),
+            NamespaceCount(fs, root, self.locked, self._refuse, most_bytes),
             self.locked,
             self._take_away,
             evicted,
@@ -245,14 +245,12 @@ class Space:
         self._take_away(ledger, namespace, key, there)
         return False
 
-    def _is_sound(self, chunk: ChunkFile) -> bool:
-        if chunk.length <= self._most_bytes(chunk.namespace):
-            return True
+    def _refuse(self, chunk: ChunkFile) -> None:
+        """Remove a file that is too large for a chunk."""
         path = self._path(chunk.namespace, chunk.key)
         self._repaired(f"{path}: {chunk.length} bytes are too many for a chunk")
         with suppress(DiskError):
             self._fs.unlink(path)
-        return False
 
     def _take_away(
         self, ledger: LedgerState, namespace: str, key: RecordKey, there: FileInfo

@@ -35,7 +35,7 @@ from kvtc_vllm.tiers.disk.places import make_directory
 from kvtc_vllm.tiers.disk.reading import read_blob
 from kvtc_vllm.tiers.disk.recency import Recency
 from kvtc_vllm.tiers.disk.removal_log import RemovalReader
-from kvtc_vllm.tiers.disk.scan import ChunkFile, without_collector
+from kvtc_vllm.tiers.disk.scan import ChunkFile, last_use, without_collector
 from kvtc_vllm.tiers.disk.sorting import in_order
 from kvtc_vllm.tiers.disk.space import Space
 from kvtc_vllm.tiers.disk.turns import short_turns
@@ -213,7 +213,12 @@ class DiskStore:
 
     def scan(self) -> list[DiskEntry]:
         """All chunks, least recently used first; see `inventory`."""
-        return self._scanned(list)
+        return self._scanned(
+            lambda found: [
+                DiskEntry(chunk.key, disk_bytes(chunk.length), chunk.mtime_ns / 1e9)
+                for chunk in found
+            ]
+        )
 
     def inventory(self) -> Inventory:
         """Key and bytes on disk of all chunks, least recently used first.
@@ -222,10 +227,12 @@ class DiskStore:
         this is all that a restart needs. Gives the root's lock back now and then: what others
         remove meanwhile is told by `take_removed`.
         """
-        return self._scanned(lambda found: Inventory((entry.key, entry.size) for entry in found))
+        return self._scanned(
+            lambda found: Inventory((chunk.key, disk_bytes(chunk.length)) for chunk in found)
+        )
 
-    def _scanned(self, take: Callable[[Iterator[DiskEntry]], T]) -> T:
-        """take: makes of the entries what is returned, before the collector may look at them."""
+    def _scanned(self, take: Callable[[Iterator[ChunkFile]], T]) -> T:
+        """take: makes of the chunks what is returned, before the collector may look at it."""
         with self._counted("scan"), without_collector(), short_turns():
             with self._removals_lock:
                 self._removals.skip()
@@ -237,10 +244,7 @@ class DiskStore:
             if files.damage:
                 self._note_repair(f"{self._directory}/{LIST_FILE}: {files.damage}")
             self._number = len(found)
-            return take(
-                DiskEntry(chunk.key, disk_bytes(chunk.length), chunk.mtime_ns / 1e9)
-                for chunk in in_order(found)
-            )
+            return take(in_order(found, last_use))
 
     def keep_list(self, until: float) -> bool:
         """Write down what is known of the files, so that the next `scan` need not ask for each.

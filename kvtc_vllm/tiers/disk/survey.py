@@ -20,7 +20,7 @@ from kvtc_vllm.tiers.disk.layout import chunk_path, disk_bytes, fan_out_path
 from kvtc_vllm.tiers.disk.reading import read_blob
 from kvtc_vllm.tiers.disk.recency import Recency
 from kvtc_vllm.tiers.disk.reference import is_read, kept_bytes, link_keys
-from kvtc_vllm.tiers.disk.scan import ChunkFile
+from kvtc_vllm.tiers.disk.scan import ChunkFile, last_use
 from kvtc_vllm.tiers.disk.sorting import in_order
 from kvtc_vllm.tiers.disk.space import Space
 from kvtc_vllm.tiers.keys import RecordKey
@@ -77,7 +77,7 @@ class Survey:
 
     def chunks(self, namespace: str) -> list[ChunkFile]:
         """The chunks of a namespace, least recently used first."""
-        return list(in_order(list(scan.chunks(self._fs, self._directory(namespace)))))
+        return list(in_order(list(scan.chunks(self._fs, self._directory(namespace))), last_use))
 
     def path(self, namespace: str, key: RecordKey) -> str:
         """Path of a chunk's file, whether it exists or not."""

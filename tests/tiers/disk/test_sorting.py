@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import islice
 
 import pytest
@@ -31,26 +31,33 @@ SHAPES: dict[str, Callable[[random.Random], list[int]]] = {
 def test_the_order_is_that_of_sorted(shape: str) -> None:
     items = SHAPES[shape](random.Random(1))
     expected = sorted(items)
-    assert list(in_order(items)) == expected
+    assert list(in_order(items, lambda item: item)) == expected
     assert items == []
+
+
+def test_the_order_is_that_of_the_values() -> None:
+    items = [(number % 977, MANY - number) for number in range(MANY)]
+    values = [value for value, _ in in_order(list(items), lambda item: item[0])]
+    assert values == sorted(value for value, _ in items)
 
 
 def test_the_first_of_many() -> None:
     items = SHAPES["random"](random.Random(1))
     expected = sorted(items)[:100]
-    assert list(islice(in_order(items), 100)) == expected
+    assert list(islice(in_order(items, lambda item: item), 100)) == expected
 
 
 @pytest.mark.parametrize("shape", ["random", "sorted", "reversed", "saw"])
 def test_no_call_sorts_much(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths: list[int] = []
 
-    def recorded(items: list[int]) -> list[int]:
-        lengths.append(len(items))
-        return sorted(items)
+    def recorded(items: Iterable[int], key: Callable[[int], int] | None = None) -> list[int]:
+        found = sorted(items, key=key)
+        lengths.append(len(found))
+        return found
 
     monkeypatch.setattr(sorting, "sorted", recorded, raising=False)
-    assert len(list(in_order(SHAPES[shape](random.Random(2))))) == MANY
+    assert len(list(in_order(SHAPES[shape](random.Random(2)), lambda item: item))) == MANY
     assert max(lengths) <= 2 * sorting.RUN
 
 
