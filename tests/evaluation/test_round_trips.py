@@ -134,8 +134,7 @@ def test_methods_that_need_whole_prompts_share_too(reference_model: Path) -> Non
         "workloads": [Workload(task="litm", context=length, count=2) for length in (300, 400)],
         "seed": 0,
         "source": None,
-        # A CPU without AVX-512 is many times slower in bfloat16.
-        "engine": {"block_size": 32, "max_model_len": 2048, "dtype": "float32"},
+        "engine": {"block_size": 32, "max_model_len": 2048},
         "out": "",
     }
     wanted = [methods.find(name) for name in ("xkv", "gear-2bit")]
