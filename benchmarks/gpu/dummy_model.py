@@ -4,10 +4,11 @@ vLLM makes weights up (`load_format=dummy`). Its own are so small that every tok
 same KV, which would compress absurdly well, so `spread_weights` draws them again at the scale of a
 trained model. KV of such a model is about normal and has no redundancy for a basis to find: an
 artifact fitted to it would be refused by the reconstruction gate. So none is fitted. Bases are
-orthonormal cosines, means zero, plans are those of `models.greedy_plan`; the errors on the card
-are those that these plans have on normal rows, near 1. Time of every stage is that of a real
-artifact with the same plan. Bytes are somewhat fewer: normal values in large groups of two bits
-leave DEFLATE more than a trained model's do. The words that the model says mean nothing.
+orthonormal cosines, means zero, plans are those of `models.greedy_plan`, for codec 2 of
+`step_plans.flat_step_plan`; the errors on the card are those that these plans have on normal rows,
+near 1. Time of every stage is that of a real artifact with the same plan. Bytes of version 1 are
+somewhat fewer: normal values in large groups of two bits leave DEFLATE more than a trained model's
+do. The words that the model says mean nothing.
 """
 
 from __future__ import annotations
@@ -18,20 +19,24 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 
+import msgspec
 import torch
 import xxhash
 from torch import nn
 
-from benchmarks.gpu.models import Shape, synthetic_artifact
+from benchmarks.gpu.models import SPECTRUM, Shape, synthetic_artifact
 from benchmarks.gpu.random_model import ModelShape
-from kvtc_vllm.artifact.card import ArtifactCard, DataCard, save_card
+from benchmarks.gpu.step_plans import flat_step_plan
+from kvtc_vllm.artifact.card import UNNAMED_CODEC, ArtifactCard, DataCard, save_card
 from kvtc_vllm.artifact.fingerprint import artifact_fingerprint
 from kvtc_vllm.artifact.identity import model_identity
 from kvtc_vllm.artifact.rank_file import PROBE_TOKENS, Probe, rank_file_name, write_rank_file
 from kvtc_vllm.calibration.writing import section_cards
 from kvtc_vllm.codec.artifact import RankArtifact, SectionBasis
 from kvtc_vllm.codec.bitplan import apply_plan
-from kvtc_vllm.codec.payload import BitPlan, bit_plan
+from kvtc_vllm.codec.payload import BitPlan
+from kvtc_vllm.codec.section_coder import SectionCoder
+from kvtc_vllm.codec.v2.plan import StepPlan
 
 SMALL = ModelShape(4, 256, 4, 2, 64, 512, 1024)
 """For dry runs; the smallest head that vLLM's attention kernels all take."""
@@ -72,13 +77,15 @@ def write_artifact(
     max_positions: int,
     ratios: tuple[float, ...],
     layers_per_group: int,
+    codec: str = "kvtc",
 ) -> Path:
     """Write an artifact for the model that `write_model` left in `model`; returns `directory`.
 
-    layers_per_group: 0 means all layers together.
+    layers_per_group: 0 means all layers together. codec: K and V of a layer group share a basis
+    where the codec has such bases.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    artifact = _artifact(shape, max_positions, ratios, layers_per_group)
+    artifact = _artifact(shape, max_positions, ratios, layers_per_group, codec)
     path = directory / rank_file_name(0, 1)
     drawn = torch.Generator().manual_seed(0)
     rows = (PROBE_TOKENS, shape.layers, shape.kv_heads, shape.head_size)
@@ -105,33 +112,53 @@ def spread_weights(model: nn.Module) -> None:
 
 
 def _artifact(
-    shape: ModelShape, max_positions: int, ratios: tuple[float, ...], layers_per_group: int
+    shape: ModelShape,
+    max_positions: int,
+    ratios: tuple[float, ...],
+    layers_per_group: int,
+    codec: str,
 ) -> RankArtifact:
     cache = Shape(shape.layers, shape.kv_heads, shape.head_size, max_positions)
-    made = synthetic_artifact(cache, layers_per_group, ratios, torch.device("cpu"))
+    own = layers_per_group, ratios, torch.device("cpu"), codec, codec == "kvtc2"
+    made = synthetic_artifact(cache, *own)
     sections = {key: _measured(section) for key, section in made.sections.items()}
-    fingerprint = artifact_fingerprint(made.geometry, sections, made.sink_tokens)
+    fingerprint = artifact_fingerprint(made.geometry, sections, made.sink_tokens, made.sink_rule)
     return replace(made, sections=sections, fingerprint=fingerprint)
 
 
 def _measured(section: SectionBasis) -> SectionBasis:
     """The same basis with mean zero, and the errors of its plans."""
     size = len(section.mean)
-    plans = {ratio: bit_plan(section, ratio) for ratio in section.plans}
-    errors = {ratio: _error(size, plan) for ratio, plan in plans.items()}
-    return SectionBasis(
-        mean=torch.zeros(size),
-        basis=section.basis,
-        plans={r: replace(plan, predicted_error=errors[r]) for r, plan in plans.items()},
-        heldout_error=errors,
-    )
+    flat = {ratio: _flat(size, ratio, plan) for ratio, plan in section.plans.items()}
+    errors = {ratio: _error(size, plan) for ratio, plan in flat.items()}
+    plans = {ratio: _with_error(plan, errors[ratio]) for ratio, plan in flat.items()}
+    return SectionBasis(torch.zeros(size), section.basis, plans, heldout_error=errors)
+
+
+def _flat(size: int, ratio: float, plan: SectionCoder) -> SectionCoder:
+    """A plan for rows whose coefficients are all alike. Steps for others would fit them badly:
+    most would be escapes, and bytes and time those of data unlike any calibration."""
+    return flat_step_plan(size, ratio, SPECTRUM) if isinstance(plan, StepPlan) else plan
+
+
+def _with_error(plan: SectionCoder, error: float) -> SectionCoder:
+    if isinstance(plan, StepPlan):
+        return replace(plan, expected_error=error)
+    assert isinstance(plan, BitPlan)
+    return replace(plan, predicted_error=error)
 
 
 @lru_cache(maxsize=64)
-def _error(size: int, plan: BitPlan) -> float:
+def _error(size: int, plan: SectionCoder) -> float:
     """Relative squared error of a plan on normal rows, whose coefficients are normal too."""
     rows = torch.randn(PROBE_TOKENS, size, generator=torch.Generator().manual_seed(1))
-    return float((rows - apply_plan(rows, plan)).square().sum() / rows.square().sum())
+    if isinstance(plan, StepPlan):
+        restored = torch.zeros_like(rows)
+        restored[:, : plan.rank] = plan.restore(plan.quantise(rows))
+    else:
+        assert isinstance(plan, BitPlan)
+        restored = apply_plan(rows, plan)
+    return float((rows - restored).square().sum() / rows.square().sum())
 
 
 def _card(artifact: RankArtifact, model: Path, path: Path) -> ArtifactCard:
@@ -156,4 +183,5 @@ def _card(artifact: RankArtifact, model: Path, path: Path) -> ArtifactCard:
         versions={},
         method="synthetic",
         seconds=0.0,
+        codec=msgspec.UNSET if artifact.codec == UNNAMED_CODEC else artifact.codec,
     )

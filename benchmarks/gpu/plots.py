@@ -2,7 +2,8 @@
 
     python -m benchmarks.gpu.plots [--results FILE [FILE ...]] [--out DIR]
 
-codec.png: encode and decode by stage, against the machine's floors and the paper's figures.
+codec.png: encode and decode of version 1 by stage, against the machine's floors and the paper's
+figures.
 load.png: time of a load against copying the raw KV and recomputing it. serving.png: time to first
 token by number of conversations. Benches without rows are left out; of rows for the same case the
 last counts.
@@ -40,21 +41,21 @@ MODES = {
     "raw": ("ours, raw", "#e0b060"),
     "kvtc-8x": ("kvtc 8x", "#3b6ea5"),
     "kvtc-16x": ("kvtc 16x", "#2a7f62"),
+    "kvtc2-16x": ("kvtc2 16x", "#7f2a62"),
 }
+FIRST = RESULTS.parent / "h100.json"
+"""Rows of the first machine."""
 
 
 def main() -> None:
     """Draw every plot there are rows for."""
     parser = argparse.ArgumentParser(prog="benchmarks.gpu.plots", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument(
-        "--results", type=Path, nargs="+", help="default: every .json of benchmarks/results/gpu"
-    )
+    parser.add_argument("--results", type=Path, nargs="+", default=[FIRST], help="of one machine")
     parser.add_argument("--out", type=Path, help="default: beside the first of the results")
     args = parser.parse_args()
-    files = args.results or sorted(RESULTS.parent.glob("*.json"))
-    rows = [row for file in files for row in json.loads(file.read_text())]
-    for path in draw(rows, args.out or (files[0] if files else RESULTS).parent):
+    rows = [row for file in args.results for row in json.loads(file.read_text())]
+    for path in draw(rows, args.out or args.results[0].parent):
         print(path)
 
 
@@ -80,7 +81,7 @@ def draw(rows: Sequence[Row], directory: Path) -> list[Path]:
 
 def _codec(rows: Sequence[Row]) -> Any:
     """One panel for encoding, one for decoding: the whole, then its stages."""
-    measured = _of(rows, "codec")
+    measured = _version_1(rows)
     if not measured:
         return None
     row = next((r for r in reversed(measured) if _is_headline(r)), measured[0])
@@ -139,7 +140,7 @@ def _floors(rows: Sequence[Row], row: Row) -> dict[str, float]:
 
 def _load(rows: Sequence[Row]) -> Any:
     """Milliseconds by tokens."""
-    codec = _of(rows, "codec")
+    codec = _version_1(rows)
     headline = next((r for r in codec if _is_headline(r)), codec[0] if codec else None)
     same = ("shape", "plan", "layers_per_group", "chunk_tokens", "precision", "coder", "tf32")
     loads = [r for r in codec if headline and all(r.get(k) == headline.get(k) for k in same)]
@@ -220,6 +221,12 @@ def _legend(figure: Any, axes: Any) -> None:
         figure.legend(
             entries.values(), entries.keys(), loc="outside lower center", ncols=5, fontsize=8
         )
+
+
+def _version_1(rows: Sequence[Row]) -> list[Row]:
+    """What was measured of it, not in an older tree."""
+    measured = _of(rows, "codec")
+    return [r for r in measured if r.get("codec", "kvtc") == "kvtc" and "tree" not in r]
 
 
 def _of(rows: Sequence[Row], bench: str) -> list[Row]:

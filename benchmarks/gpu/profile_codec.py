@@ -1,9 +1,10 @@
 """Where one load and one store spend their time: CUDA calls, kernels and Python functions.
 
-    python -m benchmarks.gpu.profile_codec [--layers 8] [--tokens 8192]
+    python -m benchmarks.gpu.profile_codec [--layers 8] [--tokens 8192] [--trace DIRECTORY]
 
 Prints tables, writes no rows: it is for finding what to change. Times under a profiler are longer
-than those of `codec_stages`.
+than those of `codec_stages`. A trace shows which thread and which stream did what when; Chrome's
+`about:tracing` and Perfetto read it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import cProfile
 import io
 import pstats
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -27,6 +29,7 @@ def main() -> None:
     made = parser("profile_codec", __doc__)
     made.add_argument("--layers", type=int, default=8, help="layers a group, 0 for all")
     made.add_argument("--tokens", type=int, default=8192)
+    made.add_argument("--trace", type=Path, help="directory for load.json.gz and store.json.gz")
     add_codec(made)
     args = made.parse_args()
     device = torch.device(args.device)
@@ -40,11 +43,17 @@ def main() -> None:
             shape, layers, ratio, tokens, device, codec=args.codec, paired=paired
         )
         loads = fixture.loads(chunk, fixture.encode(chunk))
-        _profile("load", lambda: fixture.codec.load(loads, chunk), device, args.rounds)
-        _profile("store", lambda: fixture.encode(chunk), device, args.rounds)
+        calls: dict[str, Callable[[], object]] = {
+            "load": lambda: fixture.codec.load(loads, chunk),
+            "store": lambda: fixture.encode(chunk),
+        }
+        for name, call in calls.items():
+            _profile(name, call, device, args.rounds, args.trace)
 
 
-def _profile(name: str, call: Callable[[], object], device: torch.device, rounds: int) -> None:
+def _profile(
+    name: str, call: Callable[[], object], device: torch.device, rounds: int, trace: Path | None
+) -> None:
     print(f"=== {name}: {seconds(call, device, rounds) * 1e3:.2f} ms, median of {rounds}")
     python = cProfile.Profile()
     python.runcall(call)
@@ -58,6 +67,9 @@ def _profile(name: str, call: Callable[[], object], device: torch.device, rounds
     with torch.profiler.profile(activities=activities) as traced:
         call()
         synchronize(device)
+    if trace is not None:
+        trace.mkdir(parents=True, exist_ok=True)
+        traced.export_chrome_trace(str(trace / f"{name}.json.gz"))
     for order in ("self_cuda_time_total", "self_cpu_time_total"):
         table = traced.key_averages().table(
             sort_by=order, row_limit=LINES, max_name_column_width=60

@@ -7,8 +7,8 @@
 As Table 22 of the paper: a number of clients, no time to think, a long context, then short
 questions and answers. The GPU cache holds only a few conversations (--slots, which is also the
 batch), so that others are evicted. Modes: `none` (recompute), `raw` (this project's tier,
-uncompressed), `native` (vLLM's OffloadingConnector), `kvtc-8x` and `kvtc-16x`, all with --budget
-bytes of host memory.
+uncompressed), `native` (vLLM's OffloadingConnector), `kvtc-8x`, `kvtc-16x` and `kvtc2-16x`, all
+with --budget bytes of host memory. The reference model has no artifact of codec 2.
 
 The 8B model has random weights and a synthetic artifact (see dummy_model.py): speed and bytes
 count, its words and its reconstruction error mean nothing. The reference model is real, shipped
@@ -37,7 +37,7 @@ from kvtc_vllm.config import parse_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "tests" / "reference_model" / "model"
-MODES = ("none", "raw", "native", "kvtc-8x", "kvtc-16x")
+MODES = ("none", "raw", "native", "kvtc-8x", "kvtc-16x", "kvtc2-16x")
 START_SECONDS = 60
 """A mode with less time left is not started."""
 
@@ -49,7 +49,8 @@ class Case:
     mode: str
     model: str
     path: str
-    artifact: str | None
+    artifacts: dict[str, str]
+    """Directory of the artifact of each codec; none for the reference model, whose are shipped."""
     vocabulary: int
     device: str
     conversations: tuple[int, ...]
@@ -124,6 +125,8 @@ def _reloaded(case: Case, row: dict[str, Any]) -> bool:
 def _not_here(case: Case) -> str | None:
     if case.mode == "native" and case.device != "cuda":
         return "vLLM's own offloading needs a GPU"
+    if case.mode.startswith("kvtc2") and not case.artifacts:
+        return "no artifact of codec 2 of this model"
     return None
 
 
@@ -137,7 +140,7 @@ def serve(case: Case) -> None:
     register()  # the plugin's entry point is only there when the package was installed
     began = time.perf_counter()
     with engine(Path(case.path), _connector(case), **_options(case)) as llm:
-        if case.artifact is not None:
+        if case.artifacts:
             llm.apply_model(spread_weights)
         started = time.perf_counter() - began
         loads = [
@@ -167,8 +170,9 @@ def _connector(case: Case) -> dict[str, Any] | None:
         "staging_bytes": case.staging,
         "load_gate": case.load_gate,
     }
-    if case.artifact is not None and case.mode != "raw":
-        extra["artifact"] = case.artifact
+    codec = case.mode.split("-")[0]
+    if codec in case.artifacts:
+        extra["artifact"] = case.artifacts[codec]
     return extra
 
 
@@ -191,7 +195,7 @@ def _options(case: Case) -> dict[str, Any]:
     }
     if case.backend is not None:
         options["attention_backend"] = case.backend
-    if case.artifact is not None:
+    if case.artifacts:
         options["load_format"] = "dummy"
     if case.mode == "native":
         options["kv_transfer_config"] = KVTransferConfig(
@@ -203,20 +207,25 @@ def _options(case: Case) -> dict[str, Any]:
 
 
 def _model(model: str, tiny: bool, longest: int, directory: Path) -> dict[str, Any]:
-    """Path, artifact and vocabulary of a model, made if there is none."""
+    """Path, artifacts and vocabulary of a model, made if there is none."""
     if model == "reference":
-        return {"path": str(REFERENCE), "artifact": None, "vocabulary": 2048}
+        return {"path": str(REFERENCE), "artifacts": {}, "vocabulary": 2048}
     from benchmarks.gpu.dummy_model import SMALL, write_artifact, write_model
     from benchmarks.gpu.random_model import ModelShape
 
     shape = SMALL if tiny else ModelShape()
     positions = 1 << (longest - 1).bit_length()
     path = write_model(directory / model, shape, positions)
-    layers = 2 if tiny else 8
-    artifact = write_artifact(
-        directory / f"{model}-artifact", path, shape, positions, (8.0, 16.0), layers
-    )
-    return {"path": str(path), "artifact": str(artifact), "vocabulary": shape.vocabulary}
+    # K and V of 4 layers in one row are as long as K of 8.
+    groups = {"kvtc": 2, "kvtc2": 1} if tiny else {"kvtc": 8, "kvtc2": 4}
+    made = {
+        codec: write_artifact(
+            directory / f"{model}-{codec}", path, shape, positions, (8.0, 16.0), layers, codec
+        )
+        for codec, layers in groups.items()
+    }
+    artifacts = {codec: str(artifact) for codec, artifact in made.items()}
+    return {"path": str(path), "artifacts": artifacts, "vocabulary": shape.vocabulary}
 
 
 def _longest(of: argparse.Namespace | Case) -> int:

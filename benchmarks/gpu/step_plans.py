@@ -46,6 +46,25 @@ def step_plan(p: int, ratio: float, spectrum: float) -> StepPlan:
     return _plan(in_steps[:rank], step, token_bytes, beyond)
 
 
+@lru_cache(maxsize=64)
+def flat_step_plan(p: int, ratio: float, spectrum: float) -> StepPlan:
+    """As many columns as `step_plan` codes, of coefficients that all have variance 1."""
+    other = step_plan(p, ratio, spectrum)
+    rank = other.rank
+    low, high = 1e-4, 1e3
+    for _ in range(60):
+        step = math.sqrt(low * high)
+        if float(_bits(torch.tensor(1 / step, dtype=torch.float64))) * rank > 16 * p / ratio:
+            low = step
+        else:
+            high = step
+    step = float(torch.tensor(high))
+    in_steps = torch.full((rank,), 1 / step, dtype=torch.float64)
+    more = in_steps[: other.total_rank - rank]
+    beyond = _plan(more, step, p / ratio, None) if len(more) else None
+    return _plan(in_steps, step, 2 * p / ratio, beyond)
+
+
 def _plan(
     in_steps: torch.Tensor, step: float, token_bytes: float, beyond: StepPlan | None
 ) -> StepPlan:

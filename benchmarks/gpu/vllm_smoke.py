@@ -1,12 +1,14 @@
 """The first thing to run with vLLM on a GPU: does the connector work there, per attention backend?
 
-    python -m benchmarks.gpu.vllm_smoke
+    python -m benchmarks.gpu.vllm_smoke [--model DIR] [--registry DIR]
 
 The reference model in process, without compilation, a process for every attention backend and
 codec. A row a check, and on after a failure, so that one run shows all of them; ends with status 1
-if any failed. Checks: `registered` (caches: shapes, strides, dtypes; RoPE tables found), `reload`
-(evicted prompts come back: for `raw` bit for bit, tokens and KV blocks; for kvtc within the error
-that the artifact promises) and `counters` (what was offered was loaded, nothing failed).
+if any failed. Codec 2 has no shipped artifact of the reference model: give a registry that has one
+(`kvtc calibrate --codec kvtc2`), or another model. Checks: `registered` (caches: shapes, strides,
+dtypes; RoPE tables found), `reload` (evicted prompts come back: for `raw` bit for bit, tokens and
+KV blocks; for kvtc within the error that the artifact promises) and `counters` (what was offered
+was loaded, nothing failed).
 """
 
 from __future__ import annotations
@@ -33,12 +35,13 @@ BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
 DEFAULT_BACKEND = "default"
 """vLLM's choice: on a CPU there is no other."""
 CODECS = ("raw", "kvtc-16x")
+CODEC_2 = "kvtc2-16x"
 CHECKS = ("registered", "reload", "counters")
 CHUNK = 128
 RELOADED = 5 * CHUNK
 PROMPTS = 3
 ANSWER = 16
-REST = {"raw": 10, "kvtc-16x": 138}
+REST = {"raw": 10, "kvtc-16x": 138, CODEC_2: 138}
 """Tokens of a prompt past what is reloaded: less than a block, so that vLLM's own cache and the
 tier hold the same; for kvtc the recent window besides."""
 CHILD_SECONDS = 125.0
@@ -49,26 +52,32 @@ def main() -> int:
     made = parser("vllm_smoke", __doc__)
     made.formatter_class = argparse.RawDescriptionHelpFormatter
     made.add_argument("--backends", help="names of attention backends; default by device")
+    made.add_argument("--codecs", help="names of presets; codec 2 by default with --registry")
+    made.add_argument("--model", type=Path, default=REFERENCE)
+    made.add_argument("--registry", type=Path, help="where artifacts are looked for first")
     made.add_argument("--child", nargs=2, metavar=("BACKEND", "CODEC"))
     args = made.parse_args()
     if args.child is not None:
-        backend, codec = args.child
-        call = partial(check, backend, codec, torch.device(args.device))
+        call = partial(check, *args.child, torch.device(args.device), args.model, args.registry)
         return guarded(call, check="process", ok=False)
     device = torch.device(args.device)
     default = BACKENDS if device.type == "cuda" else (DEFAULT_BACKEND,)
+    some = CODECS if args.registry is None else (*CODECS, CODEC_2)
     failed = 0
     for backend in args.backends.split(",") if args.backends else default:
-        for codec in CODECS:
-            failed += _run(backend, codec, args.out, device)
+        for codec in args.codecs.split(",") if args.codecs else some:
+            failed += _run(backend, codec, args)
     return int(failed > 0)
 
 
-def _run(backend: str, codec: str, out: Path, device: torch.device) -> int:
+def _run(backend: str, codec: str, args: argparse.Namespace) -> int:
     """All checks of one process; how many of them failed or never came."""
-    about = {"bench": "vllm_smoke", "backend": backend, "codec": codec}
+    out, device = args.out, torch.device(args.device)
+    about = {"bench": "vllm_smoke", "backend": backend, "codec": codec, "model": args.model.name}
     passed = 0
-    arguments = ["--device", str(device), "--child", backend, codec]
+    arguments = ["--device", str(device), "--model", str(args.model), "--child", backend, codec]
+    if args.registry is not None:
+        arguments += ["--registry", str(args.registry)]
     try:
         for row in rows_of(
             "benchmarks.gpu.vllm_smoke", arguments, out.with_name("vllm_smoke.log"), CHILD_SECONDS
@@ -81,7 +90,9 @@ def _run(backend: str, codec: str, out: Path, device: torch.device) -> int:
     return len(CHECKS) - passed
 
 
-def check(backend: str, codec: str, device: torch.device) -> None:
+def check(
+    backend: str, codec: str, device: torch.device, model: Path, registry: Path | None
+) -> None:
     """The child: one engine and its checks."""
     from kvtc_vllm.connector import register
     from tests.connector.engine import engine, texts
@@ -96,9 +107,11 @@ def check(backend: str, codec: str, device: torch.device) -> None:
         options["attention_backend"] = backend
     if device.type == "cuda":
         options["gpu_memory_utilization"] = 0.3
-    extra = {"preset": codec, "memory_bytes": "256MiB"}
-    prompts = texts(REFERENCE, count=PROMPTS, tokens=RELOADED + REST[codec])
-    with _watched_registration(), engine(REFERENCE, extra, **options) as llm:
+    extra: dict[str, Any] = {"preset": codec, "memory_bytes": "256MiB"}
+    if registry is not None:
+        extra["registry"] = [str(registry)]
+    prompts = texts(model, count=PROMPTS, tokens=RELOADED + REST[codec])
+    with _watched_registration(), engine(model, extra, **options) as llm:
         report({"check": "reload", **_outcome(lambda: reload(llm, prompts, codec))})
         report({"check": "counters", **_outcome(counted)})
 

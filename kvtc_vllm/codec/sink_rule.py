@@ -55,10 +55,8 @@ class SinkRule:
     def marked(self, measure: torch.Tensor) -> torch.Tensor:
         """The sinks among tokens of this `measure`, float32 [T]: bool [T]."""
         marks = measure < self.threshold
-        most = self.most(len(measure))
-        if int(marks.sum()) > most:
-            kept = torch.argsort(measure, stable=True)[:most]
-            marks = torch.zeros_like(marks).index_fill_(0, kept, True)
+        if int(marks.sum()) > self.most(len(measure)):
+            return self._lowest(measure[None])[0]
         return marks
 
     def marked_in(self, measure: torch.Tensor, tokens: Sequence[int]) -> list[torch.Tensor]:
@@ -70,12 +68,23 @@ class SinkRule:
         ends = list(accumulate(tokens))
         sums = below.cumsum(0)[torch.tensor(ends, dtype=torch.int64) - 1].tolist()
         found: list[torch.Tensor] = []
+        crowded: dict[int, list[int]] = {}
         first = marked = 0
-        for end, count in zip(ends, sums, strict=True):
-            few = count - marked <= self.most(end - first)
-            found.append(below[first:end] if few else self.marked(measure[first:end]))
+        for place, (end, count) in enumerate(zip(ends, sums, strict=True)):
+            if count - marked > self.most(end - first):
+                crowded.setdefault(end - first, []).append(place)
+            found.append(below[first:end])
             first, marked = end, count
+        for size, places in crowded.items():
+            own = torch.stack([measure[ends[place] - size : ends[place]] for place in places])
+            for place, marks in zip(places, self._lowest(own), strict=True):
+                found[place] = marks
         return found
+
+    def _lowest(self, measure: torch.Tensor) -> torch.Tensor:
+        """As many as may be marked, bool [n, T] of float32 [n, T]; of equal ones the first."""
+        kept = torch.argsort(measure, dim=1, stable=True)[:, : self.most(measure.shape[1])]
+        return torch.zeros_like(measure, dtype=torch.bool).scatter_(1, kept, True)
 
     def measure(self, values: torch.Tensor) -> torch.Tensor:
         """Mean log norm of every token: float32 [T]. values: floating [T, L, H, Dv]."""

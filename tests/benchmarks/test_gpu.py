@@ -22,6 +22,7 @@ from benchmarks.gpu.dummy_model import SMALL, spread_weights, write_artifact, wr
 from kvtc_vllm.artifact import registry
 from kvtc_vllm.artifact.directory import load_rank_artifact
 from kvtc_vllm.artifact.identity import model_identity
+from kvtc_vllm.codec.registry import open_codec
 
 SCRIPTS = (
     "bundle",
@@ -135,18 +136,25 @@ def test_plots_do_without_missing_benches(
     assert [path.name for path in plots.draw(rows, tmp_path)] == expected
 
 
-def test_the_synthetic_artifact_is_found_for_its_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("codec", ["kvtc", "kvtc2"])
+def test_the_synthetic_artifact_is_found_for_its_model(tmp_path: Path, codec: str) -> None:
     model = write_model(tmp_path / "model", SMALL, 1024)
-    made = write_artifact(tmp_path / "artifact", model, SMALL, 1024, (8.0, 16.0), 2)
+    made = write_artifact(tmp_path / "artifact", model, SMALL, 1024, (8.0, 16.0), 2, codec)
     found = registry.find(
-        model_identity(model), tp_size=1, ratio=16.0, model_name="dummy", artifact=made
+        model_identity(model), tp_size=1, ratio=16.0, model_name="dummy", artifact=made, codec=codec
     )
-    artifact, card, _ = load_rank_artifact(found, 0)
+    artifact, card, probe = load_rank_artifact(found, 0)
     assert artifact.ratios() == (8.0, 16.0)
     assert artifact.geometry.layer_groups == ((0, 2), (2, 4))
     assert card.method == "synthetic"
+    # No redundancy, no hope; but codec 2 keeps nearly all columns of rows as short as these.
+    least = {"kvtc": 0.3, "kvtc2": 0.02}[codec]
     for section in card.sections:
-        assert all(0.3 < error.heldout < 1 for error in section.errors), "no redundancy, no hope"
+        assert all(least < error.heldout < 1 for error in section.errors)
+    served = open_codec(codec, torch.bfloat16, artifact=artifact, ratio=16.0)
+    k, v = probe.k.bfloat16(), probe.v.bfloat16()
+    blob = served.encode(k, v, len(k))
+    assert 13 < 2 * k.nbytes / len(blob) < 28
 
 
 def test_spread_weights_keep_variance() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,7 +58,8 @@ class BlobPlan:
             )
             for section in exact
         ]
-        tables = [UnitList.of(unit_lengths(section.encoded.units)).table for section in exact]
+        units = [section.encoded.units for section in exact if section.encoded.units]
+        tables = [UnitList.of(unit_lengths(own)).table for own in units]
         bodies = [padded(section.encoded.body) for section in exact]
         head = (
             header,
@@ -75,15 +77,28 @@ class BlobPlan:
         return len(self.head) + self.body[1] - self.body[0] + CHECKSUM_BYTES
 
 
+@dataclass(frozen=True)
+class WrittenBlobs:
+    """Blobs that the host's threads are writing. Until they are done, nothing else may be written
+    to the thread's pinned memory."""
+
+    parts: list[Future[list[Blob | CodecError]]]
+
+    def result(self) -> list[Blob | CodecError]:
+        """All of them, in order."""
+        return [blob for part in self.parts for blob in part.result()]
+
+
 def write_blobs(
     plans: Sequence[BlobPlan | CodecError],
     body: torch.Tensor | None,
     thread: DeviceThread,
     device: torch.device,
-) -> list[Blob | CodecError]:
-    """The blobs of the plans. body: uint8, all bodies, on the host or on `device`.
+) -> WrittenBlobs:
+    """Begin to write the blobs of the plans. body: uint8, all bodies, on the host or on `device`.
 
-    thread: whose pinned memory the bodies cross, on the current stream. Waits for the device.
+    thread: whose pinned memory the bodies cross, on the current stream. Waits for the device, and
+    not for the blobs.
     """
     there = np.empty(0, np.uint8)
     if body is not None:
@@ -105,7 +120,8 @@ def write_blobs(
         view[end:] = checksum(view[:end])
         return view
 
+    def write_all(part: Sequence[BlobPlan | CodecError]) -> list[Blob | CodecError]:
+        return [write(plan) for plan in part]
+
     parts = [plans[part.start : part.stop] for part in shares(len(plans))]
-    return [
-        blob for found in host_threads().map(lambda p: [*map(write, p)], parts) for blob in found
-    ]
+    return WrittenBlobs([host_threads().submit(write_all, part) for part in parts])

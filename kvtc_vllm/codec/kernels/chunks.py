@@ -132,6 +132,15 @@ def waves(count: int, first: int, most: int) -> list[slice]:
     return found
 
 
+def even_steps(weights: Sequence[int], limit: int) -> list[slice]:
+    """As `steps`, and none much lighter than the others, if that takes no more of them."""
+    found = steps(weights, limit)
+    if len(found) < 2:
+        return found
+    even = steps(weights, min(limit, -(-sum(weights) // len(found)) + max(weights)))
+    return even if len(even) == len(found) else found
+
+
 def steps(weights: Sequence[int], limit: int) -> list[slice]:
     """Cut a sequence into slices whose weights add up to at most `limit`, or of one element."""
     found: list[slice] = []

@@ -11,7 +11,7 @@ import torch
 from kvtc_vllm.codec.container import SectionKind, section_rows
 from kvtc_vllm.codec.entropy import UNIT_BYTES, UnitList, aligned
 from kvtc_vllm.codec.entropy.unit_table import Lengths
-from kvtc_vllm.codec.kernels.chunks import RowLayout, StoreChunk, steps
+from kvtc_vllm.codec.kernels.chunks import RowLayout, StoreChunk, even_steps
 from kvtc_vllm.codec.kernels.payload_coding import Marks, PayloadCoding, RawPayloads
 from kvtc_vllm.codec.kernels.unit_coders import CodedUnits, UnitCoder
 
@@ -84,11 +84,12 @@ def encode_rows(
     """
 
     def cost(tokens: int) -> int:
-        on_host = coding.payload_bytes(tokens) * workspace_bytes // host_bytes
+        on_host = coding.stored_bytes(tokens) * workspace_bytes // host_bytes
         return max(coding.encode_bytes(tokens), on_host)
 
     layout = staged.layout
-    for places in steps([cost(tokens) for tokens in layout.tokens], workspace_bytes):
+    costs = {tokens: cost(tokens) for tokens in layout.lengths}
+    for places in even_steps([costs[tokens] for tokens in layout.tokens], workspace_bytes):
         first = layout.first_rows[places.start]
         part = layout.part(places)
         rows = staged.rows[first : first + part.num_rows]
@@ -107,10 +108,15 @@ def _encode_step(
         coded = coder.deflate(raw.data, raw.starts, raw.lengths)
         largest = raw.magnitudes.cpu().view(torch.float32).tolist()
         yield _in_chunk_order(raw, coded, largest, coding.sections)
-    for place in raw.left_out:
-        first, end = layout.first_rows[place : place + 2]
-        own = layout.part(slice(place, place + 1))
-        yield from _encode_step(own, rows[first:end], marks, coding, coder)
+    if raw.left_out:
+        # Together: of many that are unlike the calibration data, a good part fits the next time.
+        own = RowLayout(
+            tuple(layout.members[place] for place in raw.left_out),
+            tuple(layout.tokens[place] for place in raw.left_out),
+        )
+        ends = layout.first_rows
+        left = torch.cat([rows[ends[place] : ends[place + 1]] for place in raw.left_out])
+        yield from _encode_step(own, left, marks, coding, coder)
 
 
 def _in_chunk_order(

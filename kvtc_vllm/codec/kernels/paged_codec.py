@@ -29,7 +29,7 @@ from kvtc_vllm.codec.container import NewSection, build_header, header_with
 from kvtc_vllm.codec.errors import CodecError
 from kvtc_vllm.codec.frame import NON_FINITE
 from kvtc_vllm.codec.kernels.bit_payloads import BitPayloads
-from kvtc_vllm.codec.kernels.blob_writer import BlobPlan, write_blobs
+from kvtc_vllm.codec.kernels.blob_writer import BlobPlan, WrittenBlobs, write_blobs
 from kvtc_vllm.codec.kernels.chunks import (
     RowLayout,
     StoreChunk,
@@ -137,11 +137,18 @@ class PagedCodec(PagedReader):
         }
         # Chunks that consist of sinks only are in no step.
         for index in sinks.keys() - set(staged.layout.members) - results.keys():
-            (results[index],) = self._blobs(staged, [index], exact_parts, None)
+            (results[index],) = self._blobs(staged, [index], exact_parts, None).result()
         limits = self.workspace_bytes, HOST_BYTES
-        for step in encode_rows(staged, marks, self.coding, self._units, *limits):
-            blobs = self._blobs(staged, step.members, exact_parts, step)
-            results = dict(zip(step.members, blobs, strict=True)) | results
+        members: Sequence[int] = ()
+        blobs = WrittenBlobs([])
+        try:
+            for step in encode_rows(staged, marks, self.coding, self._units, *limits):
+                # Written while the device worked on this step.
+                results = dict(zip(members, blobs.result(), strict=True)) | results
+                members, blobs = step.members, self._blobs(staged, step.members, exact_parts, step)
+        finally:
+            written = blobs.result()
+        results = dict(zip(members, written, strict=True)) | results
         return [results[index] for index in range(len(staged.chunks))]
 
     def marks_of(self, staged: StagedChunks) -> dict[int, Marks]:
@@ -190,7 +197,7 @@ class PagedCodec(PagedReader):
         members: Sequence[int],
         exact: Mapping[int, ExactParts],
         step: EncodedStep | None,
-    ) -> list[Blob | CodecError]:
+    ) -> WrittenBlobs:
         """Put the coded units of chunks together with what goes before them."""
         sizes = None if step is None else self._sizes(staged, members, exact, step)
         doubtful = np.ones(len(members), np.bool_) if sizes is None else self.coding.doubtful(sizes)

@@ -127,7 +127,7 @@ class PagedRawCodec(RawCodec):
                 plans.append(self._plan(chunk, tokens, (done, done + size)))
                 done += size
             body = staged.data[first : first + done]
-            results += write_blobs(plans, body, self._own.mine, self.device)
+            results += write_blobs(plans, body, self._own.mine, self.device).result()
             first += done
         return results
 

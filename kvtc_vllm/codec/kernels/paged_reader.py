@@ -5,8 +5,8 @@ A load is cut into waves of chunks: while the device works on one, the host veri
 
 from __future__ import annotations
 
-import operator
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
 from functools import lru_cache, partial
@@ -19,25 +19,28 @@ import torch
 from kvtc_vllm.codec.artifact import RankArtifact, at_ratio
 from kvtc_vllm.codec.base import Blob, read_section
 from kvtc_vllm.codec.container import NO_FINGERPRINT
+from kvtc_vllm.codec.entropy import aligned
 from kvtc_vllm.codec.errors import ContainerError
 from kvtc_vllm.codec.frame import TransformCodec
 from kvtc_vllm.codec.kernels import decoder
-from kvtc_vllm.codec.kernels.chunks import LoadChunk, RowLayout, shares, steps, waves
+from kvtc_vllm.codec.kernels.chunks import LoadChunk, RowLayout, shares, waves
 from kvtc_vllm.codec.kernels.decoder import Decoder, DecodeStep, DecodeWorkspace
 from kvtc_vllm.codec.kernels.deflate_nvcomp import host_threads
+from kvtc_vllm.codec.kernels.load_parts import BegunPart, LoadPart, load_parts, that_fit
 from kvtc_vllm.codec.kernels.numeric import OPERAND, Precision
 from kvtc_vllm.codec.kernels.paged import PagedCache, check_geometry, chunk_slots
 from kvtc_vllm.codec.kernels.paged_io import scatter_rows
 from kvtc_vllm.codec.kernels.payload_coding import PayloadCoding, StoredPayloads
-from kvtc_vllm.codec.kernels.resident import layer_places, padded_payload
+from kvtc_vllm.codec.kernels.resident import layer_places
 from kvtc_vllm.codec.kernels.row_table import RowTable
 from kvtc_vllm.codec.kernels.unit_coders import UnitCoder, unit_coder
 from kvtc_vllm.codec.kernels.uploads import UploadedBlobs
 from kvtc_vllm.codec.kernels.verified import ExpectedHead, VerifiedBlob, has_checksum
 from kvtc_vllm.codec.streams import DeviceThreads, Event, upload
 
-HOST_BYTES = 64 << 20
-"""Pinned memory of every thread that encodes or loads. A step's compressed bytes fit into it."""
+HOST_BYTES = 128 << 20
+"""Pinned memory of every thread that encodes or loads. A step's compressed bytes fit into it, and
+so do two parts of a load: one is checked while the device works on the other."""
 FIRST_WAVE, LARGEST_WAVE = 4096, 4096
 """Tokens of a load that are decoded together: of the first ones, and the most. On an H100, smaller
 waves cost more launches than they hide: the host takes some 4 ms for each."""
@@ -124,26 +127,48 @@ class PagedReader(TransformCodec):
         """
         errors: list[ContainerError | None] = [None] * len(chunks)
         most = min(HOST_BYTES, self.workspace_bytes // 2)
-        for part in steps([len(blob) for _, blob in chunks], most):
-            found = self._load_part(chunks[part], tokens, point)
-            for place, error in found.items():
-                errors[part.start + place] = error
+        parts = load_parts([aligned(len(blob)) for _, blob in chunks], most)
+        begun: deque[BegunPart] = deque()
+        try:
+            for number, part in enumerate(parts):
+                # The next is checked meanwhile.
+                for coming in parts[number + len(begun) : number + 2]:
+                    begun.append(self._begin_part(chunks, coming))
+                free = self.workspace_bytes - sum(x.uploads.on_device.numel() for x in begun)
+                found = self._load_part(chunks[part.places], begun[0], tokens, point, free)
+                for place, error in found.items():
+                    errors[part.places.start + place] = error
+                begun.popleft()
+        finally:
+            # What is begun writes into memory of this thread that the next load uses again.
+            wait([task for one in begun for task in one.tasks])
         return errors
 
+    def _begin_part(self, chunks: Sequence[tuple[LoadChunk, Blob]], part: LoadPart) -> BegunPart:
+        """Have the host's threads check its blobs and stage them for the way to the device."""
+        blobs = [memoryview(blob) for _, blob in chunks[part.places]]
+        to_device = self._units.reads_on_device
+        uploads = UploadedBlobs(blobs, self._own.mine, self.device, to_device, part.host)
+        return BegunPart(uploads, self._begin_checksums(uploads))
+
     def _load_part(
-        self, chunks: Sequence[tuple[LoadChunk, Blob]], tokens: int, point: Event | None
+        self,
+        chunks: Sequence[tuple[LoadChunk, Blob]],
+        own: BegunPart,
+        tokens: int,
+        point: Event | None,
+        free: int,
     ) -> dict[int, ContainerError]:
-        """Decode chunks whose blobs fit the pinned memory together; errors by place."""
-        thread = self._own.mine
-        blobs = [memoryview(blob) for _, blob in chunks]
-        uploads = UploadedBlobs(blobs, thread, self.device, self._units.reads_on_device)
-        free = self.workspace_bytes - uploads.on_device.numel()
+        """Decode chunks whose blobs fit the pinned memory together; errors by place.
+
+        free: bytes of device memory, at most.
+        """
+        thread, uploads = self._own.mine, own.uploads
         fitting = decoder.chunks_that_fit(self.coding, self.row_dtype, tokens, free)
-        parts = waves(
-            len(chunks),
-            max(1, FIRST_WAVE // tokens),
-            max(1, min(LARGEST_WAVE // tokens, fitting)),
-        )
+        most = max(1, min(LARGEST_WAVE // tokens, fitting))
+        # As many waves, and none much smaller than the others.
+        most = -(-len(chunks) // -(-len(chunks) // most))
+        parts = waves(len(chunks), max(1, FIRST_WAVE // tokens), most)
         largest = max(part.stop - part.start for part in parts)
         workspace = DecodeWorkspace.of(
             self.coding, self.row_dtype, len(chunks), largest, tokens, self.device
@@ -156,8 +181,7 @@ class PagedReader(TransformCodec):
             self.block_size,
             tokens,
         )
-        tasks = self._begin_checksums(uploads)
-        sound = (right for task in tasks for right in task.result())
+        sound = (right for task in own.tasks for right in task.result())
         verified: dict[int, VerifiedBlob] = {}
         stored: dict[int, StoredPayloads] = {}
         failed: dict[int, ContainerError] = {}
@@ -165,24 +189,24 @@ class PagedReader(TransformCodec):
         limits = self.coding.payload_room(*room), self.coding.marked_room(*room)
         try:
             for wave in parts:
-                here = chunks[wave]
-                checked = self._check(here, tokens, list(islice(sound, len(here))))
+                count = wave.stop - wave.start
+                checked = self._check(chunks[wave], tokens, list(islice(sound, count)))
+                right: dict[int, VerifiedBlob] = {}
                 for place, found in enumerate(checked, wave.start):
                     if isinstance(found, ContainerError):
                         failed[place] = found
-                        continue
-                    try:
-                        if found.sinks < tokens:
-                            stored[place] = self.coding.stored(found, tokens - found.sinks)
-                        verified[place] = found
-                    except ContainerError as error:
-                        failed[place] = error
+                    else:
+                        right[place] = found
+                held, bad = self._stored(right, tokens)
+                stored |= held
+                failed |= bad
+                verified |= {place: right[place] for place in right if place not in bad}
                 if wave is parts[-1]:
                     # Needed last, so another thread has time for them.
                     reading = host_threads().submit(self._read_sinks, verified, slots)
                 for part in that_fit(wave, stored, limits):
-                    own = {i: verified[i] for i in range(part.start, part.stop) if i in verified}
-                    step = self._step(own, stored, chunks, part, tokens, slots)
+                    here = {i: verified[i] for i in range(part.start, part.stop) if i in verified}
+                    step = self._step(here, stored, chunks, part, tokens, slots)
                     if step is None:
                         continue
                     sent = None
@@ -190,7 +214,7 @@ class PagedReader(TransformCodec):
                         with thread.copying.after(begin):
                             uploads.send(part)
                             sent = Event(self.device)
-                    failed |= decoding.decode(step, partial(self._units.open, uploads, own), sent)
+                    failed |= decoding.decode(step, partial(self._units.open, uploads, here), sent)
             sinks, sink_slots, damaged = reading.result()
             failed |= damaged
             # Last: all that follows on this stream would wait for the point, too.
@@ -203,10 +227,25 @@ class PagedReader(TransformCodec):
             return decoding.damaged() | failed
         except BaseException:
             # What is begun writes into memory of this thread that the next load uses again.
-            wait(tasks)
             thread.copying.synchronize()
             thread.stream.synchronize()
             raise
+
+    def _stored(
+        self, blobs: Mapping[int, VerifiedBlob], tokens: int
+    ) -> tuple[dict[int, StoredPayloads], dict[int, ContainerError]]:
+        """Of blobs by place: their payloads, if they have coded tokens, or what is wrong."""
+        places = [place for place, blob in blobs.items() if blob.sinks < tokens]
+        own = [blobs[place] for place in places]
+        held: dict[int, StoredPayloads] = {}
+        bad: dict[int, ContainerError] = {}
+        looked = self.coding.stored_in(own, [tokens - blob.sinks for blob in own])
+        for place, found in zip(places, looked, strict=True):
+            if isinstance(found, ContainerError):
+                bad[place] = found
+            else:
+                held[place] = found
+        return held, bad
 
     def _begin_checksums(self, uploads: UploadedBlobs) -> list[Future[list[bool]]]:
         """Whether each blob's is right, in order; on the host's threads, which stage the sound.
@@ -283,12 +322,14 @@ class PagedReader(TransformCodec):
         table = own.table.numpy().ravel()
         # One upload: each costs as much as a launch. What begins a table begins 16 bytes.
         tables = [slots[part][coded], positions[coded], table, payloads.numbers]
-        padded = [np.pad(x, (0, len(x) % 2)) for x in tables]
-        there = upload(torch.from_numpy(np.concatenate(padded)), self.device)
-        ends = np.cumsum([len(x) for x in padded]).tolist()
+        padded = [(x, np.zeros(len(x) % 2, np.int64)) for x in tables]
+        there = upload(
+            torch.from_numpy(np.concatenate([x for y in padded for x in y])), self.device
+        )
+        ends = np.cumsum([len(x) + len(x) % 2 for x in tables]).tolist()
         own_slots, own_positions, own_table, numbers = (
-            there[end - len(p) : end][: len(x)]
-            for end, p, x in zip(ends, padded, tables, strict=True)
+            there[end - len(x) - len(x) % 2 : end][: len(x)]
+            for end, x in zip(ends, tables, strict=True)
         )
         return DecodeStep(
             layout, payloads, own_table.view(-1, 3), own_slots, own_positions, numbers
@@ -319,33 +360,3 @@ class PagedReader(TransformCodec):
         if not own_slots:
             return None, torch.empty(0, dtype=torch.int64), failed
         return torch.cat(parts), torch.cat(own_slots), failed
-
-
-def that_fit(
-    wave: slice, stored: Mapping[int, StoredPayloads], limits: tuple[int, int]
-) -> list[slice]:
-    """A wave cut into parts of which payload bytes and marked tokens fit a step's memory."""
-    places = range(wave.start, wave.stop)
-    whole = [stored[place] for place in places if place in stored]
-    if not any(map(operator.gt, total_needs(whole), limits)):
-        return [wave]
-    none = StoredPayloads(0, np.zeros(0, np.int64))
-    found: list[slice] = []
-    first, taken = wave.start, (0, 0)
-    for place in places:
-        own = stored.get(place, none)
-        needs = total_needs([own])
-        taken = taken[0] + needs[0], taken[1] + needs[1]
-        if place > first and any(map(operator.gt, taken, limits)):
-            found.append(slice(first, place))
-            first, taken = place, needs
-    return [*found, slice(first, wave.stop)]
-
-
-def total_needs(stored: Sequence[StoredPayloads]) -> tuple[int, int]:
-    """Payload bytes and marked tokens of blobs in a step of a load."""
-    if not stored:
-        return 0, 0
-    lengths = np.concatenate([own.lengths for own in stored])
-    marks = np.concatenate([own.marks for own in stored])
-    return int(padded_payload(lengths).sum()), int(marks.sum())

@@ -20,7 +20,7 @@ import torch
 from kvtc_vllm.codec.artifact import SectionKey
 from kvtc_vllm.codec.container import SectionKind
 from kvtc_vllm.codec.entropy.unit_table import Lengths
-from kvtc_vllm.codec.errors import CodecError
+from kvtc_vllm.codec.errors import CodecError, ContainerError
 from kvtc_vllm.codec.frame import NON_FINITE
 from kvtc_vllm.codec.kernels.chunks import RowLayout
 from kvtc_vllm.codec.kernels.resident import ResidentArtifact
@@ -89,7 +89,7 @@ class RawPayloads:
     unit in data, int64; chunk after chunk, and in it section after section. units: how many every
     section has, int64 [chunks, sections]. coder_ids: of every section, the same shape. magnitudes:
     int32 [chunks] on the device, bits of a float32 that `PayloadCoding.check` understands.
-    left_out: places, in the layout that was asked for, of chunks that need a step of their own.
+    left_out: places, in the layout that was asked for, of chunks that need another step; never all.
     """
 
     layout: RowLayout
@@ -133,6 +133,18 @@ class PayloadCoding(ABC):
     @abstractmethod
     def stored(self, blob: VerifiedBlob, coded: int) -> StoredPayloads:
         """Of a blob with `coded` coded tokens, at least one. Raises ContainerError."""
+
+    def stored_in(
+        self, blobs: Sequence[VerifiedBlob], coded: Sequence[int]
+    ) -> list[StoredPayloads | ContainerError]:
+        """`stored` of many blobs, or why there is none. coded: tokens of each, at least one."""
+        found: list[StoredPayloads | ContainerError] = []
+        for blob, tokens in zip(blobs, coded, strict=True):
+            try:
+                found.append(self.stored(blob, tokens))
+            except ContainerError as error:
+                found.append(error)
+        return found
 
     @abstractmethod
     def chunk_room(self, tokens: int) -> tuple[int, int]:
@@ -196,6 +208,10 @@ class PayloadCoding(ABC):
     @abstractmethod
     def payload_bytes(self, tokens: int) -> int:
         """Of a chunk with so many coded tokens, about."""
+
+    def stored_bytes(self, tokens: int) -> int:
+        """The same when they are entropy coded, at most about."""
+        return self.payload_bytes(tokens)
 
     @abstractmethod
     def encode_bytes(self, tokens: int) -> int:

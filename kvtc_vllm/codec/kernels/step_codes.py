@@ -14,8 +14,8 @@ from kvtc_vllm.codec.v2.codes import WIDE, WIDE_BYTES
 
 TILE_COLUMNS = tl.constexpr(COLUMNS)
 TILE_TOKENS = tl.constexpr(TOKENS)
-TILE_WARPS = 8
-"""Warps of a program that works on a tile: with four, a thread needs up to 240 registers."""
+TILE_WARPS = 4
+"""Warps of a program that works on a tile."""
 IS_WIDE = tl.constexpr(WIDE)
 PER_WIDE = tl.constexpr(WIDE_BYTES)
 

@@ -342,8 +342,10 @@ def unpack_tile(  # type: ignore[no-untyped-def]
         row = first_row + token
         if MARKED:
             mark = tl.load(marks + row, mask=token < tokens * (1 - beyond), other=0)
-            divisor = tl.where(mark + beyond > 0, gain, 1.0)
-            x = tl.div_rn(x, tl.broadcast_to(divisor[:, None], x.shape))
+            # Most tiles have no marked token, and a correctly rounded division is expensive.
+            if tl.reduce(mark + beyond, 0, tl.standard._elementwise_max) > 0:
+                divisor = tl.where(mark + beyond > 0, gain, 1.0)
+                x = tl.div_rn(x, tl.broadcast_to(divisor[:, None], x.shape))
         store_coefficients(target[None, :] + row[:, None] * row_stride, x, inside)
         if MARKED:
             place = copied[None, :] + (mark - 1)[:, None] * marked_stride

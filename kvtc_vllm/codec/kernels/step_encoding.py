@@ -261,9 +261,10 @@ def encode_tile(  # type: ignore[no-untyped-def]
         high = start + narrow + tl.load(wides).to(tl.int64) * PER_WIDE
     else:
         last = tokens
-        narrow_count = tl.full((TILE_COLUMNS,), 0, tl.int32)
-        wide_count = tl.full((TILE_COLUMNS,), 0, tl.int32)
-        largest = tl.full((TILE_COLUMNS,), 0, tl.int32)
+        # Summed up over the columns at the end: every such sum makes the warps wait.
+        narrow_count = tl.full((TILE_TOKENS, TILE_COLUMNS), 0, tl.int32)
+        wide_count = tl.full((TILE_TOKENS, TILE_COLUMNS), 0, tl.int32)
+        largest = tl.full((TILE_TOKENS, TILE_COLUMNS), 0, tl.int32)
     for first in range(0, last, TILE_TOKENS):
         token = first + tl.arange(0, TILE_TOKENS)
         there = (token < tokens)[:, None] & used[None, :]
@@ -295,14 +296,15 @@ def encode_tile(  # type: ignore[no-untyped-def]
         else:
             kept = tl.where(there, tl.minimum(code, ESCAPE), 0)
             store_codes(kept, packed, used, first, size, BITS)
-            narrow_count += column_sums(escape)
-            wide_count += column_sums(wide)
+            narrow_count += escape
+            wide_count += wide
             # Infinite only if the coefficient is.
             finite = tl.where(steps < _LARGEST, steps, _LARGEST)
             finite = tl.where(tl.abs(x) <= _LARGEST, finite, tl.abs(x))
             bits = tl.where(there, finite.to(tl.int32, bitcast=True), 0)
-            largest = tl.maximum(largest, tl.reduce(bits, 0, tl.standard._elementwise_max))
+            largest = tl.maximum(largest, bits)
     if not ESCAPES:
-        tl.store(escapes, narrow_count)
-        tl.store(wides, wide_count)
-        tl.atomic_max(magnitude, tl.reduce(largest, 0, tl.standard._elementwise_max))
+        tl.store(escapes, column_sums(narrow_count))
+        tl.store(wides, column_sums(wide_count))
+        by_column = tl.reduce(largest, 0, tl.standard._elementwise_max)
+        tl.atomic_max(magnitude, tl.reduce(by_column, 0, tl.standard._elementwise_max))

@@ -12,8 +12,9 @@ import torch
 from kvtc_vllm.codec.artifact import RankArtifact, SectionKey
 from kvtc_vllm.codec.base import read_section
 from kvtc_vllm.codec.container import SectionKind
-from kvtc_vllm.codec.entropy import UNIT_BYTES
+from kvtc_vllm.codec.entropy import RAW, UNIT_BYTES
 from kvtc_vllm.codec.entropy.unit_table import Lengths
+from kvtc_vllm.codec.errors import ContainerError
 from kvtc_vllm.codec.frame import SECTION_KIND
 from kvtc_vllm.codec.kernels.batches import batches
 from kvtc_vllm.codec.kernels.chunks import RowLayout
@@ -41,7 +42,14 @@ from kvtc_vllm.codec.kernels.step_tables import (
 )
 from kvtc_vllm.codec.kernels.unit_coders import PlacedSections
 from kvtc_vllm.codec.kernels.verified import VerifiedBlob
-from kvtc_vllm.codec.marks import BEYOND_KIND, around_marked, check_taken, no_beyond, unpack_marks
+from kvtc_vllm.codec.marks import (
+    BEYOND_KIND,
+    around_marked,
+    check_taken,
+    marks_length,
+    no_beyond,
+    unpack_marks,
+)
 from kvtc_vllm.codec.v2.codes import MAX_LEVEL, uneven_escapes
 from kvtc_vllm.codec.v2.plan import StepPlan, step_plan
 
@@ -104,6 +112,59 @@ class StepPlanPayloads(PayloadCoding):
         if (beyond < self._columns_beyond @ bytes_per_column(marked)).any():
             raise uneven_escapes()
         return StoredPayloads(first + 1, lengths, marks)
+
+    def stored_in(
+        self, blobs: Sequence[VerifiedBlob], coded: Sequence[int]
+    ) -> list[StoredPayloads | ContainerError]:
+        """Marks of the blobs that begin with them are looked at together: one by one they take
+        longer than all the rest. What is unusual about a blob, `stored` says."""
+        found: dict[int, StoredPayloads] = {}
+        if self.rule is not None:
+            alike: dict[int, list[int]] = {}
+            for place, (blob, tokens) in enumerate(zip(blobs, coded, strict=True)):
+                if not blob.sinks:
+                    alike.setdefault(tokens, []).append(place)
+            for tokens, places in alike.items():
+                own = self._stored_alike([blobs[place] for place in places], tokens)
+                found |= {
+                    place: stored
+                    for place, stored in zip(places, own, strict=True)
+                    if stored is not None
+                }
+        others = [place for place in range(len(blobs)) if place not in found]
+        looked = super().stored_in([blobs[i] for i in others], [coded[i] for i in others])
+        return list((dict(zip(others, looked, strict=True)) | found)[i] for i in range(len(blobs)))
+
+    def _stored_alike(
+        self, blobs: Sequence[VerifiedBlob], tokens: int
+    ) -> list[StoredPayloads | None]:
+        """Of blobs without exact tokens. None: who knows."""
+        size = marks_length(tokens)
+        rows = np.stack([blob.tables.sections for blob in blobs])
+        raw = rows["raw_length"].astype(np.int64)
+        marks_rows = rows[:, 0]
+        right = (
+            (marks_rows["coder_id"] == RAW.coder_id)
+            & (marks_rows["units"] == 0)
+            & (raw[:, 0] == size)
+            & (marks_rows["stored_length"] == size)
+        )
+        bitmaps = np.zeros((len(blobs), size), np.uint8)
+        for place in np.flatnonzero(right).tolist():
+            blob = blobs[place]
+            bitmaps[place] = np.frombuffer(blob.view, np.uint8, size, blob.tables.body)
+        bits = np.unpackbits(bitmaps, axis=1, bitorder="little").astype(np.bool_)
+        right &= ~bits[:, tokens:].any(1)
+        marks = bits[:, :tokens]
+        marked = marks.sum(1)
+        beyond = raw[:, 2::2]
+        there = self._has_beyond & (marked > 0)[:, None]
+        right &= ~((beyond > 0) & ~there).any(1)
+        right &= (beyond >= bytes_per_column(marked) @ self._columns_beyond.T).all(1)
+        return [
+            StoredPayloads(1, raw[place, 1:], marks[place]) if sound else None
+            for place, sound in enumerate(right.tolist())
+        ]
 
     def chunk_room(self, tokens: int) -> tuple[int, int]:
         plans = [section.plan for section in self.tables.sections if section.plan is not None]
@@ -214,6 +275,10 @@ class StepPlanPayloads(PayloadCoding):
 
     def payload_bytes(self, tokens: int) -> int:
         return int(self._packed_bytes(tokens) * _ROOM_FOR_ESCAPES)
+
+    def stored_bytes(self, tokens: int) -> int:
+        # As calibrated, all of a section's bytes.
+        return int(sum(plan.token_bytes for plan in self.plans.values()) * tokens)
 
     def encode_bytes(self, tokens: int) -> int:
         most = self.usual_marked(tokens)

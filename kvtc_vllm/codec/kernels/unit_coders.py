@@ -273,15 +273,14 @@ def _with_pieces(
     It is cut into such that are stored as they are. Units that it has in spite of that stay: with
     them the sums do not fit, and the section is refused.
     """
-    ends = units.cumsum()
-    parts = [lengths[end - count : end] for end, count in zip(ends, units, strict=True)]
-    for number in plain.tolist():
-        size = int(stored[number])
-        pieces = [min(MAX_UNIT_BYTES, size - first) for first in range(0, size, MAX_UNIT_BYTES)]
-        both = np.array([pieces, pieces], np.int64).T.reshape(-1, 2)
-        parts[number] = np.concatenate((parts[number], both))
-    counts = np.array([len(part) for part in parts], np.int64)
-    return np.concatenate(parts), counts
+    pieces = -(-stored[plain] // MAX_UNIT_BYTES)
+    place = np.arange(pieces.sum()) - np.repeat(pieces.cumsum() - pieces, pieces)
+    left = np.repeat(stored[plain], pieces) - place * MAX_UNIT_BYTES
+    sizes = np.minimum(left, MAX_UNIT_BYTES)
+    after = np.repeat(units.cumsum()[plain], pieces)
+    counts = units.copy()
+    counts[plain] += pieces
+    return np.insert(lengths, after, np.stack((sizes, sizes), axis=1), axis=0), counts
 
 
 def _body(section: Section) -> SectionBody:

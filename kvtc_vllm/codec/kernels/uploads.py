@@ -25,13 +25,14 @@ class UploadedBlobs:
         thread: DeviceThread,
         device: torch.device,
         on_device: bool,
+        first: int = 0,
     ) -> None:
-        """thread: whose host memory is used until the copies have run. on_device: whether they
-        are wanted there. Raises torch.OutOfMemoryError."""
+        """thread: whose host memory is used, from `first` on, until the copies have run.
+        on_device: whether they are wanted there. Raises torch.OutOfMemoryError."""
         self.views = blobs
         self.starts = [0, *accumulate(aligned(len(blob)) for blob in blobs)]
         size = self.starts[-1] if on_device else 0
-        self._host = thread.host(size)
+        self._host = thread.host(first + size)[first:]
         self.staged: npt.NDArray[np.uint8] = self._host.numpy()
         self.on_device = torch.empty(size, dtype=torch.uint8, device=device)
 
