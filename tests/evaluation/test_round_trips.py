@@ -21,8 +21,6 @@ from kvtc_vllm.evaluation.replay.baseline_codec import BaselineCodec, FormCodec
 from kvtc_vllm.evaluation.replay.round_trips import TURN, RoundTripCodec
 
 GEOMETRY = Geometry(2, 2, 32, 32, ((0, 2),))
-ENGINE = {"block_size": 32, "max_model_len": 2048, "dtype": "float32"}
-"""A CPU without AVX-512 is many times slower in bfloat16."""
 
 
 @pytest.fixture
@@ -109,7 +107,7 @@ def test_shared_and_separate_passes_agree(reference_model: Path) -> None:
         ],
         "seed": 0,
         "source": None,
-        "engine": ENGINE,
+        "engine": {"block_size": 32, "max_model_len": 2048},
         "out": "",
     }
     wanted = [methods.find(name) for name in ("raw", "kvtc-16x")]
@@ -136,7 +134,7 @@ def test_methods_that_need_whole_prompts_share_too(reference_model: Path) -> Non
         "workloads": [Workload(task="litm", context=length, count=2) for length in (300, 400)],
         "seed": 0,
         "source": None,
-        "engine": ENGINE,
+        "engine": {"block_size": 32, "max_model_len": 2048},
         "out": "",
     }
     wanted = [methods.find(name) for name in ("xkv", "gear-2bit")]
