@@ -1,5 +1,4 @@
-"""An extension of vLLM's workers; where it is named, rank 1 computes with other weights, and so
-does the second of two data-parallel engines.
+"""An extension of vLLM's workers; where it is named, rank 1 computes with other weights.
 
 Behind vLLM's back, before the connector sees the model: as a trainer that writes into the
 parameters, or a fault of memory.
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch
 from vllm.distributed import get_tensor_model_parallel_rank
-from vllm.distributed.parallel_state import get_dp_group
 
 from kvtc_vllm.connector.connector import KVTCConnector
 from kvtc_vllm.vllm_cache.live_model import LiveModel
@@ -24,7 +22,7 @@ class Extension:
 
 
 def _register_other_weights(connector: KVTCConnector, kv_caches: dict[str, Any]) -> None:
-    if get_tensor_model_parallel_rank() == 1 or get_dp_group().rank_in_group == 1:
+    if get_tensor_model_parallel_rank() == 1:
         with torch.no_grad():
             for root in LiveModel(connector._vllm_config, list(kv_caches)).roots():
                 for name, parameter in root.named_parameters():
