@@ -251,6 +251,15 @@ def test_the_table_of_python_s_lock_is_the_committed_one() -> None:
     assert holds.markdown(found) in (ROOT / "docs" / "disk.md").read_text()
 
 
+def test_a_start_without_a_list_before_and_now_is_the_committed_one() -> None:
+    found = json.loads((ROOT / "benchmarks/reliability/scan_time_before.json").read_text())
+    warm = found["without a list"]["warm"]
+    now, before = (warm[tree]["processor, s"] for tree in ("now", "before"))
+    said = f"less processor time: {now:.1f} s warm instead of {before:.1f}, three of each in turns"
+    assert said in (ROOT / "docs" / "disk.md").read_text()
+    assert (found["chunks"], found["rounds"]) == (1_000_000, 3)
+
+
 def test_waits_of_an_engine_that_rests_are_the_committed_ones() -> None:
     page = (ROOT / "docs" / "performance.md").read_text()
     path = ROOT / "benchmarks/reliability/load_queue_resting.json"
