@@ -135,28 +135,29 @@ def _measured(section: SectionBasis) -> SectionBasis:
     return SectionBasis(torch.zeros(size), section.basis, plans, heldout_error=errors)
 
 
-def _flat(size: int, ratio: float, plan: SectionCoder) -> SectionCoder:
+def _flat(size: int, ratio: float, plan: SectionCoder) -> BitPlan | StepPlan:
     """A plan for rows whose coefficients are all alike. Steps for others would fit them badly:
     most would be escapes, and bytes and time those of data unlike any calibration."""
-    return flat_step_plan(size, ratio, SPECTRUM) if isinstance(plan, StepPlan) else plan
+    if isinstance(plan, StepPlan):
+        return flat_step_plan(size, ratio, SPECTRUM)
+    assert isinstance(plan, BitPlan)
+    return plan
 
 
-def _with_error(plan: SectionCoder, error: float) -> SectionCoder:
+def _with_error(plan: BitPlan | StepPlan, error: float) -> SectionCoder:
     if isinstance(plan, StepPlan):
         return replace(plan, expected_error=error)
-    assert isinstance(plan, BitPlan)
     return replace(plan, predicted_error=error)
 
 
 @lru_cache(maxsize=64)
-def _error(size: int, plan: SectionCoder) -> float:
+def _error(size: int, plan: BitPlan | StepPlan) -> float:
     """Relative squared error of a plan on normal rows, whose coefficients are normal too."""
     rows = torch.randn(PROBE_TOKENS, size, generator=torch.Generator().manual_seed(1))
     if isinstance(plan, StepPlan):
         restored = torch.zeros_like(rows)
         restored[:, : plan.rank] = plan.restore(plan.quantise(rows))
     else:
-        assert isinstance(plan, BitPlan)
         restored = apply_plan(rows, plan)
     return float((rows - restored).square().sum() / rows.square().sum())
 

@@ -58,7 +58,9 @@ def main() -> int:
     made.add_argument("--child", nargs=2, metavar=("BACKEND", "CODEC"))
     args = made.parse_args()
     if args.child is not None:
-        call = partial(check, *args.child, torch.device(args.device), args.model, args.registry)
+        backend, codec = args.child
+        device = torch.device(args.device)
+        call = partial(check, backend, codec, device, args.model, args.registry)
         return guarded(call, check="process", ok=False)
     device = torch.device(args.device)
     default = BACKENDS if device.type == "cuda" else (DEFAULT_BACKEND,)
