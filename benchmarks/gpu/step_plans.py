@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -29,15 +30,11 @@ def step_plan(p: int, ratio: float, spectrum: float) -> StepPlan:
     """
     variances = torch.arange(1, p + 1, dtype=torch.float64) ** -spectrum
     deviations = (variances / variances.mean()).sqrt()
-    low, high = 1e-4, 1e3
-    for _ in range(60):
-        step = math.sqrt(low * high)
-        coded = deviations[deviations >= _LEAST_DEVIATION * step]
-        if float(_bits(coded / step).sum()) > 16 * p / ratio:
-            low = step
-        else:
-            high = step
-    step = float(torch.tensor(high))
+
+    def coded(step: float) -> torch.Tensor:
+        return deviations[deviations >= _LEAST_DEVIATION * step]
+
+    step = _step_of(coded, 16 * p / ratio)
     in_steps = deviations / step
     rank = int((in_steps >= _LEAST_DEVIATION).sum())
     token_bytes = float(_bits(in_steps[:rank]).sum()) / 8
@@ -51,18 +48,24 @@ def flat_step_plan(p: int, ratio: float, spectrum: float) -> StepPlan:
     """As many columns as `step_plan` codes, of coefficients that all have variance 1."""
     other = step_plan(p, ratio, spectrum)
     rank = other.rank
-    low, high = 1e-4, 1e3
-    for _ in range(60):
-        step = math.sqrt(low * high)
-        if float(_bits(torch.tensor(1 / step, dtype=torch.float64))) * rank > 16 * p / ratio:
-            low = step
-        else:
-            high = step
-    step = float(torch.tensor(high))
-    in_steps = torch.full((rank,), 1 / step, dtype=torch.float64)
+    deviations = torch.ones(rank, dtype=torch.float64)
+    step = _step_of(lambda _: deviations, 16 * p / ratio)
+    in_steps = deviations / step
     more = in_steps[: other.total_rank - rank]
     beyond = _plan(more, step, p / ratio, None) if len(more) else None
     return _plan(in_steps, step, 2 * p / ratio, beyond)
+
+
+def _step_of(coded: Callable[[float], torch.Tensor], bits: float) -> float:
+    """At which coefficients take so many, a float32. coded: deviations of those that are coded."""
+    low, high = 1e-4, 1e3
+    for _ in range(60):
+        step = math.sqrt(low * high)
+        if float(_bits(coded(step) / step).sum()) > bits:
+            low = step
+        else:
+            high = step
+    return float(torch.tensor(high))
 
 
 def _plan(

@@ -106,6 +106,13 @@ class RowLayout:
         """Some of the chunks, by their places among the members. Rows are numbered anew."""
         return RowLayout(self.members[places], self.tokens[places])
 
+    def chosen(self, places: Sequence[int]) -> RowLayout:
+        """As `part`, of any places."""
+        return RowLayout(
+            tuple(self.members[place] for place in places),
+            tuple(self.tokens[place] for place in places),
+        )
+
     def in_row_order(self, part: Callable[[int], torch.Tensor]) -> torch.Tensor:
         """Concatenate part(chunk), int64 [coded tokens of the chunk]."""
         parts = [part(index) for index in self.members]

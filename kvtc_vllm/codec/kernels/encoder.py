@@ -110,10 +110,7 @@ def _encode_step(
         yield _in_chunk_order(raw, coded, largest, coding.sections)
     if raw.left_out:
         # Together: of many that are unlike the calibration data, a good part fits the next time.
-        own = RowLayout(
-            tuple(layout.members[place] for place in raw.left_out),
-            tuple(layout.tokens[place] for place in raw.left_out),
-        )
+        own = layout.chosen(raw.left_out)
         ends = layout.first_rows
         left = torch.cat([rows[ends[place] : ends[place + 1]] for place in raw.left_out])
         yield from _encode_step(own, left, marks, coding, coder)

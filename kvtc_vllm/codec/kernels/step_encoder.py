@@ -167,10 +167,7 @@ def _cut(
         coder_ids[:, number][empty | (section.plan is None)] = RAW.coder_id
     end = int(ends[kept].max()) if len(kept) else 0
     return RawPayloads(
-        RowLayout(
-            tuple(layout.members[place] for place in kept.tolist()),
-            tuple(layout.tokens[place] for place in kept.tolist()),
-        ),
+        layout.chosen(kept.tolist()),
         data[: max(end, sizes.codes)],
         unit_starts,
         unit_lengths,

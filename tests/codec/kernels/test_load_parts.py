@@ -19,7 +19,7 @@ from tests.codec.kernels.paged_caches import read_slots
 from tests.codec.kernels.requests import Load, Store
 
 from kvtc_vllm.codec.kernels import blob_writer, paged_reader  # isort: skip
-from kvtc_vllm.codec.kernels.chunks import RowLayout, even_steps  # isort: skip
+from kvtc_vllm.codec.kernels.chunks import even_steps  # isort: skip
 from kvtc_vllm.codec.kernels.deflate_nvcomp import NvcompDeflate  # isort: skip
 from kvtc_vllm.codec.kernels.load_parts import load_parts  # isort: skip
 from kvtc_vllm.codec.kernels.payload_coding import StoredPayloads  # isort: skip
@@ -162,9 +162,7 @@ def test_what_is_left_out_is_encoded_together(
         steps.append(count)
         own = [*range(0, count, 2)]
         ends = layout.first_rows
-        part = RowLayout(
-            tuple(layout.members[i] for i in own), tuple(layout.tokens[i] for i in own)
-        )
+        part = layout.chosen(own)
         found = encode(part, torch.cat([rows[ends[i] : ends[i + 1]] for i in own]), marks)
         return replace(found, left_out=tuple(range(1, count, 2)))
 
