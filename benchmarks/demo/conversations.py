@@ -89,7 +89,7 @@ def hold(
         for turn in range(turns):
             for number, chat in enumerate(chats):
                 past = (history or run.answers)[number]
-                answer = server.ask(_messages(chat, past, turn, system), MAX_ANSWER_TOKENS)
+                answer = server.ask(messages(chat, past, turn, system), MAX_ANSWER_TOKENS)
                 after = server.settle()
                 run.answers[number].append(answer.text)
                 run.turns.append(
@@ -195,12 +195,13 @@ def _grown(before: dict[str, float], after: dict[str, float], name: str) -> int:
     return round(after.get(name, 0.0) - before.get(name, 0.0))
 
 
-def _messages(
+def messages(
     chat: list[str], answers: list[str], turn: int, system: str | None
 ) -> list[dict[str, str]]:
-    messages = [] if system is None else [{"role": "system", "content": system}]
+    """What is sent for a turn: everything said before it, and its question."""
+    sent = [] if system is None else [{"role": "system", "content": system}]
     for i in range(turn):
-        messages.append({"role": "user", "content": chat[i]})
-        messages.append({"role": "assistant", "content": answers[i]})
-    messages.append({"role": "user", "content": chat[turn]})
-    return messages
+        sent.append({"role": "user", "content": chat[i]})
+        sent.append({"role": "assistant", "content": answers[i]})
+    sent.append({"role": "user", "content": chat[turn]})
+    return sent

@@ -36,7 +36,7 @@ TOPICS = (
     Topic("attribute-access", 13400, ("__getattr__", "descriptors", "__slots__")),
 )
 MOST_CHATS = len(TOPICS)
-MOST_TURNS = 1 + len(TOPICS[0].terms)
+FEWEST_TURNS, MOST_TURNS = 2, 1 + len(TOPICS[0].terms)
 
 
 def page(topic: Topic) -> str:
@@ -50,12 +50,12 @@ def page(topic: Topic) -> str:
 def chats(count: int, turns: int) -> list[list[str]]:
     """What the user says in each conversation, turn by turn.
 
-    count: 1 to `MOST_CHATS`. turns: 2 to `MOST_TURNS`. Raises ValueError for others.
+    count: 1 to `MOST_CHATS`. turns: `FEWEST_TURNS` to `MOST_TURNS`. Raises ValueError for others.
     """
     if not 1 <= count <= MOST_CHATS:
         raise ValueError(f"--chats {count}: give a number from 1 to {MOST_CHATS}")
-    if not 2 <= turns <= MOST_TURNS:
-        raise ValueError(f"--turns {turns}: give a number from 2 to {MOST_TURNS}")
+    if not FEWEST_TURNS <= turns <= MOST_TURNS:
+        raise ValueError(f"--turns {turns}: give a number from {FEWEST_TURNS} to {MOST_TURNS}")
     return [_chat(topic)[:turns] for topic in TOPICS[:count]]
 
 
