@@ -311,7 +311,7 @@ def _cell(row: Row) -> str:
 
 def _longest(row: Row) -> float:
     """Milliseconds of a hold or a call."""
-    return float(row.get("longest, ms", row.get("longest call, ms")))
+    return float(row["longest, ms"] if "longest, ms" in row else row["longest call, ms"])
 
 
 def measured(command: list[str]) -> dict[str, Row]:
