@@ -251,6 +251,16 @@ def test_the_table_of_python_s_lock_is_the_committed_one() -> None:
     assert holds.markdown(found) in (ROOT / "docs" / "disk.md").read_text()
 
 
+def test_throughput_before_cache_groups_and_now_is_the_committed_one() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text()
+    found = json.loads((ROOT / "benchmarks/reliability/overhead_before.json").read_text())
+    for workload in ("never reused", "fits the GPU cache"):
+        for tiers in ("memory", "memory and disk"):
+            row = found["results"][workload][f"{tiers}: now over before"]
+            least, most = row["ratio_least"], row["ratio_most"]
+            assert f"{row['ratio']:.2f} [{least:.2f}, {most:.2f}]" in page
+
+
 def test_the_table_of_starts_is_the_committed_one() -> None:
     page = (ROOT / "docs" / "disk.md").read_text()
     found = json.loads((ROOT / "benchmarks/reliability/scan_time.json").read_text())
