@@ -323,6 +323,17 @@ def test_the_tables_of_speed_are_the_committed_ones() -> None:
             ) in page
 
 
+def test_the_table_of_speed_in_thirds_is_the_committed_one() -> None:
+    page = (ROOT / "docs" / "quality.md").read_text()
+    found = json.loads((ROOT / "benchmarks/results/codec-thirds.json").read_text())["rows"]
+    speeds = {(row["codec"], row["way"]): (row["encode_mb_s"], row["decode_mb_s"]) for row in found}
+    for codec in ("kvtc-8x", "kvtc-16x", "kvtc-32x"):
+        ways = [speeds[codec, way] for way in ("reference", "fast-batch", "other-batch")]
+        gains = [thirds / slow for thirds, slow in zip(ways[2], ways[0], strict=True)]
+        cells = [f"{encode:.0f}, {decode:.0f}" for encode, decode in ways]
+        assert f"| {codec} | {' | '.join(cells)} | {gains[0]:.1f}, {gains[1]:.1f} |" in page
+
+
 def test_the_table_below_lmcache_is_the_committed_one() -> None:
     page = (ROOT / "docs" / "lmcache.md").read_text()
     rows = set(re.findall(r"^\| .* \| (\S+) \| (\d+) % \| (\d+) % \|$", page, re.MULTILINE))
