@@ -32,6 +32,7 @@ PROBES = {way: f"field/seconds/{way}" for way in ("tier", "transformers")}
 """Through the tier of vLLM, or by transformers: folders below `RESULTS`, of one command and one
 process each."""
 CORES = 2
+_QUICK_OURS = ("kvtc-8x", "kvtc-16x", "kvtc-32x")
 _OURS = re.compile(r"kvtc2?-\d+x(@\w+| \w+)?")
 _BITS = re.compile(r"-[\d.]+bit")
 _BELOW = "h2o+kvtc"
@@ -91,7 +92,9 @@ def quick() -> float:
     """Processor seconds of `kvtc eval smollm2 --data DIR --quick`, estimated."""
     rates = {way: probed(RESULTS / folder) for way, folder in PROBES.items()}
     tasks = [task.partition(":") for task in DATA_TASKS.split(",")]
-    command = f"kvtc eval smollm2 --methods {','.join(quick_methods())} --tasks {DATA_TASKS}"
+    command = (
+        f"kvtc eval smollm2 --methods {','.join(quick_methods(_QUICK_OURS))} --tasks {DATA_TASKS}"
+    )
     return of_command(command, {(task, int(size)): COUNT for task, _, size in tasks}, rates)
 
 
