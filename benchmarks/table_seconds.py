@@ -32,7 +32,8 @@ PROBES = {way: f"field/seconds/{way}" for way in ("tier", "transformers")}
 """Through the tier of vLLM, or by transformers: folders below `RESULTS`, of one command and one
 process each."""
 CORES = 2
-_QUICK_OURS = ("kvtc-8x", "kvtc-16x", "kvtc-32x")
+QUICK_OURS = ("kvtc-8x", "kvtc-16x", "kvtc-32x")
+"""Of `kvtc eval --quick`, for a model with such an artifact."""
 _OURS = re.compile(r"kvtc2?-\d+x(@\w+| \w+)?")
 _BITS = re.compile(r"-[\d.]+bit")
 _BELOW = "h2o+kvtc"
@@ -93,7 +94,7 @@ def quick() -> float:
     rates = {way: probed(RESULTS / folder) for way, folder in PROBES.items()}
     tasks = [task.partition(":") for task in DATA_TASKS.split(",")]
     command = (
-        f"kvtc eval smollm2 --methods {','.join(quick_methods(_QUICK_OURS))} --tasks {DATA_TASKS}"
+        f"kvtc eval smollm2 --methods {','.join(quick_methods(QUICK_OURS))} --tasks {DATA_TASKS}"
     )
     return of_command(command, {(task, int(size)): COUNT for task, _, size in tasks}, rates)
 
