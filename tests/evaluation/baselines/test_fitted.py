@@ -161,6 +161,19 @@ def test_deltakv_is_nearly_free_for_tokens_that_repeat() -> None:
     assert relative_error(back[0][late], k[late]) < 0.3 * relative_error(back[0][:50], k[:50])
 
 
+def test_deltakv_keeps_sinks_whole_if_asked() -> None:
+    """Tokens 0 and 10 are references as well. A sink costs what a reference does, and no code."""
+    k, v = random_cache(100, torch.bfloat16)
+    plain, more = (make("deltakv", sinks=sinks) for sinks in (0, 12))
+    for back, original in zip(reload(more, k, v), (k, v), strict=True):
+        assert torch.equal(back[:12], original[:12])
+        assert not torch.equal(back[12:20], original[12:20])
+    without, with_sinks = (sum(map(len, m.compress(k, v, START))) for m in (plain, more))
+    width = 2 * (SIZE + SIZE_V)
+    code = width // 32 * (32 * 2 // 8 + 4) + REFERENCES * 4 // 8
+    assert with_sinks - without == 5 * 10 * (width * 2 - code)
+
+
 @pytest.mark.parametrize("name", FITTED)
 def test_statistics_of_another_shape_are_refused(name: str) -> None:
     other = Geometry(5, 1, SIZE, SIZE_V, ((0, 5),))
