@@ -97,13 +97,18 @@ def of_quick() -> str:
     """How many methods `QUICK` has, and how long its command took if that is known."""
     methods = quick_methods(QUICK_OURS)
     measured = {row.method for row in report.read(QUICK / "results.json")} & {*methods}
-    told = f"{len(measured)} of its {len(methods)} methods for [the stand-in]"
+    some = "all" if len(measured) == len(methods) else f"{len(measured)} of"
+    told = f"{some} its {len(methods)} methods for [the stand-in]"
     told += f"(../{(QUICK / 'results.md').relative_to(ROOT)})"
     said = about(QUICK)
     taken = said.get("seconds", {}).get(said["command"])
     if taken is None:
         return told
-    return f"{told}, in {taken['processor'] / 60:.0f} minutes of processor time"
+    minutes = {clock: f"{seconds / 60:.0f}" for clock, seconds in taken.items()}
+    return (
+        f"{told}, in {minutes['wall']} minutes on the clock, {minutes['processor']} of processor "
+        "time"
+    )
 
 
 def of_float32(rows: Sequence[Row]) -> frozenset[tuple[str, Task]]:
