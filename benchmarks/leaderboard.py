@@ -113,7 +113,8 @@ def of_quick() -> str:
 
 def of_float32(rows: Sequence[Row]) -> frozenset[tuple[str, Task]]:
     """Methods and tasks of `rows` whose figures are those of `FLOAT32`."""
-    own = [row for row in report.read(RESULTS / FLOAT32 / "results.json") if not row.label]
+    found = report.read(RESULTS / FLOAT32 / "results.json")
+    own = [row for row in found if row.metric == "kl" and not row.label]
     return frozenset((row.method, (row.task, row.context)) for row in rows if row in own)
 
 
