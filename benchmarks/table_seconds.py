@@ -31,7 +31,7 @@ RESULTS = ROOT / "benchmarks/quality/smollm2"
 PROBES = {way: f"field/seconds/{way}" for way in ("tier", "transformers")}
 """Through the tier of vLLM, or by transformers: folders below `RESULTS`, of one command and one
 process each."""
-ALSO = "field/float32"
+ALSO = ("field/float32", "field/chats-float32")
 """Through the tier, of many commands."""
 CORES = 2
 QUICK_OURS = ("kvtc-8x", "kvtc-16x", "kvtc-32x")
@@ -133,8 +133,8 @@ def estimate(sources: Sequence[str]) -> Estimate:
 def every_rate() -> dict[str, Rates]:
     """By way; see the top."""
     found = {way: probed(RESULTS / folder) for way, folder in PROBES.items()}
-    path = RESULTS / ALSO / "results.json"
-    also = by_method(report.read(path)) if path.exists() else {}
+    paths = [RESULTS / folder / "results.json" for folder in ALSO]
+    also = by_method([row for path in paths if path.exists() for row in report.read(path)])
     tier = found["tier"]
     return {**found, "tier": Rates(tier.start, {**also, **tier.by_method})}
 

@@ -93,7 +93,7 @@ def test_what_was_timed_counts_as_it_took(tmp_path: Path, monkeypatch: pytest.Mo
     assert "of xkv nothing is known" in found.told()
     # What another run says of xKV: 25.6 s for two prompts and 12.8 for one of another setting.
     more = [row("xkv", SECONDS, 25.6, 2), row("xkv/keys=0.5", SECONDS, 12.8, 1)]
-    write(table_seconds.ALSO, {"command": second}, more)
+    write(table_seconds.ALSO[0], {"command": second}, more)
     found = table_seconds.estimate(["some"])
     assert found.total == pytest.approx(10.8 + 8 * (3.2 + 12.8) + 60)
     assert found.guessed == []
