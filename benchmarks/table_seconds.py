@@ -1,10 +1,10 @@
 """What the leaderboard's commands take: as measured, or estimated by method from two prompts each.
 
 `benchmarks.leaderboard` puts it on its page. Reads committed results and measures nothing. Rates
-are of `PROBES`, in float32; a setting counts as its method, bits that were not probed as the
-method's others, every artifact of KVTC as the shipped one, and methods that need whole prompts, of
-which none was probed, as the mean of the other codecs. A command is: a start per process, then per
-task the exact run and each method's replays, by the tokens of the prompts.
+are of `PROBES`, and of `ALSO` for methods that these have not, all in float32; a setting counts as
+its method, bits that were not probed as the method's others, every artifact of KVTC as the shipped
+one, and methods of which nothing is known as the mean of the other codecs. A command is: a start
+per process, then per task the exact run and each method's replays, by the tokens of the prompts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ RESULTS = ROOT / "benchmarks/quality/smollm2"
 PROBES = {way: f"field/seconds/{way}" for way in ("tier", "transformers")}
 """Through the tier of vLLM, or by transformers: folders below `RESULTS`, of one command and one
 process each."""
+ALSO = ("field/float32", "field/chats-float32")
+"""Through the tier, of many commands."""
 CORES = 2
+QUICK_OURS = ("kvtc-8x", "kvtc-16x", "kvtc-32x")
+"""Of `kvtc eval --quick`, for a model with such an artifact."""
 _OURS = re.compile(r"kvtc2?-\d+x(@\w+| \w+)?")
 _BITS = re.compile(r"-[\d.]+bit")
 _BELOW = "h2o+kvtc"
@@ -62,7 +66,8 @@ class Rates:
 class Estimate:
     """Processor seconds of all commands: `total`, of which `measured` are known from `known`.
 
-    ratios: estimate over measurement, of the commands that are known.
+    ratios: estimate over measurement, of the commands that are known. guessed: methods, by `kind`,
+    that have neither a rate nor kin.
     """
 
     total: float
@@ -70,6 +75,12 @@ class Estimate:
     known: int
     commands: int
     ratios: Sequence[float]
+    guessed: Sequence[str]
+
+    def _unknown(self) -> str:
+        if not self.guessed:
+            return ""
+        return f"; of {', '.join(self.guessed)} nothing is known, so the mean of the others counts"
 
     def told(self) -> str:
         """As the pages have it."""
@@ -80,26 +91,29 @@ class Estimate:
             f"{hours:.1f} processor hours with the model in float32, so {hours / CORES:.1f} hours "
             f"on the clock of {CORES} idle cores, two commands at a time. Most of it ran in "
             "bfloat16, which takes longer on CPUs that do not multiply it. This is an estimate by "
-            "method, from two prompts of each kind; methods that need whole prompts count as the "
-            f"mean of the other codecs. Timed are {self.known} of {self.commands} commands: they "
-            f"took {self.measured:.0f} processor seconds, for which the estimate has {span} times "
+            f"method, from two prompts or more of each{self._unknown()}. Timed are {self.known} of "
+            f"{self.commands} commands: they took {self.measured:.0f} processor seconds, for which "
+            f"the estimate has {span} times "
             "that"
         )
 
 
 def quick() -> float:
     """Processor seconds of `kvtc eval smollm2 --data DIR --quick`, estimated."""
-    rates = {way: probed(RESULTS / folder) for way, folder in PROBES.items()}
+    rates = every_rate()
     tasks = [task.partition(":") for task in DATA_TASKS.split(",")]
-    command = f"kvtc eval smollm2 --methods {','.join(quick_methods())} --tasks {DATA_TASKS}"
+    command = (
+        f"kvtc eval smollm2 --methods {','.join(quick_methods(QUICK_OURS))} --tasks {DATA_TASKS}"
+    )
     return of_command(command, {(task, int(size)): COUNT for task, _, size in tasks}, rates)
 
 
 def estimate(sources: Sequence[str]) -> Estimate:
     """sources: folders of results below `RESULTS`."""
-    rates = {way: probed(RESULTS / folder) for way, folder in PROBES.items()}
+    rates = every_rate()
     total = measured = 0.0
     commands, ratios = 0, []
+    guessed: set[str] = set()
     for source in sources:
         said = about(RESULTS / source)
         prompts = _prompts(report.read(RESULTS / source / "results.json"))
@@ -110,8 +124,19 @@ def estimate(sources: Sequence[str]) -> Estimate:
             if known is not None:
                 measured += known["processor"]
                 ratios.append(guess / known["processor"])
+            else:
+                guessed |= unknown(command, rates)
             total += guess if known is None else known["processor"]
-    return Estimate(total, measured, len(ratios), commands, ratios)
+    return Estimate(total, measured, len(ratios), commands, ratios, sorted(guessed))
+
+
+def every_rate() -> dict[str, Rates]:
+    """By way; see the top."""
+    found = {way: probed(RESULTS / folder) for way, folder in PROBES.items()}
+    paths = [RESULTS / folder / "results.json" for folder in ALSO]
+    also = by_method([row for path in paths if path.exists() for row in report.read(path)])
+    tier = found["tier"]
+    return {**found, "tier": Rates(tier.start, {**also, **tier.by_method})}
 
 
 def of_command(
@@ -135,6 +160,13 @@ def of_command(
     return seconds
 
 
+def unknown(command: str, rates: Mapping[str, Rates]) -> set[str]:
+    """Methods of a command, by `kind`, whose rate is a mean of others that are no kin."""
+    known = {kin for rate in rates.values() for kin in map(_stem, rate.by_method)}
+    kinds = set(map(kind, parsed(command).methods.split(",")))
+    return {own for own in kinds if _stem(own) not in known}
+
+
 def parsed(command: str) -> argparse.Namespace:
     """The arguments of a `kvtc eval` as results have it."""
     parser = argparse.ArgumentParser()
@@ -146,12 +178,22 @@ def parsed(command: str) -> argparse.Namespace:
 
 def probed(directory: Path) -> Rates:
     """What a folder's results say."""
-    rows = [row for row in report.read(directory / "results.json") if row.metric == SECONDS]
+    rows = report.read(directory / "results.json")
     (taken,) = about(directory)["seconds"].values()
-    return Rates(
-        start=taken["processor"] - sum(row.value for row in rows),
-        by_method={kind(row.method): row.value / (row.n * row.context) for row in rows},
-    )
+    measured = sum(row.value for row in rows if row.metric == SECONDS)
+    return Rates(start=taken["processor"] - measured, by_method=by_method(rows))
+
+
+def by_method(rows: Sequence[Row]) -> dict[str, float]:
+    """Processor seconds per token of a prompt, by `kind`, over all settings and tasks."""
+    seconds: dict[str, float] = {}
+    tokens: dict[str, int] = {}
+    for row in rows:
+        if row.metric == SECONDS:
+            own = kind(row.method)
+            seconds[own] = seconds.get(own, 0.0) + row.value
+            tokens[own] = tokens.get(own, 0) + row.n * row.context
+    return {own: seconds[own] / tokens[own] for own in seconds}
 
 
 def kind(name: str) -> str:

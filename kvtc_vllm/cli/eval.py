@@ -132,12 +132,24 @@ def _defaults(args: argparse.Namespace) -> None:
     methods, tasks, count = DEFAULT_METHODS, "all", 32
     if args.quick:
         args.share_exact = True
-        methods = ",".join(quick.quick_methods())
+        if args.methods is None:
+            methods = ",".join(quick.quick_methods(_ours(args)))
         tasks = quick.TASKS if args.data is None else quick.DATA_TASKS
         count = quick.COUNT
     args.methods = methods if args.methods is None else args.methods
     args.tasks = tasks if args.tasks is None else args.tasks
     args.count = count if args.count is None else args.count
+
+
+def _ours(args: argparse.Namespace) -> list[str]:
+    """Our codecs as --quick runs them; says so where there are none."""
+    from kvtc_vllm.evaluation import quick
+
+    ours = quick.our_methods(args.model, _artifacts(args).get(""))
+    if not ours:
+        ratios = ", ".join(f"{ratio}x" for ratio in quick.RATIOS)
+        print(f"no artifact of {args.model} has a plan for {ratios}: our codecs are left out")
+    return ours
 
 
 def _run_tasks(args: argparse.Namespace, engine: dict[str, Any], command: str) -> list[Row]:

@@ -8,6 +8,7 @@ import re
 import pytest
 
 from benchmarks import field_settings, leaderboard
+from kvtc_vllm.evaluation.reporting import report
 from kvtc_vllm.evaluation.reporting.results import Row
 
 
@@ -73,6 +74,20 @@ def test_the_leaderboard_is_that_of_the_committed_results() -> None:
     assert leaderboard.PICTURE.is_file()
     assert {row.task for row in rows} == {task for task, _ in leaderboard.TASKS}
     assert leaderboard.seconds() in leaderboard.QUALITY.read_text()
+
+
+def test_cells_are_marked_that_no_other_result_has() -> None:
+    """An earlier result wins, and shares figures with a later one that say nothing of KL."""
+    marked = leaderboard.of_float32(leaderboard.read())
+    others = [source for source in leaderboard.SOURCES if source != leaderboard.FLOAT32]
+    before = {
+        (row.method, (row.task, row.context))
+        for source in others
+        for row in report.read(leaderboard.RESULTS / source / "results.json")
+        if row.metric == "kl"
+    }
+    assert ("turboquant-3.5bit", ("essays", 640)) in marked
+    assert marked & before == set()
 
 
 def test_the_table_below_kvtc_is_that_of_the_leaderboard() -> None:

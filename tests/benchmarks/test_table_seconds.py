@@ -89,3 +89,12 @@ def test_what_was_timed_counts_as_it_took(tmp_path: Path, monkeypatch: pytest.Mo
     assert found.total == pytest.approx(87.6 + 60)
     assert (found.measured, found.known, found.commands) == (60, 1, 2)
     assert found.ratios == pytest.approx([87.6 / 60])
+    assert found.guessed == ["xkv"]
+    assert "of xkv nothing is known" in found.told()
+    # What another run says of xKV: 25.6 s for two prompts and 12.8 for one of another setting.
+    more = [row("xkv", SECONDS, 25.6, 2), row("xkv/keys=0.5", SECONDS, 12.8, 1)]
+    write(table_seconds.ALSO[0], {"command": second}, more)
+    found = table_seconds.estimate(["some"])
+    assert found.total == pytest.approx(10.8 + 8 * (3.2 + 12.8) + 60)
+    assert found.guessed == []
+    assert "nothing is known" not in found.told()

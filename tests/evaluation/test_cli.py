@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import pytest
 
+from kvtc_vllm.artifact import registry
+from kvtc_vllm.artifact.identity import model_identity
 from kvtc_vllm.cli import main
 from kvtc_vllm.cli.eval import DEFAULT_METHODS, _defaults, _shown, add_arguments
 from kvtc_vllm.evaluation import ablations, methods
@@ -194,10 +197,10 @@ def test_methods_have_settings_and_go_below_our_codec() -> None:
     assert methods.find("deltakv/stride=5").override["settings"] == {"stride": 5}
 
 
-def test_quick_is_every_method_unless_one_is_given() -> None:
+def test_quick_is_every_method_unless_one_is_given(reference_model: Path) -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    args = parser.parse_args(["M", "--quick"])
+    args = parser.parse_args([str(reference_model), "--quick"])
     _defaults(args)
     chosen = [methods.find(name) for name in args.methods.split(",")]
     assert {method.tokens for method in chosen if method.tokens} == {*EVICTIONS, *RECALLS}
@@ -205,6 +208,8 @@ def test_quick_is_every_method_unless_one_is_given() -> None:
     assert {*BASELINES} - stored == {"cachegen-lmcache"}
     assert any(method.below for method in chosen)
     assert any(method.tokens and method.ratio for method in chosen)
+    ours = [name for name in args.methods.split(",") if name.startswith("kvtc")]
+    assert ours == ["kvtc-8x", "kvtc-16x", "kvtc-32x"]
     assert (args.count, args.share_exact) == (4, True)
     given = parser.parse_args(["M", "--quick", "--methods", "h2o", "--count", "9", "--data", "D"])
     _defaults(given)
@@ -213,3 +218,27 @@ def test_quick_is_every_method_unless_one_is_given() -> None:
     _defaults(plain)
     assert (plain.methods, plain.count, plain.tasks) == (DEFAULT_METHODS, 32, "all")
     assert not plain.share_exact
+
+
+def test_quick_takes_our_codecs_as_artifacts_have_them(
+    reference_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shipped = registry.find(model_identity(reference_model), 1, 8, model_name="M")
+    card = json.loads((shipped / "card.json").read_text())
+    other = {**card, "codec": "kvtc2", "ratios": [16.0]}
+    (tmp_path / "card.json").write_text(json.dumps(other))
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    given = parser.parse_args([str(reference_model), "--quick", "--artifact", str(tmp_path)])
+    _defaults(given)
+    names = given.methods.split(",")
+    assert [name for name in names if name.startswith("kvtc")] == ["kvtc2-16x"]
+    assert {"fp8-e4m3+kvtc2-16x", "snapkv/keep=0.5+kvtc2-16x"} <= {*names}
+    monkeypatch.setattr(registry, "search_path", lambda configured: [])
+    without = parser.parse_args([str(reference_model), "--quick"])
+    _defaults(without)
+    assert "kvtc" not in without.methods
+    assert "8x, 16x, 32x: our codecs are left out" in capsys.readouterr().out

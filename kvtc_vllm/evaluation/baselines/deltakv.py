@@ -33,15 +33,16 @@ class DeltaKV(Baseline):
     paper's top-k) before it whose rows of K and V are nearest to
     its own, and only the residual is coded. Keys before RoPE (given `ropes`), so that distant
     tokens can be alike.
-    Charged: references in 16 bits, the number of each token's references per layer, 2-bit codes
-    of residuals with a float16 zero point and scale per 32 elements of a head.
+    Charged: references and sinks in 16 bits, the number of each token's references per layer,
+    2-bit codes of residuals with a float16 zero point and scale per 32 elements of a head.
     The authors' code (github.com/CURRENTF/Sparse-vLLM) chooses the same way: fixed stride, squared
     distance of K before RoPE and V side by side, the mean of what was chosen.
     Departures: the paper codes residuals by a small network that is trained on each model (public
     ones are of Qwen2.5-7B and 32B and Llama-3.1-8B), here they are quantised as KIVI quantises
     values; so this says what retrieval is worth, not what that network is. Residuals are taken to
-    references as stored. The authors keep the first 8 tokens and some layers whole (five or six of
-    28) and read only some tokens when they decode; here all layers are coded and all tokens read.
+    references as stored. The authors keep the first 8 tokens whole (setting `sinks`, none unless it
+    is given) and some layers (five or six of 28), which costs bytes, and read only some tokens when
+    they decode; here all layers are coded and all tokens read.
     """
 
     name = "deltakv"
@@ -50,10 +51,11 @@ class DeltaKV(Baseline):
     settings: ClassVar[Settings] = {
         "stride": Setting(10, 2, 1024, whole=True),
         "references": Setting(4, 1, 64, whole=True),
+        "sinks": Setting(0, 0, 1024, whole=True),
     }
 
     def prepare(self) -> None:
-        self._stride, self._references = (int(self.values[n]) for n in ("stride", "references"))
+        self._stride, self._references, self._sinks = (int(x) for x in self.values.values())
         for size in (self.geometry.head_size, self.geometry.head_size_v):
             if size % GROUP:
                 raise ValueError(f"a head of {size} elements is no whole groups of {GROUP}")
@@ -64,9 +66,9 @@ class DeltaKV(Baseline):
         for layer in range(self.geometry.num_layers):
             keys = rows_from_keys(k[:, layer : layer + 1], self.ropes[layer : layer + 1], positions)
             rows = torch.cat((keys, v[:, layer].float().flatten(1)), dim=1)
-            stored = to_cache(rows[:: self._stride], sixteen_bit(self.dtype))
-            references = stored.float()
-            others = _others(len(rows), self._stride)
+            whole, others = self._whole(len(rows))
+            stored = to_cache(rows[whole], sixteen_bit(self.dtype))
+            references = self._of_references(stored.float(), whole)
             chosen = self._nearest(rows[others], references, others)
             residuals = rows[others] - _predictions(references, chosen)
             parts += [
@@ -83,16 +85,17 @@ class DeltaKV(Baseline):
         positions = torch.arange(start, start + tokens)
         width_k = g.num_kv_heads * g.head_size
         width = width_k + g.num_kv_heads * g.head_size_v
-        others = _others(tokens, self._stride)
+        whole, others = self._whole(tokens)
         count = -(-tokens // self._stride)
         keys, values = [], []
         for layer in range(g.num_layers):
             own = parts[layer * (PARTS + 2) : (layer + 1) * (PARTS + 2)]
-            references = from_bytes(own[0], sixteen_bit(self.dtype), (count, width)).float()
+            stored = from_bytes(own[0], sixteen_bit(self.dtype), (len(whole), width)).float()
+            references = self._of_references(stored, whole)
             chosen = unpack_positions(own[1], _numbers(count), (len(others), self._references))
             residuals = dequantize_groups(own[2:], (len(others), width // GROUP, GROUP))
             rows = torch.empty(tokens, width)
-            rows[:: self._stride] = references
+            rows[whole] = stored
             rows[others] = residuals.flatten(1) + _predictions(references, chosen)
             ropes = self.ropes[layer : layer + 1]
             keys.append(
@@ -103,6 +106,16 @@ class DeltaKV(Baseline):
             to_cache(torch.cat(keys, dim=1), self.dtype),
             to_cache(torch.cat(values, dim=1), self.dtype),
         )
+
+    def _whole(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens that are kept whole, references and sinks, and the others; both rising."""
+        numbers = torch.arange(tokens)
+        whole = (numbers % self._stride == 0) | (numbers < self._sinks)
+        return numbers[whole], numbers[~whole]
+
+    def _of_references(self, rows: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+        """Those of the references among rows of the tokens `whole`."""
+        return rows[whole % self._stride == 0]
 
     def _nearest(
         self, rows: torch.Tensor, references: torch.Tensor, tokens: torch.Tensor
@@ -133,12 +146,6 @@ def _predictions(references: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor
     weights = torch.cat((torch.ones(len(chosen), 1), (~repeats).float()), dim=1)
     total = torch.einsum("nr,nrw->nw", weights, references[chosen])
     return total / weights.sum(dim=1, keepdim=True)
-
-
-def _others(tokens: int, stride: int) -> torch.Tensor:
-    """Tokens that are no references."""
-    numbers = torch.arange(tokens)
-    return numbers[numbers % stride != 0]
 
 
 def _numbers(references: int) -> int:

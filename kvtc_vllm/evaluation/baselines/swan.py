@@ -26,7 +26,8 @@ class Swan(FittedBaseline):
     Charged: the kept coordinates, and a bit per coordinate that tells which. The paper stores
     indices of a byte, which is more. The rotation is of the model.
     Departures: the paper's matrix for values also sees the output projection, here they alone
-    make it. The paper attends to the sparse form itself; here it is read back first.
+    make it. Queries and keys weigh alike in that of keys, whatever their norms. The paper attends
+    to the sparse form itself; here it is read back first.
     """
 
     coordinate: ClassVar[torch.dtype | None]

@@ -31,7 +31,9 @@ class Think(FittedBaseline):
     the replay's window.
     Charged: the kept channels and the values in the cache dtype, and a bit per channel and head.
     Departures: the paper takes the queries of the prompt's last 32 tokens; what is stored here
-    has no queries, so |q_j| is the root mean square over calibration prompts.
+    has no queries, so |q_j| is the root mean square over calibration prompts. Query heads that
+    share a KV head choose together; the authors' code (github.com/SalesforceAIResearch/ThinK)
+    repeats a KV head for each of its query heads before it chooses and stores.
     """
 
     name = "think-40"

@@ -40,7 +40,9 @@ class TurboQuant(Baseline):
     takes a bit from the codebook: vLLM leaves it out as well, as harmful behind a softmax. No
     layer is exempt, as in the paper; vLLM keeps the first two and the last two in 16 bits. All
     channels have the same bits, as in vLLM; the paper's results on LongBench give more to outliers
-    (`turboquant_outliers.py`).
+    (`turboquant_outliers.py`). vLLM codes only keys so, with a Hadamard matrix as the rotation and
+    the codebook of a normal variable; it quantises values uniformly, with a zero point and a scale
+    per vector, which is two bytes more than a norm.
     """
 
     source = "TurboQuant, arXiv 2504.19874: random rotation, Lloyd-Max codebook, float16 norms"

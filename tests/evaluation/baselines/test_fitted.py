@@ -94,6 +94,18 @@ def test_swan_is_exact_where_half_of_the_directions_are_enough() -> None:
     assert relative_error(back, v) < 1e-6
 
 
+def test_swan_keeps_the_largest_coordinates_of_each_token() -> None:
+    """Directions of the model are the axes, so coordinates are elements: half of four stay."""
+    geometry = Geometry(1, 1, 4, 4, ((0, 1),))
+    axes = torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0])).double().view(1, 1, 4, 4)
+    known = replace(statistics(geometry), queries=axes, keys=axes, values=axes)
+    method = BASELINES["swan-16bit"](geometry, torch.float32, statistics=known)
+    x = torch.tensor([[4.0, -3.0, 0.5, 1.0], [0.25, 1.0, -8.0, 2.0]]).view(2, 1, 1, 4)
+    kept = [[4.0, -3.0, 0.0, 0.0], [0.0, 0.0, -8.0, 2.0]]
+    for back in reload(method, x, x):
+        assert back.view(2, 4).tolist() == kept
+
+
 def test_lorc_keeps_more_in_early_layers() -> None:
     """Condition numbers e, e, e^2: cumulative logarithms 4, 3, 2; shares linear between."""
     shares = progressive_shares(torch.tensor([1.0, 1.0, 2.0]))
@@ -138,6 +150,29 @@ def test_recalkv_takes_half_of_the_width() -> None:
     assert stored("recalkv", 10) == 10 * 5 * (SIZE + SIZE_V) * 2
 
 
+def test_recalkv_is_exact_where_its_directions_are_enough() -> None:
+    """Calibrated on rows of half of the width; keys rotated after that."""
+    ropes = (rope(),) * 5
+    generator = torch.Generator().manual_seed(5)
+    rows = {
+        size: torch.einsum(
+            "tlr,lrw->tlw",
+            torch.randn(200, 5, size, generator=generator),
+            torch.randn(5, size, 2 * size, generator=generator),
+        )
+        for size in (SIZE, SIZE_V)
+    }
+    moments = {size: torch.einsum("tlw,tlx->lwx", x, x).double() for size, x in rows.items()}
+    known = replace(statistics(), key_rows=moments[SIZE], value_rows=moments[SIZE_V])
+    method = BASELINES["recalkv"](GEOMETRY, torch.float32, ropes, statistics=known)
+    k, v = (rows[size][:30].reshape(30, 5, 2, size) for size in (SIZE, SIZE_V))
+    k = rope().apply(k, torch.arange(START, START + 30))
+    for back, original in zip(reload(method, k, v), (k, v), strict=True):
+        assert relative_error(back, original) < 1e-5  # float16 coordinates
+    other = random_cache(30, torch.float32)[1]
+    assert relative_error(reload(method, k, other)[1], other) > 0.3
+
+
 def test_deltakv_finds_the_nearest_earlier_references() -> None:
     references = torch.tensor([[0.0], [10.0], [20.0], [30.0], [40.0], [50.0]])
     rows = torch.tensor([[1.0], [49.0], [24.0]])
@@ -159,6 +194,19 @@ def test_deltakv_is_nearly_free_for_tokens_that_repeat() -> None:
     back = reload(make("deltakv"), k, v)
     late = slice(-50, None)
     assert relative_error(back[0][late], k[late]) < 0.3 * relative_error(back[0][:50], k[:50])
+
+
+def test_deltakv_keeps_sinks_whole_if_asked() -> None:
+    """Tokens 0 and 10 are references as well. A sink costs what a reference does, and no code."""
+    k, v = random_cache(100, torch.bfloat16)
+    plain, more = (make("deltakv", sinks=sinks) for sinks in (0, 12))
+    for back, original in zip(reload(more, k, v), (k, v), strict=True):
+        assert torch.equal(back[:12], original[:12])
+        assert not torch.equal(back[12:20], original[12:20])
+    without, with_sinks = (sum(map(len, m.compress(k, v, START))) for m in (plain, more))
+    width = 2 * (SIZE + SIZE_V)
+    code = width // 32 * (32 * 2 // 8 + 4) + REFERENCES * 4 // 8
+    assert with_sinks - without == 5 * 10 * (width * 2 - code)
 
 
 @pytest.mark.parametrize("name", FITTED)

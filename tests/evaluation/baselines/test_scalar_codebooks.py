@@ -43,6 +43,20 @@ def test_the_codebook_is_that_of_a_normal_coordinate_in_many_dimensions():
         assert scaled[len(scaled) // 2 :].tolist() == pytest.approx(levels, rel=5e-3)
 
 
+@pytest.mark.parametrize("bits", [3, 4])
+def test_keys_are_coded_as_in_vllm(bits):
+    """Its codebook and the bytes of a key. It takes a coordinate for normal, which one of a unit
+    vector of 64 elements nearly is; it has zero point and scale for values where we have a norm."""
+    from vllm.model_executor.layers.quantization.turboquant.centroids import solve_lloyd_max
+    from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
+
+    theirs, _ = solve_lloyd_max(64, bits)
+    assert torch.allclose(codebook_of(64, bits), theirs, rtol=0.05, atol=1e-3)
+    config = TurboQuantConfig(head_dim=64, key_quant_bits=bits, value_quant_bits=bits)
+    codes, norms = code_vectors(torch.ones(1, 64), bits)
+    assert len(codes) + len(norms) == config.key_packed_size == config.value_packed_size - 2
+
+
 def test_the_rotation_keeps_norms():
     rotation = rotation_of(64)
     assert torch.allclose(rotation @ rotation.T, torch.eye(64), atol=1e-5)

@@ -139,6 +139,19 @@ def test_pieces_give_the_same_attention_as_one_pass(name: str, tiny: str, exampl
         )
 
 
+@each_method
+def test_every_method_pays_for_what_it_chose(name: str, tiny: str, example: Example) -> None:
+    """K and V of each head's tokens, and a bit per token for each set chosen by itself."""
+    recorded = Recorded(EVICTIONS[name]())
+    replay = Runner(tiny, recorded).score(example, PREFIX, WINDOW)
+    chosen = [slots for _, slots in recorded.calls]
+    assert len(chosen) == LAYERS
+    kept = sum(slots.shape[1] for slots in chosen)
+    assert 0 < kept < LAYERS * PREFIX
+    masks = sum(map(len, chosen)) * PREFIX // 8
+    assert replay.bytes_stored == kept * TOKEN_BYTES // LAYERS + masks
+
+
 @pytest.mark.parametrize(
     ("name", "sets"),
     [
