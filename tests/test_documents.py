@@ -280,6 +280,27 @@ def test_waits_of_an_engine_that_rests_are_the_committed_ones() -> None:
         assert round(row["waits above recomputation, %"] * loads / 100) == 2
 
 
+def test_waits_in_processor_time_are_the_committed_ones() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text()
+    path = ROOT / "benchmarks/reliability/load_queue_processor.json"
+    found = json.loads(path.read_text())
+    assert found["requests"] == 32
+    for gate in ("on", "off"):
+        row = found["tier as it is"][f"load_gate {gate}"]
+        for measure, waits in (("clock", row), ("processor", row["in processor time"])):
+            cells = (
+                gate,
+                row["loads"][0],
+                measure,
+                f"{waits['median wait / recomputation']:.2f}",
+                f"{waits['longest wait / recomputation'][0]:.2f}",
+                f"{waits['waits above recomputation, %']:g} %",
+                f"{waits['worst first token / computed']:.2f}",
+                f"{waits['mean first token / computed']:.2f}",
+            )
+            assert f"| {' | '.join(map(str, cells))} |" in page
+
+
 def test_the_table_of_differences_is_the_committed_one() -> None:
     page = (ROOT / "docs" / "configuration.md").read_text()
     found = json.loads((ROOT / "benchmarks/results/joint_delta.json").read_text())["rows"]
