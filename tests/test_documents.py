@@ -297,6 +297,31 @@ def test_waits_of_an_engine_that_rests_are_the_committed_ones() -> None:
         assert round(row["waits above recomputation, %"] * loads / 100) == 2
 
 
+@pytest.mark.parametrize(
+    ("requests", "name"), [(32, "load_queue_processor"), (64, "load_queue_processor_64")]
+)
+def test_waits_in_processor_time_are_the_committed_ones(requests: int, name: str) -> None:
+    page = (ROOT / "docs" / "performance.md").read_text()
+    found = json.loads((ROOT / f"benchmarks/reliability/{name}.json").read_text())
+    assert found["complete"]
+    for gate in ("on", "off"):
+        row = found["tier as it is"][f"load_gate {gate}"]
+        for measure, waits in (("clock", row), ("processor", row["in processor time"])):
+            cells = (
+                found["requests"],
+                gate,
+                row["loads"][0],
+                measure,
+                f"{waits['median wait / recomputation']:.2f}",
+                f"{waits['longest wait / recomputation'][0]:.2f}",
+                f"{waits['waits above recomputation, %']:g} %",
+                f"{waits['worst first token / computed']:.2f}",
+                f"{waits['mean first token / computed']:.2f}",
+            )
+            assert cells[0] == requests
+            assert f"| {' | '.join(map(str, cells))} |" in page
+
+
 def test_the_table_of_differences_is_the_committed_one() -> None:
     page = (ROOT / "docs" / "configuration.md").read_text()
     found = json.loads((ROOT / "benchmarks/results/joint_delta.json").read_text())["rows"]

@@ -1,6 +1,7 @@
 """A burst of stored prompts: what each request waits, against the same burst without the tier.
 
     python -m benchmarks.reliability.load_queue [--requests 32] [--rounds 3] [--out FILE.json]
+        [--tier-as-it-is]
 
 One engine on the CPU with the reference model and its artifact at 8x. All prompts are in the tier
 and in no block of vLLM's, and are asked for at once, three times: computed (every request opts out
@@ -9,13 +10,19 @@ default. The three take turns `--rounds` times on the same engine.
 
 All that again with a tier of which every load takes `SLOW` times as long as computing, without
 using the CPU (threads sleep where they read a chunk). The first burst with the gate meets it
-unprepared: what the engine measured until then is the tier as it is.
+unprepared: what the engine measured until then is the tier as it is. `--tier-as-it-is` leaves the
+slow tier out.
 
 A wait is from when a load was ordered until the engine saw its end. It is divided by what
 recomputing would have taken from then on in its place in the queue: the time in which the computed
 burst of the same round had computed as many tokens as the request's and those of all before it,
 loaded or computed. Above 1 the request should have been computed. First tokens are compared place
 by place: the n-th of a burst with the n-th of the computed one.
+
+The same is told in processor time, which is what all threads of this process have used since the
+burst began, in the place of the clock. Other programs move the clock, in one burst more than in the
+next, and not this one. It says how much work a request waited for: its own, that of what comes
+before it, and what was done beside it. Of the slow tier it says nothing: its threads sleep.
 
 The file is written after every burst, `complete` says whether it was the last one: a run that is
 cut short leaves what it measured. A way is compared with the computed bursts of its own rounds.
@@ -28,10 +35,10 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvtc_vllm.artifact.replacing import replacing
 
@@ -40,7 +47,32 @@ MODEL = ROOT / "tests" / "reference_model" / "model"
 TOKENS = 1536
 VOCABULARY = 2000
 SLOW = 1.1
+TIERS = {"tier as it is": 0.0, "slow tier": SLOW}
+"""What a load takes longer, as multiples of computing it."""
 WAYS = ("computed", "load_gate on", "load_gate off")
+
+
+class Moment(NamedTuple):
+    """In seconds. processor: of all threads of this process."""
+
+    clock: float
+    processor: float
+
+    def since(self, other: Moment) -> Moment:
+        """The seconds between."""
+        return Moment(self.clock - other.clock, self.processor - other.processor)
+
+
+def _now() -> Moment:
+    return Moment(time.perf_counter(), time.process_time())
+
+
+class Load(NamedTuple):
+    """tokens: of its recomputation and of what is before it."""
+
+    tokens: float
+    began: Moment
+    ended: Moment
 
 
 class Bench:
@@ -66,7 +98,9 @@ class Bench:
             num_gpu_blocks_override=64 * (requests + 4),
         )
 
-    def run(self, rounds: int, save: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    def run(
+        self, rounds: int, tiers: Iterable[str], save: Callable[[dict[str, Any]], object]
+    ) -> dict[str, Any]:
         """Store, then let the three ways take turns; `save` gets what is known after each burst."""
         with self._engine as llm:
             scheduler = llm.llm_engine.engine_core.engine_core.scheduler.connector._scheduler
@@ -74,14 +108,14 @@ class Bench:
             prompts = [self._prompt() for _ in range(self._requests)]
             self._ask(llm, prompts)
             self._settle(llm)
-            alone = statistics.median(self._ask(llm, [self._prompt()])[0] for _ in range(5))
+            alone = statistics.median(self._ask(llm, [self._prompt()])[0].clock for _ in range(5))
             for prompt in prompts[:6]:  # what the policy knows, as after some time of service
                 assert llm.reset_prefix_cache()
                 self._ask(llm, [prompt])
             watch = _Watch(policy)
             found: dict[str, Any] = {"computed alone, ms": round(1e3 * alone, 1)}
-            for tier, seconds in (("tier as it is", 0.0), ("slow tier", SLOW * alone)):
-                _slow_down(scheduler, seconds)
+            for tier in tiers:
+                _slow_down(scheduler, TIERS[tier] * alone)
                 bursts: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
                 for _ in range(rounds):
                     for way in WAYS:
@@ -104,7 +138,7 @@ class Bench:
         self._number += 1
         return [(self._number * 7919 + 31 * i) % VOCABULARY + 1 for i in range(TOKENS)]
 
-    def _ask(self, llm: Any, prompts: list[list[int]], loads: bool = True) -> list[float]:
+    def _ask(self, llm: Any, prompts: list[list[int]], loads: bool = True) -> list[Moment]:
         """Seconds to each first token, all asked at once, in order."""
         from vllm import SamplingParams
 
@@ -115,15 +149,15 @@ class Bench:
             extra_args=None if loads else {"kv_transfer_params": {"kvtc_load": False}},
         )
         names = []
-        began = time.perf_counter()
+        began = _now()
         for prompt in prompts:
             self._number += 1
             names.append(f"r{self._number}")
             llm.llm_engine.add_request(names[-1], {"prompt_token_ids": prompt}, settings)
-        first: dict[str, float] = {}
+        first: dict[str, Moment] = {}
         while llm.llm_engine.has_unfinished_requests():
             for output in llm.llm_engine.step():
-                first.setdefault(output.request_id, time.perf_counter() - began)
+                first.setdefault(output.request_id, _now().since(began))
         return [first[name] for name in names]
 
     def _settle(self, llm: Any) -> None:
@@ -133,10 +167,10 @@ class Bench:
 
 
 class _Watch:
-    """Loads since `begin`: tokens of their recomputation and of what is before, begin, end."""
+    """Loads since `begin`."""
 
     def __init__(self, policy: Any) -> None:
-        self.loads: dict[str, list[float]] = {}
+        self.loads: dict[str, Load] = {}
         self.given_up = 0
         self._policy = policy
         self._planned, self._ended = policy.load_planned, policy.load_ended
@@ -154,16 +188,13 @@ class _Watch:
         return names
 
     def _plan(self, request_id: str, tokens: int) -> float:
-        self.loads[request_id] = [
-            self._policy.tokens_before + tokens,
-            time.perf_counter(),
-            0.0,
-        ]
+        now = _now()
+        self.loads[request_id] = Load(self._policy.tokens_before + tokens, now, now)
         return float(self._planned(request_id, tokens))
 
     def _end(self, request_id: str) -> None:
         if request_id in self.loads:
-            self.loads[request_id][2] = time.perf_counter()
+            self.loads[request_id] = self.loads[request_id]._replace(ended=_now())
         self._ended(request_id)
 
 
@@ -182,58 +213,69 @@ def _slow_down(scheduler: Any, seconds: float) -> None:
     worker.arena.read = slowly
 
 
-def _first_tokens(rounds: list[dict[str, Any]]) -> list[float]:
-    """Seconds of each place in the burst, medians over the rounds."""
+def _first_tokens(rounds: list[dict[str, Any]], measure: str) -> list[float]:
+    """Seconds of each place in the burst, medians over the rounds. measure: of a `Moment`."""
     places = zip(*(burst["first"] for burst in rounds), strict=True)
-    return [statistics.median(place) for place in places]
+    return [statistics.median(getattr(moment, measure) for moment in place) for place in places]
 
 
-def _waits(rounds: list[dict[str, Any]], computed: list[dict[str, Any]]) -> list[list[float]]:
+def _waits(
+    rounds: list[dict[str, Any]], computed: list[dict[str, Any]], measure: str
+) -> list[list[float]]:
     """Of each round, the waits as multiples of recomputing, see above."""
     waits = []
     for burst, other in zip(rounds, computed[: len(rounds)], strict=True):
-        first = sorted(other["first"])
-        places = [min(-(-int(tokens) // TOKENS), len(first)) - 1 for tokens, _, _ in burst["loads"]]
+        first = sorted(getattr(moment, measure) for moment in other["first"])
         waits.append(
             [
-                (end - begin) / first[place]
-                for place, (_, begin, end) in zip(places, burst["loads"], strict=True)
+                getattr(load.ended.since(load.began), measure)
+                / first[min(-(-int(load.tokens) // TOKENS), len(first)) - 1]
+                for load in burst["loads"]
             ]
         )
     return waits
 
 
+def _compared(
+    rounds: list[dict[str, Any]], others: list[dict[str, Any]], measure: str
+) -> dict[str, Any]:
+    """Waits of all rounds together, longest of each; first tokens of the medians."""
+    by_round = _waits(rounds, others, measure)
+    waits = [wait for each in by_round for wait in each] or [0.0]
+    first, computed = _first_tokens(rounds, measure), _first_tokens(others[: len(rounds)], measure)
+    ratios = [mine / theirs for mine, theirs in zip(first, computed, strict=True)]
+    return {
+        "median wait / recomputation": round(statistics.median(waits), 2),
+        "longest wait / recomputation": [round(max(each, default=0.0), 2) for each in by_round],
+        "waits above recomputation, %": round(
+            100 * sum(wait > 1 for wait in waits) / len(waits), 1
+        ),
+        "median first token / computed": round(statistics.median(ratios), 2),
+        "worst first token / computed": round(max(ratios), 2),
+        "mean first token / computed": round(statistics.mean(first) / statistics.mean(computed), 2),
+    }
+
+
 def _summary(bursts: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Medians over the rounds; waits of all rounds together, longest of each."""
+    """By way; seconds are medians over the rounds."""
     found: dict[str, Any] = {}
     for way, rounds in bursts.items():
         if not rounds:
             continue
-        computed = _first_tokens(bursts["computed"][: len(rounds)])
-        first = _first_tokens(rounds)
-        ratios = [mine / theirs for mine, theirs in zip(first, computed, strict=True)]
+        first = _first_tokens(rounds, "clock")
         row: dict[str, Any] = {
             "mean first token, ms": round(1e3 * statistics.mean(first), 1),
             "last first token, ms": round(1e3 * max(first), 1),
+            "last first token, processor ms": round(
+                1e3 * max(_first_tokens(rounds, "processor")), 1
+            ),
         }
         if way != "computed":
-            by_round = _waits(rounds, bursts["computed"])
-            waits = [wait for each in by_round for wait in each] or [0.0]
             row |= {
-                "loads": [len(each) for each in by_round],
+                "loads": [len(burst["loads"]) for burst in rounds],
                 "given up": [burst["given up"] for burst in rounds],
-                "median wait / recomputation": round(statistics.median(waits), 2),
-                "longest wait / recomputation": [
-                    round(max(each, default=0.0), 2) for each in by_round
-                ],
-                "waits above recomputation, %": round(
-                    100 * sum(wait > 1 for wait in waits) / len(waits), 1
-                ),
-                "median first token / computed": round(statistics.median(ratios), 2),
-                "worst first token / computed": round(max(ratios), 2),
-                "mean first token / computed": round(
-                    statistics.mean(first) / statistics.mean(computed), 2
-                ),
+                **_compared(rounds, bursts["computed"], "clock"),
+                "in processor time": _compared(rounds, bursts["computed"], "processor"),
             }
         found[way] = row
     return found
@@ -245,12 +287,14 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("load_queue.json"))
+    parser.add_argument("--tier-as-it-is", action="store_true")
     args = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     about = {"requests": args.requests, "prompt_tokens": TOKENS, "rounds": args.rounds}
-    result = Bench(args.requests).run(args.rounds, partial(_save, args.out, about, False))
+    tiers = [tier for tier, slow in TIERS.items() if not (slow and args.tier_as_it_is)]
+    result = Bench(args.requests).run(args.rounds, tiers, partial(_save, args.out, about, False))
     print(_save(args.out, about, True, result), flush=True)
 
 

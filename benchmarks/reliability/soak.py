@@ -7,7 +7,8 @@ Aims at 2,000 kill cycles, 5 rounds over every kill point, 2,000 kill cycles wit
 bookkeeping and hostile entries, 2,000,000 mutated containers and 1,000,000 operations of 8
 processes, in slices with a seed of their own each, and stops a driver
 where its share of the time ends: the results say how far each came. The share of endurance is
-used up whole. Exit status 1 if any promise was broken.
+used up whole. Exit status 1 if any promise was broken. The files are written after every driver: a
+soak that is ended early leaves what it found, and which drivers did not end.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ DRIVERS = (
         0.2,
     ),
 )
+ENDURANCE = "endurance"
 ENDURANCE_SHARE = 0.1
 TOTALS = (
     "killed",
@@ -95,25 +97,37 @@ def main() -> int:
     began = time.time()
     load_before = os.getloadavg()
     seed = int(began)
-    results = []
-    for driver in DRIVERS:
-        results.append(soak(driver, driver.share * seconds, seed))
-        print(results[-1], flush=True)
-    minutes = args.endurance_minutes or ENDURANCE_SHARE * args.minutes
-    results.append(endurance(minutes * 60, seed))
-    print(results[-1], flush=True)
-    report = {
+    results: list[dict[str, Any]] = []
+    about = {
         "command": " ".join(("python -m benchmarks.reliability.soak", *sys.argv[1:])),
         "date": time.strftime("%Y-%m-%d", time.gmtime(began)),
         "seed": seed,
-        "minutes": round((time.time() - began) / 60, 1),
-        "machine": machine(),
-        "load_average": {"before": load_before, "after": os.getloadavg()},
-        "results": results,
     }
-    (args.out / "results.json").write_text(json.dumps(report, indent=2) + "\n")
-    (args.out / "results.md").write_text(markdown(report))
+
+    def found(result: dict[str, Any]) -> None:
+        results.append(result)
+        print(result, flush=True)
+        report = about | {
+            "minutes": round((time.time() - began) / 60, 1),
+            "machine": machine(),
+            "load_average": {"before": load_before, "after": os.getloadavg()},
+            "results": results,
+            "not_ended": not_ended(results),
+        }
+        (args.out / "results.json").write_text(json.dumps(report, indent=2) + "\n")
+        (args.out / "results.md").write_text(markdown(report))
+
+    for driver in DRIVERS:
+        found(soak(driver, driver.share * seconds, seed))
+    minutes = args.endurance_minutes or ENDURANCE_SHARE * args.minutes
+    found(endurance(minutes * 60, seed))
     return 0 if all(result["ok"] for result in results) else 1
+
+
+def not_ended(results: list[dict[str, Any]]) -> list[str]:
+    """Names of the drivers that are not among the results."""
+    names = [*(driver.name for driver in DRIVERS), ENDURANCE]
+    return [name for name in names if name not in {result["name"] for result in results}]
 
 
 def soak(driver: Driver, seconds: float, seed: int) -> dict[str, Any]:
@@ -151,7 +165,7 @@ def endurance(seconds: float, seed: int) -> dict[str, Any]:
     ok, found, error = call(
         "benchmarks.reliability.endurance", "--seconds", str(seconds), "--seed", str(seed)
     )
-    return {"name": "endurance", "ok": ok, **found, **({} if ok else {"error": error})}
+    return {"name": ENDURANCE, "ok": ok, **found, **({} if ok else {"error": error})}
 
 
 def call(module: str, *arguments: str) -> tuple[bool, dict[str, Any], str]:
@@ -207,6 +221,8 @@ def markdown(report: dict[str, Any]) -> str:
         aim = f"{result['aim']:,}" if "aim" in result else ""
         verdict = "0" if result["ok"] else "**yes**"
         lines.append(f"| {result['name']} | {done} | {aim} | {verdict} | {details} |")
+    if report["not_ended"]:
+        lines += ["", f"Ended before these did: {', '.join(report['not_ended'])}."]
     return "\n".join(lines) + "\n"
 
 
