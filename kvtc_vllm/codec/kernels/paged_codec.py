@@ -249,8 +249,7 @@ class PagedCodec(PagedReader):
 
     def _header_of(self, tokens: int, sinks: int, sections: int) -> bytes:
         """A header of chunks that have so many in common, see `header_with`."""
-        common = self.ratio, self.artifact.fingerprint, b""
-        return build_header(self._new_header(tokens, 0, sinks, *common), sections)
+        return build_header(self._common_header(tokens, sinks), sections)
 
 
 class PagedKvtcCodec(PagedCodec, KvtcCodec):
