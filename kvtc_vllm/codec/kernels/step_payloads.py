@@ -29,6 +29,7 @@ from kvtc_vllm.codec.kernels.payload_coding import (
     StepPayloads,
     StoredPayloads,
     check_finite,
+    count_marked,
 )
 from kvtc_vllm.codec.kernels.resident import ResidentArtifact, padded_payload
 from kvtc_vllm.codec.kernels.step_decoding import UNEVEN, decode_sections, find_escapes
@@ -207,7 +208,7 @@ class StepPlanPayloads(PayloadCoding):
         padded = padded_payload(lengths).ravel()
         places = (padded.cumsum() - padded).reshape(lengths.shape)
         tokens = np.array(layout.tokens, np.int64)
-        marks = np.array([int(own.marks.sum()) for own in stored], np.int64)
+        marks = count_marked([own.marks for own in stored])
         firsts = np.array(layout.first_rows[:-1], np.int64)
         parts = np.empty((lengths.shape[1], count, _PART), np.int64)
         parts[..., 0], parts[..., 1] = places.T, lengths.T
