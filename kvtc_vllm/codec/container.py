@@ -250,6 +250,16 @@ def header_with(header: bytes, start: int, identity: bytes) -> bytes:
     return begin + _START.pack(start) + header[RATIO_OFFSET:-FINGERPRINT_BYTES] + identity
 
 
+def headers_with(header: bytes, names: Sequence[tuple[int, bytes]]) -> npt.NDArray[np.uint8]:
+    """`header_with` of many chunks: uint8 [n, HEADER_BYTES]. names: start and identity of each."""
+    own = np.tile(np.frombuffer(header, np.uint8), (len(names), 1))
+    starts = np.array([start for start, _ in names], "<u8")
+    own[:, _START_OFFSET:RATIO_OFFSET] = starts[:, None].view(np.uint8)
+    identities = np.frombuffer(b"".join([identity for _, identity in names]), np.uint8)
+    own[:, -FINGERPRINT_BYTES:] = identities.reshape(-1, FINGERPRINT_BYTES)
+    return own
+
+
 def section_rows(
     kinds: Sequence[SectionKind],
     groups: Sequence[int],
@@ -283,6 +293,14 @@ class SectionTables(NamedTuple):
     def row_dtype() -> np.dtype[np.void]:
         """Of a row of `sections`."""
         return _SECTION_ROW
+
+
+def joined_rows(tables: Sequence[SectionTables]) -> npt.NDArray[np.void]:
+    """`sections` of many containers, one behind the other.
+
+    As bytes: numpy's own concatenation compares all fields of every table with those before.
+    """
+    return np.frombuffer(b"".join([own.sections.tobytes() for own in tables]), _SECTION_ROW)
 
 
 def section_tables(blob: memoryview, sections: int) -> SectionTables:

@@ -16,7 +16,10 @@ from kvtc_vllm.codec.container import (
     NewSection,
     SectionKind,
     build,
+    build_header,
     checksum,
+    header_with,
+    headers_with,
     parse,
 )
 from kvtc_vllm.codec.entropy import DEFLATE, RAW, EncodedSection, Unit
@@ -137,3 +140,11 @@ def test_fields_that_do_not_fit_cannot_be_written():
     big = NewSection(SectionKind.EXACT_K, 1, 0, 1, EncodedSection((Unit(65537, 1),), b"\0"))
     with pytest.raises(CodecError, match="does not fit"):
         build(HEADER, [big])
+
+
+def test_headers_of_many_chunks_are_those_of_each():
+    common = build_header(replace(HEADER, start=0, identity=b""), 2)
+    names = [(0, bytes(16)), (MAX_TOKENS, bytes(range(16))), ((1 << 62) + 3, b"\xff" * 16)]
+    together = headers_with(common, names)
+    assert [row.tobytes() for row in together] == [header_with(common, *name) for name in names]
+    assert header_with(common, HEADER.start, HEADER.identity) == BLOB[:HEADER_BYTES]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from kvtc_vllm.codec.entropy import (
     aligned,
     cut_units,
 )
+from kvtc_vllm.codec.entropy.unit_table import SectionBody, unit_table
 from kvtc_vllm.codec.errors import ContainerError
 from kvtc_vllm.codec.kernels.deflate_nvcomp import NVCOMP
 
@@ -117,6 +119,20 @@ def test_deflate_refuses_what_does_not_fit():
 def test_deflate_refuses_padding_that_is_not_zero():
     coder = DeflateCoder()
     refuse(coder, (Unit(5, 5),), b"12345\0\0x", 5)
+
+
+def test_every_byte_of_padding_of_many_sections_is_looked_at():
+    stored = [5, 8, 6, 7, 5]
+    data = np.zeros(8 * len(stored), np.uint8)
+    sections = [SectionBody([Unit(9, size)], 8 * i, 8, 9) for i, size in enumerate(stored)]
+    for i, size in enumerate(stored):
+        data[8 * i : 8 * i + size] = 0xFF
+    assert unit_table(sections, data)[1] == []
+    for i, size in enumerate(stored):
+        for place in range(8 * i + size, 8 * (i + 1)):
+            data[place] = 1
+            assert unit_table(sections, data)[1] == [i]
+            data[place] = 0
 
 
 def test_deflate_never_inflates_past_the_declared_length():

@@ -95,7 +95,11 @@ def measure(case: Case, tokens: int, rounds: int) -> dict[str, Any]:
     served.load(chunks, blobs)
     found: dict[str, Any] = {"stored_bytes": sum(map(len, blobs))}
     found |= _timed("load", lambda: served.load(chunks, blobs), rounds)
-    found |= _until_first_upload(served, chunks, blobs, rounds)
+    for what, owner, method in (
+        ("upload", uploads.UploadedBlobs, "send"),
+        ("inflate", IdleNvcomp, "decompress"),
+    ):
+        found |= _until_first(what, owner, method, served, chunks, blobs, rounds)
     found |= _timed("store", lambda: served.store(chunks), rounds)
     found["store_after_device_ms"] = _after_device(served, chunks, rounds)
     found |= _launches("load", lambda: served.load(chunks, blobs))
@@ -187,19 +191,26 @@ def _longest_stretch(call: Callable[[], object]) -> float:
     return gaps[0]
 
 
-def _until_first_upload(
-    served: ServedCodec, chunks: range, blobs: list[Any], rounds: int
+def _until_first(
+    what: str,
+    owner: type,
+    method: str,
+    served: ServedCodec,
+    chunks: range,
+    blobs: list[Any],
+    rounds: int,
 ) -> dict[str, float]:
-    """Wall time, CPU time of all threads and of the calling one."""
-    send = uploads.UploadedBlobs.send
+    """Of a load until it first calls a method: wall time, CPU time of all threads and of the
+    calling one."""
+    call = vars(owner)[method]
     first: list[dict[str, float]] = []
 
-    def noted(self: Any, blobs: slice) -> None:
+    def noted(*args: Any) -> Any:
         if not first:
             first.append(_now())
-        send(self, blobs)
+        return call(*args)
 
-    uploads.UploadedBlobs.send = noted  # type: ignore[method-assign]
+    setattr(owner, method, noted)
     times: dict[str, list[float]] = {clock: [] for clock in _CLOCKS}
     try:
         for _ in range(rounds):
@@ -209,9 +220,9 @@ def _until_first_upload(
             for clock, now in first[0].items():
                 times[clock].append(now - began[clock])
     finally:
-        uploads.UploadedBlobs.send = send  # type: ignore[method-assign]
+        setattr(owner, method, call)
     names = {"wall": "", "cpu": "_cpu", "thread": "_thread"}
-    return {f"load_first_upload{names[clock]}_ms": _best(found) for clock, found in times.items()}
+    return {f"load_first_{what}{names[clock]}_ms": _best(found) for clock, found in times.items()}
 
 
 def _now() -> dict[str, float]:

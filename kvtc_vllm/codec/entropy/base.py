@@ -34,7 +34,8 @@ Bytes = TypeVar("Bytes", int, npt.NDArray[np.int64])
 
 def aligned(length: Bytes) -> Bytes:
     """`length`, or each of an array of them, rounded up to the unit alignment."""
-    return -(-length // UNIT_ALIGNMENT) * UNIT_ALIGNMENT
+    # A power of two; of arrays, a division takes ten times as long.
+    return (length + (UNIT_ALIGNMENT - 1)) & -UNIT_ALIGNMENT
 
 
 def padded(stored: bytes) -> bytes:

@@ -100,9 +100,12 @@ class CheckedUnits:
         sound = (raw_sums == raw_lengths) & (stored_sums == stored_lengths)
         sound[owner[stored > raw]] = False
         offsets = starts[owner] + stored_before
-        for gap in range(UNIT_ALIGNMENT - 1):
-            checked = np.flatnonzero(sound[owner] & (padded - stored > gap))
-            sound[owner[checked[data[offsets[checked] + stored[checked] + gap] != 0]]] = False
+        checked = np.flatnonzero((padded != stored) & sound[owner])
+        gaps, ends = (padded - stored)[checked], (offsets + padded)[checked]
+        # Bytes before the end of a unit that are padding in the units with gaps as large.
+        for back in range(1, UNIT_ALIGNMENT):
+            unclean = (data[ends - back] != 0) & (gaps >= back)
+            sound[owner[checked[unclean]]] = False
         return cls(raw, stored, offsets, before, last - counts, counts, sound)
 
     def table(self, sections: Lengths, places: Lengths) -> UnitTable:

@@ -61,6 +61,7 @@ class BitPayloads(PayloadCoding):
             for batch in shared
             for key in batch.keys
         }
+        self._width = sum(columns.width for columns in self._columns.values())
         orders = {key: ColumnOrder(c.width, c.sources) for key, c in self._columns.items()}
         super().__init__(ResidentArtifact(artifact, orders, shared, device, operand))
         self._lock = threading.Lock()
@@ -117,7 +118,7 @@ class BitPayloads(PayloadCoding):
 
     def coefficients(self, tokens: int, marked: int) -> int:
         """Of all sections together: a launch costs more than their memory."""
-        return tokens * sum(columns.width for columns in self._columns.values())
+        return tokens * self._width
 
     def decode(self, step: StepPayloads, coefficients: torch.Tensor, rows: torch.Tensor) -> None:
         chunks, tokens = len(step.layout.members), step.layout.num_rows

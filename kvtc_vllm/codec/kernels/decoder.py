@@ -25,8 +25,6 @@ class DecodeStep:
 
     layout: RowLayout
     """Of the chunks' coded tokens."""
-    payloads: PayloadPlan
-    """Where their payloads go."""
     table: torch.Tensor
     """`RowLayout.table` on the device."""
     slots: torch.Tensor
@@ -35,6 +33,18 @@ class DecodeStep:
     """int64 [R] on the device, in the same order."""
     numbers: torch.Tensor
     """`PayloadPlan.numbers` on the device."""
+
+
+@dataclass(frozen=True)
+class InflatedPayloads:
+    """The payloads of a step, on their way.
+
+    plan: where they go in uint8 `data`. ready: after which they are there.
+    """
+
+    plan: PayloadPlan
+    data: torch.Tensor
+    ready: Event
 
 
 @dataclass(frozen=True)
@@ -101,9 +111,10 @@ def chunks_that_fit(coding: PayloadCoding, row_dtype: torch.dtype, tokens: int, 
 class Decoder:
     """Decodes the steps of one load and writes the wanted tokens.
 
-    While the current stream works on one step, `inflating` decodes the payloads of the next; two
-    buffers go to and fro between them. The host does not wait until `damaged`. table: of the cache,
-    with the layers where the resident artifact's rows have them. point: see
+    Of each step `inflate`, and then `decode`: what the host prepares in between, the device need
+    not wait for. While the current stream works on one step, `inflating` decodes the payloads of
+    the next; two buffers go to and fro between them. The host does not wait until `damaged`. table:
+    of the cache, with the layers where the resident artifact's rows have them. point: see
     `PagedKvtcCodec.load`. Whoever gives up in between must wait for `inflating`: its buffers go
     back to the current stream's memory.
     """
@@ -127,22 +138,26 @@ class Decoder:
         self._readers: list[UnitReader] = []
         self._flags = 0
 
-    def decode(
-        self, step: DecodeStep, open_reader: Callable[[], UnitReader], sent: Event | None
-    ) -> dict[int, ContainerError]:
-        """Begin to decode the next step.
+    def inflate(
+        self, plan: PayloadPlan, open_reader: Callable[[], UnitReader], sent: Event | None
+    ) -> tuple[InflatedPayloads, dict[int, ContainerError]]:
+        """Begin with the next step.
 
-        open_reader: of its blobs. sent: after which these are on the device. Returns chunks with
-        damaged sections. Their blocks are written with something all the same.
+        open_reader: of its blobs. sent: after which these are on the device. Gives chunks with
+        damaged sections, too. Their blocks are written with something all the same.
         """
-        device = step.slots.device
-        side = len(self._steps) % 2
-        data = self._workspace.payloads[side][: step.payloads.nbytes]
+        side = len(self._readers) % 2
+        data = self._workspace.payloads[side][: plan.nbytes]
         with self._inflating.after(self._begin, sent, self._free[side]):
             reader = open_reader()
-            damaged = reader.inflate(step.payloads.placed, data)
-            ready = Event(device)
-        ready.wait()
+            damaged = reader.inflate(plan.placed, data)
+            ready = Event(data.device)
+        self._readers.append(reader)
+        return InflatedPayloads(plan, data, ready), damaged
+
+    def decode(self, step: DecodeStep, inflated: InflatedPayloads) -> None:
+        """Go on with the step that `inflate` was called for last."""
+        inflated.ready.wait()
         count = len(step.layout.members)
         flags = self._workspace.flags[self._flags : self._flags + count + step.layout.num_rows]
         self._flags += len(flags)
@@ -150,16 +165,14 @@ class Decoder:
             step.layout,
             step.table,
             step.numbers,
-            data,
+            inflated.data,
             flags[:count],
             self._workspace.own,
-            step.payloads.marked,
+            inflated.plan.marked,
         )
         self._write(step, payloads, flags[count:])
-        self._free[side] = Event(device)
+        self._free[len(self._steps) % 2] = Event(step.slots.device)
         self._steps.append(step)
-        self._readers.append(reader)
-        return damaged
 
     def damaged(self) -> dict[int, ContainerError]:
         """Chunks whose units or values are not what they should be. Waits for the device."""
@@ -181,7 +194,7 @@ class Decoder:
     def _write(self, step: DecodeStep, payloads: StepPayloads, overflowed: torch.Tensor) -> None:
         """Decode all sections. overflowed: int32, set for rows out of range."""
         resident, workspace = self._coding.resident, self._workspace
-        count = step.layout.num_rows + step.payloads.marked
+        count = step.layout.num_rows + payloads.marked
         rows = workspace.rows[: count * resident.row].view(count, resident.row)
         self._coding.decode(payloads, workspace.coefficients, rows)
         if self._point is not None:

@@ -96,7 +96,7 @@ class NvcompDeflate:
         if not len(lengths):
             return Compressed(lengths, lengths, ())
         # The largest first: what is left for the end of the launch is short.
-        order = np.argsort(-lengths, kind="stable")
+        order = _largest_first(lengths)
         sizes = lengths[order]
         classes = size_classes(sizes)
         rooms = np.empty_like(sizes)
@@ -162,7 +162,7 @@ class NvcompDeflate:
         bad = torch.zeros(len(plain), dtype=torch.bool, device=out.device)
         coded = np.flatnonzero(~plain)
         if len(coded):
-            coded = coded[np.argsort(-units.raw[coded], kind="stable")]
+            coded = coded[_largest_first(units.raw[coded])]
             addresses = (
                 body.data_ptr() + units.offsets[coded],
                 out.data_ptr() + units.places[coded],
@@ -198,6 +198,14 @@ class NvcompDeflate:
             most = self._library.max_compressed_bytes(size)
             self._rooms[size] = -(-most // _ALIGNMENT) * _ALIGNMENT
         return self._rooms[size]
+
+
+def _largest_first(sizes: Lengths) -> Lengths:
+    """The order of units by their raw bytes, of which each has at least one; stable.
+
+    Of 16 bits, numpy sorts by counting, several times as fast.
+    """
+    return np.argsort((MAX_UNIT_BYTES - sizes).astype(np.uint16), kind="stable")
 
 
 def size_classes(sizes: Lengths) -> list[slice]:

@@ -42,7 +42,13 @@ from kvtc_vllm.codec.kernels.paged import (
 from kvtc_vllm.codec.kernels.paged_io import gather_rows
 from kvtc_vllm.codec.kernels.paged_norms import squared_norms
 from kvtc_vllm.codec.kernels.paged_reader import HOST_BYTES, PagedReader
-from kvtc_vllm.codec.kernels.payload_coding import NO_MARKS, CodedSizes, Marks, PayloadCoding
+from kvtc_vllm.codec.kernels.payload_coding import (
+    NO_MARKS,
+    CodedSizes,
+    Marks,
+    PayloadCoding,
+    count_marked,
+)
 from kvtc_vllm.codec.kernels.step_payloads import StepPlanPayloads
 from kvtc_vllm.codec.kvtc import KvtcCodec
 from kvtc_vllm.codec.streams import upload
@@ -220,9 +226,8 @@ class PagedCodec(PagedReader):
         step: EncodedStep,
     ) -> CodedSizes:
         coded = [staged.tokens[index] - staged.sinks[index] for index in members]
-        marks = [exact[index].marks for index in members]
-        marked = [int(own.sum()) if len(own) else 0 for own in marks]
-        counts = np.array(coded, np.int64), np.array(marked, np.int64)
+        marked = count_marked([exact[index].marks for index in members])
+        counts = np.array(coded, np.int64), marked
         return CodedSizes(np.array(step.magnitudes), step.sizes, *counts)
 
     def _plan(
@@ -249,8 +254,7 @@ class PagedCodec(PagedReader):
 
     def _header_of(self, tokens: int, sinks: int, sections: int) -> bytes:
         """A header of chunks that have so many in common, see `header_with`."""
-        common = self.ratio, self.artifact.fingerprint, b""
-        return build_header(self._new_header(tokens, 0, sinks, *common), sections)
+        return build_header(self._common_header(tokens, sinks), sections)
 
 
 class PagedKvtcCodec(PagedCodec, KvtcCodec):

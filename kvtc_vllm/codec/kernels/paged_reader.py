@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
 from functools import lru_cache, partial
-from itertools import islice
+from itertools import accumulate, islice
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ import torch
 
 from kvtc_vllm.codec.artifact import RankArtifact, at_ratio
 from kvtc_vllm.codec.base import Blob, read_section
-from kvtc_vllm.codec.container import NO_FINGERPRINT
+from kvtc_vllm.codec.container import NO_FINGERPRINT, Header
 from kvtc_vllm.codec.entropy import aligned
 from kvtc_vllm.codec.errors import ContainerError
 from kvtc_vllm.codec.frame import TransformCodec
@@ -30,7 +30,7 @@ from kvtc_vllm.codec.kernels.load_parts import BegunPart, LoadPart, load_parts, 
 from kvtc_vllm.codec.kernels.numeric import OPERAND, Precision
 from kvtc_vllm.codec.kernels.paged import PagedCache, check_geometry, chunk_slots
 from kvtc_vllm.codec.kernels.paged_io import scatter_rows
-from kvtc_vllm.codec.kernels.payload_coding import PayloadCoding, StoredPayloads
+from kvtc_vllm.codec.kernels.payload_coding import PayloadCoding, PayloadPlan, StoredPayloads
 from kvtc_vllm.codec.kernels.resident import layer_places
 from kvtc_vllm.codec.kernels.row_table import RowTable
 from kvtc_vllm.codec.kernels.unit_coders import UnitCoder, unit_coder
@@ -181,6 +181,9 @@ class PagedReader(TransformCodec):
             self.block_size,
             tokens,
         )
+        starts = np.array([chunk.start for chunk, _ in chunks], np.int64)
+        # While the host's threads look at the checksums.
+        matched = self._matched(chunks, tokens)
         sound = (right for task in own.tasks for right in task.result())
         verified: dict[int, VerifiedBlob] = {}
         stored: dict[int, StoredPayloads] = {}
@@ -190,7 +193,8 @@ class PagedReader(TransformCodec):
         try:
             for wave in parts:
                 count = wave.stop - wave.start
-                checked = self._check(chunks[wave], tokens, list(islice(sound, count)))
+                own_sound = list(islice(sound, count))
+                checked = self._check(chunks[wave], tokens, matched[wave], own_sound)
                 right: dict[int, VerifiedBlob] = {}
                 for place, found in enumerate(checked, wave.start):
                     if isinstance(found, ContainerError):
@@ -206,15 +210,21 @@ class PagedReader(TransformCodec):
                     reading = host_threads().submit(self._read_sinks, verified, slots)
                 for part in that_fit(wave, stored, limits):
                     here = {i: verified[i] for i in range(part.start, part.stop) if i in verified}
-                    step = self._step(here, stored, chunks, part, tokens, slots)
-                    if step is None:
+                    members = tuple(i for i in here if i in stored)
+                    if not members:
                         continue
                     sent = None
                     if self._units.reads_on_device:
                         with thread.copying.after(begin):
                             uploads.send(part)
                             sent = Event(self.device)
-                    failed |= decoding.decode(step, partial(self._units.open, uploads, here), sent)
+                    layout = RowLayout(members, tuple(tokens - here[i].sinks for i in members))
+                    plan = self.coding.plan(layout, [stored[i] for i in members])
+                    open_reader = partial(self._units.open, uploads, here)
+                    inflated, damaged = decoding.inflate(plan, open_reader, sent)
+                    failed |= damaged
+                    # Tables of the step are made while the device inflates.
+                    decoding.decode(self._step(layout, plan, starts, tokens, slots), inflated)
             sinks, sink_slots, damaged = reading.result()
             failed |= damaged
             # Last: all that follows on this stream would wait for the point, too.
@@ -263,27 +273,37 @@ class PagedReader(TransformCodec):
 
         return [host_threads().submit(check, places) for places in shares(len(uploads.views))]
 
+    def _matched(
+        self, chunks: Sequence[tuple[LoadChunk, Blob]], tokens: int
+    ) -> list[VerifiedBlob | None]:
+        """What each blob holds if its head is as we write that of its chunk. None: who knows."""
+        alike: dict[int, list[int]] = {}
+        for place, (chunk, _) in enumerate(chunks):
+            if chunk.start + tokens <= self._max_position:
+                alike.setdefault(self._sinks(chunk.start, tokens), []).append(place)
+        found: list[VerifiedBlob | None] = [None] * len(chunks)
+        for sinks, places in alike.items():
+            own = [chunks[place] for place in places]
+            names = [(chunk.start, self._bound_identity(chunk.key)) for chunk, _ in own]
+            matched = self._expected_head(tokens, sinks).match([blob for _, blob in own], names)
+            for place, blob in zip(places, matched, strict=True):
+                found[place] = blob
+        return found
+
     def _check(
-        self, chunks: Sequence[tuple[LoadChunk, Blob]], tokens: int, sound: Sequence[bool]
+        self,
+        chunks: Sequence[tuple[LoadChunk, Blob]],
+        tokens: int,
+        matched: Sequence[VerifiedBlob | None],
+        sound: Sequence[bool],
     ) -> list[VerifiedBlob | ContainerError]:
         """What each blob holds, or why it is not that of its chunk, at any ratio.
 
-        sound: whether each has its checksum.
+        matched: of `_matched`. sound: whether each has its checksum.
         """
-        alike: dict[int, list[int]] = {}
-        for place, (chunk, _) in enumerate(chunks):
-            if sound[place] and chunk.start + tokens <= self._max_position:
-                alike.setdefault(self._sinks(chunk.start, tokens), []).append(place)
-        known: dict[int, VerifiedBlob] = {}
-        for sinks, places in alike.items():
-            blobs = [chunks[place][1] for place in places]
-            own = [chunks[place][0] for place in places]
-            names = [(chunk.start, self._bound_identity(chunk.key)) for chunk in own]
-            matched = self._expected_head(tokens, sinks).match(blobs, names)
-            known |= {i: blob for i, blob in zip(places, matched, strict=True) if blob is not None}
         return [
-            known[place] if place in known else self._look_closely(chunk, blob, tokens)
-            for place, (chunk, blob) in enumerate(chunks)
+            known if right and known is not None else self._look_closely(chunk, blob, tokens)
+            for (chunk, blob), known, right in zip(chunks, matched, sound, strict=True)
         ]
 
     def _look_closely(
@@ -294,46 +314,45 @@ class PagedReader(TransformCodec):
         except ContainerError as error:
             return error
 
+    def _common_header(self, tokens: int, sinks: int) -> Header:
+        """Of chunks that have so many in common, see `container.header_with`."""
+        return self._new_header(tokens, 0, sinks, self.ratio, self.artifact.fingerprint, b"")
+
     def _head_of(self, tokens: int, sinks: int) -> ExpectedHead:
-        name = self.ratio, self.artifact.fingerprint, b""
-        header = self._new_header(tokens, 0, sinks, *name)
-        return ExpectedHead.of(self._sections_of(tokens, sinks, self.ratio), header)
+        sections = self._sections_of(tokens, sinks, self.ratio)
+        return ExpectedHead.of(sections, self._common_header(tokens, sinks))
 
     def _step(
         self,
-        verified: Mapping[int, VerifiedBlob],
-        stored: Mapping[int, StoredPayloads],
-        chunks: Sequence[tuple[LoadChunk, Blob]],
-        part: slice,
+        layout: RowLayout,
+        plan: PayloadPlan,
+        starts: npt.NDArray[np.int64],
         tokens: int,
         slots: npt.NDArray[np.int64],
-    ) -> DecodeStep | None:
-        """The coded tokens of the sound chunks of a part of the load, if there are any."""
-        places = range(part.start, part.stop)
-        sinks = [verified[i].sinks if i in verified else tokens for i in places]
-        own = RowLayout.of([tokens - count for count in sinks])
-        if not own.members:
-            return None
-        coded = np.arange(tokens) >= np.array(sinks, np.int64)[:, None]
-        starts = np.array([chunk.start for chunk, _ in chunks[part]], np.int64)
-        positions = starts[:, None] + np.arange(tokens)
-        layout = RowLayout(tuple(part.start + member for member in own.members), own.tokens)
-        payloads = self.coding.plan(layout, [stored[member] for member in layout.members])
-        table = own.table.numpy().ravel()
+    ) -> DecodeStep:
+        """What kernels read of a step. starts, slots: of all chunks of the load, by place."""
+        members = np.array(layout.members, np.int64)
+        # Sinks come first.
+        coded = np.arange(tokens) >= tokens - np.array(layout.tokens, np.int64)[:, None]
+        table = layout.table.numpy()
+        rows, numbers = layout.num_rows, plan.numbers
         # One upload: each costs as much as a launch. What begins a table begins 16 bytes.
-        tables = [slots[part][coded], positions[coded], table, payloads.numbers]
-        padded = [(x, np.zeros(len(x) % 2, np.int64)) for x in tables]
-        there = upload(
-            torch.from_numpy(np.concatenate([x for y in padded for x in y])), self.device
-        )
-        ends = np.cumsum([len(x) + len(x) % 2 for x in tables]).tolist()
-        own_slots, own_positions, own_table, numbers = (
-            there[end - len(x) - len(x) % 2 : end][: len(x)]
-            for end, x in zip(ends, tables, strict=True)
-        )
-        return DecodeStep(
-            layout, payloads, own_table.view(-1, 3), own_slots, own_positions, numbers
-        )
+        sizes = [rows, rows, table.size, len(numbers)]
+        ends = list(accumulate(size + size % 2 for size in sizes))
+        places = [
+            slice(end - size - size % 2, end - size % 2)
+            for end, size in zip(ends, sizes, strict=True)
+        ]
+        on_host = np.zeros(ends[-1], np.int64)
+        whole = len(members) * tokens == rows
+        on_host[places[0]] = slots[members].ravel() if whole else slots[members][coded]
+        positions = starts[members, None] + np.arange(tokens)
+        on_host[places[1]] = positions.ravel() if whole else positions[coded]
+        on_host[places[2]] = table.ravel()
+        on_host[places[3]] = numbers
+        there = upload(torch.from_numpy(on_host), self.device)
+        own_slots, own_positions, own_table, own_numbers = (there[place] for place in places)
+        return DecodeStep(layout, own_table.view(-1, 3), own_slots, own_positions, own_numbers)
 
     def _read_sinks(
         self, verified: Mapping[int, VerifiedBlob], slots: npt.NDArray[np.int64]

@@ -35,6 +35,13 @@ made of it."""
 NO_MARKS: Marks = np.zeros(0, np.bool_)
 
 
+def count_marked(marks: Sequence[Marks]) -> Lengths:
+    """How many tokens of each chunk are marked, int64 [n]; one look at all of them."""
+    ends = np.cumsum([0, *map(len, marks)])
+    sums = np.concatenate([np.zeros(1, np.int64), *marks]).cumsum()[ends]
+    return np.diff(sums)
+
+
 @dataclass(frozen=True)
 class StoredPayloads:
     """The payloads of one verified blob.

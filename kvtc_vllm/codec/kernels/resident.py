@@ -21,7 +21,7 @@ from kvtc_vllm.codec.kernels.row_table import LayerPlace
 COLUMNS = 64
 """Columns of a tile of codes; widths of resident matrices are multiples."""
 _ALIGNMENT = 16
-"""Payloads of a section begin at multiples of so many bytes."""
+"""Payloads of a section begin at multiples of so many bytes, a power of two."""
 
 Bytes = TypeVar("Bytes", int, Lengths)
 
@@ -160,7 +160,7 @@ def layer_places(artifact: RankArtifact, columns: Mapping[SectionKey, slice]) ->
 
 def padded_payload(length: Bytes) -> Bytes:
     """Bytes from a payload's place to the next one's."""
-    return -(-length // _ALIGNMENT) * _ALIGNMENT
+    return (length + (_ALIGNMENT - 1)) & -_ALIGNMENT
 
 
 def ordered(basis: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:

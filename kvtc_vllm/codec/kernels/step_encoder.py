@@ -13,7 +13,12 @@ from kvtc_vllm.codec.entropy import DEFLATE, RAW
 from kvtc_vllm.codec.entropy.unit_table import Lengths
 from kvtc_vllm.codec.kernels.chunks import RowLayout
 from kvtc_vllm.codec.kernels.numeric import products
-from kvtc_vllm.codec.kernels.payload_coding import Marks, RawPayloads, row_magnitudes
+from kvtc_vllm.codec.kernels.payload_coding import (
+    Marks,
+    RawPayloads,
+    count_marked,
+    row_magnitudes,
+)
 from kvtc_vllm.codec.kernels.resident import ResidentArtifact, padded_payload
 from kvtc_vllm.codec.kernels.step_encoding import PLACE, PayloadPool, encode_sections
 from kvtc_vllm.codec.kernels.step_tables import StepTables, bytes_per_column
@@ -49,9 +54,9 @@ class _Sizes:
         first_rows = np.empty_like(tokens)
         tokens[0::per_key], first_rows[0::per_key] = layout.tokens, layout.first_rows[:-1]
         if per_key == 2:
-            tokens[1::2] = [int(own.sum()) for own in marks]
+            tokens[1::2] = count_marked(marks)
             first_rows[1::2] = tokens[1].cumsum() - tokens[1]
-        columns = np.array([section.columns.counts for section in tables.sections], np.int64)
+        columns = tables.columns
         packed = bytes_per_column(tokens) * columns[:, None, :]
         padded = padded_payload(packed.sum(2))
         begins = (padded.ravel().cumsum() - padded.ravel()).reshape(padded.shape)
@@ -160,11 +165,9 @@ def _cut(
         axis=2,
     )
     unit_starts, unit_lengths, units = cut_streams(starts.ravel(), lengths.ravel())
-    coder_ids = np.full(lengths.shape[:2], DEFLATE.coder_id, np.int64)
-    for number, section in enumerate(tables.sections):
-        # As the reference writes what no token has.
-        empty = sizes.tokens[number, kept] == 0
-        coder_ids[:, number][empty | (section.plan is None)] = RAW.coder_id
+    # As the reference writes what no token has.
+    empty = (sizes.tokens[:, kept].T == 0) | ~tables.has_plan
+    coder_ids = np.where(empty, RAW.coder_id, DEFLATE.coder_id)
     end = int(ends[kept].max()) if len(kept) else 0
     return RawPayloads(
         layout.chosen(kept.tolist()),

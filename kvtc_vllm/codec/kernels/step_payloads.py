@@ -11,7 +11,7 @@ import torch
 
 from kvtc_vllm.codec.artifact import RankArtifact, SectionKey
 from kvtc_vllm.codec.base import read_section
-from kvtc_vllm.codec.container import SectionKind
+from kvtc_vllm.codec.container import SectionKind, joined_rows
 from kvtc_vllm.codec.entropy import RAW, UNIT_BYTES
 from kvtc_vllm.codec.entropy.unit_table import Lengths
 from kvtc_vllm.codec.errors import ContainerError
@@ -29,6 +29,7 @@ from kvtc_vllm.codec.kernels.payload_coding import (
     StepPayloads,
     StoredPayloads,
     check_finite,
+    count_marked,
 )
 from kvtc_vllm.codec.kernels.resident import ResidentArtifact, padded_payload
 from kvtc_vllm.codec.kernels.step_decoding import UNEVEN, decode_sections, find_escapes
@@ -57,7 +58,7 @@ _ROOM_FOR_ESCAPES = 1.5
 """Payload bytes of a step over those of its packed codes. More only makes smaller steps."""
 _COUNT_BYTES = 4
 _LENGTHS = 64
-"""Numbers of coded or marked tokens whose bounds are remembered."""
+"""Numbers of coded or marked tokens whose bounds and room are remembered."""
 _NO_BOUND = np.iinfo(np.int64).max
 _PART = 4
 """Numbers of a payload: first byte, bytes, tokens, first row."""
@@ -94,6 +95,8 @@ class StepPlanPayloads(PayloadCoding):
         self._has_beyond = np.array([plan is not None for plan in beyond])
         self._columns_beyond = np.array([StepColumns.of(plan).counts for plan in beyond], np.int64)
         self.tables = StepTables.build(self.plans, shared, marks, operand, device)
+        self._room = lru_cache(_LENGTHS)(self._list_room)
+        self._encoding = lru_cache(_LENGTHS)(self._list_encoding)
         self._bounds = lru_cache(_LENGTHS)(self._list_bounds)
         self._bounds_beyond = lru_cache(_LENGTHS)(self._list_bounds_beyond)
 
@@ -140,7 +143,7 @@ class StepPlanPayloads(PayloadCoding):
     ) -> list[StoredPayloads | None]:
         """Of blobs without exact tokens. None: who knows."""
         size = marks_length(tokens)
-        rows = np.stack([blob.tables.sections for blob in blobs])
+        rows = joined_rows([blob.tables for blob in blobs]).reshape(len(blobs), -1)
         raw = rows["raw_length"].astype(np.int64)
         marks_rows = rows[:, 0]
         right = (
@@ -167,10 +170,16 @@ class StepPlanPayloads(PayloadCoding):
         ]
 
     def chunk_room(self, tokens: int) -> tuple[int, int]:
+        return self._room(tokens)[1:]
+
+    def _list_room(self, tokens: int) -> tuple[int, int, int]:
+        """`payload_bytes`, and both numbers of `chunk_room`."""
         plans = [section.plan for section in self.tables.sections if section.plan is not None]
         most = sum(plan.most_raw_length(tokens) for plan in plans)
         places = padded_payload(1) * len(self.tables.sections)
-        return self.payload_bytes(tokens) + places, most + places
+        packed = sum(plan.raw_length(tokens) for plan in self.plans.values())
+        usual = int(packed * _ROOM_FOR_ESCAPES)
+        return usual, usual + places, most + places
 
     def marked_room(self, chunks: int, tokens: int) -> int:
         if self.rule is None:
@@ -199,7 +208,7 @@ class StepPlanPayloads(PayloadCoding):
         padded = padded_payload(lengths).ravel()
         places = (padded.cumsum() - padded).reshape(lengths.shape)
         tokens = np.array(layout.tokens, np.int64)
-        marks = np.array([int(own.marks.sum()) for own in stored], np.int64)
+        marks = count_marked([own.marks for own in stored])
         firsts = np.array(layout.first_rows[:-1], np.int64)
         parts = np.empty((lengths.shape[1], count, _PART), np.int64)
         parts[..., 0], parts[..., 1] = places.T, lengths.T
@@ -264,23 +273,22 @@ class StepPlanPayloads(PayloadCoding):
         lengths: Lengths = blob.tables.sections["raw_length"][first:].astype(np.int64)
         return lengths
 
-    def _packed_bytes(self, tokens: int) -> int:
-        """Of one chunk."""
-        return sum(plan.raw_length(tokens) for plan in self.plans.values())
-
     @property
     def sections(self) -> list[tuple[SectionKind, int]]:
         kinds = (SECTION_KIND, BEYOND_KIND)[: self._per_key]
         return [(kind[name], group) for group, name in self.resident.keys for kind in kinds]
 
     def payload_bytes(self, tokens: int) -> int:
-        return int(self._packed_bytes(tokens) * _ROOM_FOR_ESCAPES)
+        return self._room(tokens)[0]
 
     def stored_bytes(self, tokens: int) -> int:
         # As calibrated, all of a section's bytes.
         return int(sum(plan.token_bytes for plan in self.plans.values()) * tokens)
 
     def encode_bytes(self, tokens: int) -> int:
+        return self._encoding(tokens)
+
+    def _list_encoding(self, tokens: int) -> int:
         most = self.usual_marked(tokens)
         space = count_coefficients(self.resident, tokens, most) * torch.float32.itemsize
         # Rows of marked tokens are copied.

@@ -14,8 +14,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from kvtc_vllm.codec.artifact import SectionKey
@@ -126,9 +128,19 @@ class StepTables:
     rounding: torch.Tensor
     """float32 [2, G]: dead zone and offset of every column."""
 
-    @property
+    @cached_property
     def num_columns(self) -> int:
         return len(self.known)
+
+    @cached_property
+    def columns(self) -> Lengths:
+        """Of each width, int64 [S, widths]."""
+        return np.array([section.columns.counts for section in self.sections], np.int64)
+
+    @cached_property
+    def has_plan(self) -> npt.NDArray[np.bool_]:
+        """Of each section, [S]: without one it has no columns."""
+        return np.array([section.plan is not None for section in self.sections])
 
     @classmethod
     def build(

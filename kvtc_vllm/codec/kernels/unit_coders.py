@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from kvtc_vllm.codec.base import read_section
-from kvtc_vllm.codec.container import Section, SectionTables
+from kvtc_vllm.codec.container import Section, joined_rows
 from kvtc_vllm.codec.entropy import DEFLATE, MAX_UNIT_BYTES, DeflateCoder, aligned, padded
 from kvtc_vllm.codec.entropy.unit_table import CheckedUnits, Lengths, SectionBody, unsound_units
 from kvtc_vllm.codec.errors import ContainerError
@@ -212,9 +212,7 @@ class _NvcompReader:
         self._running: list[tuple[Decompressed, Lengths]] = []
         """What was begun, and the blob of each of its units."""
         tables = [each.tables for each in verified.values()]
-        rows = np.concatenate(
-            [np.empty(0, SectionTables.row_dtype()), *(table.sections for table in tables)]
-        )
+        rows = joined_rows(tables)
         counts = np.array([len(table.sections) for table in tables], np.int64)
         ends = counts.cumsum()
         self._first = np.zeros(len(blobs.views), np.int64)

@@ -25,7 +25,7 @@ from kvtc_vllm.codec.container import (
     build_entry,
     build_header,
     checksum,
-    header_with,
+    headers_with,
     section_tables,
 )
 from kvtc_vllm.codec.entropy import DEFLATE, UNIT_ALIGNMENT, UNIT_BYTES, UnitList, aligned
@@ -128,25 +128,24 @@ class ExpectedHead:
     def match(
         self, blobs: Sequence[Blob], names: Sequence[tuple[int, bytes]]
     ) -> list[VerifiedBlob | None]:
-        """The tables of each blob if it is as we write it. None: who knows. Checksums are right.
+        """The tables of each blob if it is as we write it. None: who knows.
 
-        names: first position and identity that each must have. All at once, because a look at one
-        costs as many calls of numpy as a look at all.
+        Blobs may be anything: their checksums need not be known yet. names: first position and
+        identity that each must have. All at once, because a look at one costs as many calls of
+        numpy as a look at all.
         """
         views = [memoryview(blob) for blob in blobs]
         count = len(self.entries)
         end = HEADER_BYTES + count * _ENTRY
         found: list[VerifiedBlob | None] = [None] * len(views)
-        likely = [
-            place
-            for place, (view, name) in enumerate(zip(views, names, strict=True))
-            if len(view) >= end + CHECKSUM_BYTES
-            and view[:HEADER_BYTES] == header_with(self.header, *name)
-        ]
+        likely = [i for i, view in enumerate(views) if len(view) >= end + CHECKSUM_BYTES]
         if not likely:
             return found
-        size = end - HEADER_BYTES
-        tables = np.stack([np.frombuffer(views[i], np.uint8, size, HEADER_BYTES) for i in likely])
+        # As bytes: numpy takes longer to stack as many small arrays.
+        joined = b"".join([views[place][:end] for place in likely])
+        heads = np.frombuffer(joined, np.uint8).reshape(len(likely), end)
+        headers = headers_with(self.header, [names[place] for place in likely])
+        tables = heads[:, HEADER_BYTES:].copy()
         entries = tables.reshape(len(likely), count, _ENTRY)
         rows = tables.view(SectionTables.row_dtype())
         raw, stored, units = (
@@ -165,6 +164,7 @@ class ExpectedHead:
             & (stored % UNIT_ALIGNMENT == 0)
             & (units <= raw)
         ).all(1)
+        right &= (heads[:, :HEADER_BYTES] == headers).all(1)
         right &= bodies + stored.sum(1) + CHECKSUM_BYTES == lengths
         for number in np.flatnonzero(right).tolist():
             place, body = likely[number], int(bodies[number])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any
 
@@ -84,6 +85,41 @@ def test_only_writing_waits_for_the_running_step(artifact: Any, device: str, log
     # All of the step is computed before. The sinks come last: they would make all the rest wait.
     assert log.entries[-1] == "scatter_rows"
     assert {"decode_payloads", "products"}.isdisjoint(log.entries[writes[0] :])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_device_inflates_while_tables_of_the_step_are_made(
+    artifact: Any, device: str, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec, loads = make(artifact, device)
+    inflate = log.noting("inflate", type(codec._units).open)
+    monkeypatch.setattr(type(codec._units), "open", inflate)
+    monkeypatch.setattr(paged_reader, "upload", log.noting("upload", paged_reader.upload))
+    assert codec.load(loads, TOKENS) == [None, None]
+    assert log.entries[:3] == ["inflate", "upload", "decode_payloads"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_heads_are_looked_at_while_checksums_are(
+    artifact: Any, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec, loads = make(artifact, device)
+    looked = threading.Event()
+    in_time: list[bool] = []
+    match = paged_reader.ExpectedHead.match
+
+    def noted(*args: Any) -> Any:
+        looked.set()
+        return match(*args)
+
+    def late(blob: Any) -> bool:
+        in_time.append(looked.wait(5))
+        return has_checksum(blob)
+
+    monkeypatch.setattr(paged_reader.ExpectedHead, "match", noted)
+    monkeypatch.setattr(paged_reader, "has_checksum", late)
+    assert codec.load(loads, TOKENS) == [None, None]
+    assert in_time == [True, True]
 
 
 @pytest.mark.parametrize("device", DEVICES)
