@@ -75,7 +75,6 @@ def main() -> int:
     args = parser.parse_args()
     end_on_sigterm()
     try:
-        documents.chats(args.chats or pace.MOST, args.turns)  # numbers that are wrong end it here
         demo = Demo(args.out, args.chats, args.turns)
         report = demo.run(args.model, args.registry, shipped=not args.calibrate)
     except (ArtifactError, ModelError, RuntimeError, ValueError) as error:
@@ -89,14 +88,17 @@ class Demo:
     """One run of the demo.
 
     out: directory for logs and report, made if need be. count: of conversations; None: as many as
-    the first server shows to end in time. turns: of each.
+    the first server shows to end in time. turns: of each. Raises ValueError for numbers of which
+    there are no conversations.
     """
 
     def __init__(self, out: Path, count: int | None, turns: int) -> None:
+        # Numbers that are wrong end it here, before anything is made.
+        chats = documents.chats(pace.MOST if count is None else count, turns)
         out.mkdir(parents=True, exist_ok=True)
         self._out = out
         self._turns = turns
-        self._chats = [] if count is None else documents.chats(count, turns)
+        self._chats = [] if count is None else chats
         self._reports: dict[str, RunReport] = {}
         self._answers: dict[str, Answers] = {}
         self._contexts: tuple[int, int] = (0, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.demo import documents, pace
+from benchmarks.demo.__main__ import RUNS
 
 
 @pytest.mark.parametrize(
@@ -47,3 +48,7 @@ def test_the_conversation_that_is_timed_is_like_those_held_and_not_one_of_them()
     assert timed not in held
     mean = sum(len(documents.page(topic)) for topic in held) / len(held)
     assert len(documents.page(timed)) == pytest.approx(mean, rel=0.1)
+
+
+def test_every_run_of_the_demo_counts() -> None:
+    assert len(RUNS) == pace.COMPUTED_RUNS + pace.RELOADED_RUNS
