@@ -48,6 +48,7 @@ from kvtc_vllm.vllm_cache.compat import (
     vllm_version,
 )
 from kvtc_vllm.vllm_cache.geometry import read_geometry
+from kvtc_vllm.vllm_cache.media import check_media_names
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -311,6 +312,7 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
         if self._config.disk_path is not None:
             algorithm = str(vllm_config.cache_config.prefix_caching_hash_algo)
             check_stable_hashes(vllm_version(), algorithm)
+            check_media_names(vllm_config)
         self._geometry = read_geometry(vllm_config, kv_cache_config)
         if "chunk_tokens" not in transfer.kv_connector_extra_config:
             self._config = with_whole_blocks(self._config, self._geometry)
