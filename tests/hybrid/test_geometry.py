@@ -286,9 +286,7 @@ def test_other_names_of_attention_are_refused(name: str) -> None:
         named_reach(name)
 
 
-@pytest.mark.parametrize(
-    ("pooling", "resumes"), [("LAST", True), ("MEAN", False), ("CLS", False)]
-)
+@pytest.mark.parametrize(("pooling", "resumes"), [("LAST", True), ("MEAN", False), ("CLS", False)])
 def test_answers_that_need_every_token_are_refused(
     reference_model: Path, pooling: str, resumes: bool
 ) -> None:

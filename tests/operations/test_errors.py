@@ -13,7 +13,6 @@ from kvtc_vllm.config.keys import key_fields
 from kvtc_vllm.lmcache.settings import LMCacheSettings
 from tools import errors
 
-
 SERVING = ("config", "connector", "vllm_cache", "offload", "tiers", "artifact", "codec")
 
 
