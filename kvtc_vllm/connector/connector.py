@@ -200,11 +200,17 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
             }
         )
 
-    def _restore(self, starts: Mapping[int, WorkerStart]) -> None:
-        """starts: by rank of all."""
+    def _restore(self, starts: Mapping[int, Any]) -> None:
+        """starts: by rank of all. `MultiConnector` gives every connector the first one's."""
+        ours = {r: found for r, found in starts.items() if isinstance(found, WorkerStart)}
+        if len(ours) < len(starts) and self._config.disk_path is not None:
+            logger.warning(
+                "kvtc: another connector's handshake came instead of ours, so what is on disk from "
+                "before is not offered until it is stored again"
+            )
         if self._scheduler is None:
-            self._begin_scheduling(any(found.one_copy for found in starts.values()))
-        entries = {rank: found.entries for rank, found in starts.items()}
+            self._begin_scheduling(any(found.one_copy for found in ours.values()))
+        entries = {rank: found.entries for rank, found in ours.items()}
         self._live_scheduler.restore(
             {r: found for r, found in entries.items() if found is not None}
         )
