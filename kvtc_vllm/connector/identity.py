@@ -23,6 +23,7 @@ from kvtc_vllm.codec.container import FORMAT_VERSION
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.config import KVTCConfig
+from kvtc_vllm.connector.environment import environment
 from kvtc_vllm.offload.geometry import CacheGeometry
 from kvtc_vllm.offload.setup_identity import SetupIdentity
 from kvtc_vllm.vllm_cache.compat import hash_seed_fact, vllm_version
@@ -195,6 +196,9 @@ def setup_identity(
         # Only where it is so: how experts are dealt out is how their results are summed.
         if getattr(parallel, name, alone) != alone:
             own[name] = getattr(parallel, name)
+    variables = environment()
+    if variables:
+        own["environment"] = variables
     if only_ratio is not None:
         own["only_ratio"] = only_ratio
     if one_copy:

@@ -23,7 +23,7 @@ import torch
 from kvtc_vllm.artifact.identity import VOLATILE_KEYS
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.config import load_config
-from kvtc_vllm.connector import identity
+from kvtc_vllm.connector import environment, identity
 from kvtc_vllm.connector.identity import LEFT_OUT, SetupIdentity, setup_identity
 from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup
 from kvtc_vllm.offload.reach import SlidingWindow
@@ -300,6 +300,34 @@ def test_the_models_length_counts_where_a_rope_table_is_not_known(plain: Any) ->
     assert digest(plain) == digest(longer)
     for layer_rope in ((), (0, None)):
         assert digest(plain, layer_rope=layer_rope) != digest(longer, layer_rope=layer_rope)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("VLLM_MARLIN_INPUT_DTYPE", ("int8", "fp8")),
+        ("VLLM_MOE_ROUTING_SIMULATION_STRATEGY", ("uniform_random", "normal_routing")),
+    ],
+)
+def test_variables_that_change_the_arithmetic_count(
+    plain: Any, monkeypatch: pytest.MonkeyPatch, name: str, values: tuple[str, ...]
+) -> None:
+    before = identify(plain)
+    assert "connector.environment" not in before.facts
+    found = {before.digest()}
+    for value in values:
+        monkeypatch.setenv(name, value)
+        found.add(digest(plain))
+    assert len(found) == 1 + len(values)
+
+
+@pytest.mark.parametrize("name", [*environment.LEFT_OUT, "VLLM_LOGGING_LEVEL", "VLLM_HOST_IP"])
+def test_variables_that_do_not_are_left_out(
+    plain: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    before = digest(plain)
+    monkeypatch.setenv(name, "1")
+    assert digest(plain) == before
 
 
 # ----------------------------------------------------------------------- our own facts
