@@ -23,7 +23,7 @@ import torch
 from kvtc_vllm.artifact.identity import VOLATILE_KEYS
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.config import load_config
-from kvtc_vllm.connector import environment, identity
+from kvtc_vllm.connector import environment, identity, model_files
 from kvtc_vllm.connector.identity import LEFT_OUT, SetupIdentity, setup_identity
 from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup
 from kvtc_vllm.offload.reach import SlidingWindow
@@ -438,6 +438,52 @@ def test_a_draft_models_weights_count_and_its_place_does_not(
         "speculative_config.draft_model_config.model",
     )
     assert identify(config).undigested == ("connector.draft_files",)
+
+
+def with_media(model: Path) -> Any:
+    """As if the model took images."""
+    from vllm.config import MultiModalConfig
+
+    config = engine_config(model)
+    config.model_config.multimodal_config = MultiModalConfig()
+    return config
+
+
+def test_what_makes_numbers_of_media_counts(
+    reference_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = (copied(reference_model, tmp_path / name) for name in ("1", "2"))
+    for directory, pixels in ((one, 1000), (two, 2000)):
+        of_video = {"size": {"longest_edge": pixels}}
+        (directory / "video_preprocessor_config.json").write_text(json.dumps(of_video))
+    assert identify(engine_config(one)).digest() == identify(engine_config(two)).digest()
+    assert identify(with_media(one)).digest() != identify(with_media(two)).digest()
+    before = identify(with_media(one))
+    monkeypatch.setattr(model_files, "version", lambda name: "0.0")
+    assert identify(with_media(one)).digest() != before.digest()
+
+
+def test_the_release_of_transformers_counts_where_it_computes(
+    reference_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = engine_config(reference_model)
+    theirs = engine_config(reference_model, model_impl="transformers")
+    before = [digest(config) for config in (plain, theirs)]
+    monkeypatch.setattr(model_files, "version", lambda name: "0.0")
+    after = [digest(config) for config in (plain, theirs)]
+    assert after[0] == before[0]
+    assert after[1] != before[1]
+
+
+def test_media_that_another_engine_encodes_are_nobody_s(plain: Any) -> None:
+    from vllm.config import ECTransferConfig
+
+    config = copy.deepcopy(plain)
+    for role, undigested in (("ec_producer", ()), ("ec_consumer", ("ec_transfer_config",))):
+        config.ec_transfer_config = ECTransferConfig(
+            ec_connector="ECExampleConnector", ec_role=role
+        )
+        assert identify(config).undigested == undigested
 
 
 # ------------------------------------------------------------- wrong answers of the past
