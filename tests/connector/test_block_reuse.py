@@ -1,0 +1,34 @@
+"""What a configuration says of the blocks of an answer."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.config import ModelConfig
+
+from kvtc_vllm.connector.block_reuse import drafts_answers
+
+
+def configuration(speculative: Any = None, **of_model: Any) -> Any:
+    model = SimpleNamespace(hf_config=SimpleNamespace(**of_model))
+    if hasattr(ModelConfig, "is_diffusion"):
+        is_diffusion: Any = ModelConfig.is_diffusion
+        model.is_diffusion = is_diffusion.fget(model)
+    return SimpleNamespace(model_config=model, speculative_config=speculative)
+
+
+def test_answers_are_drafts_where_tokens_are_proposed() -> None:
+    assert not drafts_answers(configuration())
+    assert drafts_answers(configuration(object()))
+
+
+@pytest.mark.skipif(
+    not hasattr(ModelConfig, "is_diffusion"), reason="this vLLM has no diffusion models"
+)
+def test_answers_are_drafts_where_a_canvas_is_computed_again_and_again() -> None:
+    assert drafts_answers(configuration(canvas_length=32))
