@@ -15,10 +15,10 @@ from kvtc_vllm.connector.block_reuse import drafts_answers
 
 
 def configuration(speculative: Any = None, **of_model: Any) -> Any:
-    model = SimpleNamespace(hf_config=SimpleNamespace(**of_model))
-    if hasattr(ModelConfig, "is_diffusion"):
-        is_diffusion: Any = ModelConfig.is_diffusion
-        model.is_diffusion = is_diffusion.fget(model)
+    """With vLLM's own rule of which models diffuse, if this release has one."""
+    rule = {name: vars(ModelConfig)[name] for name in ("is_diffusion",) if name in vars(ModelConfig)}
+    model = type("Model", (), rule)()
+    model.hf_config = SimpleNamespace(**of_model)
     return SimpleNamespace(model_config=model, speculative_config=speculative)
 
 
