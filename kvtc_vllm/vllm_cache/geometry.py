@@ -41,7 +41,7 @@ def read_geometry(
     _check_kinds(specs)
     if resumes:
         _check_states(specs)
-        _check_pooling(vllm_config.model_config)
+        _check_prefixes(vllm_config.model_config)
     parallel = vllm_config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         size = getattr(parallel, name, 1)
@@ -166,12 +166,17 @@ def _check_states(specs: Sequence[Any]) -> None:
             )
 
 
-def _check_pooling(model_config: Any) -> None:
-    """Raise UnsupportedError if answers are made of tokens that a loaded prefix does not compute.
+def _check_prefixes(model_config: Any) -> None:
+    """Raise UnsupportedError for models whose prefixes don't stand for themselves.
 
-    vLLM then keeps no prefixes itself, but asks a connector for them all the same, and its worker
-    ends at the first one.
+    vLLM resumes no prefix of some pooling models, but asks a connector for them all the same, and
+    its worker ends at the first one.
     """
+    if getattr(model_config, "is_diffusion", False):
+        raise UnsupportedError(
+            "a diffusion model is refused: it computes the tokens of an answer with those behind "
+            "them, which no block hash covers; serve it without this package"
+        )
     if getattr(model_config, "runner_type", "generate") != "pooling":
         return
     if not model_config.is_prefix_caching_supported:

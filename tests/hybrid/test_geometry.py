@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("vllm")
 
+from vllm.config import ModelConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1 import kv_cache_interface as specs
 
@@ -307,3 +308,17 @@ def test_answers_that_need_every_token_are_refused(
     with pytest.raises(UnsupportedError, match=f"seq_pooling_type={pooling} and .* is refused"):
         read_geometry(made, config)
     assert read_geometry(made, config, resumes=False).keeps_all
+
+
+@pytest.mark.skipif(
+    "is_diffusion" not in vars(ModelConfig), reason="this vLLM has no diffusion models"
+)
+def test_diffusion_models_are_refused() -> None:
+    """With vLLM's own rule of which these are."""
+    model = type("Model", (), {"is_diffusion": vars(ModelConfig)["is_diffusion"]})()
+    model.hf_config = SimpleNamespace(canvas_length=32)
+    diffuses = engine()
+    diffuses.model_config.is_diffusion = model.is_diffusion
+    group = specs.KVCacheGroupSpec(["model.layers.0.attn"], full())
+    with pytest.raises(UnsupportedError, match="a diffusion model is refused"):
+        read_geometry(diffuses, SimpleNamespace(kv_cache_groups=[group]))
