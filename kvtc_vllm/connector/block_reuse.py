@@ -29,13 +29,3 @@ def block_reuse(
         zeroes=bool(getattr(kv_cache_config, "needs_kv_cache_zeroing", False)),
         sleeps=bool(vllm_config.model_config.enable_sleep_mode),
     )
-
-
-def drafts_answers(vllm_config: VllmConfig) -> bool:
-    """Whether blocks of an answer may hold KV of other tokens than those that were taken.
-
-    Proposed tokens are computed beside taken ones. A diffusion model computes a whole canvas again
-    and again, each token with those behind it, which no block hash covers.
-    """
-    diffuses = bool(getattr(vllm_config.model_config, "is_diffusion", False))
-    return diffuses or vllm_config.speculative_config is not None

@@ -28,7 +28,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 
 from kvtc_vllm.config import KVTCConfig, load_config
 from kvtc_vllm.connector.artifact_lookup import look_up, record_bounds
-from kvtc_vllm.connector.block_reuse import block_reuse, drafts_answers
+from kvtc_vllm.connector.block_reuse import block_reuse
 from kvtc_vllm.connector.latent_ratio import with_latent_ratio
 from kvtc_vllm.connector.memory_tier import with_joint
 from kvtc_vllm.connector.messages import ReportMessage, StepMessage, WorkerStart
@@ -92,7 +92,8 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
                 self._config,
                 self._geometry,
                 bounds,
-                prompt_only=not self._config.store_decode or drafts_answers(vllm_config),
+                prompt_only=not self._config.store_decode
+                or vllm_config.speculative_config is not None,
                 loads=transfer.is_kv_consumer,
                 stores=transfer.is_kv_producer,
                 reuse=block_reuse(vllm_config, kv_cache_config, self._geometry),
