@@ -74,6 +74,7 @@ FACTS_BY_THEMSELVES = {
     "parallel_config.pipeline_parallel_size": "a fact of the connector",
     "parallel_config.data_parallel_size": "a fact of the connector where there are several",
     "parallel_config.enable_expert_parallel": "a fact of the connector where it is so",
+    "model_config.model": "where files that belong to media are read",
     "speculative_config.draft_model_config.model": "where the draft's files are read",
 }
 """Left-out fields that an own fact is made from."""
@@ -456,11 +457,16 @@ def test_what_makes_numbers_of_media_counts(
     for directory, pixels in ((one, 1000), (two, 2000)):
         of_video = {"size": {"longest_edge": pixels}}
         (directory / "video_preprocessor_config.json").write_text(json.dumps(of_video))
-    assert identify(engine_config(one)).digest() == identify(engine_config(two)).digest()
-    assert identify(with_media(one)).digest() != identify(with_media(two)).digest()
+    three = copied(one, tmp_path / "3")
+    assert digest(engine_config(one)) == digest(engine_config(two))
+    assert digest(with_media(one)) == digest(with_media(three)) != digest(with_media(two))
     before = identify(with_media(one))
     monkeypatch.setattr(model_files, "version", lambda name: "0.0")
-    assert identify(with_media(one)).digest() != before.digest()
+    assert digest(with_media(one)) != before.digest()
+    shutil.rmtree(three)
+    config = with_media(one)
+    config.model_config.model = str(three)
+    assert identify(config).undigested == ("connector.media_files",)
 
 
 def test_the_release_of_transformers_counts_where_it_computes(
