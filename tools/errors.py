@@ -49,24 +49,17 @@ PLACES = (
         "Raised as `ConfigError`, before anything is loaded. Keys are those of "
         "`kv_connector_extra_config`.",
         "`kvtc config --describe` prints every key with its values",
-        ("config/*.py",),
+        ("config/*.py", "offload/geometry.py"),
     ),
     Place(
         "vLLM, the model and its cache",
         "Raised as `UnsupportedError`: what is asked for is not read, and nothing is guessed.",
         "serve without this package, and report the model and the release of vLLM",
-        tuple(
-            f"connector/{name}.py"
-            for name in (
-                "compat",
-                "geometry",
-                "cache_dtype",
-                "scales",
-                "layout",
-                "latent",
-                "stages",
-                "state_transfer",
-            )
+        (
+            "vllm_cache/*.py",
+            "connector/scales.py",
+            "connector/stages.py",
+            "connector/state_transfer.py",
         ),
     ),
     Place(
@@ -103,7 +96,7 @@ PLACES = (
         "The codec",
         "The artifact's contents contradict one another, or the cache.",
         "copy or download the artifact again, or calibrate again",
-        ("codec/*.py", "codec/v2/*.py"),
+        ("codec/*.py", "codec/v2/*.py", "codec/kernels/*.py"),
     ),
     Place(
         "Below LMCache",

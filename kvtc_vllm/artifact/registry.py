@@ -63,9 +63,12 @@ class Wanted:
         return f"ratio {self.ratio:g}x"
 
 
-def user_registry() -> Path:
-    """The user's own registry, under XDG_DATA_HOME."""
-    home = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+def user_registry() -> Path | None:
+    """The user's own registry, under XDG_DATA_HOME; None for a user without a home."""
+    try:
+        home = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+    except RuntimeError:  # as in a container that runs under any number
+        return None
     return Path(home) / "kvtc" / "calibrations"
 
 
@@ -85,7 +88,8 @@ def search_path(configured: Sequence[str | Path] = ()) -> list[Path]:
     directories = [
         hub_registry(str(part)) if is_hub_name(part) else Path(part).expanduser() for part in named
     ]
-    return list(dict.fromkeys([*directories, user_registry(), shipped_registry()]))
+    own = [path for path in (user_registry(), shipped_registry()) if path is not None]
+    return list(dict.fromkeys([*directories, *own]))
 
 
 def _environment() -> list[str]:

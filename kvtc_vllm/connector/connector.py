@@ -48,6 +48,7 @@ from kvtc_vllm.vllm_cache.compat import (
     vllm_version,
 )
 from kvtc_vllm.vllm_cache.geometry import read_geometry
+from kvtc_vllm.vllm_cache.media import check_media_names
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -199,11 +200,17 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
             }
         )
 
-    def _restore(self, starts: Mapping[int, WorkerStart]) -> None:
-        """starts: by rank of all."""
+    def _restore(self, starts: Mapping[int, Any]) -> None:
+        """starts: by rank of all. `MultiConnector` gives every connector the first one's."""
+        ours = {r: found for r, found in starts.items() if isinstance(found, WorkerStart)}
+        if len(ours) < len(starts) and self._config.disk_path is not None:
+            logger.warning(
+                "kvtc: another connector's handshake came instead of ours, so what is on disk from "
+                "before is not offered until it is stored again"
+            )
         if self._scheduler is None:
-            self._begin_scheduling(any(found.one_copy for found in starts.values()))
-        entries = {rank: found.entries for rank, found in starts.items()}
+            self._begin_scheduling(any(found.one_copy for found in ours.values()))
+        entries = {rank: found.entries for rank, found in ours.items()}
         self._live_scheduler.restore(
             {r: found for r, found in entries.items() if found is not None}
         )
@@ -311,6 +318,7 @@ class KVTCConnector(KVConnectorBase_V1, SupportsHMA):
         if self._config.disk_path is not None:
             algorithm = str(vllm_config.cache_config.prefix_caching_hash_algo)
             check_stable_hashes(vllm_version(), algorithm)
+            check_media_names(vllm_config)
         self._geometry = read_geometry(vllm_config, kv_cache_config)
         if "chunk_tokens" not in transfer.kv_connector_extra_config:
             self._config = with_whole_blocks(self._config, self._geometry)

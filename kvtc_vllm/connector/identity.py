@@ -15,14 +15,15 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-import xxhash
 
-from kvtc_vllm.artifact.identity import VOLATILE_KEYS, model_directory, model_identity
+from kvtc_vllm.artifact.identity import VOLATILE_KEYS
 from kvtc_vllm.codec.artifact import Kind
 from kvtc_vllm.codec.container import FORMAT_VERSION
 from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.config import KVTCConfig
+from kvtc_vllm.connector.environment import environment
+from kvtc_vllm.connector.model_files import ALWAYS, WHERE_IT_IS_SO
 from kvtc_vllm.offload.geometry import CacheGeometry
 from kvtc_vllm.offload.setup_identity import SetupIdentity
 from kvtc_vllm.vllm_cache.compat import hash_seed_fact, vllm_version
@@ -195,17 +196,26 @@ def setup_identity(
         # Only where it is so: how experts are dealt out is how their results are summed.
         if getattr(parallel, name, alone) != alone:
             own[name] = getattr(parallel, name)
+    variables = environment()
+    if variables:
+        own["environment"] = variables
     if only_ratio is not None:
         own["only_ratio"] = only_ratio
     if one_copy:
         own["latent_copies"] = "one"
     if geometry.has_states:
         own["state_codec"] = config.state_codec
-    for name, find in (("draft_files", _draft_files), ("model_code", _model_code)):
+    for name, find in (*ALWAYS.items(), *WHERE_IT_IS_SO.items()):
         try:
-            own[name] = find(vllm_config)
+            found = find(vllm_config)
         except (ArtifactError, OSError):
             facts.undigested.append(f"connector.{name}")
+            continue
+        if found is not None or name in ALWAYS:
+            own[name] = found
+    if getattr(getattr(vllm_config, "ec_transfer_config", None), "is_ec_consumer", False):
+        # Images are what another engine's encoder made of them, and nobody tells by which weights.
+        facts.undigested.append("ec_transfer_config")
     for name, value in own.items():
         facts.add(f"connector.{name}", value)
     return SetupIdentity(facts.texts, tuple(sorted(facts.undigested)))
@@ -216,29 +226,6 @@ def _load_configs(vllm_config: VllmConfig) -> Iterator[Any]:
     draft = getattr(getattr(vllm_config, "speculative_config", None), "draft_load_config", None)
     if draft is not None:
         yield draft
-
-
-def _draft_files(vllm_config: VllmConfig) -> str | None:
-    """Fingerprint of a draft model's files, whose layers share the cache; None without one."""
-    speculative = getattr(vllm_config, "speculative_config", None)
-    draft = getattr(speculative, "draft_model_config", None)
-    target = vllm_config.model_config
-    if draft is None or (draft.model, draft.revision) == (target.model, target.revision):
-        return None
-    return model_identity(draft.model, draft.revision).identity
-
-
-def _model_code(vllm_config: VllmConfig) -> str | None:
-    """Fingerprint of a model's own code, if it may run; None if it may not or there is none."""
-    model = vllm_config.model_config
-    if not getattr(model, "trust_remote_code", False):
-        return None
-    digest = xxhash.xxh3_128()
-    files = sorted(model_directory(model.model, model.revision).rglob("*.py"))
-    for path in files:
-        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest() if files else None
 
 
 class _Facts:

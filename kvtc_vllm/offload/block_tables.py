@@ -10,11 +10,10 @@ from kvtc_vllm.offload.vllm_types import SchedulerOutput
 
 @dataclass
 class StepProgress:
-    """One request in one step: tokens computed before it, and whether it was preempted."""
+    """One request in one step: tokens computed before it, and those that it computes."""
 
     computed: int
     scheduled: int
-    resumed: bool
 
 
 @dataclass
@@ -31,16 +30,15 @@ class BlockTables:
     def update(self, scheduler_output: SchedulerOutput) -> dict[str, StepProgress]:
         """Apply one step's `SchedulerOutput`; returns the requests scheduled in it.
 
-        A resumed (preempted) request comes back with a whole new table.
+        A resumed (preempted) request comes back with a whole new table; to vLLM's second model
+        runner it comes as a new one.
         """
         progress: dict[str, StepProgress] = {}
         scheduled = scheduler_output.num_scheduled_tokens
         for new in scheduler_output.scheduled_new_reqs:
             self._begin(new.req_id)
             self._extend(new.req_id, new.block_ids)
-            progress[new.req_id] = StepProgress(
-                new.num_computed_tokens, scheduled[new.req_id], False
-            )
+            progress[new.req_id] = StepProgress(new.num_computed_tokens, scheduled[new.req_id])
         cached = scheduler_output.scheduled_cached_reqs
         for i, request_id in enumerate(cached.req_ids):
             resumed = request_id in cached.resumed_req_ids
@@ -50,7 +48,7 @@ class BlockTables:
             if blocks:
                 self._extend(request_id, blocks)
             progress[request_id] = StepProgress(
-                cached.num_computed_tokens[i], scheduled.get(request_id, 0), resumed
+                cached.num_computed_tokens[i], scheduled.get(request_id, 0)
             )
         return progress
 

@@ -230,7 +230,22 @@ class LoadPipeline:
                 out.failed_loads.add(request.request_id)
 
     def _try(self, items: Sequence[LoadItem], request: _Load) -> Sequence[str | None]:
-        """For every chunk the reason why it failed, if it did. No exception gets past here."""
+        """For every chunk the reason why it failed, if it did. No exception gets past here.
+
+        A batch without an outcome would keep its request waiting for ever.
+        """
+        try:
+            return self._outcomes(items, request)
+        except Exception as failure:
+            logger.exception(
+                "kvtc: loading %d chunks of request %s failed, recomputing",
+                len(items),
+                request.request_id,
+            )
+            memory = isinstance(failure, torch.OutOfMemoryError | MemoryError)
+            return [OUT_OF_MEMORY if memory else "error"] * len(items)
+
+    def _outcomes(self, items: Sequence[LoadItem], request: _Load) -> Sequence[str | None]:
         if not self._holds(request.proof) or not request.same_adapter:
             return [CHANGED] * len(items)
         blobs: list[Blob | StoreError] = []
@@ -244,18 +259,9 @@ class LoadPipeline:
             if not isinstance(blob, StoreError)
         ]
         transfer = self._transfers[items[0].group]
-        try:
-            # vLLM computes into the blocks of a failed load at once: nothing may write there then.
-            with self._own.mine.stream.to_end():
-                errors = iter(transfer.load(found, request.point) if found else [])
-        except Exception as failure:
-            logger.exception(
-                "kvtc: loading %d chunks of request %s failed, recomputing",
-                len(items),
-                request.request_id,
-            )
-            memory = isinstance(failure, torch.OutOfMemoryError)
-            return [OUT_OF_MEMORY if memory else "error"] * len(items)
+        # vLLM computes into the blocks of a failed load at once: nothing may write there then.
+        with self._own.mine.stream.to_end():
+            errors = iter(transfer.load(found, request.point) if found else [])
         reasons: list[str | None] = []
         for item, blob in zip(items, blobs, strict=True):
             error = blob if isinstance(blob, StoreError) else next(errors)

@@ -7,13 +7,15 @@ not by weights of before an update, and not on top of blocks of theirs (`Freshne
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from kvtc_vllm.offload.adapters import AdapterDigests, adapter_id
+from kvtc_vllm.offload.block_tables import StepProgress
 from kvtc_vllm.offload.freshness import Freshness
 from kvtc_vllm.offload.load_policy import Way
 from kvtc_vllm.offload.messages import AdapterUse, StoreItem
+from kvtc_vllm.offload.origins import Origins
 from kvtc_vllm.offload.vllm_types import Request
 
 logger = logging.getLogger("vllm.kvtc")
@@ -52,6 +54,8 @@ class RequestState:
     """Stores of its answer that are needed only as long as it ends near them."""
     loads: int = 0
     """That were planned for it since it began or was preempted."""
+    preemptions: int = 0
+    """How often it was preempted when it was last looked at."""
     junction: int = 0
     """Tokens of a prefix that it shares with requests before, and that could not be restored
     there; 0 for none."""
@@ -60,14 +64,16 @@ class RequestState:
 class RequestStates:
     """Requests that vLLM has shown us and that have not ended. Scheduler's thread only.
 
-    shares_experts: with other engines, each of which holds some of them.
+    boundary: tokens, see `CacheGeometry`. shares_experts: with other engines, each of which holds
+    some of them.
     """
 
-    def __init__(self, ranks: int, shares_experts: bool = False) -> None:
+    def __init__(self, ranks: int, boundary: int, shares_experts: bool = False) -> None:
         self.shares_experts = shares_experts
-        self._mixed = False
+        self._mixed = self._has_foreign = False
         self.adapters = AdapterDigests(ranks)
         self.freshness = Freshness()
+        self._origins = Origins(boundary)
         self._states: dict[str, RequestState] = {}
 
     def of(self, request: Request) -> RequestState:
@@ -76,6 +82,8 @@ class RequestStates:
         if state is None:
             state = self._states[request.request_id] = RequestState(request)
         state.request = request
+        if state.preemptions != request.num_preemptions:
+            state.preemptions, state.loads = request.num_preemptions, 0
         return state
 
     def get(self, request_id: str) -> RequestState | None:
@@ -85,15 +93,20 @@ class RequestStates:
     def forget(self, request_id: str) -> None:
         """Drop the state of a request that ended."""
         self._states.pop(request_id, None)
+        self._origins.forget(request_id)
 
     def find_adapter(self, state: RequestState) -> None:
         """Fill in its adapter, or have workers asked."""
         if state.adapter is None and not state.nameless:
             state.adapter = self.adapters.of(state.request)
 
-    def begin(self, state: RequestState, step: int) -> None:
-        """Note that work for a request, new or preempted, begins in `step` on vLLM's blocks."""
-        state.began = step
+    def begin(self, state: RequestState, step: int, loaded: int) -> None:
+        """Note that work for a request, new or preempted, begins in `step` on vLLM's blocks.
+
+        loaded: tokens that the tier adds to those of vLLM's cache.
+        """
+        state.began, state.next_chunk = step, 0
+        self._origins.begins(state.request.request_id, state.looked_up + loaded)
         state.tainted = self._mixed or self._is_on_suspects(state)
 
     def take_adapter(self, number: int, news: dict[int, bytes | None], step: int) -> None:
@@ -114,6 +127,36 @@ class RequestStates:
         """Taint what was computed before `step`, in which other weights were found."""
         self.freshness.changed(step)
         self._taint(step)
+
+    def scheduled(
+        self, progresses: Mapping[str, StepProgress]
+    ) -> Iterator[tuple[RequestState, StepProgress]]:
+        """The known requests of a step that is being planned."""
+        for request_id in self._origins.of_others(progresses):
+            self.take_foreign(request_id)
+        for request_id, progress in progresses.items():
+            state = self._states.get(request_id)
+            if state is not None:
+                yield state, progress
+
+    def take_foreign(self, request_id: str) -> None:
+        """Note that a request has KV that another connector loaded, which vLLM's cache has too.
+
+        It and what begins on vLLM's cache, until that is emptied, is not stored.
+        """
+        if not self._has_foreign:
+            self._has_foreign = True
+            logger.warning(
+                "kvtc: another connector loads KV; what is computed on it is not stored, since "
+                "nobody here can tell what computed that"
+            )
+        self.freshness.mixed()
+        found = self._states.get(request_id)
+        since = None if found is None else found.began
+        for state in self._states.values():
+            begins = state.began is not None and since is not None and state.began >= since
+            if state is found or (begins and state.looked_up > 0):
+                state.tainted = True
 
     def start_again(self) -> None:
         """Have all chunks of all requests considered again, under new names.

@@ -105,7 +105,7 @@ class KVTCScheduler:
         )
         self._touched: list[RecordKey] = []
         self._step_number = 0
-        self._requests = RequestStates(ranks, shares_experts)
+        self._requests = RequestStates(ranks, geometry.boundary_tokens, shares_experts)
         self._tables = BlockTables(geometry.block_tables)
         self._loads = RunningLoads()
         self._new_loads: list[LoadJob] = []
@@ -200,7 +200,7 @@ class KVTCScheduler:
         if loaded:
             return  # scheduled again after its load: nothing new was looked up
         state.way = Way.LATER
-        self._requests.begin(state, self._step_number + 1)
+        self._requests.begin(state, self._step_number + 1, tokens)
         try:
             self._plan_load(state, tables, tokens)
         finally:
@@ -252,16 +252,12 @@ class KVTCScheduler:
         self._look_for_reset()
         due, gone = self._stores.due(), self._stores.take_gone()
         stores: list[StoreItem] = []
-        for request_id, progress in self._tables.update(scheduler_output).items():
-            state = self._requests.get(request_id)
-            if state is None:
-                continue
-            if progress.resumed:
-                state.next_chunk = state.loads = 0
+        progresses = self._tables.update(scheduler_output)
+        for state, progress in self._requests.scheduled(progresses):
             computed = progress.computed + progress.scheduled
             if computed < (state.next_chunk + 1) * self._chunk_tokens:
                 continue  # as in nearly every step that generates
-            tables = self._tables.ids[request_id]
+            tables = self._tables.ids[state.request.request_id]
             stores += self._stores.completed(state, tables, progress.computed, computed)
         for request_id in scheduler_output.finished_req_ids:
             self._requests.forget(request_id)
@@ -324,6 +320,8 @@ class KVTCScheduler:
             if report.stale_since:
                 self._take_change(report.stale_since)
         for request_id in finished_loads or ():
+            if not self._loads.is_running(request_id):
+                self._requests.take_foreign(request_id)
             loaded = self._loads.end(request_id)
             self.index.unpin(loaded)
             if self._spare is not None:

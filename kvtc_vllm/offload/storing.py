@@ -190,21 +190,22 @@ class StorePipeline:
         proof: Proof,
         point: Event,
     ) -> None:
-        started = time.perf_counter()
+        started, settled = time.perf_counter(), 0
         try:
             with self._stream.to_end(point):
                 self._stream.adopt(*staged.tensors)
                 blobs = self._transfers[items[0].group].encode(staged)
-        except Exception as error:
-            logger.exception("kvtc: %d chunks not stored", len(items))
-            self.drop(items, epoch, _reason(error))
-        else:
             if not proof.holds:
                 self._outbox.found_stale(proof.step, proof.epoch)
                 self.drop(items, epoch, "changed")
                 return
             for item, blob in zip(items, blobs, strict=True):
                 self._keep(item, blob, epoch)
+                settled += 1
+        except Exception as error:
+            # Whatever it is: a store without an outcome keeps its room, and an idle engine awake.
+            logger.exception("kvtc: %d chunks not stored", len(items) - settled)
+            self.drop(items[settled:], epoch, _reason(error))
         finally:
             seconds = time.perf_counter() - started
             self._release(items)
@@ -262,4 +263,5 @@ class StorePipeline:
 
 
 def _reason(error: Exception) -> str:
-    return "out_of_memory" if isinstance(error, torch.OutOfMemoryError) else "error"
+    memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return "out_of_memory" if memory else "error"

@@ -41,6 +41,7 @@ def read_geometry(
     _check_kinds(specs)
     if resumes:
         _check_states(specs)
+        _check_prefixes(vllm_config.model_config)
     parallel = vllm_config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         size = getattr(parallel, name, 1)
@@ -163,6 +164,29 @@ def _check_states(specs: Sequence[Any]) -> None:
                 f"the model's recurrent layers keep states in mode {mode!r}, where no prefix can "
                 "be resumed; serve it with --enable-prefix-caching, which makes it 'align'"
             )
+
+
+def _check_prefixes(model_config: Any) -> None:
+    """Raise UnsupportedError for models whose prefixes don't stand for themselves.
+
+    vLLM resumes no prefix of some pooling models, but asks a connector for them all the same, and
+    its worker ends at the first one.
+    """
+    if getattr(model_config, "is_diffusion", False):
+        raise UnsupportedError(
+            "a diffusion model is refused: it computes the tokens of an answer with those behind "
+            "them, which no block hash covers; serve it without this package"
+        )
+    if getattr(model_config, "runner_type", "generate") != "pooling":
+        return
+    if not model_config.is_prefix_caching_supported:
+        pooler = model_config.pooler_config
+        raise UnsupportedError(
+            f"a pooling model with seq_pooling_type={pooler.seq_pooling_type} and "
+            f"tok_pooling_type={pooler.tok_pooling_type} is refused: vLLM resumes none of its "
+            "prefixes, since it needs the hidden states of all tokens; serve it without this "
+            "package"
+        )
 
 
 def _hash_block(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pwd
 import shutil
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,18 @@ def test_search_order(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     for year, root in reversed(list(enumerate(roots, start=2026))):
         expected = place(written, root, "x", created=f"{year}-01-01T00:00:00+00:00")
         assert look(registries=configured) == expected
+
+
+def test_a_user_without_a_home_has_no_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs under a number that no file knows."""
+
+    def nobody(number: int) -> Any:
+        raise KeyError(number)
+
+    for name in ("HOME", "XDG_DATA_HOME", registry.ENVIRONMENT_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    assert search_path() == [registry.shipped_registry()]
 
 
 def test_each_directory_once(tmp_path: Path) -> None:

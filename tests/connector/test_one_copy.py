@@ -193,6 +193,21 @@ def test_the_scheduler_does_as_its_workers_do() -> None:
     assert silent._live_scheduler.pools == ["pool"]
 
 
+class OthersStart:
+    """What a connector beside ours tells its scheduler's side."""
+
+
+def test_another_connector_s_handshake_is_not_ours(caplog: pytest.LogCaptureFixture) -> None:
+    """`MultiConnector` gives all of them the first that there is."""
+    beside = connector()
+    beside._config = settings(disk_path="/var/cache/kvtc", disk_bytes="1GiB")
+    with caplog.at_level("WARNING", logger="vllm.kvtc"):
+        beside.set_xfer_handshake_metadata_pp_aware({(0, 0): OthersStart(), (0, 1): OthersStart()})
+    assert "what is on disk from before is not offered" in caplog.text
+    assert beside._live_scheduler.restored == {}
+    assert not beside._live_scheduler.one_copy
+
+
 def test_copies_of_all_ranks_need_room() -> None:
     small = connector(bound=MIB * 3 // 4)
     with pytest.raises(ConfigError, match="too small for one chunk: 2 rank"):

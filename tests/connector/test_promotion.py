@@ -363,7 +363,9 @@ def test_a_prefix_is_stored_from_its_second_request_on_and_preemption_does_not_c
     side = scheduler(store_threshold=2)
     first = FakeRequest("r", 256)
     assert start(side, first, list(range(8)), 256).stores == []
-    first.num_computed_tokens = 0
+    first.num_computed_tokens, first.num_preemptions = 0, 1
+    assert side.match(first, 0) == 0
+    side.plan_load(first, (list(range(8)),), 0)
     again = step(side, first, 256, resumed=True, new_blocks=(list(range(8)),))
     assert again.stores == []
     stats = side.take_stats()

@@ -6,11 +6,14 @@ import pytest
 
 from kvtc_vllm.config import ConfigError
 from kvtc_vllm.offload.load_policy import Way
-from kvtc_vllm.offload.messages import WorkerReport
+from kvtc_vllm.offload.messages import StepMetadata, WorkerReport
 from kvtc_vllm.offload.pace import Pace
 from kvtc_vllm.offload.rates import MIN_SAMPLES
+from kvtc_vllm.offload.scheduler import MOST_LOADS, KVTCScheduler
 from tests.connector.fakes import (
     BLOCK,
+    FakeBlockPool,
+    FakeNew,
     FakeOutput,
     FakeRequest,
     confirm,
@@ -160,9 +163,86 @@ def test_resumed_requests_get_a_new_table_and_retry_stores() -> None:
     request = FakeRequest("r", 256)
     metadata = start(side, request, list(range(8)), 128)
     side.apply_report(WorkerReport(0, dropped=[(s.key, 0) for s in metadata.stores]), None)
-    request.num_computed_tokens = 0
-    again = step(side, request, 256, resumed=True, new_blocks=(list(range(50, 58)),))
+    request.num_computed_tokens, request.num_preemptions = 0, 1
+    blocks = list(range(50, 58))
+    assert side.match(request, 0) == 0
+    side.plan_load(request, (blocks,), 0)
+    again = step(side, request, 256, resumed=True, new_blocks=(blocks,))
     assert [s.block_ids for s in again.stores] == [[50, 51, 52, 53], [54, 55, 56, 57]]
+
+
+def test_vllm_s_second_model_runner_is_told_of_resumed_requests_as_of_new_ones() -> None:
+    side = scheduler()
+    request = FakeRequest("r", 256)
+    metadata = start(side, request, list(range(8)), 256)
+    side.apply_report(WorkerReport(0, dropped=[(s.key, 0) for s in metadata.stores]), None)
+    request.num_computed_tokens, request.num_preemptions = 0, 1
+    again = start(side, request, list(range(50, 58)), 256)
+    assert [s.block_ids for s in again.stores] == [[50, 51, 52, 53], [54, 55, 56, 57]]
+
+
+def test_a_preempted_request_may_load_as_often_as_a_new_one() -> None:
+    side = scheduler()
+    fill(side, FakeRequest("r", 640))
+    request = FakeRequest("again", 640)
+    for preemptions in range(MOST_LOADS + 2):
+        request.num_computed_tokens, request.num_preemptions = 0, preemptions
+        assert side.match(request, 0) == 512
+        side.plan_load(request, (list(range(20)),), 512)
+        side.plan_step(FakeOutput())
+        side.apply_report(None, {"again"})
+        request.num_computed_tokens = 512
+        output = FakeOutput([FakeNew("again", (list(range(20)),), 512)])
+        output.num_scheduled_tokens = {"again": 128}
+        side.plan_step(output)
+
+
+def other_loads(side: KVTCScheduler, request: FakeRequest, tokens: int, told: bool) -> StepMetadata:
+    """Another connector loads `tokens` tokens of a request, of which 256 are computed then.
+
+    told: it loads between steps, and workers tell its end.
+    """
+    blocks = list(range(-(-request.num_tokens // BLOCK)))
+    assert side.match(request, 0) == 0
+    side.plan_load(request, (blocks,), 0)
+    if told:
+        side.plan_step(FakeOutput())
+        side.apply_report(None, {request.request_id})
+        request.num_computed_tokens = tokens
+        side.plan_load(request, (blocks,), 0)
+    output = FakeOutput([FakeNew(request.request_id, (blocks,), tokens)])
+    output.num_scheduled_tokens = {request.request_id: 256}
+    return side.plan_step(output)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_what_another_connector_loaded_is_not_stored(told: bool) -> None:
+    """Beside it in a `MultiConnector`: some other engine computed that, nobody knows which."""
+    side, pool = scheduler(), FakeBlockPool()
+    side.bind_gpu_blocks(pool)
+    before = FakeRequest("before", 512, name="before")
+    assert len(start(side, before, list(range(16)), 256).stores) == 2
+    other = FakeRequest("r", 640, name="other")
+    assert other_loads(side, other, 256, told).stores == []
+    # Nor what is computed on its blocks, which vLLM's cache has from now on.
+    again = FakeRequest("again", 640, name="other")
+    assert start(side, again, list(range(20)), 384, local=256).stores == []
+    # What the engine computed by itself is: a request that runs, and one that begins at nothing.
+    assert len(step(side, before, 256).stores) == 2
+    assert len(start(side, FakeRequest("new", 256, name="new"), list(range(8)), 256).stores) == 2
+    pool.reset()
+    last = FakeRequest("last", 640, name="last")
+    assert len(start(side, last, list(range(20)), 384, local=256).stores) == 5
+
+
+def test_a_block_that_vllm_has_in_part_is_not_another_connector_s() -> None:
+    side = scheduler()
+    request = FakeRequest("r", 256)
+    assert side.match(request, 96) == 0
+    side.plan_load(request, (list(range(8)),), 0)
+    output = FakeOutput([FakeNew("r", (list(range(8)),), 96 + BLOCK - 1)])
+    output.num_scheduled_tokens = {"r": 256 - 96 - BLOCK + 1}
+    assert len(side.plan_step(output).stores) == 2
 
 
 def test_reset_forgets_everything_and_ignores_late_reports() -> None:

@@ -35,6 +35,7 @@ from kvtc_vllm.offload.names import Names
 from kvtc_vllm.offload.weights import WeightsWatch
 from kvtc_vllm.offload.worker import KVTCWorker
 from kvtc_vllm.tiers.blob_store import MemoryStore
+from kvtc_vllm.tiers.memory import MemoryArena
 from kvtc_vllm.vllm_cache.layout import PagedLayout
 from tests.connector.fakes import BLOCK, FakeLora, geometry
 from tests.connector.test_adapters import Manager, loaded
@@ -375,6 +376,67 @@ def test_encoder_errors_drop_the_store(error: Exception, reason: str) -> None:
     rig = Rig(Failing())
     rig.store(b"a", [1, 2, 3, 4])
     assert rig.report().dropped == [(b"a", 0)]
+    assert rig.counters()[f"dropped_stores/{reason}"] == 1
+    rig.worker.shutdown()
+
+
+class Unexpected(MemoryArena):
+    """Raises what no store may raise, as a system call does that nobody foresaw."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(1 << 20)
+        self.error = error
+        self.fails = ""
+
+    def read(self, key: bytes) -> bytes:
+        if self.fails == "read":
+            raise self.error
+        return super().read(key)
+
+    def write(self, key: bytes, blob: bytes, tenant: bytes = b"") -> int:
+        if self.fails == "write" and key != b"first":
+            raise self.error
+        return super().write(key, blob, tenant)
+
+
+UNEXPECTED = [
+    (OSError("input/output error"), "error"),
+    (MemoryError(), "out_of_memory"),
+]
+
+
+@pytest.mark.parametrize(("error", "reason"), UNEXPECTED)
+def test_a_read_that_fails_as_nobody_foresaw_ends_its_load(error: Exception, reason: str) -> None:
+    """Else the request would wait for ever."""
+    memory = Unexpected(error)
+    rig = Rig(memory=memory)
+    rig.store(b"k", [1, 2, 3, 4])
+    rig.settled()
+    memory.fails = "read"
+    rig.load(b"k", [21, 22, 23, 24])
+    assert rig.finish_load() == {21, 22, 23, 24}
+    assert rig.counters()[f"failed_loads/{reason}"] == 1
+    report = rig.worker.take_report()
+    # A lack of memory says nothing against the chunk.
+    assert (report.bad if report else []) == ([] if reason == "out_of_memory" else [b"k"])
+    rig.worker.shutdown()
+
+
+@pytest.mark.parametrize(("error", "reason"), UNEXPECTED)
+def test_a_write_that_fails_as_nobody_foresaw_is_reported(error: Exception, reason: str) -> None:
+    """Else its room would be reserved for ever, and an idle engine would wait for it."""
+    memory = Unexpected(error)
+    rig = Rig(memory=memory)
+    memory.fails = "write"
+    stores = [StoreItem(b"first", 0, [1, 2, 3, 4]), StoreItem(b"second", 128, [5, 6, 7, 8])]
+    step = StepMetadata(number=1, stores=stores)
+    rig.worker.begin_step(step)
+    rig.worker.store(step)
+    report = rig.settled()
+    while not (report.stored and report.dropped):
+        report.aggregate(rig.report())
+    assert [key for key, _, _ in report.stored] == [b"first"]
+    assert report.dropped == [(b"second", 0)]
     assert rig.counters()[f"dropped_stores/{reason}"] == 1
     rig.worker.shutdown()
 

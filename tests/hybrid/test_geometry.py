@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 
 pytest.importorskip("vllm")
 
+from vllm.config import ModelConfig
+from vllm.engine.arg_utils import EngineArgs
 from vllm.v1 import kv_cache_interface as specs
 
 from kvtc_vllm.config import ConfigError, load_config
@@ -282,3 +285,40 @@ def test_names_of_attention_are_read_as_they_are_written(reach: Any) -> None:
 def test_other_names_of_attention_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="is not known; full, state, window N"):
         named_reach(name)
+
+
+@pytest.mark.parametrize(("pooling", "resumes"), [("LAST", True), ("MEAN", False), ("CLS", False)])
+def test_answers_that_need_every_token_are_refused(
+    reference_model: Path, pooling: str, resumes: bool
+) -> None:
+    """vLLM asks a connector for prefixes of such a model, and ends when it is given one."""
+    made = EngineArgs(
+        model=str(reference_model),
+        dtype="float32",
+        max_model_len=512,
+        runner="pooling",
+        convert="embed",
+        pooler_config={"seq_pooling_type": pooling},
+    ).create_engine_config()
+    group = specs.KVCacheGroupSpec(["model.layers.0.attn"], full(dtype=torch.float32))
+    config = SimpleNamespace(kv_cache_groups=[group])
+    if resumes:
+        assert read_geometry(made, config).keeps_all
+        return
+    with pytest.raises(UnsupportedError, match=f"seq_pooling_type={pooling} and .* is refused"):
+        read_geometry(made, config)
+    assert read_geometry(made, config, resumes=False).keeps_all
+
+
+@pytest.mark.skipif(
+    "is_diffusion" not in vars(ModelConfig), reason="this vLLM has no diffusion models"
+)
+def test_diffusion_models_are_refused() -> None:
+    """With vLLM's own rule of which these are."""
+    model = type("Model", (), {"is_diffusion": vars(ModelConfig)["is_diffusion"]})()
+    model.hf_config = SimpleNamespace(canvas_length=32)
+    diffuses = engine()
+    diffuses.model_config.is_diffusion = model.is_diffusion
+    group = specs.KVCacheGroupSpec(["model.layers.0.attn"], full())
+    with pytest.raises(UnsupportedError, match="a diffusion model is refused"):
+        read_geometry(diffuses, SimpleNamespace(kv_cache_groups=[group]))

@@ -23,7 +23,7 @@ import torch
 from kvtc_vllm.artifact.identity import VOLATILE_KEYS
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.config import load_config
-from kvtc_vllm.connector import identity
+from kvtc_vllm.connector import environment, identity, model_files
 from kvtc_vllm.connector.identity import LEFT_OUT, SetupIdentity, setup_identity
 from kvtc_vllm.offload.geometry import CacheGeometry, CacheGroup
 from kvtc_vllm.offload.reach import SlidingWindow
@@ -74,6 +74,7 @@ FACTS_BY_THEMSELVES = {
     "parallel_config.pipeline_parallel_size": "a fact of the connector",
     "parallel_config.data_parallel_size": "a fact of the connector where there are several",
     "parallel_config.enable_expert_parallel": "a fact of the connector where it is so",
+    "model_config.model": "where files that belong to media are read",
     "speculative_config.draft_model_config.model": "where the draft's files are read",
 }
 """Left-out fields that an own fact is made from."""
@@ -302,6 +303,34 @@ def test_the_models_length_counts_where_a_rope_table_is_not_known(plain: Any) ->
         assert digest(plain, layer_rope=layer_rope) != digest(longer, layer_rope=layer_rope)
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("VLLM_MARLIN_INPUT_DTYPE", ("int8", "fp8")),
+        ("VLLM_MOE_ROUTING_SIMULATION_STRATEGY", ("uniform_random", "normal_routing")),
+    ],
+)
+def test_variables_that_change_the_arithmetic_count(
+    plain: Any, monkeypatch: pytest.MonkeyPatch, name: str, values: tuple[str, ...]
+) -> None:
+    before = identify(plain)
+    assert "connector.environment" not in before.facts
+    found = {before.digest()}
+    for value in values:
+        monkeypatch.setenv(name, value)
+        found.add(digest(plain))
+    assert len(found) == 1 + len(values)
+
+
+@pytest.mark.parametrize("name", [*environment.LEFT_OUT, "VLLM_LOGGING_LEVEL", "VLLM_HOST_IP"])
+def test_variables_that_do_not_are_left_out(
+    plain: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    before = digest(plain)
+    monkeypatch.setenv(name, "1")
+    assert digest(plain) == before
+
+
 # ----------------------------------------------------------------------- our own facts
 
 
@@ -410,6 +439,57 @@ def test_a_draft_models_weights_count_and_its_place_does_not(
         "speculative_config.draft_model_config.model",
     )
     assert identify(config).undigested == ("connector.draft_files",)
+
+
+def with_media(model: Path) -> Any:
+    """As if the model took images."""
+    from vllm.config import MultiModalConfig
+
+    config = engine_config(model)
+    config.model_config.multimodal_config = MultiModalConfig()
+    return config
+
+
+def test_what_makes_numbers_of_media_counts(
+    reference_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = (copied(reference_model, tmp_path / name) for name in ("1", "2"))
+    for directory, pixels in ((one, 1000), (two, 2000)):
+        of_video = {"size": {"longest_edge": pixels}}
+        (directory / "video_preprocessor_config.json").write_text(json.dumps(of_video))
+    three = copied(one, tmp_path / "3")
+    assert digest(engine_config(one)) == digest(engine_config(two))
+    assert digest(with_media(one)) == digest(with_media(three)) != digest(with_media(two))
+    before = identify(with_media(one))
+    monkeypatch.setattr(model_files, "version", lambda name: "0.0")
+    assert digest(with_media(one)) != before.digest()
+    shutil.rmtree(three)
+    config = with_media(one)
+    config.model_config.model = str(three)
+    assert identify(config).undigested == ("connector.media_files",)
+
+
+def test_the_release_of_transformers_counts_where_it_computes(
+    reference_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = engine_config(reference_model)
+    theirs = engine_config(reference_model, model_impl="transformers")
+    before = [digest(config) for config in (plain, theirs)]
+    monkeypatch.setattr(model_files, "version", lambda name: "0.0")
+    after = [digest(config) for config in (plain, theirs)]
+    assert after[0] == before[0]
+    assert after[1] != before[1]
+
+
+def test_media_that_another_engine_encodes_are_nobody_s(plain: Any) -> None:
+    from vllm.config import ECTransferConfig
+
+    config = copy.deepcopy(plain)
+    for role, undigested in (("ec_producer", ()), ("ec_consumer", ("ec_transfer_config",))):
+        config.ec_transfer_config = ECTransferConfig(
+            ec_connector="ECExampleConnector", ec_role=role
+        )
+        assert identify(config).undigested == undigested
 
 
 # ------------------------------------------------------------- wrong answers of the past
