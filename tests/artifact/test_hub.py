@@ -8,8 +8,8 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ import pytest
 from kvtc_vllm.artifact.hub import hub_registry, parse_name
 from kvtc_vllm.artifact.registry import ENVIRONMENT_VARIABLE, _environment
 from kvtc_vllm.codec.errors import ArtifactError
+from tests.artifact.commands import Run, commands
 from tests.artifact.fake_hub import FakeHub
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,11 +34,40 @@ def hub() -> FakeHub:
     return FakeHub()
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    with commands(tmp_path_factory.mktemp("commands")) as run:
+        yield run
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where commands run. environment: theirs."""
+
+    run: Run
+    environment: dict[str, str]
+
+    def kvtc(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return self.run(self.environment, words)
+
+    def refusal(self, *words: str) -> str:
+        """The one line that a command ends with."""
+        done = self.kvtc(*words)
+        assert done.returncode == 2, done.stdout
+        # Beside what huggingface_hub warns of by itself.
+        (line,) = (line for line in done.stderr.splitlines() if line.startswith("kvtc "))
+        assert "Traceback" not in done.stderr
+        return line
+
+    def but(self, **changes: str) -> Machine:
+        """With another environment."""
+        return Machine(self.run, {**self.environment, **changes})
+
+
 @pytest.fixture
-def environment(hub: FakeHub, tmp_path: Path) -> Iterator[dict[str, str]]:
+def machine(hub: FakeHub, run: Run, tmp_path: Path) -> Iterator[Machine]:
     with hub.serving() as endpoint:
-        yield {
-            **os.environ,
+        own = {
             "HF_ENDPOINT": endpoint,
             "HF_HOME": str(tmp_path / "hf"),
             "HF_HUB_OFFLINE": "0",
@@ -45,26 +75,8 @@ def environment(hub: FakeHub, tmp_path: Path) -> Iterator[dict[str, str]]:
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_TOKEN": "token",
             "XDG_DATA_HOME": str(tmp_path / "data"),
-            "PYTHONPATH": str(ROOT),
         }
-
-
-def kvtc(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "kvtc_vllm.cli", *words],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-
-
-def refusal(environment: dict[str, str], *words: str) -> str:
-    done = kvtc(environment, *words)
-    assert done.returncode == 2, done.stdout
-    # Beside what huggingface_hub warns of by itself.
-    (line,) = (line for line in done.stderr.splitlines() if line.startswith("kvtc "))
-    assert "Traceback" not in done.stderr
-    return line
+        yield Machine(run, {**os.environ, **own})
 
 
 def files() -> dict[str, bytes]:
@@ -75,9 +87,9 @@ def files() -> dict[str, bytes]:
 
 
 def test_what_is_published_is_found_and_used_offline(
-    hub: FakeHub, environment: dict[str, str], reference_model: Path
+    hub: FakeHub, machine: Machine, reference_model: Path
 ) -> None:
-    done = kvtc(environment, "publish", str(SHIPPED), f"hf:{REPOSITORY}")
+    done = machine.kvtc("publish", str(SHIPPED), f"hf:{REPOSITORY}")
     assert done.returncode == 0, done.stderr
     name = done.stdout.strip()
     (commit,) = hub.commits[REPOSITORY]
@@ -85,13 +97,13 @@ def test_what_is_published_is_found_and_used_offline(
     card = hub.commits[REPOSITORY][commit]["README.md"].decode()
     assert card.startswith("---\nlibrary_name: kvtc-vllm\n")
     (command,) = re.findall(r"\$\((kvtc config [^)]*)\)", card)
-    done = kvtc(environment, *shlex.split(command.replace("COMMIT", commit))[1:])
+    done = machine.kvtc(*shlex.split(command.replace("COMMIT", commit))[1:])
     assert json.loads(done.stdout)["kv_connector_extra_config"]["registry"] == [name]
     assert f"]({PLACE}/report.png)" in card
     assert hub.commits[REPOSITORY][commit][RANK] == (SHIPPED / "rank0of1.safetensors").read_bytes()
 
     listed = ["artifacts", "--registry", name, "--model", str(reference_model), "--json"]
-    done = kvtc(environment, *listed)
+    done = machine.kvtc(*listed)
     assert done.returncode == 0, done.stderr
     place = json.loads(done.stdout)[0]
     assert commit in place["registry"]
@@ -100,67 +112,61 @@ def test_what_is_published_is_found_and_used_offline(
     # Safetensors and cards, and nothing else of what lies there.
     assert sorted(hub.gets) == sorted([f"{PLACE}/card.json", RANK])
     # What it finds is whole: every rank file is checked.
-    done = kvtc(environment, "inspect", str(Path(place["registry"]) / PLACE))
+    done = machine.kvtc("inspect", str(Path(place["registry"]) / PLACE))
     assert done.returncode == 0, done.stderr
 
-    offline = {**environment, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
-    done = kvtc(offline, *listed)
+    offline = machine.but(HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="1")
+    done = offline.kvtc(*listed)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)[0] == place
 
 
-def test_a_name_without_a_commit_is_told_the_newest(
-    hub: FakeHub, environment: dict[str, str]
-) -> None:
+def test_a_name_without_a_commit_is_told_the_newest(hub: FakeHub, machine: Machine) -> None:
     commit = hub.commit(REPOSITORY, files())
     for wrong in ("", "@main", f"@{commit[:8]}"):
-        said = refusal(environment, "artifacts", "--registry", f"hf:{REPOSITORY}{wrong}")
+        said = machine.refusal("artifacts", "--registry", f"hf:{REPOSITORY}{wrong}")
         assert "the full hash of a commit must follow" in said
-    said = refusal(environment, "artifacts", "--registry", f"hf:{REPOSITORY}")
+    said = machine.refusal("artifacts", "--registry", f"hf:{REPOSITORY}")
     assert f"it is now at hf:{REPOSITORY}@{commit}" in said
 
 
-def test_foreign_and_missing_repositories_are_one_line(
-    hub: FakeHub, environment: dict[str, str]
-) -> None:
+def test_foreign_and_missing_repositories_are_one_line(hub: FakeHub, machine: Machine) -> None:
     foreign = hub.commit("org/model", {"model.safetensors": b"x", "config.json": b"{}"})
     named = f"hf:org/model@{foreign}"
-    assert "holds no KVTC artifact" in refusal(environment, "artifacts", "--registry", named)
+    assert "holds no KVTC artifact" in machine.refusal("artifacts", "--registry", named)
     assert hub.gets == []
     gone = f"hf:org/gone@{'0' * 40}"
-    assert f"{gone}: cannot be downloaded" in refusal(environment, "artifacts", "--registry", gone)
-    away = {**environment, "HF_ENDPOINT": "http://127.0.0.1:9"}
-    assert "cannot be downloaded" in refusal(away, "artifacts", "--registry", gone)
+    assert f"{gone}: cannot be downloaded" in machine.refusal("artifacts", "--registry", gone)
+    away = machine.but(HF_ENDPOINT="http://127.0.0.1:9")
+    assert "cannot be downloaded" in away.refusal("artifacts", "--registry", gone)
 
 
-def test_a_damaged_file_and_a_broken_download_are_refused(
-    hub: FakeHub, environment: dict[str, str]
-) -> None:
+def test_a_damaged_file_and_a_broken_download_are_refused(hub: FakeHub, machine: Machine) -> None:
     content = files()
     damaged = bytearray(content[RANK])
     damaged[-1] ^= 1
     commit = hub.commit(REPOSITORY, {**content, RANK: bytes(damaged)})
-    done = kvtc(environment, "artifacts", "--registry", f"hf:{REPOSITORY}@{commit}", "--json")
+    done = machine.kvtc("artifacts", "--registry", f"hf:{REPOSITORY}@{commit}", "--json")
     place = json.loads(done.stdout)[0]["registry"]
-    assert "damaged" in refusal(environment, "inspect", f"{place}/{PLACE}")
+    assert "damaged" in machine.refusal("inspect", f"{place}/{PLACE}")
 
     hub.truncate = True
     second = hub.commit(REPOSITORY, {f"{PLACE}/card.json": content[f"{PLACE}/card.json"] + b"\n"})
     named = f"hf:{REPOSITORY}@{second}"
-    assert "cannot be downloaded" in refusal(environment, "artifacts", "--registry", named)
+    assert "cannot be downloaded" in machine.refusal("artifacts", "--registry", named)
     # The next try goes on where this one broke off.
     hub.truncate = False
-    assert kvtc(environment, "artifacts", "--registry", named).returncode == 0
+    assert machine.kvtc("artifacts", "--registry", named).returncode == 0
 
 
 def test_a_damaged_artifact_is_not_published(
-    hub: FakeHub, environment: dict[str, str], tmp_path: Path
+    hub: FakeHub, machine: Machine, tmp_path: Path
 ) -> None:
     copy = tmp_path / "toy" / "broken"
     shutil.copytree(SHIPPED, copy)
     with (copy / "rank0of1.safetensors").open("r+b") as file:
         file.write(b"\0")
-    assert "damaged" in refusal(environment, "publish", str(copy), f"hf:{REPOSITORY}")
+    assert "damaged" in machine.refusal("publish", str(copy), f"hf:{REPOSITORY}")
     assert hub.commits == {}
 
 

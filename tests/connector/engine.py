@@ -6,7 +6,7 @@ import contextlib
 import gc
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ def engine(model: Path, extra: dict[str, Any] | None, **options: Any) -> Iterato
         del transfer["kv_load_failure_policy"]
         settings["kv_transfer_config"] = KVTransferConfig(**transfer)
     llm = None
+    set_imports_aside()
+    _override_kernels_once()
     try:
         with _without_collections():
             llm = LLM(model=str(model), **settings)
@@ -66,16 +68,48 @@ def engine(model: Path, extra: dict[str, Any] | None, **options: Any) -> Iterato
         gc.collect()
 
 
+FEW_OBJECTS = 100_000
+"""Python visits so many in a moment."""
+
+
+def set_imports_aside() -> None:
+    """What was imported is no garbage: collections, and the connector's search for the model, need
+    not visit it. With all test modules that is a million objects, twice or more for an engine."""
+    if len(gc.get_objects()) > FEW_OBJECTS:
+        gc.collect()
+        gc.freeze()
+
+
 @contextlib.contextmanager
 def _without_collections() -> Iterator[None]:
     """vLLM collects garbage nine times as an engine starts and ends, and each time visits all that
-    the tests have imported: two thirds of what starting and ending take."""
-    collect = gc.collect
+    the tests have imported: two thirds of what starting and ending take. It also sets aside what
+    its engine is made of, and takes back all that anybody did."""
+    calls = (gc.collect, gc.freeze, gc.unfreeze)
     gc.collect = lambda generation=2: 0
+    gc.freeze = gc.unfreeze = lambda: None
     try:
         yield
     finally:
-        gc.collect = collect
+        gc.collect, gc.freeze, gc.unfreeze = calls
+
+
+def _override_kernels_once() -> None:
+    """For every engine vLLM's CPU platform puts functions in the place of the same Triton kernels,
+    and looks for them at every name of every module."""
+    try:
+        from vllm.triton_utils import dispatcher
+    except ImportError:
+        return  # an older vLLM
+    register = dispatcher.register_kernels
+
+    def register_new(overrides: Mapping[str, Any]) -> None:
+        new = {name: way for name, way in overrides.items() if name not in dispatcher._registry}
+        if new:
+            register(new)
+
+    if register.__name__ != register_new.__name__:
+        dispatcher.register_kernels = register_new
 
 
 def _count_every_step(engine: Any) -> None:

@@ -61,5 +61,11 @@ def test_a_command_that_fails_ends_the_walk_and_is_told(tmp_path: Path) -> None:
 
 
 def test_a_server_that_ends_is_told(tmp_path: Path) -> None:
-    with pytest.raises(newcomer.WalkError, match=r"(?s)did not start.*vllm"):
-        list(newcomer.walk(["vllm serve /nowhere; vllm-is-not-this\n"], {}, tmp_path))
+    """A stand-in's: vLLM's own takes a minute to find that there is no model."""
+    stand_in = tmp_path / "bin" / "vllm"
+    stand_in.parent.mkdir()
+    stand_in.write_text('#!/bin/sh\necho "no model at $2"\nexit 1\n')
+    stand_in.chmod(0o755)
+    commands = [f"export PATH={stand_in.parent}:$PATH\n", "vllm serve /nowhere\n"]
+    with pytest.raises(newcomer.WalkError, match=r"(?s)did not start.*no model at /nowhere"):
+        list(newcomer.walk(commands, {}, tmp_path))
