@@ -8,7 +8,12 @@ from dataclasses import dataclass, field
 
 import xxhash
 
-SECRET = ("load_config.model_loader_extra_config", "additional_config", "connector.hash_seed")
+SECRET = (
+    "load_config.model_loader_extra_config",
+    "additional_config",
+    "connector.hash_seed",
+    "connector.environment",
+)
 """Facts that may hold credentials or help who makes hashes collide; people see a hash of them."""
 
 SHORT = 40
