@@ -148,7 +148,7 @@ def page(rows: Sequence[Row]) -> str:
         "and read some. *Codec 2*: how many times fewer bytes codec 2 keeps at the same KL on "
         "running text (prose, code, maths together), with two bases (*ordinary*); `>` and `<`: at "
         "least, at most, as its measured curve ends there. A shared basis (*shared*, the default "
-        "of new fits) has less KL yet.",
+        "of new fits) has less KL yet; *shipped* and *fine* have one, in three layer groups.",
         "",
         "*Codecs*, and FP8 below KVTC, ran through the tier in vLLM, in bfloat16. There rounding "
         "alone costs some 0.0015 on running text, so less than that says nothing "

@@ -152,7 +152,14 @@ def test_every_divergence_in_the_page_on_quality_is_in_a_result() -> None:
     assert quoted - known == set()
     finer = set(re.findall(r"\b0\.\d{5}\b", page))
     assert len(finer) > 50
-    assert finer - {f"{figure:.5f}" for figure in of_codec_2} == set()
+    float32 = ROOT / "benchmarks/quality/smollm2/field/float32/results.json"
+    below = [
+        figure
+        for row in json.loads(float32.read_text())["rows"]
+        if row["metric"] == "kl"
+        for figure in (row["value"], *row["ci95"])
+    ]
+    assert finer - {f"{figure:.5f}" for figure in (*of_codec_2, *below)} == set()
 
 
 def _by_kind_of_text() -> list[float]:
@@ -385,6 +392,34 @@ def _speeds(codec: str, file: str) -> tuple[str, str, str, str]:
     cells = [f"{out:.0f}, {back:.0f}" for out, back in zip(encode, decode, strict=True)]
     gain = f"{encode[2] / encode[0]:.1f}, {decode[2] / decode[0]:.1f}"
     return cells[0], cells[1], cells[2], gain
+
+
+def test_the_table_against_fp8_is_the_committed_one() -> None:
+    page = (ROOT / "docs" / "quality.md").read_text()
+    table = page.split("#### Against FP8, without the floor")[1].split("\n- ")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if " 0.0" in line]
+    results = ROOT / "benchmarks/quality/smollm2/field/float32/results.json"
+    found = {
+        (row["method"], row["task"], row["metric"]): row
+        for row in json.loads(results.read_text())["rows"]
+        if not row["label"]
+    }
+    methods = {"FP8": "fp8-e4m3", "QuantSpec, 8 bits": "quantspec-8bit"}
+    told = 0
+    for name, _, *cells in rows:
+        method = methods.get(name, name.replace(",", ""))
+        tasks = ("essays", "library", "maths", "kv-retrieval", "essay-variables")
+        for task, cell in zip(tasks, cells, strict=False):
+            if cell:
+                kl = found[method, task, "kl"]
+                low, high = kl["ci95"]
+                assert cell.startswith(f"{kl['value']:.5f} [{low:.5f}, {high:.5f}]")
+                share = re.search(r", (\d+)%$", cell)
+                if share is not None:
+                    right = found[method, task, "accuracy"]["value"]
+                    assert share[1] == f"{100 * right:.0f}"
+                told += 1
+    assert told == 21
 
 
 def test_the_table_below_lmcache_is_the_committed_one() -> None:
