@@ -3,9 +3,9 @@
     python -m benchmarks.gpu.roofline llama-3.1-8b 16 [--layers 8] [--tokens 8192]
 
 Bytes and floating-point operations are those of the plan, instructions those of the compiled
-kernels, host times are measured here with kernels that do not run: CPU time, because a server has
-cores for all threads. What is assumed of the GPU is
-in `GPUS`. Prints a line per stage and appends a row for each GPU.
+kernels, host times are measured here with kernels that do not run: processor time, because a server
+has cores for all threads. How they go together is in `timeline`, what is assumed of the GPU in
+`GPUS`. Prints a line per stage and appends a row for each GPU.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from benchmarks.gpu.offline.served import CHUNK, Case, ServedCodec  # isort: ski
 from benchmarks.gpu.offline.step_tile_costs import step_instructions_per_code  # isort: skip
 from benchmarks.gpu.offline.tile_costs import instructions_per_code  # isort: skip
 from benchmarks.gpu.report import add_codec, append, parser
+from benchmarks.gpu.timeline import NO_HOST, HostTimes, load_seconds, store_seconds
 from kvtc_vllm.codec.artifact import KINDS
 from kvtc_vllm.codec.entropy import DEFLATE
 from kvtc_vllm.codec.kernels.paged_codec import PagedCodec
@@ -40,8 +41,6 @@ from kvtc_vllm.codec.v2.plan import StepPlan
 
 _CAPABILITY = 90
 _WARP = 32
-_HOST_THREADS = 8
-"""Of `deflate_nvcomp.host_threads` on a server."""
 
 
 @dataclass(frozen=True)
@@ -144,17 +143,11 @@ def predict(
     load, store = _stages(case, tokens, codec, costs, gpu)
     waves = -(-tokens // LARGEST_WAVE)
     by_name = {stage.name: stage.seconds(gpu)[0] for stage in (*load, *store)}
-    work = sum(by_name[n] for n in ("unpack", "decode product", "scatter"))
-    # Uploading and inflating a wave runs beside the work on the one before.
-    inflate = by_name["inflate"]
-    beside = max(work, inflate) * (1 - 1 / waves)
-    device = (by_name["upload"] + inflate + work) / waves + beside
-    first = host["load_first_upload_cpu_ms"] / 1e3
-    decode = first + max(device, host["load_thread_ms"] / 1e3, _on_others(host, "load"))
-    encoding = sum(stage.seconds(gpu)[0] for stage in store)
-    after = host["store_after_device_ms"] / 1e3
-    launching = host["store_thread_ms"] / 1e3 - after
-    encode = max(encoding, launching) + after + _on_others(host, "store")
+    times = HostTimes.of(host)
+    device = load_seconds(by_name, NO_HOST, waves)
+    decode = load_seconds(by_name, times, waves)
+    encoding = store_seconds(by_name, NO_HOST)
+    encode = store_seconds(by_name, times)
     for stage in (*load, *store):
         seconds, bound = stage.seconds(gpu)
         print(f"{name} {stage.name:16} {seconds * 1e3:7.3f} ms, bound by {bound}")
@@ -171,20 +164,17 @@ def predict(
         "stage_ms": {n: round(s * 1e3, 4) for n, s in by_name.items()},
         "bound_by": {stage.name: stage.seconds(gpu)[1] for stage in (*load, *store)},
         "decode_device_ms": round(device * 1e3, 4),
+        "decode_device_gbps": round(raw / device / 1e9, 1),
         "decode_ms": round(decode * 1e3, 4),
         "decode_gbps": round(raw / decode / 1e9, 1),
         "decode_bound": _largest({"host": decode - device, **_of(load, gpu)}),
         "encode_device_ms": round(encoding * 1e3, 4),
+        "encode_device_gbps": round(raw / encoding / 1e9, 1),
         "encode_ms": round(encode * 1e3, 4),
         "encode_gbps": round(raw / encode / 1e9, 1),
         "encode_bound": _largest({"host": encode - encoding, **_of(store, gpu)}),
         "host": host,
     }
-
-
-def _on_others(host: dict[str, Any], way: str) -> float:
-    """Seconds of the work of the host's other threads, on cores of their own."""
-    return float(host[f"{way}_cpu_ms"] - host[f"{way}_thread_ms"]) / 1e3 / _HOST_THREADS
 
 
 def _of(stages: list[Stage], gpu: Gpu) -> dict[str, float]:

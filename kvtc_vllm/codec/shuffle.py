@@ -29,7 +29,9 @@ def unshuffle(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Inverse of `shuffle`: uint8 [itemsize * n], streams concatenated -> dtype [n]."""
     streams = data.cpu().numpy().reshape(dtype.itemsize, -1)
     columns = np.empty((streams.shape[1], dtype.itemsize), np.uint8)
-    columns[:, ::-1] = streams.T
+    # One by one: numpy takes six times as long for all at once, element by element.
+    for place, stream in enumerate(streams[::-1]):
+        columns[:, place] = stream
     return torch.from_numpy(columns).view(dtype).flatten().to(data.device)
 
 

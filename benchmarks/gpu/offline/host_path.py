@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
+import statistics
 import sys
 import threading
 import time
@@ -27,6 +29,7 @@ from benchmarks.gpu.offline import compiled  # isort: skip
 
 import torch
 
+from benchmarks.gpu.offline.floor import floor_ms  # isort: skip
 from benchmarks.gpu.offline.idle_nvcomp import IdleNvcomp  # isort: skip
 from benchmarks.gpu.offline.served import (  # isort: skip
     CHUNK,
@@ -88,12 +91,15 @@ def idle_device() -> NvcompUnitCoder:
 
 def measure(case: Case, tokens: int, rounds: int) -> dict[str, Any]:
     """Milliseconds: wall time, CPU time of all threads and of the calling one, the longest stretch
-    without another thread. Kernel launches by name, calls of torch by sort."""
+    without another thread; pages of memory that were touched for the first time; of that time, what
+    copies and checksums of the blobs take alone (`floor`). Kernel launches by name, calls of torch
+    by sort."""
     served = ServedCodec(case, tokens, idle_device())
     chunks = range(tokens // CHUNK)
     blobs = served.store(chunks)
     served.load(chunks, blobs)
-    found: dict[str, Any] = {"stored_bytes": sum(map(len, blobs))}
+    sizes = [len(blob) for blob in blobs]
+    found: dict[str, Any] = {"stored_bytes": sum(sizes), **floor_ms(sizes, rounds)}
     found |= _timed("load", lambda: served.load(chunks, blobs), rounds)
     for what, owner, method in (
         ("upload", uploads.UploadedBlobs, "send"),
@@ -142,18 +148,21 @@ def _after_device(served: ServedCodec, chunks: range, rounds: int) -> float:
 
 def _timed(name: str, call: Callable[[], object], rounds: int) -> dict[str, float]:
     times: dict[str, list[float]] = {clock: [] for clock in _CLOCKS}
+    pages: list[int] = []
     kept: object = None
     for _ in range(rounds):
-        began = _now()
+        before, began = _new_pages(), _now()
         made = call()
         for clock, now in _now().items():
             times[clock].append(now - began[clock])
+        pages.append(_new_pages() - before)
         kept = made  # what the round before made is freed now, in nobody's time
     del kept
     held = [_longest_stretch(call) for _ in range(rounds)]
     return {
         **{f"{name}_{clock}_ms": _best(found) for clock, found in times.items()},
         f"{name}_longest_stretch_ms": _best(held),
+        f"{name}_new_pages": int(statistics.median(pages)),
     }
 
 
@@ -223,6 +232,11 @@ def _until_first(
         setattr(owner, method, call)
     names = {"wall": "", "cpu": "_cpu", "thread": "_thread"}
     return {f"load_first_{what}{names[clock]}_ms": _best(found) for clock, found in times.items()}
+
+
+def _new_pages() -> int:
+    """Pages that the process was given memory for so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def _now() -> dict[str, float]:

@@ -194,7 +194,11 @@ class PagedReader(TransformCodec):
             for wave in parts:
                 count = wave.stop - wave.start
                 own_sound = list(islice(sound, count))
-                checked = self._check(chunks[wave], tokens, matched[wave], own_sound)
+                sent_as = [
+                    (chunk, uploads.sent(place))
+                    for place, (chunk, _) in enumerate(chunks[wave], wave.start)
+                ]
+                checked = self._check(sent_as, tokens, matched[wave], own_sound)
                 right: dict[int, VerifiedBlob] = {}
                 for place, found in enumerate(checked, wave.start):
                     if isinstance(found, ContainerError):
@@ -258,18 +262,17 @@ class PagedReader(TransformCodec):
         return held, bad
 
     def _begin_checksums(self, uploads: UploadedBlobs) -> list[Future[list[bool]]]:
-        """Whether each blob's is right, in order; on the host's threads, which stage the sound.
+        """Whether each blob's is right, in order; on the host's threads, which stage them.
 
         Here they do nothing for which they would wait for each other.
         """
+        to_device = self._units.reads_on_device
 
         def check(places: Sequence[int]) -> list[bool]:
-            found = [has_checksum(uploads.views[place]) for place in places]
-            if self._units.reads_on_device:
-                for place, sound in zip(places, found, strict=True):
-                    if sound:
-                        uploads.stage(place)
-            return found
+            return [
+                has_checksum(uploads.stage(place) if to_device else uploads.views[place])
+                for place in places
+            ]
 
         return [host_threads().submit(check, places) for places in shares(len(uploads.views))]
 
@@ -299,7 +302,8 @@ class PagedReader(TransformCodec):
     ) -> list[VerifiedBlob | ContainerError]:
         """What each blob holds, or why it is not that of its chunk, at any ratio.
 
-        matched: of `_matched`. sound: whether each has its checksum.
+        chunks: with each blob as it is sent. matched: of `_matched`. sound: whether each has its
+        checksum.
         """
         return [
             known if right and known is not None else self._look_closely(chunk, blob, tokens)

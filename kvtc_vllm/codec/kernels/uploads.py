@@ -1,4 +1,4 @@
-"""Blobs on their way to the device, as soon as they have been verified."""
+"""Blobs on their way to the device, which are verified where they are sent from."""
 
 from __future__ import annotations
 
@@ -36,20 +36,28 @@ class UploadedBlobs:
         self.staged: npt.NDArray[np.uint8] = self._host.numpy()
         self.on_device = torch.empty(size, dtype=torch.uint8, device=device)
 
-    def stage(self, index: int) -> None:
-        """Copy a verified blob into pinned memory. On any thread."""
-        first, end = self._place(index)
+    def stage(self, index: int) -> memoryview:
+        """Copy a blob into pinned memory, and give what lies there. On any thread.
+
+        Its checksum is to be taken of that: it is what the device gets, and lies in the processor's
+        cache, where the blob did not.
+        """
         # numpy lets other threads run meanwhile, assignment to a slice of a memoryview does not.
-        np.copyto(self.staged[first:end], np.frombuffer(self.views[index], np.uint8))
+        np.copyto(self._staged(index), np.frombuffer(self.views[index], np.uint8))
+        return self._staged(index).data
+
+    def sent(self, index: int) -> memoryview:
+        """A blob as the device gets it; if it gets none, as it came."""
+        return self._staged(index).data if self.on_device.numel() else self.views[index]
 
     def send(self, blobs: slice) -> None:
         """Copy staged neighbours on the current stream, without waiting for the device.
 
-        What is not staged between them is copied as it is.
+        Those between them that are not sound are copied, too, and nobody reads them.
         """
         part = slice(self.starts[blobs.start], self.starts[blobs.stop])
         self.on_device[part].copy_(self._host[part], non_blocking=True)
 
-    def _place(self, index: int) -> tuple[int, int]:
+    def _staged(self, index: int) -> npt.NDArray[np.uint8]:
         first = self.starts[index]
-        return first, first + len(self.views[index])
+        return self.staged[first : first + len(self.views[index])]

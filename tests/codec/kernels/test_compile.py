@@ -14,12 +14,18 @@ pytest.importorskip("triton", reason="kernels need Triton, which vLLM brings: pi
 ROOT = Path(__file__).parents[3]
 
 
-def run(program: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where Triton keeps what one of these tests has compiled, for the next."""
+    return tmp_path_factory.mktemp("triton")
+
+
+def run(program: str, kept: Path) -> subprocess.CompletedProcess[str]:
     """In a process of its own: in this one the kernels are interpreted."""
     return subprocess.run(
         [sys.executable, "-c", program],
         cwd=ROOT,
-        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},
+        env={**os.environ, "TRITON_CACHE_DIR": str(kept)},
         capture_output=True,
         text=True,
     )
@@ -27,11 +33,11 @@ def run(program: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("capability", "codec"), [("80", "kvtc"), ("90", "kvtc"), ("90", "kvtc2")])
-def test_kernels_of_an_8b_model(capability: str, codec: str, tmp_path: Path) -> None:
+def test_kernels_of_an_8b_model(capability: str, codec: str, kept: Path) -> None:
     ended = run(
         "import sys; from benchmarks.gpu.offline.check_kernels import main; "
         f"sys.exit(main(['{capability}', '{codec}', '--quick']))",
-        tmp_path,
+        kept,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
@@ -53,6 +59,6 @@ assert len(check_kernels.check_tiles(90)) == 6
 
 
 @pytest.mark.slow
-def test_what_is_wrong_is_found(tmp_path: Path) -> None:
-    ended = run(FINDS, tmp_path)
+def test_what_is_wrong_is_found(kept: Path) -> None:
+    ended = run(FINDS, kept)
     assert ended.returncode == 0, ended.stdout + ended.stderr

@@ -228,3 +228,26 @@ def test_what_is_not_decoded_is_not_sent(
     assert first.reason == "magic"
     assert other is None
     assert sent == [slice(1, 2)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_changes_on_its_way_to_the_device_is_not_decoded(
+    artifact: Any, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checksum is of what is sent, not of what it was copied from."""
+    codec, loads = make(artifact, device)
+    stage = uploads.UploadedBlobs.stage
+
+    def worn(self: Any, index: int) -> memoryview:
+        staged = stage(self, index)
+        if index == 1:
+            first = self.starts[index]
+            self.staged[first + len(self.views[index]) // 2] ^= 1
+        return staged
+
+    monkeypatch.setattr(uploads.UploadedBlobs, "stage", worn)
+    monkeypatch.setattr(type(codec._units), "reads_on_device", True)
+    first, other = codec.load(loads, TOKENS)
+    assert first is None
+    assert other is not None
+    assert other.reason == "checksum"
