@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import pickle
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar, cast
+from functools import partial
+from typing import Any, ParamSpec, TypeVar, cast
+
+logger = logging.getLogger("vllm.kvtc")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -19,10 +24,25 @@ def jit(function: Callable[P, R]) -> Callable[P, R]:
     _let_vllm_scan()
     try:
         compiled = numba.njit(function, cache=True, nogil=True)
+        _do_without(compiled._cache)
     except RuntimeError:
         # No directory that numba could keep it in can be written; every process compiles.
         compiled = numba.njit(function, nogil=True)
     return cast(Callable[P, R], compiled)
+
+
+def _do_without(cache: Any) -> None:
+    """Have numba compile and go on where its cache can't be used, as on a full disk."""
+    for name in ("load_overload", "save_overload"):
+        setattr(cache, name, partial(_if_possible, getattr(cache, name)))
+
+
+def _if_possible(call: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return call(*arguments)
+    except (OSError, EOFError, pickle.UnpicklingError) as error:
+        logger.warning("kvtc: numba's cache of compiled functions can't be used: %s", error)
+        return None
 
 
 def _let_vllm_scan() -> None:
