@@ -15,6 +15,7 @@ from kvtc_vllm.config import load_config
 from kvtc_vllm.evaluation import methods
 from kvtc_vllm.evaluation.baselines import BASELINES
 from kvtc_vllm.evaluation.job import Job, Outcome, SharedJob, Workload
+from kvtc_vllm.evaluation.processes import run_method, run_shared
 from kvtc_vllm.evaluation.processes.carrier import alone, carrier
 from kvtc_vllm.evaluation.processes.suite import CHILD, SHARED_CHILD, run_child
 from kvtc_vllm.evaluation.replay.baseline_codec import BaselineCodec, FormCodec
@@ -96,6 +97,18 @@ def test_methods_share_that_store_the_same_chunks() -> None:
     assert not methods.find("h2o").can_share(usual)
 
 
+def here(job: Job | SharedJob) -> list[Outcome]:
+    """What a child process would find, in this one, which has imported vLLM already."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(job.model)
+    if isinstance(job, Job):
+        return [run_method.run(job, tokenizer)]
+    *_, outcomes = run_shared.run(job, tokenizer)
+    TURN.begin(None)
+    return outcomes
+
+
 @pytest.mark.vllm
 def test_shared_and_separate_passes_agree(reference_model: Path) -> None:
     """Engines of their own round alike, but batches of threads may differ: a tolerance."""
@@ -112,7 +125,7 @@ def test_shared_and_separate_passes_agree(reference_model: Path) -> None:
     }
     wanted = [methods.find(name) for name in ("raw", "kvtc-16x")]
     shared = run_child(SHARED_CHILD, "shared", SharedJob(methods=wanted, **common), list[Outcome])
-    alone = run_child(CHILD, "kvtc-16x", Job(method=wanted[1], **common), Outcome)
+    (alone,) = here(Job(method=wanted[1], **common))
     raw, coded = shared
     assert max(record.kl for record in raw.records) < 0.05
     assert len(coded.records) == len(alone.records) > 5
@@ -138,7 +151,7 @@ def test_methods_that_need_whole_prompts_share_too(reference_model: Path) -> Non
         "out": "",
     }
     wanted = [methods.find(name) for name in ("xkv", "gear-2bit")]
-    shared = run_child(SHARED_CHILD, "shared", SharedJob(methods=wanted, **common), list[Outcome])
+    shared = here(SharedJob(methods=wanted, **common))
     alone = run_child(CHILD, "gear-2bit", Job(method=wanted[1], **common), Outcome)
     together = shared[1]
     assert [size.context for size in together.stored] == [300, 400]

@@ -1,8 +1,9 @@
 """A server's engine that is asked one streaming session twice, for a test.
 
-    python -m tests.reliability.live.streaming MODEL {plain|tier}
+    python -m tests.reliability.live.streaming MODEL
 
-Prints a line of JSON: the answers, and the tokens that the tier gave.
+Prints two lines of JSON, of an engine without a tier and of one with it: the answers, and the
+tokens that the tier gave.
 """
 
 from __future__ import annotations
@@ -87,5 +88,5 @@ async def ask(model: Path, tier: bool) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    found = asyncio.run(ask(Path(sys.argv[1]), sys.argv[2] == "tier"))
-    print(MARK + json.dumps(found), flush=True)
+    for tier in (False, True):
+        print(MARK + json.dumps(asyncio.run(ask(Path(sys.argv[1]), tier))), flush=True)
