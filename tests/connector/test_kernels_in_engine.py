@@ -16,8 +16,8 @@ from tests.connector.engine import drain, engine, greedy, metrics, texts
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-EXTRA = {"preset": "kvtc-8x", "chunk_tokens": 32, "recent_window": 32, "memory_bytes": 64 << 20}
-FEW = {"num_gpu_blocks_override": 5, "max_num_seqs": 1, "max_model_len": 128}
+EXTRA = {"preset": "kvtc-8x", "chunk_tokens": 32, "recent_window": 1, "memory_bytes": 64 << 20}
+FEW = {"num_gpu_blocks_override": 4, "max_num_seqs": 1, "max_model_len": 96}
 """No room for the blocks of two requests. One block is vLLM's own."""
 
 
@@ -38,9 +38,9 @@ def replies(model: Path, prompts: list[list[int]]) -> tuple[list[list[int]], dic
 def test_reloading_through_kernels_says_the_same(
     reference_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    long, other = texts(reference_model, count=2, tokens=96)
+    long, other = texts(reference_model, count=2, tokens=65)
     # Of the long one the second chunk is loaded, of the other the first, which has the sinks.
-    prompts = [long, other[:64]]
+    prompts = [long, other[:33]]
     # The reference, which kernels are bit-equal to; the fast way of a CPU rounds otherwise.
     monkeypatch.setattr(transfers, "open_codec", partial(transfers.open_codec, fast=False))
     by_torch, expected, way = replies(reference_model, prompts)
@@ -65,6 +65,6 @@ def test_kernels_that_fail_leave_the_work_to_torch(
 
     monkeypatch.setattr(transfers, "has_kernels", lambda device: True)
     monkeypatch.setattr(KernelTransfer, "stage", fail)
-    _, values, way = replies(reference_model, texts(reference_model, count=2, tokens=96))
+    _, values, way = replies(reference_model, texts(reference_model, count=2, tokens=65))
     assert way == TorchTransfer.__name__
     assert values["kvtc_loaded_tokens"] > 0

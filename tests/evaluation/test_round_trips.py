@@ -116,7 +116,7 @@ def test_shared_and_separate_passes_agree(reference_model: Path) -> None:
         "model": str(reference_model),
         "workloads": [
             Workload(task="litm", context=400, count=3),
-            Workload(task="multi-turn", context=1500, count=2),
+            Workload(task="multi-turn", context=1500, count=1),
         ],
         "seed": 0,
         "source": None,
