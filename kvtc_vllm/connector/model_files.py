@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from kvtc_vllm.artifact.identity import model_directory, model_identity
+from kvtc_vllm.codec.errors import ArtifactError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -26,10 +27,19 @@ def _draft_files(vllm_config: VllmConfig) -> str | None:
 
 
 def _model_code(vllm_config: VllmConfig) -> str | None:
-    """Of a model's own code, if it may run; None if it may not or there is none."""
+    """Of a model's own code, if it may run; None if it may not or there is none.
+
+    Raises ArtifactError if the configuration names code of another repository, which may change
+    while the model's files do not.
+    """
     model = vllm_config.model_config
     if not getattr(model, "trust_remote_code", False):
         return None
+    for name, place in (getattr(model.hf_config, "auto_map", None) or {}).items():
+        # Of tokenizers there are two, a slow one and a fast one.
+        for code in place if isinstance(place, list | tuple) else (place,):
+            if code is not None and "--" in code:
+                raise ArtifactError(f"auto_map: {name} is code of another repository: {code}")
     return _digest(sorted(model_directory(model.model, model.revision).rglob("*.py")))
 
 

@@ -471,6 +471,25 @@ def test_what_makes_numbers_of_media_counts(
     assert identify(config).undigested == ("connector.media_files",)
 
 
+@pytest.mark.parametrize(
+    ("place", "undigested"),
+    [
+        ("modeling.Model", ()),
+        (["tokens.Slow", None], ()),
+        ("org/other--modeling.Model", ("connector.model_code",)),
+        (["tokens.Slow", "org/other--tokens.Fast"], ("connector.model_code",)),
+    ],
+)
+def test_code_of_another_repository_is_nobody_s(
+    plain: Any, place: Any, undigested: tuple[str, ...]
+) -> None:
+    config = copy.deepcopy(plain)
+    config.model_config.hf_config.auto_map = {"AutoModelForCausalLM": place}
+    assert identify(config).undigested == ()
+    config.model_config.trust_remote_code = True
+    assert identify(config).undigested == undigested
+
+
 def test_the_release_of_transformers_counts_where_it_computes(
     reference_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
