@@ -55,6 +55,8 @@ for change in (
     assert len(check_kernels.inspect(dataclasses.replace(good, **change))) == 1, change
 check_kernels.MOST_PER_CODE = dict.fromkeys(check_kernels.MOST_PER_CODE, 1.0)
 assert len(check_kernels.check_tiles(90)) == 6
+check_kernels.MOST_PER_STEP_CODE = dict.fromkeys(check_kernels.MOST_PER_STEP_CODE, 1.0)
+assert len(check_kernels.check_step_tiles(90)) == 9
 """
 
 

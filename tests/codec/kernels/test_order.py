@@ -251,3 +251,18 @@ def test_what_changes_on_its_way_to_the_device_is_not_decoded(
     assert first is None
     assert other is not None
     assert other.reason == "checksum"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("left", "reason"), [(0, "truncated"), (20, "truncated"), (-5, "checksum")]
+)
+def test_what_is_too_short_fails_alone_where_it_is_staged(
+    artifact: Any, device: str, left: int, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec, ((load, blob), second) = make(artifact, device)
+    monkeypatch.setattr(type(codec._units), "reads_on_device", True)
+    first, other = codec.load([(load, blob[:left]), second], TOKENS)
+    assert first is not None
+    assert first.reason == reason
+    assert other is None
