@@ -180,13 +180,16 @@ def test_a_missing_or_foreign_blob_is_recomputed(
 def test_a_small_budget_is_never_exceeded(
     reference_model: Path, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
+    tight = {**SMALL, "num_gpu_blocks_override": 68}
+    wanted = [answer[:32] for answer in expected]
     for eviction in ("lru", "arc"):
         budget = 3 << 20
         extra = {"preset": "raw", "memory_bytes": budget, "eviction": eviction}
-        with engine(reference_model, extra, **SMALL) as llm:
-            assert greedy(llm, prompts, 96) == expected
-            assert greedy(llm, prompts, 96) == expected
+        with engine(reference_model, extra, **tight) as llm:
+            assert greedy(llm, prompts, 32) == wanted
+            assert greedy(llm, prompts, 32) == wanted
             values = metrics(llm)
+            assert values["num_preemptions"] > 0
             assert values["kvtc_evicted_chunks"] > 0
             assert worker_arena().used <= budget
             assert worker_arena().used == values["kvtc_tier_used_bytes"]
