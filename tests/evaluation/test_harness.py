@@ -199,6 +199,26 @@ def test_a_task_of_which_nothing_is_reloaded_is_called_out(outcome: HarnessOutco
     assert "| raw | 1.0 | " in text
 
 
+def test_figures_of_more_documents_have_a_table_of_their_own() -> None:
+    first = Row(
+        task="lm-eval/t",
+        method="raw",
+        plan="",
+        real_ratio=1.0,
+        context=10,
+        label="",
+        metric="acc",
+        value=0.25,
+        ci95=(0.0, 0.5),
+        n=4,
+    )
+    more = msgspec.structs.replace(first, context=20, value=0.5, n=8)
+    text = harness_suite.markdown({"warnings": []}, [first, more])
+    for row in (first, more):
+        table = text.split(f"## lm-eval/t, prompts of up to {row.context} tokens")[1]
+        assert f"| raw | 1.0 | {row.value:.3f}" in table.split("##")[0]
+
+
 @pytest.mark.vllm
 def test_methods_share_their_exact_answers(reference_model: Path, task_path: Path) -> None:
     """In a process of its own, since whose turn it is belongs to a process."""

@@ -94,7 +94,7 @@ def run_harness(
 
 
 def markdown(about: dict[str, Any], found: Sequence[Row]) -> str:
-    """A table per task, a line per method, with lm-eval's metrics."""
+    """A table per task and longest prompt, a line per method, with lm-eval's metrics."""
     lines = ["# lm-eval tasks over reloaded prefixes", ""]
     lines += report.head({key: value for key, value in about.items() if key != "warnings"})
     lines += [
@@ -107,10 +107,10 @@ def markdown(about: dict[str, Any], found: Sequence[Row]) -> str:
         "",
     ]
     lines += [f"**Warning: {text}**\n" for text in about["warnings"]]
-    for task in dict.fromkeys(row.task for row in found):
-        own = [row for row in found if row.task == task]
+    for task, context in dict.fromkeys((row.task, row.context) for row in found):
+        own = [row for row in found if (row.task, row.context) == (task, context)]
         metrics = list(dict.fromkeys(row.metric for row in own))
-        lines += [f"## {task}, prompts of up to {own[0].context} tokens", ""]
+        lines += [f"## {task}, prompts of up to {context} tokens", ""]
         lines.append("| method | real ratio | " + " | ".join(metrics) + " |")
         lines.append("|" + "---|" * (len(metrics) + 2))
         for method in dict.fromkeys(row.method for row in own):
