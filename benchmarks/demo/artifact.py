@@ -41,7 +41,7 @@ def find_or_calibrate(
     codec: str,
     ratios: Sequence[float],
     dtype: str,
-    registry: Path,
+    registry: Path | None,
     log: Path,
     *,
     shipped: bool = True,
@@ -51,11 +51,16 @@ def find_or_calibrate(
     model: directory that vLLM serves. codec, ratios: whose artifact, with plans for which target
     ratios. dtype: in which a calibration runs the model. registry: keeps what is made. log: file
     for what a calibration says. shipped: take the artifact that comes with this package, if it has
-    one of this model. Raises RuntimeError with the end of the log if a calibration fails.
+    one of this model. Raises RuntimeError with the end of the log if a calibration fails,
+    ValueError if one is needed and there is no registry.
     """
     if shipped and (found := _shipped(model, codec, ratios)):
         print(f"artifact: {found.parent.name}/{found.name}, shipped", flush=True)
         return found
+    if registry is None:
+        raise ValueError(
+            "XDG_DATA_HOME: set it, the artifact is kept there for a user without home"
+        )
     with tempfile.TemporaryDirectory(prefix="kvtc-demo-") as directory:
         text = Path(directory) / TEXT
         calibration_text.write(text, _CHARACTERS)

@@ -61,6 +61,18 @@ def test_the_shipped_one_is_taken_if_it_has_every_ratio(
     assert len(commands) == 1
 
 
+def test_a_user_without_a_home_is_told_what_to_set(
+    tmp_path: Path, commands: list[list[str]]
+) -> None:
+    found = artifact.find_or_calibrate(
+        MODEL, "kvtc", (8.0, 16.0), "bfloat16", None, tmp_path / "log"
+    )
+    assert found == SHIPPED
+    with pytest.raises(ValueError, match="XDG_DATA_HOME"):
+        artifact.find_or_calibrate(MODEL, "kvtc", (17.0,), "bfloat16", None, tmp_path / "log")
+    assert not commands
+
+
 def test_its_command_is_one_that_the_command_line_takes(
     tmp_path: Path, commands: list[list[str]]
 ) -> None:
