@@ -23,7 +23,7 @@ from kvtc_vllm.codec.errors import ArtifactError
 from kvtc_vllm.codec.rope import Rope
 from kvtc_vllm.config import KVTCConfig
 from kvtc_vllm.connector.environment import environment
-from kvtc_vllm.connector.model_files import ALWAYS, WHERE_IT_IS_SO
+from kvtc_vllm.connector.model_files import ALWAYS, WHERE_IT_IS_SO, ForeignCodeError
 from kvtc_vllm.offload.geometry import CacheGeometry
 from kvtc_vllm.offload.setup_identity import SetupIdentity
 from kvtc_vllm.vllm_cache.compat import hash_seed_fact, vllm_version
@@ -208,7 +208,7 @@ def setup_identity(
     for name, find in (*ALWAYS.items(), *WHERE_IT_IS_SO.items()):
         try:
             found = find(vllm_config)
-        except (ArtifactError, OSError):
+        except (ArtifactError, ForeignCodeError, OSError):
             facts.undigested.append(f"connector.{name}")
             continue
         if found is not None or name in ALWAYS:

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from kvtc_vllm.artifact.identity import model_directory, model_identity
-from kvtc_vllm.codec.errors import ArtifactError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+
+class ForeignCodeError(Exception):
+    """A model's code is in another repository, so nobody here can tell when it changes."""
 
 
 def _draft_files(vllm_config: VllmConfig) -> str | None:
@@ -29,8 +32,7 @@ def _draft_files(vllm_config: VllmConfig) -> str | None:
 def _model_code(vllm_config: VllmConfig) -> str | None:
     """Of a model's own code, if it may run; None if it may not or there is none.
 
-    Raises ArtifactError if the configuration names code of another repository, which may change
-    while the model's files do not.
+    Raises ForeignCodeError if the configuration names code of another repository.
     """
     model = vllm_config.model_config
     if not getattr(model, "trust_remote_code", False):
@@ -39,7 +41,7 @@ def _model_code(vllm_config: VllmConfig) -> str | None:
         # Of tokenizers there are two, a slow one and a fast one.
         for code in place if isinstance(place, list | tuple) else (place,):
             if code is not None and "--" in code:
-                raise ArtifactError(f"auto_map: {name} is code of another repository: {code}")
+                raise ForeignCodeError(f"auto_map: {name} is {code}")
     return _digest(sorted(model_directory(model.model, model.revision).rglob("*.py")))
 
 
@@ -70,7 +72,8 @@ WHERE_IT_IS_SO: dict[str, Callable[[VllmConfig], str | None]] = {
 }
 """No facts where they are None: what is on disk from before such a fact keeps its name.
 
-All raise ArtifactError or OSError for a model that is not there or can't be read.
+All raise ArtifactError or OSError for a model that is not there or can't be read, and
+ForeignCodeError.
 """
 
 
