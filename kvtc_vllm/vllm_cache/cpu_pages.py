@@ -73,14 +73,13 @@ class _Half:
         return cls(places, first, tokens if known else None, dims if known else None)
 
     def read(self, pages: torch.Tensor) -> torch.Tensor:
-        """[n, H, N, D], contiguous."""
+        """[n, H, N, D]: a view where the elements of each token lie side by side, else a copy."""
         if self.tokens is None or self.dims is None or not _whole(pages):
             return pages.flatten(2).index_select(2, self._numbers).unflatten(2, self.places.shape)
-        return (
-            self._view(pages, self.tokens, self.dims)
-            .reshape(*pages.shape[:2], *self.places.shape)
-            .contiguous()
-        )
+        shape = *pages.shape[:2], *self.places.shape
+        found = self._view(pages, self.tokens, self.dims).reshape(shape)
+        # Whoever moves rows reads them where they are. Columns are turned here, page by page.
+        return found if found.stride(-1) == 1 else found.contiguous()
 
     def write(self, pages: torch.Tensor, x: torch.Tensor) -> None:
         """Into contiguous pages, x [n, H, N, D]."""

@@ -74,3 +74,14 @@ def test_orders_of_loops_are_known_as_such(name: str) -> None:
     half = PermutedOrder(TOKENS, SIZE, SOURCES["rows"], SOURCES[name])._halves[1]
     loops = None if half.tokens is None or half.dims is None else (*half.tokens, *half.dims)
     assert (None if loops is None else len(loops)) == LOOPS.get(name)
+
+
+def test_tokens_in_one_piece_are_not_copied() -> None:
+    """Who reads them moves them. Elements that lie apart are put together first."""
+    order = PermutedOrder(TOKENS, SIZE, SOURCES["columns"], SOURCES["rows"])
+    pages = torch.randn(3, 2, TOKENS, 2 * SIZE)
+    k, v = order.split(pages)
+    assert k.is_contiguous()
+    pages.zero_()
+    assert k.any()
+    assert not v.any()
