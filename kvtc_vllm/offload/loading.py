@@ -8,15 +8,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from kvtc_vllm.codec.base import Blob
 from kvtc_vllm.codec.streams import DeviceThreads, Event
 from kvtc_vllm.offload.messages import LoadItem, LoadJob
 from kvtc_vllm.offload.names import Proof
 from kvtc_vllm.offload.outbox import News
 from kvtc_vllm.offload.pace import Pace, PaceMeter
-from kvtc_vllm.offload.rank_context import RankContext, batches
+from kvtc_vllm.offload.rank_context import OUT_OF_MEMORY, RankContext, batches, failure_reason
 from kvtc_vllm.offload.threads import on_every_thread, thread_pool
 from kvtc_vllm.tiers.blob_store import StoreError
 from kvtc_vllm.tiers.delta_store import LOST
@@ -27,7 +25,6 @@ CHANGED = "changed"
 """Reason of failure where what computes now is not what computed the chunk."""
 LATE = "late"
 """Reason where recomputing takes no longer than was waited already."""
-OUT_OF_MEMORY = "out_of_memory"
 _SOUND = (CHANGED, LATE, OUT_OF_MEMORY)
 """Reasons that say nothing against the chunk itself, which is kept."""
 BLOCKS = "blocks"
@@ -242,8 +239,7 @@ class LoadPipeline:
                 len(items),
                 request.request_id,
             )
-            memory = isinstance(failure, torch.OutOfMemoryError | MemoryError)
-            return [OUT_OF_MEMORY if memory else "error"] * len(items)
+            return [failure_reason(failure)] * len(items)
 
     def _outcomes(self, items: Sequence[LoadItem], request: _Load) -> Sequence[str | None]:
         if not self._holds(request.proof) or not request.same_adapter:

@@ -22,6 +22,9 @@ from kvtc_vllm.tiers.shared_arena import SharedView
 
 Item = TypeVar("Item", StoreItem, LoadItem)
 
+OUT_OF_MEMORY = "out_of_memory"
+"""Reason of failure that says nothing against the chunk."""
+
 
 @dataclass(frozen=True)
 class RankContext:
@@ -62,3 +65,9 @@ def batches(items: Sequence[Item], sizes: Sequence[int]) -> Iterator[Sequence[It
         same = list(neighbours)
         for first in range(0, len(same), sizes[group]):
             yield same[first : first + sizes[group]]
+
+
+def failure_reason(error: Exception) -> str:
+    """The label under which a store or a load that raised is counted."""
+    memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return OUT_OF_MEMORY if memory else "error"

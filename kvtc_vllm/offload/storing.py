@@ -7,14 +7,12 @@ import threading
 import time
 from collections.abc import Sequence
 
-import torch
-
 from kvtc_vllm.codec.base import Blob
 from kvtc_vllm.codec.errors import CodecError
 from kvtc_vllm.codec.streams import Event, SideStream
 from kvtc_vllm.offload.messages import StoreItem
 from kvtc_vllm.offload.names import Proof
-from kvtc_vllm.offload.rank_context import RankContext, batches
+from kvtc_vllm.offload.rank_context import RankContext, batches, failure_reason
 from kvtc_vllm.offload.threads import (
     Throttle,
     on_every_thread,
@@ -176,7 +174,7 @@ class StorePipeline:
             staged = self._transfers[items[0].group].stage(items)
         except Exception as error:  # the engine's step must go on
             logger.warning("kvtc: %d chunks not stored: %s", len(items), error)
-            self.drop(items, epoch, _reason(error))
+            self.drop(items, epoch, failure_reason(error))
             self._release(items)
             return
         point = Event(self._stream.device)
@@ -205,7 +203,7 @@ class StorePipeline:
         except Exception as error:
             # Whatever it is: a store without an outcome keeps its room, and an idle engine awake.
             logger.exception("kvtc: %d chunks not stored", len(items) - settled)
-            self.drop(items[settled:], epoch, _reason(error))
+            self.drop(items[settled:], epoch, failure_reason(error))
         finally:
             seconds = time.perf_counter() - started
             self._release(items)
@@ -260,8 +258,3 @@ class StorePipeline:
                 out.report.dropped.append((item.key, self._rank))
             out.stats.add("dropped_stores", label=reason)
         self._outbox.notify()
-
-
-def _reason(error: Exception) -> str:
-    memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return "out_of_memory" if memory else "error"
